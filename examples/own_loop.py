@@ -1,0 +1,82 @@
+"""outlast in a loop of one's own: compressed gradients, asynchronous checkpoints, exact resume; no trainer, no config.
+
+    torchrun --nproc-per-node 2 examples/own_loop.py runs/own_loop
+
+Stop it whenever you like and start it again: it goes on from the newest complete checkpoint, bit for bit.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import outlast.checkpoint
+import outlast.comm
+
+STEPS = 200
+
+
+def batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (64, 32) and y (64, 1), a function of step and rank: nothing of the data has to be saved."""
+    generator = torch.Generator().manual_seed(step * 1009 + rank)
+    x = torch.randn(64, 32, generator=generator)
+    return x, x.square().mean(dim=1, keepdim=True)
+
+
+def main(folder: str) -> None:
+    """Train for STEPS steps, over all attempts together."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 1))
+    ddp = DistributedDataParallel(model)
+    reducer = outlast.comm.attach(ddp, target="update", density=0.02, dense_below=1024)
+    optimizer = torch.optim.SGD(model.parameters(), lr=3e-3)  # of the direction in which Adam, in the reducer, would go
+
+    with outlast.checkpoint.attach(folder) as checkpointer:
+        first = 1
+        if restored := checkpointer.restore("auto"):
+            model.load_state_dict(restored.replicated["model"])
+            names = restored.replicated["optimizer"]
+            settings = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": {int(i): s for i, s in names.items()}, "param_groups": settings})
+            reducer.load_state_dict({"local": restored.local["comm"], **restored.replicated["comm"]})
+            first = restored.step + 1
+            print(f"rank {rank}: going on from step {restored.step}")
+
+        for step in range(first, STEPS + 1):
+            x, y = batch(step, rank)
+            optimizer.zero_grad()
+            reducer.begin_step(step)
+            loss = nn.functional.mse_loss(ddp(x), y)
+            loss.backward()
+            stats = reducer.end_step()
+
+            checkpointer.wait_copied()  # the update changes what the last snapshot may still be copying
+            optimizer.step()
+            if step % 20 == 0:
+                comm = reducer.state_dict()
+                checkpointer.save(
+                    step,
+                    replicated={
+                        "model": model.state_dict(),
+                        "optimizer": {str(i): s for i, s in optimizer.state_dict()["state"].items()},
+                        "comm": {"replicated": comm["replicated"], "meta": comm["meta"]},
+                    },
+                    local={"comm": comm["local"]},
+                    eager={"comm"},  # the next backward changes it
+                )
+                if rank == 0:
+                    sent = f"{stats.wire_bytes / 1e3:.1f} kB sent, dense {stats.dense_bytes / 1e3:.1f} kB"
+                    print(f"step {step}: loss {loss.item():.4f}, {sent}")
+
+    reducer.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

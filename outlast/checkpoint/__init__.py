@@ -1,0 +1,39 @@
+"""State that survives: asynchronous snapshots, committed in two phases, verified when read.
+
+A checkpoint is a Zarr v3 group that stock ``zarr`` opens::
+
+    zarr.open_group("runs/NAME/checkpoints/step_00000040", mode="r")["model"]["blocks.0.attn.qkv.weight"]
+
+One array a tensor, CRC32C in every chunk and in the votes, JSON for everything else, no pickle. A step is a checkpoint
+if and only if it has a valid commit record; there is no pointer to the latest one that could be wrong.
+"""
+
+from outlast.checkpoint._attach import attach as attach
+from outlast.checkpoint._inspect import Problem as Problem
+from outlast.checkpoint._inspect import StepDescription as StepDescription
+from outlast.checkpoint._inspect import StepInfo as StepInfo
+from outlast.checkpoint._inspect import TensorInfo as TensorInfo
+from outlast.checkpoint._inspect import Verification as Verification
+from outlast.checkpoint._inspect import describe as describe
+from outlast.checkpoint._inspect import list_steps as list_steps
+from outlast.checkpoint._inspect import verify as verify
+from outlast.checkpoint._restoring import Restored as Restored
+from outlast.checkpoint._tree import check_like as check_like
+from outlast.checkpoint.checkpointer import Checkpointer as Checkpointer
+from outlast.checkpoint.settings import CheckpointConfig as CheckpointConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "Checkpointer",
+    "Problem",
+    "Restored",
+    "StepDescription",
+    "StepInfo",
+    "TensorInfo",
+    "Verification",
+    "attach",
+    "check_like",
+    "describe",
+    "list_steps",
+    "verify",
+]

@@ -1,0 +1,68 @@
+"""How ranks agree during a restore: tensors through collectives of one group, texts as bytes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from outlast.errors import CheckpointError
+
+
+class Agreement:
+    """Collectives of a restore; with one rank they do nothing.
+
+    Every method is collective: all ranks of the group call the same methods in the same order. If a rank is lost, they
+    fail as the group's backend makes them fail.
+
+    Args:
+        group: None takes the default group.
+        rank: in the job; must be the rank in the group.
+        world_size: ranks in the job.
+
+    Raises:
+        CheckpointError: several ranks without a process group, or a group of another size.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, rank: int, world_size: int) -> None:
+        self._group = group
+        self._rank = rank
+        self._world_size = world_size
+        self._device = torch.device("cpu")
+        if world_size == 1:
+            return
+        if group is None and not dist.is_initialized():
+            raise CheckpointError(
+                f"{world_size} ranks cannot agree on a checkpoint without a process group",
+                "call torch.distributed.init_process_group first",
+            )
+        if (dist.get_rank(group), dist.get_world_size(group)) != (rank, world_size):
+            raise CheckpointError(
+                f"this is rank {rank} of {world_size}, but rank {dist.get_rank(group)} of {dist.get_world_size(group)} "
+                "in the process group"
+            )
+        if dist.get_backend(group) == "nccl":
+            self._device = torch.device("cuda", torch.cuda.current_device())
+
+    def from_coordinator(self, value: int) -> int:
+        """Rank 0's value, on all ranks."""
+        if self._world_size == 1:
+            return value
+        box = torch.tensor([value], dtype=torch.int64, device=self._device)
+        dist.broadcast(box, group=self._group, group_src=0)
+        return int(box.item())
+
+    def texts(self, text: str) -> list[str]:
+        """Every rank's text, by rank. Where all are empty (the common case), this is one all-reduce."""
+        if self._world_size == 1:
+            return [text]
+        data = text.encode()
+        longest = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self._group)
+        length = int(longest.item())
+        if length == 0:
+            return [""] * self._world_size
+        own = torch.zeros(length, dtype=torch.uint8)
+        own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else own[:0]
+        every = [torch.empty(length, dtype=torch.uint8, device=self._device) for _ in range(self._world_size)]
+        dist.all_gather(every, own.to(self._device), group=self._group)
+        return [item.cpu().numpy().tobytes().rstrip(b"\0").decode() for item in every]

@@ -1,0 +1,55 @@
+"""JSON values of the state as Zarr attributes: exact, strict JSON, nothing converted in silence.
+
+Numbers keep their value bit for bit (Python writes the shortest text that reads back to the same float). JSON has no
+NaN and no infinities; they are written as ``{"outlast_float": "NaN"}``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from outlast.errors import CheckpointError
+
+_ODD = "outlast_float"
+_WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def to_json(value: object, where: str) -> Any:
+    """``value`` as what :func:`json.dumps` writes strictly; a copy, so that later changes do not reach it.
+
+    Raises:
+        CheckpointError: something that JSON cannot give back as it was (a tuple, an array, a key that is no string).
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return {_ODD: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    if isinstance(value, list):
+        return [to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str) or key == _ODD:
+                raise CheckpointError(
+                    f"the state at {where!r} has the key {key!r}", f"keys must be strings other than {_ODD!r}"
+                )
+        return {key: to_json(item, f"{where}/{key}") for key, item in value.items()}
+    raise CheckpointError(
+        f"the state at {where!r} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored",
+        "store tensors (in dictionaries), numbers, strings, lists, None, True, False and dictionaries of these",
+    )
+
+
+def from_json(value: Any) -> Any:
+    """The inverse of :func:`to_json`."""
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    if isinstance(value, dict):
+        if set(value) == {_ODD}:
+            return _WORDS[value[_ODD]]
+        return {key: from_json(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,107 @@
+"""Names of what lies in a checkpoint: steps, ranks, and keys of the state as path components that every store takes.
+
+::
+
+    URL/
+      step_00000040/
+        zarr.json                   the root group; its attribute ``outlast`` tells step, epoch, world size
+        model/blocks.0.w/zarr.json  replicated state, written by rank 0
+        model/blocks.0.w/c.0.0
+        rank_00000/...              local state, written by each rank
+        votes/rank_00000.json       what rank 0 wrote: files, sizes, checksums
+        commit.json                 without it there is no checkpoint
+      step_00000030.aside-1/        was found damaged, or was superseded; never read
+      step_00000040.failed-E-S      a rank gave this save up (epoch E, save S); the others need not wait
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote, unquote
+
+from outlast.errors import CheckpointError
+
+COMMIT = "commit.json"
+NODE = "zarr.json"
+"""The metadata document of a Zarr group or array."""
+
+_STEP = re.compile(r"step_([0-9]{8,})")
+_ASIDE = re.compile(r"step_([0-9]{8,})\.aside-([0-9]+)")
+_FAILED = re.compile(r"step_([0-9]{8,})\.failed-(.+)-([0-9]+)")
+_RESERVED = re.compile(r"votes|commit\.json|rank_[0-9]+")
+_MAX_NAME_BYTES = 255
+_PLAIN = " +=,@()_.-~"
+
+
+def step_name(step: int) -> str:
+    """The folder of a step, e.g. ``step_00000040``."""
+    return f"step_{step:08d}"
+
+
+def parse_step(name: str) -> int | None:
+    """The step of a folder's name, or None if it is not one of a step."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def parse_aside(name: str) -> int | None:
+    """The step of a folder that was set aside, or None."""
+    match = _ASIDE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def rank_name(rank: int) -> str:
+    """The group of a rank's local state, e.g. ``rank_00000``."""
+    return f"rank_{rank:05d}"
+
+
+def vote_path(step: int, rank: int) -> str:
+    """Where a rank's vote lies, relative to the URL."""
+    return f"{step_name(step)}/votes/{rank_name(rank)}.json"
+
+
+def failed_name(step: int, epoch: str, serial: int) -> str:
+    """The empty file by which a rank tells the others that this save was given up."""
+    return f"{step_name(step)}.failed-{encode_key(epoch)}-{serial}"
+
+
+def parse_failed(name: str) -> tuple[str, int] | None:
+    """(epoch, save number) of such a file, or None."""
+    match = _FAILED.fullmatch(name)
+    return (unquote(match[2]), int(match[3])) if match else None
+
+
+def encode_key(key: str, *, at_root: bool = False) -> str:
+    """A key of the state as one path component; :func:`decode_key` is its inverse.
+
+    Letters, digits and ``_.-`` stay, so parameter names read naturally; ``/`` and whatever a store, a glob or Zarr
+    could take for something else becomes ``%XX``.
+
+    Raises:
+        CheckpointError: the encoded key is longer than file systems allow, or empty.
+    """
+    if not key:
+        raise CheckpointError("an empty string is a key of the state", "every key needs a name")
+    try:
+        name = quote(key, safe=_PLAIN)
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"the key {key!r} is not valid Unicode text") from error
+    special = (
+        name.startswith(("__", "~", " "))
+        or set(name) == {"."}
+        or name == NODE
+        or (at_root and _RESERVED.fullmatch(name))
+    )
+    if special:
+        name = f"%{ord(name[0]):02X}{name[1:]}"
+    if len(name) > _MAX_NAME_BYTES:
+        raise CheckpointError(
+            f"the key {key[:60]!r}... is {len(name)} bytes long as a file name, at most {_MAX_NAME_BYTES} are allowed",
+            "shorten the name",
+        )
+    return name
+
+
+def decode_key(name: str) -> str:
+    """The key that :func:`encode_key` made this path component of."""
+    return unquote(name, errors="strict")

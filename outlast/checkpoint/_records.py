@@ -1,0 +1,164 @@
+"""Votes and commit records: small JSON files that carry a checksum of themselves.
+
+Every format version keeps three things, so that each version recognises the others' files: the file ends in
+``,"crc32c":"XXXXXXXX"}`` and a newline, the checksum is over all bytes before that, and there is a ``format_version``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import crc32c
+
+from outlast.checkpoint._names import COMMIT, step_name, vote_path
+from outlast.checkpoint._store import Store
+from outlast.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion
+
+FORMAT_VERSION = 1
+_SEAL = re.compile(rb',"crc32c":"([0-9a-f]{8})"\}\n\Z')
+
+
+class Fault(Exception):
+    """A checkpoint cannot be used; which file is at fault, and why.
+
+    Args:
+        kind: the public error it becomes.
+        file: relative to the step's folder; empty where no single file is at fault.
+        reason: in words, with the values.
+    """
+
+    def __init__(self, kind: type[CheckpointError], file: str, reason: str) -> None:
+        super().__init__(kind, file, reason)
+        self.kind = kind
+        self.file = file
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}" if self.file else self.reason
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a vote."""
+
+    path: str
+    """Relative to the step's folder."""
+    size_bytes: int
+    crc32c: str
+    """8 hex digits. Of the whole file; of a chunk without the 4 bytes of CRC32C at its end, which must be the same: the
+    CRC of bytes followed by their own CRC is one constant, and would not tell one chunk from another."""
+    chunk: bool
+    """Whether it is a Zarr chunk."""
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What one rank wrote, all of it durable before the vote was."""
+
+    step: int
+    rank: int
+    world_size: int
+    epoch: str
+    """The attempt it belongs to; a vote of another attempt never counts."""
+    serial: int
+    """Number of the save within the attempt, so that a late vote of a save that was given up does not count either."""
+    files: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The commit record: the checkpoint is complete."""
+
+    step: int
+    world_size: int
+    epoch: str
+    serial: int
+    saved_at: float
+    """Seconds since the epoch of Unix time."""
+    size_bytes: int
+    """Of all files that votes list."""
+    votes: tuple[FileEntry, ...]
+    """By rank."""
+
+
+def crc_hex(*parts: bytes | memoryview) -> str:
+    """CRC32C of the concatenation, as 8 hex digits."""
+    value = 0
+    for part in parts:
+        value = crc32c.crc32c(part, value)
+    return f"{value:08x}"
+
+
+def seal(record: Vote | Commit) -> bytes:
+    """The file of a record."""
+    body = {"format_version": FORMAT_VERSION, "kind": type(record).__name__.lower(), **asdict(record)}
+    text = json.dumps(body, indent=1, allow_nan=False).encode()[:-1].rstrip(b"\n")
+    return text + b',"crc32c":"' + crc_hex(text).encode() + b'"}\n'
+
+
+def unseal_vote(data: bytes, file: str) -> Vote:
+    """A vote from its file's bytes; raises :class:`Fault`."""
+    body = _unseal(data, file, "vote")
+    try:
+        files = tuple(FileEntry(**entry) for entry in body.pop("files"))
+        return Vote(files=files, **body)
+    except (KeyError, TypeError) as error:
+        raise Fault(CorruptCheckpoint, file, f"is not a vote: {error}") from error
+
+
+def unseal_commit(data: bytes) -> Commit:
+    """A commit record from its file's bytes; raises :class:`Fault`."""
+    body = _unseal(data, COMMIT, "commit")
+    try:
+        votes = tuple(FileEntry(**entry) for entry in body.pop("votes"))
+        return Commit(votes=votes, **body)
+    except (KeyError, TypeError) as error:
+        raise Fault(CorruptCheckpoint, COMMIT, f"is not a commit record: {error}") from error
+
+
+def _unseal(data: bytes, file: str, kind: str) -> dict[str, Any]:
+    match = _SEAL.search(data)
+    if match is None:
+        raise Fault(CorruptCheckpoint, file, f"{len(data)} bytes that do not end in a checksum")
+    computed = crc_hex(memoryview(data)[: match.start()])
+    if computed.encode() != match[1]:
+        raise Fault(CorruptCheckpoint, file, f"CRC32C of its bytes is {computed}, recorded is {match[1].decode()}")
+    body: dict[str, Any] = json.loads(data)
+    version = body.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise Fault(UnknownFormatVersion, file, f"has format version {version}, this outlast reads {FORMAT_VERSION}")
+    if body.pop("kind", None) != kind:
+        raise Fault(CorruptCheckpoint, file, f"is not a {kind} record")
+    del body["crc32c"]
+    return body
+
+
+def read_commit(store: Store, step: int) -> Commit:
+    """The commit record of a step; raises :class:`Fault`."""
+    try:
+        data = bytes(store.read(f"{step_name(step)}/{COMMIT}"))
+    except FileNotFoundError as error:
+        raise Fault(IncompleteCheckpoint, COMMIT, "missing: the checkpoint was never completed") from error
+    except OSError as error:
+        raise Fault(CorruptCheckpoint, COMMIT, f"cannot be read: {error}") from error
+    commit = unseal_commit(data)
+    if commit.step != step or len(commit.votes) != commit.world_size:
+        raise Fault(
+            CorruptCheckpoint,
+            COMMIT,
+            f"is of step {commit.step} with {len(commit.votes)} votes of {commit.world_size} ranks",
+        )
+    return commit
+
+
+def has_all_votes(store: Store, step: int) -> bool:
+    """Whether a step without a commit record has the votes of all ranks of one save: maybe all but the record."""
+    try:
+        first = unseal_vote(bytes(store.read(vote_path(step, 0))), "")
+        votes = [unseal_vote(bytes(store.read(vote_path(step, rank))), "") for rank in range(first.world_size)]
+    except (Fault, FileNotFoundError):
+        return False
+    return all((vote.epoch, vote.serial) == (first.epoch, first.serial) for vote in votes)

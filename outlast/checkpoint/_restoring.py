@@ -1,0 +1,205 @@
+"""Restoring: all ranks agree on the newest step of which every file is what was written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+from outlast import errors
+from outlast.checkpoint._agreement import Agreement
+from outlast.checkpoint._names import COMMIT, step_name
+from outlast.checkpoint._reading import StepReader, as_error
+from outlast.checkpoint._records import Fault
+from outlast.checkpoint._steps import Scan, clear_leftover, scan, set_aside
+from outlast.checkpoint._store import Store
+from outlast.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    IncompleteCheckpoint,
+    StateMismatch,
+)
+from outlast.events import CheckpointRejected, CheckpointRestored, Event
+
+_log = logging.getLogger("outlast.checkpoint")
+_NONE = -1
+
+
+@dataclass(frozen=True)
+class Restored:
+    """State read back; nested dictionaries as they were saved, tensors on the CPU, each with memory of its own."""
+
+    step: int
+    replicated: dict[str, Any]
+    local: dict[str, Any]
+    """This rank's."""
+
+
+@dataclass(frozen=True)
+class Restoring:
+    """One rank's part of a restore. The methods are collective over the agreement's group."""
+
+    store: Store
+    rank: int
+    world_size: int
+    agreement: Agreement
+    emit: Callable[[Event], None]
+    io: ThreadPoolExecutor
+
+    def newest(self) -> Restored | None:
+        """The newest valid step; damaged ones are set aside. None if there is not a single one."""
+        found = self._scan()
+        rejected: list[tuple[int, list[Fault]]] = []
+        for step in self._newest_first(found):
+            result = self._try(step)
+            if isinstance(result, Restored):
+                self._set_aside([step for step, _ in rejected])
+                self._clear(found)
+                return result
+            rejected.append((step, result))
+            self._report_faults(step, result)
+        if rejected:
+            # Nothing is set aside here: the next start must find the same and stop as well, not begin from nothing.
+            lines = [f"step {step}: {fault}" for step, faults in rejected for fault in faults]
+            raise CorruptCheckpoint(
+                f"{self.store.url}: there are checkpoints, but none is valid:\n  " + "\n  ".join(lines),
+                "nothing was changed; repair one, or move them away to start anew",
+            )
+        self._clear(found)
+        return None
+
+    def exactly(self, step: int) -> Restored:
+        """One step. Newer ones are set aside: they are of a future that this run no longer has."""
+        found = self._scan()
+        have = self.agreement.from_coordinator(2 if step in found.committed else 1 if step in found.uncommitted else 0)
+        if have == 0:
+            raise self._not_found(step)
+        if have == 1:
+            fault = Fault(IncompleteCheckpoint, COMMIT, "missing: the checkpoint was never completed")
+            raise as_error(fault, self.store, step)
+        result = self._try(step)
+        if not isinstance(result, Restored):
+            raise as_error(result[0], self.store, step)
+        self._clear(found, newer_than=step)
+        return result
+
+    def _try(self, step: int) -> Restored | list[Fault]:
+        """Load and verify; what any rank found wrong, every rank is told."""
+        began = time.monotonic()
+        problem, result = "", None
+        try:
+            result = self._load(step)
+        except Fault as fault:
+            problem = _pack(fault.kind, fault.file, fault.reason)
+        except StateMismatch as error:
+            problem = _pack(StateMismatch, "", error.what)
+        except OSError as error:
+            problem = _pack(CheckpointError, "", f"{type(error).__name__}: {error}")
+        texts = self.agreement.texts(problem)
+        found = [(rank, _unpack(text)) for rank, text in enumerate(texts) if text]
+        faults = list({other.file: other for _, other in reversed(found)}.values())[::-1]
+        if result is not None and not faults:
+            self.emit(CheckpointRestored(step=step, url=self.store.url, seconds=time.monotonic() - began))
+            return result
+        for rank, other in found:
+            if other.kind is StateMismatch:
+                raise StateMismatch(other.reason, "start with the number of ranks that saved it")
+            if other.kind not in (CorruptCheckpoint, IncompleteCheckpoint):
+                note = f"{other.reason} (found by rank {rank})"
+                raise as_error(Fault(other.kind, other.file, note), self.store, step)
+        return faults
+
+    def _load(self, step: int) -> Restored:
+        reader = StepReader(self.store, step, self.io)
+        if reader.commit.world_size != self.world_size:
+            raise StateMismatch(
+                f"{self.store.url}/{step_name(step)} was saved by {reader.commit.world_size} ranks, "
+                f"this job has {self.world_size}"
+            )
+        # Replicated state by every rank and local state by its owner: together the ranks verify every file.
+        return Restored(step, reader.load(None), reader.load(self.rank))
+
+    def _scan(self) -> Scan:
+        """What is there, as rank 0 sees it (empty on the others)."""
+        found, problem = Scan((), ()), ""
+        if self.rank == 0:
+            try:
+                found = scan(self.store)
+            except OSError as error:
+                problem = f"{self.store.url} cannot be listed: {error}"
+        self._raise_if(problem)
+        return found
+
+    def _newest_first(self, found: Scan) -> Iterator[int]:
+        """Committed steps as rank 0 knows them, on all ranks."""
+        for step in (*reversed(found.committed), _NONE) if self.rank == 0 else repeat(_NONE):
+            agreed = self.agreement.from_coordinator(step)
+            if agreed == _NONE:
+                return
+            yield agreed
+
+    def _report_faults(self, step: int, faults: list[Fault]) -> None:
+        if self.rank == 0:
+            for fault in faults:
+                self._report(step, f"{fault.kind.__name__}: {fault.reason}", fault.file)
+
+    def _set_aside(self, steps: list[int]) -> None:
+        problem = ""
+        if self.rank == 0:
+            try:
+                for step in steps:
+                    _log.warning("%s: set aside as %s", step_name(step), set_aside(self.store, step))
+            except OSError as error:
+                problem = f"damaged checkpoints at {self.store.url} cannot be set aside: {error}"
+        self._raise_if(problem)
+
+    def _clear(self, found: Scan, newer_than: int | None = None) -> None:
+        """Clear away saves that were cut off, and steps that are newer than the one gone back to."""
+        problem = ""
+        if self.rank == 0:
+            try:
+                for step in found.uncommitted:
+                    done = clear_leftover(self.store, step)
+                    self._report(step, f"the save was cut off, there is no commit record; {done}", COMMIT)
+                for step in found.committed:
+                    if newer_than is not None and step > newer_than:
+                        name = set_aside(self.store, step)
+                        self._report(
+                            step, f"newer than step {newer_than}, which was asked for; set aside as {name}", ""
+                        )
+            except OSError as error:
+                problem = f"{self.store.url} cannot be cleared of what earlier saves left: {error}"
+        self._raise_if(problem)
+
+    def _report(self, step: int, reason: str, file: str) -> None:
+        _log.warning("%s/%s: %s", step_name(step), file, reason)
+        self.emit(CheckpointRejected(step=step, reason=reason, file=file))
+
+    def _not_found(self, step: int) -> CheckpointNotFound:
+        problem = ""
+        if self.rank == 0:
+            committed = scan(self.store).committed
+            problem = "there are steps " + ", ".join(map(str, committed)) if committed else "there is no checkpoint"
+        hint = self.agreement.texts(problem)[0]
+        return CheckpointNotFound(f"no checkpoint of step {step} at {self.store.url}", hint)
+
+    def _raise_if(self, problem: str) -> None:
+        """Raise on all ranks if there is one on any; without one, no rank goes on before all are here."""
+        for text in self.agreement.texts(problem):
+            if text:
+                raise CheckpointError(text, "see to the storage's state and permissions")
+
+
+def _pack(kind: type[CheckpointError], file: str, reason: str) -> str:
+    return json.dumps([kind.__name__, file, reason])
+
+
+def _unpack(text: str) -> Fault:
+    kind, file, reason = json.loads(text)
+    return Fault(getattr(errors, kind), file, reason)

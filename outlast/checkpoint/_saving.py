@@ -1,0 +1,387 @@
+"""One save, from the snapshot to the commit record, in a thread of its own.
+
+Two phases, through the store alone; no collective is issued, nobody listens on the network:
+
+1. The coordinator (rank 0) *opens* the save: it clears away what saves that were cut off left, and writes the root
+   group's document, which names the attempt's epoch and the save's number. The other ranks write nothing before.
+2. Each rank writes its files and fsyncs them, then the directories, then it writes its *vote*: files, sizes, checksums.
+3. The coordinator waits for all votes of this very save, checks that every file is there in its size, and writes the
+   commit record. A step is a checkpoint if and only if it has one.
+
+Each rank gives up on any error, or after ``commit_timeout_s`` without news; it removes what it wrote and leaves an
+empty file that tells the others. Nothing in a save touches the checkpoints before it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from outlast.checkpoint import _steps
+from outlast.checkpoint._names import COMMIT, failed_name, parse_failed, step_name, vote_path
+from outlast.checkpoint._poll import Poll
+from outlast.checkpoint._records import (
+    FORMAT_VERSION,
+    Commit,
+    Fault,
+    FileEntry,
+    Vote,
+    crc_hex,
+    seal,
+    unseal_vote,
+)
+from outlast.checkpoint._snapshot import Snapshot
+from outlast.checkpoint._store import Store
+from outlast.checkpoint._tree import HEADER, Plan
+from outlast.checkpoint._zarr import CRC_BYTES, array_document, chunk_name, group_document, node_path
+from outlast.checkpoint.settings import CheckpointConfig
+from outlast.errors import CheckpointError, SnapshotMutated
+from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
+
+_log = logging.getLogger("outlast.checkpoint")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Who saves what, and where to."""
+
+    store: Store
+    config: CheckpointConfig
+    rank: int
+    world_size: int
+    epoch: str
+    emit: Callable[[Event], None]
+    io: ThreadPoolExecutor
+
+
+class Saving:
+    """One save of one rank. It runs from construction on; all methods are for the training thread.
+
+    Attributes:
+        copied: set once no lazy tensor is read any more, whether all were copied or the save was given up.
+        done: set once the save is committed (coordinator), voted for (other ranks) or given up.
+        error: what must be raised in the training thread: a mutated snapshot, or a bug. Not what the environment did.
+        blocked_s: how long the training thread was held; final before :meth:`confirm`.
+    """
+
+    def __init__(self, place: Place, step: int, serial: int, plan: Plan, snapshot: Snapshot, began: float) -> None:
+        self.step = step
+        self.copied = threading.Event()
+        self.done = threading.Event()
+        self.error: Exception | None = None
+        self.blocked_s = 0.0
+        self._place = place
+        self._serial = serial
+        self._plan = plan
+        self._snapshot = snapshot
+        # The tensors themselves are let go of early; their arrays' documents are needed later.
+        self._documents = [array_document(tuple(i.tensor.shape), i.tensor.dtype) for i in snapshot.items]
+        self._arrays = [(i.path, f"{i.path}/{chunk_name(i.tensor.dim())}") for i in snapshot.items]
+        self._began = began
+        self._confirmed = threading.Event()
+        self._stop: Exception | None = None
+        self._stop_lock = threading.Lock()
+        self._voted = False
+        self._tops: set[str] = set()  # what this rank made directly below the step, votes and commit record apart
+        self._thread = threading.Thread(target=self._run, name=f"outlast-save-{step}", daemon=True)
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the training thread has said that no lazy tensor was changed, or the save was given up."""
+        return self._confirmed.is_set()
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def confirm(self) -> None:
+        """Check once more that no lazy tensor was changed; only then the rank may vote. Call after ``copied``.
+
+        If one was, the save is given up, and ``error`` is set.
+        """
+        if self._confirmed.is_set():
+            return
+        try:
+            self._snapshot.check()
+        except SnapshotMutated as error:
+            self.give_up(error)
+            return
+        self._snapshot.release()
+        self._confirmed.set()
+
+    def give_up(self, reason: Exception) -> None:
+        """Have the save stop, clean up and be reported as failed, at its next look."""
+        with self._stop_lock:
+            if self._stop is None:
+                self._stop = reason
+                if _must_be_raised(reason):
+                    self.error = reason
+        self._confirmed.set()
+
+    def join(self) -> None:
+        """Wait until the thread has ended."""
+        self._thread.join()
+
+    # The save's own thread from here on.
+
+    def _run(self) -> None:
+        finished = False
+        try:
+            size_bytes = self._write_and_vote()
+            if self._place.rank == 0:
+                self._commit()
+            finished = True
+            self._place.emit(
+                CheckpointSaved(
+                    step=self.step,
+                    committed=self._place.rank == 0,
+                    size_bytes=size_bytes,
+                    blocked_s=self.blocked_s,
+                    durable_s=time.monotonic() - self._began,
+                )
+            )
+            if self._place.rank == 0:
+                _steps.prune(self._place.store, self.step, self._place.config.keep_last)
+        except Exception as error:
+            # The thread ends here: the error becomes an event, or is raised in the training thread.
+            if finished:
+                self.error = error
+            else:
+                self._fail(self._stop or error)
+        finally:
+            self.copied.set()
+            self._confirmed.set()
+            self._snapshot.release()
+            self.done.set()
+
+    def _fail(self, reason: Exception) -> None:
+        if _must_be_raised(reason) and reason is not self._stop:
+            self.error = reason
+        self._clean_up()
+        _log.warning("checkpoint of step %d failed: %s", self.step, reason)
+        what = reason.what if isinstance(reason, CheckpointError) else f"{type(reason).__name__}: {reason}"
+        try:
+            self._place.emit(CheckpointFailed(step=self.step, reason=what))
+        except Exception as error:
+            # The event sink is broken, so the training thread must hear of it.
+            self.error = error
+
+    def _write_and_vote(self) -> int:
+        place, snapshot = self._place, self._snapshot
+        # Waiting is done in daemon threads alone: the pool's threads hold up the interpreter's exit.
+        opened: Future[list[FileEntry]] = Future()
+        threading.Thread(target=self._open, args=(opened,), name=f"outlast-open-{self.step}", daemon=True).start()
+        futures: list[Future[list[FileEntry]]] = []
+        try:
+            try:
+                for index in range(len(snapshot.items)):
+                    self._look()
+                    snapshot.copy(index)
+                    if opened.done():
+                        opened.result()
+                        futures += [place.io.submit(self._put_array, n) for n in range(len(futures), index + 1)]
+            finally:
+                self.copied.set()
+            entries = list(opened.result())
+            futures += [place.io.submit(self._put_array, n) for n in range(len(futures), len(snapshot.items))]
+            futures += [place.io.submit(self._put_group, path) for path in self._plan.groups if path]
+            entries += [entry for future in futures for entry in future.result()]
+        except Exception as error:
+            # The others find this at their next look. Files must not appear after the clean-up, so wait for them.
+            self.give_up(error)
+            wait([opened, *futures])
+            raise
+        place.store.sync_dirs(f"{step_name(self.step)}/{entry.path}" for entry in entries)
+        self._confirmed.wait()
+        self._look()
+        vote = Vote(
+            step=self.step,
+            rank=place.rank,
+            world_size=place.world_size,
+            epoch=place.epoch,
+            serial=self._serial,
+            files=tuple(sorted(entries, key=lambda entry: entry.path)),
+        )
+        self._voted = True
+        place.store.put_atomic(vote_path(self.step, place.rank), seal(vote))
+        return sum(entry.size_bytes for entry in entries)
+
+    def _open(self, opened: Future[list[FileEntry]]) -> None:
+        try:
+            opened.set_result(self._open_for_all() if self._place.rank == 0 else self._wait_opened())
+        except Exception as error:  # whoever asks for the result gets it
+            opened.set_exception(error)
+
+    def _open_for_all(self) -> list[FileEntry]:
+        place = self._place
+        for name in place.store.names(""):
+            flag = parse_failed(name)
+            if flag is not None and (flag[0] != place.epoch or flag[1] < self._serial - 1):
+                place.store.remove(name)
+        for aside in _steps.clear_for(place.store, self.step, place.epoch):
+            place.emit(CheckpointRejected(step=self.step, reason=f"saved anew; the old one was set aside as {aside}"))
+        header = {
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "world_size": place.world_size,
+            "epoch": place.epoch,
+            "serial": self._serial,
+        }
+        data = group_document({**self._plan.groups[""], HEADER: header})
+        self._tops.add(node_path(""))
+        place.store.put_atomic(f"{step_name(self.step)}/{node_path('')}", data)
+        return [FileEntry(node_path(""), len(data), crc_hex(data), False)]
+
+    def _wait_opened(self) -> list[FileEntry]:
+        path = f"{step_name(self.step)}/{node_path('')}"
+        poll = Poll(self._place.config.commit_timeout_s)
+        while True:
+            self._look(others=True)
+            try:
+                header = json.loads(bytes(self._place.store.read(path)))["attributes"][HEADER]
+                if (header["epoch"], header["serial"]) == (self._place.epoch, self._serial):
+                    return []
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
+                pass  # not there yet, half there on a store that shows that, or of an earlier save
+            if not poll.wait():
+                raise CheckpointError(
+                    f"rank 0 did not open the save of step {self.step} within {poll.limit_s:g} s",
+                    "see rank 0's events; on slow storage raise checkpoint.commit_timeout_s",
+                )
+
+    def _put_array(self, index: int) -> list[FileEntry]:
+        self._look()
+        path, chunk = self._arrays[index]
+        entries = [self._put_document(path, self._documents[index])]
+        data = self._snapshot.data(index)
+        if len(data):
+            crc = crc_hex(data)
+            self._put(chunk, data, bytes.fromhex(crc)[::-1])
+            entries.append(FileEntry(chunk, len(data) + CRC_BYTES, crc, True))
+        return entries
+
+    def _put_group(self, path: str) -> list[FileEntry]:
+        self._look()
+        return [self._put_document(path, group_document(self._plan.groups[path]))]
+
+    def _put_document(self, node: str, data: bytes) -> FileEntry:
+        path = node_path(node)
+        self._put(path, data)
+        return FileEntry(path, len(data), crc_hex(data), False)
+
+    def _put(self, path: str, *parts: bytes | memoryview) -> None:
+        self._tops.add(path.partition("/")[0])
+        self._place.store.put(f"{step_name(self.step)}/{path}", parts)
+
+    def _commit(self) -> None:
+        place = self._place
+        votes, entries = self._collect()
+        folder = step_name(self.step)
+        sizes = place.store.sizes(folder)
+        for vote in votes:
+            for entry in vote.files:
+                if sizes.get(entry.path) != entry.size_bytes:
+                    raise CheckpointError(
+                        f"rank {vote.rank} voted for {folder}/{entry.path} with {entry.size_bytes} bytes, "
+                        f"the store has {sizes.get(entry.path, 'no such file')}"
+                    )
+        commit = Commit(
+            step=self.step,
+            world_size=place.world_size,
+            epoch=place.epoch,
+            serial=self._serial,
+            saved_at=time.time(),
+            size_bytes=sum(entry.size_bytes for vote in votes for entry in vote.files),
+            votes=tuple(entries),
+        )
+        place.store.put_atomic(f"{folder}/{COMMIT}", seal(commit))
+
+    def _collect(self) -> tuple[list[Vote], list[FileEntry]]:
+        place = self._place
+        votes: dict[int, tuple[Vote, FileEntry]] = {}
+        strange: dict[int, str] = {}
+        poll = Poll(place.config.commit_timeout_s)
+        while True:
+            for rank in range(place.world_size):
+                if rank in votes:
+                    continue
+                path = vote_path(self.step, rank)
+                file = path.partition("/")[2]
+                try:
+                    data = bytes(place.store.read(path))
+                    vote = unseal_vote(data, file)
+                except FileNotFoundError:
+                    continue
+                except Fault as fault:
+                    strange[rank] = str(fault)
+                    continue
+                if (vote.epoch, vote.serial) != (place.epoch, self._serial):
+                    strange[rank] = f"a vote of another save (epoch {vote.epoch}, save {vote.serial}) does not count"
+                elif (vote.step, vote.rank, vote.world_size) != (self.step, rank, place.world_size):
+                    raise CheckpointError(
+                        f"{file} is rank {vote.rank}'s of {vote.world_size} for step {vote.step}, "
+                        f"expected rank {rank}'s of {place.world_size} for step {self.step}"
+                    )
+                else:
+                    votes[rank] = vote, FileEntry(file, len(data), crc_hex(data), False)
+            if len(votes) == place.world_size:
+                ordered = [votes[rank] for rank in range(place.world_size)]
+                return [vote for vote, _ in ordered], [entry for _, entry in ordered]
+            self._look(others=True)
+            if not poll.wait():
+                absent = [
+                    f"rank {rank}" + (f" ({strange[rank]})" if rank in strange else "")
+                    for rank in range(place.world_size)
+                    if rank not in votes
+                ]
+                raise CheckpointError(
+                    f"no vote for step {self.step} within {poll.limit_s:g} s from {', '.join(absent)}",
+                    "see their events; on slow storage raise checkpoint.commit_timeout_s",
+                )
+
+    def _look(self, *, others: bool = False) -> None:
+        """Raise if this save was given up, here or (``others``) by another rank."""
+        if self._stop is not None:
+            raise self._stop
+        if others and self._place.store.exists(self._flag()):
+            raise CheckpointError(f"another rank gave up the save of step {self.step}", "its events tell why")
+
+    def _flag(self) -> str:
+        return failed_name(self.step, self._place.epoch, self._serial)
+
+    def _clean_up(self) -> None:
+        """Remove what this rank wrote, whatever makes it count first, and tell the others."""
+        try:
+            self._remove_own()
+        except OSError as error:
+            _log.warning("left-overs of the failed save of step %d stay for now: %s", self.step, error)
+        if self._place.world_size > 1:
+            try:
+                self._place.store.put(self._flag(), [])
+            except OSError as error:
+                _log.warning("the other ranks cannot be told that step %d failed: %s", self.step, error)
+
+    def _remove_own(self) -> None:
+        store, folder, rank = self._place.store, step_name(self.step), self._place.rank
+        if not self._tops or (self._voted and rank != 0):
+            # Rank 0 may have counted the vote: its files stay until rank 0 clears the step away.
+            return
+        if rank == 0:
+            store.remove(f"{folder}/{COMMIT}")
+        store.remove(vote_path(self.step, rank))
+        for top in self._tops:
+            path = f"{folder}/{top}"
+            if store.exists(path):
+                store.remove(path)
+            else:
+                store.remove_tree(path)
+
+
+def _must_be_raised(error: Exception) -> bool:
+    """A full disk, a timeout, another rank's failure are reported, and training goes on. The rest must be raised."""
+    return not isinstance(error, (OSError, CheckpointError)) or isinstance(error, SnapshotMutated)

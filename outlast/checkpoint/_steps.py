@@ -1,0 +1,96 @@
+"""The steps at a URL as a whole: which are there, which is to go, which is set aside."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from outlast.checkpoint._names import COMMIT, parse_aside, parse_step, step_name
+from outlast.checkpoint._records import Fault, has_all_votes, read_commit
+from outlast.checkpoint._store import Store
+from outlast.errors import CheckpointError
+
+_log = logging.getLogger("outlast.checkpoint")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Steps by whether they have a commit record (which need not be a valid one), oldest first."""
+
+    committed: tuple[int, ...]
+    uncommitted: tuple[int, ...]
+
+
+def scan(store: Store) -> Scan:
+    """What is there."""
+    steps = sorted(step for name in store.names("") if (step := parse_step(name)) is not None)
+    done = [step for step in steps if store.exists(f"{step_name(step)}/{COMMIT}")]
+    return Scan(tuple(done), tuple(step for step in steps if step not in done))
+
+
+def set_aside(store: Store, step: int) -> str:
+    """Rename a step's folder so that it is never read again, and nothing of it is lost; returns the new name."""
+    taken = [name for name in store.names("") if parse_aside(name) == step]
+    number = 1 + max((int(name.rpartition("-")[2]) for name in taken), default=0)
+    name = f"{step_name(step)}.aside-{number}"
+    store.move_tree(step_name(step), name)
+    return name
+
+
+def clear_leftover(store: Store, step: int) -> str:
+    """Remove a step without commit record, or set it aside if it has all votes: only the record may be missing.
+
+    Returns:
+        What was done, in words.
+    """
+    if has_all_votes(store, step):
+        return f"it has all votes and was set aside as {set_aside(store, step)}"
+    store.remove_tree(step_name(step))
+    return "what was written of it was removed"
+
+
+def clear_for(store: Store, step: int, epoch: str) -> list[str]:
+    """Make room for saving ``step``: left-overs of all saves that were cut off go, an older commit of it is set aside.
+
+    Returns:
+        Names of what was set aside because it was committed.
+
+    Raises:
+        CheckpointError: this very attempt has committed the step already.
+    """
+    found = scan(store)
+    for other in found.uncommitted:
+        _log.info("%s: left by a save that was not completed: %s", step_name(other), clear_leftover(store, other))
+    if step not in found.committed:
+        return []
+    try:
+        committed_by = read_commit(store, step).epoch
+    except Fault:
+        committed_by = ""
+    if committed_by == epoch:
+        raise CheckpointError(f"step {step} was saved and committed before in this attempt", "save each step once")
+    return [set_aside(store, step)]
+
+
+def prune(store: Store, newest: int, keep_last: int) -> None:
+    """Remove committed steps before ``newest`` until ``keep_last`` are left, ``newest`` among them; 0 keeps all.
+
+    Steps whose record cannot be read (damaged, or of another format version) are neither counted nor removed.
+    """
+    if keep_last == 0:
+        return
+    try:
+        older = [step for step in scan(store).committed if step < newest]
+        readable = []
+        for step in older:
+            try:
+                read_commit(store, step)
+            except Fault as fault:
+                _log.warning("%s is kept: %s", step_name(step), fault)
+                continue
+            readable.append(step)
+        for step in readable[: max(0, len(readable) - (keep_last - 1))]:
+            store.remove_tree(step_name(step))
+    except OSError as error:
+        # The new checkpoint is committed all the same; the next one's commit tries again.
+        _log.warning("old checkpoints could not be removed: %s", error)

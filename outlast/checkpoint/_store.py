@@ -1,0 +1,330 @@
+"""Where checkpoints lie: a directory, or any fsspec URL, behind a few operations with stated durability.
+
+Paths are relative to the store's URL, with ``/`` between components; ``""`` is the URL itself. All operations may be
+called from several threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+
+from outlast.checkpoint._names import COMMIT
+from outlast.config import nearest
+from outlast.errors import CheckpointError, ConfigError, MissingDependency
+
+Bytes = bytes | memoryview
+Buffer = npt.NDArray[np.uint8]
+
+
+class Store(Protocol):
+    """What a checkpoint needs of its storage. Every method raises OSError; FileNotFoundError for a missing file."""
+
+    url: str
+
+    def prepare(self) -> None:
+        """Create the directory where there are such, durably, and find out whether it can be written."""
+
+    def put(self, path: str, parts: Sequence[Bytes]) -> None:
+        """Write a file; on return its bytes are durable, its name only after :meth:`sync_dirs`.
+
+        A reader or a crash may see a part of it.
+        """
+
+    def put_atomic(self, path: str, data: bytes) -> None:
+        """Write a file that readers see whole or not at all, before and after a crash; durable on return."""
+
+    def sync_dirs(self, paths: Iterable[str]) -> None:
+        """Make the names of these files, and of all directories on the way to them, durable."""
+
+    def read(self, path: str) -> Buffer:
+        """A file's bytes, writable."""
+
+    def names(self, path: str) -> list[str]:
+        """What lies in a directory, sorted; empty where there is none."""
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file."""
+
+    def sizes(self, path: str) -> dict[str, int]:
+        """Sizes in bytes of all files below a directory, by path relative to it."""
+
+    def remove(self, path: str) -> None:
+        """Remove a file, durably; no error where there is none."""
+
+    def remove_tree(self, path: str) -> None:
+        """Remove a directory and all below; its commit record first, so that no half of it looks complete."""
+
+    def move_tree(self, old: str, new: str) -> None:
+        """Give a directory another name; a crash leaves no half of it that looks complete."""
+
+
+def open_store(url: str | os.PathLike[str]) -> Store:
+    """The store at a path or URL; touches nothing.
+
+    Raises:
+        MissingDependency: the package that speaks this protocol is not installed; names the extra.
+        ConfigError: no such protocol.
+    """
+    text = os.fspath(url)
+    protocol, found, rest = text.partition("://")
+    if not found:
+        return LocalStore(text)
+    if protocol in ("file", "local"):
+        return LocalStore(rest)
+    try:
+        filesystem, root = fsspec.core.url_to_fs(text, use_listings_cache=False)
+    except ImportError as error:
+        extra = "s3" if protocol in ("s3", "s3a") else None
+        fix = f"pip install 'outlast[{extra}]'" if extra else "install the package it names"
+        raise MissingDependency(f"{text}: checkpoints at {protocol}:// need a package: {error}", fix) from error
+    except ValueError as error:
+        hint = nearest(protocol, fsspec.available_protocols())
+        raise ConfigError(f"checkpoint.url = {text!r}: {error}", hint) from error
+    return FsspecStore(text.rstrip("/"), filesystem, str(root).rstrip("/"))
+
+
+class LocalStore:
+    """A directory. Files are fsynced before their names are, names before whatever refers to them."""
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.abspath(os.path.expanduser(root))
+        self.url = self.root
+
+    def prepare(self) -> None:
+        missing = []
+        path = Path(self.root)
+        while not path.exists():
+            missing.append(path)
+            path = path.parent
+        os.makedirs(self.root, exist_ok=True)
+        for made in missing:
+            _sync_dir(str(made.parent))
+        if not os.access(self.root, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.root)
+
+    def put(self, path: str, parts: Sequence[Bytes]) -> None:
+        _write(self._at(path), parts)
+
+    def put_atomic(self, path: str, data: bytes) -> None:
+        final = self._at(path)
+        folder, name = os.path.split(final)
+        temporary = os.path.join(folder, f".{name}.{os.getpid()}-{threading.get_native_id()}.tmp")
+        try:
+            _write(temporary, [data])
+            os.replace(temporary, final)
+        except OSError:
+            _unlink(temporary)
+            raise
+        _sync_dir(folder)
+
+    def sync_dirs(self, paths: Iterable[str]) -> None:
+        folders = {""}
+        for path in paths:
+            folder = os.path.dirname(path)
+            while folder and folder not in folders:
+                folders.add(folder)
+                folder = os.path.dirname(folder)
+        # Deepest first: once a name is durable, all that it leads to is.
+        for folder in sorted(folders, key=len, reverse=True):
+            _sync_dir(self._at(folder))
+
+    def read(self, path: str) -> Buffer:
+        with open(self._at(path), "rb", buffering=0) as file:
+            data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+            view, done = data.data, 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    break
+                done += count
+        return data[:done]
+
+    def names(self, path: str) -> list[str]:
+        try:
+            return sorted(os.listdir(self._at(path)))
+        except FileNotFoundError:
+            return []
+
+    def exists(self, path: str) -> bool:
+        return os.path.isfile(self._at(path))
+
+    def sizes(self, path: str) -> dict[str, int]:
+        top = self._at(path)
+        found = {}
+        for folder, _, files in os.walk(top, onerror=_raise):
+            for name in files:
+                full = os.path.join(folder, name)
+                found[os.path.relpath(full, top)] = os.stat(full).st_size
+        return found
+
+    def remove(self, path: str) -> None:
+        full = self._at(path)
+        if _unlink(full):
+            _sync_dir(os.path.dirname(full))
+
+    def remove_tree(self, path: str) -> None:
+        self.remove(f"{path}/{COMMIT}")
+        for attempt in range(3):
+            try:
+                shutil.rmtree(self._at(path))
+                break
+            except FileNotFoundError:
+                if not os.path.exists(self._at(path)):
+                    break
+            except OSError as error:
+                # Another rank may still be writing there for a save that was given up.
+                if error.errno != errno.ENOTEMPTY or attempt == 2:
+                    raise
+            time.sleep(0.01)
+        _sync_dir(self.root)
+
+    def move_tree(self, old: str, new: str) -> None:
+        os.rename(self._at(old), self._at(new))
+        _sync_dir(self.root)
+
+    def _at(self, path: str) -> str:
+        return os.path.join(self.root, path) if path else self.root
+
+
+class FsspecStore:
+    """Anything fsspec knows. Objects appear whole and are durable once written, as object stores promise."""
+
+    def __init__(self, url: str, filesystem: Any, root: str) -> None:
+        self.url = url
+        self._fs = filesystem
+        self._root = root
+
+    def prepare(self) -> None:
+        with _as_oserror(self.url):
+            self._fs.makedirs(self._root, exist_ok=True)
+
+    def put(self, path: str, parts: Sequence[Bytes]) -> None:
+        with _as_oserror(path):
+            self._fs.pipe_file(self._at(path), b"".join(parts))
+
+    def put_atomic(self, path: str, data: bytes) -> None:
+        self.put(path, [data])
+
+    def sync_dirs(self, paths: Iterable[str]) -> None:
+        del paths
+
+    def read(self, path: str) -> Buffer:
+        with _as_oserror(path):
+            return np.frombuffer(bytearray(self._fs.cat_file(self._at(path))), np.uint8)
+
+    def names(self, path: str) -> list[str]:
+        with _as_oserror(path):
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.ls(self._at(path), detail=False)
+            except FileNotFoundError:
+                return []
+            return sorted({str(name).rstrip("/").rpartition("/")[2] for name in found} - {""})
+
+    def exists(self, path: str) -> bool:
+        with _as_oserror(path):
+            self._fs.invalidate_cache()
+            return bool(self._fs.isfile(self._at(path)))
+
+    def sizes(self, path: str) -> dict[str, int]:
+        top = self._at(path)
+        with _as_oserror(path):
+            self._fs.invalidate_cache()
+            found = self._fs.find(top, detail=True)
+            stripped = str(self._fs._strip_protocol(top)).strip("/")
+            return {
+                str(name).strip("/").removeprefix(f"{stripped}/"): int(info["size"]) for name, info in found.items()
+            }
+
+    def remove(self, path: str) -> None:
+        with _as_oserror(path):
+            try:
+                self._fs.rm_file(self._at(path))
+            except FileNotFoundError:
+                return
+
+    def remove_tree(self, path: str) -> None:
+        self.remove(f"{path}/{COMMIT}")
+        if not self.names(path):
+            return
+        for name in self.sizes(path):
+            self.remove(f"{path}/{name}")
+        with _as_oserror(path):
+            # Stores that do have directories are left with empty ones.
+            if self._fs.exists(self._at(path)):
+                self._fs.rm(self._at(path), recursive=True)
+
+    def move_tree(self, old: str, new: str) -> None:
+        # The commit record goes first and arrives last: at no point is there a record without its files.
+        record = bytes(self.read(f"{old}/{COMMIT}")) if self.exists(f"{old}/{COMMIT}") else None
+        self.remove(f"{old}/{COMMIT}")
+        for name in self.sizes(old):
+            with _as_oserror(old):
+                self._fs.cp_file(self._at(f"{old}/{name}"), self._at(f"{new}/{name}"))
+            self.remove(f"{old}/{name}")
+        if record is not None:
+            self.put_atomic(f"{new}/{COMMIT}", record)
+        self.remove_tree(old)
+
+    def _at(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root
+
+
+@contextmanager
+def _as_oserror(path: str) -> Iterator[None]:
+    """Client libraries raise errors of their own; callers know OSError."""
+    try:
+        yield
+    except (OSError, CheckpointError):
+        raise
+    except Exception as error:
+        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _write(path: str, parts: Sequence[Bytes]) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags, 0o644)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        fd = os.open(path, flags, 0o644)
+    try:
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_dir(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _unlink(path: str) -> bool:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,245 @@
+"""The one object a training loop needs: begin a save, wait before the update, restore."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch.distributed as dist
+
+from outlast.checkpoint._agreement import Agreement
+from outlast.checkpoint._names import rank_name
+from outlast.checkpoint._restoring import Restored, Restoring
+from outlast.checkpoint._saving import Place, Saving
+from outlast.checkpoint._snapshot import Arena, Snapshot
+from outlast.checkpoint._store import open_store
+from outlast.checkpoint._tree import Plan, lay_out
+from outlast.checkpoint.settings import CheckpointConfig
+from outlast.errors import CheckpointError
+from outlast.events import Event
+
+
+class Checkpointer:
+    """Saves state while training goes on, and restores it; one per rank.
+
+    ::
+
+        with Checkpointer(url, config, rank=rank, world_size=world_size, epoch=token, emit=log.write) as checkpointer:
+            restored = checkpointer.restore("auto")
+            for step in ...:
+                loss.backward()
+                checkpointer.wait_copied()
+                optimizer.step()
+                if step % config.every_steps == 0:
+                    checkpointer.save(step, replicated={"model": model.state_dict(), ...}, local={"rng": ...})
+
+    Failure contract. What the environment does (a full disk, a timeout, another rank's death) makes a save fail: a
+    ``CheckpointFailed`` event and a log line tell, training goes on, and the checkpoints before it are untouched. What
+    the program does wrong is raised: bad state by :meth:`save` at once; a changed snapshot, or a bug in the background
+    thread, by the next call of :meth:`wait_copied`, :meth:`save`, :meth:`restore` or :meth:`close`. A save is committed
+    only after the training thread has said that nothing was changed, which each of these calls does; so a save after
+    which none of them is called is never committed.
+
+    All methods are for one thread, the training thread.
+
+    Args:
+        url: a path or any fsspec URL, shared by all ranks.
+        config: see :class:`CheckpointConfig`; its ``url`` is not looked at.
+        rank: of this process; rank 0 coordinates and writes the replicated state.
+        world_size: number of ranks.
+        epoch: random text, equal on all ranks of this attempt and never used before; votes of others never count.
+        group: for :meth:`restore`; None takes the default group. Saves use no collectives.
+        emit: takes events, from the training thread and from the background thread.
+
+    Raises:
+        MissingDependency: the package for this kind of URL is not installed.
+        ConfigError: no such kind of URL.
+        CheckpointError: the place cannot be written.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        config: CheckpointConfig,
+        *,
+        rank: int,
+        world_size: int,
+        epoch: str,
+        group: dist.ProcessGroup | None = None,
+        emit: Callable[[Event], None],
+    ) -> None:
+        if not 0 <= rank < world_size or not epoch:
+            raise CheckpointError(
+                f"rank {rank} of {world_size}, epoch {epoch!r}", "0 <= rank < world_size, epoch not empty"
+            )
+        self._store = open_store(url)
+        try:
+            self._store.prepare()
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoints cannot be written to {self._store.url}: {error}",
+                "choose another place with checkpoint.url, or see to its permissions",
+            ) from error
+        self._io = ThreadPoolExecutor(config.io_threads, thread_name_prefix="outlast-checkpoint")
+        self._place = Place(self._store, config, rank, world_size, epoch, emit, self._io)
+        self._group = group
+        self._arena = Arena()
+        self._saving: Saving | None = None
+        self._serial = 0
+        self._closed = False
+        # A thread that is inside PyTorch while the interpreter is taken down would abort the process.
+        atexit.register(self.abort)
+
+    @property
+    def url(self) -> str:
+        """Where checkpoints lie."""
+        return self._store.url
+
+    def save(
+        self,
+        step: int,
+        *,
+        replicated: Mapping[str, Any],
+        local: Mapping[str, Any],
+        eager: Collection[str] = (),
+    ) -> None:
+        """Begin to save the state after ``step``; every rank calls it with the same step.
+
+        One save runs at a time: while the one before is still being written, this call waits for it, and the wait
+        counts as ``blocked_s`` of the new save's ``CheckpointSaved`` event. (Save less often if that happens.)
+
+        Args:
+            step: number of the step just done, >= 0.
+            replicated: equal on all ranks; rank 0's is saved. Nested: keys to tensors, JSON values, or dictionaries.
+            local: this rank's own.
+            eager: top-level keys (of either) whose tensors may change at once; they are copied before this returns. All
+                other tensors must not be changed until :meth:`wait_copied` has returned. JSON values are always copied.
+
+        Raises:
+            CheckpointError: a key, value or dtype that cannot be stored; names it.
+            SnapshotMutated: a tensor of the save before was changed too early.
+        """
+        began = time.monotonic()
+        # Counted before anything can fail, so that all ranks number their saves alike.
+        self._serial += 1
+        if self._closed or step < 0:
+            raise CheckpointError(f"save of step {step} on a {'closed' if self._closed else 'running'} Checkpointer")
+        self._finish()
+        plan = Plan()
+        if self._place.rank == 0:
+            lay_out(plan, replicated, "", eager)
+        lay_out(plan, local, rank_name(self._place.rank), eager)
+        saving = Saving(self._place, step, self._serial, plan, Snapshot(plan.items, self._arena), began)
+        self._saving = saving
+        saving.start()
+        saving.blocked_s += time.monotonic() - began
+
+    def wait_copied(self) -> float:
+        """Wait until no tensor of the running save is needed any more; call right before anything changes them.
+
+        Returns:
+            Seconds this call blocked.
+
+        Raises:
+            SnapshotMutated: a tensor was changed too early; the save is given up.
+            Exception: a bug that ended the save before, or the event sink's error.
+        """
+        saving = self._saving
+        if saving is None:
+            return 0.0
+        began = time.monotonic()
+        if not saving.confirmed:
+            saving.copied.wait()
+            waited_s = time.monotonic() - began
+            saving.blocked_s += waited_s
+            saving.confirm()
+        self._raise_error(saving)
+        return time.monotonic() - began
+
+    def restore(self, which: Literal["auto"] | int) -> Restored | None:
+        """Read a checkpoint back, every byte verified; collective over the group.
+
+        ``"auto"`` takes the newest step that all ranks find complete and undamaged. Damaged newer ones are reported
+        (``CheckpointRejected``, a log line naming the file) and set aside: renamed to ``step_XXXXXXXX.aside-N``. Saves
+        that were cut off are reported and cleared away. An integer takes that step and sets newer ones aside.
+
+        Returns:
+            The state, or None if ``"auto"`` finds no checkpoint at all.
+
+        Raises:
+            CheckpointNotFound: no such step; names those there are.
+            CorruptCheckpoint: the step asked for is damaged, or (``"auto"``) there are checkpoints but none is valid.
+            IncompleteCheckpoint: a file or the commit record of the step asked for is missing.
+            UnknownFormatVersion: written by another version of outlast; it is left as it is.
+            StateMismatch: saved by another number of ranks.
+            CheckpointError: the storage cannot be read, or there are several ranks without a process group.
+        """
+        if self._closed:
+            raise CheckpointError("restore on a closed Checkpointer")
+        self._finish()
+        agreement = Agreement(self._group, self._place.rank, self._place.world_size)
+        place = self._place
+        restoring = Restoring(self._store, place.rank, place.world_size, agreement, place.emit, self._io)
+        return restoring.newest() if which == "auto" else restoring.exactly(which)
+
+    def close(self) -> None:
+        """Wait until the running save is committed or has failed, and end the threads; closing twice is harmless.
+
+        Raises:
+            SnapshotMutated: a tensor of the running save was changed too early.
+            Exception: a bug that ended the save before, or the event sink's error.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._finish()
+        finally:
+            if self._saving is not None:
+                self._saving.join()
+            self._end()
+
+    def abort(self) -> None:
+        """Give the running save up, report it as failed, and end the threads; for a training that ends with an error.
+
+        What the save has committed by now stays. Raises nothing that the save ran into. A process that ends without
+        :meth:`close` does this by itself.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self._saving is not None:
+            self._saving.give_up(CheckpointError("training ended with an error before the checkpoint was committed"))
+            self._saving.join()
+        self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _end(self) -> None:
+        self._io.shutdown()
+        atexit.unregister(self.abort)
+
+    def _finish(self) -> None:
+        """Confirm and await the running save."""
+        if self._saving is not None:
+            self.wait_copied()
+            self._saving.done.wait()
+            self._raise_error(self._saving)
+
+    @staticmethod
+    def _raise_error(saving: Saving) -> None:
+        if saving.error is not None:
+            error, saving.error = saving.error, None
+            raise error

@@ -1,0 +1,105 @@
+"""``outlast ckpt ls|show|verify``: what the checkpoint room tells, as tables or JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Column, Table
+
+from outlast import checkpoint
+from outlast.errors import CheckpointNotFound
+
+
+def show(
+    action: Literal["ls", "show", "verify"], url: str, step: int | None, *, as_json: bool, console: Console
+) -> int:
+    """Print what ``action`` asks for; the exit status: 1 if ``verify`` found a problem.
+
+    Raises:
+        CheckpointError: there is no checkpoint at ``url``, or its metadata is damaged.
+    """
+    actions: dict[str, Callable[[str, int | None, bool, Console], int]] = {"ls": _ls, "show": _show, "verify": _verify}
+    return actions[action](url, step, as_json, console)
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``17.5 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _advance(bar: Progress, task: TaskID, done_bytes: int, total_bytes: int) -> None:
+    bar.update(task, completed=done_bytes, total=total_bytes)
+
+
+def _when(t: float | None) -> str:
+    return datetime.fromtimestamp(t).isoformat(" ", "seconds") if t is not None else ""
+
+
+def _ls(url: str, step: int | None, as_json: bool, console: Console) -> int:
+    found = [info for info in checkpoint.list_steps(url) if step is None or info.step == step]
+    if not found:
+        raise CheckpointNotFound(f"no checkpoints at {url}", "give the folder that holds step_… folders")
+    if as_json:
+        _print_json([dataclasses.asdict(info) for info in found])
+        return 0
+    table = Table("step", "status", "ranks", "size", "saved", "remark", box=None)
+    for info in found:
+        ranks = "" if info.world_size is None else str(info.world_size)
+        amount = "" if info.size_bytes is None else size(info.size_bytes)
+        table.add_row(str(info.step), info.status, ranks, amount, _when(info.saved_at), info.reason)
+    console.print(table)
+    return 0
+
+
+def _show(url: str, step: int | None, as_json: bool, console: Console) -> int:
+    found = checkpoint.describe(url, step)
+    if as_json:
+        _print_json(dataclasses.asdict(found))
+        return 0
+    console.print(f"{found.url}: {found.world_size} ranks, {size(found.size_bytes)}, saved {_when(found.saved_at)}")
+    table = Table(Column("tensor", overflow="fold"), "rank", "shape", "type", "size", box=None)
+    for tensor in found.tensors:
+        rank = "all" if tensor.rank is None else str(tensor.rank)
+        table.add_row(
+            tensor.name, rank, "×".join(map(str, tensor.shape)) or "scalar", tensor.dtype, size(tensor.size_bytes)
+        )
+    console.print(table)
+    return 0
+
+
+def _verify(url: str, step: int | None, as_json: bool, console: Console) -> int:
+    steps = [step] if step is not None else [i.step for i in checkpoint.list_steps(url) if i.status != "aside"]
+    if not steps:
+        raise CheckpointNotFound(f"no checkpoints at {url}", "give the folder that holds step_… folders")
+    results = []
+    with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
+        for number in steps:
+            task = bar.add_task(f"step {number}")
+            results.append(checkpoint.verify(url, number, partial(_advance, bar, task)))
+    if as_json:
+        _print_json([dataclasses.asdict(result) for result in results])
+    else:
+        for result in results:
+            good = not result.problems
+            verdict = "good" if good else "DAMAGED"
+            console.print(
+                f"step {result.step}: {verdict}, {result.files} files, {size(result.size_bytes)}", soft_wrap=True
+            )
+            for problem in result.problems:
+                console.print(f"  {problem.file}: {problem.kind}: {problem.reason}", soft_wrap=True, markup=False)
+    return 1 if any(result.problems for result in results) else 0

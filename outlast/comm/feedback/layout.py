@@ -1,0 +1,39 @@
+"""How the local slots of a tensor are kept that is compressed in slices, each by itself.
+
+Slots of the tensor's shape are whole tensors, of which each slice has its rows. Slots with shapes of their own
+(``Feedback.apart_slots``) come once for each slice, under the name ``slot_00003``. A tensor in one piece has every
+slot under its plain name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from outlast.comm._cut import slices
+from outlast.comm.compressors import Slots
+from outlast.comm.feedback.base import Feedback
+
+
+def of_slice(slot: str, index: int) -> str:
+    """The name under which slice ``index`` keeps ``slot``, if that is one of ``Feedback.apart_slots``."""
+    return f"{slot}_{index:05d}"
+
+
+def join(feedback: Feedback, units: Sequence[Slots]) -> Slots:
+    """One dict from the local slots of all slices (at least one); copies the tensors unless there is one slice."""
+    if len(units) == 1:
+        return dict(units[0])
+    whole = {slot: torch.cat([unit[slot] for unit in units]) for slot in feedback.own_slots}
+    for slot in feedback.apart_slots:
+        whole |= {of_slice(slot, index): unit[slot] for index, unit in enumerate(units)}
+    return whole
+
+
+def unit(feedback: Feedback, local: Slots, index: int, units: int) -> Slots:
+    """The slots of slice ``index`` of ``units`` in what :func:`join` made, as views that may be moved in place."""
+    if units == 1:
+        return local
+    found = {slot: slices(local[slot], units)[index] for slot in feedback.own_slots}
+    return found | {slot: local[of_slice(slot, index)] for slot in feedback.apart_slots}

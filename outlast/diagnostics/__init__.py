@@ -1,0 +1,68 @@
+"""What is wrong, and with whom.
+
+While a run goes on, each rank keeps a :class:`Recorder` of its collectives and a :class:`Heartbeat` in shared memory,
+and the launcher asks :func:`judge` which rank holds the others up. Afterwards :func:`build_report` makes a
+:class:`Report` from the events alone: loss, where the time went, what broke, and which rank is a straggler.
+"""
+
+from __future__ import annotations
+
+from outlast.diagnostics._build import build_report
+from outlast.diagnostics._incidents import Incident
+from outlast.diagnostics._lateness import StragglerRow
+from outlast.diagnostics.heartbeat import PHASES, Beat, Heartbeat, Phase, read_heartbeat
+from outlast.diagnostics.html import render_html
+from outlast.diagnostics.recorder import Collective, Recorder, Ring, read_ring
+from outlast.diagnostics.report import (
+    CheckpointRow,
+    Checkpoints,
+    Facts,
+    Lateness,
+    LossCurve,
+    Report,
+    Start,
+    TimeSplit,
+    Traffic,
+)
+from outlast.diagnostics.settings import DiagnosticsConfig
+from outlast.diagnostics.shm import clear, heartbeat_path, ring_path, shm_directory
+from outlast.diagnostics.stall import Culprit, Observation, StallRules, StallVerdict, judge, observe, process_state
+from outlast.diagnostics.terminal import render_terminal
+
+__all__ = [
+    "PHASES",
+    "Beat",
+    "CheckpointRow",
+    "Checkpoints",
+    "Collective",
+    "Culprit",
+    "DiagnosticsConfig",
+    "Facts",
+    "Heartbeat",
+    "Incident",
+    "Lateness",
+    "LossCurve",
+    "Observation",
+    "Phase",
+    "Recorder",
+    "Report",
+    "Ring",
+    "StallRules",
+    "StallVerdict",
+    "Start",
+    "StragglerRow",
+    "TimeSplit",
+    "Traffic",
+    "build_report",
+    "clear",
+    "heartbeat_path",
+    "judge",
+    "observe",
+    "process_state",
+    "read_heartbeat",
+    "read_ring",
+    "render_html",
+    "render_terminal",
+    "ring_path",
+    "shm_directory",
+]

@@ -1,0 +1,183 @@
+"""Reads the events of every attempt of a run, and says what is missing or cannot be read."""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from outlast.errors import DiagnosticsError
+from outlast.events import Record, StepDone, parse_event
+
+Floats = npt.NDArray[np.float64]
+
+STEP_FIELDS = (
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "step_s",
+    "data_s",
+    "comm_s",
+    "checkpoint_s",
+    "collective_s",
+    "codec_s",
+    "wire_bytes",
+    "dense_bytes",
+)
+PROBED_FIELDS = ("alpha", "residual")
+"""Measured in some steps only; NaN in the others."""
+_COLUMNS = ("attempt", "generation", "rank", "step", "t", *STEP_FIELDS, *PROBED_FIELDS)
+
+
+@dataclass(slots=True)
+class Loaded:
+    """The events of a run: steps as one table, everything else as records."""
+
+    rows: Floats
+    """[n, len(_COLUMNS)]: attempt, generation, rank, step, t, then the fields; in the order they were read."""
+    others: list[tuple[int, Record]]
+    """(attempt, record) of all other events, oldest first; attempt 0 for the launchers' events."""
+    missing: list[str]
+    """What could not be read, in words."""
+    spans: dict[int, tuple[float, float]]
+    """First and last ``t`` of each attempt's ranks."""
+
+
+@dataclass(slots=True)
+class Steps:
+    """The last execution of every step, as arrays of [steps, ranks]; NaN where a rank has no record of it."""
+
+    steps: list[int]
+    ranks: list[int]
+    attempt: list[int]
+    """Of each step: the attempt whose execution counts."""
+    generation: list[int]
+    values: dict[str, Floats] = field(default_factory=dict)
+    """By STEP_FIELDS and PROBED_FIELDS, and ``t``."""
+    redone: int = 0
+    """Executions that do not count, since the step was executed again later."""
+
+
+def load(run_dir: Path) -> Loaded:
+    """All events below ``run_dir``.
+
+    Raises:
+        DiagnosticsError: there is no such directory, or no events in it, or their schema is unknown.
+    """
+    if not run_dir.is_dir():
+        raise DiagnosticsError(f"no run directory at {run_dir}", "give the path of a run, e.g. runs/NAME")
+    files: list[tuple[int, Path]] = []
+    for folder in sorted(run_dir.glob("attempts/[0-9]*")):
+        if folder.name.isdecimal():
+            files += [(int(folder.name), path) for path in sorted(folder.glob("events/rank_*.jsonl"))]
+    launchers = sorted(run_dir.glob("events/agent_*.jsonl"))
+    if not files and not launchers:
+        raise DiagnosticsError(
+            f"{run_dir} holds no events", "a run writes them to attempts/NNNN/events/; is this the directory of a run?"
+        )
+    table = array("d")
+    loaded = Loaded(np.empty((0, len(_COLUMNS))), [], [], {})
+    for attempt, path in [*files, *((0, path) for path in launchers)]:
+        _read(path, attempt, table, loaded, path.relative_to(run_dir))
+    loaded.rows = np.frombuffer(table, dtype=np.float64).reshape(-1, len(_COLUMNS)) if table else loaded.rows
+    loaded.others.sort(key=lambda item: item[1].t)
+    _note_absent(loaded, files)
+    return loaded
+
+
+def _read(path: Path, attempt: int, table: array[float], loaded: Loaded, name: Path) -> None:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        loaded.missing.append(f"{name} cannot be read: {error.strerror}")
+        return
+    if lines.pop():
+        loaded.missing.append(
+            f"{name}: the last line is torn and was left out (its writer was killed while writing it)"
+        )
+    torn = 0
+    times = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = parse_event(line, f"{path}:{number}")
+        except DiagnosticsError:
+            if _is_json(line):
+                raise
+            torn += 1
+            continue
+        times.append(record.t)
+        if record.kind == StepDone.kind:
+            try:
+                fields = [float(record.fields[key]) for key in STEP_FIELDS]
+                probed = [record.fields.get(key) for key in PROBED_FIELDS]
+                fields += [np.nan if value is None else float(value) for value in probed]
+                row = [attempt, record.generation, record.rank, record.fields["step"], record.t, *fields]
+            except (KeyError, TypeError, ValueError) as error:
+                raise DiagnosticsError(f"{path}:{number}: a step without a usable {error}") from error
+            table.extend(row)
+        else:
+            loaded.others.append((attempt, record))
+    if torn:
+        loaded.missing.append(f"{name}: {torn} unreadable line{'s' if torn > 1 else ''} left out")
+    if not times:
+        loaded.missing.append(f"{name} holds no events")
+    elif attempt:
+        first, last = loaded.spans.get(attempt, (times[0], times[0]))
+        loaded.spans[attempt] = (min(first, *times), max(last, *times))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _note_absent(loaded: Loaded, files: list[tuple[int, Path]]) -> None:
+    """Ranks that an attempt had according to its events, and that left none."""
+    worlds = {attempt: int(one["world_size"]) for attempt, one in loaded.others if one.kind == "run_started"}
+    for attempt, world_size in sorted(worlds.items()):
+        found = set()
+        for owner, path in files:
+            match = re.fullmatch(r"rank_(\d+)\.jsonl", path.name)
+            if owner == attempt and match:
+                found.add(int(match[1]))
+        absent = sorted(set(range(world_size)) - found)
+        if absent:
+            names = ", ".join(map(str, absent[:8])) + (" ..." if len(absent) > 8 else "")
+            loaded.missing.append(
+                f"attempt {attempt}: no events of rank{'s' if len(absent) > 1 else ''} {names} (of {world_size})"
+            )
+
+
+def last_executions(rows: Floats) -> Steps:
+    """Of every step the last execution: that of the newest (attempt, generation) in which any rank finished it."""
+    if len(rows) == 0:
+        return Steps([], [], [], [])
+    starts, start = np.unique(rows[:, :2], axis=0, return_inverse=True)
+    start = start.reshape(-1)
+    steps, step = np.unique(rows[:, 3], return_inverse=True)
+    ranks, rank = np.unique(rows[:, 2], return_inverse=True)
+    newest = np.zeros(len(steps), dtype=np.int64)
+    np.maximum.at(newest, step, start)
+    executed = np.unique(np.stack([step, start]), axis=1).shape[1]
+    kept = start == newest[step]
+    found = Steps(
+        steps=[int(one) for one in steps],
+        ranks=[int(one) for one in ranks],
+        attempt=[int(starts[one, 0]) for one in newest],
+        generation=[int(starts[one, 1]) for one in newest],
+        redone=executed - len(steps),
+    )
+    for column, name in enumerate(_COLUMNS[4:], 4):
+        values = np.full((len(steps), len(ranks)), np.nan)
+        values[step[kept], rank[kept]] = rows[kept, column]
+        found.values[name] = values
+    return found

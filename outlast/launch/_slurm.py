@@ -1,0 +1,122 @@
+"""What Slurm's environment variables say, beyond plain numbers: node lists, tasks per node, addresses, a port."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+
+from outlast.errors import PlaceError
+
+FIRST_PORT = 61440
+PORTS = 4096
+"""Ports 61440 to 65535 lie above Linux's ephemeral range (32768 to 60999), so that no outgoing connection holds one."""
+
+
+def port(job_id: int, step_id: int) -> int:
+    """The master port of a job step, the same on all its ranks: ``61440 + (16 x job_id + step_id mod 16) mod 4096``.
+
+    256 consecutive jobs and 16 consecutive steps of each have different ports, since they may share a node.
+    """
+    return FIRST_PORT + (job_id * 16 + step_id % 16) % PORTS
+
+
+def expand(nodelist: str) -> list[str]:
+    """The names in a node list, in order: ``"n[1-2,07-08],gpu3"`` is n1, n2, n07, n08, gpu3.
+
+    Raises:
+        PlaceError: it is empty or its brackets are not balanced ranges of numbers.
+    """
+    names: list[str] = []
+    for part in _split(nodelist):
+        names += _expand_one(part, nodelist)
+    if not names:
+        raise PlaceError("Slurm's node list is empty", "start the ranks with srun")
+    return names
+
+
+def _split(nodelist: str) -> list[str]:
+    """Cut at commas outside brackets."""
+    parts, depth = [""], 0
+    for char in nodelist:
+        depth += (char == "[") - (char == "]")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part for part in parts if part]
+
+
+def _expand_one(part: str, nodelist: str) -> list[str]:
+    head, bracket, rest = part.partition("[")
+    if not bracket:
+        return [part]
+    ranges, closing, tail = rest.partition("]")
+    names = []
+    for item in ranges.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
+        if match is None or not closing:
+            raise PlaceError(f"Slurm's node list {nodelist!r} cannot be read", "set MASTER_ADDR to the host of rank 0")
+        first, last = match[1], match[2] or match[1]
+        numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        names += [head + number + end for number in numbers for end in _expand_one(tail, nodelist)]
+    return names
+
+
+def tasks_on_node(tasks_per_node: str, node: int) -> int:
+    """How many tasks node number ``node`` (from 0) has by ``"2(x3),1"``: 2 on nodes 0 to 2, 1 on node 3.
+
+    Raises:
+        PlaceError: the text cannot be read or has no such node.
+    """
+    counts: list[int] = []
+    for item in tasks_per_node.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item)
+        if match is None:
+            raise PlaceError(f"Slurm's tasks per node, {tasks_per_node!r}, cannot be read")
+        counts += [int(match[1])] * int(match[2] or 1)
+    if not 0 <= node < len(counts):
+        raise PlaceError(
+            f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE={tasks_per_node!r} has {len(counts)} nodes"
+        )
+    return counts[node]
+
+
+def address(name: str) -> str:
+    """A name or address under which other nodes reach node ``name``: the name if it resolves, else Slurm's NodeAddr.
+
+    Raises:
+        PlaceError: it does not resolve and ``scontrol`` does not know it either.
+    """
+    if _resolves(name):
+        return name
+    fix = "set MASTER_ADDR to an address of the first node"
+    scontrol = shutil.which("scontrol")
+    if scontrol is None:
+        raise PlaceError(
+            f"Slurm node {name!r} is no host name that resolves here, and there is no scontrol to ask", fix
+        )
+    asked = subprocess.run([scontrol, "show", "node", name], capture_output=True, text=True, timeout=30, check=False)
+    match = re.search(r"\bNodeAddr=(\S+)", asked.stdout)
+    if match is None or not _resolves(match[1]):
+        said = (asked.stdout + asked.stderr).strip().splitlines()[:1]
+        raise PlaceError(f"Slurm node {name!r} does not resolve, and scontrol gives no address for it: {said}", fix)
+    return match[1]
+
+
+def _resolves(name: str) -> bool:
+    try:
+        socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return True
+
+
+def first_node_address(environ: Mapping[str, str]) -> str:
+    """Address of the first node of this job step (of the job where there is no step)."""
+    for key in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"):
+        if environ.get(key):
+            return address(expand(environ[key])[0])
+    raise PlaceError("Slurm's environment has no node list", "set MASTER_ADDR to the host of rank 0")

@@ -1,0 +1,269 @@
+"""Starts a command as ranks on torchelastic's agent, and keeps them running."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from outlast.errors import ConfigError, LaunchError, OutOfRange, RunDirectoryError
+from outlast.events import EventLog
+from outlast.launch.failures import WATCHED, ranks_failed
+from outlast.launch.flags import DEFAULT_PORT
+from outlast.launch.ports import check_port
+from outlast.launch.spec import LaunchSpec, Rendezvous, resolve
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous import RendezvousHandler
+
+TETHER = Path(__file__).with_name("_tether.py")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+TORCHELASTIC_NOISE = "torch.distributed.elastic.multiprocessing.api"
+"""Its lines name whichever rank it sees first as the one that failed; the agent writes better ones."""
+
+log = logging.getLogger("outlast.launch")
+
+
+def launch(spec: LaunchSpec) -> None:
+    """Run ``spec.command`` as ranks on this node until all have ended well; start them again when one fails or hangs.
+
+    On several nodes it is called once on each. It must be called from the main thread: torchelastic forwards signals
+    from there, and the ranks are killed when the thread that started them ends.
+
+    Returns only when all ranks of this node exited with status 0. SIGTERM, SIGINT, SIGHUP and SIGQUIT end all ranks
+    (SIGTERM, after ``stop_grace_s`` SIGKILL) and raise ``SystemExit(128 + signal)``. If the launcher itself is killed,
+    the kernel kills its ranks.
+
+    Raises:
+        RanksFailed: ranks failed more often than restarts were allowed, or with ``NO_RESTART_STATUS``.
+            It names them, their exit status or signal, their logs and last lines.
+        PortInUse: something that is no rendezvous listens at the endpoint on this host.
+        LaunchError: the nodes did not meet at the rendezvous, or their store was lost.
+        RunDirectoryError: the run's directory cannot be made.
+        ConfigError: the flags contradict one another.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise LaunchError("launch() was called outside the main thread", "call it from the main thread of its process")
+    rendezvous = resolve(spec.flags)
+    if rendezvous.backend == "static" and spec.effective().max_restarts > 0:
+        raise ConfigError("a static rendezvous cannot be held again", "use --rdzv-backend c10d, or --max-restarts 0")
+    ranks = _local_ranks(spec.flags.nproc_per_node)
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    events_dir = spec.run_dir / "events"
+    try:
+        events_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"run directory {spec.run_dir} cannot be made: {error.strerror}", "choose another run.dir"
+        ) from error
+    _check_port(rendezvous)
+    with (
+        EventLog(events_dir / f"agent_{host}.jsonl", rank=-1) as events,
+        _environment(_worker_environment(ranks)),
+    ):
+        _run_agent(spec, rendezvous, ranks, host, events)
+
+
+def dry_run(spec: LaunchSpec) -> str:
+    """What :func:`launch` would do, as text: the command, the environment it would add, and the rendezvous.
+
+    Raises:
+        ConfigError: as ``launch``.
+    """
+    rendezvous = resolve(spec.flags)
+    ranks = _local_ranks(spec.flags.nproc_per_node)
+    least, most = rendezvous.min_nodes, rendezvous.max_nodes
+    nodes = str(least) if least == most else f"{least} to {most}"
+    added = _worker_environment(ranks)
+    config = spec.effective()
+    lines = [
+        f"command     {shlex.join(spec.command)}",
+        f"ranks       {ranks} on this node; nodes: {nodes}",
+        f"rendezvous  {rendezvous.backend} at {rendezvous.endpoint} ({rendezvous.why}), id {rendezvous.run_id}",
+        *(f"            {key}={value}" for key, value in sorted(rendezvous.conf.items())),
+        f"environment {' '.join(f'{key}={value}' for key, value in sorted(added.items())) or '(nothing added)'}",
+        "            and torchrun's RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, "
+        "TORCHELASTIC_*",
+        f"restarts    up to {config.max_restarts} after a failure"
+        + (
+            f" or a hang (no progress for {config.hang_floor_s:g} s and {config.hang_factor:g} median steps; "
+            f"{config.startup_limit_s:g} s during set-up)"
+            if config.watch
+            else "; hangs are not looked for"
+        ),
+        f"directory   {spec.run_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, events: EventLog) -> None:
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    from outlast.launch.agent import WatchedAgent
+    from outlast.launch.logs import RankOutput
+
+    config = spec.effective()
+    with _signals_restored(), _quiet(TORCHELASTIC_NOISE):
+        handler = _handler(rendezvous)
+        close = True  # close the rendezvous for all nodes when this launcher ends
+        master_addr, master_port = rendezvous.host_and_port() if rendezvous.backend == "static" else (None, None)
+        agent = WatchedAgent(
+            WorkerSpec(
+                role=spec.flags.role,
+                local_world_size=ranks,
+                rdzv_handler=handler,
+                entrypoint=sys.executable,
+                args=tuple(
+                    # torchelastic fills in ${local_rank}; "$$" is its plain "$".
+                    word.replace("$", "$$")
+                    for word in ("-I", "-S", str(TETHER), str(os.getpid()), *spec.command)
+                ),
+                max_restarts=config.max_restarts,
+                monitor_interval=config.monitor_interval_s,
+                master_addr=master_addr,
+                master_port=master_port,
+                local_addr=rendezvous.local_addr,
+            ),
+            RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host),
+            config,
+            spec.run_dir,
+            events,
+            host,
+        )
+        try:
+            result = agent.run()
+            if result is None:  # the job ended while this node was waiting to be needed
+                log.warning("outlast: the other nodes ended the job before this one was needed")
+            elif result.is_failed():
+                # On a varying number of nodes the others may go on without this one.
+                close = rendezvous.min_nodes == rendezvous.max_nodes
+                raise ranks_failed(
+                    host,
+                    agent.failures,
+                    restarts=agent.restarts,
+                    allowed=config.max_restarts,
+                    run_dir=spec.run_dir,
+                )
+            agent.tidy()
+        except (SignalException, KeyboardInterrupt) as error:
+            # Closing would keep a launcher that is started again from joining the other nodes.
+            close = False
+            signum = error.sigval if isinstance(error, SignalException) else signal.SIGINT
+            agent.tidy()
+            raise SystemExit(128 + int(signum)) from error
+        except RendezvousError as error:
+            raise LaunchError(
+                f"the rendezvous at {rendezvous.endpoint} (id {rendezvous.run_id}) failed: {error}",
+                "see that every node was started with the same endpoint, id and --nnodes, and reaches that host",
+            ) from error
+        finally:
+            if close:
+                handler.shutdown()
+
+
+def _handler(rendezvous: Rendezvous) -> RendezvousHandler:
+    from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+    try:
+        return get_rendezvous_handler(
+            RendezvousParameters(
+                backend=rendezvous.backend,
+                endpoint=rendezvous.endpoint,
+                run_id=rendezvous.run_id,
+                min_nodes=rendezvous.min_nodes,
+                max_nodes=rendezvous.max_nodes,
+                local_addr=rendezvous.local_addr,
+                **{key: int(value) if key == "rank" else value for key, value in rendezvous.conf.items()},
+            )
+        )
+    except RendezvousError as error:
+        raise LaunchError(
+            f"no connection to the rendezvous at {rendezvous.endpoint}: {error.__cause__ or error}",
+            "see that the launcher on that host runs, that its port is open, and that its name resolves here",
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"the rendezvous flags are wrong: {error}") from error
+
+
+def _check_port(rendezvous: Rendezvous) -> None:
+    """Find a taken port before torch does: its client waits for ever for the greeting of a server that is silent."""
+    from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
+
+    host, port = rendezvous.host_and_port()
+    if port == -1:
+        port = DEFAULT_PORT if rendezvous.backend == "static" else 29400  # torch's own default of c10d
+    if rendezvous.backend == "static":
+        if rendezvous.conf["rank"] == "0":
+            check_port(host, port, may_join=False)
+    elif rendezvous.backend == "c10d" and rendezvous.conf.get("store_type", "tcp") == "tcp":
+        hosts = rendezvous.conf.get("is_host", "").lower()
+        if hosts in ("1", "true", "t", "yes", "y"):
+            check_port(host, port, may_join=False)
+        elif not hosts and _matches_machine_hostname(host):
+            check_port(host, port, may_join=True)
+
+
+def _local_ranks(nproc_per_node: str) -> int:
+    from torch.distributed.run import determine_local_world_size
+
+    try:
+        ranks = int(determine_local_world_size(nproc_per_node))
+    except ValueError as error:
+        raise OutOfRange(f"--nproc-per-node {nproc_per_node}: {error}", "a number, auto, cpu or gpu") from error
+    if ranks < 1:
+        raise OutOfRange(f"--nproc-per-node {nproc_per_node} gives no ranks", "1 or more, auto, cpu or gpu")
+    return ranks
+
+
+def _worker_environment(ranks: int) -> dict[str, str]:
+    """What the launcher adds to the ranks' environment where the user has not set it."""
+    added = {"PYTHONUNBUFFERED": "1", WATCHED: "1"}
+    if ranks > 1:
+        added["OMP_NUM_THREADS"] = "1"  # as torchrun does
+    return {key: value for key, value in added.items() if key not in os.environ}
+
+
+@contextlib.contextmanager
+def _environment(added: dict[str, str]) -> Iterator[None]:
+    """torchelastic hands the launcher's own environment to the ranks, so additions to it are made there for a while."""
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            os.environ.pop(key, None)
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def _signals_restored() -> Iterator[None]:
+    """torchelastic installs handlers that raise; put the ones before back."""
+    before = {one: signal.getsignal(one) for one in SIGNALS}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            if handler is not None:
+                signal.signal(one, handler)

@@ -1,0 +1,49 @@
+"""Settings of the launcher: section ``[launch]``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from outlast.config import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """How often ranks are restarted, and when a rank that makes no progress is killed.
+
+    A rank hangs when it has given no sign of progress for ``max(hang_floor_s, hang_factor x median step)``. It is
+    looked for every ``monitor_interval_s``, so with the defaults a hang is found within ``max(10 s, 5 x median step)``.
+    """
+
+    max_restarts: int = 3
+    """How often this node's ranks are started again after a failure or a hang, before the launcher gives up."""
+    monitor_interval_s: float = 0.5
+    """Seconds between two looks at the ranks."""
+    watch: bool = True
+    """Look for hangs. Without it only the end of a process is noticed. Set it to false for a command that writes no
+    heartbeats: a rank without a first one is taken for hung after ``startup_limit_s``."""
+    hang_floor_s: float = 8.0
+    """A rank may be silent for this many seconds, however short its steps are."""
+    hang_factor: float = 4.0
+    """... and for this many of its median steps."""
+    startup_limit_s: float = 600.0
+    """... and for this many seconds in set-up, checkpoint and finish, and until 3 steps have given a median. A stopped
+    process has only the two limits above."""
+    patience: float = 3.0
+    """Where nothing tells who is to blame (every rank of this node waits for others), wait this many limits. With more
+    than one node, wait ``startup_limit_s``: a rank elsewhere may be in one of those phases."""
+    stop_grace_s: float = 10.0
+    """Seconds that ranks have between SIGTERM and SIGKILL when the launcher ends them."""
+    exit_barrier_s: float = 30.0
+    """On more than one node: how long a node whose ranks are done waits for the ranks of the others."""
+
+    def __post_init__(self) -> None:
+        require(self.max_restarts >= 0, "launch.max_restarts", self.max_restarts, "0 or more")
+        ok = 0.05 <= self.monitor_interval_s <= 60
+        require(ok, "launch.monitor_interval_s", self.monitor_interval_s, "0.05 to 60 seconds")
+        require(self.hang_floor_s > 0, "launch.hang_floor_s", self.hang_floor_s, "more than 0 seconds")
+        require(self.hang_factor >= 1, "launch.hang_factor", self.hang_factor, "1 or more median steps")
+        require(self.startup_limit_s > 0, "launch.startup_limit_s", self.startup_limit_s, "more than 0 seconds")
+        require(self.patience >= 1, "launch.patience", self.patience, "1 or more limits")
+        require(self.stop_grace_s >= 0, "launch.stop_grace_s", self.stop_grace_s, "0 or more seconds")
+        require(self.exit_barrier_s >= 0, "launch.exit_barrier_s", self.exit_barrier_s, "0 or more seconds")

@@ -1,0 +1,30 @@
+"""The loop that joins the rooms, and everything in it usable without it.
+
+``python -m outlast.trainer CONFIG`` is one rank of a run; under torchrun, srun or mpirun it finds its place by itself.
+"""
+
+from outlast.trainer.data import Corpus as Corpus
+from outlast.trainer.data import Loader as Loader
+from outlast.trainer.engine import DDPEngine as DDPEngine
+from outlast.trainer.engine import Engine as Engine
+from outlast.trainer.engine import EngineState as EngineState
+from outlast.trainer.loop import train as train
+from outlast.trainer.main import resolve as resolve
+from outlast.trainer.main import run_rank as run_rank
+from outlast.trainer.model import GPT as GPT
+from outlast.trainer.run import Run as Run
+from outlast.trainer.settings import Config as Config
+
+__all__ = [
+    "GPT",
+    "Config",
+    "Corpus",
+    "DDPEngine",
+    "Engine",
+    "EngineState",
+    "Loader",
+    "Run",
+    "resolve",
+    "run_rank",
+    "train",
+]

@@ -1,0 +1,215 @@
+"""Training text as memory-mapped bytes, in an order that is a pure function of (seed, step, rank, world size).
+
+The files are laid end to end and cut into windows of ``context`` bytes (plus the byte after, which is the last target).
+Window number *i* of the run is window ``permute(i mod N)`` of the text under a permutation keyed by (seed, epoch):
+every window is seen exactly once an epoch, and any position can be reached at no cost, so a resumed run sees what the
+uninterrupted one would have seen, and nothing but the step has to be saved.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import sysconfig
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from outlast.errors import DataError
+from outlast.trainer.settings import DataConfig
+
+Bytes = npt.NDArray[np.uint8]
+
+_OPEN_MAPS = 256  # each map holds a descriptor; the usual limit on those is 1024
+
+
+def find_files(config: DataConfig) -> list[Path]:
+    """The files that ``config`` names, sorted, without empty ones.
+
+    Raises:
+        DataError: nothing matches; lists the patterns as they were expanded.
+    """
+    stdlib = sysconfig.get_paths()["stdlib"]
+    patterns = [pattern.replace("{stdlib}", glob.escape(stdlib)) for pattern in config.files]
+    found = {Path(name) for pattern in patterns for name in glob.glob(pattern, recursive=True)}
+    kept = sorted(
+        path
+        for path in found
+        if path.is_file()
+        and path.stat().st_size > 0
+        and not any(fnmatch.fnmatch(str(path), no) for no in config.exclude)
+    )
+    if not kept:
+        raise DataError(
+            f"no data: {len(found)} files match {', '.join(patterns)}, none is left after data.exclude",
+            "set data.files to existing files or globs",
+        )
+    return kept
+
+
+def split_held_out(files: Sequence[Path], share: float) -> tuple[list[Path], list[Path]]:
+    """Files for training and for evaluation; a file's side depends on its name and folder's name alone.
+
+    Raises:
+        DataError: one side would be empty.
+    """
+    held_out = [f for f in files if zlib.crc32(f"{f.parent.name}/{f.name}".encode()) / 2**32 < share]
+    training = [f for f in files if f not in set(held_out)]
+    if not held_out or not training:
+        raise DataError(
+            f"{len(files)} files split into {len(training)} for training and {len(held_out)} held out",
+            f"give more files, or change data.held_out_share = {share}",
+        )
+    return training, held_out
+
+
+class Corpus:
+    """Files laid end to end as one array of bytes that is never loaded whole.
+
+    Args:
+        files: not empty; must not change while in use.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = list(files)
+        sizes = [file.stat().st_size for file in self.files]
+        self._ends = np.cumsum(sizes)
+        self._maps: OrderedDict[int, Bytes] = OrderedDict()
+        digest = hashlib.sha256()
+        for file, size in zip(self.files, sizes, strict=True):
+            digest.update(f"{file.name}:{size}\n".encode())
+        self.fingerprint = digest.hexdigest()[:16]
+        """A hash of the names and sizes of the files, in order."""
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, start: int, count: int) -> Bytes:
+        """``count`` bytes from ``start`` on, copied, across file borders."""
+        out = np.empty(count, dtype=np.uint8)
+        filled = 0
+        index = int(np.searchsorted(self._ends, start, side="right"))
+        while filled < count:
+            offset = start + filled - (int(self._ends[index - 1]) if index else 0)
+            part = self._map(index)[offset : offset + count - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            index += 1
+        return out
+
+    def _map(self, index: int) -> Bytes:
+        if index in self._maps:
+            self._maps.move_to_end(index)
+            return self._maps[index]
+        if len(self._maps) >= _OPEN_MAPS:
+            self._maps.popitem(last=False)
+        mapped: Bytes = np.memmap(self.files[index], dtype=np.uint8, mode="r")
+        self._maps[index] = mapped
+        return mapped
+
+
+def permute(index: int, size: int, key: bytes) -> int:
+    """Where ``index`` goes under a permutation of ``range(size)`` chosen by ``key``.
+
+    A four-round Feistel network over the next even power of two, walked until it lands inside (cycle walking; Black and
+    Rogaway 2002): random access, no table.
+    """
+    half_bits = max(1, (size - 1).bit_length() + 1) // 2 if size > 1 else 1
+    while size > 1 << (2 * half_bits):
+        half_bits += 1
+    mask = (1 << half_bits) - 1
+    while True:
+        left, right = index >> half_bits, index & mask
+        for turn in range(4):
+            word = hashlib.blake2b(right.to_bytes(8, "little") + bytes([turn]), key=key, digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(word, "little") & mask)
+        index = left << half_bits | right
+        if index < size:
+            return index
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """Batches of one rank, addressed by step.
+
+    Args:
+        corpus: the text.
+        context: ``T``, tokens per sequence.
+        batch_size: ``B``, sequences per micro-batch.
+        accumulate: micro-batches per step.
+        seed: chooses the permutations.
+        rank, world_size: this rank's part of each step's windows.
+
+    Raises:
+        DataError: the text is shorter than one step of all ranks.
+    """
+
+    corpus: Corpus
+    context: int
+    batch_size: int
+    accumulate: int
+    seed: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        if self.windows < self.windows_per_step:
+            raise DataError(
+                f"the text has {self.windows} windows of {self.context} bytes, one step of {self.world_size} ranks "
+                f"takes {self.windows_per_step}",
+                "give more text, or lower data.batch_size or model.context",
+            )
+
+    @property
+    def windows(self) -> int:
+        """Windows in an epoch."""
+        return (len(self.corpus) - 1) // self.context
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows that all ranks together take in one step."""
+        return self.world_size * self.accumulate * self.batch_size
+
+    def window(self, number: int) -> int:
+        """Which window of the text the run's window ``number`` is."""
+        epoch, index = divmod(number, self.windows)
+        return permute(index, self.windows, key=f"{self.seed}:{epoch}".encode())
+
+    def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """The micro-batches of ``step`` (from 1 on): ``accumulate`` pairs of tokens and targets, each (B, T) int64."""
+        first = (step - 1) * self.windows_per_step + self.rank * self.accumulate * self.batch_size
+        numbers = range(first, first + self.accumulate * self.batch_size)
+        rows = np.stack([self.corpus.read(self.window(n) * self.context, self.context + 1) for n in numbers])
+        text = torch.from_numpy(rows.astype(np.int64))  # (accumulate·B, T+1)
+        return [(part[:, :-1], part[:, 1:]) for part in torch.split(text, self.batch_size)]
+
+    def state(self) -> dict[str, int | str]:
+        """What the order depends on; equal states mean equal batches."""
+        return {
+            "fingerprint": self.corpus.fingerprint,
+            "seed": self.seed,
+            "context": self.context,
+            "windows_per_step": self.windows_per_step,
+        }
+
+    def check(self, saved: dict[str, int | str]) -> None:
+        """Raise unless ``saved`` (a :meth:`state`) gives the batches this loader gives.
+
+        Raises:
+            DataError: names what differs, with both values.
+        """
+        for key, now in self.state().items():
+            if saved.get(key) != now:
+                raise DataError(
+                    f"the checkpoint was made with data {key} = {saved.get(key)!r}, this run has {now!r}: the order of "
+                    "the data would not go on where it stopped",
+                    "restore the data and settings of the first start, or start a new run",
+                )

@@ -1,0 +1,205 @@
+"""What replicates the model and takes a step with it: the seam between the loop and DDP."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from outlast.checkpoint import check_like
+from outlast.comm import Adam, Choice, CollectiveObserver, GradientReducer, ReduceStats
+from outlast.errors import StateMismatch, TrainingDiverged
+from outlast.trainer.optim import (
+    build_optimizer,
+    build_scheduler,
+    load_optimizer_state,
+    load_scheduler_state,
+    optimizer_state,
+)
+from outlast.trainer.settings import Config
+
+Batch = tuple[Tensor, Tensor]
+State = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """Everything an engine needs to go on bit-identically. Tensors are the live ones, not copies.
+
+    ``eager`` names the top-level keys whose tensors the next backward pass changes; the others change in the update.
+    """
+
+    replicated: State
+    local: State
+    eager: frozenset[str]
+
+
+class Engine(Protocol):
+    """Owns model, optimizer, scheduler and the exchange of gradients.
+
+    A step is ``forward_backward``, then ``update``. All ranks call the same methods in the same order; the first is
+    collective. When a peer fails it raises within the timeout of ``[comm]``, and the engine cannot be used again.
+    """
+
+    model: nn.Module
+
+    def forward_backward(self, step: int, batches: Sequence[Batch]) -> tuple[float, ReduceStats]:
+        """Loss of this rank's micro-batches (their mean), and what the exchange cost; leaves averaged gradients."""
+        ...
+
+    def update(self, step: int) -> tuple[float, float]:
+        """Clip, update parameters, advance the schedule; norm of what was averaged, unclipped, and learning rate."""
+        ...
+
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """Mean loss of this rank's batches, a scalar on the engine's device; nothing changes."""
+        ...
+
+    def state(self) -> EngineState:
+        """What to save."""
+        ...
+
+    def load(self, replicated: State, local: State) -> None:
+        """Go on from what :meth:`state` gave; StateMismatch names what does not fit, before a weight changes."""
+        ...
+
+    def close(self) -> None:
+        """Stop background threads."""
+        ...
+
+
+class DDPEngine:
+    """PyTorch's DistributedDataParallel with outlast's reducer as its communication hook.
+
+    Args:
+        model: on its device; every rank must hold the same initial weights (DDP broadcasts rank 0's).
+        config: all settings.
+        device: where ``model`` is.
+        observer: told of every collective that reduces gradients.
+        tell: told what ``comm.compressor = "auto"`` became.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        device: torch.device,
+        observer: CollectiveObserver | None = None,
+        tell: Callable[[Choice], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self._clip_norm = config.clip_norm or math.inf
+        self._bf16 = config.trainer.precision == "bf16"
+        self._ddp = DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            bucket_cap_mb=config.trainer.bucket_mb,
+            gradient_as_bucket_view=True,
+        )
+        optim = config.optim
+        self._reducer = GradientReducer(
+            model.named_parameters(),
+            config.comm,
+            observer=observer,
+            direction=Adam(config.beta1, optim.beta2, optim.eps),
+            dense_direction=Adam(0.9 if optim.beta1 is None else optim.beta1, optim.beta2, optim.eps),
+            tell=tell,
+        )
+        self._reducer.attach(self._ddp)
+        self._optimizer = build_optimizer(model, optim, directed=config.comm.target == "update")
+        self._scheduler = build_scheduler(self._optimizer, config.optim, config.trainer.steps)
+
+    def forward_backward(self, step: int, batches: Sequence[Batch]) -> tuple[float, ReduceStats]:
+        """See :class:`Engine`; gradients of all but the last micro-batch are accumulated without communication."""
+        self._optimizer.zero_grad()
+        self._reducer.begin_step(step)
+        total = torch.zeros((), device=self.device)
+        for index, batch in enumerate(batches, 1):
+            last = index == len(batches)
+            with contextlib.nullcontext() if last else self._ddp.no_sync():
+                loss = self._loss(self._ddp, batch) / len(batches)
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        stats = self._reducer.end_step()
+        return float(total), stats
+
+    def update(self, step: int) -> tuple[float, float]:
+        """See :class:`Engine`.
+
+        Raises:
+            TrainingDiverged: the gradient norm is NaN or Inf; parameters and optimizer are as before.
+        """
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm))
+        if not math.isfinite(norm):
+            raise TrainingDiverged(
+                f"step {step}: the gradient norm is {norm}; the update was not made",
+                "lower optim.lr, lengthen optim.warmup_steps, or resume from an earlier step with --resume STEP",
+            )
+        lr = float(self._scheduler.get_last_lr()[0])
+        self._optimizer.step()
+        self._scheduler.step()
+        return norm, lr
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """See :class:`Engine`."""
+        self.model.eval()
+        losses = torch.stack([self._loss(self.model, batch) for batch in batches])
+        self.model.train()
+        return losses.mean()
+
+    def state(self) -> EngineState:
+        """See :class:`Engine`."""
+        comm = self._reducer.state_dict()
+        replicated = {
+            "model": dict(self.model.named_parameters()) | dict(self.model.named_buffers()),
+            "optimizer": optimizer_state(self.model, self._optimizer),
+            "scheduler": self._scheduler.state_dict(),
+            "comm": {"aggregate": comm["replicated"], "meta": comm["meta"]},
+        }
+        return EngineState(replicated, {"comm": comm["local"]}, frozenset({"comm"}))
+
+    def load(self, replicated: State, local: State) -> None:
+        """See :class:`Engine`."""
+        running = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        check_like(replicated["model"], running)
+        strangers = sorted(set(replicated["optimizer"]) - set(running))
+        if strangers:
+            raise StateMismatch(
+                f"the checkpoint has optimizer state of parameters the model lacks: {', '.join(strangers)}"
+            )
+        comm = replicated["comm"]
+        self._reducer.load_state_dict({"replicated": comm["aggregate"], "meta": comm["meta"], "local": local["comm"]})
+        with torch.no_grad():
+            for name, tensor in running.items():
+                tensor.copy_(replicated["model"][name])
+        load_optimizer_state(self.model, self._optimizer, replicated["optimizer"])
+        load_scheduler_state(self._scheduler, replicated["scheduler"])
+
+    def close(self) -> None:
+        """See :class:`Engine`."""
+        self._reducer.close()
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        tokens, targets = (part.to(self.device) for part in batch)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16):
+            loss: Tensor = model(tokens, targets)
+        return loss
+
+
+def build_engine(
+    model: nn.Module,
+    config: Config,
+    device: torch.device,
+    observer: CollectiveObserver | None = None,
+    tell: Callable[[Choice], None] | None = None,
+) -> Engine:
+    """The engine that ``trainer.engine`` names; ``ddp`` is the one there is."""
+    return DDPEngine(model, config, device, observer, tell)

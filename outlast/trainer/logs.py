@@ -1,0 +1,48 @@
+"""Where a rank's words go: everything into its own file, rank 0's also to the terminal."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import signal
+import sys
+from pathlib import Path
+
+
+def set_up_terminal(rank: int) -> None:
+    """Messages of rank 0 to standard output, warnings of all ranks to standard error."""
+    root = logging.getLogger("outlast")
+    root.setLevel(logging.INFO)
+    root.propagate = False
+    if rank == 0:
+        plain = logging.StreamHandler(sys.stdout)
+        plain.addFilter(lambda record: record.levelno < logging.WARNING)
+        root.addHandler(plain)
+    loud = logging.StreamHandler(sys.stderr)
+    loud.setLevel(logging.WARNING)
+    loud.addFilter(lambda record: record.exc_info is None)  # main prints what ended the rank; its stacks go to the file
+    loud.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s %(message)s"))
+    root.addHandler(loud)
+
+
+def set_up_file(path: Path, rank: int) -> None:
+    """Everything into ``path``; on SIGUSR1 the stacks of all threads too, also while the interpreter is stuck in C."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s.%(msecs)03d [rank {rank}] %(levelname)s %(name)s: %(message)s", "%F %T")
+    )
+    logging.getLogger("outlast").addHandler(handler)
+    stream = handler.stream
+    assert stream is not None  # a handler opens its file at once unless told to delay
+    faulthandler.enable(file=stream, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=stream, all_threads=True)
+
+
+def shut_down() -> None:
+    """Close what the two functions above opened; the logger is as before them."""
+    faulthandler.unregister(signal.SIGUSR1)
+    faulthandler.disable()
+    root = logging.getLogger("outlast")
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,55 @@
+"""The training loop, on one screen."""
+
+from __future__ import annotations
+
+from outlast.events import RunEnded, StepDone
+from outlast.trainer.clock import Clock
+from outlast.trainer.run import Run
+
+
+def train(run: Run) -> None:
+    """Take every step from ``run.first_step`` to ``run.last_step``.
+
+    Collective: all ranks call it with runs that differ in their rank only. When a peer fails, the step's collectives
+    raise here, no update is made from a partial sum, and a restart goes on from the newest committed checkpoint.
+    """
+    if run.first_step == 1:
+        run.evaluate(step=0)
+    for step in range(run.first_step, run.last_step + 1):
+        clock = Clock()
+        run.begin(step)
+        with clock("data"):
+            batches = run.loader.batches(step)
+
+        loss, reduced = run.engine.forward_backward(step, batches)  # gradients are exchanged while backward runs
+
+        with clock("checkpoint"):
+            run.wait_copied(step)  # the update changes what the last snapshot may still be copying
+        grad_norm, lr = run.engine.update(step)
+        if run.checkpoint_due(step):
+            with clock("checkpoint"):
+                run.save(step)
+
+        done = StepDone(
+            step=step,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens=sum(tokens.numel() for tokens, _ in batches),
+            step_s=clock.elapsed_s,
+            data_s=clock.seconds["data"],
+            comm_s=reduced.exposed_s,
+            checkpoint_s=clock.seconds["checkpoint"],
+            collective_s=reduced.collective_s,
+            codec_s=reduced.codec_s,
+            wire_bytes=reduced.wire_bytes,
+            dense_bytes=reduced.dense_bytes,
+            alpha=reduced.alpha,
+            residual=reduced.residual,
+        )
+        run.events.write(done)
+        run.progress.step(done)
+        if run.evaluation_due(step):
+            run.evaluate(step)
+    run.finish()
+    run.events.write(RunEnded(step=run.last_step, ok=True))

@@ -1,0 +1,276 @@
+"""One rank from start to end: find its place, join the others, restore, train, leave."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from outlast.checkpoint import Checkpointer
+from outlast.comm import Choice
+from outlast.config import load, override, split_overrides
+from outlast.diagnostics import (
+    Heartbeat,
+    Recorder,
+    build_report,
+    heartbeat_path,
+    render_html,
+    ring_path,
+    shm_directory,
+)
+from outlast.errors import ConfigError, DataError, OutlastError, RunDirectoryError
+from outlast.events import CommChosen, EventLog, RunEnded, RunStarted
+from outlast.launch import NO_RESTART_STATUS, WATCHED, Place, find_place
+from outlast.trainer import logs, process_group
+from outlast.trainer.data import Corpus, Loader, find_files, split_held_out
+from outlast.trainer.engine import build_engine
+from outlast.trainer.loop import train
+from outlast.trainer.model import GPT
+from outlast.trainer.progress import Progress
+from outlast.trainer.rng import seed_all
+from outlast.trainer.run import Run
+from outlast.trainer.rundir import Attempt, begin_attempt, run_path
+from outlast.trainer.settings import Config
+from outlast.trainer.summary import render_summary
+
+_LOG = logging.getLogger("outlast")
+
+
+def resolve(arguments: Sequence[str], prog: str = "outlast train CONFIG") -> Config:
+    """Settings from ``CONFIG [--resume R] [--section.key VALUE …]``.
+
+    Raises:
+        ConfigError: there is no config file among the arguments, or a value is refused.
+    """
+    rest, overrides = split_overrides(arguments)
+    if "--resume" in rest and rest.index("--resume") + 1 < len(rest):
+        at = rest.index("--resume")
+        overrides += ["--run.resume", rest[at + 1]]
+        del rest[at : at + 2]
+    if len(rest) != 1 or rest[0].startswith("-"):
+        raise ConfigError(
+            f"expected one CONFIG file, got {rest}", f"usage: {prog} [--resume R] [--section.key VALUE …]"
+        )
+    return override(load(Config, rest[0]), overrides, prog)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train on this rank; returns the exit status.
+
+    0: the last step was done. 1: it failed. 2: a setting is wrong. ``NO_RESTART_STATUS`` (under a launcher, in place of
+    1 and 2): it failed in a way that starting again cannot mend.
+    """
+    handler = get_error_handler()
+    handler.initialize()
+    try:
+        config = resolve(sys.argv[1:] if arguments is None else arguments)
+        run_rank(config, find_place())
+    except Exception as error:
+        handler.record_exception(error)
+        return _report_failure(error)
+    return 0
+
+
+def run_rank(config: Config, place: Place) -> None:
+    """Train with resolved settings at a known place. Collective over all ranks of the place's world.
+
+    Raises:
+        OutlastError: see the tree in :mod:`outlast.errors`.
+    """
+    with ExitStack() as stack:
+        logs.set_up_terminal(place.rank)
+        stack.callback(logs.shut_down)
+        device = process_group.choose_device(config.trainer.device, place)
+        process_group.start(place, device, timedelta(seconds=config.trainer.timeout_s))
+        stack.callback(dist.destroy_process_group)
+        # torchrun counts restarts on each node for itself: a node whose own ranks never failed would start anew.
+        place = replace(place, generation=process_group.maximum(device, place.generation))
+        resume = "auto" if place.generation > 0 else config.run.resume
+        attempt, epoch = _claim_attempt(config, device, resuming=resume != "never")
+        logs.set_up_file(attempt.log_path(place.rank), place.rank)
+        run = None
+        try:
+            run = _join(config, place, device, attempt, epoch, stack)
+            _start(run, device, resume)
+            train(run)
+        except Exception as error:
+            _LOG.exception("rank %d failed", place.rank)
+            if run is not None:
+                why = f"{type(error).__name__}: {error}"
+                run.events.write(RunEnded(step=run.recorder.step, ok=False, reason=why))
+            raise
+        if place.rank == 0:
+            _write_report(run)
+        if WATCHED not in os.environ:
+            _leave_shared_memory(run)
+
+
+def _claim_attempt(config: Config, device: torch.device, *, resuming: bool) -> tuple[Attempt, str]:
+    """The attempt that rank 0 claims, and a token for it, on every rank; if rank 0 is refused, every rank raises."""
+    refusal: RunDirectoryError | None = None
+    number = 0
+    if dist.get_rank() == 0:
+        try:
+            number = begin_attempt(config, resuming=resuming).number
+        except RunDirectoryError as error:
+            refusal = error
+    number, epoch = process_group.broadcast_token(device, number)
+    if refusal is not None:
+        raise refusal
+    if number == 0:
+        raise RunDirectoryError(f"rank 0 was refused the run directory {run_path(config)}", "its message says why")
+    attempt = Attempt(run_path(config), number)
+    attempt.make_folders()
+    return attempt, epoch
+
+
+def _join(config: Config, place: Place, device: torch.device, attempt: Attempt, epoch: str, stack: ExitStack) -> Run:
+    """Build every part; each that holds something is closed when ``stack`` is."""
+    shm = shm_directory(attempt.run)
+    events = stack.enter_context(
+        EventLog(attempt.events_path(place.rank), rank=place.rank, generation=place.generation)
+    )
+    heartbeat = Heartbeat(heartbeat_path(shm, place.rank), rank=place.rank)
+    stack.callback(heartbeat.close)
+    heartbeat.beat("setup", 0)
+    recorder = Recorder(ring_path(shm, place.rank), rank=place.rank, capacity=config.diagnostics.ring_capacity)
+    stack.callback(recorder.close)
+
+    training, held_out = (Corpus(part) for part in split_held_out(find_files(config.data), config.data.held_out_share))
+    if not process_group.all_equal(device, int(training.fingerprint[:15], 16)):
+        raise DataError(
+            f"rank {place.rank} finds other training text than its peers ({len(training.files)} files, "
+            f"{len(training)} bytes, fingerprint {training.fingerprint})",
+            "give every node the same files",
+        )
+    seed_all(config.run.seed, place.rank)
+    model = GPT(config.model, seed=config.run.seed).to(device)
+    engine = build_engine(model, config, device, observer=recorder, tell=lambda choice: _say_choice(choice, events))
+    stack.callback(engine.close)
+    url = config.checkpoint.url if config.checkpoint.url is not None else str(attempt.run / "checkpoints")
+    checkpointer = stack.enter_context(
+        Checkpointer(
+            url,
+            config.checkpoint,
+            rank=place.rank,
+            world_size=place.world_size,
+            epoch=epoch,
+            group=dist.group.WORLD,
+            emit=events.write,
+        )
+    )
+    order: dict[str, Any] = {
+        "context": config.model.context,
+        "batch_size": config.data.batch_size,
+        "seed": config.run.seed,
+        "rank": place.rank,
+        "world_size": place.world_size,
+    }
+    return Run(
+        config=config,
+        place=place,
+        attempt=attempt,
+        engine=engine,
+        loader=Loader(training, accumulate=config.trainer.accumulate, **order),
+        held_out=Loader(held_out, accumulate=1, **order),
+        checkpointer=checkpointer,
+        recorder=recorder,
+        heartbeat=heartbeat,
+        events=events,
+        progress=Progress(
+            every_steps=config.trainer.log_every_steps,
+            last_step=config.trainer.steps,
+            world_size=place.world_size,
+            flops_per_token=model.flops_per_token(),
+            peak_tflops=config.trainer.peak_tflops,
+            quiet=place.rank != 0,
+        ),
+    )
+
+
+def _start(run: Run, device: torch.device, resume: str) -> None:
+    """Restore if asked to, and say who starts where."""
+    start_s = time.perf_counter()
+    restored = run.restore(resume) if resume != "never" else None
+    parameters = sum(p.numel() for p in run.engine.model.parameters() if p.requires_grad)
+    comm = run.config.comm.describe()
+    run.events.write(
+        RunStarted(
+            attempt=run.attempt.number,
+            world_size=run.place.world_size,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=str(device),
+            first_step=run.first_step,
+            last_step=run.last_step,
+            parameters=parameters,
+            comm=comm,
+        )
+    )
+    if run.place.rank == 0:
+        _LOG.info(
+            "%s: attempt %d, %d ranks (%s) on %s",
+            run.attempt.run,
+            run.attempt.number,
+            run.place.world_size,
+            run.place.source,
+            device,
+        )
+        _LOG.info(
+            "model %.1f M parameters; text %.1f MB in %d files; gradients by %s",
+            parameters / 1e6,
+            len(run.loader.corpus) / 1e6,
+            len(run.loader.corpus.files),
+            comm,
+        )
+        if restored is not None:
+            _LOG.info("restored step %d in %.2f s", restored.step, time.perf_counter() - start_s)
+
+
+def _say_choice(choice: Choice, events: EventLog) -> None:
+    """What ``comm.compressor = "auto"`` became."""
+    events.write(CommChosen(comm=choice.config.describe(), why=choice.why))
+    _LOG.info("comm.compressor = auto: %s", choice.why)
+
+
+def _leave_shared_memory(run: Run) -> None:
+    """A run that ended well has no use for its ring and heartbeat; where a launcher watches, it removes them itself."""
+    run.heartbeat.close(unlink=True)
+    run.recorder.close(unlink=True)
+    try:
+        run.heartbeat.path.parent.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # a peer was faster, or is not as far yet
+            raise
+
+
+def _write_report(run: Run) -> None:
+    """Rank 0, after all ranks have ended: the report, and its summary on the terminal."""
+    report = build_report(run.attempt.run)
+    path = run.attempt.run / "report.html"
+    path.write_text(render_html(report), encoding="utf-8")
+    render_summary(report, Console(), path)
+
+
+def _report_failure(error: Exception) -> int:
+    """Print what happened (with a traceback only for what outlast did not raise on purpose); the exit status for it."""
+    print(f"outlast: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    if not isinstance(error, OutlastError):
+        sys.excepthook(type(error), error, error.__traceback__)
+    hopeless = isinstance(error, OutlastError) and error.hopeless
+    if hopeless and "TORCHELASTIC_RUN_ID" in os.environ:
+        return NO_RESTART_STATUS
+    return 2 if isinstance(error, ConfigError) else 1

@@ -1,0 +1,67 @@
+"""AdamW with linear warm-up and cosine decay, and its state by parameter name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from outlast.trainer.settings import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, *, directed: bool = False) -> Optimizer:
+    """AdamW (arXiv:1711.05101) in its fused form; matrices are decayed, 1-D parameters are not.
+
+    Args:
+        model: what to train.
+        config: settings.
+        directed: the gradients already are Adam's directions (``comm.target = "update"``), so that what is left of a
+            step of AdamW is ``x -= lr * (grad + weight_decay * x)``.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if directed:
+        return SGD(groups, lr=config.lr, fused=True)
+    beta1 = 0.9 if config.beta1 is None else config.beta1
+    return AdamW(groups, lr=config.lr, betas=(beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def lr_share(index: int, config: OptimConfig, steps: int) -> float:
+    """The learning rate of step ``index + 1`` as a share of its peak: linear warm-up, a cosine to ``min_lr_share``."""
+    if index < config.warmup_steps:
+        return (index + 1) / config.warmup_steps
+    progress = min(1.0, (index - config.warmup_steps) / max(1, steps - config.warmup_steps))
+    return config.min_lr_share + (1 - config.min_lr_share) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_scheduler(optimizer: Optimizer, config: OptimConfig, steps: int) -> LambdaLR:
+    """:func:`lr_share` as a scheduler that is stepped after each update."""
+    return LambdaLR(optimizer, lambda index: lr_share(index, config, steps))
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """The optimizer's tensors by parameter name, then by their name in the optimizer; not copied."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter]: dict(slots) for parameter, slots in optimizer.state.items()}
+
+
+def load_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: dict[str, dict[str, Any]]) -> None:
+    """Put :func:`optimizer_state`'s tensors back, on the parameters' devices; settings stay the optimizer's own."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    state = {index: saved[name] for index, name in enumerate(ordered) if name in saved}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def load_scheduler_state(scheduler: LambdaLR, saved: dict[str, Any]) -> None:
+    """Put a scheduler's ``state_dict`` back, and the learning rate it had reached into the optimizer."""
+    scheduler.load_state_dict(saved)
+    for group, lr in zip(scheduler.optimizer.param_groups, saved["_last_lr"], strict=True):
+        group["lr"] = lr

@@ -1,0 +1,85 @@
+"""PyTorch's default process group, from a place."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from outlast.errors import LaunchError, MissingDependency, PortInUse
+from outlast.launch import Place
+
+
+def choose_device(wanted: str, place: Place) -> torch.device:
+    """The device of this rank; ``auto`` takes the local rank's GPU where there is one.
+
+    Raises:
+        MissingDependency: CUDA is asked for and this machine or build has none, or fewer GPUs than local ranks.
+    """
+    gpus = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if place.local_rank >= gpus:
+        raise MissingDependency(
+            f"local rank {place.local_rank} has no GPU of its own: torch {torch.__version__} sees {gpus}",
+            "start fewer ranks on this node, or set trainer.device = 'cpu'",
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def start(place: Place, device: torch.device, timeout: timedelta) -> None:
+    """Join the default process group: NCCL for CUDA, gloo for CPU. Collective.
+
+    Failure contract: raises within about ``timeout`` if not all ranks come; nothing is left behind then.
+
+    Raises:
+        PortInUse: rank 0 cannot listen on the master port.
+        LaunchError: the other ranks or the master cannot be reached in time.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    os.environ.update(MASTER_ADDR=place.master_addr, MASTER_PORT=str(place.master_port))
+    try:
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            init_method="env://",
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except dist.DistError as error:
+        where = f"{place.master_addr}:{place.master_port}"
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise PortInUse(
+                f"rank 0 cannot listen on {where}: the port is in use",
+                "set another MASTER_PORT, or --rdzv-endpoint HOST:0",
+            ) from error
+        raise LaunchError(
+            f"rank {place.rank} of {place.world_size} ({place.source}) could not meet the others at {where}: {error}",
+            "check that all ranks started and that this address can be reached from every node (outlast doctor)",
+        ) from error
+
+
+def broadcast_token(device: torch.device, number: int) -> tuple[int, str]:
+    """Rank 0's ``number`` and a random token of rank 0's making, on every rank; collective."""
+    token = secrets.token_bytes(8) if dist.get_rank() == 0 else bytes(8)
+    words = torch.tensor([number, *token], dtype=torch.int64, device=device)
+    dist.broadcast(words, src=0)
+    first, *rest = words.tolist()
+    return int(first), bytes(rest).hex()
+
+
+def maximum(device: torch.device, value: int) -> int:
+    """The largest ``value`` of all ranks; collective."""
+    box = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box.item())
+
+
+def all_equal(device: torch.device, value: int) -> bool:
+    """Whether all ranks hold the same ``value`` (63 bits); collective."""
+    return maximum(device, value) == -maximum(device, -value)

@@ -1,0 +1,81 @@
+"""One aligned line on rank 0 every few steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import timedelta
+
+from outlast.events import StepDone
+
+_LOG = logging.getLogger("outlast.progress")
+
+
+class Progress:
+    """Gathers steps and logs a line every ``every_steps``.
+
+    Args:
+        every_steps: steps a line speaks for; the first and the last step have one too.
+        last_step: where training ends.
+        world_size: ranks, all of which process as many tokens as this one.
+        flops_per_token: of forward and backward.
+        peak_tflops: of one rank's device; None shows achieved GFLOP/s in place of MFU.
+        quiet: keep count but log nothing: for all ranks but the first.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_steps: int,
+        last_step: int,
+        world_size: int,
+        flops_per_token: float,
+        peak_tflops: float | None,
+        quiet: bool = False,
+    ) -> None:
+        self._every_steps = every_steps
+        self._last_step = last_step
+        self._world_size = world_size
+        self._flops_per_token = flops_per_token
+        self._peak_tflops = peak_tflops
+        self._quiet = quiet
+        self._window: list[StepDone] = []
+        self._seen = 0
+        self._measured_from: tuple[int, float] | None = None
+
+    def step(self, done: StepDone) -> None:
+        """Take note of a step, and log if one is due."""
+        self._seen += 1
+        self._window.append(done)
+        if self._seen == 3:  # the first steps allocate and warm up: they say nothing of the rest
+            self._measured_from = (done.step, time.monotonic())
+        if self._seen == 1 or done.step % self._every_steps == 0 or done.step == self._last_step:
+            if not self._quiet:
+                _LOG.info(self._line(done))
+            self._window.clear()
+
+    def _line(self, done: StepDone) -> str:
+        seconds = sum(d.step_s for d in self._window)
+        tokens_per_s = sum(d.tokens for d in self._window) / seconds
+        flops_per_s = tokens_per_s * self._flops_per_token
+        if self._peak_tflops is None:
+            speed = f"{flops_per_s / 1e9:7.1f} GFLOP/s"
+        else:
+            speed = f"MFU {flops_per_s / 1e12 / self._peak_tflops:6.1%}"
+        width = len(str(self._last_step))
+        return (
+            f"step {done.step:{width}}/{self._last_step}  "
+            f"loss {sum(d.loss for d in self._window) / len(self._window):7.4f}  "
+            f"|g| {done.grad_norm:7.3f}  lr {done.lr:.2e}  "
+            f"{seconds / len(self._window) * 1e3:7.1f} ms  {tokens_per_s * self._world_size:9,.0f} tok/s  {speed}  "
+            f"comm {sum(d.comm_s for d in self._window) / seconds:4.0%}  "
+            f"ckpt {sum(d.checkpoint_s for d in self._window) / seconds:4.0%}  "
+            f"ETA {self._eta(done.step)}"
+        )
+
+    def _eta(self, step: int) -> str:
+        if self._measured_from is None or step <= self._measured_from[0]:
+            return "-:--:--"
+        first, since_s = self._measured_from
+        per_step_s = (time.monotonic() - since_s) / (step - first)
+        return str(timedelta(seconds=round(per_step_s * (self._last_step - step))))

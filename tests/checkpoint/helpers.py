@@ -1,0 +1,145 @@
+"""What the tests of checkpoints share: small states, a Checkpointer of one rank, damage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from outlast.checkpoint import CheckpointConfig, Checkpointer
+from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
+
+E = TypeVar("E", bound=Event)
+QUICK = CheckpointConfig(commit_timeout_s=60.0, keep_last=0, io_threads=2)
+
+
+def state(step: int) -> dict[str, Any]:
+    """A replicated state whose every number is a function of the step."""
+    return {
+        "model": {
+            "blocks.0.attn.qkv.weight": torch.arange(24.0).reshape(4, 6) + step,
+            "blocks.0.norm.bias": torch.full((6,), step, dtype=torch.bfloat16),
+        },
+        "optimizer": {
+            "blocks.0.norm.bias": {"exp_avg": torch.full((6,), 0.5 * step), "step": torch.tensor(float(step))}
+        },
+        "scheduler": {"last_step": step, "lr": 0.1 / (step + 1), "worst": math.inf},
+        "data": {"position": [step, 3 * step], "seed": 17},
+    }
+
+
+def local(step: int, rank: int = 0) -> dict[str, Any]:
+    """A rank's local state."""
+    return {
+        "rng": {"cpu": torch.full((5,), 10 * step + rank, dtype=torch.uint8)},
+        "comm": {"w": {"e": torch.tensor(rank)}},
+    }
+
+
+def checkpointer(
+    url: Path | str,
+    events: list[Event] | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    epoch: str = "one",
+    **settings: Any,
+) -> Checkpointer:
+    """A Checkpointer without a process group."""
+    emit = (lambda event: None) if events is None else events.append
+    config = replace(QUICK, **settings)
+    return Checkpointer(url, config, rank=rank, world_size=world_size, epoch=epoch, emit=emit)
+
+
+def save_steps(url: Path | str, *steps: int, epoch: str = "one", **settings: Any) -> list[Event]:
+    """Save some steps by one rank; all must be committed."""
+    events: list[Event] = []
+    with checkpointer(url, events, epoch=epoch, **settings) as saver:
+        for step in steps:
+            saver.save(step, replicated=state(step), local=local(step))
+    assert [event.step for event in of(CheckpointSaved, events)] == list(steps)
+    return events
+
+
+def save_by_ranks(
+    url: Path | str, *steps: int, world_size: int, epoch: str = "one", **settings: Any
+) -> list[list[Event]]:
+    """Save some steps by several ranks in this one process; the events of each, by rank."""
+    events: list[list[Event]] = [[] for _ in range(world_size)]
+    ranks = [
+        checkpointer(url, events[rank], rank=rank, world_size=world_size, epoch=epoch, **settings)
+        for rank in range(world_size)
+    ]
+    for step in steps:
+        for rank, saver in enumerate(ranks):
+            saver.save(step, replicated=state(step), local=local(step, rank))
+        for saver in ranks:
+            saver.wait_copied()
+    for saver in ranks:
+        saver.close()
+    return events
+
+
+def of(kind: type[E], events: list[Event]) -> list[E]:
+    """The events of one kind."""
+    return [event for event in events if isinstance(event, kind)]
+
+
+def rejected(events: list[Event]) -> list[tuple[int, str]]:
+    """Step and file of what was rejected."""
+    return [(event.step, event.file) for event in of(CheckpointRejected, events)]
+
+
+def failed(events: list[Event]) -> list[str]:
+    """Why saves failed."""
+    return [event.reason for event in of(CheckpointFailed, events)]
+
+
+def flip(path: Path, place: float = 0.5, bit: int = 4) -> None:
+    """Flip one bit; ``place`` from 0 (first byte) to 1 (last byte)."""
+    raw = bytearray(path.read_bytes())
+    raw[round(place * (len(raw) - 1))] ^= 1 << bit
+    path.write_bytes(raw)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "flip": flip,
+    "flip first": lambda path: flip(path, 0.0, 0),
+    "flip last": lambda path: flip(path, 1.0, 0),
+    "truncate": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "grow": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "delete": Path.unlink,
+}
+
+
+def files_of(folder: Path) -> list[str]:
+    """All files below a folder, relative to it."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def steps_at(url: Path) -> list[str]:
+    """What lies at a URL."""
+    return sorted(path.name for path in url.iterdir())
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal bit for bit, NaN like NaN, -0.0 unlike 0.0, 1 unlike 1.0 and True."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        raw = [t.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+        return torch.equal(raw[0], raw[1])
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, float):
+        return (math.isnan(a) and math.isnan(b)) or (a == b and math.copysign(1, a) == math.copysign(1, b))
+    return bool(a == b)

@@ -1,0 +1,138 @@
+"""Ranks as real processes over gloo, forked from a server that has torch loaded."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch.distributed as dist
+
+from outlast.checkpoint import CheckpointConfig, Checkpointer
+from outlast.checkpoint._store import LocalStore
+from outlast.errors import OutlastError
+from outlast.events import Event
+from tests.checkpoint.helpers import local, same, state
+
+LIMIT_S = 90.0
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What one rank does; all the ranks of a job get the same but ``die_at``."""
+
+    urls: tuple[str, ...]
+    epoch: str
+    save: tuple[int, ...] = ()
+    restore: bool = False
+    commit_timeout_s: float = 60.0
+    die_at: str = ""
+    """SIGKILL before the first write of a file whose path contains this."""
+    misread: str = ""
+    """A bit is wrong in what this rank reads of files whose path contains this, as with a faulty page cache."""
+
+
+@dataclass
+class Outcome:
+    """What one rank did."""
+
+    exitcode: int
+    events: list[dict[str, Any]]
+    restored: list[int | str | None]
+    """Per URL the step, None, or the error's class and text; a step counts only if all its state is right."""
+
+
+def run(*orders: Orders) -> list[Outcome]:
+    """Run a job of one rank per order to its end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.checkpoint.ranks"])
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank, order in enumerate(orders):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_rank, args=(theirs, order, rank, len(orders), folder), daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        deadline, outcomes = time.monotonic() + LIMIT_S, []
+        for pipe, process in zip(pipes, processes, strict=True):
+            try:
+                events, restored = pipe.recv() if pipe.poll(max(0.0, deadline - time.monotonic())) else ([], [])
+            except EOFError:
+                events, restored = [], []
+            process.join(max(0.1, deadline - time.monotonic()))
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+            assert process.exitcode is not None
+            outcomes.append(Outcome(process.exitcode, events, restored))
+        return outcomes
+
+
+def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: str) -> None:
+    _inject(orders)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    events: list[Event] = []
+    restored: list[int | str | None] = []
+    for url in orders.urls:
+        checkpointer = Checkpointer(
+            url,
+            CheckpointConfig(commit_timeout_s=orders.commit_timeout_s, keep_last=0, io_threads=2),
+            rank=rank,
+            world_size=world_size,
+            epoch=orders.epoch,
+            emit=events.append,
+        )
+        with checkpointer:
+            if orders.restore:
+                restored.append(_restore(checkpointer, rank))
+            for step in orders.save:
+                checkpointer.save(step, replicated=state(step), local=local(step, rank))
+                checkpointer.wait_copied()
+    pipe.send(([{"kind": event.kind, **asdict(event)} for event in events], restored))
+    if not orders.die_at and not orders.save:
+        dist.destroy_process_group()
+    os._exit(0)  # a job of which a rank was killed cannot be left tidily
+
+
+def _restore(checkpointer: Checkpointer, rank: int) -> int | str | None:
+    try:
+        back = checkpointer.restore("auto")
+    except OutlastError as error:
+        return f"{type(error).__name__}: {error}"
+    if back is None:
+        return None
+    right = same(back.replicated, state(back.step)) and same(back.local, local(back.step, rank))
+    return back.step if right else f"step {back.step}, but not its state"
+
+
+def _inject(orders: Orders) -> None:
+    put, put_atomic, read = LocalStore.put, LocalStore.put_atomic, LocalStore.read
+
+    def maybe_die(path: str) -> None:
+        if orders.die_at and orders.die_at in path:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def put_or_die(store: LocalStore, path: str, parts: Sequence[Any]) -> None:
+        maybe_die(path)
+        put(store, path, parts)
+
+    def put_atomic_or_die(store: LocalStore, path: str, data: bytes) -> None:
+        maybe_die(path)
+        put_atomic(store, path, data)
+
+    def read_wrongly(store: LocalStore, path: str) -> Any:
+        data = read(store, path)
+        if orders.misread and orders.misread in path:
+            data[0] ^= 1
+        return data
+
+    LocalStore.put, LocalStore.put_atomic = put_or_die, put_atomic_or_die  # type: ignore[method-assign]
+    LocalStore.read = read_wrongly  # type: ignore[method-assign]

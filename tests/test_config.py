@@ -1,0 +1,125 @@
+"""Settings: precedence, types, errors that name the nearest right key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outlast.config import load, override, split_overrides, to_toml
+from outlast.errors import ConfigError, OutOfRange, UnknownKey
+from outlast.trainer.settings import Config
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    return path
+
+
+def test_command_line_beats_file_beats_environment_beats_default(tmp_path: Path) -> None:
+    path = write(tmp_path, "[model]\nlayers = 3\nheads = 2\nwidth = 32\n")
+    environ = {"OUTLAST_MODEL_LAYERS": "9", "OUTLAST_OPTIM_LR": "0.5", "OUTLAST_MODEL_CONTEXT": "7"}
+    config = override(load(Config, path, environ), ["--model.context", "64", "--optim.lr", "0.25"], "test")
+    assert (config.model.layers, config.model.context, config.optim.lr) == (3, 64, 0.25)
+    assert load(Config, path, environ).optim.lr == 0.5
+    assert load(Config, path, {}).optim.lr == Config().optim.lr
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "says"),
+    [
+        ("[model]\nlayer = 3\n", UnknownKey, "did you mean 'layers'?"),
+        ("[modle]\nlayers = 3\n", UnknownKey, "did you mean 'model'?"),
+        ("[model]\nlr = 3\n", UnknownKey, "did you mean optim.lr?"),
+        ("layers = 3\n", UnknownKey, "outside a section"),
+        ("[model]\nlayers = 'three'\n", ConfigError, "model.layers = 'three' is not of type int"),
+        ("[model]\nlayers = 1.5\n", ConfigError, "not of type int"),
+        ("[model]\nlayers = true\n", ConfigError, "not of type int"),
+        ("[model]\nlayers = 0\n", OutOfRange, "model.layers = 0 is out of range"),
+        ("[model]\nheads = 5\n", OutOfRange, "a divisor of model.width = 384"),
+        ("[trainer]\nprecision = 'fp61'\n", OutOfRange, "is not one of fp32, bf16"),
+        ("[run]\nresume = 'perhaps'\n", OutOfRange, "auto, never, or the number"),
+        ("[comm]\ndensity = 1.5\n", OutOfRange, "comm.density = 1.5"),
+        ("[model\n", ConfigError, "not valid TOML"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, text: str, kind: type[ConfigError], says: str) -> None:
+    with pytest.raises(kind) as caught:
+        load(Config, write(tmp_path, text), {})
+    assert says in str(caught.value)
+
+
+def test_a_wrong_value_in_the_environment_names_the_variable() -> None:
+    with pytest.raises(ConfigError, match="OUTLAST_MODEL_LAYERS"):
+        load(Config, None, {"OUTLAST_MODEL_LAYERS": "many"})
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no config file at"):
+        load(Config, tmp_path / "none.toml", {})
+
+
+def test_a_mistyped_option_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        override(Config(), ["--comm.densty", "0.1"], "test")
+    assert caught.value.code == 2
+    assert "--comm.density" in capsys.readouterr().err
+
+
+def test_a_value_out_of_range_on_the_command_line() -> None:
+    with pytest.raises(
+        OutOfRange, match=r"comm\.density = 7\.0 is out of range\n  what to do: allowed: 0 < density <= 1"
+    ):
+        override(Config(), ["--comm.density", "7"], "test")
+
+
+def test_overrides_are_told_from_flags_wherever_they_stand() -> None:
+    words = ["--nproc-per-node", "2", "--comm.density", "0.1", "c.toml", "--data.files=a,b", "--dry-run"]
+    rest, overrides = split_overrides(words)
+    assert rest == ["--nproc-per-node", "2", "c.toml", "--dry-run"]
+    assert overrides == ["--comm.density", "0.1", "--data.files", "a", "b"]
+    assert override(Config(), overrides, "test").data.files == ("a", "b")
+    with pytest.raises(ConfigError, match="has no value"):
+        split_overrides(["--a.b"])
+
+
+@given(
+    st.text(st.characters(exclude_characters="/", exclude_categories=["Cs", "Cc"]), min_size=1),
+    st.floats(min_value=1e-12, max_value=1e3),
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1).map(tuple),
+)
+def test_what_is_written_reads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, name: str, lr: float, files: tuple[str, ...]
+) -> None:
+    import dataclasses
+
+    config = Config()
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, name=name),
+        optim=dataclasses.replace(config.optim, lr=lr),
+        data=dataclasses.replace(config.data, files=files),
+    )
+    path = tmp_path_factory.mktemp("toml") / "c.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert load(Config, path, {}) == config
+
+
+def test_every_setting_is_documented_and_every_shipped_config_is_valid(root: Path) -> None:
+    import ast
+
+    for settings in sorted((root / "outlast").glob("*/settings.py")):
+        for node in ast.walk(ast.parse(settings.read_text())):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            for field, after in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign):
+                    documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                    assert documented, f"{settings}:{field.lineno} has no docstring"
+    shipped = sorted((root / "configs").glob("*.toml"))
+    assert shipped
+    for path in shipped:
+        load(Config, path, {})

@@ -1,0 +1,101 @@
+"""Every command in README and docs is run here, as it stands but for where it writes and how long it takes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import clean_env, free_port, tiny_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+ELSEWHERE = {
+    "make train": "tests/test_first_run.py",
+    "make test": "this very suite",
+    "make check": "tests/test_docs.py::test_make_check_is_what_it_says and .ci/run",
+    "mpirun -n 2 outlast train configs/stdlib_gpt.toml": "tests/launch/test_environments.py, with flags for root",
+    "sbatch slurm/train.sbatch configs/stdlib_gpt.toml": "tests/launch/test_slurm.py, on a real Slurm",
+    "torchrun --nproc-per-node 2 examples/own_loop.py runs/own_loop": "tests/test_own_loop.py",
+}
+
+
+def commands() -> list[str]:
+    blocks = [block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.S)]
+    return list(dict.fromkeys(line for block in blocks for line in block.splitlines() if line.strip()))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like the checkout, whose config takes seconds, with one finished run."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "configs").mkdir()
+    config, _ = tiny_config(folder)
+    text = re.sub(r'dir = ".*"\n', "", config.read_text()).replace('name = "tiny"', 'name = "stdlib_gpt"')
+    (folder / "configs" / "stdlib_gpt.toml").write_text(text)
+    return folder
+
+
+def run(folder: Path, command: str) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        words[1:1] = ["--master-port", str(free_port())]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120, env=clean_env(PATH=path))
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+TRAINING = [c for c in commands() if re.match(r"(outlast launch|outlast train|torchrun)\b", c) and c not in ELSEWHERE]
+LOOKING = [c for c in commands() if c not in ELSEWHERE and c not in TRAINING]
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_commands_that_train(place: Path, command: str) -> None:
+    shutil.rmtree(place / "runs", ignore_errors=True)
+    assert "held-out loss" in run(place, command)
+
+
+@pytest.mark.parametrize("command", LOOKING)
+def test_commands_that_look(place: Path, command: str) -> None:
+    if not (place / "runs").exists():
+        run(place, "outlast launch configs/stdlib_gpt.toml --nproc-per-node 2")
+    assert run(place, command).strip() or "--html" in command
+
+
+def test_nothing_is_listed_that_is_not_there() -> None:
+    known = set(commands())
+    assert set(ELSEWHERE) <= known
+    assert TRAINING
+    assert LOOKING
+    for target in ("train", "test", "check"):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_make_check_is_what_it_says() -> None:
+    """mypy --strict and ruff, over everything."""
+    for tool in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
+        done = subprocess.run(
+            [sys.executable, "-m", *tool], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+        )
+        assert done.returncode == 0, f"{tool}\n{done.stdout[-3000:]}"
+    assert "strict = true" in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_project_names_no_machine() -> None:
+    pages = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "pyproject.toml", *(ROOT / "outlast").rglob("*.py")]
+    for page in pages:
+        assert not re.search(r"/(root|home|work|tmp)/", page.read_text()), page

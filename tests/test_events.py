@@ -1,0 +1,71 @@
+"""Events: written whole, read back, torn tails and strangers told apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from outlast.errors import DiagnosticsError
+from outlast.events import EvalDone, EventLog, RunEnded, read_events
+
+
+def test_round_trip_with_envelope(tmp_path: Path) -> None:
+    path = tmp_path / "rank_00003.jsonl"
+    before = time.time()
+    with EventLog(path, rank=3, generation=2) as log:
+        log.write(EvalDone(step=5, loss=2.5, seconds=0.25))
+        log.write(RunEnded(step=5, ok=False, reason="ünïcode\nline"))
+    first, second = read_events(path)
+    assert (first.rank, first.generation, first.kind, first["loss"]) == (3, 2, "eval", 2.5)
+    assert second["reason"] == "ünïcode\nline"
+    assert before <= first.t <= second.t <= time.time()
+    assert json.loads(path.read_text().splitlines()[0])["v"] == 1
+
+
+def test_a_torn_last_line_is_skipped_and_garbage_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "e.jsonl"
+    with EventLog(path, rank=0) as log:
+        log.write(EvalDone(step=1, loss=1.0, seconds=0.1))
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: len(whole) // 2])
+    assert len(list(read_events(path))) == 1
+    path.write_bytes(b"not json\n" + whole)
+    with pytest.raises(DiagnosticsError, match=r"e\.jsonl:1"):
+        list(read_events(path))
+    path.write_bytes(whole.replace(b'"v":1', b'"v":9'))
+    with pytest.raises(DiagnosticsError, match="schema 9"):
+        list(read_events(path))
+
+
+def test_a_closed_log_refuses(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "e.jsonl", rank=0)
+    log.close()
+    log.close()
+    with pytest.raises(DiagnosticsError, match="closed"):
+        log.write(RunEnded(step=1, ok=True))
+
+
+def test_what_was_written_survives_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "e.jsonl"
+    code = (
+        "import sys, time; from outlast.events import *\n"
+        "log = EventLog(sys.argv[1], rank=0)\n"
+        "for n in range(10**9): log.write(EvalDone(step=n, loss=0.0, seconds=0.0))\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(path)])
+    deadline = time.monotonic() + 30
+    while not (path.exists() and path.stat().st_size > 50_000):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    steps = [record["step"] for record in read_events(path)]
+    assert steps == list(range(len(steps)))
+    assert len(steps) > 100

@@ -1,0 +1,37 @@
+"""The examples for people with their own loop: they learn, and go on bit for bit."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import arrays, torchrun
+
+
+def losses_in(said: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
+
+
+@pytest.mark.parametrize("example", ["own_loop", pytest.param("fsdp_loop", marks=pytest.mark.slow)])
+def test_it_learns_and_goes_on(root: Path, tmp_path: Path, example: str) -> None:
+    losses = losses_in(torchrun(root / "examples" / f"{example}.py", tmp_path / "a"))
+    assert losses[-1] < losses[0] / 2
+    newest = tmp_path / "a" / "step_00000200"
+    straight = arrays(newest)
+    shutil.rmtree(newest)
+    said = torchrun(root / "examples" / f"{example}.py", tmp_path / "a")
+    assert "going on from step 180" in said
+    again = arrays(newest)
+    assert straight.keys() == again.keys()
+    assert all(straight[name].tobytes() == again[name].tobytes() for name in straight)
+
+
+@pytest.mark.slow
+def test_deepspeed_learns(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'outlast[deepspeed]'")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    losses = losses_in(torchrun(root / "examples" / "deepspeed_loop.py"))
+    assert losses[-1] < losses[0] / 2
