@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.helpers import outlast, tiny_config, torchrun
 
 
-def report_of(folder: Path, delay_s: float) -> tuple[dict[str, Any], Path]:
+def report_of(folder: Path, delay_s: float) -> tuple[dict[str, Any], Path, float]:
+    """The report, the run, and by how many milliseconds a step rank 1 was slowed."""
     config, run = tiny_config(folder)
     script = Path(__file__).parent / "slow_rank.py"
     words = ["--trainer.steps", "60", "--data.batch-size", "8", "--checkpoint.every-steps", "1000"]
-    torchrun(script, "1", str(delay_s), config, *words)
+    out = torchrun(script, "1", str(delay_s), config, *words)
+    slowed = re.search(r"slowed by ([\d.]+) ms", out)
+    assert slowed
     report: dict[str, Any] = json.loads(outlast("report", run, "--json").stdout)
-    return report, run
+    return report, run, float(slowed[1])
 
 
 def test_a_rank_slowed_by_50_ms_stands_first(tmp_path: Path) -> None:
-    report, run = report_of(tmp_path, 0.05)
+    report, run, slowed_ms = report_of(tmp_path, 0.05)
+    assert slowed_ms >= 50
     first = report["stragglers"][0]
     assert first["rank"] == 1
     assert first["straggler"] is True
-    assert 40 <= first["median_lateness_ms"] <= 60
+    assert first["median_lateness_ms"] == pytest.approx(slowed_ms, rel=0.2)
     assert [row["straggler"] for row in report["stragglers"][1:]] == [False]
     text = outlast("report", run).stdout
     assert "rank 1" in text
@@ -33,6 +40,6 @@ def test_a_rank_slowed_by_50_ms_stands_first(tmp_path: Path) -> None:
 
 
 def test_without_a_slow_rank_nobody_is_called_one(tmp_path: Path) -> None:
-    report, run = report_of(tmp_path, 0.0)
+    report, run, _ = report_of(tmp_path, 0.0)
     assert [row["straggler"] for row in report["stragglers"]] == [False, False]
     assert "no straggler" in outlast("report", run).stdout.lower()

@@ -19,9 +19,10 @@ from outlast.trainer.settings import ModelConfig
 CONTEXT = 32
 STEPS = 30
 LR = 3e-3
-COMPRESSED: dict[str, Any] = {"dense_below": 256, "density": 0.1, "values": "fp32", "warmup_steps": 10}
-GRADIENT = {**COMPRESSED, "feedback": "ef21", "target": "gradient"}
+COMPRESSED: dict[str, Any] = {"dense_below": 256, "density": 0.1, "values": "fp32"}
+GRADIENT = {**COMPRESSED, "feedback": "ef21", "target": "gradient", "warmup_steps": 10}
 UPDATE = {**COMPRESSED, "feedback": "ef14", "target": "update"}
+"""Without a warm-up: while whole tensors are sent nothing is held back, and with beta1 = 0 there is no momentum."""
 
 
 def tiny_gpt() -> GPT:
