@@ -17,7 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from outlast.comm import Adam, CommConfig, GradientReducer
-from outlast.comm.settings import UPDATE_BETA1
+from outlast.comm.settings import UPDATE_BETA1, UPDATE_CLIP_RMS
 from outlast.trainer import GPT, Corpus, Loader
 from outlast.trainer.data import find_files, split_held_out
 from outlast.trainer.optim import build_optimizer, lr_share
@@ -49,8 +49,9 @@ def build(name: str, seed: int = 0) -> Variant:
     bucket_mb = {"powersgd": 1024.0, "dense": 25.0, "fp16": 25.0}.get(method, 4.0)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb)
     if "=" in name:
-        config, beta1 = comm_config(name)
-        reducer = GradientReducer(model.named_parameters(), config, direction=Adam(beta1, OPTIM.beta2, OPTIM.eps))
+        config, beta1, clip_rms = comm_config(name)
+        direction = Adam(beta1, OPTIM.beta2, OPTIM.eps, clip_rms)
+        reducer = GradientReducer(model.named_parameters(), config, direction=direction)
         reducer.attach(ddp)
         optimizer = build_optimizer(model, OPTIM, directed=config.target == "update")
         return Variant(ddp, optimizer, reducer, config.target == "gradient")
@@ -64,18 +65,18 @@ def build(name: str, seed: int = 0) -> Variant:
     return Variant(ddp, build_optimizer(model, OPTIM), None, True)
 
 
-def comm_config(words: str) -> tuple[CommConfig, float]:
-    """``feedback=ef14,density=0.01,beta1=0.5`` as settings, and beta1 of Adam's direction."""
+def comm_config(words: str) -> tuple[CommConfig, float, float]:
+    """``feedback=ef14,density=0.01,beta1=0.5`` as settings, and beta1 and clip_rms of Adam's direction."""
     kinds = {field.name: type(field.default) for field in dataclasses.fields(CommConfig)}
     given: dict[str, Any] = {}
-    beta1 = UPDATE_BETA1
+    adam = {"beta1": UPDATE_BETA1, "clip_rms": UPDATE_CLIP_RMS}
     for word in words.split(","):
         key, value = word.split("=", 1)
-        if key == "beta1":
-            beta1 = float(value)
+        if key in adam:
+            adam[key] = float(value)
             continue
         given[key] = value if kinds[key] is str else float(value) if kinds[key] is float else int(value)
-    return CommConfig(**given), beta1
+    return CommConfig(**given), adam["beta1"], adam["clip_rms"]
 
 
 def run(variant: Variant, loader: Loader, steps: int) -> dict[str, float]:

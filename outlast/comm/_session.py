@@ -21,10 +21,10 @@ from outlast.comm._stats import ReduceStats
 from outlast.comm.communicator import CollectiveObserver, Communicator
 from outlast.comm.compressors import Shape, Slots
 from outlast.comm.compressors.base import numel_of
-from outlast.comm.direction import Adam, Direction
+from outlast.comm.direction import Direction, default_direction
 from outlast.comm.feedback import Feedback
 from outlast.comm.feedback.probe import Probe
-from outlast.comm.settings import UPDATE_BETA1, CommConfig
+from outlast.comm.settings import CommConfig
 from outlast.errors import CommError, CommStateMismatch
 
 VERSION = 1
@@ -75,7 +75,7 @@ class ShardSession:
         self.step = 0
         self._layout = layout
         feedback = make_feedback(config)
-        self._direction = (direction or Adam(beta1=UPDATE_BETA1)) if config.target == "update" else None
+        self._direction = (direction or default_direction()) if config.target == "update" else None
         self._dense_share = dense_share
         self._lane = Lane(device)
         self._communicator = Communicator(

@@ -126,8 +126,9 @@ class ShardExchange:
         items: what to exchange; the same parameters on every rank, in the same order.
         communicator: over whom.
         feedback: None when nothing is ever compressed.
-        direction: what is made of a gradient before it is compressed; of tensors that never are, after the mean. It
-            treats each entry by itself, so that slices go in the direction of the whole.
+        direction: what is made of a gradient before it is compressed; of tensors that never are, after the mean. Each
+            slice goes by itself: one that treats each entry by itself goes as the whole would, Adam's clip_rms looks
+            at a slice.
         whole: whether this step sends whole tensors.
         buffer: where buffers come from.
         probe: what is compressed is measured with it.

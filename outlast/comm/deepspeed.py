@@ -120,7 +120,7 @@ def attach(
             ``torch.optim.SGD``, and ``gradient_clipping`` is 0 (DeepSpeed's default is 1). Where partitions are
             averaged there is one transport, whatever ``transport`` says, and ``ranks_per_node`` is 1.
         observer: told of every collective.
-        direction: of ``target = "update"``; None takes Adam with beta1 = 0, beta2 = 0.95.
+        direction: of ``target = "update"``; None takes Adam with beta1 = 0, beta2 = 0.95, clip_rms = 1.
 
     Raises:
         MissingDependency: deepspeed is not installed.

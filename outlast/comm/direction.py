@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch.optim.adam import adam
 
 from outlast.comm._scratch import scratch
 from outlast.comm.compressors import Slots
+from outlast.comm.settings import UPDATE_BETA1, UPDATE_CLIP_RMS
 from outlast.config import require
 
 
@@ -36,20 +38,27 @@ class Adam:
     so that ``x -= lr * (u + weight_decay * x)``, which is ``torch.optim.SGD(lr=lr, weight_decay=weight_decay)`` on u,
     is a step of AdamW. Memory: two slots, and t, a scalar; with beta1 = 0, where m is g, one slot.
 
+    With ``clip_rms`` c > 0 a direction is scaled down where it is larger than most: ``u / max(1, RMS(u) / c)``, the
+    root mean square over the entries of what :meth:`move` is given (Adafactor's update clipping, arXiv 1804.04235,
+    section 6). A gradient that is several times as large as those before it then moves no further than they did;
+    without a first moment nothing else sees to that.
+
     Args:
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
+        clip_rms: c; 0 scales nothing down.
 
     Raises:
         OutOfRange: a number that is not allowed.
     """
 
-    def __init__(self, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8) -> None:
+    def __init__(self, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8, clip_rms: float = 0.0) -> None:
         require(0 <= beta1 < 1, "beta1", beta1, "0 <= beta1 < 1")
         require(0 <= beta2 < 1, "beta2", beta2, "0 <= beta2 < 1")
         require(eps > 0, "eps", eps, "eps > 0")
-        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        require(clip_rms >= 0, "clip_rms", clip_rms, "clip_rms >= 0")
+        self.beta1, self.beta2, self.eps, self.clip_rms = beta1, beta2, eps, clip_rms
         self.slots: tuple[str, ...] = ("m", "v", "t") if beta1 else ("v", "t")
 
     def start(self, like: Tensor) -> Slots:
@@ -78,4 +87,19 @@ class Adam:
             weight_decay=0.0,
             eps=self.eps,
         )
+        if self.clip_rms:
+            self._clip(out)
         return out
+
+    def _clip(self, u: Tensor) -> None:
+        limit = self.clip_rms * math.sqrt(u.numel())
+        norm = torch.linalg.vector_norm(u)
+        if u.device.type != "cpu":
+            u.mul_((limit / norm).clamp_(max=1.0))  # no wait for the device
+        elif float(norm) > limit:
+            u.mul_(limit / float(norm))
+
+
+def default_direction() -> Adam:
+    """What is compressed with ``target = "update"`` unless told otherwise."""
+    return Adam(beta1=UPDATE_BETA1, clip_rms=UPDATE_CLIP_RMS)

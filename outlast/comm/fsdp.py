@@ -216,7 +216,7 @@ def attach_fsdp(
         replicas: of a model sharded over one dimension, the ranks that hold copies of this rank's shards, and must
             agree in their weights; None where the mesh says it or there are none.
         observer: told of every collective.
-        direction: of ``target = "update"``; None takes Adam with beta1 = 0, beta2 = 0.95.
+        direction: of ``target = "update"``; None takes Adam with beta1 = 0, beta2 = 0.95, clip_rms = 1.
 
     Raises:
         CommError: no FSDP2 module; float16; tensor parallel parameters; several meshes; ``compressor = "auto"``;

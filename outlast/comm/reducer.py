@@ -27,10 +27,10 @@ from outlast.comm._stats import Meter, ReduceStats
 from outlast.comm._store import Store
 from outlast.comm._worker import OrderedWorker
 from outlast.comm.communicator import CollectiveObserver
-from outlast.comm.direction import Adam, Direction
+from outlast.comm.direction import Adam, Direction, default_direction
 from outlast.comm.feedback import Feedback, Probe
 from outlast.comm.policy import DENSE_STEPS, Choice
-from outlast.comm.settings import UPDATE_BETA1, CommConfig
+from outlast.comm.settings import UPDATE_CLIP_RMS, CommConfig
 from outlast.errors import CommError
 
 _REDUCE_BYTES = 8 << 20
@@ -64,9 +64,10 @@ class GradientReducer:
         config: see :class:`CommConfig`.
         group: the ranks to average over; None for all.
         observer: told of every collective.
-        direction: of ``config.target = "update"``; None takes Adam with beta1 = 0, beta2 = 0.95.
+        direction: of ``config.target = "update"``; None takes Adam with beta1 = 0, beta2 = 0.95, clip_rms = 1.
         dense_direction: the same where nothing is compressed (``config.compressor`` is ``dense``, or ``auto`` before or
-            when it stays dense); None takes ``direction``, or if that is None too Adam with beta1 = 0.9, beta2 = 0.95.
+            when it stays dense); None takes ``direction``, or if that is None too Adam with beta1 = 0.9, beta2 = 0.95,
+            clip_rms = 1.
         feedback: a method that settings cannot name (EF21-W's weights, a compressor of one's own), in place of theirs.
         tell: told what ``config.compressor = "auto"`` became, in the training thread.
 
@@ -101,8 +102,8 @@ class GradientReducer:
         self._plan = Plan(
             replace(config, compressor="dense") if auto else config,
             self._network,
-            (direction or Adam(beta1=UPDATE_BETA1)) if config.target == "update" else None,
-            (dense_direction or direction or Adam()) if config.target == "update" else None,
+            (direction or default_direction()) if config.target == "update" else None,
+            (dense_direction or direction or Adam(clip_rms=UPDATE_CLIP_RMS)) if config.target == "update" else None,
             feedback,
             self._lane.device,
         )

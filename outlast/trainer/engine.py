@@ -108,8 +108,8 @@ class DDPEngine:
             model.named_parameters(),
             config.comm,
             observer=observer,
-            direction=Adam(config.beta1, optim.beta2, optim.eps),
-            dense_direction=Adam(0.9 if optim.beta1 is None else optim.beta1, optim.beta2, optim.eps),
+            direction=Adam(config.beta1, optim.beta2, optim.eps, optim.clip_rms),
+            dense_direction=Adam(0.9 if optim.beta1 is None else optim.beta1, optim.beta2, optim.eps, optim.clip_rms),
             tell=tell,
         )
         self._reducer.attach(self._ddp)

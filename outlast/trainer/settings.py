@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from outlast.checkpoint.settings import CheckpointConfig
-from outlast.comm.settings import UPDATE_BETA1, CommConfig
+from outlast.comm.settings import UPDATE_BETA1, UPDATE_CLIP_RMS, CommConfig
 from outlast.config import require
 from outlast.diagnostics.settings import DiagnosticsConfig
 from outlast.launch.settings import LaunchConfig
@@ -93,6 +93,9 @@ class OptimConfig:
     clip_norm: float | None = None
     """Global norm above which gradients are scaled down, after they were averaged over ranks; 0 clips nothing. Unset it
     is 1, or with ``comm.target = "update"``, where there are no averaged gradients to clip, 0."""
+    clip_rms: float = UPDATE_CLIP_RMS
+    """With ``comm.target = "update"``: root mean square of a tensor's direction above which it is scaled down; 0 scales
+    nothing down."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", self.lr, "lr > 0")
@@ -102,6 +105,7 @@ class OptimConfig:
         require(self.beta1 is None or 0 <= self.beta1 < 1, "optim.beta1", self.beta1, "0 <= beta1 < 1")
         require(0 <= self.beta2 < 1, "optim.beta2", self.beta2, "0 <= beta2 < 1")
         require(self.eps > 0, "optim.eps", self.eps, "eps > 0")
+        require(self.clip_rms >= 0, "optim.clip_rms", self.clip_rms, "0 or more")
         require(self.clip_norm is None or self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "0 or more")
 
 

@@ -120,6 +120,23 @@ def test_contraction_and_size(compressor: Compressor, x: Tensor) -> None:
     assert error <= math.sqrt(1 - alpha) + rounding
 
 
+@settings(STEADY, max_examples=60)
+@given(compressors, st.integers(1, 700), st.integers(1, 5), st.sampled_from([0, -140, 120]), st.integers(0, 2**31))
+def test_all_ranks_payloads_opened_at_once_are_each_opened_alone(
+    compressor: Compressor, numel: int, ranks: int, power: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(numel, generator=generator) * 2.0**power for _ in range(ranks)]
+    tensors[0][::2] = -0.0
+    payloads = [compressor.compress(x).payload for x in tensors]
+    for payload, message in zip(payloads, compressor.open_all(payloads, (numel,)), strict=True):
+        alone, together = torch.full((2, numel), -0.0)
+        compressor.open(payload, (numel,)).add_to(alone)
+        message.add_to(together)
+        assert alone.view(torch.int32).equal(together.view(torch.int32))
+        assert message.finite()
+
+
 @settings(STEADY, max_examples=40)
 @given(densities, values, tensors())
 def test_random_entries_come_from_the_tensor(density: float, values: str, x: Tensor) -> None:

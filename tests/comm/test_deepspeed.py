@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from outlast.comm import Adam, CommConfig, make_feedback
+from outlast.comm import CommConfig, make_feedback
 from outlast.comm.deepspeed import attach
-from outlast.comm.settings import UPDATE_BETA1
+from outlast.comm.direction import default_direction
 from outlast.errors import CommError, CommStateMismatch, MissingDependency, NonFiniteGradient
 from tests.comm.ranks import Ranks
 from tests.comm.tiny_gpt import GRADIENT, STEPS, UPDATE, batch, cloned, digest, final, optimizer_of, tiny_gpt
@@ -110,7 +110,7 @@ def owners_of(name: str) -> list[tuple[int, int]]:
 def simulate(settings: dict[str, Any], steps: int) -> dict[str, Tensor]:
     """The same in one process, part by part."""
     config = CommConfig(**{**TOY, **settings})
-    method, direction = make_feedback(config), Adam(beta1=UPDATE_BETA1) if config.target == "update" else None
+    method, direction = make_feedback(config), default_direction() if config.target == "update" else None
     assert method is not None
     found = {}
     for name, shape in SHAPES.items():

@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from outlast.comm import Adam, CommConfig, make_feedback
+from outlast.comm import CommConfig, make_feedback
+from outlast.comm.direction import default_direction
 from outlast.comm.fsdp import ShardedReducer, attach_fsdp
-from outlast.comm.settings import UPDATE_BETA1
 from outlast.errors import CommError, CommStateMismatch, NonFiniteGradient
 from tests.comm.ranks import Ranks
 from tests.comm.tiny_gpt import GRADIENT, STEPS, UPDATE, batch, cloned, digest, final, optimizer_of, tiny_gpt
@@ -104,7 +104,7 @@ def slices_of(name: str, x: Tensor, n: int) -> list[Tensor]:
 def simulate(settings: dict[str, Any], steps: list[list[dict[str, Tensor]]]) -> list[list[dict[str, bytes]]]:
     """``[step][rank][name]``: what each shard's gradient must become, through the feedback classes alone."""
     config = CommConfig(**{**TOY, **settings})
-    method, direction = make_feedback(config), Adam(beta1=UPDATE_BETA1) if config.target == "update" else None
+    method, direction = make_feedback(config), default_direction() if config.target == "update" else None
     n = len(steps[0])
     slots: dict[Any, Any] = {}
     result = []

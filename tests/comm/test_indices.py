@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from outlast.comm.compressors import _bits, _indices
-from outlast.comm.compressors._indices import Form, decode, encode, form_of, indices_nbytes
+from outlast.comm.compressors._bits import packed_nbytes
+from outlast.comm.compressors._indices import Form, decode, decode_rows, encode, form_of, indices_nbytes
 from outlast.errors import CommError
 
 STEADY = settings(derandomize=True, deadline=None, database=None)
@@ -105,6 +106,21 @@ def test_damage_is_found_where_the_number_of_indices_shows_it() -> None:
     out[-1] = 0xFF
     with pytest.raises(CommError, match="100 were expected"):
         decode(out, 100, 5000)
+
+
+def test_damage_of_one_row_of_many_is_found_even_where_another_makes_up_for_it() -> None:
+    rows = torch.zeros((3, indices_nbytes(100, 5000)), dtype=torch.uint8)
+    for row in rows:
+        encode(torch.arange(0, 5000, 50), 5000, row)
+    assert torch.equal(decode_rows(rows, 100, 5000), torch.arange(0, 5000, 50).expand(3, 100))
+    low, planes = form_of(100, 5000).low, rows.shape[1] - packed_nbytes(100 + (4999 >> form_of(100, 5000).low))
+    assert low
+    lost = int(rows[1, planes]) & -int(rows[1, planes])
+    rows[1, planes] -= lost
+    gained = next(bit for bit in (1, 2, 4, 8, 16) if not int(rows[2, planes]) & bit)
+    rows[2, planes] += gained
+    with pytest.raises(CommError, match="99 indices where 100 were expected"):
+        decode_rows(rows, 100, 5000)
 
 
 def test_more_entries_than_an_int32_counts() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from outlast.comm import Adam, CommConfig, GradientReducer, make_feedback
 from outlast.comm._cut import slices
-from outlast.comm.settings import UPDATE_BETA1
+from outlast.comm.direction import default_direction
 from outlast.errors import CommError, CommStateMismatch
 from tests.comm.ranks import Ranks
 from tests.comm.toy import CONFIG, FEEDBACKS, SHAPES, backward, estimates, frozen, gradients, rank_order_mean, wrap
@@ -238,7 +238,7 @@ def run_directed(rank: int, settings: dict[str, Any]) -> Any:
 def test_directions_are_what_is_compressed(three_ranks: Ranks, settings: dict[str, Any]) -> None:
     feedback = make_feedback(CommConfig(**{**CONFIG, **settings}))
     assert feedback is not None
-    adam = Adam(beta1=UPDATE_BETA1)
+    adam = default_direction()
     slots: dict[Any, Any] = {}
     expected = []
     for step in range(1, STEPS + 1):
@@ -287,6 +287,24 @@ def test_a_direction_is_a_step_of_adamw(beta1: float) -> None:
         adamw.step()
         sgd.step()
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_direction_far_larger_than_those_before_is_scaled_down() -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain, clipped = Adam(0.0, 0.95), Adam(0.0, 0.95, clip_rms=1.2)
+    slots = [direction.start(torch.empty(40, 30)) for direction in (plain, clipped)]
+    for step in range(1, 31):
+        g = torch.randn(40, 30, generator=generator) * (30 if step == 30 else 1)
+        one, other = (d.move(s, g, torch.empty_like(g)) for d, s in zip((plain, clipped), slots, strict=True))
+        if step < 30:
+            assert one.square().mean().sqrt() < 1.2
+            assert torch.equal(one, other)
+    assert one.square().mean().sqrt() > 2
+    torch.testing.assert_close(other, one * (1.2 / one.square().mean().sqrt()))
+    assert other.square().mean().sqrt() == pytest.approx(1.2)
+    bad = g.clone()
+    bad[3, 4] = torch.nan
+    assert clipped.move(slots[1], bad, torch.empty_like(g)).isnan().any(), "for the codec to find"
 
 
 def run_other_transport(rank: int) -> str:

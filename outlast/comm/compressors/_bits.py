@@ -70,17 +70,17 @@ def pack_array(values: Bytes, width: int, out: Bytes) -> None:
 
 
 def unpack_array(packed: Bytes, width: int, count: int) -> Bytes:
-    """As :func:`unpack_small`, of arrays."""
+    """As :func:`unpack_small`, of arrays (…, ceil(count * width / 8)): each row by itself."""
     if width == 8:
-        return packed[:count]
+        return packed[..., :count]
     if width == 1:
-        return np.unpackbits(packed, count=count, bitorder="little")
+        return np.unpackbits(packed, axis=-1, count=count, bitorder="little")
     per_byte = 8 // width
-    result = np.empty(len(packed) * per_byte, np.uint8)
+    result = np.empty((*packed.shape[:-1], packed.shape[-1] * per_byte), np.uint8)
     mask = np.uint8((1 << width) - 1)
     for place in range(per_byte):
-        result[place::per_byte] = (packed >> np.uint8(place * width)) & mask
-    return result[:count]
+        result[..., place::per_byte] = (packed >> np.uint8(place * width)) & mask
+    return result[..., :count]
 
 
 def pack_on_device(values: Tensor, width: int, out: Tensor) -> None:

@@ -56,6 +56,10 @@ class Codec(ABC):
         self.add_to(payload, out, 1.0)
         return out
 
+    def read_rows(self, payloads: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+        """As :meth:`read`, of each row of (rows, nbytes): (rows, n)."""
+        return torch.stack([self.read(row, n, dtype) for row in payloads])
+
 
 class Exact(Codec):
     """Numbers as they are; alpha = 1."""

@@ -130,7 +130,7 @@ def decode(payload: Tensor, k: int, numel: int, form: Form | None = None) -> Ten
     if form.kind == "bitmap":
         return _marked(payload, numel, k)
     if _host.numpy_sees(payload):
-        return torch.from_numpy(_decode_arrays(payload.numpy(), k, numel, form.low))
+        return torch.from_numpy(_decode_arrays(payload.numpy()[None], k, numel, form.low)[0])
     sizes = [(width, packed_nbytes(k, width)) for width in _PLANES if form.low & width]
     planes = sum(size for _, size in sizes)
     indices = _marked(payload[planes:], _unary_bits(k, numel, form.low), k)
@@ -176,13 +176,40 @@ def _encode_arrays(indices: npt.NDArray[np.int64], numel: int, out: Bytes, low: 
     out[at:] = np.packbits(marks, bitorder="little")
 
 
-def _decode_arrays(payload: Bytes, k: int, numel: int, low: int) -> npt.NDArray[np.int64]:
-    """The delta form, as in :func:`decode`."""
+def decode_rows(payloads: Tensor, k: int, numel: int) -> Tensor:
+    """As :func:`decode`, of several at once: for many short ones the number of calls is what counts.
+
+    Args:
+        payloads: (n, indices_nbytes(k, numel)) uint8 on the host; rows may lie apart.
+        k: how many indices each has.
+        numel: see :func:`encode`.
+
+    Returns:
+        (n, k) int64.
+
+    Raises:
+        CommError: some row's bytes are not those of k indices.
+    """
+    form = form_of(k, numel)
+    if form.kind == "delta":
+        return torch.from_numpy(_decode_arrays(payloads.numpy(), k, numel, form.low))
+    return torch.stack([decode(row, k, numel, form) for row in payloads])
+
+
+def _decode_arrays(payloads: Bytes, k: int, numel: int, low: int) -> npt.NDArray[np.int64]:
+    """The delta form, as in :func:`decode`, of each row of (n, nbytes): (n, k)."""
+    n = len(payloads)
     planes = sum(packed_nbytes(k, width) for width in _PLANES if low & width)
-    bits = np.unpackbits(payload[planes:], count=_unary_bits(k, numel, low), bitorder="little")
-    indices = np.flatnonzero(bits.view(np.bool_))
-    if len(indices) != k:
-        raise _damaged(len(indices), k)
+    count = _unary_bits(k, numel, low)
+    bits = np.unpackbits(payloads[:, planes:], axis=1, count=count, bitorder="little").view(np.bool_)
+    places = np.flatnonzero(bits)
+    starts = np.arange(0, n * count, count)
+    # Ascending, so that a row has its k marks if its first and last one are its own.
+    if len(places) != n * k or (places[::k] < starts).any() or (places[k - 1 :: k] >= starts + count).any():
+        marks = np.count_nonzero(bits, axis=1)
+        raise _damaged(int(marks[marks != k][0]), k)
+    indices = places.reshape(n, k)
+    indices -= starts[:, None]
     indices -= _counting(k, _HOST).numpy()
     if not low:
         return indices
@@ -190,11 +217,11 @@ def _decode_arrays(payload: Bytes, k: int, numel: int, low: int) -> npt.NDArray[
     at = shift = 0
     for width in _PLANES:
         if low & width:
-            part = payload[at : at + packed_nbytes(k, width)]
+            part = payloads[:, at : at + packed_nbytes(k, width)]
             plane = (part.copy().view(np.uint16) if width == 16 else unpack_array(part, width, k)).astype(np.int32)
             plane <<= shift
             total = plane if total is None else np.bitwise_or(total, plane, out=total)
-            at += len(part)
+            at += part.shape[1]
             shift += width
     assert total is not None
     indices <<= low

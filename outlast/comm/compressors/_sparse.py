@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from outlast.comm.compressors import _indices
+from outlast.comm.compressors import _host, _indices
 from outlast.comm.compressors._codecs import Codec, Exact
 from outlast.comm.compressors.base import DenseMessage, Message, SparseMessage, aligned
 
@@ -63,6 +65,28 @@ def open_sparse(code: Codec, payload: Tensor, k: int, numel: int, dtype: torch.d
         at = code.nbytes(k, dtype)
         indices = _indices.decode(payload[at : at + _indices.indices_nbytes(k, numel)], k, numel)
     return coded_message(code, payload, payload[: code.nbytes(k, dtype)], k, numel, dtype, indices)
+
+
+def open_sparse_rows(
+    code: Codec, payloads: Sequence[Tensor], k: int, numel: int, dtype: torch.dtype
+) -> Sequence[Message]:
+    """As :func:`open_sparse`, of several payloads of one size, in far fewer calls where they are on the host.
+
+    Raises:
+        CommError: the bytes of some payload are not those of k indices.
+    """
+    if k == numel or not k or len(payloads) < 2 or not _host.numpy_sees(payloads[0]):
+        return [open_sparse(code, payload, k, numel, dtype) for payload in payloads]
+    at = code.nbytes(k, dtype)
+    rows = torch.stack(list(payloads))
+    indices = _indices.decode_rows(rows[:, at : at + _indices.indices_nbytes(k, numel)], k, numel)
+    values = code.read_rows(rows[:, :at], k, dtype)
+    if isinstance(code, Exact):
+        return [SparseMessage(*parts) for parts in zip(payloads, values, indices, strict=True)]
+    return [
+        CodedSparseMessage(payload, numbers, places, code.finite(payload[:at], k, dtype))
+        for payload, numbers, places in zip(payloads, values, indices, strict=True)
+    ]
 
 
 def coded_message(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -156,6 +156,16 @@ class Compressor(ABC):
         Raises:
             CommError: the payload is not of the size that ``shape`` has.
         """
+
+    def open_all(
+        self, payloads: Sequence[Tensor], shape: Shape, dtype: torch.dtype = torch.float32
+    ) -> Sequence[Message]:
+        """:meth:`open` of several payloads of one shape, all ranks' most often; at once where a compressor has a way.
+
+        Raises:
+            CommError: see :meth:`open`.
+        """
+        return [self.open(payload, shape, dtype) for payload in payloads]
 
     def add_to(self, out: Tensor, payload: Tensor, scale: float = 1.0) -> None:
         """``out += scale * C(x)`` for the x behind ``payload``; ``out`` is contiguous, of x's shape and wire type."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from outlast.comm import kernels
 from outlast.comm.compressors._select import select, select_in_blocks
-from outlast.comm.compressors._sparse import open_sparse, sparse_nbytes, write_sparse
+from outlast.comm.compressors._sparse import open_sparse, open_sparse_rows, sparse_nbytes, write_sparse
 from outlast.comm.compressors._values import codec
 from outlast.comm.compressors.base import Compressor, Message, Shape, Slots, flat, numel_of, wire_dtype
 from outlast.comm.settings import SELECTIONS
@@ -113,6 +114,14 @@ class TopK(Compressor):
         numel = numel_of(shape)
         return open_sparse(self._code, payload, self.count(numel), numel, wire_dtype(dtype))
 
+    def open_all(
+        self, payloads: Sequence[Tensor], shape: Shape, dtype: torch.dtype = torch.float32
+    ) -> Sequence[Message]:
+        for payload in payloads:
+            self._fits(payload, self.nbytes(shape, dtype))
+        numel = numel_of(shape)
+        return open_sparse_rows(self._code, payloads, self.count(numel), numel, wire_dtype(dtype))
+
 
 class BlockTopK(Compressor):
     """Sends the k entries of largest magnitude of each block of B entries, with their indices.
@@ -168,6 +177,14 @@ class BlockTopK(Compressor):
         self._fits(payload, self.nbytes(shape, dtype))
         numel = numel_of(shape)
         return open_sparse(self._code, payload, self.count(numel), numel, wire_dtype(dtype))
+
+    def open_all(
+        self, payloads: Sequence[Tensor], shape: Shape, dtype: torch.dtype = torch.float32
+    ) -> Sequence[Message]:
+        for payload in payloads:
+            self._fits(payload, self.nbytes(shape, dtype))
+        numel = numel_of(shape)
+        return open_sparse_rows(self._code, payloads, self.count(numel), numel, wire_dtype(dtype))
 
 
 def count_of(density: float, numel: int) -> int:

@@ -146,7 +146,7 @@ class Feedback(ABC):
         """
         if out is None:
             out = torch.empty_like(next(iter(replicated.values())))
-        messages = [self._open(payload, out) for payload in payloads]
+        messages = self._open_all(payloads, out)
         for rank, message in enumerate(messages):
             if not message.finite():
                 raise NonFiniteGradient(
@@ -156,10 +156,11 @@ class Feedback(ABC):
         self._aggregate(replicated, messages, out)
         return out
 
-    def _open(self, payload: Tensor | None, like: Tensor) -> Message:
-        if payload is None:
+    def _open_all(self, payloads: Sequence[Tensor | None], like: Tensor) -> Sequence[Message]:
+        heard = [payload for payload in payloads if payload is not None]
+        if len(heard) < len(payloads):
             raise CommError(f"{self.name} needs a payload of every rank", "use ef21-pp where ranks may be absent")
-        return self.compressor.open(payload, tuple(like.shape), like.dtype)
+        return self.compressor.open_all(heard, tuple(like.shape), like.dtype)
 
     def _aggregate(self, replicated: Slots, messages: Sequence[Message], out: Tensor) -> None:
         """The mean of what was sent, for methods without replicated state."""
@@ -185,7 +186,7 @@ class Feedback(ABC):
         Returns:
             The payload that every rank shall :meth:`receive`. NaN and Inf are carried in it.
         """
-        messages = [self._open(payload, like) for payload in payloads]
+        messages = self._open_all(payloads, like)
         return self._relay(owned, replicated, messages, like, out)
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -55,8 +56,9 @@ class EF21PP(EF21):
         """See :class:`Feedback`; an absent rank sends its h_i as it is."""
         return super().encode_dense(local, g) if participate else local["h_i"]
 
-    def _open(self, payload: Tensor | None, like: Tensor) -> Message:
-        return _Unheard(like[:0]) if payload is None else super()._open(payload, like)
+    def _open_all(self, payloads: Sequence[Tensor | None], like: Tensor) -> Sequence[Message]:
+        heard = iter(super()._open_all([payload for payload in payloads if payload is not None], like))
+        return [_Unheard(like[:0]) if payload is None else next(heard) for payload in payloads]
 
 
 class _Unheard(Message):
