@@ -74,7 +74,7 @@ def check_compressor(
         The same input and memory give the same bytes and the same memory.
     ``receiver``
         What ``open`` makes of the bytes adds, bit for bit, what the sender's message adds, without memory, also from a
-        payload in the midst of others.
+        payload in the midst of others; ``open_all`` of several makes the same of each.
     ``linear``
         ``add_to(out, scale)`` adds scale times C(x).
     ``memory``
@@ -245,6 +245,8 @@ class _Case:
         buffer[ALIGN_BYTES:] = payload
         opened = compressor.open(buffer[ALIGN_BYTES:], shape, self.wire)
         self.hold(opened.finite(), "finite", "finite() is False at the receiver")
+        pair = compressor.open_all([payload, buffer[ALIGN_BYTES:]], shape, self.wire)
+        self.hold(len(pair) == 2, "receiver", f"open_all makes {len(pair)} messages of 2 payloads")
         start = torch.linspace(-1, 1, numel_of(shape), dtype=self.wire).view(shape)
         sent = torch.zeros(shape, dtype=self.wire)
         message.add_to(sent)
@@ -256,6 +258,10 @@ class _Case:
             where = f"what is added with scale {scale:.3g} to {'numbers' if out is start else 'zero'}"
             self.hold(_same(mine, theirs), "receiver", f"{where} is not, bit for bit, what the sender adds")
             self.hold(_same(theirs, third), "receiver", f"{where} by Compressor.add_to is not what open adds")
+            for one in pair:
+                fourth = out.clone()
+                one.add_to(fourth, scale)
+                self.hold(_same(theirs, fourth), "receiver", f"{where} after open_all is not what open adds")
             expected = out.double() + scale * sent.double()
             slack = 1e-5 if self.wire == torch.float32 else 1e-13
             allowed = slack * (out.double().abs() + sent.double().abs() + _largest(sent)) + 4 * _SMALLEST[self.wire]

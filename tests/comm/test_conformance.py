@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -173,6 +174,9 @@ class AddsMagnitude(TopK):
     def open(self, payload: Tensor, shape: Shape, dtype: torch.dtype = torch.float32) -> Message:
         return self._spoilt(super().open(payload, shape, dtype))
 
+    def open_all(self, payloads: Sequence[Tensor], shape: Shape, dtype: torch.dtype = torch.float32) -> list[Message]:
+        return [self._spoilt(message) for message in super().open_all(payloads, shape, dtype)]
+
     def compress(self, x: Tensor, out: Tensor | None = None, memory: Slots | None = None) -> Message:
         return self._spoilt(super().compress(x, out))
 
@@ -227,6 +231,12 @@ class ReadsStorage(Dense):
         return super().compress(x, out)
 
 
+class FirstOfAll(Dense):
+    def open_all(self, payloads: Sequence[Tensor], shape: Shape, dtype: torch.dtype = torch.float32) -> list[Message]:
+        first = self.open(payloads[0].clone().fill_(1), shape, dtype)
+        return [first, *(self.open(payload, shape, dtype) for payload in payloads[1:])]
+
+
 class AnySize(Dense):
     def _fits(self, payload: Tensor, need: int) -> None:
         pass
@@ -260,6 +270,7 @@ class TakesIntegers(Dense):
         (LeavesBytes(), "deterministic"),
         (Remembers(), "deterministic"),
         (KeepsMore(), "receiver"),
+        (FirstOfAll(), "receiver"),
         (AddsMagnitude(0.05), "linear"),
         (Forgets(2), "memory"),
         (OwnDraw(0.1), "memory"),

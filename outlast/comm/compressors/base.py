@@ -162,6 +162,8 @@ class Compressor(ABC):
     ) -> Sequence[Message]:
         """:meth:`open` of several payloads of one shape, all ranks' most often; at once where a compressor has a way.
 
+        Who overrides :meth:`open` of such a compressor overrides this too; the conformance kit sees it.
+
         Raises:
             CommError: see :meth:`open`.
         """
