@@ -26,7 +26,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.comm --rounds 3 --train 0 $(ARGS)
+	$(BIN)/python -m benchmarks.comm --rounds 4 --train 0 --tokens 128 $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

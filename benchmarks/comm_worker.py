@@ -21,7 +21,7 @@ from outlast.comm.settings import UPDATE_BETA1, UPDATE_CLIP_RMS
 from outlast.trainer import GPT, Corpus, Loader
 from outlast.trainer.data import find_files, split_held_out
 from outlast.trainer.optim import build_optimizer, lr_share
-from outlast.trainer.settings import DataConfig, ModelConfig, OptimConfig
+from outlast.trainer.settings import DataConfig, ModelConfig, OptimConfig, TrainerConfig
 
 MODEL = ModelConfig(layers=6, heads=6, width=384, context=256)  # 10.8 M parameters
 OPTIM = replace(OptimConfig(), lr=1e-3)
@@ -46,11 +46,13 @@ def build(name: str, seed: int = 0) -> Variant:
     model = GPT(MODEL)
     method, _, amount = name.partition("-")
     # PyTorch's PowerSGD hook chains collectives in callbacks; over gloo that aborts with more than one bucket.
-    bucket_mb = {"powersgd": 1024.0, "dense": 25.0, "fp16": 25.0}.get(method, 4.0)
+    bucket_mb = {"powersgd": 1024.0, "dense": 25.0, "fp16": 25.0}.get(method, 0.0)
+    if "=" in name:
+        config, more = comm_config(name)
+        bucket_mb = more["bucket_mb"]
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb)
     if "=" in name:
-        config, beta1, clip_rms = comm_config(name)
-        direction = Adam(beta1, OPTIM.beta2, OPTIM.eps, clip_rms)
+        direction = Adam(more["beta1"], OPTIM.beta2, OPTIM.eps, more["clip_rms"])
         reducer = GradientReducer(model.named_parameters(), config, direction=direction)
         reducer.attach(ddp)
         optimizer = build_optimizer(model, OPTIM, directed=config.target == "update")
@@ -65,18 +67,18 @@ def build(name: str, seed: int = 0) -> Variant:
     return Variant(ddp, build_optimizer(model, OPTIM), None, True)
 
 
-def comm_config(words: str) -> tuple[CommConfig, float, float]:
-    """``feedback=ef14,density=0.01,beta1=0.5`` as settings, and beta1 and clip_rms of Adam's direction."""
+def comm_config(words: str) -> tuple[CommConfig, dict[str, float]]:
+    """``feedback=ef14,density=0.01,beta1=0.5`` as settings; and beta1, clip_rms and bucket_mb, with their defaults."""
     kinds = {field.name: type(field.default) for field in dataclasses.fields(CommConfig)}
     given: dict[str, Any] = {}
-    adam = {"beta1": UPDATE_BETA1, "clip_rms": UPDATE_CLIP_RMS}
+    more = {"beta1": UPDATE_BETA1, "clip_rms": UPDATE_CLIP_RMS, "bucket_mb": TrainerConfig().bucket_mb}
     for word in words.split(","):
         key, value = word.split("=", 1)
-        if key in adam:
-            adam[key] = float(value)
+        if key in more:
+            more[key] = float(value)
             continue
         given[key] = value if kinds[key] is str else float(value) if kinds[key] is float else int(value)
-    return CommConfig(**given), adam["beta1"], adam["clip_rms"]
+    return CommConfig(**given), more
 
 
 def run(variant: Variant, loader: Loader, steps: int) -> dict[str, float]:

@@ -129,8 +129,9 @@ class TrainerConfig:
     """``auto``: CUDA where there is one, else CPU. NCCL serves CUDA, gloo CPU."""
     engine: Literal["ddp"] = "ddp"
     """What replicates or shards the model."""
-    bucket_mb: float = 4.0
-    """Size of DDP's gradient buckets in MiB: smaller ones start earlier, larger ones cost less each."""
+    bucket_mb: float = 25.0
+    """Size of DDP's gradient buckets in MiB: smaller ones start earlier and hide more of the wire, larger ones cost the
+    codec less. DDP's own default, which is the faster choice where cores are few: see docs/compression.md."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one rank's device, for MFU in the log; without it the log shows achieved GFLOP/s."""
     timeout_s: float = 600.0
