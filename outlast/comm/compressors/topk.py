@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from outlast.comm import kernels
+from outlast.comm.compressors._codecs import Codec
 from outlast.comm.compressors._select import select, select_in_blocks
 from outlast.comm.compressors._sparse import open_sparse, open_sparse_rows, sparse_nbytes, write_sparse
 from outlast.comm.compressors._values import codec
@@ -19,7 +21,34 @@ from outlast.config import nearest, require
 from outlast.errors import OutOfRange
 
 
-class TopK(Compressor):
+class _Selection(Compressor):
+    """Some entries and their indices: the payload that :class:`TopK` and :class:`BlockTopK` share."""
+
+    _code: Codec
+
+    @abstractmethod
+    def count(self, numel: int) -> int:
+        """How many of ``numel`` entries are sent."""
+
+    def nbytes(self, shape: Shape, dtype: torch.dtype = torch.float32) -> int:
+        numel = numel_of(shape)
+        return sparse_nbytes(self._code, self.count(numel), numel, wire_dtype(dtype))
+
+    def open(self, payload: Tensor, shape: Shape, dtype: torch.dtype = torch.float32) -> Message:
+        self._fits(payload, self.nbytes(shape, dtype))
+        numel = numel_of(shape)
+        return open_sparse(self._code, payload, self.count(numel), numel, wire_dtype(dtype))
+
+    def open_all(
+        self, payloads: Sequence[Tensor], shape: Shape, dtype: torch.dtype = torch.float32
+    ) -> Sequence[Message]:
+        for payload in payloads:
+            self._fits(payload, self.nbytes(shape, dtype))
+        numel = numel_of(shape)
+        return open_sparse_rows(self._code, payloads, self.count(numel), numel, wire_dtype(dtype))
+
+
+class TopK(_Selection):
     """Sends the k entries of largest magnitude, with their indices.
 
     Payload: the values, as ``values`` says; then the indices, in the smallest of three forms (see
@@ -73,15 +102,10 @@ class TopK(Compressor):
         self._code = codec(values, block)
 
     def count(self, numel: int) -> int:
-        """How many of ``numel`` entries are sent."""
         if self.k is not None:
             return min(self.k, numel)
         assert self.density is not None
         return count_of(self.density, numel)
-
-    def nbytes(self, shape: Shape, dtype: torch.dtype = torch.float32) -> int:
-        numel = numel_of(shape)
-        return sparse_nbytes(self._code, self.count(numel), numel, wire_dtype(dtype))
 
     def alpha(self, shape: Shape) -> float:
         numel = numel_of(shape)
@@ -109,21 +133,8 @@ class TopK(Compressor):
         indices, values = kernels.select(x, k, self.selection, plus=g.contiguous())
         return write_sparse(self._code, values, indices, numel, payload)
 
-    def open(self, payload: Tensor, shape: Shape, dtype: torch.dtype = torch.float32) -> Message:
-        self._fits(payload, self.nbytes(shape, dtype))
-        numel = numel_of(shape)
-        return open_sparse(self._code, payload, self.count(numel), numel, wire_dtype(dtype))
 
-    def open_all(
-        self, payloads: Sequence[Tensor], shape: Shape, dtype: torch.dtype = torch.float32
-    ) -> Sequence[Message]:
-        for payload in payloads:
-            self._fits(payload, self.nbytes(shape, dtype))
-        numel = numel_of(shape)
-        return open_sparse_rows(self._code, payloads, self.count(numel), numel, wire_dtype(dtype))
-
-
-class BlockTopK(Compressor):
+class BlockTopK(_Selection):
     """Sends the k entries of largest magnitude of each block of B entries, with their indices.
 
     No threshold for the whole tensor has to be found, and no part of it goes unheard for long, at the price of entries
@@ -154,12 +165,7 @@ class BlockTopK(Compressor):
         self._code = codec(values)
 
     def count(self, numel: int) -> int:
-        """How many of ``numel`` entries are sent."""
         return numel // self.block * self.k + min(self.k, numel % self.block)
-
-    def nbytes(self, shape: Shape, dtype: torch.dtype = torch.float32) -> int:
-        numel = numel_of(shape)
-        return sparse_nbytes(self._code, self.count(numel), numel, wire_dtype(dtype))
 
     def alpha(self, shape: Shape) -> float:
         numel = numel_of(shape)
@@ -172,19 +178,6 @@ class BlockTopK(Compressor):
             return write_sparse(self._code, x, None, x.numel(), payload)
         indices = select_in_blocks(x, self.k, self.block)
         return write_sparse(self._code, torch.index_select(x, 0, indices), indices, x.numel(), payload)
-
-    def open(self, payload: Tensor, shape: Shape, dtype: torch.dtype = torch.float32) -> Message:
-        self._fits(payload, self.nbytes(shape, dtype))
-        numel = numel_of(shape)
-        return open_sparse(self._code, payload, self.count(numel), numel, wire_dtype(dtype))
-
-    def open_all(
-        self, payloads: Sequence[Tensor], shape: Shape, dtype: torch.dtype = torch.float32
-    ) -> Sequence[Message]:
-        for payload in payloads:
-            self._fits(payload, self.nbytes(shape, dtype))
-        numel = numel_of(shape)
-        return open_sparse_rows(self._code, payloads, self.count(numel), numel, wire_dtype(dtype))
 
 
 def count_of(density: float, numel: int) -> int:
