@@ -39,6 +39,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"usage: outlast {verb}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_accumulation_sees_the_same_text_and_bf16_trains(tmp_path: Path) -> None:
     """Four sequences at once, and twice two: the same windows, so nearly the same numbers."""
     losses = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -20,7 +21,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 from outlast.diagnostics import Culprit, process_state
 from outlast.events import EventLog, HangFound, WorkersFailed, WorkersStarted
 from outlast.launch.environments import requeues
-from outlast.launch.failures import NO_RESTART_STATUS, RankFailure, last_words
+from outlast.launch.failures import NO_RESTART_STATUS, RankFailure, is_torn, last_words
 from outlast.launch.logs import RankOutput
 from outlast.launch.settings import LaunchConfig
 from outlast.launch.watch import HangWatch
@@ -132,10 +133,32 @@ class WatchedAgent(LocalElasticAgent):
             log.error("outlast: ranks %s do not die of SIGKILL; going on without them", undying)
             result = RunResult(state=WorkerState.UNHEALTHY)
         else:
-            result = super()._monitor_workers(worker_group)
+            result = self._ask_torchelastic(worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
             self._write_failure(result)
         return result
+
+    def _ask_torchelastic(self, worker_group: WorkerGroup) -> RunResult:
+        """Its own look at the processes. A rank that is killed while it writes its error file leaves half of it, which
+        torchelastic cannot read, and would end the launcher: such a file goes, and the rank's log has to tell."""
+        self._drop_torn()
+        while True:
+            try:
+                result: RunResult = super()._monitor_workers(worker_group)
+            except json.JSONDecodeError:  # one that ended just now
+                if not self._drop_torn():
+                    raise
+            else:
+                return result
+
+    def _drop_torn(self) -> bool:
+        """Remove the error files of ended ranks that are not whole; whether there were any."""
+        context, by_rank = self._pcontext, {w.global_rank: w.local_rank for w in self._worker_group.workers}
+        ended = [by_rank[rank] for rank in self._processes() if rank not in self._running()]
+        torn = [Path(context.error_files[local]) for local in ended if context and is_torn(context.error_files[local])]
+        for path in torn:
+            path.unlink()
+        return bool(torn)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         """End all ranks: those that are stopped at once, the others with SIGTERM and, after ``stop_grace_s``, SIGKILL.

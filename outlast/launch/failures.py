@@ -82,6 +82,17 @@ def last_words(error_file: Path | None, logs: Sequence[Path], since: float) -> t
     return "\n".join(lines[-LAST_LINES:]), found
 
 
+def is_torn(error_file: str) -> bool:
+    """Whether a rank's error file is there and is not whole: the rank died while it wrote it."""
+    try:
+        json.loads(Path(error_file).read_bytes())
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+    return False
+
+
 def _error_message(error_file: Path) -> str:
     """torchelastic writes ``{"message": {"message": text, …}}``, or ``{"message": text}``."""
     try:

@@ -86,6 +86,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
 def test_four_then_three_then_five(worlds: dict[int, Ranks], settings: dict[str, Any]) -> None:
     runs = {4: worlds[4].run(train, settings, [], 1, 20)}

@@ -1,6 +1,6 @@
 """A rank that does nothing but beat, meet its peers in an all-reduce, and misbehave as told.
 
-``rank.py RUN_DIR STEPS [--rank R --at STEP --do kill|stop|spin|exit:N|raise] [--once] [--step-s SECONDS]``
+``rank.py RUN_DIR STEPS [--rank R --at STEP --do kill|stop|spin|torn|exit:N|raise] [--once] [--step-s SECONDS]``
 
 With ``--once`` it misbehaves only in generation 0. Every rank appends ``generation rank step`` to ``RUN_DIR/steps``.
 """
@@ -33,6 +33,9 @@ def misbehave(how: str) -> None:
     elif how.startswith("exit:"):
         print(f"leaving with {how}", file=sys.stderr, flush=True)
         os._exit(int(how.removeprefix("exit:")))
+    elif how == "torn":
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text('{"message": {"mess')
+        os.kill(os.getpid(), signal.SIGKILL)
     elif how == "raise":
         raise ValueError("the rank was told to raise this")
 

@@ -115,6 +115,14 @@ def test_a_killed_rank_is_replaced_and_the_rest_with_it(tmp_path: Path) -> None:
     assert not any(shm_directory(run).iterdir())
 
 
+def test_a_rank_that_is_killed_while_it_writes_its_error_file(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said = finish(start(run, RANK, str(run), "8", "--rank", "1", "--at", "4", "--do", "torn", "--once"), run)
+    assert "rank 0 of 2 done in generation 1" in said
+    (failed,) = [one for one in events(run) if one.kind == "workers_failed"]
+    assert (1, "killed by SIGKILL") in zip(failed["ranks"], failed["reasons"], strict=True)
+
+
 def test_ranks_that_fail_again_and_again_do_not_meet_the_dead_ones(tmp_path: Path) -> None:
     """Each start has a fresh store: every one gets as far as the first did."""
     run = tmp_path / "run"
