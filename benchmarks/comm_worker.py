@@ -46,10 +46,11 @@ def build(name: str, seed: int = 0) -> Variant:
     model = GPT(MODEL)
     method, _, amount = name.partition("-")
     # PyTorch's PowerSGD hook chains collectives in callbacks; over gloo that aborts with more than one bucket.
-    bucket_mb = {"powersgd": 1024.0, "dense": 25.0, "fp16": 25.0}.get(method, 0.0)
     if "=" in name:
         config, more = comm_config(name)
         bucket_mb = more["bucket_mb"]
+    else:
+        bucket_mb = {"powersgd": 1024.0, "dense": 25.0, "fp16": 25.0}[method]
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb)
     if "=" in name:
         direction = Adam(more["beta1"], OPTIM.beta2, OPTIM.eps, more["clip_rms"])

@@ -153,9 +153,12 @@ class WatchedAgent(LocalElasticAgent):
 
     def _drop_torn(self) -> bool:
         """Remove the error files of ended ranks that are not whole; whether there were any."""
-        context, by_rank = self._pcontext, {w.global_rank: w.local_rank for w in self._worker_group.workers}
-        ended = [by_rank[rank] for rank in self._processes() if rank not in self._running()]
-        torn = [Path(context.error_files[local]) for local in ended if context and is_torn(context.error_files[local])]
+        context = self._pcontext
+        if not isinstance(context, SubprocessContext):
+            return False
+        handlers = context.subprocess_handlers.items()
+        ended = [context.error_files[local] for local, handler in handlers if handler.proc.poll() is not None]
+        torn = [Path(path) for path in ended if is_torn(path)]
         for path in torn:
             path.unlink()
         return bool(torn)
