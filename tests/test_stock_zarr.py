@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -20,14 +22,22 @@ def test_parameters_read_by_stock_zarr_equal_the_trained_ones(tmp_path: Path) ->
     done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=clean_env())
     assert done.returncode == 0, done.stderr[-4000:]
     newest = run / "checkpoints" / f"step_{steps_saved(run)[-1]:08d}"
-    model = zarr.open_group(str(newest), mode="r")["model"]
-    assert isinstance(model, zarr.Group)
+    step = zarr.open_group(str(newest), mode="r")
+    found = {name: np.asarray(array[...]) for name, array in step["model"].arrays()}  # type: ignore[union-attr]
+    assert found
+    packs = step["packed"]
+    assert isinstance(packs, zarr.Group)
+    for _, pack in packs.arrays():
+        index: Any = pack.attrs["outlast_packed"]
+        raw = np.asarray(pack[...])
+        for path, (offset, shape, dtype) in index.items():
+            if path.startswith("model/"):
+                values = raw[offset : offset + math.prod(shape) * np.dtype(dtype).itemsize]
+                found[path.removeprefix("model/")] = values.view(dtype).reshape(shape)
     trained = np.load(kept)
-    assert set(model.array_keys()) == set(trained.files)
+    assert set(found) == set(trained.files)
     for name in trained.files:
-        array = model[name]
-        assert isinstance(array, zarr.Array)
-        assert np.asarray(array[...]).tobytes() == trained[name].tobytes(), name
+        assert found[name].tobytes() == trained[name].tobytes(), name
 
 
 def test_one_flipped_bit_in_any_file_is_found(tmp_path: Path) -> None:
@@ -37,7 +47,7 @@ def test_one_flipped_bit_in_any_file_is_found(tmp_path: Path) -> None:
     subprocess.run(script, check=True, capture_output=True, timeout=120, env=clean_env())
     step = run / "checkpoints" / "step_00000010"
     files = sorted(path for path in step.rglob("*") if path.is_file())
-    assert len(files) > 100
+    assert len(files) > 50
     assert not checkpoint.verify(run / "checkpoints", 10).problems
     for number, path in enumerate(files):
         raw = bytearray(path.read_bytes())

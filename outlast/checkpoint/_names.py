@@ -5,9 +5,10 @@
     URL/
       step_00000040/
         zarr.json                   the root group; its attribute ``outlast`` tells step, epoch, world size
-        model/blocks.0.w/zarr.json  replicated state, written by rank 0
+        model/blocks.0.w/zarr.json  replicated state; each rank writes an equal share of its bytes
         model/blocks.0.w/c.0.0
-        rank_00000/...              local state, written by each rank
+        rank_00000/...              local state, written by its rank
+        packed/rank_00000.0/...     small tensors of either, as many as fit into a chunk, written by rank 0
         votes/rank_00000.json       what rank 0 wrote: files, sizes, checksums
         commit.json                 without it there is no checkpoint
       step_00000030.aside-1/        was found damaged, or was superseded; never read
@@ -22,13 +23,17 @@ from urllib.parse import quote, unquote
 from outlast.errors import CheckpointError
 
 COMMIT = "commit.json"
+PACKS = "packed"
+"""The group of all ranks' small tensors."""
 NODE = "zarr.json"
 """The metadata document of a Zarr group or array."""
 
 _STEP = re.compile(r"step_([0-9]{8,})")
 _ASIDE = re.compile(r"step_([0-9]{8,})\.aside-([0-9]+)")
 _FAILED = re.compile(r"step_([0-9]{8,})\.failed-(.+)-([0-9]+)")
-_RESERVED = re.compile(r"votes|commit\.json|rank_[0-9]+")
+_RESERVED = re.compile(r"votes|packed|commit\.json|rank_[0-9]+")
+_PACK = re.compile(r"packed/rank_([0-9]{5,})\.[0-9]+/.+")
+_LOCAL = re.compile(r"rank_([0-9]{5,})/.+")
 _MAX_NAME_BYTES = 255
 _PLAIN = " +=,@()_.-~"
 
@@ -53,6 +58,23 @@ def parse_aside(name: str) -> int | None:
 def rank_name(rank: int) -> str:
     """The group of a rank's local state, e.g. ``rank_00000``."""
     return f"rank_{rank:05d}"
+
+
+def pack_path(rank: int, number: int) -> str:
+    """The array of a rank's small tensors, relative to the step."""
+    return f"{PACKS}/{rank_name(rank)}.{number}"
+
+
+def parse_pack(path: str) -> int | None:
+    """Whose pack a file relative to the step belongs to, or None if to none."""
+    match = _PACK.fullmatch(path)
+    return int(match[1]) if match else None
+
+
+def parse_local(path: str) -> int | None:
+    """Whose local state a file relative to the step, or a packed tensor, belongs to; None: replicated state."""
+    match = _LOCAL.fullmatch(path)
+    return int(match[1]) if match else None
 
 
 def vote_path(step: int, rank: int) -> str:

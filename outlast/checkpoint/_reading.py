@@ -6,12 +6,24 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from outlast.checkpoint._json import from_json
-from outlast.checkpoint._names import NODE, decode_key, rank_name, step_name
+from outlast.checkpoint._names import NODE, PACKS, decode_key, parse_local, parse_pack, rank_name, step_name
 from outlast.checkpoint._records import Commit, Fault, FileEntry, Vote, crc_hex, read_commit, unseal_vote
 from outlast.checkpoint._store import Buffer, Store
 from outlast.checkpoint._tree import HEADER
-from outlast.checkpoint._zarr import CRC_BYTES, ArrayInfo, as_tensor, chunk_name, node_path, parse_node
+from outlast.checkpoint._zarr import (
+    CRC_BYTES,
+    ArrayInfo,
+    as_tensor,
+    chunk_name,
+    node_path,
+    parse_node,
+    payload,
+    put_chunk,
+    unpack,
+)
 from outlast.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion
 
 Progress = Callable[[int, int], None]
@@ -45,10 +57,11 @@ class StepReader:
         self.votes: tuple[Vote, ...] = tuple(self._vote(rank, entry) for rank, entry in enumerate(self.commit.votes))
 
     def files_of(self, rank: int | None) -> list[FileEntry]:
-        """The files of a rank's local state, or (None) of the replicated state."""
-        vote = self.votes[0 if rank is None else rank]
-        local = f"{rank_name(vote.rank)}/"
-        return [entry for entry in vote.files if entry.path.startswith(local) == (rank is not None)]
+        """The files of a rank's local state, or (None) of the replicated state. Packs may hold some of either."""
+        if rank is None:
+            files = (entry for vote in self.votes for entry in vote.files)
+            return [entry for entry in files if parse_local(entry.path) is None]
+        return [entry for entry in self.votes[rank].files if rank in (parse_local(entry.path), parse_pack(entry.path))]
 
     def verify(self, entries: Iterable[FileEntry], progress: Progress | None = None) -> list[Fault]:
         """Verify files; returns what is wrong with which."""
@@ -66,28 +79,22 @@ class StepReader:
         """The local state of a rank, or (None) the replicated state; tensors on the CPU.
 
         Raises:
-            Fault: a file is missing or damaged; the first in the order of the vote.
+            Fault: a file is missing or damaged; the first in the order of the votes.
         """
         entries = self.files_of(rank)
-        data = dict(zip((entry.path for entry in entries), self._io.map(self.read, entries), strict=True))
-        nodes = {path: parse_node(bytes(data[path]), path) for path in data if path.rpartition("/")[2] == NODE}
+        nodes = self._nodes(entries)
         top = "" if rank is None else rank_name(rank)
-        if node_path(top) not in nodes:
+        if top not in nodes:
             raise Fault(IncompleteCheckpoint, node_path(top), "no vote lists this file")
         groups: dict[str, dict[str, Any]] = {}
         # A parent's path is shorter than its children's, so parents come first.
-        for file in sorted(nodes, key=len):
-            path = file.removesuffix(NODE).rstrip("/")
-            value: Any
-            info = nodes[file]
-            if isinstance(info, ArrayInfo):
-                chunk = f"{path}/{chunk_name(len(info.shape))}"
-                value = as_tensor(info, self._chunk(chunk, info, data), chunk)
-            else:
-                value = groups[path] = {key: from_json(item) for key, item in info.items() if path or key != HEADER}
+        for path in sorted((path for path in nodes if not isinstance(nodes[path], ArrayInfo)), key=len):
+            values: Any = nodes[path]
+            groups[path] = {key: from_json(item) for key, item in values.items() if path or key != HEADER}
             if path != top:
-                parent, _, name = path.rpartition("/")
-                groups[parent][decode_key(name)] = value
+                _put(groups, path, groups[path])
+        for path, tensor in self._tensors(rank, nodes, entries).items():
+            _put(groups, path, tensor)
         return groups[top]
 
     def describe(self, rank: int | None) -> tuple[dict[str, ArrayInfo], dict[str, dict[str, Any]]]:
@@ -96,17 +103,64 @@ class StepReader:
         Raises:
             Fault: a metadata file is missing or damaged.
         """
-        entries = [entry for entry in self.files_of(rank) if not entry.chunk]
         arrays: dict[str, ArrayInfo] = {}
         values: dict[str, dict[str, Any]] = {}
-        for entry, data in zip(entries, self._io.map(self.read, entries), strict=True):
-            path = entry.path.removesuffix(NODE).rstrip("/")
-            info = parse_node(bytes(data), entry.path)
-            if isinstance(info, ArrayInfo):
+        for path, info in self._nodes(self.files_of(rank)).items():
+            if not isinstance(info, ArrayInfo):
+                values[path] = from_json(info)
+            elif info.packed is None:
                 arrays[path] = info
             else:
-                values[path] = from_json(info)
+                for name, entry in info.packed.items():
+                    if parse_local(name) == rank:
+                        arrays[name] = ArrayInfo(entry.shape, entry.dtype, entry.shape)
         return arrays, values
+
+    def _nodes(self, entries: Iterable[FileEntry]) -> dict[str, ArrayInfo | dict[str, Any]]:
+        """Arrays, and groups' attributes, by path."""
+        documents = [entry for entry in entries if not entry.chunk]
+        nodes = {
+            entry.path.removesuffix(NODE).rstrip("/"): parse_node(bytes(data), entry.path)
+            for entry, data in zip(documents, self._io.map(self.read, documents), strict=True)
+        }
+        nodes.pop(PACKS, None)  # a group of the format's, not of the state's
+        return nodes
+
+    def _tensors(
+        self, rank: int | None, nodes: dict[str, ArrayInfo | dict[str, Any]], entries: Iterable[FileEntry]
+    ) -> dict[str, torch.Tensor]:
+        """By path. A chunk's memory becomes its tensor's, or is let go of once it was copied to its place there."""
+        chunks = {entry.path: entry for entry in entries if entry.chunk}
+        work: list[tuple[str, ArrayInfo, tuple[int, ...], FileEntry]] = []
+        found: dict[str, torch.Tensor] = {}
+        for path, info in nodes.items():
+            if not isinstance(info, ArrayInfo):
+                continue
+            places = info.places()
+            for place in places:
+                file = f"{path}/{chunk_name(place)}"
+                if file not in chunks:
+                    raise Fault(IncompleteCheckpoint, file, "no vote lists this chunk, though its array has elements")
+                work.append((path, info, place, chunks[file]))
+            if info.packed is None and info.shape != info.chunk:
+                found[path] = torch.empty(info.shape, dtype=info.dtype)
+
+        def read(task: tuple[str, ArrayInfo, tuple[int, ...], FileEntry]) -> dict[str, torch.Tensor]:
+            path, info, place, entry = task
+            data = payload(info, self.read(entry), entry.path)
+            if info.packed is not None:
+                tensors = unpack(info, data, entry.path)
+                return {name: tensor for name, tensor in tensors.items() if parse_local(name) == rank}
+            if path not in found:
+                return {path: as_tensor(info, data)}
+            put_chunk(info, data, place, found[path])
+            return {}
+
+        order = {entry.path: number for number, entry in enumerate(chunks.values())}
+        work.sort(key=lambda task: order[task[3].path])
+        for some in list(self._io.map(read, work)):
+            found |= some
+        return found
 
     def read(self, entry: FileEntry) -> Buffer:
         """A file's bytes, verified against the vote; raises :class:`Fault`."""
@@ -145,8 +199,7 @@ class StepReader:
             raise Fault(CorruptCheckpoint, entry.path, f"is the vote of rank {vote.rank} for another save")
         return vote
 
-    @staticmethod
-    def _chunk(path: str, info: ArrayInfo, data: dict[str, Buffer]) -> Buffer | None:
-        if info.payload_bytes and path not in data:
-            raise Fault(IncompleteCheckpoint, path, "no vote lists this chunk, though its array has elements")
-        return data.get(path)
+
+def _put(groups: dict[str, dict[str, Any]], path: str, value: Any) -> None:
+    parent, _, name = path.rpartition("/")
+    groups[parent][decode_key(name)] = value

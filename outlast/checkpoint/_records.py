@@ -17,7 +17,7 @@ from outlast.checkpoint._names import COMMIT, step_name, vote_path
 from outlast.checkpoint._store import Store
 from outlast.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SEAL = re.compile(rb',"crc32c":"([0-9a-f]{8})"\}\n\Z')
 
 
@@ -65,6 +65,8 @@ class Vote:
     """The attempt it belongs to; a vote of another attempt never counts."""
     serial: int
     """Number of the save within the attempt, so that a late vote of a save that was given up does not count either."""
+    layout: str
+    """Checksum of the names, shapes and types of the replicated state, which must be the same on all ranks."""
     files: tuple[FileEntry, ...]
 
 

@@ -4,9 +4,10 @@ Two phases, through the store alone; no collective is issued, nobody listens on 
 
 1. The coordinator (rank 0) *opens* the save: it clears away what saves that were cut off left, and writes the root
    group's document, which names the attempt's epoch and the save's number. The other ranks write nothing before.
-2. Each rank writes its files and fsyncs them, then the directories, then it writes its *vote*: files, sizes, checksums.
-3. The coordinator waits for all votes of this very save, checks that every file is there in its size, and writes the
-   commit record. A step is a checkpoint if and only if it has one.
+2. Each rank writes its share of the files and fsyncs them, then the directories, then it writes its *vote*: files,
+   sizes, checksums.
+3. The coordinator waits for all votes of this very save, checks that all ranks mean the same replicated state and that
+   every file is there in its size, and writes the commit record. A step is a checkpoint if and only if it has one.
 
 Each rank gives up on any error, or after ``commit_timeout_s`` without news; it removes what it wrote and leaves an
 empty file that tells the others. Nothing in a save touches the checkpoints before it.
@@ -14,15 +15,19 @@ empty file that tells the others. Nothing in a save touches the checkpoints befo
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from outlast.checkpoint import _steps
+from outlast.checkpoint._arena import Arena
+from outlast.checkpoint._layout import Share
 from outlast.checkpoint._names import COMMIT, failed_name, parse_failed, step_name, vote_path
 from outlast.checkpoint._poll import Poll
 from outlast.checkpoint._records import (
@@ -37,10 +42,11 @@ from outlast.checkpoint._records import (
 )
 from outlast.checkpoint._snapshot import Snapshot
 from outlast.checkpoint._store import Store
-from outlast.checkpoint._tree import HEADER, Plan
-from outlast.checkpoint._zarr import CRC_BYTES, array_document, chunk_name, group_document, node_path
+from outlast.checkpoint._tree import HEADER
+from outlast.checkpoint._writing import Writing
+from outlast.checkpoint._zarr import group_document, node_path
 from outlast.checkpoint.settings import CheckpointConfig
-from outlast.errors import CheckpointError, SnapshotMutated
+from outlast.errors import CheckpointError, SnapshotMutated, StateMismatch
 from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
 
 _log = logging.getLogger("outlast.checkpoint")
@@ -63,31 +69,43 @@ class Saving:
     """One save of one rank. It runs from construction on; all methods are for the training thread.
 
     Attributes:
-        copied: set once no lazy tensor is read any more, whether all were copied or the save was given up.
+        eager_copied: set once no eager tensor is read any more.
+        copied: set once no tensor is read any more, whether all were copied or the save was given up.
         done: set once the save is committed (coordinator), voted for (other ranks) or given up.
         error: what must be raised in the training thread: a mutated snapshot, or a bug. Not what the environment did.
         blocked_s: how long the training thread was held; final before :meth:`confirm`.
     """
 
-    def __init__(self, place: Place, step: int, serial: int, plan: Plan, snapshot: Snapshot, began: float) -> None:
+    def __init__(
+        self,
+        place: Place,
+        step: int,
+        serial: int,
+        root: dict[str, Any],
+        share: Share,
+        snapshot: Snapshot,
+        arena: Arena,
+        began: float,
+    ) -> None:
         self.step = step
-        self.copied = threading.Event()
         self.done = threading.Event()
         self.error: Exception | None = None
         self.blocked_s = 0.0
         self._place = place
         self._serial = serial
-        self._plan = plan
+        self._root = root
+        self._digest = share.digest
+        self._total_bytes = share.replicated_bytes + share.local_bytes * place.world_size
         self._snapshot = snapshot
-        # The tensors themselves are let go of early; their arrays' documents are needed later.
-        self._documents = [array_document(tuple(i.tensor.shape), i.tensor.dtype) for i in snapshot.items]
-        self._arrays = [(i.path, f"{i.path}/{chunk_name(i.tensor.dim())}") for i in snapshot.items]
+        self._writing = Writing(
+            place.store, step_name(step), share, snapshot, arena, place.io, self._look, self.give_up
+        )
+        self.eager_copied, self.copied = self._writing.eager_copied, self._writing.copied
         self._began = began
         self._confirmed = threading.Event()
         self._stop: Exception | None = None
         self._stop_lock = threading.Lock()
         self._voted = False
-        self._tops: set[str] = set()  # what this rank made directly below the step, votes and commit record apart
         self._thread = threading.Thread(target=self._run, name=f"outlast-save-{step}", daemon=True)
 
     @property
@@ -154,6 +172,7 @@ class Saving:
             else:
                 self._fail(self._stop or error)
         finally:
+            self.eager_copied.set()
             self.copied.set()
             self._confirmed.set()
             self._snapshot.release()
@@ -172,30 +191,11 @@ class Saving:
             self.error = error
 
     def _write_and_vote(self) -> int:
-        place, snapshot = self._place, self._snapshot
+        place = self._place
         # Waiting is done in daemon threads alone: the pool's threads hold up the interpreter's exit.
         opened: Future[list[FileEntry]] = Future()
         threading.Thread(target=self._open, args=(opened,), name=f"outlast-open-{self.step}", daemon=True).start()
-        futures: list[Future[list[FileEntry]]] = []
-        try:
-            try:
-                for index in range(len(snapshot.items)):
-                    self._look()
-                    snapshot.copy(index)
-                    if opened.done():
-                        opened.result()
-                        futures += [place.io.submit(self._put_array, n) for n in range(len(futures), index + 1)]
-            finally:
-                self.copied.set()
-            entries = list(opened.result())
-            futures += [place.io.submit(self._put_array, n) for n in range(len(futures), len(snapshot.items))]
-            futures += [place.io.submit(self._put_group, path) for path in self._plan.groups if path]
-            entries += [entry for future in futures for entry in future.result()]
-        except Exception as error:
-            # The others find this at their next look. Files must not appear after the clean-up, so wait for them.
-            self.give_up(error)
-            wait([opened, *futures])
-            raise
+        entries = self._writing.run(opened)
         place.store.sync_dirs(f"{step_name(self.step)}/{entry.path}" for entry in entries)
         self._confirmed.wait()
         self._look()
@@ -205,6 +205,7 @@ class Saving:
             world_size=place.world_size,
             epoch=place.epoch,
             serial=self._serial,
+            layout=self._digest,
             files=tuple(sorted(entries, key=lambda entry: entry.path)),
         )
         self._voted = True
@@ -225,6 +226,7 @@ class Saving:
                 place.store.remove(name)
         for aside in _steps.clear_for(place.store, self.step, place.epoch):
             place.emit(CheckpointRejected(step=self.step, reason=f"saved anew; the old one was set aside as {aside}"))
+        self._make_room()
         header = {
             "format_version": FORMAT_VERSION,
             "step": self.step,
@@ -232,8 +234,8 @@ class Saving:
             "epoch": place.epoch,
             "serial": self._serial,
         }
-        data = group_document({**self._plan.groups[""], HEADER: header})
-        self._tops.add(node_path(""))
+        data = group_document({**self._root, HEADER: header})
+        self._writing.files.add(node_path(""))
         place.store.put_atomic(f"{step_name(self.step)}/{node_path('')}", data)
         return [FileEntry(node_path(""), len(data), crc_hex(data), False)]
 
@@ -254,33 +256,35 @@ class Saving:
                     "see rank 0's events; on slow storage raise checkpoint.commit_timeout_s",
                 )
 
-    def _put_array(self, index: int) -> list[FileEntry]:
-        self._look()
-        path, chunk = self._arrays[index]
-        entries = [self._put_document(path, self._documents[index])]
-        data = self._snapshot.data(index)
-        if len(data):
-            crc = crc_hex(data)
-            self._put(chunk, data, bytes.fromhex(crc)[::-1])
-            entries.append(FileEntry(chunk, len(data) + CRC_BYTES, crc, True))
-        return entries
+    def _make_room(self) -> None:
+        """Find out before anything is written whether there is room for it; with too little, prune what may go.
 
-    def _put_group(self, path: str) -> list[FileEntry]:
-        self._look()
-        return [self._put_document(path, group_document(self._plan.groups[path]))]
-
-    def _put_document(self, node: str, data: bytes) -> FileEntry:
-        path = node_path(node)
-        self._put(path, data)
-        return FileEntry(path, len(data), crc_hex(data), False)
-
-    def _put(self, path: str, *parts: bytes | memoryview) -> None:
-        self._tops.add(path.partition("/")[0])
-        self._place.store.put(f"{step_name(self.step)}/{path}", parts)
+        Raises:
+            OSError: there is not enough even so.
+        """
+        store = self._place.store
+        free_bytes = store.free_bytes()
+        if free_bytes is None or free_bytes >= self._total_bytes:
+            return
+        _steps.prune_all_but_newest_valid(store, self._place.io)
+        free_bytes = store.free_bytes() or 0
+        if free_bytes < self._total_bytes:
+            raise OSError(
+                errno.ENOSPC,
+                f"No space left on device: the save of step {self.step} needs {self._total_bytes} bytes, "
+                f"{free_bytes} are free",
+                store.url,
+            )
 
     def _commit(self) -> None:
         place = self._place
         votes, entries = self._collect()
+        for vote in votes:
+            if vote.layout != self._digest:
+                raise StateMismatch(
+                    f"the replicated state of rank {vote.rank} has other names, shapes or types than rank 0's",
+                    "pass the same keys in the same order on all ranks; what differs belongs into local",
+                )
         folder = step_name(self.step)
         sizes = place.store.sizes(folder)
         for vote in votes:
@@ -368,20 +372,17 @@ class Saving:
 
     def _remove_own(self) -> None:
         store, folder, rank = self._place.store, step_name(self.step), self._place.rank
-        if not self._tops or (self._voted and rank != 0):
+        if not self._writing.files or (self._voted and rank != 0):
             # Rank 0 may have counted the vote: its files stay until rank 0 clears the step away.
             return
         if rank == 0:
             store.remove(f"{folder}/{COMMIT}")
         store.remove(vote_path(self.step, rank))
-        for top in self._tops:
-            path = f"{folder}/{top}"
-            if store.exists(path):
-                store.remove(path)
-            else:
-                store.remove_tree(path)
+        # File by file: other ranks write below the same groups. Rank 0 clears empty folders away with its next save.
+        for path in sorted(self._writing.files):
+            store.remove(f"{folder}/{path}")
 
 
 def _must_be_raised(error: Exception) -> bool:
     """A full disk, a timeout, another rank's failure are reported, and training goes on. The rest must be raised."""
-    return not isinstance(error, (OSError, CheckpointError)) or isinstance(error, SnapshotMutated)
+    return not isinstance(error, (OSError, CheckpointError)) or isinstance(error, (SnapshotMutated, StateMismatch))

@@ -14,74 +14,80 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+import crc32c
 import torch
 
+from outlast.checkpoint._layout import Content, Part
 from outlast.checkpoint._tree import Item
+from outlast.checkpoint._zarr import CRC_BYTES
 from outlast.errors import CheckpointError, SnapshotMutated
 
-_ALIGNMENT_BYTES = 64
 _SAMPLES = 16
-
-
-class Arena:
-    """Host memory that is kept from one snapshot to the next; it only ever grows."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def reserve(self, size_bytes: int, *, pinned: bool) -> torch.Tensor:
-        """At least this much memory; whatever an earlier call gave out is given out again.
-
-        Returns:
-            uint8, of shape (at least ``size_bytes``,); page-locked if ``pinned``.
-        """
-        if self._buffer.numel() < size_bytes or (pinned and not self._buffer.is_pinned()):
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            self._buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned)
-        return self._buffer
+_STRIDE_BYTES = 4 << 20
+"""Copied and checksummed at a time, so that what is checksummed is in the processor's cache."""
 
 
 class Snapshot:
-    """Copies of some tensors. The constructor copies the eager ones, :meth:`copy` the others, one by one.
+    """Copies of some tensors, part by part.
 
     Args:
-        items: what to copy. Tensors that are not eager are held until :meth:`release`.
-        arena: where to; it must not be reserved again while the copies are in use.
+        parts: what to copy. The tensors are held until :meth:`release`.
 
     Raises:
         CheckpointError: a lazy tensor of which changes cannot be told.
     """
 
-    def __init__(self, items: Sequence[Item], arena: Arena) -> None:
-        self.items = list(items)
-        offsets, size_bytes = [], 0
-        for item in self.items:
-            offsets.append(size_bytes)
-            size_bytes += -(-item.tensor.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        accelerated = [item.tensor.device for item in self.items if item.tensor.device.type == "cuda"]
-        buffer = arena.reserve(size_bytes, pinned=bool(accelerated))
-        self.size_bytes = sum(item.tensor.nbytes for item in self.items)
-        self._raw = [
-            buffer[offset : offset + item.tensor.nbytes] for offset, item in zip(offsets, self.items, strict=True)
-        ]
-        self._marks = [None if item.eager else _Mark(item) for item in self.items]
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts: list[Part | None] = list(parts)
+        self._marks: dict[int, _Mark] = {}
+        for part in parts:
+            for content in part.contents:
+                if not part.eager and id(content.item) not in self._marks:
+                    self._marks[id(content.item)] = _Mark(content.item)
+        devices = {content.source.device for part in parts for content in part.contents}
+        accelerated = {device for device in devices if device.type == "cuda"}
         # Copies on the side stream wait for what the training thread has queued so far, and for nothing later.
-        self._queued = {device: torch.cuda.current_stream(device).record_event() for device in set(accelerated)}
+        self._queued = {device: torch.cuda.current_stream(device).record_event() for device in accelerated}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        for index, item in enumerate(self.items):
-            if item.eager:
-                self._copy(index)
 
-    def copy(self, index: int) -> None:
-        """Copy one tensor, unless it was copied eagerly.
+    @property
+    def pinned(self) -> bool:
+        """Whether copies come from an accelerator, and their target should be page-locked."""
+        return bool(self._queued)
+
+    def copy(self, index: int, target: torch.Tensor) -> int:
+        """Copy one part, and let go of its tensors.
+
+        Args:
+            index: of the part.
+            target: uint8, at least the part's bytes and its checksum long. The payload, its CRC32C (little-endian) and
+                zeros are written to it.
+
+        Returns:
+            CRC32C of the payload; of a contiguous tensor in host memory it is the *source's*, taken while it is copied.
 
         Raises:
-            SnapshotMutated: it was changed since the snapshot began.
+            SnapshotMutated: a tensor was changed since the snapshot began.
         """
-        mark = self._marks[index]
-        if mark is not None:
-            self._copy(index)
-            mark.check()
+        part = self._parts[index]
+        assert part is not None
+        payload = target[: part.nbytes]
+        crc, at = 0, 0
+        with torch.no_grad():
+            for content in part.contents:
+                if content.offset > at:
+                    crc = _zero(payload[at : content.offset], crc)
+                at = content.offset + content.source.nbytes
+                crc = self._copy(content, payload[content.offset : at], crc)
+                mark = self._marks.get(id(content.item))
+                if mark is not None:
+                    mark.check()
+            crc = _zero(payload[at:], crc)
+        trailer = target[part.nbytes :].numpy()
+        trailer[:] = 0
+        trailer[:CRC_BYTES] = memoryview(crc.to_bytes(CRC_BYTES, "little"))
+        self._parts[index] = None
+        return crc
 
     def check(self) -> None:
         """Check that no lazy tensor was changed since the snapshot began.
@@ -89,35 +95,41 @@ class Snapshot:
         Raises:
             SnapshotMutated: names the first that was.
         """
-        for mark in self._marks:
-            if mark is not None:
-                mark.check()
+        for mark in self._marks.values():
+            mark.check()
 
     def release(self) -> None:
-        """Let go of the tensors; the copies stay."""
-        self._marks = [None] * len(self.items)
-        self.items = [Item(item.path, item.name, item.tensor.new_empty(0), item.eager) for item in self.items]
+        """Let go of the tensors."""
+        self._marks = {}
+        self._parts = [None] * len(self._parts)
 
-    def data(self, index: int) -> memoryview:
-        """The copied bytes of one tensor, in C order."""
-        return self._raw[index].numpy().data
-
-    def _copy(self, index: int) -> None:
-        tensor = self.items[index].tensor
-        if tensor.numel() == 0:
-            return
-        target = self._raw[index].view(tensor.dtype).view(tensor.shape)
-        with torch.no_grad():
-            if tensor.device not in self._queued:
-                target.copy_(tensor)
-                return
-            stream = self._streams.get(tensor.device)
+    def _copy(self, content: Content, target: torch.Tensor, crc: int) -> int:
+        source = content.source
+        if not source.numel():
+            return crc
+        if source.device in self._queued:
+            stream = self._streams.get(source.device)
             if stream is None:
-                stream = self._streams[tensor.device] = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
-                stream.wait_event(self._queued[tensor.device])
+                stream = self._streams[source.device] = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
+                stream.wait_event(self._queued[source.device])
             with torch.cuda.stream(stream):
-                target.copy_(tensor, non_blocking=True)
+                target.view(source.dtype).view(source.shape).copy_(source, non_blocking=True)
             stream.synchronize()
+        elif source.is_contiguous() and not source.is_conj() and not source.is_neg():
+            raw = source.reshape(-1).view(torch.uint8)
+            data = raw.numpy().data
+            for at in range(0, len(data), _STRIDE_BYTES):
+                target[at : at + _STRIDE_BYTES].copy_(raw[at : at + _STRIDE_BYTES])
+                crc = crc32c.crc32c(data[at : at + _STRIDE_BYTES], crc)
+            return crc
+        else:
+            target.view(source.dtype).view(source.shape).copy_(source)
+        return crc32c.crc32c(target.numpy().data, crc)
+
+
+def _zero(target: torch.Tensor, crc: int) -> int:
+    """Zero some memory, and go on with the checksum."""
+    return crc32c.crc32c(target.zero_().numpy().data, crc) if target.numel() else crc
 
 
 class _Mark:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from outlast.checkpoint._names import COMMIT, parse_aside, parse_step, step_name
+from outlast.checkpoint._reading import StepReader
 from outlast.checkpoint._records import Fault, has_all_votes, read_commit
 from outlast.checkpoint._store import Store
 from outlast.errors import CheckpointError
@@ -94,3 +96,22 @@ def prune(store: Store, newest: int, keep_last: int) -> None:
     except OSError as error:
         # The new checkpoint is committed all the same; the next one's commit tries again.
         _log.warning("old checkpoints could not be removed: %s", error)
+
+
+def prune_all_but_newest_valid(store: Store, io: ThreadPoolExecutor) -> None:
+    """Remove committed steps older than the newest one of which every byte is as it was written; for a full disk.
+
+    Where none is valid, none is removed. Steps whose record cannot be read are left.
+    """
+    valid = False
+    for step in reversed(scan(store).committed):
+        try:
+            reader = StepReader(store, step, io)
+        except Fault as fault:
+            _log.warning("%s is kept: %s", step_name(step), fault)
+            continue
+        if valid:
+            _log.warning("%s is removed: there is no room for the next checkpoint", step_name(step))
+            store.remove_tree(step_name(step))
+        else:
+            valid = not reader.verify(entry for vote in reader.votes for entry in vote.files)

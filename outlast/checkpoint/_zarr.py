@@ -1,15 +1,18 @@
 """Zarr v3 documents and chunks, written by hand: stock Zarr reads them.
 
-One array a tensor and one chunk an array: its little-endian bytes in C order, uncompressed, then their CRC32C in 4
-bytes (codecs ``bytes`` and ``crc32c``). An array without elements has no chunk. Chunk keys are joined by dots, as in
-``c.0.0``, so that a tensor is one directory with two files. The format is Zarr's; its Python writer is not used: it
+One array a tensor; a chunk is its little-endian bytes in C order, uncompressed, then their CRC32C in 4 bytes (codecs
+``bytes`` and ``crc32c``). Every chunk is there, and an array without elements has none. Small tensors lie packed in
+arrays of bytes, whose attribute ``outlast_packed`` is their index. Chunk keys are joined by dots, as in ``c.0.0``, so
+that a tensor is one directory. The format is Zarr's; its Python writer is not used: it
 writes neither durably nor fast, and its reader takes a missing chunk for zeros.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +26,8 @@ from outlast.checkpoint._store import Buffer
 from outlast.errors import CorruptCheckpoint, UnknownFormatVersion
 
 CRC_BYTES = 4
+PACKED = "outlast_packed"
+"""Attribute of a pack: its index."""
 
 
 def group_document(attributes: dict[str, Any]) -> bytes:
@@ -30,8 +35,28 @@ def group_document(attributes: dict[str, Any]) -> bytes:
     return _dump({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
-def array_document(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
+def array_document(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: torch.dtype) -> bytes:
     """A tensor's ``zarr.json``."""
+    return _array(shape, chunk, dtype, {})
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where in a pack a small tensor lies."""
+
+    offset: int
+    """Of its first byte."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def pack_document(nbytes: int, index: dict[str, Packed]) -> bytes:
+    """The ``zarr.json`` of an array of bytes, and of what lies in it: by path, ``[offset, shape, dtype]``."""
+    entries = {path: [entry.offset, list(entry.shape), dtype_name(entry.dtype)] for path, entry in index.items()}
+    return _array((nbytes,), (nbytes,), torch.uint8, {PACKED: entries})
+
+
+def _array(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: torch.dtype, more: dict[str, Any]) -> bytes:
     stored = NATIVE.get(dtype) or DISGUISED[dtype]
     fill: Any = False if stored == "bool" else [0.0, 0.0] if dtype.is_complex else 0.0 if "float" in stored else 0
     return _dump(
@@ -40,18 +65,18 @@ def array_document(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
             "node_type": "array",
             "shape": list(shape),
             "data_type": stored,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(1, size) for size in shape]}},
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(1, size) for size in chunk]}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
             "fill_value": fill,
-            "attributes": {"outlast_dtype": dtype_name(dtype)},
+            "attributes": {"outlast_dtype": dtype_name(dtype), **more},
         }
     )
 
 
-def chunk_name(dimensions: int) -> str:
-    """The file name of an array's only chunk."""
-    return ".".join(["c"] + ["0"] * dimensions)
+def chunk_name(place: Sequence[int]) -> str:
+    """The file name of an array's chunk, by its place in the grid of chunks."""
+    return ".".join(["c", *map(str, place)])
 
 
 @dataclass(frozen=True)
@@ -60,39 +85,95 @@ class ArrayInfo:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    chunk: tuple[int, ...]
+    """Shape of a chunk; the last ones reach beyond the array where it is no multiple of it."""
+    packed: dict[str, Packed] | None = None
+    """Of a pack: what lies in it."""
 
     @property
     def payload_bytes(self) -> int:
         """Bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the elements of a chunk."""
+        return math.prod(self.chunk) * self.dtype.itemsize
+
+    def places(self) -> list[tuple[int, ...]]:
+        """The chunks there must be, by their place in the grid; none where there are no elements."""
+        if not self.payload_bytes:
+            return []
+        counts = [math.ceil(size / step) for size, step in zip(self.shape, self.chunk, strict=True)]
+        return list(itertools.product(*map(range, counts)))
+
 
 def parse_node(data: bytes, file: str) -> ArrayInfo | dict[str, Any]:
     """A ``zarr.json``: an array, or a group's attributes; raises :class:`Fault`."""
     try:
         document = json.loads(data)
+        attributes: dict[str, Any] = document["attributes"]
         if document["node_type"] == "group":
-            attributes: dict[str, Any] = document["attributes"]
             return attributes
-        name = document["attributes"]["outlast_dtype"]
+        name = attributes["outlast_dtype"]
         shape = tuple(int(size) for size in document["shape"])
+        chunk = tuple(int(size) for size in document["chunk_grid"]["configuration"]["chunk_shape"])
+        if len(chunk) != len(shape) or min(chunk, default=1) < 1:
+            raise ValueError(f"shape {shape}, chunk shape {chunk}")
+        entries = attributes.get(PACKED)
+        packed = None
+        if entries is not None:
+            packed = {
+                path: Packed(int(at), tuple(size), _dtype(kind, file)) for path, (at, size, kind) in entries.items()
+            }
     except (ValueError, KeyError, TypeError) as error:
         raise Fault(CorruptCheckpoint, file, f"is not a Zarr document as outlast writes them: {error}") from error
+    return ArrayInfo(shape, _dtype(name, file), chunk, packed)
+
+
+def _dtype(name: str, file: str) -> torch.dtype:
     dtype = dtype_of(name)
     if dtype is None:
         raise Fault(UnknownFormatVersion, file, f"holds a tensor of dtype {name}, which this outlast does not know")
-    return ArrayInfo(shape, dtype)
+    return dtype
 
 
-def as_tensor(info: ArrayInfo, chunk: Buffer | None, file: str) -> torch.Tensor:
-    """The tensor whose verified chunk file this is (its memory is shared); raises :class:`Fault`."""
-    if info.payload_bytes == 0:
-        return torch.empty(info.shape, dtype=info.dtype)
-    if chunk is None or len(chunk) != info.payload_bytes + CRC_BYTES:
-        size = 0 if chunk is None else len(chunk)
-        raise Fault(CorruptCheckpoint, file, f"has {size} bytes, its array needs {info.payload_bytes + CRC_BYTES}")
-    payload: Buffer = np.require(chunk[: info.payload_bytes], requirements="W")
-    return torch.from_numpy(payload).view(info.dtype).reshape(info.shape)
+def payload(info: ArrayInfo, chunk: Buffer, file: str) -> Buffer:
+    """The elements' bytes of a verified chunk file, writable; raises :class:`Fault`."""
+    if len(chunk) != info.chunk_bytes + CRC_BYTES:
+        raise Fault(CorruptCheckpoint, file, f"has {len(chunk)} bytes, its array needs {info.chunk_bytes + CRC_BYTES}")
+    result: Buffer = np.require(chunk[: info.chunk_bytes], requirements="W")
+    return result
+
+
+def as_tensor(info: ArrayInfo, data: Buffer) -> torch.Tensor:
+    """The tensor whose only chunk has this payload; its memory is shared."""
+    return torch.from_numpy(data).view(info.dtype).reshape(info.shape)
+
+
+def put_chunk(info: ArrayInfo, data: Buffer, place: tuple[int, ...], out: torch.Tensor) -> None:
+    """Copy the payload of one chunk to where it belongs in its tensor."""
+    target = out
+    chunk = torch.from_numpy(data).view(info.dtype).reshape(info.chunk)
+    for d, (index, step) in enumerate(zip(place, info.chunk, strict=True)):
+        rows = min(step, info.shape[d] - index * step)
+        target = target.narrow(d, index * step, rows)
+        chunk = chunk.narrow(d, 0, rows)
+    target.copy_(chunk)
+
+
+def unpack(info: ArrayInfo, data: Buffer, file: str) -> dict[str, torch.Tensor]:
+    """The small tensors of a pack by path, each with memory of its own; raises :class:`Fault`."""
+    assert info.packed is not None
+    found = {}
+    for path, entry in info.packed.items():
+        nbytes = math.prod(entry.shape) * entry.dtype.itemsize
+        raw = data[entry.offset : entry.offset + nbytes].copy()
+        if len(raw) != nbytes or entry.offset < 0:
+            raise Fault(CorruptCheckpoint, file, f"has {len(data)} bytes, {path} ends at {entry.offset + nbytes}")
+        empty = torch.empty(entry.shape, dtype=entry.dtype)
+        found[path] = torch.from_numpy(raw).view(entry.dtype).reshape(entry.shape) if nbytes else empty
+    return found
 
 
 def node_path(path: str) -> str:

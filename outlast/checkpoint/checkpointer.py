@@ -13,12 +13,15 @@ from typing import Any, Literal, Self
 import torch.distributed as dist
 
 from outlast.checkpoint._agreement import Agreement
+from outlast.checkpoint._arena import Arena
+from outlast.checkpoint._layout import share_of
 from outlast.checkpoint._names import rank_name
 from outlast.checkpoint._restoring import Restored, Restoring
 from outlast.checkpoint._saving import Place, Saving
-from outlast.checkpoint._snapshot import Arena, Snapshot
+from outlast.checkpoint._snapshot import Snapshot
 from outlast.checkpoint._store import open_store
 from outlast.checkpoint._tree import Plan, lay_out
+from outlast.checkpoint._zarr import CRC_BYTES
 from outlast.checkpoint.settings import CheckpointConfig
 from outlast.errors import CheckpointError
 from outlast.events import Event
@@ -50,7 +53,7 @@ class Checkpointer:
     Args:
         url: a path or any fsspec URL, shared by all ranks.
         config: see :class:`CheckpointConfig`; its ``url`` is not looked at.
-        rank: of this process; rank 0 coordinates and writes the replicated state.
+        rank: of this process; rank 0 coordinates.
         world_size: number of ranks.
         epoch: random text, equal on all ranks of this attempt and never used before; votes of others never count.
         group: for :meth:`restore`; None takes the default group. Saves use no collectives.
@@ -88,7 +91,7 @@ class Checkpointer:
         self._io = ThreadPoolExecutor(config.io_threads, thread_name_prefix="outlast-checkpoint")
         self._place = Place(self._store, config, rank, world_size, epoch, emit, self._io)
         self._group = group
-        self._arena = Arena()
+        self._arena = Arena(int(config.host_memory_mb * 1e6))
         self._saving: Saving | None = None
         self._serial = 0
         self._closed = False
@@ -115,7 +118,8 @@ class Checkpointer:
 
         Args:
             step: number of the step just done, >= 0.
-            replicated: equal on all ranks; rank 0's is saved. Nested: keys to tensors, JSON values, or dictionaries.
+            replicated: equal on all ranks, each of which writes an equal share of it. Nested: keys to tensors, JSON
+                values, or dictionaries.
             local: this rank's own.
             eager: top-level keys (of either) whose tensors may change at once; they are copied before this returns. All
                 other tensors must not be changed until :meth:`wait_copied` has returned. JSON values are always copied.
@@ -123,6 +127,7 @@ class Checkpointer:
         Raises:
             CheckpointError: a key, value or dtype that cannot be stored; names it.
             SnapshotMutated: a tensor of the save before was changed too early.
+            StateMismatch: in the save before, the replicated state of some rank was laid out differently (on rank 0).
         """
         began = time.monotonic()
         # Counted before anything can fail, so that all ranks number their saves alike.
@@ -130,13 +135,24 @@ class Checkpointer:
         if self._closed or step < 0:
             raise CheckpointError(f"save of step {step} on a {'closed' if self._closed else 'running'} Checkpointer")
         self._finish()
-        plan = Plan()
-        if self._place.rank == 0:
-            lay_out(plan, replicated, "", eager)
-        lay_out(plan, local, rank_name(self._place.rank), eager)
-        saving = Saving(self._place, step, self._serial, plan, Snapshot(plan.items, self._arena), began)
+        rank, config = self._place.rank, self._place.config
+        of_all, own = Plan(), Plan()
+        lay_out(of_all, replicated, "", eager)
+        lay_out(own, local, rank_name(rank), eager)
+        share = share_of(
+            of_all,
+            own,
+            rank,
+            self._place.world_size,
+            chunk_bytes=int(config.chunk_mb * 1e6),
+            pack_below_bytes=int(config.pack_below_kb * 1e3),
+        )
+        snapshot = Snapshot(share.parts)
+        self._arena.reserve([part.nbytes + CRC_BYTES for part in share.parts], pinned=snapshot.pinned)
+        saving = Saving(self._place, step, self._serial, of_all.groups[""], share, snapshot, self._arena, began)
         self._saving = saving
         saving.start()
+        saving.eager_copied.wait()
         saving.blocked_s += time.monotonic() - began
 
     def wait_copied(self) -> float:

@@ -30,8 +30,29 @@ class CheckpointConfig:
     io_threads: int = 4
     """Threads per rank that checksum, write and fsync files (and read and verify them at restore)."""
 
+    host_memory_mb: float = 0.0
+    """Memory per rank through which a save goes, in MB; 0 takes what the rank's share of the state needs. With less,
+    the state streams through it: the copy goes on as files are written, and an update that comes before the copy's
+    end waits (``blocked_s`` in the event)."""
+
+    chunk_mb: float = 32.0
+    """Tensors are cut into chunks of at most this size, one file each, and ranks share replicated state by chunks."""
+
+    pack_below_kb: float = 16.0
+    """Tensors smaller than this lie packed in one array of bytes, up to ``chunk_mb``; 0 gives each an array."""
+
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "every_steps >= 1")
         require(self.keep_last >= 0, "checkpoint.keep_last", self.keep_last, "keep_last >= 0 (0 keeps all)")
         require(self.commit_timeout_s > 0, "checkpoint.commit_timeout_s", self.commit_timeout_s, "seconds > 0")
         require(1 <= self.io_threads <= 64, "checkpoint.io_threads", self.io_threads, "1 to 64")
+        require(self.host_memory_mb >= 0, "checkpoint.host_memory_mb", self.host_memory_mb, "MB >= 0 (0: as needed)")
+        require(self.chunk_mb > 0, "checkpoint.chunk_mb", self.chunk_mb, "MB > 0")
+        require(self.pack_below_kb >= 0, "checkpoint.pack_below_kb", self.pack_below_kb, "kB >= 0 (0: never)")
+        least = 4 * self.chunk_mb
+        require(
+            not self.host_memory_mb or self.host_memory_mb >= least,
+            "checkpoint.host_memory_mb",
+            self.host_memory_mb,
+            f"0, or at least 4 chunks: {least:g} with checkpoint.chunk_mb = {self.chunk_mb:g}",
+        )

@@ -14,7 +14,8 @@ from outlast.checkpoint import CheckpointConfig, Checkpointer
 from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
 
 E = TypeVar("E", bound=Event)
-QUICK = CheckpointConfig(commit_timeout_s=60.0, keep_last=0, io_threads=2)
+QUICK = CheckpointConfig(commit_timeout_s=60.0, keep_last=0, io_threads=2, pack_below_kb=0)
+"""Nothing is packed, so that every tensor is a file whose path tells which it is."""
 
 
 def state(step: int) -> dict[str, Any]:

@@ -8,17 +8,17 @@ import signal
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch.distributed as dist
 
-from outlast.checkpoint import CheckpointConfig, Checkpointer
+from outlast.checkpoint import Checkpointer
 from outlast.checkpoint._store import LocalStore
 from outlast.errors import OutlastError
 from outlast.events import Event
-from tests.checkpoint.helpers import local, same, state
+from tests.checkpoint.helpers import QUICK, local, same, state
 
 LIMIT_S = 90.0
 
@@ -84,7 +84,7 @@ def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: 
     for url in orders.urls:
         checkpointer = Checkpointer(
             url,
-            CheckpointConfig(commit_timeout_s=orders.commit_timeout_s, keep_last=0, io_threads=2),
+            replace(QUICK, commit_timeout_s=orders.commit_timeout_s),
             rank=rank,
             world_size=world_size,
             epoch=orders.epoch,

@@ -77,7 +77,7 @@ def test_a_rank_whose_coordinator_does_not_open_the_save(tmp_path: Path) -> None
 @pytest.mark.parametrize("stale", ["epoch", "serial"])
 def test_a_vote_of_another_save_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stale: str) -> None:
     # Rank 1's vote of an earlier save arrives while rank 0 waits: all files it lists are there.
-    old = Vote(2, 1, 2, "zero" if stale == "epoch" else "one", 1 if stale == "epoch" else 7, ())
+    old = Vote(2, 1, 2, "zero" if stale == "epoch" else "one", 1 if stale == "epoch" else 7, "", ())
     events: list[Event] = []
     put_atomic = LocalStore.put_atomic
 

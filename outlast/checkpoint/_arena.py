@@ -1,0 +1,97 @@
+"""Host memory through which the state goes on its way to storage."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Region:
+    """Some of the arena's memory."""
+
+    offset: int
+    nbytes: int
+    """A multiple of the page size."""
+    memory: torch.Tensor
+    """(nbytes,) uint8; it begins at a page."""
+
+
+class Arena:
+    """One buffer, allocated once, out of which regions are taken and given back; first fit.
+
+    Methods may be called from several threads.
+
+    Args:
+        limit_bytes: at most that much memory; 0 takes what a whole save needs.
+    """
+
+    def __init__(self, limit_bytes: int = 0) -> None:
+        self.limit_bytes = limit_bytes // PAGE_BYTES * PAGE_BYTES
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._pages = self._buffer
+        self._free: list[tuple[int, int]] = []  # (offset, nbytes), ascending, no two of them adjacent
+        self._changed = threading.Condition()
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory it holds."""
+        return self._pages.numel()
+
+    def reserve(self, sizes: Sequence[int], *, pinned: bool) -> None:
+        """Have room for regions of these sizes, all at once or, with a limit, in turn; only while none is taken.
+
+        Args:
+            sizes: of what will be taken, in bytes.
+            pinned: whether the memory is to be page-locked.
+        """
+        nbytes = sum(map(room, sizes))
+        if self.limit_bytes:
+            nbytes = max(min(nbytes, self.limit_bytes), max(map(room, sizes), default=0))
+        if self._pages.numel() < nbytes or (pinned and not self._buffer.is_pinned()):
+            self._buffer = self._pages = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
+            self._buffer = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=pinned)
+            start = -self._buffer.data_ptr() % PAGE_BYTES
+            self._pages = self._buffer[start : start + nbytes]
+        with self._changed:
+            self._free = [(0, self._pages.numel())]
+
+    def take(self, nbytes: int) -> Region | None:
+        """A region for ``nbytes``, or None while there is none."""
+        wanted = room(nbytes)
+        with self._changed:
+            for place, (offset, size) in enumerate(self._free):
+                if size >= wanted:
+                    rest = [(offset + wanted, size - wanted)] if size > wanted else []
+                    self._free[place : place + 1] = rest
+                    return Region(offset, wanted, self._pages[offset : offset + wanted])
+        return None
+
+    def give_back(self, region: Region) -> None:
+        """The region may be taken again."""
+        with self._changed:
+            spans = sorted([*self._free, (region.offset, region.nbytes)])
+            merged = [spans[0]]
+            for offset, size in spans[1:]:
+                last, length = merged[-1]
+                if last + length == offset:
+                    merged[-1] = (last, length + size)
+                else:
+                    merged.append((offset, size))
+            self._free = merged
+            self._changed.notify_all()
+
+    def wait(self, limit_s: float) -> None:
+        """Wait until a region is given back, or for ``limit_s``."""
+        with self._changed:
+            self._changed.wait(limit_s)
+
+
+def room(nbytes: int) -> int:
+    """Bytes of a region for ``nbytes``: whole pages."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
