@@ -1,0 +1,176 @@
+"""What checkpoints cost: outlast beside ``torch.save`` and PyTorch's Distributed Checkpoint, in one run.
+
+    python -m benchmarks.checkpoint [--state-mb 768] [--every 4] [--steps 8] [--rounds 5] [--methods …] [--dir DIR]
+                                    [--json FILE]
+
+Two ranks train a perceptron under DDP with AdamW, whose parameters and moments make up the state. A round lets each
+method in turn train some steps with a checkpoint every so many, and then read the newest back; and writes the same
+number of bytes past the page cache, with nothing else going on. Methods alternate, so that a machine that drifts
+drifts for all. Printed are medians over rounds of the slower rank's figures: seconds a step, its ratio to the same
+round's step without checkpoints, seconds the training thread was blocked by a save, seconds until it was durable
+(``torch.save`` and DCP sync a file each, but no directory), seconds to read it back, with nothing in the page cache,
+and memory above what training takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+METHODS = ("none", "torch.save", "dcp", "dcp-async-thread", "dcp-async-process", "outlast")
+RANKS = 2
+
+
+@dataclass(slots=True)
+class Row:
+    """One method: one entry a round, or (``blocked_s``, ``durable_s``) a save."""
+
+    step_s: list[float] = field(default_factory=list)
+    ratio: list[float] = field(default_factory=list)
+    blocked_s: list[float] = field(default_factory=list)
+    durable_s: list[float] = field(default_factory=list)
+    durable_ratio: list[float] = field(default_factory=list)
+    """Mean of the round's saves over the same round's raw write."""
+    load_s: list[float] = field(default_factory=list)
+    host_mb: list[float] = field(default_factory=list)
+
+
+class Ranks:
+    """The ranks' processes."""
+
+    def __init__(self, folder: Path, state_mb: float) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        env = dict(
+            os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(RANKS)
+        )
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "benchmarks.checkpoint_worker", str(folder), str(state_mb)],
+                env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(RANKS)
+        ]
+
+    def ask(self, **order: Any) -> list[dict[str, Any]]:
+        """Hand both an order, and wait for their answers; SystemExit if one ended."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(order) + "\n")
+            process.stdin.flush()
+        answers = []
+        for rank, process in enumerate(self._processes):
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                raise SystemExit(f"rank {rank} ended with status {process.wait()} in {order}")
+            answers.append(json.loads(line))
+        return answers
+
+    def close(self) -> None:
+        """Let them end."""
+        for process in self._processes:
+            process.communicate(timeout=120)
+
+
+def measure(
+    folder: Path, state_mb: float, methods: Sequence[str], rounds: int, steps: int, every: int
+) -> tuple[dict[str, Row], list[float]]:
+    """Run the benchmark: rows by method, and the raw writes' seconds by round."""
+    rows = {method: Row() for method in methods}
+    raws: list[float] = []
+    ranks = Ranks(folder, state_mb)
+    number = 0
+    for turn in range(-1, rounds):  # the first is not counted: memory, the allocator and DCP's processes warm up
+        number += 1
+        raw_s = max(answer["durable_s"] for answer in ranks.ask(do="raw", number=number))
+        baseline = None
+        for method in methods:
+            number += 1
+            answers = ranks.ask(do="run", number=number, method=method, steps=steps, every=every)
+            shutil.rmtree(folder / str(number))
+            if turn < 0:
+                continue
+            row = rows[method]
+            row.step_s.append(max(answer["step_s"] for answer in answers))
+            baseline = row.step_s[-1] if baseline is None else baseline
+            row.ratio.append(row.step_s[-1] / baseline)
+            saves = [[answer[key] for answer in answers] for key in ("blocked_s", "durable_s")]
+            row.blocked_s += [max(pair) for pair in zip(*saves[0], strict=True)]
+            durable = [max(pair) for pair in zip(*saves[1], strict=True)]
+            row.durable_s += durable
+            if durable:
+                row.durable_ratio.append(statistics.mean(durable) / raw_s)
+                row.load_s.append(max(answer["load_s"] for answer in answers))
+            row.host_mb.append(sum(answer["host_bytes"] for answer in answers) / 1e6)
+        if turn >= 0:
+            raws.append(raw_s)
+            print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+    ranks.close()
+    return rows, raws
+
+
+def text(rows: dict[str, Row], raws: Sequence[float]) -> str:
+    """The table, aligned."""
+    lines = [
+        f"{'':20} {'step':>7} {'× none (range)':>20} {'blocked a save (range)':>24} {'durable (range)':>20} "
+        f"{'× raw':>6} {'load':>7} {'memory':>9}"
+    ]
+    for method, row in rows.items():
+        line = (
+            f"{method:20} {statistics.median(row.step_s):6.2f}s {statistics.median(row.ratio):7.2f} "
+            f"({min(row.ratio):.2f}–{max(row.ratio):.2f})"
+        )
+        if row.durable_s:
+            line += (
+                f" {statistics.median(row.blocked_s):10.3f}s ({min(row.blocked_s):.2f}–{max(row.blocked_s):.2f})"
+                f" {statistics.median(row.durable_s):8.2f}s ({min(row.durable_s):.2f}–{max(row.durable_s):.2f})"
+                f" {statistics.median(row.durable_ratio):6.2f} {statistics.median(row.load_s):6.2f}s"
+                f" {statistics.median(row.host_mb):6.0f} MB"
+            )
+        lines.append(line)
+    lines.append(f"raw write: {statistics.median(raws):.2f}s ({min(raws):.2f}–{max(raws):.2f})")
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure and print; writes all figures to ``--json`` if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--state-mb", type=float, default=768.0)
+    parser.add_argument("--every", type=int, default=4, help="steps between checkpoints")
+    parser.add_argument("--steps", type=int, default=8, help="steps of each method per round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--methods", default=",".join(METHODS), help="the first is the baseline")
+    parser.add_argument("--dir", type=Path, help="a folder on the disk to measure; a temporary one if missing")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args(words)
+    folder = Path(tempfile.mkdtemp(prefix="outlast-bench-", dir=given.dir))
+    try:
+        rows, raws = measure(folder, given.state_mb, given.methods.split(","), given.rounds, given.steps, given.every)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    cores = os.cpu_count()
+    print(f"{given.state_mb:g} MB of state, {RANKS} ranks on {cores} cores, a checkpoint every {given.every} steps")
+    print(text(rows, raws))
+    if given.json is not None:
+        given.json.write_text(json.dumps({"rows": {m: asdict(r) for m, r in rows.items()}, "raw_s": raws}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,313 @@
+"""One rank of :mod:`benchmarks.checkpoint`: orders as JSON lines on standard input, answers on standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
+from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
+from torch.nn.parallel import DistributedDataParallel
+
+from outlast.checkpoint import CheckpointConfig, Checkpointer, attach
+from outlast.events import CheckpointFailed, CheckpointSaved, Event
+
+WIDTH = 2048
+BATCH = 64
+_BLOCK_BYTES = 16 << 20
+
+State = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Trainer:
+    """A perceptron under DDP with AdamW: parameters and two moments are ``state_mb``."""
+
+    ddp: DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    batch: torch.Tensor
+
+    def forward_backward(self) -> None:
+        self.optimizer.zero_grad()
+        self.ddp(self.batch).square().mean().backward()
+
+    def state(self) -> State:
+        names = {parameter: name for name, parameter in self.ddp.module.named_parameters()}
+        return {
+            "model": {name: parameter.detach() for parameter, name in names.items()},
+            "optimizer": {names[p]: dict(slots) for p, slots in self.optimizer.state.items()},
+        }
+
+
+def build(state_mb: float) -> Trainer:
+    """Layers of WIDTH x WIDTH, as many as make up the state; two steps are taken, so that all of it exists."""
+    torch.manual_seed(0)
+    layers = max(1, round(state_mb * 1e6 / (3 * 4 * WIDTH * (WIDTH + 1))))
+    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(layers)])
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    trainer = Trainer(ddp, optimizer, torch.randn(BATCH, WIDTH))
+    for _ in range(2):
+        trainer.forward_backward()
+        optimizer.step()
+    return trainer
+
+
+@dataclass
+class Method(ABC):
+    """A way to save; ``blocked_s`` gathers what the training thread waited, ``durable_s`` what each save took."""
+
+    folder: Path
+    blocked_s: list[float] = field(default_factory=list)
+    durable_s: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:  # noqa: B027
+        """Get ready."""
+
+    @abstractmethod
+    def save(self, step: int, state: State) -> None:
+        """Begin to save."""
+
+    def before_update(self) -> None:  # noqa: B027
+        """The state is about to change."""
+
+    def drain(self) -> None:  # noqa: B027
+        """Wait until all is saved."""
+
+    @abstractmethod
+    def load(self, state: State) -> None:
+        """Read the newest back into ``state``."""
+
+    def _begin(self, step: int) -> Path:
+        """A fresh path. Nothing is removed on the training thread's time."""
+        self._newest = self.folder / f"step-{step}"
+        return self._newest
+
+
+class Nothing(Method):
+    def save(self, step: int, state: State) -> None:
+        return
+
+    def load(self, state: State) -> None:
+        return
+
+
+class TorchSave(Method):
+    """Rank 0 writes one file, and syncs it, while the others wait."""
+
+    def save(self, step: int, state: State) -> None:
+        began = time.perf_counter()
+        path = self._begin(step)
+        if dist.get_rank() == 0:
+            with path.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        dist.barrier()
+        self.blocked_s.append(time.perf_counter() - began)
+        self.durable_s.append(self.blocked_s[-1])
+
+    def load(self, state: State) -> None:
+        loaded = torch.load(self._newest, weights_only=True)
+        for name, parameter in state["model"].items():
+            parameter.copy_(loaded["model"][name])
+            for slot, tensor in state["optimizer"][name].items():
+                tensor.copy_(loaded["optimizer"][name][slot])
+
+
+class DCP(Method):
+    """Distributed Checkpoint, as it comes."""
+
+    def save(self, step: int, state: State) -> None:
+        began = time.perf_counter()
+        save_dcp(state, checkpoint_id=self._begin(step))
+        self.blocked_s.append(time.perf_counter() - began)
+        self.durable_s.append(self.blocked_s[-1])
+
+    def load(self, state: State) -> None:
+        load_dcp(state, checkpoint_id=self._newest)
+
+
+class DCPAsync(DCP):
+    """The same in the background, on a process group of its own (on training's the two would wait for each other); the
+    staging copy blocks, as does a save that meets the one before."""
+
+    kind = AsyncCheckpointerType.THREAD
+
+    def __post_init__(self) -> None:
+        self._group = dist.new_group(backend="gloo")
+        self._future: Any = None
+
+    def save(self, step: int, state: State) -> None:
+        began = time.perf_counter()
+        self.drain()
+        path = self._begin(step)
+        future: Any = async_save(
+            state, checkpoint_id=path, process_group=self._group, async_checkpointer_type=self.kind
+        )
+        self._future = future
+        started = time.perf_counter()
+        self.blocked_s.append(started - began)
+        future.add_done_callback(lambda _: self.durable_s.append(time.perf_counter() - began))
+
+    def drain(self) -> None:
+        if self._future is not None:
+            self._future.result()
+
+
+class DCPProcess(DCPAsync):
+    kind = AsyncCheckpointerType.PROCESS
+
+
+class Outlast(Method):
+    """This library."""
+
+    def __post_init__(self) -> None:
+        self._events: list[Event] = []
+        self._checkpointer: Checkpointer = attach(self.folder, CheckpointConfig(keep_last=1), emit=self._events.append)
+
+    def save(self, step: int, state: State) -> None:
+        self._checkpointer.save(step, replicated=state, local={})
+
+    def before_update(self) -> None:
+        self._checkpointer.wait_copied()
+
+    def drain(self) -> None:
+        self._checkpointer.close()
+        failed = [event.reason for event in self._events if isinstance(event, CheckpointFailed)]
+        if failed:
+            raise RuntimeError(f"saves failed: {failed}")
+        saved = [event for event in self._events if isinstance(event, CheckpointSaved)]
+        self.blocked_s = [event.blocked_s for event in saved]
+        self.durable_s = [event.durable_s for event in saved]
+
+    def load(self, state: State) -> None:
+        restored = attach(self.folder).restore("auto")
+        assert restored is not None
+        for name, parameter in state["model"].items():
+            parameter.copy_(restored.replicated["model"][name])
+            for slot, tensor in state["optimizer"][name].items():
+                tensor.copy_(restored.replicated["optimizer"][name][slot])
+
+
+METHODS: dict[str, type[Method]] = {
+    "none": Nothing,
+    "torch.save": TorchSave,
+    "dcp": DCP,
+    "dcp-async-thread": DCPAsync,
+    "dcp-async-process": DCPProcess,
+    "outlast": Outlast,
+}
+
+
+def run(trainer: Trainer, method: Method, steps: int, every: int) -> dict[str, Any]:
+    """Train, and save every so many steps; seconds a step include waiting for the saves' parts that block."""
+    state = trainer.state()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
+    before_bytes = psutil.Process().memory_info().rss
+    dist.barrier()
+    began = time.perf_counter()
+    for step in range(1, steps + 1):
+        trainer.forward_backward()
+        method.before_update()
+        trainer.optimizer.step()
+        if step % every == 0:
+            method.save(step, state)
+    # The last save's copy may still have to be waited for; the next step would do so.
+    trainer.forward_backward()
+    method.before_update()
+    dist.barrier()
+    step_s = (time.perf_counter() - began) / (steps + 1)
+    method.drain()
+    dist.barrier()
+    return {
+        "step_s": step_s,
+        "blocked_s": method.blocked_s,
+        "durable_s": method.durable_s,
+        "host_bytes": _peak_bytes() - before_bytes,
+    }
+
+
+def load(trainer: Trainer, method: Method) -> float:
+    """Seconds to read back, with nothing of it in the page cache."""
+    for path in method.folder.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+    state = trainer.state()
+    dist.barrier()
+    began = time.perf_counter()
+    with torch.no_grad():
+        method.load(state)
+    dist.barrier()
+    return time.perf_counter() - began
+
+
+def raw(folder: Path, nbytes: int) -> float:
+    """Seconds until this rank's part of so many bytes is on the disk, written past the page cache with no checksum."""
+    part = nbytes // dist.get_world_size() // _BLOCK_BYTES * _BLOCK_BYTES
+    buffer = torch.randint(0, 256, (_BLOCK_BYTES + 4096,), dtype=torch.uint8)
+    start = -buffer.data_ptr() % 4096
+    block = buffer[start : start + _BLOCK_BYTES].numpy().data
+    path = folder / f"raw-{dist.get_rank()}"
+    dist.barrier()
+    began = time.perf_counter()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o644)
+    try:
+        os.posix_fallocate(fd, 0, part)
+        for at in range(0, part, _BLOCK_BYTES):
+            os.pwrite(fd, block, at)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    dist.barrier()
+    seconds = time.perf_counter() - began
+    path.unlink()
+    return seconds
+
+
+def _peak_bytes() -> int:
+    """Of this process, and what its children hold now."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return peak + sum(int(child.memory_info().rss) for child in psutil.Process().children(recursive=True))
+
+
+def main() -> None:
+    """``checkpoint_worker FOLDER STATE_MB``: join the others, and serve orders until input ends."""
+    folder, state_mb = Path(sys.argv[1]), float(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    trainer = build(state_mb)
+    nbytes = sum(p.numel() * p.element_size() for p in trainer.ddp.parameters()) * 3
+    for line in sys.stdin:
+        order = json.loads(line)
+        where = folder / str(order["number"])
+        answer: dict[str, Any]
+        if order["do"] == "raw":
+            where.mkdir(parents=True, exist_ok=True)
+            answer = {"durable_s": raw(where, nbytes)}
+        else:
+            where.mkdir(parents=True, exist_ok=True)
+            method = METHODS[order["method"]](where)
+            answer = run(trainer, method, order["steps"], order["every"])
+            answer["load_s"] = load(trainer, method)
+        print(json.dumps(answer), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
