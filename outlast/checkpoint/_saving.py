@@ -299,6 +299,8 @@ class Saving:
             size_bytes=sum(entry.size_bytes for vote in votes for entry in vote.files),
             votes=tuple(entries),
         )
+        # The ranks made the names of their votes durable in votes/, but not that of votes/ itself.
+        place.store.sync_dirs([vote_path(self.step, 0)])
         place.store.put_atomic(f"{folder}/{COMMIT}", seal(commit))
 
     def _collect(self) -> tuple[list[Vote], list[FileEntry]]:

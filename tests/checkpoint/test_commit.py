@@ -289,6 +289,9 @@ def test_the_order_in_which_things_become_durable(tmp_path: Path, monkeypatch: p
     committed = renamed(folder / "commit.json")
     synced = [n for n, entry in enumerate(log) if entry == ("fsync", str(folder / "votes"))]
     assert any(max(votes) < n < committed for n in synced)
+    # Nor may a commit record be there without the folder of the votes that it lists.
+    synced = [n for n, entry in enumerate(log) if entry == ("fsync", str(folder))]
+    assert any(max(votes) < n < committed for n in synced)
     assert log[committed + 1] == ("fsync", str(folder))
 
 
