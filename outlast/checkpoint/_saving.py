@@ -146,6 +146,7 @@ class Saving:
                 )
             )
             if self._place.rank == 0:
+                _steps.retire(self._place.store, self.step)
                 _steps.prune(self._place.store, self.step, self._place.config.keep_last)
         except Exception as error:
             # The thread ends here: the error becomes an event, or is raised in the training thread.
@@ -223,8 +224,9 @@ class Saving:
             flag = parse_failed(name)
             if flag is not None and (flag[0] != place.epoch or flag[1] < self._serial - 1):
                 place.store.remove(name)
-        for aside in _steps.clear_for(place.store, self.step, place.epoch):
-            place.emit(CheckpointRejected(step=self.step, reason=f"saved anew; the old one was set aside as {aside}"))
+        for old in _steps.clear_for(place.store, self.step, place.epoch):
+            reason = f"saved anew; until that is committed the old one is kept as {old}, then set aside"
+            place.emit(CheckpointRejected(step=self.step, reason=reason))
         header = {
             "format_version": FORMAT_VERSION,
             "step": self.step,
