@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from outlast.checkpoint._dtypes import dtype_name
-from outlast.checkpoint._names import COMMIT, decode_key, parse_aside, parse_step, rank_name, step_name
+from outlast.checkpoint._names import COMMIT, decode_key, parse_aside, parse_replaced, parse_step, rank_name, step_name
 from outlast.checkpoint._reading import Progress, StepReader, as_error
 from outlast.checkpoint._records import FORMAT_VERSION, Fault, read_commit
 from outlast.checkpoint._steps import scan
@@ -115,6 +115,9 @@ def list_steps(url: str | os.PathLike[str]) -> list[StepInfo]:
             elif (aside := parse_aside(name)) is not None:
                 reason = "damaged, cut off or superseded when a run was resumed or a step saved anew; never read"
                 found.append(StepInfo(aside, name, "aside", reason, None, None, None))
+            elif (old := parse_replaced(name)) is not None:
+                reason = "was being saved anew; a restore makes it the step again if that was not completed"
+                found.append(StepInfo(old, name, "aside", reason, None, None, None))
         return sorted(found, key=lambda info: (info.step, info.folder))
 
 

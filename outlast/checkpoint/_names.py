@@ -12,6 +12,7 @@
         votes/rank_00000.json       what rank 0 wrote: files, sizes, checksums
         commit.json                 without it there is no checkpoint
       step_00000030.aside-1/        was found damaged, or was superseded; never read
+      step_00000040.replaced/       is being saved anew; it is the step again if that is not completed
       step_00000040.failed-E-S      a rank gave this save up (epoch E, save S); the others need not wait
 """
 
@@ -30,6 +31,7 @@ NODE = "zarr.json"
 
 _STEP = re.compile(r"step_([0-9]{8,})")
 _ASIDE = re.compile(r"step_([0-9]{8,})\.aside-([0-9]+)")
+_REPLACED = re.compile(r"step_([0-9]{8,})\.replaced")
 _FAILED = re.compile(r"step_([0-9]{8,})\.failed-(.+)-([0-9]+)")
 _RESERVED = re.compile(r"votes|packed|commit\.json|rank_[0-9]+")
 _PACK = re.compile(r"packed/rank_([0-9]{5,})\.[0-9]+/.+")
@@ -52,6 +54,17 @@ def parse_step(name: str) -> int | None:
 def parse_aside(name: str) -> int | None:
     """The step of a folder that was set aside, or None."""
     match = _ASIDE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def replaced_name(step: int) -> str:
+    """Where a committed step lies while it is saved anew."""
+    return f"{step_name(step)}.replaced"
+
+
+def parse_replaced(name: str) -> int | None:
+    """The step of such a folder, or None."""
+    match = _REPLACED.fullmatch(name)
     return int(match[1]) if match else None
 
 

@@ -16,7 +16,7 @@ from outlast.checkpoint._agreement import Agreement
 from outlast.checkpoint._names import COMMIT, step_name
 from outlast.checkpoint._reading import StepReader, as_error
 from outlast.checkpoint._records import Fault
-from outlast.checkpoint._steps import Scan, clear_leftover, scan, set_aside
+from outlast.checkpoint._steps import Scan, bring_back, clear_leftover, scan, set_aside
 from outlast.checkpoint._store import Store
 from outlast.errors import (
     CheckpointError,
@@ -130,9 +130,10 @@ class Restoring:
         found, problem = Scan((), ()), ""
         if self.rank == 0:
             try:
+                bring_back(self.store)
                 found = scan(self.store)
             except OSError as error:
-                problem = f"{self.store.url} cannot be listed: {error}"
+                problem = f"{self.store.url} cannot be listed, or not be put in order: {error}"
         self._raise_if(problem)
         return found
 

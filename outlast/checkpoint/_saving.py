@@ -164,6 +164,7 @@ class Saving:
                 )
             )
             if self._place.rank == 0:
+                _steps.retire(self._place.store, self.step)
                 _steps.prune(self._place.store, self.step, self._place.config.keep_last)
         except Exception as error:
             # The thread ends here: the error becomes an event, or is raised in the training thread.
@@ -224,8 +225,9 @@ class Saving:
             flag = parse_failed(name)
             if flag is not None and (flag[0] != place.epoch or flag[1] < self._serial - 1):
                 place.store.remove(name)
-        for aside in _steps.clear_for(place.store, self.step, place.epoch):
-            place.emit(CheckpointRejected(step=self.step, reason=f"saved anew; the old one was set aside as {aside}"))
+        for old in _steps.clear_for(place.store, self.step, place.epoch):
+            reason = f"saved anew; until that is committed the old one is kept as {old}, then set aside"
+            place.emit(CheckpointRejected(step=self.step, reason=reason))
         self._make_room()
         header = {
             "format_version": FORMAT_VERSION,
@@ -303,6 +305,8 @@ class Saving:
             size_bytes=sum(entry.size_bytes for vote in votes for entry in vote.files),
             votes=tuple(entries),
         )
+        # The ranks made the names of their votes durable in votes/, but not that of votes/ itself.
+        place.store.sync_dirs([vote_path(self.step, 0)])
         place.store.put_atomic(f"{folder}/{COMMIT}", seal(commit))
 
     def _collect(self) -> tuple[list[Vote], list[FileEntry]]:

@@ -6,7 +6,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from outlast.checkpoint._names import COMMIT, parse_aside, parse_step, step_name
+from outlast.checkpoint._names import COMMIT, parse_aside, parse_replaced, parse_step, replaced_name, step_name
 from outlast.checkpoint._reading import StepReader
 from outlast.checkpoint._records import Fault, has_all_votes, read_commit
 from outlast.checkpoint._store import Store
@@ -30,12 +30,12 @@ def scan(store: Store) -> Scan:
     return Scan(tuple(done), tuple(step for step in steps if step not in done))
 
 
-def set_aside(store: Store, step: int) -> str:
+def set_aside(store: Store, step: int, *, folder: str = "") -> str:
     """Rename a step's folder so that it is never read again, and nothing of it is lost; returns the new name."""
     taken = [name for name in store.names("") if parse_aside(name) == step]
     number = 1 + max((int(name.rpartition("-")[2]) for name in taken), default=0)
     name = f"{step_name(step)}.aside-{number}"
-    store.move_tree(step_name(step), name)
+    store.move_tree(folder or step_name(step), name)
     return name
 
 
@@ -52,10 +52,12 @@ def clear_leftover(store: Store, step: int) -> str:
 
 
 def clear_for(store: Store, step: int, epoch: str) -> list[str]:
-    """Make room for saving ``step``: left-overs of all saves that were cut off go, an older commit of it is set aside.
+    """Make room for saving ``step``: left-overs of all saves that were cut off go, an older commit of it is moved.
+
+    It is not lost before the new one is committed: until :func:`retire`, :func:`bring_back` makes it the step again.
 
     Returns:
-        Names of what was set aside because it was committed.
+        Names of what was moved because it was committed.
 
     Raises:
         CheckpointError: this very attempt has committed the step already.
@@ -71,7 +73,36 @@ def clear_for(store: Store, step: int, epoch: str) -> list[str]:
         committed_by = ""
     if committed_by == epoch:
         raise CheckpointError(f"step {step} was saved and committed before in this attempt", "save each step once")
-    return [set_aside(store, step)]
+    retire(store, step)
+    store.move_tree(step_name(step), replaced_name(step))
+    return [replaced_name(step)]
+
+
+def retire(store: Store, step: int) -> None:
+    """Set aside what a committed step has replaced, if anything."""
+    try:
+        if store.names(replaced_name(step)):
+            set_aside(store, step, folder=replaced_name(step))
+    except OSError as error:
+        # The new checkpoint is committed all the same; the next restore tries again.
+        _log.warning("%s could not be set aside: %s", replaced_name(step), error)
+
+
+def bring_back(store: Store) -> None:
+    """Undo, or complete, what saves left that were to replace a committed step.
+
+    No rank may be saving: one that is late would write into a step that is committed.
+    """
+    for name in store.names(""):
+        step = parse_replaced(name)
+        if step is None:
+            continue
+        if store.exists(f"{step_name(step)}/{COMMIT}"):
+            retire(store, step)
+            continue
+        left = clear_leftover(store, step)
+        store.move_tree(name, step_name(step))
+        _log.warning("%s: saving it anew was not completed, the old one is back; of the new, %s", step_name(step), left)
 
 
 def prune(store: Store, newest: int, keep_last: int) -> None:

@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from outlast.checkpoint import Checkpointer
 from outlast.checkpoint._store import LocalStore
 from outlast.errors import OutlastError
-from outlast.events import Event
+from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.helpers import QUICK, local, same, state
 
 LIMIT_S = 90.0
@@ -34,6 +35,13 @@ class Orders:
     commit_timeout_s: float = 60.0
     die_at: str = ""
     """SIGKILL before the first write of a file whose path contains this."""
+    die_before: int = 0
+    """SIGKILL before the n-th change of the store, counted from 1 at the first that names step 2; 0: never."""
+    fail_at: str = ""
+    """Writes of files whose path contains this fail, as on a full disk."""
+    acked: str = ""
+    """A file to which each step is added that is reported as committed."""
+    keep_last: int = 0
     misread: str = ""
     """A bit is wrong in what this rank reads of files whose path contains this, as with a faulty page cache."""
 
@@ -81,14 +89,21 @@ def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     events: list[Event] = []
     restored: list[int | str | None] = []
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        if orders.acked and isinstance(event, CheckpointSaved) and event.committed:
+            with open(orders.acked, "a") as file:
+                file.write(f"{event.step}\n")
+
     for url in orders.urls:
         checkpointer = Checkpointer(
             url,
-            replace(QUICK, commit_timeout_s=orders.commit_timeout_s),
+            replace(QUICK, commit_timeout_s=orders.commit_timeout_s, keep_last=orders.keep_last),
             rank=rank,
             world_size=world_size,
             epoch=orders.epoch,
-            emit=events.append,
+            emit=emit,
         )
         with checkpointer:
             if orders.restore:
@@ -97,7 +112,7 @@ def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: 
                 checkpointer.save(step, replicated=state(step), local=local(step, rank))
                 checkpointer.wait_copied()
     pipe.send(([{"kind": event.kind, **asdict(event)} for event in events], restored))
-    if not orders.die_at and not orders.save:
+    if not orders.save:
         dist.destroy_process_group()
     os._exit(0)  # a job of which a rank was killed cannot be left tidily
 
@@ -113,19 +128,45 @@ def _restore(checkpointer: Checkpointer, rank: int) -> int | str | None:
     return back.step if right else f"step {back.step}, but not its state"
 
 
+CHANGES = ("put", "put_atomic", "sync_dirs", "remove", "remove_tree", "move_tree")
+"""What a store does that changes something, or makes it durable."""
+
+
+def _inject_death(before: int) -> None:
+    """Die before one of the changes."""
+    lock, seen = threading.Lock(), 0
+
+    def counted(change: Callable[..., None]) -> Callable[..., None]:
+        def change_or_die(store: LocalStore, first: Any, *rest: Any) -> None:
+            nonlocal seen
+            first = first if isinstance(first, str) else list(first)
+            with lock:
+                seen += bool(seen) or "step_00000002" in str(first)
+                if seen == before:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            change(store, first, *rest)
+
+        return change_or_die
+
+    for name in CHANGES:
+        setattr(LocalStore, name, counted(getattr(LocalStore, name)))
+
+
 def _inject(orders: Orders) -> None:
     put, put_atomic, read = LocalStore.put, LocalStore.put_atomic, LocalStore.read
 
-    def maybe_die(path: str) -> None:
+    def maybe_fail(path: str) -> None:
         if orders.die_at and orders.die_at in path:
             os.kill(os.getpid(), signal.SIGKILL)
+        if orders.fail_at and orders.fail_at in path:
+            raise OSError(28, "No space left on device")
 
     def put_or_die(store: LocalStore, path: str, parts: Sequence[Any]) -> None:
-        maybe_die(path)
+        maybe_fail(path)
         put(store, path, parts)
 
     def put_atomic_or_die(store: LocalStore, path: str, data: bytes) -> None:
-        maybe_die(path)
+        maybe_fail(path)
         put_atomic(store, path, data)
 
     def read_wrongly(store: LocalStore, path: str) -> Any:
@@ -134,5 +175,7 @@ def _inject(orders: Orders) -> None:
             data[0] ^= 1
         return data
 
-    LocalStore.put, LocalStore.put_atomic = put_or_die, put_atomic_or_die  # type: ignore[method-assign]
-    LocalStore.read = read_wrongly  # type: ignore[method-assign]
+    LocalStore.put, LocalStore.put_atomic = put_or_die, put_atomic_or_die  # type: ignore[method-assign, assignment]
+    LocalStore.read = read_wrongly  # type: ignore[method-assign, assignment]
+    if orders.die_before:
+        _inject_death(orders.die_before)

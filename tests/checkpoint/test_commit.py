@@ -123,6 +123,19 @@ def test_saving_a_step_twice(tmp_path: Path) -> None:
     assert ["saved and committed before" in reason for reason in failed(events)] == [True]
 
 
+def test_saving_a_step_again_that_fails_brings_the_old_one_back(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    with checkpointer(tmp_path, [], world_size=2, epoch="two", commit_timeout_s=0.1) as alone:
+        alone.save(2, replicated=state(5), local=local(2))
+    assert [info.status for info in list_steps(tmp_path)] == ["committed", "uncommitted", "aside"]
+    with checkpointer(tmp_path, [], epoch="three") as saver:
+        back = saver.restore("auto")
+        assert back is not None
+        assert back.step == 2
+        assert same(back.replicated, state(2))
+        assert steps_at(tmp_path)[:2] == ["step_00000001", "step_00000002"]
+
+
 def test_one_rank_that_fails_releases_the_others_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put = LocalStore.put
 
@@ -288,6 +301,9 @@ def test_the_order_in_which_things_become_durable(tmp_path: Path, monkeypatch: p
                 assert any(written < n < voted for n in synced) or str(parent) == ".", (file, parent)
     committed = renamed(folder / "commit.json")
     synced = [n for n, entry in enumerate(log) if entry == ("fsync", str(folder / "votes"))]
+    assert any(max(votes) < n < committed for n in synced)
+    # Nor may a commit record be there without the folder of the votes that it lists.
+    synced = [n for n, entry in enumerate(log) if entry == ("fsync", str(folder))]
     assert any(max(votes) < n < committed for n in synced)
     assert log[committed + 1] == ("fsync", str(folder))
 

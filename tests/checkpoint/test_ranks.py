@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from outlast.checkpoint import list_steps
 from tests.checkpoint.helpers import flip, save_by_ranks, steps_at
 from tests.checkpoint.ranks import Orders, Outcome, run
@@ -108,3 +110,41 @@ def test_ranks_killed_at_every_phase_of_a_save(tmp_path: Path) -> None:
     for url in urls:
         steps = [(info.step, info.status) for info in list_steps(url) if info.status != "aside"]
         assert steps == [(1, "committed"), (2, "committed")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", ["", "fails"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_ranks_killed_before_every_change_of_a_save(tmp_path: Path, victim: int, fails: str) -> None:
+    """The opening, each file, fsyncs of folders, the vote, the record, pruning; of a save that fails, its clearing up.
+
+    The other rank lives on. What both then restore is the last step that was reported as committed, or the one after.
+    """
+    urls, acked = [], []
+    for number in range(1, 100):
+        url, said = tmp_path / str(number), tmp_path / f"{number}.acked"
+        said.touch()
+        common = Orders((str(url),), "one", save=(1, 2), commit_timeout_s=1.0, keep_last=1)
+        orders = [replace(common, acked=str(said)), common]
+        fail_at = f"step_00000002/rank_0000{victim}/comm" if fails else ""
+        orders[victim] = replace(orders[victim], die_before=number, fail_at=fail_at)
+        outcomes = run(*orders)
+        assert outcomes[1 - victim].exitcode == 0
+        urls.append(str(url))
+        acked.append(max(map(int, said.read_text().split()), default=None))
+        if outcomes[victim].exitcode != -9:
+            break
+    assert outcomes[victim].exitcode == 0
+    # Rank 0 opens, writes, votes, commits and prunes; rank 1 writes and votes; either fails after a few files.
+    assert len(urls) > (5 if fails else 10)
+    assert acked[-1] == (1 if fails else 2)
+    outcomes = run(*[Orders(tuple(urls), "two", restore=True, save=(3,))] * 2)
+    assert [outcome.exitcode for outcome in outcomes] == [0, 0]
+    assert outcomes[0].restored == outcomes[1].restored
+    for step, last in zip(outcomes[0].restored, acked, strict=True):
+        assert step in ((None, 1) if last is None else (last, last + 1)), (step, last)
+        assert step in (None, 1, 2)
+    assert all(kinds(outcome, "checkpoint_failed") == [] for outcome in outcomes)
+    for place in urls:
+        assert [info.step for info in list_steps(place) if info.status == "committed"][-1] == 3
+    print(f"{len(urls) - 1} kill points, restored {outcomes[0].restored}")
