@@ -9,6 +9,11 @@ if and only if it has a valid commit record; there is no pointer to the latest o
 """
 
 from outlast.checkpoint._attach import attach as attach
+from outlast.checkpoint._convert import Exported as Exported
+from outlast.checkpoint._convert import ForeignFormat as ForeignFormat
+from outlast.checkpoint._convert import Imported as Imported
+from outlast.checkpoint._convert import export_step as export_step
+from outlast.checkpoint._convert import import_step as import_step
 from outlast.checkpoint._diff import Comparison as Comparison
 from outlast.checkpoint._diff import TensorDifference as TensorDifference
 from outlast.checkpoint._diff import ValueDifference as ValueDifference
@@ -33,6 +38,9 @@ __all__ = [
     "CheckpointConfig",
     "Checkpointer",
     "Comparison",
+    "Exported",
+    "ForeignFormat",
+    "Imported",
     "Problem",
     "Pruning",
     "Removal",
@@ -47,6 +55,8 @@ __all__ = [
     "check_like",
     "describe",
     "diff",
+    "export_step",
+    "import_step",
     "list_steps",
     "prune",
     "verify",
