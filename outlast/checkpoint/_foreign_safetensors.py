@@ -108,7 +108,7 @@ def read(path: str) -> dict[str, Any]:
         state: dict[str, Any] = dict(from_json(json.loads(metadata[_VALUES])))
         for name, tensor in tensors.items():
             insert(state, paths.get(name) or name.split("/"), tensor, path)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise CorruptCheckpoint(
             f"{path}: its metadata {_OURS}* are not as outlast writes them: {type(error).__name__}: {error}",
             "copy it anew",

@@ -125,6 +125,17 @@ def test_a_target_is_replaced_only_by_force(tmp_path: Path, format: Any) -> None
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_a_link_is_followed(tmp_path: Path, format: Any) -> None:
+    save(tmp_path / "a", {"w": torch.ones(1)})
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for force in (False, True):
+        done = export_step(tmp_path / "a", tmp_path / "link", format, force=force)
+        assert done.target == str(tmp_path / "real")
+    assert (tmp_path / "link").is_symlink()
+    assert steps_at(tmp_path) == ["a", "link", "real"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_full_disk_leaves_nothing(tmp_path: Path, format: Any) -> None:
     save(tmp_path / "a", {"w": torch.ones(200_000)})
     export_step(tmp_path / "a", tmp_path / "x", format)
