@@ -7,26 +7,25 @@ import json
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Column, Table
 
 from outlast import checkpoint
+from outlast.ckpt_verbs import Ls, Show, Verify
 from outlast.errors import CheckpointNotFound
 
 
-def show(
-    action: Literal["ls", "show", "verify"], url: str, step: int | None, *, as_json: bool, console: Console
-) -> int:
-    """Print what ``action`` asks for; the exit status: 1 if ``verify`` found a problem.
+def show(verb: Ls | Show | Verify, console: Console) -> int:
+    """Print what is asked for; the exit status: 1 if a step does not verify.
 
     Raises:
-        CheckpointError: there is no checkpoint at ``url``, or its metadata is damaged.
+        CheckpointError: there is no checkpoint at the URL, or its metadata is damaged.
     """
-    actions: dict[str, Callable[[str, int | None, bool, Console], int]] = {"ls": _ls, "show": _show, "verify": _verify}
-    return actions[action](url, step, as_json, console)
+    actions: dict[type, Callable[[str, int | None, bool, Console], int]] = {Ls: _ls, Show: _show, Verify: _verify}
+    return actions[type(verb)](verb.url, verb.step, verb.json, console)
 
 
 def size(count: float) -> str:
@@ -38,7 +37,8 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """As text for programs."""
     print(json.dumps(value, indent=1))
 
 
@@ -55,7 +55,7 @@ def _ls(url: str, step: int | None, as_json: bool, console: Console) -> int:
     if not found:
         raise CheckpointNotFound(f"no checkpoints at {url}", "give the folder that holds step_… folders")
     if as_json:
-        _print_json([dataclasses.asdict(info) for info in found])
+        print_json([dataclasses.asdict(info) for info in found])
         return 0
     table = Table("step", "status", "ranks", "size", "saved", "remark", box=None)
     for info in found:
@@ -69,7 +69,7 @@ def _ls(url: str, step: int | None, as_json: bool, console: Console) -> int:
 def _show(url: str, step: int | None, as_json: bool, console: Console) -> int:
     found = checkpoint.describe(url, step)
     if as_json:
-        _print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(found))
         return 0
     console.print(f"{found.url}: {found.world_size} ranks, {size(found.size_bytes)}, saved {_when(found.saved_at)}")
     table = Table(Column("tensor", overflow="fold"), "rank", "shape", "type", "size", box=None)
@@ -92,7 +92,7 @@ def _verify(url: str, step: int | None, as_json: bool, console: Console) -> int:
             task = bar.add_task(f"step {number}")
             results.append(checkpoint.verify(url, number, partial(_advance, bar, task)))
     if as_json:
-        _print_json([dataclasses.asdict(result) for result in results])
+        print_json([dataclasses.asdict(result) for result in results])
     else:
         for result in results:
             good = not result.problems

@@ -5,7 +5,11 @@
     outlast train  CONFIG [--resume R] [--section.key VALUE …]           one rank
     outlast launch [torchrun's flags] CONFIG [--section.key VALUE …]     all ranks of this node
     outlast report RUN [--html FILE] [--json]
-    outlast ckpt   ls|show|verify URL [--step N]
+    outlast ckpt   ls|show|verify URL [--step N] [--json]
+    outlast ckpt   diff URL [OTHER] [--step N] [--other-step M] [--json]    exit status 1 if they differ
+    outlast ckpt   prune URL --keep-last K [--aside] [--dry-run] [--json]
+    outlast ckpt   export URL TARGET --format safetensors|dcp|torch [--step N] [--part model] [--force] [--json]
+    outlast ckpt   import SOURCE URL --format safetensors|dcp|torch [--step N] [--part model] [--json]
     outlast doctor [--dir DIR] [--json]
     outlast config show|validate CONFIG [--section.key VALUE …]
 
@@ -25,7 +29,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from outlast import __version__
+from outlast import __version__, ckpt_verbs
 from outlast.config import split_overrides, to_toml
 from outlast.errors import ConfigError, OutlastError
 from outlast.launch.flags import LaunchFlags
@@ -71,16 +75,10 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Ckpt:
-    """Look at checkpoints, without ranks and without a GPU."""
+    """Look at checkpoints, compare, remove and convert them, without ranks and without a GPU."""
 
-    action: tyro.conf.Positional[Literal["ls", "show", "verify"]]
-    """ls: the steps there are; show: one step's arrays; verify: check every byte."""
-    url: tyro.conf.Positional[str]
-    """The folder or fsspec URL of a run's checkpoints."""
-    step: int | None = None
-    """The step to show or verify; without it the newest (show) or all (verify)."""
-    json: bool = False
-    """Print JSON."""
+    action: ckpt_verbs.Action
+    """What to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,9 +202,20 @@ def _report(verb: Report, settings: list[str]) -> int:
 
 
 def _ckpt(verb: Ckpt, settings: list[str]) -> int:
-    from outlast import ckpt_tables
+    from outlast import ckpt_tables, ckpt_tools
 
-    return ckpt_tables.show(verb.action, verb.url, verb.step, as_json=verb.json, console=Console())
+    console, action = Console(), verb.action
+    match action:
+        case ckpt_verbs.Diff():
+            return ckpt_tools.diff(action, console)
+        case ckpt_verbs.Prune():
+            return ckpt_tools.prune(action, console)
+        case ckpt_verbs.Export():
+            return ckpt_tools.export(action, console)
+        case ckpt_verbs.Import():
+            return ckpt_tools.import_(action, console)
+        case _:
+            return ckpt_tables.show(action, console)
 
 
 def _doctor(verb: Doctor, settings: list[str]) -> int:

@@ -9,6 +9,15 @@ if and only if it has a valid commit record; there is no pointer to the latest o
 """
 
 from outlast.checkpoint._attach import attach as attach
+from outlast.checkpoint._convert import Exported as Exported
+from outlast.checkpoint._convert import ForeignFormat as ForeignFormat
+from outlast.checkpoint._convert import Imported as Imported
+from outlast.checkpoint._convert import export_step as export_step
+from outlast.checkpoint._convert import import_step as import_step
+from outlast.checkpoint._diff import Comparison as Comparison
+from outlast.checkpoint._diff import TensorDifference as TensorDifference
+from outlast.checkpoint._diff import ValueDifference as ValueDifference
+from outlast.checkpoint._diff import diff as diff
 from outlast.checkpoint._inspect import Problem as Problem
 from outlast.checkpoint._inspect import StepDescription as StepDescription
 from outlast.checkpoint._inspect import StepInfo as StepInfo
@@ -17,6 +26,9 @@ from outlast.checkpoint._inspect import Verification as Verification
 from outlast.checkpoint._inspect import describe as describe
 from outlast.checkpoint._inspect import list_steps as list_steps
 from outlast.checkpoint._inspect import verify as verify
+from outlast.checkpoint._prune import Pruning as Pruning
+from outlast.checkpoint._prune import Removal as Removal
+from outlast.checkpoint._prune import prune as prune
 from outlast.checkpoint._restoring import Restored as Restored
 from outlast.checkpoint._tree import check_like as check_like
 from outlast.checkpoint.checkpointer import Checkpointer as Checkpointer
@@ -25,15 +37,27 @@ from outlast.checkpoint.settings import CheckpointConfig as CheckpointConfig
 __all__ = [
     "CheckpointConfig",
     "Checkpointer",
+    "Comparison",
+    "Exported",
+    "ForeignFormat",
+    "Imported",
     "Problem",
+    "Pruning",
+    "Removal",
     "Restored",
     "StepDescription",
     "StepInfo",
+    "TensorDifference",
     "TensorInfo",
+    "ValueDifference",
     "Verification",
     "attach",
     "check_like",
     "describe",
+    "diff",
+    "export_step",
+    "import_step",
     "list_steps",
+    "prune",
     "verify",
 ]

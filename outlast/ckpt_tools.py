@@ -1,0 +1,159 @@
+"""``outlast ckpt diff|prune|export|import``: what was found or done, as text or JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, TaskID
+from rich.table import Column, Table
+
+from outlast import checkpoint
+from outlast.ckpt_tables import print_json, size
+from outlast.ckpt_verbs import Diff, Export, Import, Prune
+from outlast.errors import ConfigError
+
+
+def diff(verb: Diff, console: Console) -> int:
+    """Print how two steps differ; the exit status: 1 if they do.
+
+    Raises:
+        ConfigError: nothing tells two steps apart.
+        CheckpointError: a step is not there, or damaged.
+    """
+    if verb.other is None and verb.other_step is None:
+        raise ConfigError("there is nothing to compare with", "give a second URL, or --other-step, or both")
+    found = checkpoint.diff(verb.url, verb.url if verb.other is None else verb.other, verb.step, verb.other_step)
+    if verb.json:
+        print_json({"equal": found.equal, **_strict(dataclasses.asdict(found))})
+        return 0 if found.equal else 1
+    for letter, url, ranks in (("a", found.url_a, found.world_size_a), ("b", found.url_b, found.world_size_b)):
+        console.print(f"{letter}: {url}, {ranks} ranks", soft_wrap=True, markup=False, highlight=False)
+    if found.tensors:
+        name = Column("tensor", overflow="fold")
+        table = Table(name, "rank", "differs in", "a", "b", "elements", "max |a-b|", "relative L2", box=None)
+        for item in found.tensors:
+            amounts = ("", "", "")
+            if item.differing is not None and item.shape_a is not None:
+                count = f"{item.differing} of {math.prod(item.shape_a)}"
+                amounts = (count, f"{item.max_abs:.3g}", f"{item.relative_l2:.3g}")
+            table.add_row(
+                escape(item.name),
+                _rank(item.rank),
+                item.kind,
+                _tensor(item.shape_a, item.dtype_a),
+                _tensor(item.shape_b, item.dtype_b),
+                *amounts,
+            )
+        console.print(table)
+    if found.values:
+        table = Table(Column("value", overflow="fold"), "rank", "differs in", "a", "b", box=None)
+        for value in found.values:
+            a = "" if value.kind == "only in b" else _short(value.a)
+            b = "" if value.kind == "only in a" else _short(value.b)
+            table.add_row(escape(value.name), _rank(value.rank), value.kind, escape(a), escape(b))
+        console.print(table)
+    same = f"{len(found.equal_tensors)} tensors and {len(found.equal_values)} values are equal"
+    unlike = f"{len(found.tensors)} tensors and {len(found.values)} values differ"
+    console.print(f"equal: all {same.removesuffix(' are equal')}" if found.equal else f"{unlike}, {same}")
+    return 0 if found.equal else 1
+
+
+def prune(verb: Prune, console: Console) -> int:
+    """Remove old steps and print which, or which would go.
+
+    Raises:
+        ConfigError: less than one step would be kept.
+        CheckpointError: there is no committed step that verifies, or something cannot be removed.
+    """
+    tasks: dict[int, TaskID] = {}
+    with Progress(console=console, transient=True, disable=verb.json or not console.is_terminal) as bar:
+
+        def progress(step: int, done_bytes: int, total_bytes: int) -> None:
+            if step not in tasks:
+                tasks[step] = bar.add_task(f"verifying step {step}")
+            bar.update(tasks[step], completed=done_bytes, total=total_bytes)
+
+        found = checkpoint.prune(verb.url, verb.keep_last, aside=verb.aside, dry_run=verb.dry_run, progress=progress)
+    if verb.json:
+        print_json({"size_bytes": found.size_bytes, **dataclasses.asdict(found)})
+        return 0
+    say = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    for bad in found.damaged:
+        first = bad.problems[0]
+        say(f"step {bad.step} is DAMAGED, so it and the newest step that verifies stay: {first.file}: {first.reason}")
+    verb_done = "would be removed" if verb.dry_run else "removed"
+    for item in found.removed:
+        say(f"{verb_done}: {item.folder} ({item.kind}), {size(item.size_bytes)}")
+    count = len(found.removed)
+    freed = f"{size(found.size_bytes)} {'would be ' if verb.dry_run else ''}freed" if count else "nothing to remove"
+    say(
+        f"{freed}; committed steps {'that would be ' if verb.dry_run and count else ''}left: "
+        f"{', '.join(map(str, found.kept))}"
+    )
+    return 0
+
+
+def export(verb: Export, console: Console) -> int:
+    """Export and print what was written.
+
+    Raises:
+        OutlastError: it could not be done; nothing is left of it.
+    """
+    done = checkpoint.export_step(verb.url, verb.target, verb.format, step=verb.step, part=verb.part, force=verb.force)
+    if verb.json:
+        print_json(dataclasses.asdict(done))
+        return 0
+    say = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    what = f"{done.tensors} tensors and {done.values} values"
+    say(f"written: {done.target} ({done.format}): {what} of {done.url}, {size(done.size_bytes)}")
+    for name in done.left_out:
+        say(f"left out: {name}: {done.format} cannot hold an empty dictionary")
+    return 0
+
+
+def import_(verb: Import, console: Console) -> int:
+    """Import and print what was saved.
+
+    Raises:
+        OutlastError: it could not be done; there is no such step then.
+    """
+    done = checkpoint.import_step(verb.source, verb.url, verb.format, step=verb.step, part=verb.part)
+    if verb.json:
+        print_json(dataclasses.asdict(done))
+        return 0
+    what = f"{done.tensors} tensors and {done.values} values of {done.source}"
+    console.print(
+        f"saved: step {done.step} at {done.url}: {what}, {size(done.size_bytes)}",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+    return 0
+
+
+def _rank(rank: int | None) -> str:
+    return "all" if rank is None else str(rank)
+
+
+def _tensor(shape: tuple[int, ...] | None, dtype: str | None) -> str:
+    return "" if shape is None else f"{'×'.join(map(str, shape)) or 'scalar'} {dtype}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _strict(value: Any) -> Any:
+    """With NaN and infinities, which JSON does not have, as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, (list, tuple)) else value

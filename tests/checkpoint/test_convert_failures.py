@@ -1,0 +1,179 @@
+"""What cannot be exported or imported, and what must not be overwritten: an error, and nothing half done."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from outlast.checkpoint import export_step, import_step, list_steps
+from outlast.errors import (
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpoint,
+    MissingDependency,
+)
+from tests.checkpoint.converting import FORMATS, ODD, leftovers, needs_safetensors, restored, save
+from tests.checkpoint.helpers import files_of, flip, same, steps_at
+
+
+@contextmanager
+def small_disk(limit_bytes: int) -> Iterator[None]:
+    """No file can grow beyond a size, as if the disk were full (Python ignores SIGXFSZ; writes fail with EFBIG)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([torch.ones(1)], "holds a list"),
+        ({"state": {0: torch.ones(1)}}, "the key 0"),
+        ({"w": torch.ones(1), "t": (1, 2)}, "'t' is a builtins.tuple"),
+        ({"outlast": 1}, "reserved"),
+        ({"": torch.ones(1)}, "empty string"),
+        ({"s": torch.ones(2, 2).to_sparse()}, "only dense"),
+        ({"l": [torch.ones(1)]}, "cannot be stored"),
+    ],
+    ids=["list", "key", "tuple", "reserved", "empty", "sparse", "tensor in a list"],
+)
+def test_what_cannot_be_stored(tmp_path: Path, content: Any, said: str) -> None:
+    torch.save(content, tmp_path / "x")
+    with pytest.raises(CheckpointError, match=said):
+        import_step(tmp_path / "x", tmp_path / "b", "torch")
+    assert list_steps(tmp_path / "b") == []
+
+
+def test_dcp_lists_of_tensors_cannot_be_stored(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save({"l": [torch.ones(1)]}, checkpoint_id=tmp_path / "x", no_dist=True)
+    with pytest.raises(CheckpointError, match=r"'l\[0\]' is a torch"):
+        import_step(tmp_path / "x", tmp_path / "b", "dcp")
+
+
+def test_what_dcp_cannot_hold_is_told(tmp_path: Path) -> None:
+    save(tmp_path / "a", {"w": torch.ones(1), "none": {}, "deep": {"none": {}, "l": [{}, 1, {}]}})
+    assert set(export_step(tmp_path / "a", tmp_path / "x", "dcp").left_out) == {
+        "none",
+        "deep/none",
+        "deep/l[0]",
+        "deep/l[2]",
+    }
+    import_step(tmp_path / "x", tmp_path / "b", "dcp")
+    assert same(restored(tmp_path / "b")[1], {"w": torch.ones(1), "deep": {"l": [{}, 1]}})
+    save(tmp_path / "c", {"a.b": torch.ones(1), "a": {"b": torch.ones(1)}})
+    with pytest.raises(CheckpointError, match="/y "):
+        export_step(tmp_path / "c", tmp_path / "y", "dcp")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "x"]
+
+
+@needs_safetensors
+def test_what_safetensors_cannot_hold(tmp_path: Path) -> None:
+    for name, content in {
+        "dtype": {"deep": {"c": torch.ones(1, dtype=torch.complex128)}},
+        "twice": {"a/b": torch.ones(1), "a": {"b": torch.ones(1)}},
+        "reserved": {"__metadata__": torch.ones(1)},
+    }.items():
+        save(tmp_path / name, content)
+        with pytest.raises(CheckpointError, match=r"complex128|twice|reserved"):
+            export_step(tmp_path / name, tmp_path / "x", "safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dtype", "reserved", "twice"]
+
+
+def test_safetensors_missing_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "a", ODD)
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)  # what Python itself takes for "not to be found"
+    with pytest.raises(MissingDependency, match=r"outlast\[safetensors\]"):
+        export_step(tmp_path / "a", tmp_path / "x", "safetensors")
+    with pytest.raises(MissingDependency, match=r"outlast\[safetensors\]"):
+        import_step(tmp_path / "x", tmp_path / "b", "safetensors")
+    assert steps_at(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_target_is_replaced_only_by_force(tmp_path: Path, format: Any) -> None:
+    save(tmp_path / "a", {"w": torch.ones(1)}, step=1)
+    save(tmp_path / "a", {"w": torch.zeros(1)}, step=2)
+    export_step(tmp_path / "a", tmp_path / "x", format, step=1)
+    before = {path: path.read_bytes() for path in [tmp_path / "x", *(tmp_path / "x").rglob("*")] if path.is_file()}
+    with pytest.raises(CheckpointError, match="is there already"):
+        export_step(tmp_path / "a", tmp_path / "x", format)
+    assert all(path.read_bytes() == data for path, data in before.items())
+    export_step(tmp_path / "a", tmp_path / "x", format, force=True)
+    import_step(tmp_path / "x", tmp_path / "b", format)
+    assert same(restored(tmp_path / "b")[1], {"w": torch.zeros(1)})
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "diary").write_text("mine")
+    with pytest.raises(CheckpointError, match="--force does not replace that"):
+        export_step(tmp_path / "a", tmp_path / "home", format, force=True)
+    assert files_of(tmp_path / "home") == ["diary"]
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        export_step(tmp_path / "a", tmp_path / "nowhere" / "x", format)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_link_is_followed(tmp_path: Path, format: Any) -> None:
+    save(tmp_path / "a", {"w": torch.ones(1)})
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for force in (False, True):
+        done = export_step(tmp_path / "a", tmp_path / "link", format, force=force)
+        assert done.target == str(tmp_path / "real")
+    assert (tmp_path / "link").is_symlink()
+    assert steps_at(tmp_path) == ["a", "link", "real"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_full_disk_leaves_nothing(tmp_path: Path, format: Any) -> None:
+    save(tmp_path / "a", {"w": torch.ones(200_000)})
+    export_step(tmp_path / "a", tmp_path / "x", format)
+    kept = {path: path.read_bytes() for path in [tmp_path / "x", *(tmp_path / "x").rglob("*")] if path.is_file()}
+    with small_disk(100_000):
+        for force in (False, True):
+            with pytest.raises(CheckpointError, match="/x" if force else "/y"):
+                export_step(tmp_path / "a", tmp_path / ("x" if force else "y"), format, force=force)
+        with pytest.raises(CheckpointError, match=r"step 0 was not saved .*File too large"):
+            import_step(tmp_path / "x", tmp_path / "b", format)
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert list_steps(tmp_path / "b") == []
+    assert steps_at(tmp_path) == ["a", "b", "x"]
+    assert import_step(tmp_path / "x", tmp_path / "b", format).tensors == 1
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, format: Any) -> None:
+    save(tmp_path / "a", {"w": torch.ones(2000)})
+    flip(max((tmp_path / "a").rglob("*"), key=lambda path: path.is_file() * path.stat().st_size))
+    with pytest.raises(CorruptCheckpoint):
+        export_step(tmp_path / "a", tmp_path / "x", format)
+    assert steps_at(tmp_path) == ["a"]
+
+
+def test_a_step_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    save(tmp_path / "a", ODD)
+    export_step(tmp_path / "a", tmp_path / "x", "torch")
+    before = files_of(tmp_path)
+    with pytest.raises(CheckpointError, match=r"step 4 is at .* already"):
+        import_step(tmp_path / "x", tmp_path / "a", "torch", step=4)
+    assert files_of(tmp_path) == before
+    import_step(tmp_path / "x", tmp_path / "a", "torch", step=2)
+    (tmp_path / "a" / "step_00000005" / "model").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="not completed, of step 5"):
+        import_step(tmp_path / "x", tmp_path / "a", "torch", step=3)
+    assert steps_at(tmp_path / "a") == ["step_00000002", "step_00000004", "step_00000005"]
+    with pytest.raises(ConfigError, match="step = -1"):
+        import_step(tmp_path / "x", tmp_path / "a", "torch", step=-1)
+    with pytest.raises(ConfigError, match="no format 'onnx'"):
+        import_step(tmp_path / "x", tmp_path / "a", "onnx")  # type: ignore[arg-type]
