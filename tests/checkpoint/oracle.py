@@ -79,7 +79,8 @@ class Program:
     def __init__(self, recording: Recording, world_size: int, keep_last: int) -> None:
         self._recording = recording
         self._world_size = world_size
-        self._config = CheckpointConfig(commit_timeout_s=60.0, keep_last=keep_last, io_threads=1)
+        # Some tensors packed, some not.
+        self._config = CheckpointConfig(commit_timeout_s=60.0, keep_last=keep_last, io_threads=1, pack_below_kb=0.02)
 
     def save(self, version: str, *steps: int) -> None:
         """An attempt that saves these steps; all are committed."""

@@ -38,8 +38,9 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """Thousands of warnings of what a restore cleared away help nobody."""
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Thousands of warnings of what a restore cleared away help nobody; and small chunks, too, go past the cache."""
+    monkeypatch.setattr(_store, "DIRECT_FROM_BYTES", 24)
     log = logging.getLogger("outlast.checkpoint")
     log.setLevel(logging.CRITICAL)
     yield
