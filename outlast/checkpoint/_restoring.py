@@ -38,7 +38,12 @@ class Restored:
     step: int
     replicated: dict[str, Any]
     local: dict[str, Any]
-    """This rank's."""
+    """This rank's; empty where another number of ranks saved it."""
+    world_size: int
+    """How many ranks saved it."""
+    read_local: Callable[[int], dict[str, Any]]
+    """The local state of any of the ranks that saved it, read and verified anew; until the Checkpointer is closed.
+    Raises CorruptCheckpoint and its like if it was damaged meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Restoring:
     agreement: Agreement
     emit: Callable[[Event], None]
     io: ThreadPoolExecutor
+    any_world_size: bool = False
 
     def newest(self) -> Restored | None:
         """The newest valid step; damaged ones are set aside. None if there is not a single one."""
@@ -117,13 +123,27 @@ class Restoring:
 
     def _load(self, step: int) -> Restored:
         reader = StepReader(self.store, step, self.io)
-        if reader.commit.world_size != self.world_size:
-            raise StateMismatch(
-                f"{self.store.url}/{step_name(step)} was saved by {reader.commit.world_size} ranks, "
-                f"this job has {self.world_size}"
-            )
+        saved_by = reader.commit.world_size
         # Replicated state by every rank and local state by its owner: together the ranks verify every file.
-        return Restored(step, reader.load(None), reader.load(self.rank))
+        local: dict[str, Any] = {}
+        if saved_by == self.world_size:
+            local = reader.load(self.rank)
+        elif self.any_world_size:
+            for old in range(self.rank, saved_by, self.world_size):
+                for fault in reader.verify(reader.files_of(old)):
+                    raise fault
+        else:
+            raise StateMismatch(
+                f"{self.store.url}/{step_name(step)} was saved by {saved_by} ranks, this job has {self.world_size}"
+            )
+
+        def read_local(rank: int) -> dict[str, Any]:
+            try:
+                return reader.load(rank)
+            except Fault as fault:
+                raise as_error(fault, self.store, step) from fault
+
+        return Restored(step, reader.load(None), local, saved_by, read_local)
 
     def _scan(self) -> Scan:
         """What is there, as rank 0 sees it (empty on the others)."""

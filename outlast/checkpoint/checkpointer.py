@@ -177,12 +177,17 @@ class Checkpointer:
         self._raise_error(saving)
         return time.monotonic() - began
 
-    def restore(self, which: Literal["auto"] | int) -> Restored | None:
+    def restore(self, which: Literal["auto"] | int, *, any_world_size: bool = False) -> Restored | None:
         """Read a checkpoint back, every byte verified; collective over the group.
 
         ``"auto"`` takes the newest step that all ranks find complete and undamaged. Damaged newer ones are reported
         (``CheckpointRejected``, a log line naming the file) and set aside: renamed to ``step_XXXXXXXX.aside-N``. Saves
         that were cut off are reported and cleared away. An integer takes that step and sets newer ones aside.
+
+        Args:
+            which: ``"auto"``, or a step.
+            any_world_size: take a step that another number of ranks saved: ``Restored.local`` is empty then, and
+                ``Restored.read_local`` gives any of those ranks' local state.
 
         Returns:
             The state, or None if ``"auto"`` finds no checkpoint at all.
@@ -192,7 +197,7 @@ class Checkpointer:
             CorruptCheckpoint: the step asked for is damaged, or (``"auto"``) there are checkpoints but none is valid.
             IncompleteCheckpoint: a file or the commit record of the step asked for is missing.
             UnknownFormatVersion: written by another version of outlast; it is left as it is.
-            StateMismatch: saved by another number of ranks.
+            StateMismatch: saved by another number of ranks, unless ``any_world_size``.
             CheckpointError: the storage cannot be read, or there are several ranks without a process group.
         """
         if self._closed:
@@ -200,7 +205,9 @@ class Checkpointer:
         self._finish()
         agreement = Agreement(self._group, self._place.rank, self._place.world_size)
         place = self._place
-        restoring = Restoring(self._store, place.rank, place.world_size, agreement, place.emit, self._io)
+        restoring = Restoring(
+            self._store, place.rank, place.world_size, agreement, place.emit, self._io, any_world_size
+        )
         return restoring.newest() if which == "auto" else restoring.exactly(which)
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ import sysconfig
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +147,7 @@ class Loader:
         accumulate: micro-batches per step.
         seed: chooses the permutations.
         rank, world_size: this rank's part of each step's windows.
+        origin_step, origin_window: steps after the first take windows from the second on.
 
     Raises:
         DataError: the text is shorter than one step of all ranks.
@@ -159,6 +160,8 @@ class Loader:
     seed: int
     rank: int
     world_size: int
+    origin_step: int = 0
+    origin_window: int = 0
 
     def __post_init__(self) -> None:
         if self.windows < self.windows_per_step:
@@ -185,7 +188,7 @@ class Loader:
 
     def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """The micro-batches of ``step`` (from 1 on): ``accumulate`` pairs of tokens and targets, each (B, T) int64."""
-        first = (step - 1) * self.windows_per_step + self.rank * self.accumulate * self.batch_size
+        first = self._next_window(step - 1) + self.rank * self.accumulate * self.batch_size
         numbers = range(first, first + self.accumulate * self.batch_size)
         rows = np.stack([self.corpus.read(self.window(n) * self.context, self.context + 1) for n in numbers])
         text = torch.from_numpy(rows.astype(np.int64))  # (accumulate·B, T+1)
@@ -198,18 +201,35 @@ class Loader:
             "seed": self.seed,
             "context": self.context,
             "windows_per_step": self.windows_per_step,
+            "origin_step": self.origin_step,
+            "origin_window": self.origin_window,
         }
 
-    def check(self, saved: dict[str, int | str]) -> None:
-        """Raise unless ``saved`` (a :meth:`state`) gives the batches this loader gives.
+    def going_on(self, saved: dict[str, int | str], step: int, *, other_ranks: bool) -> Loader:
+        """The loader whose batches go on after ``step`` where those of ``saved`` (a :meth:`state`) stopped.
+
+        Args:
+            saved: of the run that is gone on with.
+            step: its last.
+            other_ranks: another number of ranks took its steps, so that a step may take another number of windows.
 
         Raises:
             DataError: names what differs, with both values.
         """
+        movable = {"origin_step", "origin_window", *(["windows_per_step"] if other_ranks else [])}
         for key, now in self.state().items():
-            if saved.get(key) != now:
+            if key not in movable and saved.get(key) != now:
                 raise DataError(
                     f"the checkpoint was made with data {key} = {saved.get(key)!r}, this run has {now!r}: the order of "
                     "the data would not go on where it stopped",
                     "restore the data and settings of the first start, or start a new run",
                 )
+        before_step, before_window = int(saved["origin_step"]), int(saved["origin_window"])
+        per_step = int(saved["windows_per_step"])
+        if per_step == self.windows_per_step:
+            return replace(self, origin_step=before_step, origin_window=before_window)
+        return replace(self, origin_step=step, origin_window=before_window + (step - before_step) * per_step)
+
+    def _next_window(self, step: int) -> int:
+        """The first window that no step up to ``step`` takes."""
+        return self.origin_window + (step - self.origin_step) * self.windows_per_step

@@ -65,8 +65,12 @@ class Engine(Protocol):
         """What to save."""
         ...
 
-    def load(self, replicated: State, local: State) -> None:
-        """Go on from what :meth:`state` gave; StateMismatch names what does not fit, before a weight changes."""
+    def load(self, replicated: State, read_local: Callable[[int], State], ranks: int) -> None:
+        """Go on from what :meth:`state` gave on ``ranks`` ranks, this number or another.
+
+        ``read_local`` gives the local state of one of them. StateMismatch names what does not fit, before a weight
+        changes.
+        """
         ...
 
     def close(self) -> None:
@@ -166,8 +170,8 @@ class DDPEngine:
         }
         return EngineState(replicated, {"comm": comm["local"]}, frozenset({"comm"}))
 
-    def load(self, replicated: State, local: State) -> None:
-        """See :class:`Engine`."""
+    def load(self, replicated: State, read_local: Callable[[int], State], ranks: int) -> None:
+        """See :class:`Engine`; the exchange's state is redistributed as :meth:`GradientReducer.load_resharded` says."""
         running = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         check_like(replicated["model"], running)
         strangers = sorted(set(replicated["optimizer"]) - set(running))
@@ -176,7 +180,11 @@ class DDPEngine:
                 f"the checkpoint has optimizer state of parameters the model lacks: {', '.join(strangers)}"
             )
         comm = replicated["comm"]
-        self._reducer.load_state_dict({"replicated": comm["aggregate"], "meta": comm["meta"], "local": local["comm"]})
+
+        def read(rank: int) -> State:
+            return {"replicated": comm["aggregate"], "meta": comm["meta"], "local": read_local(rank)["comm"]}
+
+        self._reducer.load_resharded(read, ranks)
         with torch.no_grad():
             for name, tensor in running.items():
                 tensor.copy_(replicated["model"][name])

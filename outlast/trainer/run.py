@@ -92,13 +92,16 @@ class Run:
     def restore(self, resume: str) -> Restored | None:
         """Go on from a checkpoint, if there is one; collective.
 
+        On another number of ranks than saved it, the data go on with the first window that no step has seen, what the
+        exchange of gradients keeps is redistributed, and ranks that there were not before draw fresh random numbers.
+
         Args:
             resume: ``auto`` or the number of a step.
 
         Raises:
             CheckpointError, DataError: see :meth:`Checkpointer.restore`, :meth:`Loader.check`.
         """
-        restored = self.checkpointer.restore("auto" if resume == "auto" else int(resume))
+        restored = self.checkpointer.restore("auto" if resume == "auto" else int(resume), any_world_size=True)
         if restored is None:
             return None
         if restored.step > self.last_step:
@@ -106,10 +109,25 @@ class Run:
                 f"the newest checkpoint is of step {restored.step}, training ends at step {self.last_step}",
                 f"raise trainer.steps, or name an earlier checkpoint with --resume STEP (at most {self.last_step})",
             )
-        self.loader.check(restored.replicated["data"])
-        self.engine.load(restored.replicated, restored.local)
-        load_rng_state(restored.local["rng"])
+        rank, ranks = self.place.rank, restored.world_size
+        same = ranks == self.place.world_size
+        self.loader = self.loader.going_on(restored.replicated["data"], restored.step, other_ranks=not same)
+
+        def read_local(number: int) -> dict[str, Any]:
+            return restored.local if same and number == rank else restored.read_local(number)
+
+        self.engine.load(restored.replicated, read_local, ranks)
+        if rank < ranks:
+            load_rng_state(read_local(rank)["rng"])
         self.first_step = restored.step + 1
+        if not same and rank == 0:
+            _LOG.info(
+                "step %d was saved by %d ranks, %d go on; a step now takes %d windows of the text",
+                restored.step,
+                ranks,
+                self.place.world_size,
+                self.loader.windows_per_step,
+            )
         return restored
 
     def finish(self) -> None:

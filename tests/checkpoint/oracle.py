@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class _AllRanks(Restoring):
     def _load(self, step: int) -> Restored:
         first, reader = super()._load(step), StepReader(self.store, step, self.io)
         others = {rank_name(rank): reader.load(rank) for rank in range(1, self.world_size)}
-        return Restored(step, first.replicated, {rank_name(0): first.local, **others})
+        return replace(first, local={rank_name(0): first.local, **others})
 
 
 class _Inline(ThreadPoolExecutor):

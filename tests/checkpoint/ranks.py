@@ -32,6 +32,7 @@ class Orders:
     epoch: str
     save: tuple[int, ...] = ()
     restore: bool = False
+    any_world_size: bool = False
     commit_timeout_s: float = 60.0
     die_at: str = ""
     """SIGKILL before the first write of a file whose path contains this."""
@@ -107,7 +108,7 @@ def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: 
         )
         with checkpointer:
             if orders.restore:
-                restored.append(_restore(checkpointer, rank))
+                restored.append(_restore(checkpointer, rank, world_size, orders.any_world_size))
             for step in orders.save:
                 checkpointer.save(step, replicated=state(step), local=local(step, rank))
                 checkpointer.wait_copied()
@@ -117,14 +118,16 @@ def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: 
     os._exit(0)  # a job of which a rank was killed cannot be left tidily
 
 
-def _restore(checkpointer: Checkpointer, rank: int) -> int | str | None:
+def _restore(checkpointer: Checkpointer, rank: int, world_size: int, any_world_size: bool) -> int | str | None:
     try:
-        back = checkpointer.restore("auto")
+        back = checkpointer.restore("auto", any_world_size=any_world_size)
     except OutlastError as error:
         return f"{type(error).__name__}: {error}"
     if back is None:
         return None
-    right = same(back.replicated, state(back.step)) and same(back.local, local(back.step, rank))
+    own = local(back.step, rank) if back.world_size == world_size else {}
+    right = same(back.replicated, state(back.step)) and same(back.local, own)
+    right = right and all(same(back.read_local(old), local(back.step, old)) for old in range(back.world_size))
     return back.step if right else f"step {back.step}, but not its state"
 
 

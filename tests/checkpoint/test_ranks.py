@@ -76,6 +76,17 @@ def test_other_numbers_of_ranks_and_empty_places(tmp_path: Path) -> None:
         assert nothing is None
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_other_numbers_of_ranks_where_they_are_wanted(tmp_path: Path, ranks: int) -> None:
+    save_by_ranks(tmp_path / "a", 1, 2, world_size=3)
+    save_by_ranks(tmp_path / "b", 1, 2, world_size=3)
+    # Whoever reads them in the end: local files of all three are verified before a step is taken.
+    flip(tmp_path / "b" / "step_00000002" / "rank_00002" / "comm" / "w" / "e" / "c")
+    orders = Orders((str(tmp_path / "a"), str(tmp_path / "b")), "two", restore=True, any_world_size=True)
+    outcomes = run(*[orders] * ranks)
+    assert [outcome.restored for outcome in outcomes] == [[2, 1]] * ranks
+
+
 def test_ranks_killed_at_every_phase_of_a_save(tmp_path: Path) -> None:
     urls = []
     for number, (victim, die_at) in enumerate(KILL_POINTS.values()):

@@ -90,12 +90,31 @@ def test_targets_follow_tokens_and_steps_can_be_read_in_any_order(tmp_path: Path
 def test_other_data_than_the_checkpoint_had_is_refused(tmp_path: Path) -> None:
     text = corpus(tmp_path, [500])
     saved = loader(text, 0, 2).state()
-    loader(text, 1, 2).check(saved)
+    assert loader(text, 1, 2).going_on(saved, 3, other_ranks=False) == loader(text, 1, 2)
     with pytest.raises(DataError, match="seed = 0, this run has 1"):
-        loader(text, 0, 2, seed=1).check(saved)
+        loader(text, 0, 2, seed=1).going_on(saved, 3, other_ranks=True)
+    with pytest.raises(DataError, match="windows_per_step = 4, this run has 6"):
+        loader(text, 0, 3).going_on(saved, 3, other_ranks=False)
     (tmp_path / "other").mkdir()
     with pytest.raises(DataError, match="fingerprint"):
-        loader(corpus(tmp_path / "other", [501]), 0, 2).check(saved)
+        loader(corpus(tmp_path / "other", [501]), 0, 2).going_on(saved, 3, other_ranks=False)
+
+
+def test_other_numbers_of_ranks_go_on_with_the_next_window(tmp_path: Path) -> None:
+    text = corpus(tmp_path, [500])
+    seen: list[int] = []
+    done, saved = 0, loader(text, 0, 4).state()
+    for ranks, steps in ((4, 3), (2, 5), (3, 2), (4, 1)):
+        loaders = [loader(text, rank, ranks).going_on(saved, done, other_ranks=True) for rank in range(ranks)]
+        for step in range(done + 1, done + steps + 1):
+            for one in loaders:
+                for tokens, _ in one.batches(step):
+                    windows = {tuple(text.read(w * 10, 10)): w for w in range(one.windows)}
+                    seen += [windows[tuple(row)] for row in tokens.to(torch.uint8).numpy()]
+        done, saved = done + steps, loaders[0].state()
+    first = loader(text, 0, 4)
+    assert seen == [first.window(number) for number in range(len(seen))]
+    assert len(seen) == 2 * (4 * 3 + 2 * 5 + 3 * 2 + 4)
 
 
 def test_no_data_and_too_little_data(tmp_path: Path) -> None:
