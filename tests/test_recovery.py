@@ -58,7 +58,7 @@ def assert_same_end(run: Path, straight: Path) -> None:
     assert one_values == other_values
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank(tmp_path: Path, straight: Path, victim: int) -> None:
     config, run = tiny_config(tmp_path)
     job = start_outlast("launch", config, *SIXTY, log=tmp_path / "log")
@@ -73,6 +73,7 @@ def test_a_killed_rank(tmp_path: Path, straight: Path, victim: int) -> None:
     assert_same_end(run, straight)
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_found_killed_and_replaced(tmp_path: Path, straight: Path) -> None:
     config, run = tiny_config(tmp_path)
     job = start_outlast("launch", config, *SIXTY, log=tmp_path / "log")

@@ -39,6 +39,7 @@ def test_a_rank_slowed_by_50_ms_stands_first(tmp_path: Path) -> None:
     assert "rank 1" in html.read_text()
 
 
+@pytest.mark.slow
 def test_without_a_slow_rank_nobody_is_called_one(tmp_path: Path) -> None:
     report, run, _ = report_of(tmp_path, 0.0)
     assert [row["straggler"] for row in report["stragglers"]] == [False, False]

@@ -50,6 +50,8 @@ from outlast.errors import CheckpointError, SnapshotMutated, StateMismatch
 from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
 
 _log = logging.getLogger("outlast.checkpoint")
+_PER_FILE_BYTES = 12_288
+"""What a file takes of a disk besides its bytes, at most: its directory, its entry, and the rest of its last block."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ class Saving:
         self._serial = serial
         self._root = root
         self._digest = share.digest
-        self._total_bytes = share.replicated_bytes + share.local_bytes * place.world_size
+        # Of all ranks, with what names and ends of blocks take: as if each had as many files as this one.
+        files = 1 + len(share.documents) + len(share.parts)
+        self._total_bytes = share.replicated_bytes + (share.local_bytes + files * _PER_FILE_BYTES) * place.world_size
         self._snapshot = snapshot
         self._writing = Writing(
             place.store, step_name(step), share, snapshot, arena, place.io, self._look, self.give_up

@@ -110,6 +110,7 @@ def test_four_then_three_then_five(worlds: dict[int, Ranks], settings: dict[str,
     assert all(0.9 < jump < 1.01 for jump in jumps)
 
 
+@pytest.mark.slow
 def test_what_nodes_share_is_not_redistributed(worlds: dict[int, Ranks]) -> None:
     saved = worlds[4].run(train, {"feedback": "ef14", "ranks_per_node": 2}, [], 1, 2)
     for said in worlds[3].run(refused, saved):

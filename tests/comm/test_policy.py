@@ -140,6 +140,7 @@ def worker() -> None:
 
 
 @pytest.mark.root
+@pytest.mark.slow
 def test_on_slow_links_it_compresses(root: Path) -> None:
     with Cluster(2, rate="40mbit", prefix="olp", subnet="10.96.0") as cluster:
         env = dict(os.environ, MASTER_ADDR=cluster.hosts[0].address, MASTER_PORT=str(free_port()), WORLD_SIZE="2")

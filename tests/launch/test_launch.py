@@ -135,7 +135,7 @@ def test_ranks_that_fail_again_and_again_do_not_meet_the_dead_ones(tmp_path: Pat
     assert [record["restarting"] for record in events(run, "workers_failed")] == [True, False]
 
 
-@pytest.mark.parametrize("how", ["stop", "spin"])
+@pytest.mark.parametrize("how", ["stop", pytest.param("spin", marks=pytest.mark.slow)])
 def test_a_hung_rank_is_found_and_replaced(tmp_path: Path, how: str) -> None:
     run = tmp_path / "run"
     said = finish(start(run, RANK, str(run), "8", "--rank", "1", "--at", "6", "--do", how, "--once"), run)
@@ -252,6 +252,7 @@ def test_a_port_that_something_else_has_taken(tmp_path: Path) -> None:
         assert "--rdzv-endpoint 127.0.0.1:PORT" in caught.value.fix
 
 
+@pytest.mark.slow
 def test_two_launchers_meet_and_restart_together(tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = {

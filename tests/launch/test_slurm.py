@@ -40,6 +40,7 @@ def test_every_task_finds_its_place(cluster: SlurmCluster, env: dict[str, str]) 
     assert all(61440 <= place[4] < 65536 for place in places)
 
 
+@pytest.mark.slow
 def test_train_sbatch_trains_on_four_nodes(
     cluster: SlurmCluster, env: dict[str, str], root: Path, tmp_path: Path
 ) -> None:
