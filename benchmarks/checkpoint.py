@@ -99,6 +99,7 @@ def measure(
     for turn in range(-1, rounds):  # the first is not counted: memory, the allocator and DCP's processes warm up
         number += 1
         raw_s = max(answer["durable_s"] for answer in ranks.ask(do="raw", number=number))
+        shutil.rmtree(folder / str(number))
         baseline = None
         for method in methods:
             number += 1
