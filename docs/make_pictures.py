@@ -1,7 +1,10 @@
-"""Draws ``docs/rooms.svg`` and ``docs/step.svg``: ``python docs/make_pictures.py``."""
+"""Draws the pictures beside it, one of them from ``comm_benchmark.json``: ``python docs/make_pictures.py``."""
 
 from __future__ import annotations
 
+import json
+import math
+import statistics
 from html import escape
 from pathlib import Path
 
@@ -114,7 +117,50 @@ def step() -> str:
     )
 
 
+CURVES = {
+    "dense DDP": "#51606f",
+    "DDP fp16 hook": "#a0aab4",
+    "PowerSGD rank 4": "#d9963a",
+    "PowerSGD rank 8": "#8465c9",
+    "outlast, its defaults (1 %)": "#1668c4",
+    "outlast, density 0.5 %": "#4aa564",
+}
+
+
+def learning(link: str) -> str:
+    """Held-out loss, mean over seeds, against seconds on ``link``: what ``python -m benchmarks.comm`` measured."""
+    found = json.loads((Path(__file__).parent / "comm_benchmark.json").read_text())
+    left, top, width, height = 64, 40, 560, 330
+    least_s, most_s, low, high = 5.0, 700.0, 2.4, 3.4
+
+    def x(seconds: float) -> float:
+        return left + width * (math.log(seconds / least_s) / math.log(most_s / least_s))
+
+    def y(loss: float) -> float:
+        return top + height * (high - loss) / (high - low)
+
+    parts = [f'<text class="head" x="{left}" y="24">Held-out loss against seconds, links of 200 Mbit/s</text>']
+    for seconds in (5, 10, 20, 50, 100, 200, 500):
+        parts.append(f'<line x1="{x(seconds):.1f}" x2="{x(seconds):.1f}" y1="{top}" y2="{top + height}" stroke="#e3e8ed"/>')
+        parts.append(f'<text class="small" text-anchor="middle" x="{x(seconds):.1f}" y="{top + height + 18}">{seconds} s</text>')
+    for loss in (2.4, 2.6, 2.8, 3.0, 3.2, 3.4):
+        stroke = 'stroke="#c0392b" stroke-dasharray="5 4"' if loss == found["target"] else 'stroke="#e3e8ed"'
+        parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y(loss):.1f}" y2="{y(loss):.1f}" {stroke}/>')
+        parts.append(f'<text class="small" text-anchor="end" x="{left - 8}" y="{y(loss) + 4:.1f}">{loss:g}</text>')
+    for row, (label, colour) in enumerate(CURVES.items()):
+        step_s = statistics.median(found["steps"][label][link]["step_s"])
+        seeds = list(found["losses"][label].values())
+        curve = [(seeds[0][i][0] * step_s, statistics.mean(s[i][1] for s in seeds)) for i in range(len(seeds[0]))]
+        points = " ".join(f"{x(t):.1f},{y(loss):.1f}" for t, loss in curve if loss <= high and t >= least_s)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.2"/>')
+        at = top + 14 + 20 * row
+        parts.append(f'<line x1="{left + width + 16}" x2="{left + width + 40}" y1="{at - 4}" y2="{at - 4}" stroke="{colour}" stroke-width="3"/>')
+        parts.append(f'<text class="small" x="{left + width + 48}" y="{at}">{escape(label)}</text>')
+    return svg(860, 410, "Held-out loss against seconds on links of 200 Mbit/s, by method", parts)
+
+
 if __name__ == "__main__":
     here = Path(__file__).parent
     (here / "rooms.svg").write_text(rooms(), encoding="utf-8")
     (here / "step.svg").write_text(step(), encoding="utf-8")
+    (here / "time_to_loss.svg").write_text(learning("200mbit"), encoding="utf-8")
