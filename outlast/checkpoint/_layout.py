@@ -77,9 +77,11 @@ def share_of(
     documents: dict[str, bytes] = {}
     parts: list[Part] = []
     small: list[Item] = []
-    total = sum(item.tensor.nbytes for item in replicated.items)
+    # By path, not in the order of the dictionaries, which a restore need not keep.
+    of_all, own = (sorted(plan.items, key=lambda item: item.path) for plan in (replicated, local))
+    total = sum(item.tensor.nbytes for item in of_all)
     before = 0
-    for item in replicated.items:
+    for item in of_all:
         tensor = item.tensor
         if tensor.nbytes < pack_below_bytes:
             if _owner(before, tensor.nbytes, total, world_size) == rank:
@@ -94,7 +96,7 @@ def share_of(
                 documents |= _document(item, chunk_bytes)
             parts += [piece for piece, owner in zip(pieces, owners, strict=False) if owner == rank]
         before += tensor.nbytes
-    for item in local.items:
+    for item in own:
         if item.tensor.nbytes < pack_below_bytes:
             small.append(item)
         else:
@@ -112,8 +114,8 @@ def share_of(
     if rank == 0 and pack_below_bytes:
         documents[node_path(PACKS)] = group_document({})
     parts.sort(key=lambda part: not part.eager)
-    local_bytes = sum(item.tensor.nbytes for item in local.items)
-    return Share(documents, tuple(parts), total, local_bytes, _digest(replicated.items))
+    local_bytes = sum(item.tensor.nbytes for item in own)
+    return Share(documents, tuple(parts), total, local_bytes, _digest(of_all))
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int, chunk_bytes: int) -> tuple[int, ...]:

@@ -289,7 +289,7 @@ class Saving:
             if vote.layout != self._digest:
                 raise StateMismatch(
                     f"the replicated state of rank {vote.rank} has other names, shapes or types than rank 0's",
-                    "pass the same keys in the same order on all ranks; what differs belongs into local",
+                    "pass the same keys on all ranks; what differs belongs into local",
                 )
         folder = step_name(self.step)
         sizes = place.store.sizes(folder)

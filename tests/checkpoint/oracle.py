@@ -246,8 +246,9 @@ class Judge:
                 reader = StepReader(LocalStore(str(self._root / URL)), step, io)
                 ranks = [reader.load(rank) for rank in range(self._world_size)]
                 every = {rank_name(rank): state for rank, state in enumerate(ranks)}
+                local = ranks[0] if self._world_size == 1 else every
                 version_of(
-                    Restored(step, reader.load(None), ranks[0] if self._world_size == 1 else every), self._world_size
+                    Restored(step, reader.load(None), local, self._world_size, ranks.__getitem__), self._world_size
                 )
             except (Fault, AssertionError) as error:
                 return str(error)
