@@ -84,8 +84,8 @@ def test_a_thousand_crashes(tmp_path: Path, memory: Path) -> None:
 def test_ten_thousand_crashes(tmp_path: Path, memory: Path) -> None:
     states = 0
     for name in SCENARIOS:
-        states += _look(name, 1, tmp_path, memory, randoms=30, singles=6)
-        states += _look(name, 3, tmp_path, memory, randoms=3, singles=3)
+        states += _look(name, 1, tmp_path, memory, randoms=12, singles=6)
+        states += _look(name, 3, tmp_path, memory, randoms=2, singles=2)
     print(f"{states} crash states")
     assert states >= 10_000
 
