@@ -33,7 +33,7 @@ def diff(verb: Diff, console: Console) -> int:
         print_json({"equal": found.equal, **_strict(dataclasses.asdict(found))})
         return 0 if found.equal else 1
     for letter, url, ranks in (("a", found.url_a, found.world_size_a), ("b", found.url_b, found.world_size_b)):
-        console.print(f"{letter}: {url}, {ranks} ranks", soft_wrap=True, markup=False, highlight=False)
+        _say(console, f"{letter}: {url}, {ranks} ranks")
     if found.tensors:
         name = Column("tensor", overflow="fold")
         table = Table(name, "rank", "differs in", "a", "b", "elements", "max |a-b|", "relative L2", box=None)
@@ -83,7 +83,7 @@ def prune(verb: Prune, console: Console) -> int:
     if verb.json:
         print_json({"size_bytes": found.size_bytes, **dataclasses.asdict(found)})
         return 0
-    say = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    say = partial(_say, console)
     for bad in found.damaged:
         first = bad.problems[0]
         say(f"step {bad.step} is DAMAGED, so it and the newest step that verifies stay: {first.file}: {first.reason}")
@@ -109,7 +109,7 @@ def export(verb: Export, console: Console) -> int:
     if verb.json:
         print_json(dataclasses.asdict(done))
         return 0
-    say = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    say = partial(_say, console)
     what = f"{done.tensors} tensors and {done.values} values"
     say(f"written: {done.target} ({done.format}): {what} of {done.url}, {size(done.size_bytes)}")
     for name in done.left_out:
@@ -128,13 +128,13 @@ def import_(verb: Import, console: Console) -> int:
         print_json(dataclasses.asdict(done))
         return 0
     what = f"{done.tensors} tensors and {done.values} values of {done.source}"
-    console.print(
-        f"saved: step {done.step} at {done.url}: {what}, {size(done.size_bytes)}",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
-    )
+    _say(console, f"saved: step {done.step} at {done.url}: {what}, {size(done.size_bytes)}")
     return 0
+
+
+def _say(console: Console, text: str) -> None:
+    """A line as it stands, never wrapped: paths can be copied from it."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def _rank(rank: int | None) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from outlast.checkpoint._store import sync_dir
 from outlast.checkpoint._untrusted import Record, load_archive, load_records
 from outlast.errors import CheckpointError, CorruptCheckpoint
 
@@ -42,7 +43,7 @@ def write(state: dict[str, Any], path: str, step: int) -> list[str]:
         except CheckpointException as error:
             causes = [cause for cause, _ in error.failures.values()]
             raise CheckpointError("; ".join(f"{type(cause).__name__}: {cause}" for cause in causes)) from error
-    _sync_folder(path)
+    sync_dir(path)
     return _empty(state, "")
 
 
@@ -178,11 +179,3 @@ def _fields(record: Any, kind: str) -> dict[str, Any]:
     if not isinstance(record, Record) or record.kind != kind or not isinstance(record.state, dict):
         raise ValueError(f"no {kind} where one should be")
     return record.state
-
-
-def _sync_folder(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

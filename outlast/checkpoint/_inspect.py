@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from outlast.checkpoint._dtypes import dtype_name
-from outlast.checkpoint._names import COMMIT, decode_key, parse_aside, parse_replaced, parse_step, rank_name, step_name
-from outlast.checkpoint._reading import Progress, StepReader, as_error
+from outlast.checkpoint._names import decode_key, parse_aside, parse_replaced, parse_step, rank_name, step_name
+from outlast.checkpoint._opened import THREADS, OpenedStep, choose, storage
+from outlast.checkpoint._reading import Progress, StepReader
 from outlast.checkpoint._records import FORMAT_VERSION, Fault, read_commit
-from outlast.checkpoint._steps import scan
-from outlast.checkpoint._store import Store, open_store
+from outlast.checkpoint._store import Store
 from outlast.checkpoint._tree import HEADER
-from outlast.errors import CheckpointError, CheckpointNotFound, IncompleteCheckpoint, UnknownFormatVersion
-
-_THREADS = 4
+from outlast.errors import IncompleteCheckpoint, UnknownFormatVersion
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ def list_steps(url: str | os.PathLike[str]) -> list[StepInfo]:
     Raises:
         CheckpointError: the place cannot be read.
     """
-    with _storage(url) as store:
+    with storage(url) as store:
         found = []
         for name in store.names(""):
             step = parse_step(name)
@@ -128,31 +124,24 @@ def describe(url: str | os.PathLike[str], step: int | None = None) -> StepDescri
         CheckpointNotFound: no such step.
         CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion: names the file.
     """
-    with _storage(url) as store, ThreadPoolExecutor(_THREADS) as io:
-        step = _choose(store, step)
-        try:
-            reader = StepReader(store, step, io)
-            tensors: list[TensorInfo] = []
-            values: dict[str, Any] = {}
-            for rank in (None, *range(reader.commit.world_size)):
-                arrays, attributes = reader.describe(rank)
-                prefix = "" if rank is None else f"{rank_name(rank)}/"
-                tensors += [
-                    TensorInfo(
-                        _readable(path.removeprefix(prefix)), rank, a.shape, dtype_name(a.dtype), a.payload_bytes
-                    )
-                    for path, a in sorted(arrays.items())
-                ]
-                for path, items in sorted(attributes.items()):
-                    for key, value in items.items():
-                        if path or key != HEADER:
-                            values[f"{_readable(path)}/{key}" if path else key] = value
-        except Fault as fault:
-            raise as_error(fault, store, step) from fault
-        commit = reader.commit
+    with OpenedStep(url, step) as opened:
+        commit = opened.commit
+        tensors: list[TensorInfo] = []
+        values: dict[str, Any] = {}
+        for rank in (None, *range(opened.world_size)):
+            arrays, attributes = opened.describe(rank)
+            prefix = "" if rank is None else f"{rank_name(rank)}/"
+            tensors += [
+                TensorInfo(_readable(path.removeprefix(prefix)), rank, a.shape, dtype_name(a.dtype), a.payload_bytes)
+                for path, a in sorted(arrays.items())
+            ]
+            for path, items in sorted(attributes.items()):
+                for key, value in items.items():
+                    if path or key != HEADER:
+                        values[f"{_readable(path)}/{key}" if path else key] = value
         return StepDescription(
-            f"{store.url}/{step_name(step)}",
-            step,
+            opened.url,
+            opened.step,
             commit.world_size,
             commit.epoch,
             FORMAT_VERSION,
@@ -178,8 +167,8 @@ def verify(url: str | os.PathLike[str], step: int | None = None, progress: Progr
         CheckpointNotFound: no such step.
         CheckpointError: the place cannot be read.
     """
-    with _storage(url) as store, ThreadPoolExecutor(_THREADS) as io:
-        step = _choose(store, step)
+    with storage(url) as store, ThreadPoolExecutor(THREADS) as io:
+        step = choose(store, step)
         where = f"{store.url}/{step_name(step)}"
         try:
             reader = StepReader(store, step, io)
@@ -207,31 +196,9 @@ def _info(store: Store, step: int) -> StepInfo:
     return StepInfo(step, name, "committed", "", commit.world_size, commit.saved_at, commit.size_bytes)
 
 
-def _choose(store: Store, step: int | None) -> int:
-    found = scan(store)
-    if step is None and found.committed:
-        return found.committed[-1]
-    if step is not None and step in (*found.committed, *found.uncommitted):
-        return step
-    there = ", ".join(map(str, found.committed))
-    raise CheckpointNotFound(
-        f"no checkpoint{'' if step is None else f' of step {step}'} at {store.url}",
-        f"committed steps there are: {there}" if there else f"there is no folder step_*/ with a {COMMIT} in it",
-    )
-
-
 def _problem(fault: Fault) -> Problem:
     return Problem(fault.file, fault.kind.__name__, fault.reason)
 
 
 def _readable(path: str) -> str:
     return "/".join(decode_key(part) for part in path.split("/"))
-
-
-@contextmanager
-def _storage(url: str | os.PathLike[str]) -> Iterator[Store]:
-    store = open_store(url)
-    try:
-        yield store
-    except OSError as error:
-        raise CheckpointError(f"{store.url} cannot be read: {error}") from error

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from outlast.checkpoint._inspect import _choose, _storage
-from outlast.checkpoint._names import step_name
+from outlast.checkpoint._names import COMMIT, step_name
 from outlast.checkpoint._reading import StepReader, as_error
 from outlast.checkpoint._records import Fault
+from outlast.checkpoint._steps import scan
+from outlast.checkpoint._store import Store, open_store
+from outlast.checkpoint._zarr import ArrayInfo
+from outlast.errors import CheckpointError, CheckpointNotFound
 
-_THREADS = 4
+THREADS = 4
+"""That read and verify, for a tool."""
 
 
 class OpenedStep:
@@ -32,18 +36,16 @@ class OpenedStep:
 
     def __init__(self, url: str | os.PathLike[str], step: int | None) -> None:
         self._url = url
-        self._io = ThreadPoolExecutor(_THREADS)
-        try:
-            with _storage(url) as store:
-                self._store = store
-                self.step = _choose(store, step)
+        with ExitStack() as stack:
+            io = stack.enter_context(ThreadPoolExecutor(THREADS))
+            with storage(url) as self._store:
+                self.step = choose(self._store, step)
                 with self._faults():
-                    self._reader = StepReader(store, self.step, self._io)
-        except BaseException:
-            self._io.shutdown()
-            raise
-        self.world_size = self._reader.commit.world_size
-        self.url = f"{store.url}/{step_name(self.step)}"
+                    self._reader = StepReader(self._store, self.step, io)
+            self._open = stack.pop_all()
+        self.commit = self._reader.commit
+        self.world_size = self.commit.world_size
+        self.url = f"{self._store.url}/{step_name(self.step)}"
 
     def load(self, rank: int | None) -> dict[str, Any]:
         """The local state of a rank, or (None) the replicated state; every byte is verified, tensors are on the CPU.
@@ -52,14 +54,19 @@ class OpenedStep:
             CorruptCheckpoint, IncompleteCheckpoint: names the file.
             CheckpointError: the place cannot be read.
         """
-        with _storage(self._url), self._faults():
+        with storage(self._url), self._faults():
             return self._reader.load(rank)
+
+    def describe(self, rank: int | None) -> tuple[dict[str, ArrayInfo], dict[str, dict[str, Any]]]:
+        """As :meth:`StepReader.describe`; raises as :meth:`load` does."""
+        with storage(self._url), self._faults():
+            return self._reader.describe(rank)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._io.shutdown()
+        self._open.close()
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
@@ -67,3 +74,27 @@ class OpenedStep:
             yield
         except Fault as fault:
             raise as_error(fault, self._store, self.step) from fault
+
+
+def choose(store: Store, step: int | None) -> int:
+    """A step that is there (None: the newest committed); raises :class:`CheckpointNotFound`, naming those there are."""
+    found = scan(store)
+    if step is None and found.committed:
+        return found.committed[-1]
+    if step is not None and step in (*found.committed, *found.uncommitted):
+        return step
+    there = ", ".join(map(str, found.committed))
+    raise CheckpointNotFound(
+        f"no checkpoint{'' if step is None else f' of step {step}'} at {store.url}",
+        f"committed steps there are: {there}" if there else f"there is no folder step_*/ with a {COMMIT} in it",
+    )
+
+
+@contextmanager
+def storage(url: str | os.PathLike[str]) -> Iterator[Store]:
+    """The store at a URL; what it raises within becomes a :class:`CheckpointError`."""
+    store = open_store(url)
+    try:
+        yield store
+    except OSError as error:
+        raise CheckpointError(f"{store.url} cannot be read: {error}") from error

@@ -152,7 +152,7 @@ class StepReader:
                 tensors = unpack(info, data, entry.path)
                 return {name: tensor for name, tensor in tensors.items() if parse_local(name) == rank}
             if path not in found:
-                return {path: as_tensor(info, data)}
+                return {path: as_tensor(data, info.shape, info.dtype)}
             put_chunk(info, data, place, found[path])
             return {}
 

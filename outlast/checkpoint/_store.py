@@ -122,7 +122,7 @@ class LocalStore:
             path = path.parent
         os.makedirs(self.root, exist_ok=True)
         for made in missing:
-            _sync_dir(str(made.parent))
+            sync_dir(str(made.parent))
         if not os.access(self.root, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.root)
 
@@ -156,7 +156,7 @@ class LocalStore:
         except OSError:
             _unlink(temporary)
             raise
-        _sync_dir(folder)
+        sync_dir(folder)
 
     def sync_dirs(self, paths: Iterable[str]) -> None:
         folders = {""}
@@ -167,7 +167,7 @@ class LocalStore:
                 folder = os.path.dirname(folder)
         # Deepest first: once a name is durable, all that it leads to is.
         for folder in sorted(folders, key=len, reverse=True):
-            _sync_dir(self._at(folder))
+            sync_dir(self._at(folder))
 
     def read(self, path: str) -> Buffer:
         with open(self._at(path), "rb", buffering=0) as file:
@@ -201,7 +201,7 @@ class LocalStore:
     def remove(self, path: str) -> None:
         full = self._at(path)
         if _unlink(full):
-            _sync_dir(os.path.dirname(full))
+            sync_dir(os.path.dirname(full))
 
     def remove_tree(self, path: str) -> None:
         self.remove(f"{path}/{COMMIT}")
@@ -217,11 +217,11 @@ class LocalStore:
                 if error.errno != errno.ENOTEMPTY or attempt == 2:
                     raise
             time.sleep(0.01)
-        _sync_dir(self.root)
+        sync_dir(self.root)
 
     def move_tree(self, old: str, new: str) -> None:
         os.rename(self._at(old), self._at(new))
-        _sync_dir(self.root)
+        sync_dir(self.root)
 
     def _at(self, path: str) -> str:
         return os.path.join(self.root, path) if path else self.root
@@ -368,7 +368,8 @@ def _write(path: str, parts: Sequence[Bytes]) -> None:
         os.close(fd)
 
 
-def _sync_dir(path: str) -> None:
+def sync_dir(path: str) -> None:
+    """Make the names in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from outlast.checkpoint._foreign_dcp import METADATA
+from outlast.checkpoint._store import sync_dir
 from outlast.errors import CheckpointError, OutlastError
 
 
@@ -82,11 +83,7 @@ def _publish(temporary: str, path: str) -> None:
         if old is not None:
             os.rename(old, path)
         raise
-    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync_dir(os.path.dirname(path))
     if old is not None:
         _discard(old)
 

@@ -146,15 +146,15 @@ def payload(info: ArrayInfo, chunk: Buffer, file: str) -> Buffer:
     return result
 
 
-def as_tensor(info: ArrayInfo, data: Buffer) -> torch.Tensor:
-    """The tensor whose only chunk has this payload; its memory is shared."""
-    return torch.from_numpy(data).view(info.dtype).reshape(info.shape)
+def as_tensor(data: Buffer, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor whose elements these bytes are; their memory is shared."""
+    return torch.from_numpy(data).view(dtype).reshape(shape) if len(data) else torch.empty(shape, dtype=dtype)
 
 
 def put_chunk(info: ArrayInfo, data: Buffer, place: tuple[int, ...], out: torch.Tensor) -> None:
     """Copy the payload of one chunk to where it belongs in its tensor."""
     target = out
-    chunk = torch.from_numpy(data).view(info.dtype).reshape(info.chunk)
+    chunk = as_tensor(data, info.chunk, info.dtype)
     for d, (index, step) in enumerate(zip(place, info.chunk, strict=True)):
         rows = min(step, info.shape[d] - index * step)
         target = target.narrow(d, index * step, rows)
@@ -171,8 +171,7 @@ def unpack(info: ArrayInfo, data: Buffer, file: str) -> dict[str, torch.Tensor]:
         raw = data[entry.offset : entry.offset + nbytes].copy()
         if len(raw) != nbytes or entry.offset < 0:
             raise Fault(CorruptCheckpoint, file, f"has {len(data)} bytes, {path} ends at {entry.offset + nbytes}")
-        empty = torch.empty(entry.shape, dtype=entry.dtype)
-        found[path] = torch.from_numpy(raw).view(entry.dtype).reshape(entry.shape) if nbytes else empty
+        found[path] = as_tensor(raw, entry.shape, entry.dtype)
     return found
 
 
