@@ -9,7 +9,7 @@ number of bytes past the page cache, with nothing else going on. Methods alterna
 drifts for all. Printed are medians over rounds of the slower rank's figures: seconds a step, its ratio to the same
 round's step without checkpoints, seconds the training thread was blocked by a save, seconds until it was durable
 (``torch.save`` and DCP sync a file each, but no directory), seconds to read it back, with nothing in the page cache,
-and memory above what training takes.
+and peak memory of both ranks above the first method's.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from benchmarks.orders import ask
 
 METHODS = ("none", "torch.save", "dcp", "dcp-async-thread", "dcp-async-process", "outlast")
 RANKS = 2
@@ -68,19 +70,8 @@ class Ranks:
         ]
 
     def ask(self, **order: Any) -> list[dict[str, Any]]:
-        """Hand both an order, and wait for their answers; SystemExit if one ended."""
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(order) + "\n")
-            process.stdin.flush()
-        answers = []
-        for rank, process in enumerate(self._processes):
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            if not line:
-                raise SystemExit(f"rank {rank} ended with status {process.wait()} in {order}")
-            answers.append(json.loads(line))
-        return answers
+        """Hand all ranks an order, and wait for their answers; SystemExit if one ended."""
+        return ask(self._processes, **order)
 
     def close(self) -> None:
         """Let them end."""
@@ -100,7 +91,7 @@ def measure(
         number += 1
         raw_s = max(answer["durable_s"] for answer in ranks.ask(do="raw", number=number))
         shutil.rmtree(folder / str(number))
-        baseline = None
+        baseline = host_mb = None
         for method in methods:
             number += 1
             answers = ranks.ask(do="run", number=number, method=method, steps=steps, every=every)
@@ -118,7 +109,9 @@ def measure(
             if durable:
                 row.durable_ratio.append(statistics.mean(durable) / raw_s)
                 row.load_s.append(max(answer["load_s"] for answer in answers))
-            row.host_mb.append(sum(answer["host_bytes"] for answer in answers) / 1e6)
+            peak_mb = sum(answer["host_bytes"] for answer in answers) / 1e6
+            host_mb = peak_mb if host_mb is None else host_mb
+            row.host_mb.append(peak_mb - host_mb)
         if turn >= 0:
             raws.append(raw_s)
             print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)

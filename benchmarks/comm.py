@@ -32,6 +32,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from benchmarks.cluster import Cluster
+from benchmarks.orders import ask
 
 PORT = 29533
 HOSTS = 4
@@ -119,23 +120,8 @@ class Workers:
         ]
 
     def ask(self, **order: Any) -> list[dict[str, Any]]:
-        """Hand all ranks an order, and wait for their answers.
-
-        Raises:
-            SystemExit: a rank ended.
-        """
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(order) + "\n")
-            process.stdin.flush()
-        answers = []
-        for rank, process in enumerate(self._processes):
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            if not line:
-                raise SystemExit(f"rank {rank} ended with status {process.wait()} while it measured {order}")
-            answers.append(json.loads(line))
-        return answers
+        """Hand all ranks an order, and wait for their answers; SystemExit if one ended."""
+        return ask(self._processes, **order)
 
     def __enter__(self) -> Self:
         return self
