@@ -113,6 +113,8 @@ class CheckpointSaved(Event):
     kind: ClassVar[str] = "checkpoint_saved"
     step: int
     committed: bool
+    tier: str = "storage"
+    """``memory``: in shared memory of the nodes; ``partner``: in that of the next node too; ``storage``: at the URL."""
     size_bytes: int
     """Bytes this rank wrote."""
     blocked_s: float
@@ -128,6 +130,7 @@ class CheckpointFailed(Event):
     kind: ClassVar[str] = "checkpoint_failed"
     step: int
     reason: str
+    tier: str = "storage"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +141,8 @@ class CheckpointRestored(Event):
     step: int
     url: str
     seconds: float
+    tiers: dict[str, int]
+    """Bytes this rank took from each tier: ``memory`` (this node's), ``partner`` (other nodes' memory), ``storage``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

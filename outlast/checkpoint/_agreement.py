@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -66,3 +68,34 @@ class Agreement:
         every = [torch.empty(length, dtype=torch.uint8, device=self._device) for _ in range(self._world_size)]
         dist.all_gather(every, own.to(self._device), group=self._group)
         return [item.cpu().numpy().tobytes().rstrip(b"\0").decode() for item in every]
+
+    def transfer(
+        self, data: torch.Tensor | None, nbytes: int, sender: int, receivers: Sequence[int]
+    ) -> torch.Tensor | None:
+        """Bytes of one rank to some others.
+
+        Args:
+            data: (nbytes,) uint8 on the sender; None elsewhere.
+            nbytes: how many.
+            sender: who has them.
+            receivers: who is to have them, the sender not among them.
+
+        Returns:
+            On receivers, and perhaps on others, the bytes, on the CPU; else None.
+        """
+        if len(receivers) > 1:
+            box = self._box(data, nbytes)
+            dist.broadcast(box, group=self._group, group_src=sender)
+            return box.cpu()
+        if self._rank == sender:
+            dist.send(self._box(data, nbytes), group=self._group, group_dst=receivers[0])
+        elif self._rank == receivers[0]:
+            box = self._box(None, nbytes)
+            dist.recv(box, group=self._group, group_src=sender)
+            return box.cpu()
+        return None
+
+    def _box(self, data: torch.Tensor | None, nbytes: int) -> torch.Tensor:
+        return (
+            data.to(self._device) if data is not None else torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        )

@@ -18,6 +18,8 @@ from outlast.checkpoint._store import Store
 from outlast.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion
 
 FORMAT_VERSION = 2
+CRC_BYTES = 4
+"""Of the checksum at a chunk's end."""
 _SEAL = re.compile(rb',"crc32c":"([0-9a-f]{8})"\}\n\Z')
 
 
@@ -86,6 +88,15 @@ class Commit:
     """By rank."""
 
 
+@dataclass(frozen=True)
+class Placed:
+    """What lies in one slot of shared memory."""
+
+    vote: Vote
+    places: dict[str, int]
+    """Where each of the vote's files begins, in bytes; what follows is as long as the vote says."""
+
+
 def crc_hex(*parts: bytes | memoryview) -> str:
     """CRC32C of the concatenation, as 8 hex digits."""
     value = 0
@@ -94,7 +105,21 @@ def crc_hex(*parts: bytes | memoryview) -> str:
     return f"{value:08x}"
 
 
-def seal(record: Vote | Commit) -> bytes:
+def check_file(entry: FileEntry, data: memoryview) -> None:
+    """Compare a file's bytes with what was voted for; raises :class:`Fault`."""
+    if len(data) != entry.size_bytes:
+        raise Fault(CorruptCheckpoint, entry.path, f"has {len(data)} bytes, {entry.size_bytes} were written")
+    if entry.chunk:
+        stored = bytes(data[-CRC_BYTES:])[::-1].hex()
+        if stored != entry.crc32c:
+            raise Fault(CorruptCheckpoint, entry.path, f"its own CRC32C is {stored}, written was {entry.crc32c}")
+        data = data[:-CRC_BYTES]
+    computed = crc_hex(data)
+    if computed != entry.crc32c:
+        raise Fault(CorruptCheckpoint, entry.path, f"CRC32C of its bytes is {computed}, written was {entry.crc32c}")
+
+
+def seal(record: Vote | Commit | Placed) -> bytes:
     """The file of a record."""
     body = {"format_version": FORMAT_VERSION, "kind": type(record).__name__.lower(), **asdict(record)}
     text = json.dumps(body, indent=1, allow_nan=False).encode()[:-1].rstrip(b"\n")
@@ -109,6 +134,18 @@ def unseal_vote(data: bytes, file: str) -> Vote:
         return Vote(files=files, **body)
     except (KeyError, TypeError) as error:
         raise Fault(CorruptCheckpoint, file, f"is not a vote: {error}") from error
+
+
+def unseal_placed(data: bytes, file: str) -> Placed:
+    """What lies in a slot, from its index's bytes; raises :class:`Fault`."""
+    body = _unseal(data, file, "placed")
+    try:
+        vote = body["vote"]
+        files = tuple(FileEntry(**entry) for entry in vote.pop("files"))
+        places = {entry.path: int(body["places"][entry.path]) for entry in files}
+        return Placed(Vote(files=files, **vote), places)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Fault(CorruptCheckpoint, file, f"is not the index of a slot: {error}") from error
 
 
 def unseal_commit(data: bytes) -> Commit:

@@ -15,9 +15,10 @@ from outlast import errors
 from outlast.checkpoint._agreement import Agreement
 from outlast.checkpoint._names import COMMIT, step_name
 from outlast.checkpoint._reading import StepReader, as_error
-from outlast.checkpoint._records import Fault
+from outlast.checkpoint._records import Fault, FileEntry, Vote, read_commit
 from outlast.checkpoint._steps import Scan, bring_back, clear_leftover, scan, set_aside
-from outlast.checkpoint._store import Store
+from outlast.checkpoint._store import Buffer, Store
+from outlast.checkpoint._survey import STORAGE, Gathered, MemorySave, Survey, Taken, bad_faults, missing_fault
 from outlast.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -43,7 +44,15 @@ class Restored:
     """How many ranks saved it."""
     read_local: Callable[[int], dict[str, Any]]
     """The local state of any of the ranks that saved it, read and verified anew; until the Checkpointer is closed.
-    Raises CorruptCheckpoint and its like if it was damaged meanwhile."""
+    (Of a step that lies in memory alone, and was saved by as many ranks as there are now: of this rank.) Raises
+    CorruptCheckpoint, IncompleteCheckpoint and their like if it is not there any more as it was."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    step: int
+    save: MemorySave | None
+    """None: it lies in storage."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +66,24 @@ class Restoring:
     emit: Callable[[Event], None]
     io: ThreadPoolExecutor
     any_world_size: bool = False
+    survey: Survey | None = None
+    """Of host memory; None: there is no such tier."""
 
     def newest(self) -> Restored | None:
         """The newest valid step; damaged ones are set aside. None if there is not a single one."""
         found = self._scan()
         rejected: list[tuple[int, list[Fault]]] = []
-        for step in self._newest_first(found):
-            result = self._try(step)
+        in_memory: list[tuple[int, list[Fault]]] = []
+        for candidate in self._newest_first(found):
+            result = self._try(candidate)
             if isinstance(result, Restored):
                 self._set_aside([step for step, _ in rejected])
                 self._clear(found)
+                self._forget(result.step)
                 return result
-            rejected.append((step, result))
-            self._report_faults(step, result)
+            (rejected if candidate.save is None else in_memory).append((candidate.step, result))
+            self._report_faults(candidate.step, result)
+        rejected += in_memory
         if rejected:
             # Nothing is set aside here: the next start must find the same and stop as well, not begin from nothing.
             lines = [f"step {step}: {fault}" for step, faults in rejected for fault in faults]
@@ -83,24 +97,35 @@ class Restoring:
     def exactly(self, step: int) -> Restored:
         """One step. Newer ones are set aside: they are of a future that this run no longer has."""
         found = self._scan()
+        for save in self._memory_saves():
+            if save.commit.step == step:
+                result = self._try(_Candidate(step, save))
+                if isinstance(result, Restored):
+                    self._clear(found, newer_than=step)
+                    self._forget(step)
+                    return result
+                self._report_faults(step, result)
         have = self.agreement.from_coordinator(2 if step in found.committed else 1 if step in found.uncommitted else 0)
         if have == 0:
             raise self._not_found(step)
         if have == 1:
             fault = Fault(IncompleteCheckpoint, COMMIT, "missing: the checkpoint was never completed")
             raise as_error(fault, self.store, step)
-        result = self._try(step)
+        result = self._try(_Candidate(step, None))
         if not isinstance(result, Restored):
             raise as_error(result[0], self.store, step)
         self._clear(found, newer_than=step)
+        self._forget(step)
         return result
 
-    def _try(self, step: int) -> Restored | list[Fault]:
+    def _try(self, candidate: _Candidate) -> Restored | list[Fault]:
         """Load and verify; what any rank found wrong, every rank is told."""
         began = time.monotonic()
-        problem, result = "", None
+        problem, result, step = "", None, candidate.step
+        taken = Taken()
+        gathered, votes = self._gather(candidate, taken)
         try:
-            result = self._load(step)
+            result = self._load(candidate, gathered, votes, taken)
         except Fault as fault:
             problem = _pack(fault.kind, fault.file, fault.reason)
         except StateMismatch as error:
@@ -111,7 +136,12 @@ class Restoring:
         found = [(rank, _unpack(text)) for rank, text in enumerate(texts) if text]
         faults = list({other.file: other for _, other in reversed(found)}.values())[::-1]
         if result is not None and not faults:
-            self.emit(CheckpointRestored(step=step, url=self.store.url, seconds=time.monotonic() - began))
+            if gathered is not None and candidate.save is not None and self.survey is not None:
+                self._report_faults(step, bad_faults(gathered))
+                self.survey.quarantine(candidate.save, gathered)
+            seconds = time.monotonic() - began
+            tiers = dict(taken.counts)
+            self.emit(CheckpointRestored(step=step, url=self.store.url, seconds=seconds, tiers=tiers))
             return result
         for rank, other in found:
             if other.kind is StateMismatch:
@@ -121,8 +151,30 @@ class Restoring:
                 raise as_error(Fault(other.kind, other.file, note), self.store, step)
         return faults
 
-    def _load(self, step: int) -> Restored:
-        reader = StepReader(self.store, step, self.io)
+    def _gather(self, candidate: _Candidate, taken: Taken) -> tuple[Gathered | None, dict[int, Vote]]:
+        """What memory has of a candidate; collective."""
+        save = candidate.save
+        if save is None or self.survey is None:
+            return None, {}
+        votes = self.survey.votes(save)
+        same_ranks = save.commit.world_size == self.world_size
+        return self.survey.gather(save, votes, same_ranks, taken), votes
+
+    def _load(self, candidate: _Candidate, gathered: Gathered | None, votes: dict[int, Vote], taken: Taken) -> Restored:
+        step, save = candidate.step, candidate.save
+        commit = None
+        if save is not None:
+            commit = save.commit
+            if save.missing and not self._in_store(save):
+                raise missing_fault(save)
+
+        def faster(entry: FileEntry) -> Buffer | None:
+            found = gathered(entry) if gathered is not None else None
+            if found is None:
+                taken.add(STORAGE, entry.size_bytes)
+            return found
+
+        reader = StepReader(self.store, step, self.io, faster, commit, votes)
         saved_by = reader.commit.world_size
         # Replicated state by every rank and local state by its owner: together the ranks verify every file.
         local: dict[str, Any] = {}
@@ -145,6 +197,22 @@ class Restoring:
 
         return Restored(step, reader.load(None), local, saved_by, read_local)
 
+    def _in_store(self, save: MemorySave) -> bool:
+        """Whether storage has this very save too."""
+        try:
+            commit = read_commit(self.store, save.commit.step)
+        except Fault:
+            return False
+        return (commit.epoch, commit.serial) == save.key and commit.votes == save.commit.votes
+
+    def _memory_saves(self) -> list[MemorySave]:
+        return self.survey.saves() if self.survey is not None else []
+
+    def _forget(self, step: int) -> None:
+        """Memory of steps newer than the one gone back to is of a future that this run no longer has."""
+        if self.survey is not None:
+            self.survey.discard(step)
+
     def _scan(self) -> Scan:
         """What is there, as rank 0 sees it (empty on the others)."""
         found, problem = Scan((), ()), ""
@@ -157,13 +225,18 @@ class Restoring:
         self._raise_if(problem)
         return found
 
-    def _newest_first(self, found: Scan) -> Iterator[int]:
-        """Committed steps as rank 0 knows them, on all ranks."""
-        for step in (*reversed(found.committed), _NONE) if self.rank == 0 else repeat(_NONE):
-            agreed = self.agreement.from_coordinator(step)
-            if agreed == _NONE:
-                return
-            yield agreed
+    def _newest_first(self, found: Scan) -> Iterator[_Candidate]:
+        """Saves in memory, which all ranks know, and committed steps in storage, as rank 0 knows them, on all ranks."""
+        saves = self._memory_saves()
+        stored = iter((*reversed(found.committed), _NONE) if self.rank == 0 else repeat(_NONE))
+        step = self.agreement.from_coordinator(next(stored))
+        while saves or step != _NONE:
+            if saves and saves[0].commit.step >= step:
+                yield _Candidate(saves[0].commit.step, saves[0])
+                del saves[0]
+            else:
+                yield _Candidate(step, None)
+                step = self.agreement.from_coordinator(next(stored))
 
     def _report_faults(self, step: int, faults: list[Fault]) -> None:
         if self.rank == 0:

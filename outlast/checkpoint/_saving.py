@@ -26,12 +26,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from outlast.checkpoint import _steps
-from outlast.checkpoint._arena import Arena
+from outlast.checkpoint._copying import Source
 from outlast.checkpoint._layout import Share
 from outlast.checkpoint._names import COMMIT, failed_name, parse_failed, step_name, vote_path
 from outlast.checkpoint._poll import Poll
 from outlast.checkpoint._records import (
-    FORMAT_VERSION,
     Commit,
     Fault,
     FileEntry,
@@ -40,14 +39,15 @@ from outlast.checkpoint._records import (
     seal,
     unseal_vote,
 )
+from outlast.checkpoint._running import Running
 from outlast.checkpoint._snapshot import Snapshot
 from outlast.checkpoint._store import Store
 from outlast.checkpoint._tree import HEADER
 from outlast.checkpoint._writing import Writing
-from outlast.checkpoint._zarr import group_document, node_path
+from outlast.checkpoint._zarr import node_path, root_document
 from outlast.checkpoint.settings import CheckpointConfig
-from outlast.errors import CheckpointError, SnapshotMutated, StateMismatch
-from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
+from outlast.errors import CheckpointError, StateMismatch
+from outlast.events import CheckpointRejected, CheckpointSaved, Event
 
 _log = logging.getLogger("outlast.checkpoint")
 _PER_FILE_BYTES = 12_288
@@ -67,15 +67,18 @@ class Place:
     io: ThreadPoolExecutor
 
 
-class Saving:
-    """One save of one rank. It runs from construction on; all methods are for the training thread.
+class Saving(Running):
+    """One save of one rank into the store. It runs from :meth:`start` on.
 
-    Attributes:
-        eager_copied: set once no eager tensor is read any more.
-        copied: set once no tensor is read any more, whether all were copied or the save was given up.
-        done: set once the save is committed (coordinator), voted for (other ranks) or given up.
-        error: what must be raised in the training thread: a mutated snapshot, or a bug. Not what the environment did.
-        blocked_s: how long the training thread was held; final before :meth:`confirm`.
+    Args:
+        place: who saves, and where to.
+        step: of the state.
+        serial: number of the save.
+        root: attributes of the root group.
+        share: what this rank writes.
+        source: of the share's parts.
+        snapshot: that the source copies; None: they were copied before, and the training thread has confirmed it.
+        began: when ``save`` was called, by ``time.monotonic``.
     """
 
     def __init__(
@@ -85,14 +88,11 @@ class Saving:
         serial: int,
         root: dict[str, Any],
         share: Share,
-        snapshot: Snapshot,
-        arena: Arena,
+        source: Source,
+        snapshot: Snapshot | None,
         began: float,
     ) -> None:
-        self.step = step
-        self.done = threading.Event()
-        self.error: Exception | None = None
-        self.blocked_s = 0.0
+        super().__init__(step, source, snapshot)
         self._place = place
         self._serial = serial
         self._root = root
@@ -100,54 +100,13 @@ class Saving:
         # Of all ranks, with what names and ends of blocks take: as if each had as many files as this one.
         files = 1 + len(share.documents) + len(share.parts)
         self._total_bytes = share.replicated_bytes + (share.local_bytes + files * _PER_FILE_BYTES) * place.world_size
-        self._snapshot = snapshot
         self._writing = Writing(
-            place.store, step_name(step), share, snapshot, arena, place.io, self._look, self.give_up
+            place.store, step_name(step), share.documents, source, place.io, self._look, self.give_up
         )
-        self.eager_copied, self.copied = self._writing.eager_copied, self._writing.copied
         self._began = began
-        self._confirmed = threading.Event()
-        self._stop: Exception | None = None
-        self._stop_lock = threading.Lock()
         self._voted = False
-        self._thread = threading.Thread(target=self._run, name=f"outlast-save-{step}", daemon=True)
-
-    @property
-    def confirmed(self) -> bool:
-        """Whether the training thread has said that no lazy tensor was changed, or the save was given up."""
-        return self._confirmed.is_set()
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def confirm(self) -> None:
-        """Check once more that no lazy tensor was changed; only then the rank may vote. Call after ``copied``.
-
-        If one was, the save is given up, and ``error`` is set.
-        """
-        if self._confirmed.is_set():
-            return
-        try:
-            self._snapshot.check()
-        except SnapshotMutated as error:
-            self.give_up(error)
-            return
-        self._snapshot.release()
-        self._confirmed.set()
-
-    def give_up(self, reason: Exception) -> None:
-        """Have the save stop, clean up and be reported as failed, at its next look."""
-        with self._stop_lock:
-            if self._stop is None:
-                self._stop = reason
-                if _must_be_raised(reason):
-                    self.error = reason
-        self._confirmed.set()
-
-    def join(self) -> None:
-        """Wait until the thread has ended."""
-        self._thread.join()
+        self.committed = False
+        """Whether the step is committed (coordinator) or this rank's part is durable (others); final once done."""
 
     # The save's own thread from here on.
 
@@ -157,7 +116,7 @@ class Saving:
             size_bytes = self._write_and_vote()
             if self._place.rank == 0:
                 self._commit()
-            finished = True
+            finished = self.committed = True
             self._place.emit(
                 CheckpointSaved(
                     step=self.step,
@@ -177,23 +136,11 @@ class Saving:
             else:
                 self._fail(self._stop or error)
         finally:
-            self.eager_copied.set()
-            self.copied.set()
-            self._confirmed.set()
-            self._snapshot.release()
-            self.done.set()
+            self._end()
 
     def _fail(self, reason: Exception) -> None:
-        if _must_be_raised(reason) and reason is not self._stop:
-            self.error = reason
         self._clean_up()
-        _log.warning("checkpoint of step %d failed: %s", self.step, reason)
-        what = reason.what if isinstance(reason, CheckpointError) else f"{type(reason).__name__}: {reason}"
-        try:
-            self._place.emit(CheckpointFailed(step=self.step, reason=what))
-        except Exception as error:
-            # The event sink is broken, so the training thread must hear of it.
-            self.error = error
+        self._report(reason, "storage", self._place.emit)
 
     def _write_and_vote(self) -> int:
         place = self._place
@@ -233,14 +180,7 @@ class Saving:
             reason = f"saved anew; until that is committed the old one is kept as {old}, then set aside"
             place.emit(CheckpointRejected(step=self.step, reason=reason))
         self._make_room()
-        header = {
-            "format_version": FORMAT_VERSION,
-            "step": self.step,
-            "world_size": place.world_size,
-            "epoch": place.epoch,
-            "serial": self._serial,
-        }
-        data = group_document({**self._root, HEADER: header})
+        data = root_document(self._root, self.step, place.world_size, place.epoch, self._serial)
         self._writing.files.add(node_path(""))
         place.store.put_atomic(f"{step_name(self.step)}/{node_path('')}", data)
         return [FileEntry(node_path(""), len(data), crc_hex(data), False)]
@@ -358,8 +298,7 @@ class Saving:
 
     def _look(self, *, others: bool = False) -> None:
         """Raise if this save was given up, here or (``others``) by another rank."""
-        if self._stop is not None:
-            raise self._stop
+        super()._look()
         if others and self._place.store.exists(self._flag()):
             raise CheckpointError(f"another rank gave up the save of step {self.step}", "its events tell why")
 
@@ -389,8 +328,3 @@ class Saving:
         # File by file: other ranks write below the same groups. Rank 0 clears empty folders away with its next save.
         for path in sorted(self._writing.files):
             store.remove(f"{folder}/{path}")
-
-
-def _must_be_raised(error: Exception) -> bool:
-    """A full disk, a timeout, another rank's failure are reported, and training goes on. The rest must be raised."""
-    return not isinstance(error, (OSError, CheckpointError)) or isinstance(error, (SnapshotMutated, StateMismatch))

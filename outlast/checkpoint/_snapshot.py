@@ -18,12 +18,12 @@ import crc32c
 import torch
 
 from outlast.checkpoint._layout import Content, Part
+from outlast.checkpoint._records import CRC_BYTES
 from outlast.checkpoint._tree import Item
-from outlast.checkpoint._zarr import CRC_BYTES
 from outlast.errors import CheckpointError, SnapshotMutated
 
 _SAMPLES = 16
-_STRIDE_BYTES = 4 << 20
+_STRIDE_BYTES = 512 << 10
 """Copied and checksummed at a time, so that what is checksummed is in the processor's cache."""
 
 
@@ -55,19 +55,21 @@ class Snapshot:
         """Whether copies come from an accelerator, and their target should be page-locked."""
         return bool(self._queued)
 
-    def copy(self, index: int, target: torch.Tensor) -> int:
+    def copy(self, index: int, target: torch.Tensor, *, verify: bool = False) -> int:
         """Copy one part, and let go of its tensors.
 
         Args:
             index: of the part.
             target: uint8, at least the part's bytes and its checksum long. The payload, its CRC32C (little-endian) and
                 zeros are written to it.
+            verify: read the copy again while it is in the processor's cache, and compare its checksum.
 
         Returns:
             CRC32C of the payload; of a contiguous tensor in host memory it is the *source's*, taken while it is copied.
 
         Raises:
             SnapshotMutated: a tensor was changed since the snapshot began.
+            CheckpointError: the copy is not what was copied (``verify``).
         """
         part = self._parts[index]
         assert part is not None
@@ -78,7 +80,7 @@ class Snapshot:
                 if content.offset > at:
                     crc = _zero(payload[at : content.offset], crc)
                 at = content.offset + content.source.nbytes
-                crc = self._copy(content, payload[content.offset : at], crc)
+                crc = self._copy(content, payload[content.offset : at], crc, verify)
                 mark = self._marks.get(id(content.item))
                 if mark is not None:
                     mark.check()
@@ -103,7 +105,7 @@ class Snapshot:
         self._marks = {}
         self._parts = [None] * len(self._parts)
 
-    def _copy(self, content: Content, target: torch.Tensor, crc: int) -> int:
+    def _copy(self, content: Content, target: torch.Tensor, crc: int, verify: bool) -> int:
         source = content.source
         if not source.numel():
             return crc
@@ -117,10 +119,17 @@ class Snapshot:
             stream.synchronize()
         elif source.is_contiguous() and not source.is_conj() and not source.is_neg():
             raw = source.reshape(-1).view(torch.uint8)
-            data = raw.numpy().data
+            data, copy = raw.numpy().data, target.numpy().data
             for at in range(0, len(data), _STRIDE_BYTES):
                 target[at : at + _STRIDE_BYTES].copy_(raw[at : at + _STRIDE_BYTES])
-                crc = crc32c.crc32c(data[at : at + _STRIDE_BYTES], crc)
+                before, crc = crc, crc32c.crc32c(data[at : at + _STRIDE_BYTES], crc)
+                if verify and crc32c.crc32c(copy[at : at + _STRIDE_BYTES], before) != crc:
+                    if id(content.item) in self._marks:
+                        self._marks[id(content.item)].check()  # a change tells more than a difference
+                    raise CheckpointError(
+                        f"the copy of the tensor {content.item.name!r} differs from it at byte {at} or after",
+                        "the tensor was changed while it was copied, or this host's memory is faulty",
+                    )
             return crc
         else:
             target.view(source.dtype).view(source.shape).copy_(source)

@@ -21,11 +21,11 @@ import torch
 
 from outlast.checkpoint._dtypes import DISGUISED, NATIVE, dtype_name, dtype_of
 from outlast.checkpoint._names import NODE
-from outlast.checkpoint._records import Fault
+from outlast.checkpoint._records import CRC_BYTES, FORMAT_VERSION, Fault
 from outlast.checkpoint._store import Buffer
+from outlast.checkpoint._tree import HEADER
 from outlast.errors import CorruptCheckpoint, UnknownFormatVersion
 
-CRC_BYTES = 4
 PACKED = "outlast_packed"
 """Attribute of a pack: its index."""
 
@@ -33,6 +33,18 @@ PACKED = "outlast_packed"
 def group_document(attributes: dict[str, Any]) -> bytes:
     """A group's ``zarr.json``."""
     return _dump({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+
+def root_document(attributes: dict[str, Any], step: int, world_size: int, epoch: str, serial: int) -> bytes:
+    """The root group's ``zarr.json``, which says of which save it is."""
+    header = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "world_size": world_size,
+        "epoch": epoch,
+        "serial": serial,
+    }
+    return group_document({**attributes, HEADER: header})
 
 
 def array_document(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: torch.dtype) -> bytes:

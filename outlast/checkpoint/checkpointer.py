@@ -14,14 +14,17 @@ import torch.distributed as dist
 
 from outlast.checkpoint._agreement import Agreement
 from outlast.checkpoint._arena import Arena
+from outlast.checkpoint._copying import TensorSource
 from outlast.checkpoint._layout import share_of
 from outlast.checkpoint._names import rank_name
+from outlast.checkpoint._records import CRC_BYTES
 from outlast.checkpoint._restoring import Restored, Restoring
+from outlast.checkpoint._running import Running
 from outlast.checkpoint._saving import Place, Saving
 from outlast.checkpoint._snapshot import Snapshot
 from outlast.checkpoint._store import open_store
+from outlast.checkpoint._tiers import Tiers
 from outlast.checkpoint._tree import Plan, lay_out
-from outlast.checkpoint._zarr import CRC_BYTES
 from outlast.checkpoint.settings import CheckpointConfig
 from outlast.errors import CheckpointError
 from outlast.events import Event
@@ -58,6 +61,8 @@ class Checkpointer:
         epoch: random text, equal on all ranks of this attempt and never used before; votes of others never count.
         group: for :meth:`restore`; None takes the default group. Saves use no collectives.
         emit: takes events, from the training thread and from the background thread.
+        host: with a memory tier, the address of this node at which the other ranks reach this one; None takes the one
+            by which this node reaches ``MASTER_ADDR``. Construction is collective then.
 
     Raises:
         MissingDependency: the package for this kind of URL is not installed.
@@ -75,6 +80,7 @@ class Checkpointer:
         epoch: str,
         group: dist.ProcessGroup | None = None,
         emit: Callable[[Event], None],
+        host: str | None = None,
     ) -> None:
         if not 0 <= rank < world_size or not epoch:
             raise CheckpointError(
@@ -92,8 +98,13 @@ class Checkpointer:
         self._place = Place(self._store, config, rank, world_size, epoch, emit, self._io)
         self._group = group
         self._arena = Arena(int(config.host_memory_mb * 1e6))
-        self._saving: Saving | None = None
+        self._tiers: Tiers | None = None
+        if config.memory_every_steps:
+            self._tiers = Tiers(self._place, Agreement(group, rank, world_size), host)
+        self._saving: Running | None = None
         self._serial = 0
+        self._begun = False
+        """Whether it is decided what this run goes on from."""
         self._closed = False
         # A thread that is inside PyTorch while the interpreter is taken down would abort the process.
         atexit.register(self.abort)
@@ -110,11 +121,13 @@ class Checkpointer:
         replicated: Mapping[str, Any],
         local: Mapping[str, Any],
         eager: Collection[str] = (),
+        durable: bool = True,
     ) -> None:
         """Begin to save the state after ``step``; every rank calls it with the same step.
 
         One save runs at a time: while the one before is still being written, this call waits for it, and the wait
-        counts as ``blocked_s`` of the new save's ``CheckpointSaved`` event. (Save less often if that happens.)
+        counts as ``blocked_s`` of the new save's ``CheckpointSaved`` event. (Save less often if that happens.) With a
+        memory tier the one before need only be in memory, and in those of the other tiers that are due again.
 
         Args:
             step: number of the step just done, >= 0.
@@ -123,9 +136,10 @@ class Checkpointer:
             local: this rank's own.
             eager: top-level keys (of either) whose tensors may change at once; they are copied before this returns. All
                 other tensors must not be changed until :meth:`wait_copied` has returned. JSON values are always copied.
+            durable: save to storage; False: to memory alone (and to the partner's, if that is due).
 
         Raises:
-            CheckpointError: a key, value or dtype that cannot be stored; names it.
+            CheckpointError: a key, value or dtype that cannot be stored; names it. Or: not durable, and no memory tier.
             SnapshotMutated: a tensor of the save before was changed too early.
             StateMismatch: in the save before, the replicated state of some rank was laid out differently (on rank 0).
         """
@@ -134,6 +148,11 @@ class Checkpointer:
         self._serial += 1
         if self._closed or step < 0:
             raise CheckpointError(f"save of step {step} on a {'closed' if self._closed else 'running'} Checkpointer")
+        if not durable and self._tiers is None:
+            raise CheckpointError(
+                f"step {step} is to be saved to memory alone, and there is no memory tier",
+                "set checkpoint.memory_every_steps",
+            )
         self._finish()
         rank, config = self._place.rank, self._place.config
         of_all, own = Plan(), Plan()
@@ -148,8 +167,19 @@ class Checkpointer:
             pack_below_bytes=int(config.pack_below_kb * 1e3),
         )
         snapshot = Snapshot(share.parts)
-        self._arena.reserve([part.nbytes + CRC_BYTES for part in share.parts], pinned=snapshot.pinned)
-        saving = Saving(self._place, step, self._serial, of_all.groups[""], share, snapshot, self._arena, began)
+        root = of_all.groups[""]
+        saving: Running | None = None
+        if self._tiers is not None:
+            if not self._begun:
+                self._tiers.start_anew()
+            self._begun = True
+            saving = self._tiers.begin(step, self._serial, root, share, snapshot, began, durable)
+            if saving is None and not durable:
+                return
+        if saving is None:
+            self._arena.reserve([part.nbytes + CRC_BYTES for part in share.parts], pinned=snapshot.pinned)
+            source = TensorSource(share, snapshot, self._arena)
+            saving = Saving(self._place, step, self._serial, root, share, source, snapshot, began)
         self._saving = saving
         saving.start()
         saving.eager_copied.wait()
@@ -169,6 +199,8 @@ class Checkpointer:
         if saving is None:
             return 0.0
         began = time.monotonic()
+        if self._tiers is not None:
+            self._tiers.raise_errors()
         if not saving.confirmed:
             saving.copied.wait()
             waited_s = time.monotonic() - began
@@ -180,7 +212,9 @@ class Checkpointer:
     def restore(self, which: Literal["auto"] | int, *, any_world_size: bool = False) -> Restored | None:
         """Read a checkpoint back, every byte verified; collective over the group.
 
-        ``"auto"`` takes the newest step that all ranks find complete and undamaged. Damaged newer ones are reported
+        ``"auto"`` takes the newest step that all ranks find complete and undamaged, file by file from the fastest copy
+        that is: this node's memory, another node's, storage. A run that never calls this begins anew, and what earlier
+        runs left in memory is removed with its first save. Damaged newer ones are reported
         (``CheckpointRejected``, a log line naming the file) and set aside: renamed to ``step_XXXXXXXX.aside-N``. Saves
         that were cut off are reported and cleared away. An integer takes that step and sets newer ones aside.
 
@@ -205,8 +239,10 @@ class Checkpointer:
         self._finish()
         agreement = Agreement(self._group, self._place.rank, self._place.world_size)
         place = self._place
+        self._begun = True
+        survey = self._tiers.survey(agreement, self._io) if self._tiers is not None else None
         restoring = Restoring(
-            self._store, place.rank, place.world_size, agreement, place.emit, self._io, any_world_size
+            self._store, place.rank, place.world_size, agreement, place.emit, self._io, any_world_size, survey
         )
         return restoring.newest() if which == "auto" else restoring.exactly(which)
 
@@ -222,9 +258,9 @@ class Checkpointer:
         self._closed = True
         try:
             self._finish()
+            if self._tiers is not None:
+                self._tiers.finish(self._serial + 1)
         finally:
-            if self._saving is not None:
-                self._saving.join()
             self._end()
 
     def abort(self) -> None:
@@ -236,9 +272,11 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
+        reason = CheckpointError("training ended with an error before the checkpoint was committed")
         if self._saving is not None:
-            self._saving.give_up(CheckpointError("training ended with an error before the checkpoint was committed"))
-            self._saving.join()
+            self._saving.give_up(reason)
+        if self._tiers is not None:
+            self._tiers.abort(reason)
         self._end()
 
     def __enter__(self) -> Self:
@@ -251,6 +289,10 @@ class Checkpointer:
             self.abort()
 
     def _end(self) -> None:
+        if self._saving is not None:
+            self._saving.join()
+        if self._tiers is not None:
+            self._tiers.close()
         self._io.shutdown()
         atexit.unregister(self.abort)
 
@@ -262,7 +304,7 @@ class Checkpointer:
             self._raise_error(self._saving)
 
     @staticmethod
-    def _raise_error(saving: Saving) -> None:
+    def _raise_error(saving: Running) -> None:
         if saving.error is not None:
             error, saving.error = saving.error, None
             raise error

@@ -41,6 +41,18 @@ class CheckpointConfig:
     pack_below_kb: float = 16.0
     """Tensors smaller than this lie packed in one array of bytes, up to ``chunk_mb``; 0 gives each an array."""
 
+    memory_every_steps: int = 0
+    """Optimizer steps from one checkpoint in host memory to the next; 0: none. They lie in shared memory
+    (``/dev/shm``), outlive the processes, and are what a restart on the same nodes takes first."""
+
+    memory_keep_last: int = 2
+    """Committed checkpoints that are kept in memory. A rank has one more slot than that for its part of the state, and
+    up to two more while storage and partner are behind."""
+
+    partner_every_steps: int = 0
+    """Optimizer steps from one copy of a node's memory in the next node's memory to the next; 0: none. A multiple of
+    ``memory_every_steps``. With it, the loss of a node costs no more than the steps since that copy."""
+
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "every_steps >= 1")
         require(self.keep_last >= 0, "checkpoint.keep_last", self.keep_last, "keep_last >= 0 (0 keeps all)")
@@ -55,4 +67,13 @@ class CheckpointConfig:
             "checkpoint.host_memory_mb",
             self.host_memory_mb,
             f"0, or at least 4 chunks: {least:g} with checkpoint.chunk_mb = {self.chunk_mb:g}",
+        )
+        require(self.memory_every_steps >= 0, "checkpoint.memory_every_steps", self.memory_every_steps, "0 or more")
+        require(self.memory_keep_last >= 1, "checkpoint.memory_keep_last", self.memory_keep_last, "1 or more")
+        every = self.memory_every_steps
+        require(
+            not self.partner_every_steps or (every > 0 and self.partner_every_steps % every == 0),
+            "checkpoint.partner_every_steps",
+            self.partner_every_steps,
+            f"0, or a multiple of checkpoint.memory_every_steps ({every}), which must be on",
         )

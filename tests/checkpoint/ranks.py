@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -9,13 +10,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch.distributed as dist
 
 from outlast.checkpoint import Checkpointer
+from outlast.checkpoint._control import Control
 from outlast.checkpoint._store import LocalStore
 from outlast.errors import OutlastError
 from outlast.events import CheckpointSaved, Event
@@ -43,6 +45,16 @@ class Orders:
     acked: str = ""
     """A file to which each step is added that is reported as committed."""
     keep_last: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the checkpoint, besides."""
+    durable: tuple[int, ...] | None = None
+    """The steps that go to storage; None: all."""
+    die_after: tuple[tuple[int, str], ...] = ()
+    """SIGKILL once these steps are saved, each in a tier; nothing is closed."""
+    die_voting: int = 0
+    """SIGKILL when this save (counted from 1) would be voted for in memory."""
+    shm: str = ""
+    """A folder, on a file system of its own, that this rank has for /dev/shm: its node's memory. Needs root."""
     misread: str = ""
     """A bit is wrong in what this rank reads of files whose path contains this, as with a faulty page cache."""
 
@@ -87,6 +99,8 @@ def run(*orders: Orders) -> list[Outcome]:
 
 def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: str) -> None:
     _inject(orders)
+    if orders.shm:
+        mount_over(orders.shm, "/dev/shm")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     events: list[Event] = []
     restored: list[int | str | None] = []
@@ -100,7 +114,7 @@ def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: 
     for url in orders.urls:
         checkpointer = Checkpointer(
             url,
-            replace(QUICK, commit_timeout_s=orders.commit_timeout_s, keep_last=orders.keep_last),
+            replace(QUICK, commit_timeout_s=orders.commit_timeout_s, keep_last=orders.keep_last, **orders.settings),
             rank=rank,
             world_size=world_size,
             epoch=orders.epoch,
@@ -108,17 +122,28 @@ def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: 
         )
         with checkpointer:
             if orders.restore:
-                restored.append(_restore(checkpointer, rank, world_size, orders.any_world_size))
+                restored.append(_restore(checkpointer, rank, world_size, orders.any_world_size, bool(orders.settings)))
             for step in orders.save:
-                checkpointer.save(step, replicated=state(step), local=local(step, rank))
+                durable = orders.durable is None or step in orders.durable
+                checkpointer.save(step, replicated=state(step), local=local(step, rank), durable=durable)
                 checkpointer.wait_copied()
+            if orders.die_after:
+                wanted, deadline = set(orders.die_after), time.monotonic() + LIMIT_S
+                while not wanted <= {(e.step, e.tier) for e in events if isinstance(e, CheckpointSaved)}:
+                    assert time.monotonic() < deadline, events
+                    time.sleep(0.01)
+                pipe.send(([{"kind": event.kind, **asdict(event)} for event in events], restored))
+                dist.barrier()  # the others have seen it too
+                os.kill(os.getpid(), signal.SIGKILL)
     pipe.send(([{"kind": event.kind, **asdict(event)} for event in events], restored))
     if not orders.save:
         dist.destroy_process_group()
     os._exit(0)  # a job of which a rank was killed cannot be left tidily
 
 
-def _restore(checkpointer: Checkpointer, rank: int, world_size: int, any_world_size: bool) -> int | str | None:
+def _restore(
+    checkpointer: Checkpointer, rank: int, world_size: int, any_world_size: bool, memory: bool
+) -> int | str | None:
     try:
         back = checkpointer.restore("auto", any_world_size=any_world_size)
     except OutlastError as error:
@@ -127,8 +152,22 @@ def _restore(checkpointer: Checkpointer, rank: int, world_size: int, any_world_s
         return None
     own = local(back.step, rank) if back.world_size == world_size else {}
     right = same(back.replicated, state(back.step)) and same(back.local, own)
-    right = right and all(same(back.read_local(old), local(back.step, old)) for old in range(back.world_size))
+    within_reach = [rank] if memory and back.world_size == world_size else range(back.world_size)
+    right = right and all(same(back.read_local(old), local(back.step, old)) for old in within_reach)
     return back.step if right else f"step {back.step}, but not its state"
+
+
+def mount_over(folder: str, place: str) -> None:
+    """Have this process, and no other, see ``folder`` at ``place``."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, bind, recursive, private = 0x20000, 0x1000, 0x4000, 1 << 18
+    for failed in (
+        libc.unshare(new_namespace),
+        libc.mount(None, b"/", None, recursive | private, None),
+        libc.mount(folder.encode(), place.encode(), None, bind, None),
+    ):
+        if failed:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 CHANGES = ("put", "put_atomic", "sync_dirs", "remove", "remove_tree", "move_tree")
@@ -180,5 +219,14 @@ def _inject(orders: Orders) -> None:
 
     LocalStore.put, LocalStore.put_atomic = put_or_die, put_atomic_or_die  # type: ignore[method-assign, assignment]
     LocalStore.read = read_wrongly  # type: ignore[method-assign, assignment]
+    if orders.die_voting:
+        vote = Control.vote
+
+        def vote_or_die(control: Control, header: dict[str, Any]) -> None:
+            if header.get("serial") == orders.die_voting:
+                os.kill(os.getpid(), signal.SIGKILL)
+            vote(control, header)
+
+        Control.vote = vote_or_die  # type: ignore[method-assign]
     if orders.die_before:
         _inject_death(orders.die_before)

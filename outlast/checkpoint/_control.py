@@ -1,0 +1,162 @@
+"""How ranks commit what lies in their memory: votes go to rank 0 over connections of their own, and its decision back.
+
+No collective is issued, so a commit neither waits for the training's communication nor holds it up. A rank that dies
+breaks its connection, and the save is given up at once; one that stalls, after a timeout.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from outlast.checkpoint._channel import Channel, Header
+from outlast.checkpoint._nodes import Meeting
+from outlast.errors import CheckpointError
+
+
+class Control:
+    """One rank's end. Votes and decisions are headers; each save has a number, the same on all ranks.
+
+    Args:
+        rank: rank 0 decides.
+        world_size: number of ranks.
+        meeting: whom to dial.
+        timeout_s: how long a vote or a decision may take.
+    """
+
+    def __init__(self, rank: int, world_size: int, meeting: Meeting, timeout_s: float) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._meeting = meeting
+        self._timeout_s = timeout_s
+        self._news = threading.Condition()
+        self._votes: dict[int, dict[int, Header]] = {}
+        self._decisions: dict[int, Header] = {}
+        self._peers: dict[int, Channel] = {}
+        self._lost: dict[int, str] = {}
+
+    def serve(self, rank: int, channel: Channel) -> None:
+        """Rank 0: read another rank's votes until the connection ends."""
+        with self._news:
+            self._peers[rank] = channel
+            self._lost.pop(rank, None)
+        try:
+            while True:
+                header = channel.receive(idle=True)
+                with self._news:
+                    self._votes.setdefault(int(header["serial"]), {})[rank] = header
+                    self._news.notify_all()
+        except OSError as error:
+            with self._news:
+                if self._peers.get(rank) is channel:
+                    self._lost[rank] = str(error)
+                    self._news.notify_all()
+            raise
+
+    def collect(self, serial: int) -> dict[int, Header]:
+        """Rank 0: the votes of all other ranks for a save.
+
+        Raises:
+            CheckpointError: a rank has failed, is gone, or does not vote in time.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        with self._news:
+            while True:
+                votes = self._votes.get(serial, {})
+                for rank, vote in votes.items():
+                    if "failed" in vote:
+                        raise CheckpointError(f"rank {rank} gave up: {vote['failed']}")
+                absent = [rank for rank in range(1, self._world_size) if rank not in votes]
+                if not absent:
+                    self._forget(serial)
+                    return votes
+                for rank in absent:
+                    if rank in self._lost:
+                        raise CheckpointError(f"the connection to rank {rank} is lost: {self._lost[rank]}")
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    names = ", ".join(map(str, absent))
+                    raise CheckpointError(f"no vote within {self._timeout_s:g} s from rank {names}")
+                self._news.wait(left_s)
+
+    def tell(self, decision: Header) -> None:
+        """Rank 0: tell all ranks; one that cannot be told finds its connection broken."""
+        with self._news:
+            peers = dict(self._peers)
+        for channel in peers.values():
+            try:
+                channel.send(decision)
+            except OSError:
+                continue  # its own thread notices, and says so at the next save
+
+    def join(self) -> Channel:
+        """Other ranks: connect to rank 0, which learns from the connection's end that a rank is gone.
+
+        Raises:
+            OSError: it cannot be reached.
+        """
+        channel = Channel.dial(self._meeting.nodes.addresses[0], self._meeting.secret, self._timeout_s)
+        channel.send({"for": "control", "rank": self._rank})
+        with self._news:
+            self._peers[0] = channel
+            self._lost.pop(0, None)
+        threading.Thread(target=self._listen, args=(channel,), name="outlast-control", daemon=True).start()
+        return channel
+
+    def vote(self, header: Header) -> None:
+        """Other ranks: send a vote, or ``failed``.
+
+        Raises:
+            OSError: rank 0 cannot be reached.
+        """
+        channel = self._peers.get(0)
+        if channel is None or 0 in self._lost:
+            channel = self.join()
+        channel.send(header)
+
+    def decision(self, serial: int) -> Header:
+        """Other ranks: what rank 0 decided of a save.
+
+        Raises:
+            CheckpointError: rank 0 is gone, or does not decide in time.
+        """
+        # Rank 0 itself waits that long for the last vote.
+        limit_s = 2 * self._timeout_s
+        deadline = time.monotonic() + limit_s
+        with self._news:
+            while serial not in self._decisions:
+                if 0 in self._lost:
+                    raise CheckpointError(f"the connection to rank 0 is lost: {self._lost[0]}")
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise CheckpointError(f"no decision within {limit_s:g} s from rank 0")
+                self._news.wait(left_s)
+            decision = self._decisions[serial]
+            self._forget(serial)
+            return decision
+
+    def close(self) -> None:
+        """Close the connections."""
+        with self._news:
+            peers = list(self._peers.values())
+        for channel in peers:
+            channel.close()
+
+    def _listen(self, channel: Channel) -> None:
+        try:
+            while True:
+                header = channel.receive(idle=True)
+                with self._news:
+                    self._decisions[int(header["serial"])] = header
+                    self._news.notify_all()
+        except OSError as error:
+            with self._news:
+                if self._peers.get(0) is channel:
+                    self._lost[0] = str(error)
+                    self._news.notify_all()
+
+    def _forget(self, serial: int) -> None:
+        """Saves up to this one are over."""
+        for kept in (self._votes, self._decisions):
+            for old in [number for number in kept if number <= serial]:
+                del kept[old]

@@ -1,0 +1,257 @@
+"""Host memory that outlives the process: files on ``/dev/shm`` that hold one rank's part of a step each.
+
+::
+
+    /dev/shm/outlast-UID-ckpt-HASH/         HASH: of the URL of the checkpoints; mode 0700
+      own/      EPOCH.rank_00001.0.data     slot 0 of rank 1: chunks with their CRC32C and documents, page by page
+                EPOCH.rank_00001.0.json     what is in it: the rank's vote, and where each file lies; sealed
+                EPOCH.SERIAL.commit         the commit record of a save: it counts on this node too
+      partner/  EPOCH.rank_00000.0.data     copies that another node's rank sent here
+                …
+
+A slot is written again only by the attempt that made it, and never while it holds one of the newest committed steps:
+what a restore has mapped stays as it was. Nothing is fsynced: this memory survives the processes, not the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import stat
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from outlast.checkpoint._arena import Region, room
+from outlast.checkpoint._names import encode_key, rank_name
+from outlast.checkpoint._records import Commit, Fault, Placed, seal, unseal_commit, unseal_placed
+from outlast.errors import CheckpointError
+
+SHM_ROOT = Path("/dev/shm")
+OWN, PARTNER = "own", "partner"
+_INDEX, _DATA, _COMMIT = ".json", ".data", ".commit"
+
+
+def memory_folder(url: str, root: Path = SHM_ROOT) -> Path:
+    """The folder of this node's memory for the checkpoints at ``url``; made where it is missing.
+
+    Raises:
+        CheckpointError: there is no shared memory, or what has that name is a link, someone else's, or open to others.
+    """
+    name = f"outlast-{os.getuid()}-ckpt-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    folder = root / name
+    try:
+        for path in (folder, folder / OWN, folder / PARTNER):
+            path.mkdir(mode=0o700, exist_ok=True)
+        info = folder.lstat()
+    except OSError as error:
+        raise CheckpointError(
+            f"shared memory {folder} cannot be made: {error}",
+            f"{root} must be a writable tmpfs (docker: --shm-size), or set checkpoint.memory_every_steps = 0",
+        ) from error
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+        raise CheckpointError(
+            f"shared memory {folder} is not a folder of ours alone (mode {stat.S_IMODE(info.st_mode):04o}, "
+            f"user {info.st_uid}); refused",
+            "look at it, and remove it if it is a leftover",
+        )
+    return folder
+
+
+@dataclass
+class Slot:
+    """Memory for one rank's part of one step. It is taken from front to back, and given back as a whole."""
+
+    data: Path
+    memory: torch.Tensor
+    """(nbytes,) uint8, shared."""
+    used: int = 0
+    step: int | None = None
+    """The committed step in it; None while there is none."""
+    readers: list[threading.Event] = field(default_factory=list)
+    """Of those who read from it; each is set once its reader has done so."""
+
+    @property
+    def index(self) -> Path:
+        """The file that says what is in it."""
+        return self.data.with_suffix(_INDEX)
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody still reads from it."""
+        self.readers = [reader for reader in self.readers if not reader.is_set()]
+        return bool(self.readers)
+
+    def take(self, nbytes: int) -> Region:
+        """The next region for ``nbytes``; the slot must have been made large enough."""
+        wanted = room(nbytes)
+        region = Region(self.used, wanted, self.memory[self.used : self.used + wanted])
+        if self.used + wanted > self.memory.numel():
+            raise CheckpointError(f"{self.data}: {self.used + wanted} bytes do not fit into {self.memory.numel()}")
+        self.used += wanted
+        return region
+
+    def give_back(self, region: Region) -> None:
+        """Nothing: regions of a slot stay."""
+
+    def wait(self, limit_s: float) -> None:
+        """Never needed: a slot has room for all."""
+
+    def publish(self, placed: Placed) -> None:
+        """Say what is in it; from here on a restore finds it, once there is a commit record."""
+        _put(self.index, seal(placed))
+
+
+class Slots:
+    """The slots of one rank in one folder.
+
+    Args:
+        folder: of own slots, or of a partner's.
+        epoch: of the attempt.
+        rank: whose part.
+        keep: newest committed steps that are not overwritten.
+    """
+
+    def __init__(self, folder: Path, epoch: str, rank: int, keep: int) -> None:
+        self._stem = str(folder / f"{encode_key(epoch)}.{rank_name(rank)}.")
+        self._keep = keep
+        self._slots: list[Slot] = []
+
+    def take(self, nbytes: int) -> Slot:
+        """A slot of at least ``nbytes`` that holds nothing that is kept or read; its memory is reserved.
+
+        Raises:
+            OSError: there is not that much shared memory.
+        """
+        kept = sorted((slot.step for slot in self._slots if slot.step is not None), reverse=True)[: self._keep]
+        for slot in self._slots:
+            if not slot.busy and slot.step not in kept:
+                break
+        else:
+            slot = Slot(Path(f"{self._stem}{len(self._slots)}{_DATA}"), torch.empty(0, dtype=torch.uint8))
+            self._slots.append(slot)
+        slot.index.unlink(missing_ok=True)
+        slot.step, slot.used = None, 0
+        if slot.memory.numel() < nbytes:
+            slot.memory = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
+            slot.data.unlink(missing_ok=True)
+            slot.memory = _shared(slot.data, room(nbytes))
+        return slot
+
+    @property
+    def newest(self) -> int | None:
+        """The newest committed step in them."""
+        return max((slot.step for slot in self._slots if slot.step is not None), default=None)
+
+    def remove(self) -> None:
+        """Give the memory back."""
+        for slot in self._slots:
+            slot.index.unlink(missing_ok=True)
+            slot.data.unlink(missing_ok=True)
+        self._slots = []
+
+
+def _shared(path: Path, nbytes: int) -> torch.Tensor:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        # Reserved now: a write into a full tmpfs would end the process with SIGBUS.
+        os.posix_fallocate(fd, 0, nbytes)
+        return torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+
+
+def put_commit(folder: Path, commit: Commit, record: bytes) -> None:
+    """Have a save count on this node."""
+    _put(_commit_path(folder, commit.epoch, commit.serial), record)
+
+
+def drop_commit(folder: Path, epoch: str, serial: int) -> None:
+    """Remove a commit record of which no slot has anything any more."""
+    _commit_path(folder, epoch, serial).unlink(missing_ok=True)
+
+
+def remove_records(folder: Path, epoch: str) -> None:
+    """Remove all commit records of an attempt, of which no slot has anything any more, and folders that are empty."""
+    for path in (folder / OWN).glob(f"{encode_key(epoch)}.*{_COMMIT}"):
+        path.unlink(missing_ok=True)
+    for path in (folder / OWN, folder / PARTNER, folder):
+        with suppress(OSError):  # another rank's part, or another attempt's, lies there
+            path.rmdir()
+
+
+def _commit_path(folder: Path, epoch: str, serial: int) -> Path:
+    return folder / OWN / f"{encode_key(epoch)}.{serial}{_COMMIT}"
+
+
+@dataclass(frozen=True)
+class Holding:
+    """One rank's part of one save, as it lies in this node's memory."""
+
+    placed: Placed
+    data: Path
+    tier: str
+
+
+def holdings(folder: Path) -> Iterator[Holding]:
+    """What lies in this node's memory, whether it is committed or not; what cannot be read is passed over."""
+    for tier in (OWN, PARTNER):
+        for path in sorted((folder / tier).glob(f"*{_INDEX}")):
+            try:
+                yield Holding(unseal_placed(path.read_bytes(), path.name), path.with_suffix(_DATA), tier)
+            except (Fault, FileNotFoundError):
+                continue  # torn, of another version, or removed meanwhile: it is no copy
+
+
+def commits(folder: Path) -> dict[Path, Commit]:
+    """The commit records in this node's memory."""
+    found = {}
+    for path in sorted((folder / OWN).glob(f"*{_COMMIT}")):
+        try:
+            found[path] = unseal_commit(path.read_bytes())
+        except (Fault, FileNotFoundError):
+            continue
+    return found
+
+
+def clear(folder: Path, keep: int, epoch: str) -> None:
+    """Remove what attempts before ``epoch`` left, unless it belongs to one of the ``keep`` newest committed steps.
+
+    For one rank of a node, after a commit.
+    """
+    records = commits(folder)
+    newest = sorted(records.values(), key=lambda commit: (commit.step, commit.saved_at), reverse=True)
+    kept = {(commit.epoch, commit.serial) for commit in newest[:keep]}
+    for holding in list(holdings(folder)):
+        vote = holding.placed.vote
+        if vote.epoch != epoch and (vote.epoch, vote.serial) not in kept:
+            holding.data.with_suffix(_INDEX).unlink(missing_ok=True)
+            holding.data.unlink(missing_ok=True)
+    in_use = {(holding.placed.vote.epoch, holding.placed.vote.serial) for holding in holdings(folder)}
+    for path, commit in records.items():
+        if (commit.epoch, commit.serial) not in in_use | kept:
+            path.unlink(missing_ok=True)
+    known = {holding.data for holding in holdings(folder)}
+    _remove_strays(folder, known, encode_key(epoch))
+
+
+def _remove_strays(folder: Path, known: Iterable[Path], epoch: str) -> None:
+    """Data without an index, of attempts that are over."""
+    for tier in (OWN, PARTNER):
+        for path in (folder / tier).glob(f"*{_DATA}"):
+            if path not in known and not path.name.startswith(f"{epoch}."):
+                path.unlink(missing_ok=True)
+
+
+def _put(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)

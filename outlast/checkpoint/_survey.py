@@ -1,0 +1,308 @@
+"""What lies in the memory of all nodes, and getting at it: the shards of a restore's fastest copies."""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import os
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from outlast.checkpoint._agreement import Agreement
+from outlast.checkpoint._names import parse_local, parse_pack
+from outlast.checkpoint._nodes import Nodes
+from outlast.checkpoint._records import (
+    Commit,
+    Fault,
+    FileEntry,
+    Vote,
+    check_file,
+    crc_hex,
+    seal,
+    unseal_commit,
+    unseal_vote,
+)
+from outlast.checkpoint._slots import OWN, PARTNER, Holding, commits, holdings
+from outlast.checkpoint._store import Buffer
+from outlast.errors import CorruptCheckpoint, IncompleteCheckpoint
+
+_log = logging.getLogger("outlast.checkpoint")
+MEMORY, STORAGE = "memory", "storage"
+
+
+@dataclass(frozen=True)
+class MemorySave:
+    """One committed save, as far as some node's memory has parts of it; equal on all ranks."""
+
+    commit: Commit
+    holders: dict[int, tuple[str, ...]]
+    """By rank that saved: the nodes that have its part."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Which save of which attempt."""
+        return self.commit.epoch, self.commit.serial
+
+    @property
+    def missing(self) -> list[int]:
+        """Ranks whose parts no node has."""
+        return [rank for rank in range(self.commit.world_size) if rank not in self.holders]
+
+
+@dataclass
+class Taken:
+    """How many bytes came from which tier; may be added to from several threads."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, tier: str, nbytes: int) -> None:
+        """Count."""
+        with self._lock:
+            self.counts[tier] += nbytes
+
+
+class Survey:
+    """The memory of all nodes, during a restore. Methods are collective over the agreement's group unless said.
+
+    Args:
+        folder: of this node's memory.
+        nodes: who is where.
+        rank: of this process.
+        agreement: over all ranks.
+        io: threads that verify.
+    """
+
+    def __init__(self, folder: Path, nodes: Nodes, rank: int, agreement: Agreement, io: ThreadPoolExecutor) -> None:
+        self._folder = folder
+        self._nodes = nodes
+        self._rank = rank
+        self._node = nodes.names[rank]
+        self._peers = nodes.ranks_with(rank)
+        self._agreement = agreement
+        self._io = io
+        self._local: dict[tuple[str, int], dict[int, Holding]] = {}
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for its node."""
+        return self._peers[0] == self._rank
+
+    def saves(self) -> list[MemorySave]:
+        """Committed saves of which there are parts in memory, newest first."""
+        self._local = {}
+        for holding in holdings(self._folder):
+            vote = holding.placed.vote
+            mine = self._local.setdefault((vote.epoch, vote.serial), {})
+            if vote.rank not in mine or holding.tier == OWN:
+                mine[vote.rank] = holding
+        told = ""
+        if self.leads and self._local:
+            records = [seal(commit).decode() for commit in commits(self._folder).values()]
+            told = json.dumps(
+                {"has": [[*key, sorted(ranks)] for key, ranks in self._local.items()], "commits": records}
+            )
+        known: dict[tuple[str, int], Commit] = {}
+        holders: dict[tuple[str, int], dict[int, list[str]]] = {}
+        for rank, text in enumerate(self._agreement.texts(told)):
+            if not text:
+                continue
+            said = json.loads(text)
+            for record in said["commits"]:
+                commit = unseal_commit(record.encode())
+                known.setdefault((commit.epoch, commit.serial), commit)
+            for epoch, serial, ranks in said["has"]:
+                for saved in ranks:
+                    holders.setdefault((epoch, serial), {}).setdefault(saved, []).append(self._nodes.names[rank])
+        found = [
+            MemorySave(commit, {rank: tuple(names) for rank, names in sorted(holders.get(key, {}).items())})
+            for key, commit in known.items()
+            if key in holders
+        ]
+        return sorted(found, key=lambda save: (save.commit.step, save.commit.saved_at, save.key), reverse=True)
+
+    def votes(self, save: MemorySave) -> dict[int, Vote]:
+        """The votes of a save's parts that are in memory."""
+        told = ""
+        mine = self._local.get(save.key, {})
+        if self.leads and mine:
+            told = json.dumps({rank: seal(holding.placed.vote).decode() for rank, holding in mine.items()})
+        found: dict[int, Vote] = {}
+        for text in self._agreement.texts(told):
+            for name, sealed in (json.loads(text) if text else {}).items():
+                rank, data = int(name), sealed.encode()
+                entry = save.commit.votes[rank]
+                if crc_hex(data) == entry.crc32c:
+                    found[rank] = unseal_vote(data, entry.path)
+        return found
+
+    def gather(self, save: MemorySave, votes: dict[int, Vote], same_ranks: bool, taken: Taken) -> Gathered:
+        """Verify what this node has of a save, and have what it lacks sent by nodes that have it.
+
+        Every byte is verified: where it lies, by one of the ranks that share it; what is sent, by its receiver.
+
+        Args:
+            save: which.
+            votes: its parts' votes.
+            same_ranks: whether as many ranks restore as saved; then local state goes to its own rank alone.
+            taken: where bytes are counted.
+        """
+        views = self._views(save)
+        faults = self._verify(views, save)
+        texts = self._agreement.texts(json.dumps([[path, reason] for path, reason in faults]) if faults else "")
+        bad = {
+            (self._nodes.names[rank], path): reason
+            for rank, text in enumerate(texts)
+            for path, reason in (json.loads(text) if text else [])
+        }
+        sent = self._send(save, votes, same_ranks, bad, views)
+        good = {path: view for path, view in views.items() if (self._node, path) not in bad}
+        mine = self._local.get(save.key, {})
+        return Gathered(
+            good, sent, {path for rank, h in mine.items() if h.tier == PARTNER for path in h.placed.places}, bad, taken
+        )
+
+    def quarantine(self, save: MemorySave, gathered: Gathered) -> None:
+        """See that copies with damage are never taken again. Not collective."""
+        for holding in self._local.get(save.key, {}).values():
+            if any((self._node, path) in gathered.bad for path in holding.placed.places):
+                index = holding.data.with_suffix(".json")
+                if index.exists():
+                    os.replace(index, index.with_suffix(".bad"))
+
+    def discard(self, newer_than: int) -> None:
+        """Remove what this node has of steps newer than the one gone back to. Not collective."""
+        if not self.leads:
+            return
+        for path, commit in commits(self._folder).items():
+            if commit.step > newer_than:
+                path.unlink(missing_ok=True)
+        for holding in list(holdings(self._folder)):
+            if holding.placed.vote.step > newer_than:
+                holding.data.with_suffix(".json").unlink(missing_ok=True)
+                holding.data.unlink(missing_ok=True)
+
+    def _views(self, save: MemorySave) -> dict[str, Buffer]:
+        views: dict[str, Buffer] = {}
+        for holding in self._local.get(save.key, {}).values():
+            memory = _mapped(holding.data)
+            for entry in holding.placed.vote.files:
+                at = holding.placed.places[entry.path]
+                views[entry.path] = memory[at : at + entry.size_bytes]
+        return views
+
+    def _verify(self, views: dict[str, Buffer], save: MemorySave) -> list[tuple[str, str]]:
+        """This rank's portion of what its node has."""
+        entries = [entry for h in self._local.get(save.key, {}).values() for entry in h.placed.vote.files]
+        entries.sort(key=lambda entry: (entry.size_bytes, entry.path))  # equal shares by dealing them out in turn
+        mine = entries[self._peers.index(self._rank) :: len(self._peers)]
+
+        def fault(entry: FileEntry) -> tuple[str, str] | None:
+            try:
+                check_file(entry, views[entry.path].data)
+            except Fault as found:
+                return entry.path, found.reason
+            return None
+
+        return [found for found in self._io.map(fault, mine) if found is not None]
+
+    def _send(
+        self,
+        save: MemorySave,
+        votes: dict[int, Vote],
+        same_ranks: bool,
+        bad: dict[tuple[str, str], str],
+        views: dict[str, Buffer],
+    ) -> dict[str, Buffer]:
+        """Have each file sent to the ranks that need it and whose nodes lack it; all ranks walk one list."""
+        names = self._nodes.names
+        sent: dict[str, Buffer] = {}
+        for saved in sorted(votes):
+            holders = save.holders.get(saved, ())
+            for entry in votes[saved].files:
+                good = [name for name in holders if (name, entry.path) not in bad]
+                owner = parse_local(entry.path)
+                needed = range(len(names)) if owner is None or not same_ranks else [owner]
+                without = [rank for rank in needed if names[rank] not in good]
+                if not without or not good:
+                    continue
+                able = self._nodes.ranks_with(names.index(good[0]))
+                sender = able[saved % len(able)]
+                data = torch.from_numpy(views[entry.path]) if self._rank == sender else None
+                got = self._agreement.transfer(data, entry.size_bytes, sender, without)
+                if got is not None and self._rank in without:
+                    sent[entry.path] = got.numpy()
+        return sent
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What one rank has at hand of a save that lies in memory."""
+
+    views: dict[str, Buffer]
+    """In this node's memory, verified; private to this process when written to."""
+    sent: dict[str, Buffer]
+    """From other nodes, not yet verified."""
+    copied: set[str]
+    """Files in this node's memory that are a partner's copies."""
+    bad: dict[tuple[str, str], str]
+    """By node and file: what is wrong with it; equal on all ranks."""
+    taken: Taken
+    given: set[str] = field(default_factory=set)
+    """Files of which tensors were made: what is read again gets memory of its own."""
+
+    def __call__(self, entry: FileEntry) -> Buffer | None:
+        """A file's verified bytes, or None if memory has none."""
+        again = entry.path in self.given
+        view = self.views.get(entry.path)
+        if view is not None:
+            self.taken.add(PARTNER if entry.path in self.copied else MEMORY, entry.size_bytes)
+        elif entry.path in self.sent:
+            view = self.sent[entry.path]
+            try:
+                check_file(entry, view.data)
+            except Fault as fault:
+                _log.warning("%s was damaged on its way from another node's memory: %s", entry.path, fault.reason)
+                return None
+            self.taken.add(PARTNER, entry.size_bytes)
+            if parse_local(entry.path) is None and parse_pack(entry.path) is None:
+                del self.sent[entry.path]  # read once, into its tensor
+        if view is None:
+            return None
+        self.given.add(entry.path)
+        return view.copy() if again else view
+
+
+def missing_fault(save: MemorySave) -> Fault:
+    """Of a save that memory has in part."""
+    ranks = ", ".join(map(str, save.missing))
+    return Fault(IncompleteCheckpoint, "", f"the parts of ranks {ranks} are in no node's memory")
+
+
+def bad_faults(gathered: Gathered) -> list[Fault]:
+    """What was found damaged in memory, one a file and node."""
+    return [
+        Fault(CorruptCheckpoint, path, f"{reason} (in a node's memory)") for (_, path), reason in gathered.bad.items()
+    ]
+
+
+def _mapped(path: Path) -> Buffer:
+    """A slot's bytes, none where it is gone; writes to them stay in this process."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return np.empty(0, np.uint8)
+    try:
+        size_bytes = os.fstat(fd).st_size
+        if not size_bytes:
+            return np.empty(0, np.uint8)
+        return np.frombuffer(mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY), np.uint8)
+    finally:
+        os.close(fd)

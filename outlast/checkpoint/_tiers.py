@@ -1,0 +1,253 @@
+"""The tiers of one rank: host memory, the partner's memory, and storage, each with its own interval.
+
+Every save goes to memory first, which takes a copy's time and no more, and from there to the others when they are due.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from outlast.checkpoint import _slots
+from outlast.checkpoint._agreement import Agreement
+from outlast.checkpoint._channel import Channel
+from outlast.checkpoint._control import Control
+from outlast.checkpoint._copying import HeldSource
+from outlast.checkpoint._layout import Share
+from outlast.checkpoint._memory_saving import MEMORY, Held, Memory, MemorySaving, all_documents, slot_bytes
+from outlast.checkpoint._nodes import meet
+from outlast.checkpoint._partner import Keeper, Partner, Sending
+from outlast.checkpoint._saving import Place, Saving
+from outlast.checkpoint._slots import OWN, PARTNER, Slots
+from outlast.checkpoint._snapshot import Snapshot
+from outlast.checkpoint._survey import Survey
+from outlast.errors import CheckpointError
+from outlast.events import CheckpointFailed
+
+_log = logging.getLogger("outlast.checkpoint")
+_BEHIND_S = 0.1
+
+
+class Tiers:
+    """Memory and what is fed from it; construction is collective. Methods are for the training thread.
+
+    Args:
+        place: who saves; its store is the tier of storage.
+        agreement: over the training's ranks; used while constructing, never for saves.
+        host: address to listen on; None: the one by which this node reaches rank 0.
+
+    Raises:
+        CheckpointError: no shared memory, or the ranks cannot listen.
+    """
+
+    def __init__(self, place: Place, agreement: Agreement, host: str | None) -> None:
+        config, rank = place.config, place.rank
+        self.folder = _slots.memory_folder(place.store.url)
+        self._place = place
+        self._keeper = Keeper(self.folder, place.epoch, config.memory_keep_last)
+        self.meeting = meet(agreement, rank, place.world_size, host, self._serve, config.commit_timeout_s)
+        nodes = self.meeting.nodes
+        self._control = Control(rank, place.world_size, self.meeting, config.commit_timeout_s)
+        if rank != 0:
+            try:
+                self._control.join()
+            except OSError as error:
+                self.meeting.close()
+                where = "%s:%d" % self.meeting.nodes.addresses[0]
+                raise CheckpointError(
+                    f"rank {rank} cannot reach rank 0 at {where}: {error}",
+                    "see to the network between the nodes, or pass host= on rank 0",
+                ) from error
+        self._slots = Slots(self.folder / OWN, place.epoch, rank, config.memory_keep_last)
+        leads = nodes.ranks_with(rank)[0] == rank
+        self._memory = Memory(
+            self.folder, rank, place.world_size, place.epoch, config.memory_keep_last, leads, self._control, place.emit
+        )
+        partner = nodes.partner_of(rank)
+        self._partner = None
+        if config.partner_every_steps and partner is None:
+            _log.warning("checkpoint.partner_every_steps: there is one node, so nobody keeps copies of its memory")
+            place.emit(CheckpointFailed(step=0, tier=PARTNER, reason="there is one node: nobody to keep copies"))
+        elif config.partner_every_steps and partner is not None:
+            self._partner = Partner(rank, partner, self.meeting, config.commit_timeout_s)
+        self._storage: Saving | None = None
+        self._sending: Sending | None = None
+
+    def begin(
+        self,
+        step: int,
+        serial: int,
+        root: dict[str, Any],
+        share: Share,
+        snapshot: Snapshot,
+        began: float,
+        durable: bool,
+    ) -> MemorySaving | None:
+        """Begin to save into memory, and from there into what else is due.
+
+        Waits for the copy before to arrive in each tier that is due again, and says so.
+
+        Returns:
+            None: there is no shared memory for it, which is reported.
+        """
+        behind_s = self._wait(self._storage, "storage", step) if durable else 0.0
+        partner = self._partner if self._partner_due(step) else None
+        if partner is not None:
+            self._wait(self._sending, PARTNER, step)
+        try:
+            slot = self._slots.take(slot_bytes(share, all_documents(share, self._memory, step, serial, root)))
+        except OSError as error:
+            reason = f"no shared memory for it: {error}"
+            _log.warning("checkpoint of step %d failed in memory: %s", step, reason)
+            self._place.emit(CheckpointFailed(step=step, reason=reason, tier=MEMORY))
+            self._say_failed(serial, reason)
+            return None
+        # Without the tensors, which must be let go of once they are copied.
+        light = replace(share, parts=tuple(replace(part, contents=()) for part in share.parts))
+
+        def then(held: Held | Exception) -> None:
+            if durable:
+                self._store(step, serial, root, light, held, began, behind_s)
+            if partner is not None and isinstance(held, Held) and held.commit is not None:
+                sending = Sending(partner.channel, slot, held.placed, held.commit, self._place.emit)
+                self._sending = sending
+                slot.readers.append(sending.done)
+                sending.start()
+
+        return MemorySaving(self._memory, step, serial, root, share, snapshot, slot, began, then)
+
+    def survey(self, agreement: Agreement, io: ThreadPoolExecutor) -> Survey:
+        """What lies in memory, for a restore."""
+        return Survey(self.folder, self.meeting.nodes, self._place.rank, agreement, io)
+
+    def start_anew(self) -> None:
+        """This run goes on from nothing that memory holds: remove it on this node."""
+        if self._memory.leads:
+            _slots.clear(self.folder, 0, self._place.epoch)
+
+    def finish(self, serial: int) -> None:
+        """Wait until all tiers have what is on its way to them, and raise what must be raised.
+
+        Memory is given back if storage has all that it holds; else it stays for the next attempt, which is logged.
+
+        Args:
+            serial: of no save; the ranks part with it, so that none is gone while another still sends to it.
+        """
+        for copy in (self._storage, self._sending):
+            if copy is not None:
+                copy.done.wait()
+                _raise_error(copy)
+        newest = self._slots.newest
+        stored = self._storage is not None and self._storage.committed and self._storage.step == newest
+        try:
+            stored = self._part(serial, stored)
+        except (OSError, CheckpointError) as error:
+            _log.warning("the other ranks were not waited for: %s", error)
+            stored = False
+        if stored:
+            self._slots.remove()
+            self._keeper.remove()
+            if self._memory.leads:
+                _slots.remove_records(self.folder, self._place.epoch)
+        elif newest is not None and self._memory.leads:
+            _log.warning("step %d lies in shared memory alone, in %s; it stays there", newest, self.folder)
+
+    def _part(self, serial: int, stored: bool) -> bool:
+        """Wait for all ranks to come here; whether the newest step is stored, as all of them see it."""
+        if self._place.world_size == 1:
+            return stored
+        if self._place.rank == 0:
+            votes = self._control.collect(serial)
+            stored = stored and all(vote["stored"] for vote in votes.values())
+            self._control.tell({"serial": serial, "stored": stored})
+            return stored
+        self._control.vote({"serial": serial, "stored": stored})
+        return bool(self._control.decision(serial)["stored"])
+
+    def raise_errors(self) -> None:
+        """Raise what must be raised, without waiting."""
+        for copy in (self._storage, self._sending):
+            if copy is not None and copy.done.is_set():
+                _raise_error(copy)
+
+    def abort(self, reason: Exception) -> None:
+        """Give up what is on its way."""
+        if self._storage is not None:
+            self._storage.give_up(reason)
+        if self._partner is not None:
+            self._partner.close()
+
+    def close(self) -> None:
+        """Wait for the threads, and close the connections."""
+        for copy in (self._storage, self._sending):
+            if copy is not None:
+                copy.join()
+        if self._partner is not None:
+            self._partner.close()
+        self._control.close()
+        self.meeting.close()
+
+    def _partner_due(self, step: int) -> bool:
+        return self._partner is not None and step % self._place.config.partner_every_steps == 0
+
+    def _store(
+        self,
+        step: int,
+        serial: int,
+        root: dict[str, Any],
+        share: Share,
+        held: Held | Exception,
+        began: float,
+        behind_s: float,
+    ) -> None:
+        parts = held.parts if isinstance(held, Held) else ()
+        storage = Saving(self._place, step, serial, root, share, HeldSource(parts), None, began)
+        storage.blocked_s = behind_s
+        self._storage = storage
+        if isinstance(held, Held):
+            held.slot.readers.append(storage.done)
+        else:
+            storage.give_up(held)  # it tells the other ranks, which wait for this one
+        storage.start()
+
+    def _wait(self, copy: Saving | Sending | None, tier: str, step: int) -> float:
+        if copy is None:
+            return 0.0
+        began = time.monotonic()
+        copy.done.wait()
+        _raise_error(copy)
+        waited_s = time.monotonic() - began
+        if waited_s > _BEHIND_S:
+            _log.warning(
+                "step %d: %s is behind, training waited %.1f s for the copy before; lengthen that tier's interval",
+                step,
+                tier,
+                waited_s,
+            )
+        return waited_s
+
+    def _say_failed(self, serial: int, reason: str) -> None:
+        header = {"serial": serial, "failed": reason}
+        try:
+            if self._place.rank == 0:
+                self._control.tell(header)
+            else:
+                self._control.vote(header)
+        except OSError:
+            return  # rank 0 is gone, and with it the save
+
+    def _serve(self, channel: Channel) -> None:
+        """What a peer that has dialled wants."""
+        hello = channel.receive()
+        serve: Callable[[int, Channel], None] = self._keeper.serve if hello["for"] == PARTNER else self._control.serve
+        serve(int(hello["rank"]), channel)
+
+
+def _raise_error(copy: Saving | Sending) -> None:
+    if copy.error is not None:
+        error, copy.error = copy.error, None
+        raise error
