@@ -20,14 +20,13 @@ class Control:
     Args:
         rank: rank 0 decides.
         world_size: number of ranks.
-        meeting: whom to dial.
         timeout_s: how long a vote or a decision may take.
     """
 
-    def __init__(self, rank: int, world_size: int, meeting: Meeting, timeout_s: float) -> None:
+    def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
         self._rank = rank
         self._world_size = world_size
-        self._meeting = meeting
+        self._meeting: Meeting | None = None
         self._timeout_s = timeout_s
         self._news = threading.Condition()
         self._votes: dict[int, dict[int, Header]] = {}
@@ -89,12 +88,18 @@ class Control:
             except OSError:
                 continue  # its own thread notices, and says so at the next save
 
-    def join(self) -> Channel:
-        """Other ranks: connect to rank 0, which learns from the connection's end that a rank is gone.
+    def join(self, meeting: Meeting) -> None:
+        """Connect to rank 0, which learns from the connection's end that a rank is gone.
 
         Raises:
             OSError: it cannot be reached.
         """
+        self._meeting = meeting
+        if self._rank != 0:
+            self._dial()
+
+    def _dial(self) -> Channel:
+        assert self._meeting is not None
         channel = Channel.dial(self._meeting.nodes.addresses[0], self._meeting.secret, self._timeout_s)
         channel.send({"for": "control", "rank": self._rank})
         with self._news:
@@ -111,7 +116,7 @@ class Control:
         """
         channel = self._peers.get(0)
         if channel is None or 0 in self._lost:
-            channel = self.join()
+            channel = self._dial()
         channel.send(header)
 
     def decision(self, serial: int) -> Header:

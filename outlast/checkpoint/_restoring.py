@@ -73,7 +73,6 @@ class Restoring:
         """The newest valid step; damaged ones are set aside. None if there is not a single one."""
         found = self._scan()
         rejected: list[tuple[int, list[Fault]]] = []
-        in_memory: list[tuple[int, list[Fault]]] = []
         for candidate in self._newest_first(found):
             result = self._try(candidate)
             if isinstance(result, Restored):
@@ -81,9 +80,9 @@ class Restoring:
                 self._clear(found)
                 self._forget(result.step)
                 return result
-            (rejected if candidate.save is None else in_memory).append((candidate.step, result))
+            if candidate.save is None:
+                rejected.append((candidate.step, result))
             self._report_faults(candidate.step, result)
-        rejected += in_memory
         if rejected:
             # Nothing is set aside here: the next start must find the same and stop as well, not begin from nothing.
             lines = [f"step {step}: {fault}" for step, faults in rejected for fault in faults]
@@ -91,7 +90,9 @@ class Restoring:
                 f"{self.store.url}: there are checkpoints, but none is valid:\n  " + "\n  ".join(lines),
                 "nothing was changed; repair one, or move them away to start anew",
             )
+        # What memory has and nobody can use is no reason to stop: lost memory cannot be repaired.
         self._clear(found)
+        self._forget(_NONE)
         return None
 
     def exactly(self, step: int) -> Restored:

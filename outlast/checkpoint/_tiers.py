@@ -49,19 +49,19 @@ class Tiers:
         self.folder = _slots.memory_folder(place.store.url)
         self._place = place
         self._keeper = Keeper(self.folder, place.epoch, config.memory_keep_last)
+        # There before anybody can dial.
+        self._control = Control(rank, place.world_size, config.commit_timeout_s)
         self.meeting = meet(agreement, rank, place.world_size, host, self._serve, config.commit_timeout_s)
         nodes = self.meeting.nodes
-        self._control = Control(rank, place.world_size, self.meeting, config.commit_timeout_s)
-        if rank != 0:
-            try:
-                self._control.join()
-            except OSError as error:
-                self.meeting.close()
-                where = "%s:%d" % self.meeting.nodes.addresses[0]
-                raise CheckpointError(
-                    f"rank {rank} cannot reach rank 0 at {where}: {error}",
-                    "see to the network between the nodes, or pass host= on rank 0",
-                ) from error
+        try:
+            self._control.join(self.meeting)
+        except OSError as error:
+            self.meeting.close()
+            address, port = nodes.addresses[0]
+            raise CheckpointError(
+                f"rank {rank} cannot reach rank 0 at {address}:{port}: {error}",
+                "see to the network between the nodes, or pass host= on rank 0",
+            ) from error
         self._slots = Slots(self.folder / OWN, place.epoch, rank, config.memory_keep_last)
         leads = nodes.ranks_with(rank)[0] == rank
         self._memory = Memory(
@@ -86,16 +86,22 @@ class Tiers:
         snapshot: Snapshot,
         began: float,
         durable: bool,
+        partner_too: bool,
     ) -> MemorySaving | None:
         """Begin to save into memory, and from there into what else is due.
 
         Waits for the copy before to arrive in each tier that is due again, and says so.
 
+        Args:
+            step, serial, root, share, snapshot, began: see :class:`MemorySaving`.
+            durable: to storage too.
+            partner_too: to the partner, whether it is due or not.
+
         Returns:
             None: there is no shared memory for it, which is reported.
         """
         behind_s = self._wait(self._storage, "storage", step) if durable else 0.0
-        partner = self._partner if self._partner_due(step) else None
+        partner = self._partner if partner_too or self._partner_due(step) else None
         if partner is not None:
             self._wait(self._sending, PARTNER, step)
         try:
@@ -119,6 +125,12 @@ class Tiers:
                 sending.start()
 
         return MemorySaving(self._memory, step, serial, root, share, snapshot, slot, began, then)
+
+    def is_thin(self, survey: Survey, step: int) -> bool:
+        """Whether memory has a step, and some part of it in fewer nodes than it should be; collective."""
+        wanted = 2 if self._partner is not None else 1
+        found = [save for save in survey.saves() if save.commit.step == step]
+        return bool(found) and any(len(found[0].holders.get(r, ())) < wanted for r in range(found[0].commit.world_size))
 
     def survey(self, agreement: Agreement, io: ThreadPoolExecutor) -> Survey:
         """What lies in memory, for a restore."""
@@ -167,6 +179,12 @@ class Tiers:
             return stored
         self._control.vote({"serial": serial, "stored": stored})
         return bool(self._control.decision(serial)["stored"])
+
+    def wait_partner(self) -> None:
+        """Wait until the copy that is on its way to the partner is there, or has failed."""
+        if self._sending is not None:
+            self._sending.done.wait()
+            _raise_error(self._sending)
 
     def raise_errors(self) -> None:
         """Raise what must be raised, without waiting."""

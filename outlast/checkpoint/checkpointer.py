@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -23,11 +24,14 @@ from outlast.checkpoint._running import Running
 from outlast.checkpoint._saving import Place, Saving
 from outlast.checkpoint._snapshot import Snapshot
 from outlast.checkpoint._store import open_store
+from outlast.checkpoint._survey import Survey
 from outlast.checkpoint._tiers import Tiers
 from outlast.checkpoint._tree import Plan, lay_out
 from outlast.checkpoint.settings import CheckpointConfig
 from outlast.errors import CheckpointError
 from outlast.events import Event
+
+_log = logging.getLogger("outlast.checkpoint")
 
 
 class Checkpointer:
@@ -105,6 +109,8 @@ class Checkpointer:
         self._serial = 0
         self._begun = False
         """Whether it is decided what this run goes on from."""
+        self._copied_once = False
+        """Whether the partner has a copy of this attempt."""
         self._closed = False
         # A thread that is inside PyTorch while the interpreter is taken down would abort the process.
         atexit.register(self.abort)
@@ -173,7 +179,11 @@ class Checkpointer:
             if not self._begun:
                 self._tiers.start_anew()
             self._begun = True
-            saving = self._tiers.begin(step, self._serial, root, share, snapshot, began, durable)
+            # The first one at once: what a restart went on from may lie in one place alone.
+            saving = self._tiers.begin(
+                step, self._serial, root, share, snapshot, began, durable, partner_too=not self._copied_once
+            )
+            self._copied_once = True
             if saving is None and not durable:
                 return
         if saving is None:
@@ -244,7 +254,19 @@ class Checkpointer:
         restoring = Restoring(
             self._store, place.rank, place.world_size, agreement, place.emit, self._io, any_world_size, survey
         )
-        return restoring.newest() if which == "auto" else restoring.exactly(which)
+        restored = restoring.newest() if which == "auto" else restoring.exactly(which)
+        if restored is not None and survey is not None and self._tiers is not None:
+            self._heal(restored, survey, self._tiers)
+        return restored
+
+    def _heal(self, restored: Restored, survey: Survey, tiers: Tiers) -> None:
+        """A step that lies in fewer nodes' memory than it should be is copied again before training goes on."""
+        if restored.world_size != self._place.world_size or not tiers.is_thin(survey, restored.step):
+            return
+        _log.info("step %d lies in too few nodes' memory; copied again", restored.step)
+        self.save(restored.step, replicated=restored.replicated, local=restored.local, durable=False)
+        self._finish()
+        tiers.wait_partner()
 
     def close(self) -> None:
         """Wait until the running save is committed or has failed, and end the threads; closing twice is harmless.

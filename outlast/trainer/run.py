@@ -72,7 +72,12 @@ class Run:
             _LOG.info("step %d: held-out loss %.4f", step, loss)
 
     def checkpoint_due(self, step: int) -> bool:
-        """Whether a checkpoint is to be begun after ``step``."""
+        """Whether a checkpoint is to be begun after ``step``, in whatever tier."""
+        memory = self.config.checkpoint.memory_every_steps
+        return self._durable(step) or (memory > 0 and step % memory == 0)
+
+    def _durable(self, step: int) -> bool:
+        """Whether the checkpoint of ``step`` is to reach storage."""
         return step % self.config.checkpoint.every_steps == 0 or step == self.last_step
 
     def wait_copied(self, step: int) -> None:
@@ -87,7 +92,8 @@ class Run:
         state = self.engine.state()
         replicated = {**state.replicated, "data": self.loader.state()}
         local: dict[str, Any] = {**state.local, "rng": rng_state()}
-        self.checkpointer.save(step, replicated=replicated, local=local, eager=state.eager | {"rng"})
+        eager = state.eager | {"rng"}
+        self.checkpointer.save(step, replicated=replicated, local=local, eager=eager, durable=self._durable(step))
 
     def restore(self, resume: str) -> Restored | None:
         """Go on from a checkpoint, if there is one; collective.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from benchmarks.namespace import mount_over
 from outlast.checkpoint import Checkpointer
 from outlast.checkpoint._control import Control
 from outlast.checkpoint._store import LocalStore
@@ -155,19 +155,6 @@ def _restore(
     within_reach = [rank] if memory and back.world_size == world_size else range(back.world_size)
     right = right and all(same(back.read_local(old), local(back.step, old)) for old in within_reach)
     return back.step if right else f"step {back.step}, but not its state"
-
-
-def mount_over(folder: str, place: str) -> None:
-    """Have this process, and no other, see ``folder`` at ``place``."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    new_namespace, bind, recursive, private = 0x20000, 0x1000, 0x4000, 1 << 18
-    for failed in (
-        libc.unshare(new_namespace),
-        libc.mount(None, b"/", None, recursive | private, None),
-        libc.mount(folder.encode(), place.encode(), None, bind, None),
-    ):
-        if failed:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 CHANGES = ("put", "put_atomic", "sync_dirs", "remove", "remove_tree", "move_tree")

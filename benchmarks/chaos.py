@@ -1,0 +1,335 @@
+"""A run of 4 ranks on 2 emulated nodes that loses ranks and nodes at random, and must end as one that lost none.
+
+::
+
+    sudo python -m benchmarks.chaos --kills 100
+
+Ranks are real processes with the trainer of ``outlast train``; a node is a mount namespace with a file system of its
+own at ``/dev/shm``. At random steps a random rank is killed (SIGKILL), or all ranks of a node, and now and then
+the node's memory is lost with it; the ranks left are stopped, and all start again, as with the launcher.
+
+Needs root. Prints JSON: what was killed, what each restart went on from and which tier gave it, the most steps done
+again, and whether the end is bit-identical. Exit status 1 if it is not, or if more was lost than an interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zarr
+
+from benchmarks.namespace import mount_over
+from outlast.diagnostics import heartbeat_path, read_heartbeat
+from outlast.diagnostics.shm import shm_directory
+from outlast.errors import DiagnosticsError
+from outlast.events import Record, read_events
+from outlast.launch import Place
+
+RANKS, NODES = 4, 2
+PARTNER_EVERY_STEPS = 2
+_LIMIT_S = 120.0
+_CONFIG = """
+[run]
+name = "chaos"
+dir = "{dir}"
+
+[model]
+layers = 2
+heads = 2
+width = 48
+context = 48
+
+[data]
+files = ["{{stdlib}}/json/*.py"]
+held_out_share = 0.3
+batch_size = 2
+
+[trainer]
+steps = {steps}
+eval_every_steps = 0
+eval_batches = 1
+bucket_mb = 0.1
+timeout_s = 60
+
+[comm]
+target = "gradient"
+feedback = "ef21"
+density = 0.05
+warmup_steps = 3
+dense_below = 64
+
+[checkpoint]
+every_steps = 20
+keep_last = 2
+memory_every_steps = 1
+partner_every_steps = {partner}
+commit_timeout_s = 30
+"""
+
+
+@dataclass
+class Kill:
+    """One loss, and what came after it."""
+
+    at_step: int
+    ranks: list[int]
+    memory_lost: bool
+    saved: dict[str, int]
+    """The newest step committed when it happened, by tier."""
+    resumed_step: int = 0
+    tiers: dict[str, int] = field(default_factory=dict)
+    """Bytes that all ranks took from each tier when they went on."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run it; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=0, help="of the run; 0: four for each kill")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write it there")
+    options = parser.parse_args(arguments)
+    if os.geteuid() != 0:
+        print(f"chaos: mounts file systems and so needs root, runs as uid {os.geteuid()}", file=sys.stderr)
+        return 2
+    steps = options.steps or 4 * options.kills
+    with tempfile.TemporaryDirectory(prefix="outlast-chaos-") as folder:
+        result = _compare(Path(folder), options.kills, steps, random.Random(options.seed))
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+    return 0 if result["bit_identical"] and result["most_lost_steps"] <= result["interval_steps"] else 1
+
+
+def _compare(folder: Path, kills: int, steps: int, chance: random.Random) -> dict[str, Any]:
+    began = time.monotonic()
+    with _nodes(folder) as nodes:
+        straight = _Job(folder / "straight", steps, nodes)
+        straight.start(0)
+        straight.join()
+        straight_s = time.monotonic() - began
+        job = _Job(folder / "run", steps, nodes)
+        done = _torment(job, sorted(chance.choices(range(2, steps), k=kills)), chance)
+        # A step that was done is done again if it was not saved, or the memory it was saved to is lost.
+        lost = [kill.saved["memory"] - kill.resumed_step for kill in done]
+        same = _same(straight.run, job.run, steps)
+    tiers = Counter(
+        "storage" if "storage" in kill.tiers else "partner" if "partner" in kill.tiers else "memory" for kill in done
+    )
+    return {
+        "ranks": RANKS,
+        "nodes": NODES,
+        "steps": steps,
+        "kills": len(done),
+        "nodes_lost_with_their_memory": sum(kill.memory_lost for kill in done),
+        "restores_by_slowest_tier_used": dict(tiers),
+        "interval_steps": PARTNER_EVERY_STEPS,
+        "most_lost_steps": max(lost, default=0),
+        "bit_identical": same,
+        "straight_s": round(straight_s, 1),
+        "seconds": round(time.monotonic() - began, 1),
+        "each": [asdict(kill) for kill in done],
+    }
+
+
+class _nodes:  # noqa: N801
+    """Two nodes' memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folders = [folder / f"node{number}" for number in range(NODES)]
+
+    def __enter__(self) -> list[Path]:
+        for path in self.folders:
+            path.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "outlast-chaos", path], check=True)
+        return self.folders
+
+    def __exit__(self, *_: object) -> None:
+        for path in self.folders:
+            subprocess.run(["umount", path], check=True)
+
+
+class _Job:
+    """The processes of one run."""
+
+    def __init__(self, run: Path, steps: int, nodes: list[Path]) -> None:
+        self.run = run
+        self.nodes = nodes
+        self.config = run.with_suffix(".toml")
+        self.config.write_text(_CONFIG.format(dir=run, steps=steps, partner=PARTNER_EVERY_STEPS))
+        self.processes: list[multiprocessing.process.BaseProcess] = []
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(
+            ["outlast.trainer.main", "torch.distributed.elastic.multiprocessing.errors"]
+        )
+
+    def start(self, generation: int) -> None:
+        """All ranks."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.processes = []
+        for rank in range(RANKS):
+            node = rank * NODES // RANKS
+            place = Place(
+                rank=rank,
+                world_size=RANKS,
+                local_rank=rank % (RANKS // NODES),
+                local_world_size=RANKS // NODES,
+                master_addr="127.0.0.1",
+                master_port=port,
+                generation=generation,
+                source="chaos",
+            )
+            log = self.run.with_suffix(f".{rank}.log")
+            arguments = (str(self.config), place, str(self.nodes[node]), str(log))
+            process = self._context.Process(target=_rank, args=arguments, daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def join(self) -> None:
+        """Wait for the end, which must be a good one."""
+        deadline = time.monotonic() + _LIMIT_S
+        for rank, process in enumerate(self.processes):
+            process.join(max(0.1, deadline - time.monotonic()))
+            if process.exitcode != 0:
+                log = self.run.with_suffix(f".{rank}.log").read_text()[-3000:]
+                raise RuntimeError(f"rank {rank} ended with {process.exitcode}:\n{log}")
+
+    def kill(self, ranks: list[int]) -> None:
+        """Some at once, and then, as the launcher does, the others."""
+        for rank in ranks:
+            self.processes[rank].kill()
+        for process in self.processes:
+            process.join(0.05)
+            process.kill()
+            process.join()
+
+    def step(self) -> int:
+        """The step that some rank is in, 0 before all are in one."""
+        beats = []
+        for rank in range(RANKS):
+            shm = shm_directory(self.run)
+            path = self.nodes[rank * NODES // RANKS] / shm.name / heartbeat_path(shm, rank).name
+            try:
+                beat = read_heartbeat(path)
+            except (DiagnosticsError, FileNotFoundError):
+                return 0
+            if beat.pid != self.processes[rank].pid:
+                return 0
+            beats.append(beat.step)
+        return min(beats)
+
+    def events(self, kind: str) -> list[Record]:
+        """Of all ranks and attempts, oldest first."""
+        found = []
+        for path in sorted(self.run.glob("attempts/[0-9]*/events/rank_*.jsonl")):
+            found += [record for record in read_events(path) if record.kind == kind]
+        return sorted(found, key=lambda record: record.t)
+
+
+def _torment(job: _Job, at_steps: list[int], chance: random.Random) -> list[Kill]:
+    done: list[Kill] = []
+    job.start(0)
+    for number, at_step in enumerate(at_steps):
+        deadline = time.monotonic() + _LIMIT_S
+        while job.step() < at_step:
+            if time.monotonic() > deadline or not any(process.is_alive() for process in job.processes):
+                log = job.run.with_suffix(".0.log").read_text()[-3000:]
+                raise RuntimeError(f"step {at_step} was not reached within {_LIMIT_S:g} s:\n{log}")
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.1))
+        whole_node = chance.random() < 0.3
+        node = chance.randrange(NODES)
+        per_node = RANKS // NODES
+        ranks = list(range(node * per_node, (node + 1) * per_node)) if whole_node else [chance.randrange(RANKS)]
+        job.kill(ranks)
+        lost = whole_node and chance.random() < 0.5
+        if lost:
+            for path in job.nodes[node].iterdir():
+                shutil.rmtree(path)
+        done.append(Kill(at_step, ranks, lost, _saved(job)))
+        job.start(number + 1)
+        _note_resumption(job, number, done[-1])
+    job.join()
+    return done
+
+
+def _saved(job: _Job) -> dict[str, int]:
+    """The newest step that all have in each tier."""
+    newest = {"memory": 0, "partner": 0, "storage": 0}
+    partners: Counter[int] = Counter()
+    for record in job.events("checkpoint_saved"):
+        if record["tier"] == "partner":
+            partners[record["step"]] += 1
+        elif record["committed"]:
+            newest[record["tier"]] = record["step"]
+    newest["partner"] = max((step for step, count in partners.items() if count >= RANKS), default=0)
+    return newest
+
+
+def _note_resumption(job: _Job, number: int, kill: Kill) -> None:
+    deadline = time.monotonic() + _LIMIT_S
+    while True:
+        starts = [record for record in job.events("run_started") if record.generation == number + 1]
+        if len(starts) == RANKS:
+            break
+        if time.monotonic() > deadline or not any(process.is_alive() for process in job.processes):
+            log = job.run.with_suffix(".0.log").read_text()[-3000:]
+            raise RuntimeError(f"no restart after kill {number} within {_LIMIT_S:g} s:\n{log}")
+        time.sleep(0.05)
+    kill.resumed_step = starts[0]["first_step"] - 1
+    total: Counter[str] = Counter()
+    for record in job.events("checkpoint_restored"):
+        if record.generation == number + 1:
+            total.update(record["tiers"])
+    kill.tiers = dict(total)
+
+
+def _same(one: Path, other: Path, step: int) -> bool:
+    """Whether two runs' last checkpoints hold the same bytes, but for what tells one save from another."""
+    groups = [zarr.open_group(run / "checkpoints" / f"step_{step:08d}", mode="r") for run in (one, other)]
+    arrays = [dict(_arrays(group)) for group in groups]
+    return arrays[0].keys() == arrays[1].keys() and all(
+        arrays[0][name][:].tobytes() == arrays[1][name][:].tobytes() for name in arrays[0]
+    )
+
+
+def _arrays(group: Any) -> Any:
+    return ((path, node) for path, node in group.members(max_depth=None) if isinstance(node, zarr.Array))
+
+
+def _rank(config: str, place: Place, memory: str, log: str) -> None:
+    """A rank's process."""
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    mount_over(memory, "/dev/shm")
+    os.environ.update(OMP_NUM_THREADS="1", **place.environ())
+    import torch
+
+    from outlast.trainer.main import resolve, run_rank
+
+    torch.set_num_threads(1)
+    with suppress(KeyboardInterrupt):
+        run_rank(resolve([config]), place)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

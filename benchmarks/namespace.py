@@ -1,0 +1,26 @@
+"""A mount namespace for one process: what lets several nodes' memory lie on one machine."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+_NEW_MOUNTS = 0x20000
+_BIND, _RECURSIVE, _PRIVATE = 0x1000, 0x4000, 1 << 18
+
+
+def mount_over(folder: str, place: str) -> None:
+    """Have this process, and those it starts, see ``folder`` at ``place``; needs root.
+
+    Raises:
+        OSError: it may not.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for failed in (
+        libc.unshare(_NEW_MOUNTS),
+        libc.mount(None, b"/", None, _RECURSIVE | _PRIVATE, None),
+        libc.mount(folder.encode(), place.encode(), None, _BIND, None),
+    ):
+        if failed:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), place)
