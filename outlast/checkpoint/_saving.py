@@ -76,6 +76,7 @@ class Saving:
         done: set once the save is committed (coordinator), voted for (other ranks) or given up.
         error: what must be raised in the training thread: a mutated snapshot, or a bug. Not what the environment did.
         blocked_s: how long the training thread was held; final before :meth:`confirm`.
+        predicted_stall_s: how long the update was expected to wait, for the event; set before :meth:`start`.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Saving:
         self.done = threading.Event()
         self.error: Exception | None = None
         self.blocked_s = 0.0
+        self.predicted_stall_s: float | None = None
         self._place = place
         self._serial = serial
         self._root = root
@@ -116,6 +118,11 @@ class Saving:
     def confirmed(self) -> bool:
         """Whether the training thread has said that no lazy tensor was changed, or the save was given up."""
         return self._confirmed.is_set()
+
+    @property
+    def copied_at(self) -> float | None:
+        """When all tensors were copied, on the monotonic clock; None if they are not, or the save was given up."""
+        return self._writing.copied_at
 
     def start(self) -> None:
         """Begin."""
@@ -164,6 +171,7 @@ class Saving:
                     committed=self._place.rank == 0,
                     size_bytes=size_bytes,
                     blocked_s=self.blocked_s,
+                    predicted_stall_s=self.predicted_stall_s,
                     durable_s=time.monotonic() - self._began,
                 )
             )

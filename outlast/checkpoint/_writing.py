@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -35,6 +36,7 @@ class Writing:
     Attributes:
         eager_copied: set once no eager tensor is read any more.
         copied: set once no tensor is read any more.
+        copied_at: when all were copied, on the monotonic clock; None until then.
         files: what was written, or begun, relative to the step's folder.
     """
 
@@ -51,6 +53,7 @@ class Writing:
     ) -> None:
         self.eager_copied = threading.Event()
         self.copied = threading.Event()
+        self.copied_at: float | None = None
         self.files: set[str] = set()
         self._store = store
         self._folder = folder
@@ -79,6 +82,7 @@ class Writing:
         try:
             try:
                 self._copy_all(opened)
+                self.copied_at = time.monotonic()
             finally:
                 self.eager_copied.set()
                 self.copied.set()

@@ -19,6 +19,7 @@ from outlast.checkpoint._names import rank_name
 from outlast.checkpoint._restoring import Restored, Restoring
 from outlast.checkpoint._saving import Place, Saving
 from outlast.checkpoint._snapshot import Snapshot
+from outlast.checkpoint._stall import StallForecast
 from outlast.checkpoint._store import open_store
 from outlast.checkpoint._tree import Plan, lay_out
 from outlast.checkpoint._zarr import CRC_BYTES
@@ -38,7 +39,7 @@ class Checkpointer:
                 loss.backward()
                 checkpointer.wait_copied()
                 optimizer.step()
-                if step % config.every_steps == 0:
+                if step % 10 == 0:
                     checkpointer.save(step, replicated={"model": model.state_dict(), ...}, local={"rng": ...})
 
     Failure contract. What the environment does (a full disk, a timeout, another rank's death) makes a save fail: a
@@ -52,7 +53,7 @@ class Checkpointer:
 
     Args:
         url: a path or any fsspec URL, shared by all ranks.
-        config: see :class:`CheckpointConfig`; its ``url`` is not looked at.
+        config: see :class:`CheckpointConfig`; its ``url`` and ``every_steps`` are not looked at.
         rank: of this process; rank 0 coordinates.
         world_size: number of ranks.
         epoch: random text, equal on all ranks of this attempt and never used before; votes of others never count.
@@ -93,6 +94,7 @@ class Checkpointer:
         self._group = group
         self._arena = Arena(int(config.host_memory_mb * 1e6))
         self._saving: Saving | None = None
+        self._stall = StallForecast()
         self._serial = 0
         self._closed = False
         # A thread that is inside PyTorch while the interpreter is taken down would abort the process.
@@ -102,6 +104,11 @@ class Checkpointer:
     def url(self) -> str:
         """Where checkpoints lie."""
         return self._store.url
+
+    @property
+    def running(self) -> bool:
+        """Whether a save is under way on this rank; rank 0's is until all ranks have ended theirs."""
+        return self._saving is not None and not self._saving.done.is_set()
 
     def save(
         self,
@@ -151,6 +158,7 @@ class Checkpointer:
         self._arena.reserve([part.nbytes + CRC_BYTES for part in share.parts], pinned=snapshot.pinned)
         saving = Saving(self._place, step, self._serial, of_all.groups[""], share, snapshot, self._arena, began)
         self._saving = saving
+        saving.predicted_stall_s = self._stall.begin(sum(part.nbytes for part in share.parts), time.monotonic())
         saving.start()
         saving.eager_copied.wait()
         saving.blocked_s += time.monotonic() - began
@@ -173,6 +181,7 @@ class Checkpointer:
             saving.copied.wait()
             waited_s = time.monotonic() - began
             saving.blocked_s += waited_s
+            self._stall.end(asked=began, copied=saving.copied_at)
             saving.confirm()
         self._raise_error(saving)
         return time.monotonic() - began

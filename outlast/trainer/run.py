@@ -12,13 +12,14 @@ import torch.distributed as dist
 from outlast.checkpoint import Checkpointer, Restored
 from outlast.diagnostics import Heartbeat, Recorder
 from outlast.errors import StateMismatch
-from outlast.events import EvalDone, EventLog
+from outlast.events import EvalDone, EventLog, StepDone
 from outlast.launch import Place
 from outlast.trainer.data import Loader
 from outlast.trainer.engine import Engine
 from outlast.trainer.progress import Progress
 from outlast.trainer.rng import load_rng_state, rng_state
 from outlast.trainer.rundir import Attempt
+from outlast.trainer.schedule import Schedule
 from outlast.trainer.settings import Config
 
 _LOG = logging.getLogger("outlast")
@@ -35,6 +36,7 @@ class Run:
     loader: Loader
     held_out: Loader
     checkpointer: Checkpointer
+    schedule: Schedule
     recorder: Recorder
     heartbeat: Heartbeat
     events: EventLog
@@ -72,8 +74,8 @@ class Run:
             _LOG.info("step %d: held-out loss %.4f", step, loss)
 
     def checkpoint_due(self, step: int) -> bool:
-        """Whether a checkpoint is to be begun after ``step``."""
-        return step % self.config.checkpoint.every_steps == 0 or step == self.last_step
+        """Whether a checkpoint is to be begun after ``step``; collective with ``checkpoint.every_steps = "auto"``."""
+        return step == self.last_step or self.schedule.due(step, saving=self.checkpointer.running)
 
     def wait_copied(self, step: int) -> None:
         """Wait until the last snapshot no longer needs the live tensors; raises SnapshotMutated if one was changed."""
@@ -88,6 +90,12 @@ class Run:
         replicated = {**state.replicated, "data": self.loader.state()}
         local: dict[str, Any] = {**state.local, "rng": rng_state()}
         self.checkpointer.save(step, replicated=replicated, local=local, eager=state.eager | {"rng"})
+
+    def note(self, done: StepDone) -> None:
+        """Tell what a step was like, and learn from it when checkpoints are due."""
+        self.events.write(done)
+        self.progress.step(done)
+        self.schedule.note(done, saving=self.checkpointer.running)
 
     def restore(self, resume: str) -> Restored | None:
         """Go on from a checkpoint, if there is one; collective.
