@@ -42,7 +42,11 @@ def test_command_line_beats_file_beats_environment_beats_default(tmp_path: Path)
         ("[model]\nheads = 5\n", OutOfRange, "a divisor of model.width = 384"),
         ("[trainer]\nprecision = 'fp61'\n", OutOfRange, "is not one of fp32, bf16"),
         ("[run]\nresume = 'perhaps'\n", OutOfRange, "auto, never, or the number"),
-        ("[checkpoint]\nevery_steps = 'often'\n", ConfigError, "checkpoint.every_steps = 'often' is none of: int, 'auto'"),
+        (
+            "[checkpoint]\nevery_steps = 'often'\n",
+            ConfigError,
+            "every_steps = 'often' is none of: int, 'auto'",
+        ),
         ("[checkpoint]\nevery_steps = 2.5\n", ConfigError, "checkpoint.every_steps = 2.5 is none of: int, 'auto'"),
         ("[checkpoint]\nevery_steps = 'none'\n", ConfigError, "checkpoint.every_steps = 'none' is none of"),
         ("[checkpoint]\nevery_steps = 0\n", OutOfRange, 'every_steps >= 1, or "auto"'),

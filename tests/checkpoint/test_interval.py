@@ -1,4 +1,4 @@
-"""Daly's optimum against his model solved exactly and against runs that fail; what is expected of failures; the pace."""
+"""Daly's optimum against his model solved exactly and against runs that fail; failures expected; the pace; stalls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ mtbfs = st.floats(1.0, 1e8)
 
 
 def efficiency(interval_s: float, cost_s: float, mtbf_s: float) -> float:
-    """Share of the time that is training, in Daly's model: a segment and its save take M (e^((τ+δ)/M) - 1) on average."""
+    """Share of the time that is training, in Daly's model: a segment and its save take M (e^((τ+δ)/M) - 1) of it."""
     return interval_s / (mtbf_s * math.expm1((interval_s + cost_s) / mtbf_s))
 
 
@@ -149,7 +149,8 @@ def test_the_pace_is_dalys_for_what_saves_were_measured_to_cost() -> None:
     assert found.cost_s == pytest.approx(0.25 + 4 * 0.5)
     assert found.mtbf_s == pytest.approx(20_000, rel=0.1)
     assert found.every_steps == round(optimal_interval_s(found.cost_s, found.mtbf_s))
-    assert "a save costs 2.25 s" in found.why and "0 seen" in found.why
+    assert "a save costs 2.25 s" in found.why
+    assert "0 seen" in found.why
     assert training.saved[0] == Pace.FIRST_LOOK_STEPS
     gaps = np.diff(training.saved)
     assert len(gaps) >= 3
