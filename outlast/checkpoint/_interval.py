@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 
 PRIOR_LIMIT_S = 3600.0
-"""What is expected of failures beforehand counts as at most that much time of the run itself. Short, since errors do not
-cost alike: saving too often loses δ/τ at most, saving too rarely loses τ at every failure until that is learned."""
+"""What is expected of failures beforehand counts as at most that much time of the run itself. Short, since errors do
+not cost alike: saving too often loses δ/τ at most, saving too rarely loses τ at every failure until that is learned."""
 
 
 def optimal_interval_s(cost_s: float, mtbf_s: float) -> float:
