@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.table import Column, Table
 
 from outlast import checkpoint
+from outlast.ckpt_progress import Verifying, size
 from outlast.ckpt_verbs import Ls, Show, Verify
 from outlast.errors import CheckpointNotFound
 
@@ -28,22 +28,9 @@ def show(verb: Ls | Show | Verify, console: Console) -> int:
     return actions[type(verb)](verb.url, verb.step, verb.json, console)
 
 
-def size(count: float) -> str:
-    """Bytes for people: ``17.5 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
 def print_json(value: Any) -> None:
     """As text for programs."""
     print(json.dumps(value, indent=1))
-
-
-def _advance(bar: Progress, task: TaskID, done_bytes: int, total_bytes: int) -> None:
-    bar.update(task, completed=done_bytes, total=total_bytes)
 
 
 def _when(t: float | None) -> str:
@@ -86,20 +73,19 @@ def _verify(url: str, step: int | None, as_json: bool, console: Console) -> int:
     steps = [step] if step is not None else [i.step for i in checkpoint.list_steps(url) if i.status != "aside"]
     if not steps:
         raise CheckpointNotFound(f"no checkpoints at {url}", "give the folder that holds step_… folders")
-    results = []
-    with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
+    results, rates = [], []
+    with Verifying(console, json=as_json) as progress:
         for number in steps:
-            task = bar.add_task(f"step {number}")
-            results.append(checkpoint.verify(url, number, partial(_advance, bar, task)))
+            progress.begin(number)
+            results.append(checkpoint.verify(url, number, partial(progress, number)))
+            rates.append(progress.rate(results[-1].size_bytes))
     if as_json:
         print_json([dataclasses.asdict(result) for result in results])
     else:
-        for result in results:
-            good = not result.problems
-            verdict = "good" if good else "DAMAGED"
-            console.print(
-                f"step {result.step}: {verdict}, {result.files} files, {size(result.size_bytes)}", soft_wrap=True
-            )
+        for result, rate in zip(results, rates, strict=True):
+            verdict = "good" if result.ok else "DAMAGED"
+            read = f"{result.files} files, {size(result.size_bytes)} {rate}"
+            console.print(f"step {result.step}: {verdict}, {read}", soft_wrap=True)
             for problem in result.problems:
                 console.print(f"  {problem.file}: {problem.kind}: {problem.reason}", soft_wrap=True, markup=False)
     return 1 if any(result.problems for result in results) else 0

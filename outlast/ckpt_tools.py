@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TaskID
 from rich.table import Column, Table
 
 from outlast import checkpoint
-from outlast.ckpt_tables import print_json, size
+from outlast.ckpt_progress import Verifying, size
+from outlast.ckpt_tables import print_json
 from outlast.ckpt_verbs import Diff, Export, Import, Prune
 from outlast.errors import ConfigError
 
@@ -71,14 +71,7 @@ def prune(verb: Prune, console: Console) -> int:
         ConfigError: less than one step would be kept.
         CheckpointError: there is no committed step that verifies, or something cannot be removed.
     """
-    tasks: dict[int, TaskID] = {}
-    with Progress(console=console, transient=True, disable=verb.json or not console.is_terminal) as bar:
-
-        def progress(step: int, done_bytes: int, total_bytes: int) -> None:
-            if step not in tasks:
-                tasks[step] = bar.add_task(f"verifying step {step}")
-            bar.update(tasks[step], completed=done_bytes, total=total_bytes)
-
+    with Verifying(console, json=verb.json) as progress:
         found = checkpoint.prune(verb.url, verb.keep_last, aside=verb.aside, dry_run=verb.dry_run, progress=progress)
     if verb.json:
         print_json({"size_bytes": found.size_bytes, **dataclasses.asdict(found)})

@@ -199,19 +199,27 @@ def _merge(
         where[f"{section}.{key}"] = source
 
 
+def _words(hint: Any) -> str:
+    """A type for people: ``int``, or the values of a Literal."""
+    return ", ".join(map(repr, get_args(hint))) if get_origin(hint) is typing.Literal else str(hint.__name__)
+
+
 def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
     """``value`` as the type ``hint``; text from the environment is parsed, TOML values must already fit."""
     origin = get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         inner = [arm for arm in get_args(hint) if arm is not type(None)]
-        if isinstance(value, str) and value.lower() == "none":
+        if len(inner) < len(get_args(hint)) and isinstance(value, str) and value.lower() == "none":
             return None
+        refusals = []
         for arm in inner:
             try:
                 return _convert(value, arm, name, source)
-            except ConfigError:
-                if arm is inner[-1]:
-                    raise
+            except ConfigError as error:
+                refusals.append(error)
+        if len(inner) == 1:
+            raise refusals[0]
+        raise ConfigError(f"{source}: {name} = {value!r} is none of: {', '.join(map(_words, inner))}") from refusals[-1]
     if origin is typing.Literal:
         if value not in get_args(hint):
             options = [str(option) for option in get_args(hint)]

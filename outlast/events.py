@@ -121,6 +121,24 @@ class CheckpointSaved(Event):
     """How long ``save`` and ``wait_copied`` held the training thread."""
     durable_s: float
     """From the call of ``save`` until durable (and, on the coordinator, committed)."""
+    predicted_stall_s: float | None = None
+    """How long the update was expected to wait for the copy, when the save began, from the saves before: what
+    ``blocked_s`` is besides the call of ``save``. None for the first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInterval(Event):
+    """``checkpoint.every_steps = "auto"`` has become something (on rank 0), or something else by a tenth or more."""
+
+    kind: ClassVar[str] = "checkpoint_interval"
+    step: int
+    every_steps: int
+    cost_s: float
+    """Seconds of training that a save costs: blocked, and steps beside it that were slower."""
+    mtbf_s: float
+    """Expected mean seconds between failures of the whole run."""
+    why: str
+    """How the one follows from the others, in one line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

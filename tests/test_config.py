@@ -42,6 +42,14 @@ def test_command_line_beats_file_beats_environment_beats_default(tmp_path: Path)
         ("[model]\nheads = 5\n", OutOfRange, "a divisor of model.width = 384"),
         ("[trainer]\nprecision = 'fp61'\n", OutOfRange, "is not one of fp32, bf16"),
         ("[run]\nresume = 'perhaps'\n", OutOfRange, "auto, never, or the number"),
+        (
+            "[checkpoint]\nevery_steps = 'often'\n",
+            ConfigError,
+            "every_steps = 'often' is none of: int, 'auto'",
+        ),
+        ("[checkpoint]\nevery_steps = 2.5\n", ConfigError, "checkpoint.every_steps = 2.5 is none of: int, 'auto'"),
+        ("[checkpoint]\nevery_steps = 'none'\n", ConfigError, "checkpoint.every_steps = 'none' is none of"),
+        ("[checkpoint]\nevery_steps = 0\n", OutOfRange, 'every_steps >= 1, or "auto"'),
         ("[comm]\ndensity = 1.5\n", OutOfRange, "comm.density = 1.5"),
         ("[model\n", ConfigError, "not valid TOML"),
     ],
@@ -55,6 +63,17 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: str, kind: type[ConfigError
 def test_a_wrong_value_in_the_environment_names_the_variable() -> None:
     with pytest.raises(ConfigError, match="OUTLAST_MODEL_LAYERS"):
         load(Config, None, {"OUTLAST_MODEL_LAYERS": "many"})
+
+
+@pytest.mark.parametrize(("word", "value"), [("12", 12), ("auto", "auto")])
+def test_a_number_or_a_word_is_taken_from_everywhere(tmp_path: Path, word: str, value: object) -> None:
+    for config in (
+        load(Config, None, {"OUTLAST_CHECKPOINT_EVERY_STEPS": word}),
+        override(Config(), ["--checkpoint.every-steps", word], "test"),
+        load(Config, write(tmp_path, f"[checkpoint]\nevery_steps = {value!r}\n"), {}),
+    ):
+        assert config.checkpoint.every_steps == value
+        assert load(Config, write(tmp_path, to_toml(config)), {}) == config
 
 
 def test_no_file(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ FLOORS = [
     {"cli"},
     {"ckpt_tools"},
     {"ckpt_tables"},
-    {"ckpt_verbs"},
+    {"ckpt_verbs", "ckpt_progress"},
     {"trainer"},
     {"launch"},
     {"comm", "checkpoint", "diagnostics"},

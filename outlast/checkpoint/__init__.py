@@ -27,6 +27,10 @@ from outlast.checkpoint._inspect import Verification as Verification
 from outlast.checkpoint._inspect import describe as describe
 from outlast.checkpoint._inspect import list_steps as list_steps
 from outlast.checkpoint._inspect import verify as verify
+from outlast.checkpoint._interval import expected_mtbf_s as expected_mtbf_s
+from outlast.checkpoint._interval import optimal_interval_s as optimal_interval_s
+from outlast.checkpoint._pace import Interval as Interval
+from outlast.checkpoint._pace import Pace as Pace
 from outlast.checkpoint._prune import Pruning as Pruning
 from outlast.checkpoint._prune import Removal as Removal
 from outlast.checkpoint._prune import prune as prune
@@ -42,6 +46,8 @@ __all__ = [
     "Exported",
     "ForeignFormat",
     "Imported",
+    "Interval",
+    "Pace",
     "Problem",
     "Pruning",
     "Removal",
@@ -56,9 +62,11 @@ __all__ = [
     "check_like",
     "describe",
     "diff",
+    "expected_mtbf_s",
     "export_step",
     "import_step",
     "list_steps",
+    "optimal_interval_s",
     "prune",
     "verify",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,8 @@ class Source(Protocol):
     """Set once no eager tensor is read any more."""
     copied: threading.Event
     """Set once no tensor is read any more."""
+    copied_at: float | None
+    """When all were copied, on the monotonic clock; None until then."""
 
     def copies(self, look: Callable[[], None]) -> Generator[Copied | None]:
         """The parts; None: there is no room for the next one until some are released.
@@ -77,6 +80,7 @@ class TensorSource:
     def __init__(self, share: Share, snapshot: Snapshot, arena: Room, *, verify: bool = False) -> None:
         self.eager_copied = threading.Event()
         self.copied = threading.Event()
+        self.copied_at: float | None = None
         # What is needed once the tensors have been let go of.
         self._parts = [(part.path, part.nbytes) for part in share.parts]
         self._eager = sum(part.eager for part in share.parts)
@@ -103,6 +107,7 @@ class TensorSource:
                 if index + 1 == self._eager:
                     self.eager_copied.set()
                 if index + 1 == len(self._parts):
+                    self.copied_at = time.monotonic()
                     self.copied.set()
                 yield Copied(path, nbytes, region.memory, crc, partial(self._arena.give_back, region))
         finally:
@@ -116,6 +121,7 @@ class HeldSource:
     def __init__(self, parts: Sequence[Copied]) -> None:
         self.eager_copied = threading.Event()
         self.copied = threading.Event()
+        self.copied_at: float | None = None
         self.eager_copied.set()
         self.copied.set()
         self._parts = parts

@@ -142,6 +142,7 @@ class MemorySaving(Running):
                     tier=MEMORY,
                     size_bytes=size_bytes,
                     blocked_s=self.blocked_s,
+                    predicted_stall_s=self.predicted_stall_s,
                     durable_s=time.monotonic() - self._began,
                 )
             )

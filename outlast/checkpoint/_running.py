@@ -23,6 +23,7 @@ class Running:
         done: set once the save is committed (coordinator), voted for (other ranks) or given up.
         error: what must be raised in the training thread: a mutated snapshot, or a bug. Not what the environment did.
         blocked_s: how long the training thread was held; final before :meth:`confirm`.
+        predicted_stall_s: how long the update was expected to wait, for the event; set before :meth:`start`.
     """
 
     def __init__(self, step: int, source: Source, snapshot: Snapshot | None) -> None:
@@ -31,6 +32,8 @@ class Running:
         self.done = threading.Event()
         self.error: Exception | None = None
         self.blocked_s = 0.0
+        self.predicted_stall_s: float | None = None
+        self._source = source
         self._snapshot = snapshot
         self._confirmed = threading.Event()
         if snapshot is None:
@@ -43,6 +46,11 @@ class Running:
     def confirmed(self) -> bool:
         """Whether the training thread has said that no lazy tensor was changed, or the save was given up."""
         return self._confirmed.is_set()
+
+    @property
+    def copied_at(self) -> float | None:
+        """When all tensors were copied, on the monotonic clock; None if they are not, or the save was given up."""
+        return self._source.copied_at
 
     def start(self) -> None:
         """Begin."""

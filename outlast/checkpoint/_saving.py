@@ -123,6 +123,7 @@ class Saving(Running):
                     committed=self._place.rank == 0,
                     size_bytes=size_bytes,
                     blocked_s=self.blocked_s,
+                    predicted_stall_s=self.predicted_stall_s,
                     durable_s=time.monotonic() - self._began,
                 )
             )

@@ -75,6 +75,8 @@ class Tiers:
         elif config.partner_every_steps and partner is not None:
             self._partner = Partner(rank, partner, self.meeting, config.commit_timeout_s)
         self._storage: Saving | None = None
+        self._before_storage: MemorySaving | None = None
+        """The newest save that is to reach storage, while it is on its way to memory."""
         self._sending: Sending | None = None
 
     def begin(
@@ -124,7 +126,15 @@ class Tiers:
                 slot.readers.append(sending.done)
                 sending.start()
 
-        return MemorySaving(self._memory, step, serial, root, share, snapshot, slot, began, then)
+        saving = MemorySaving(self._memory, step, serial, root, share, snapshot, slot, began, then)
+        if durable:
+            self._before_storage = saving
+        return saving
+
+    @property
+    def storing(self) -> bool:
+        """Whether a save is on its way to storage."""
+        return any(one is not None and not one.done.is_set() for one in (self._before_storage, self._storage))
 
     def is_thin(self, survey: Survey, step: int) -> bool:
         """Whether memory has a step, and some part of it in fewer nodes than it should be; collective."""

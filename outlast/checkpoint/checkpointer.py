@@ -23,6 +23,7 @@ from outlast.checkpoint._restoring import Restored, Restoring
 from outlast.checkpoint._running import Running
 from outlast.checkpoint._saving import Place, Saving
 from outlast.checkpoint._snapshot import Snapshot
+from outlast.checkpoint._stall import StallForecast
 from outlast.checkpoint._store import open_store
 from outlast.checkpoint._survey import Survey
 from outlast.checkpoint._tiers import Tiers
@@ -45,7 +46,7 @@ class Checkpointer:
                 loss.backward()
                 checkpointer.wait_copied()
                 optimizer.step()
-                if step % config.every_steps == 0:
+                if step % 10 == 0:
                     checkpointer.save(step, replicated={"model": model.state_dict(), ...}, local={"rng": ...})
 
     Failure contract. What the environment does (a full disk, a timeout, another rank's death) makes a save fail: a
@@ -59,7 +60,7 @@ class Checkpointer:
 
     Args:
         url: a path or any fsspec URL, shared by all ranks.
-        config: see :class:`CheckpointConfig`; its ``url`` is not looked at.
+        config: see :class:`CheckpointConfig`; its ``url`` and ``every_steps`` are not looked at.
         rank: of this process; rank 0 coordinates.
         world_size: number of ranks.
         epoch: random text, equal on all ranks of this attempt and never used before; votes of others never count.
@@ -106,6 +107,7 @@ class Checkpointer:
         if config.memory_every_steps:
             self._tiers = Tiers(self._place, Agreement(group, rank, world_size), host)
         self._saving: Running | None = None
+        self._stall = StallForecast()
         self._serial = 0
         self._begun = False
         """Whether it is decided what this run goes on from."""
@@ -119,6 +121,13 @@ class Checkpointer:
     def url(self) -> str:
         """Where checkpoints lie."""
         return self._store.url
+
+    @property
+    def running(self) -> bool:
+        """Whether a save to storage is under way on this rank; rank 0's is until all ranks have ended theirs."""
+        if self._tiers is not None and self._tiers.storing:
+            return True
+        return isinstance(self._saving, Saving) and not self._saving.done.is_set()
 
     def save(
         self,
@@ -191,6 +200,7 @@ class Checkpointer:
             source = TensorSource(share, snapshot, self._arena)
             saving = Saving(self._place, step, self._serial, root, share, source, snapshot, began)
         self._saving = saving
+        saving.predicted_stall_s = self._stall.begin(sum(part.nbytes for part in share.parts), time.monotonic())
         saving.start()
         saving.eager_copied.wait()
         saving.blocked_s += time.monotonic() - began
@@ -215,6 +225,7 @@ class Checkpointer:
             saving.copied.wait()
             waited_s = time.monotonic() - began
             saving.blocked_s += waited_s
+            self._stall.end(asked=began, copied=saving.copied_at)
             saving.confirm()
         self._raise_error(saving)
         return time.monotonic() - began

@@ -26,8 +26,8 @@ def train(run: Run) -> None:
         with clock("checkpoint"):
             run.wait_copied(step)  # the update changes what the last snapshot may still be copying
         grad_norm, lr = run.engine.update(step)
-        if run.checkpoint_due(step):
-            with clock("checkpoint"):
+        with clock("checkpoint"):
+            if run.checkpoint_due(step):
                 run.save(step)
 
         done = StepDone(
@@ -47,8 +47,7 @@ def train(run: Run) -> None:
             alpha=reduced.alpha,
             residual=reduced.residual,
         )
-        run.events.write(done)
-        run.progress.step(done)
+        run.note(done)
         if run.evaluation_due(step):
             run.evaluate(step)
     run.finish()

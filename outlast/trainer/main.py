@@ -32,17 +32,19 @@ from outlast.diagnostics import (
     shm_directory,
 )
 from outlast.errors import ConfigError, DataError, OutlastError, RunDirectoryError
-from outlast.events import CommChosen, EventLog, RunEnded, RunStarted
+from outlast.events import CommChosen, Event, EventLog, RunEnded, RunStarted
 from outlast.launch import NO_RESTART_STATUS, WATCHED, Place, find_place
 from outlast.trainer import logs, process_group
 from outlast.trainer.data import Corpus, Loader, find_files, split_held_out
 from outlast.trainer.engine import build_engine
+from outlast.trainer.history import History, read_history
 from outlast.trainer.loop import train
 from outlast.trainer.model import GPT
 from outlast.trainer.progress import Progress
 from outlast.trainer.rng import seed_all
 from outlast.trainer.run import Run
 from outlast.trainer.rundir import Attempt, begin_attempt, run_path
+from outlast.trainer.schedule import Schedule
 from outlast.trainer.settings import Config
 from outlast.trainer.summary import render_summary
 
@@ -160,6 +162,14 @@ def _join(config: Config, place: Place, device: torch.device, attempt: Attempt, 
     model = GPT(config.model, seed=config.run.seed).to(device)
     engine = build_engine(model, config, device, observer=recorder, tell=lambda choice: _say_choice(choice, events))
     stack.callback(engine.close)
+    auto = config.checkpoint.every_steps == "auto" and place.rank == 0
+    history = read_history(attempt) if auto else History()
+    schedule = Schedule(config.checkpoint, place, device, history, recorder, events)
+
+    def emit(event: Event) -> None:
+        events.write(event)
+        schedule.hear(event)
+
     url = config.checkpoint.url if config.checkpoint.url is not None else str(attempt.run / "checkpoints")
     checkpointer = stack.enter_context(
         Checkpointer(
@@ -169,7 +179,7 @@ def _join(config: Config, place: Place, device: torch.device, attempt: Attempt, 
             world_size=place.world_size,
             epoch=epoch,
             group=dist.group.WORLD,
-            emit=events.write,
+            emit=emit,
         )
     )
     order: dict[str, Any] = {
@@ -187,6 +197,7 @@ def _join(config: Config, place: Place, device: torch.device, attempt: Attempt, 
         loader=Loader(training, accumulate=config.trainer.accumulate, **order),
         held_out=Loader(held_out, accumulate=1, **order),
         checkpointer=checkpointer,
+        schedule=schedule,
         recorder=recorder,
         heartbeat=heartbeat,
         events=events,

@@ -12,13 +12,14 @@ import torch.distributed as dist
 from outlast.checkpoint import Checkpointer, Restored
 from outlast.diagnostics import Heartbeat, Recorder
 from outlast.errors import StateMismatch
-from outlast.events import EvalDone, EventLog
+from outlast.events import EvalDone, EventLog, StepDone
 from outlast.launch import Place
 from outlast.trainer.data import Loader
 from outlast.trainer.engine import Engine
 from outlast.trainer.progress import Progress
 from outlast.trainer.rng import load_rng_state, rng_state
 from outlast.trainer.rundir import Attempt
+from outlast.trainer.schedule import Schedule
 from outlast.trainer.settings import Config
 
 _LOG = logging.getLogger("outlast")
@@ -35,12 +36,15 @@ class Run:
     loader: Loader
     held_out: Loader
     checkpointer: Checkpointer
+    schedule: Schedule
     recorder: Recorder
     heartbeat: Heartbeat
     events: EventLog
     progress: Progress
     first_step: int = 1
     last_step: int = field(init=False)
+    _durable: bool = True
+    """Whether the checkpoint that is due is to reach storage."""
 
     def __post_init__(self) -> None:
         self.last_step = self.config.trainer.steps
@@ -72,13 +76,10 @@ class Run:
             _LOG.info("step %d: held-out loss %.4f", step, loss)
 
     def checkpoint_due(self, step: int) -> bool:
-        """Whether a checkpoint is to be begun after ``step``, in whatever tier."""
+        """Whether a checkpoint is to be begun after ``step``, in whatever tier; collective with ``every_steps = "auto"``."""
+        self._durable = step == self.last_step or self.schedule.due(step, saving=self.checkpointer.running)
         memory = self.config.checkpoint.memory_every_steps
-        return self._durable(step) or (memory > 0 and step % memory == 0)
-
-    def _durable(self, step: int) -> bool:
-        """Whether the checkpoint of ``step`` is to reach storage."""
-        return step % self.config.checkpoint.every_steps == 0 or step == self.last_step
+        return self._durable or (memory > 0 and step % memory == 0)
 
     def wait_copied(self, step: int) -> None:
         """Wait until the last snapshot no longer needs the live tensors; raises SnapshotMutated if one was changed."""
@@ -93,7 +94,13 @@ class Run:
         replicated = {**state.replicated, "data": self.loader.state()}
         local: dict[str, Any] = {**state.local, "rng": rng_state()}
         eager = state.eager | {"rng"}
-        self.checkpointer.save(step, replicated=replicated, local=local, eager=eager, durable=self._durable(step))
+        self.checkpointer.save(step, replicated=replicated, local=local, eager=eager, durable=self._durable)
+
+    def note(self, done: StepDone) -> None:
+        """Tell what a step was like, and learn from it when checkpoints are due."""
+        self.events.write(done)
+        self.progress.step(done)
+        self.schedule.note(done, saving=self.checkpointer.running)
 
     def restore(self, resume: str) -> Restored | None:
         """Go on from a checkpoint, if there is one; collective.
