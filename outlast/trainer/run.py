@@ -76,7 +76,10 @@ class Run:
             _LOG.info("step %d: held-out loss %.4f", step, loss)
 
     def checkpoint_due(self, step: int) -> bool:
-        """Whether a checkpoint is to be begun after ``step``, in whatever tier; collective with ``every_steps = "auto"``."""
+        """Whether a checkpoint is to be begun after ``step``, in whatever tier.
+
+        Collective with ``checkpoint.every_steps = "auto"``.
+        """
         self._durable = step == self.last_step or self.schedule.due(step, saving=self.checkpointer.running)
         memory = self.config.checkpoint.memory_every_steps
         return self._durable or (memory > 0 and step % memory == 0)

@@ -97,6 +97,47 @@ def test_every_single_bit_of_the_records(pristine: Path) -> None:
                 assert error.value.kind is CorruptCheckpoint
 
 
+def test_any_file_as_it_was_a_step_before(pristine: Path, tmp_path: Path) -> None:
+    """Each a good file, with a good checksum of its own: only what was voted for tells that it is stale."""
+    older, stale = pristine / "step_00000001", 0
+    for number, file in enumerate(files_of(pristine / "step_00000002")):
+        url = Path(shutil.copytree(pristine, tmp_path / f"{number}"))
+        place = url / "step_00000002" / file
+        differs = place.read_bytes() != (older / file).read_bytes()
+        shutil.copyfile(older / file, place)
+        stale += differs
+        assert [problem.file for problem in verify(url, 2).problems] == ([file] if differs else [])
+        with checkpointer(url) as reader:
+            back = reader.restore("auto")
+        assert back is not None
+        assert back.step == (1 if differs else 2)
+        assert same(back.replicated, state(back.step))
+        shutil.rmtree(url)
+    assert stale > 8
+
+
+def test_any_two_files_that_changed_places(pristine: Path, tmp_path: Path) -> None:
+    files = files_of(pristine / "step_00000002")
+    for number, (file, other) in enumerate(zip(files, files[1:] + files[:1], strict=True)):
+        url = Path(shutil.copytree(pristine, tmp_path / f"{number}"))
+        one, two = url / "step_00000002" / file, url / "step_00000002" / other
+        before, after = one.read_bytes(), two.read_bytes()
+        one.write_bytes(after), two.write_bytes(before)
+        problems = {problem.file for problem in verify(url, 2).problems}
+        if before == after:
+            assert not problems
+        elif "commit.json" in (file, other):
+            assert problems == {"commit.json"}
+        else:
+            assert problems & {file, other}
+            assert problems <= {file, other}
+        with checkpointer(url) as reader:
+            back = reader.restore("auto")
+        assert back is not None
+        assert back.step == (2 if before == after else 1)
+        shutil.rmtree(url)
+
+
 def test_two_chunks_of_one_size_changed_places(url: Path) -> None:
     one = url / "step_00000002" / "optimizer" / "blocks.0.norm.bias" / "exp_avg" / "c.0"
     # Each file ends in a CRC of its own bytes that is right; only the vote knows which belongs where.
