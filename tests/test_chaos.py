@@ -16,13 +16,23 @@ from tests.helpers import clean_env
 @pytest.mark.slow
 def test_a_run_that_loses_ranks_and_nodes(root: Path, tmp_path: Path) -> None:
     """`python -m benchmarks.chaos --kills 100` is the long one."""
-    command = [sys.executable, "-m", "benchmarks.chaos", "--kills", "5", "--seed", "4", "--json", tmp_path / "out.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.chaos",
+        "--kills",
+        "5",
+        "--seed",
+        "16",
+        "--json",
+        tmp_path / "out.json",
+    ]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=280, env=clean_env())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     told = json.loads((tmp_path / "out.json").read_text())
     assert told["bit_identical"]
     assert told["kills"] == 5
-    assert told["nodes_lost_with_their_memory"] >= 1
-    assert {"memory", "partner"} <= set(told["restores_by_slowest_tier_used"])
-    assert told["most_lost_steps"] <= told["interval_steps"] == 2
+    assert told["nodes_lost_with_their_memory"] == 2
+    assert told["restarts_behind_what_was_saved"] == 0
+    assert told["most_lost_steps"] < 2 * told["interval_steps"], "an interval, and what was done while a copy was sent"
     assert all(sum(kill["tiers"].values()) > 0 for kill in told["each"])
