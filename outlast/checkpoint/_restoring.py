@@ -18,6 +18,7 @@ from outlast.checkpoint._reading import StepReader, as_error
 from outlast.checkpoint._records import Fault
 from outlast.checkpoint._steps import Scan, bring_back, clear_leftover, scan, set_aside
 from outlast.checkpoint._store import Store
+from outlast.checkpoint._wanted import Wanted
 from outlast.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -33,7 +34,10 @@ _NONE = -1
 
 @dataclass(frozen=True)
 class Restored:
-    """State read back; nested dictionaries as they were saved, tensors on the CPU, each with memory of its own."""
+    """State read back; nested dictionaries as they were saved, tensors on the CPU, each with memory of its own.
+
+    Restored into a running job's sharding, a DTensor has this rank's part on the CPU, whatever its mesh's device.
+    """
 
     step: int
     replicated: dict[str, Any]
@@ -57,6 +61,7 @@ class Restoring:
     emit: Callable[[Event], None]
     io: ThreadPoolExecutor
     any_world_size: bool = False
+    wanted: Wanted | None = None
 
     def newest(self) -> Restored | None:
         """The newest valid step; damaged ones are set aside. None if there is not a single one."""
@@ -104,7 +109,7 @@ class Restoring:
         except Fault as fault:
             problem = _pack(fault.kind, fault.file, fault.reason)
         except StateMismatch as error:
-            problem = _pack(StateMismatch, "", error.what)
+            problem = _pack(StateMismatch, error.fix, error.what)
         except OSError as error:
             problem = _pack(CheckpointError, "", f"{type(error).__name__}: {error}")
         texts = self.agreement.texts(problem)
@@ -115,7 +120,7 @@ class Restoring:
             return result
         for rank, other in found:
             if other.kind is StateMismatch:
-                raise StateMismatch(other.reason, "start with the number of ranks that saved it")
+                raise StateMismatch(other.reason, other.file)  # no file is at fault; there is what to do
             if other.kind not in (CorruptCheckpoint, IncompleteCheckpoint):
                 note = f"{other.reason} (found by rank {rank})"
                 raise as_error(Fault(other.kind, other.file, note), self.store, step)
@@ -124,7 +129,8 @@ class Restoring:
     def _load(self, step: int) -> Restored:
         reader = StepReader(self.store, step, self.io)
         saved_by = reader.commit.world_size
-        # Replicated state by every rank and local state by its owner: together the ranks verify every file.
+        # Replicated state by every rank, shards by those that need them (together the ranks need all of a tensor), and
+        # local state by its owner: together the ranks verify every file.
         local: dict[str, Any] = {}
         if saved_by == self.world_size:
             local = reader.load(self.rank)
@@ -134,7 +140,8 @@ class Restoring:
                     raise fault
         else:
             raise StateMismatch(
-                f"{self.store.url}/{step_name(step)} was saved by {saved_by} ranks, this job has {self.world_size}"
+                f"{self.store.url}/{step_name(step)} was saved by {saved_by} ranks, this job has {self.world_size}",
+                "start with the number of ranks that saved it",
             )
 
         def read_local(rank: int) -> dict[str, Any]:
@@ -143,7 +150,7 @@ class Restoring:
             except Fault as fault:
                 raise as_error(fault, self.store, step) from fault
 
-        return Restored(step, reader.load(None), local, saved_by, read_local)
+        return Restored(step, reader.load(None, self.wanted), local, saved_by, read_local)
 
     def _scan(self) -> Scan:
         """What is there, as rank 0 sees it (empty on the others)."""

@@ -77,7 +77,7 @@ class Snapshot:
             for content in part.contents:
                 if content.offset > at:
                     crc = _zero(payload[at : content.offset], crc)
-                at = content.offset + content.source.nbytes
+                at = content.offset + content.nbytes
                 crc = self._copy(content, payload[content.offset : at], crc)
                 mark = self._marks.get(id(content.item))
                 if mark is not None:
@@ -107,15 +107,21 @@ class Snapshot:
         source = content.source
         if not source.numel():
             return crc
+        if content.block:
+            corner = target.zero_().view(source.dtype).view(content.block)
+            for d, size in enumerate(source.shape):
+                corner = corner.narrow(d, 0, size)
+        else:
+            corner = target.view(source.dtype).view(source.shape)
         if source.device in self._queued:
             stream = self._streams.get(source.device)
             if stream is None:
                 stream = self._streams[source.device] = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
                 stream.wait_event(self._queued[source.device])
             with torch.cuda.stream(stream):
-                target.view(source.dtype).view(source.shape).copy_(source, non_blocking=True)
+                corner.copy_(source, non_blocking=True)
             stream.synchronize()
-        elif source.is_contiguous() and not source.is_conj() and not source.is_neg():
+        elif not content.block and source.is_contiguous() and not source.is_conj() and not source.is_neg():
             raw = source.reshape(-1).view(torch.uint8)
             data = raw.numpy().data
             for at in range(0, len(data), _STRIDE_BYTES):
@@ -123,7 +129,7 @@ class Snapshot:
                 crc = crc32c.crc32c(data[at : at + _STRIDE_BYTES], crc)
             return crc
         else:
-            target.view(source.dtype).view(source.shape).copy_(source)
+            corner.copy_(source)
         return crc32c.crc32c(target.numpy().data, crc)
 
 

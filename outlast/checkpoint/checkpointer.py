@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from outlast.checkpoint._agreement import Agreement
 from outlast.checkpoint._arena import Arena
+from outlast.checkpoint._dtensor import Meshes
 from outlast.checkpoint._layout import share_of
 from outlast.checkpoint._names import rank_name
 from outlast.checkpoint._restoring import Restored, Restoring
@@ -21,6 +22,7 @@ from outlast.checkpoint._saving import Place, Saving
 from outlast.checkpoint._snapshot import Snapshot
 from outlast.checkpoint._store import open_store
 from outlast.checkpoint._tree import Plan, lay_out
+from outlast.checkpoint._wanted import agree_on
 from outlast.checkpoint._zarr import CRC_BYTES
 from outlast.checkpoint.settings import CheckpointConfig
 from outlast.errors import CheckpointError
@@ -119,13 +121,14 @@ class Checkpointer:
         Args:
             step: number of the step just done, >= 0.
             replicated: equal on all ranks, each of which writes an equal share of it. Nested: keys to tensors, JSON
-                values, or dictionaries.
+                values, or dictionaries. DTensors on meshes of all ranks may be among the tensors: each rank writes its
+                part, or where several hold the same a share of it.
             local: this rank's own.
             eager: top-level keys (of either) whose tensors may change at once; they are copied before this returns. All
                 other tensors must not be changed until :meth:`wait_copied` has returned. JSON values are always copied.
 
         Raises:
-            CheckpointError: a key, value or dtype that cannot be stored; names it.
+            CheckpointError: a key, value, dtype or DTensor's placement that cannot be stored; names it.
             SnapshotMutated: a tensor of the save before was changed too early.
             StateMismatch: in the save before, the replicated state of some rank was laid out differently (on rank 0).
         """
@@ -137,7 +140,7 @@ class Checkpointer:
         self._finish()
         rank, config = self._place.rank, self._place.config
         of_all, own = Plan(), Plan()
-        lay_out(of_all, replicated, "", eager)
+        lay_out(of_all, replicated, "", eager, Meshes(self._group, self._place.world_size))
         lay_out(own, local, rank_name(rank), eager)
         share = share_of(
             of_all,
@@ -177,7 +180,13 @@ class Checkpointer:
         self._raise_error(saving)
         return time.monotonic() - began
 
-    def restore(self, which: Literal["auto"] | int, *, any_world_size: bool = False) -> Restored | None:
+    def restore(
+        self,
+        which: Literal["auto"] | int,
+        *,
+        like: Mapping[str, Any] | None = None,
+        any_world_size: bool = False,
+    ) -> Restored | None:
         """Read a checkpoint back, every byte verified; collective over the group.
 
         ``"auto"`` takes the newest step that all ranks find complete and undamaged. Damaged newer ones are reported
@@ -186,6 +195,11 @@ class Checkpointer:
 
         Args:
             which: ``"auto"``, or a step.
+            like: the running replicated state, nested as it is saved. Its DTensors come back as DTensors on the same
+                mesh with the same placements, of which each rank reads, and verifies, no more than the chunks that its
+                part needs; together the ranks verify all. The step must have exactly the tensors of ``like``, in shape
+                and dtype, however they were sharded when it was saved; values that are no tensors are not compared.
+                Without it, every rank reads all tensors whole.
             any_world_size: take a step that another number of ranks saved: ``Restored.local`` is empty then, and
                 ``Restored.read_local`` gives any of those ranks' local state.
 
@@ -197,16 +211,19 @@ class Checkpointer:
             CorruptCheckpoint: the step asked for is damaged, or (``"auto"``) there are checkpoints but none is valid.
             IncompleteCheckpoint: a file or the commit record of the step asked for is missing.
             UnknownFormatVersion: written by another version of outlast; it is left as it is.
-            StateMismatch: saved by another number of ranks, unless ``any_world_size``.
-            CheckpointError: the storage cannot be read, or there are several ranks without a process group.
+            StateMismatch: saved by another number of ranks, unless ``any_world_size``; other tensors than ``like`` has;
+                or ranks whose ``like`` differs.
+            CheckpointError: the storage cannot be read, there are several ranks without a process group, or a DTensor
+                in ``like`` that could not be saved.
         """
         if self._closed:
             raise CheckpointError("restore on a closed Checkpointer")
         self._finish()
         agreement = Agreement(self._group, self._place.rank, self._place.world_size)
         place = self._place
+        wanted = agree_on(like, Meshes(self._group, place.world_size), agreement)
         restoring = Restoring(
-            self._store, place.rank, place.world_size, agreement, place.emit, self._io, any_world_size
+            self._store, place.rank, place.world_size, agreement, place.emit, self._io, any_world_size, wanted
         )
         return restoring.newest() if which == "auto" else restoring.exactly(which)
 
