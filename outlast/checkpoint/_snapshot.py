@@ -5,8 +5,9 @@ has to wait for it. That nothing was changed before then is checked, not believe
 
 - ``Tensor._version``, which every in-place operation of PyTorch raises, and the address, recorded when the snapshot
   begins, are compared after each tensor's copy and again when the training thread asks to go on;
-- fused optimizers and writes through ``.data`` or NumPy do not raise ``_version``. For tensors in host memory, a few
-  elements spread over the tensor are recorded and compared too: no proof, but an update changes nearly all elements.
+- fused optimizers, foreach optimizers of DTensors, and writes through ``.data`` or NumPy do not raise ``_version``. For
+  tensors in host memory, a few elements spread over the tensor are recorded and compared too: no proof, but an update
+  changes nearly all elements.
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ class _Mark:
                 "name its top-level key in `eager`",
             )
         self._item = item
-        self._version = item.tensor._version
+        self._watched = [item.tensor] if item.dtensor is None else [item.tensor, item.dtensor]
+        self._versions = [tensor._version for tensor in self._watched]
         self._address = item.tensor.data_ptr()
         self._places = _places(item.tensor) if item.tensor.device.type == "cpu" else []
         self._sample = self._read()
@@ -157,8 +159,9 @@ class _Mark:
         tensor = self._item.tensor
         if tensor.data_ptr() != self._address:
             self._fail("its storage was replaced")
-        if tensor._version != self._version:
-            self._fail(f"_version {self._version} became {tensor._version}")
+        versions = [tensor._version for tensor in self._watched]
+        if versions != self._versions:
+            self._fail(f"_version {self._versions} became {versions}")
         if self._read() != self._sample:
             self._fail("its elements differ, though its _version does not")
 

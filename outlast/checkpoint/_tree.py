@@ -33,6 +33,8 @@ class Item:
     eager: bool
     spread: Spread | None = None
     """Of a DTensor: where its parts lie."""
+    dtensor: torch.Tensor | None = None
+    """It itself: what changes it raises its ``_version``, and not that of the part."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,7 +109,7 @@ def _group(
         elif is_dtensor(value) and meshes is not None:
             part = local_part(value, child_name)
             check_storable(part, child_name)
-            plan.items.append(Item(child, child_name, part, child_eager, meshes.spread(value, child_name)))
+            plan.items.append(Item(child, child_name, part, child_eager, meshes.spread(value, child_name), value))
         else:
             check_storable(value, child_name)
             plan.items.append(Item(child, child_name, value.detach(), child_eager))
