@@ -31,8 +31,8 @@ from outlast.events import CheckpointFailed, Event
 from tests.checkpoint.helpers import flip
 
 LIMIT_S = 90.0
-CONFIG = CheckpointConfig(commit_timeout_s=60.0, keep_last=0, io_threads=2, chunk_mb=0.0004, pack_below_kb=0.1)
-"""Chunks of 400 bytes, so that a shard is several; scalars are packed, biases are not."""
+CONFIG = CheckpointConfig(commit_timeout_s=60.0, keep_last=0, io_threads=2, chunk_mb=0.0003, pack_below_kb=0.1)
+"""Chunks of 300 bytes, so that some shards are several; scalars are packed, biases are not."""
 BATCH = 12
 
 
@@ -384,3 +384,35 @@ def refused(rank: int, url: str) -> dict[str, str]:
             torch._foreach_mul_([state["rows"]], 2.0)
         note("unheard of", saver.wait_copied)
     return found
+
+
+def memory(rank: int, url: str, layers: int) -> dict[str, float]:
+    """Peak of memory, in MB, of restoring a state into a model that has no memory yet, and of restoring it whole."""
+    mesh = init_device_mesh("cpu", (4,))
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(2000, 1000, bias=False) for _ in range(layers)))
+    fully_shard(model, mesh=mesh)
+    rows = torch.full((250, 2000), float(rank))
+    state = {f"{i}.weight": DTensor.from_local(rows + 10 * i, mesh, [Shard(0)], run_check=False) for i in range(layers)}
+    with checkpointer(url, rank, chunk_mb=1.0) as saver:
+        saver.save(1, replicated={"model": state}, local={})
+    del state
+    dist.barrier()
+    found = {}
+    with checkpointer(url, rank) as saver:
+        for how, like in (("parts", {"model": model.state_dict()}), ("whole", None)):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+            before = _status_mb("VmRSS")
+            back = saver.restore(1, like=like)
+            found[how] = _status_mb("VmHWM") - before
+            assert back is not None
+            if like is not None:
+                model.load_state_dict(back.replicated["model"], assign=True)
+    for i, layer in enumerate(model):
+        assert torch.equal(layer.weight.to_local(), rows + 10 * i)
+    return found
+
+
+def _status_mb(what: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024 / 1e6
