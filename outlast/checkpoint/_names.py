@@ -116,8 +116,10 @@ def encode_key(key: str | int, *, at_root: bool = False) -> str:
     Raises:
         CheckpointError: the encoded key is longer than file systems allow, or empty.
     """
-    if isinstance(key, int):
+    if type(key) is int:
         return f"~{key}"
+    if not isinstance(key, str):
+        raise CheckpointError(f"the state has the key {key!r}", "keys must be strings, below the top integers as well")
     if not key:
         raise CheckpointError("an empty string is a key of the state", "every key needs a name")
     try:

@@ -120,7 +120,7 @@ class Snapshot:
                 stream = self._streams[source.device] = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
                 stream.wait_event(self._queued[source.device])
             with torch.cuda.stream(stream):
-                corner.copy_(source, non_blocking=True)
+                corner.copy_(source, non_blocking=not content.block)  # into a corner it goes through another buffer
             stream.synchronize()
         elif not content.block and source.is_contiguous() and not source.is_conj() and not source.is_neg():
             raw = source.reshape(-1).view(torch.uint8)

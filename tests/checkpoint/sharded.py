@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from outlast.checkpoint import CheckpointConfig, Checkpointer
+from outlast.checkpoint import CheckpointConfig, Checkpointer, attach
 from outlast.checkpoint._store import LocalStore
 from outlast.errors import OutlastError
 from outlast.events import CheckpointFailed, Event
@@ -416,3 +416,17 @@ def memory(rank: int, url: str, layers: int) -> dict[str, float]:
 def _status_mb(what: str) -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
     return int(line.split()[1]) * 1024 / 1e6
+
+
+def documented(rank: int, folder: str, code: str) -> list[int]:
+    """The steps that an example in the docs takes."""
+    os.chdir(folder)
+    job, steps = Job(rank, Sharding((dist.get_world_size(),))), list[int]()
+
+    def loss(model: nn.Module, step: int) -> torch.Tensor:
+        steps.append(step)
+        result: torch.Tensor = model(torch.full((2, 10), 0.01 * step)).square().mean()
+        return result
+
+    exec(code, {"model": job.model, "optimizer": job.optimizer, "loss": loss, "attach": attach})
+    return steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.checkpoint.sharded import (
     Sharding,
     arrays,
     damaged,
+    documented,
     memory,
     parts,
     refused,
@@ -155,3 +157,10 @@ def test_memory_is_that_of_the_parts(tmp_path: Path) -> None:
         grown_mb = 5 * 8  # by so much the whole state is larger
         assert many["parts"] - few["parts"] < grown_mb / 4 + 8
         assert many["whole"] - few["whole"] > grown_mb - 10
+
+
+def test_the_example_in_the_docs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "checkpointing.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, flags=re.S) if "like=" in block]
+    assert run(2, documented, str(tmp_path), code.replace("1001", "21")) == [list(range(1, 21))] * 2
+    assert run(3, documented, str(tmp_path), code.replace("1001", "31")) == [list(range(21, 31))] * 3
