@@ -1,4 +1,4 @@
-"""FSDP2 over slow links: compressed gradients, each rank's shards and error feedback in one checkpoint, exact resume.
+"""FSDP2 over slow links: compressed gradients, sharded parameters and error feedback in one checkpoint, exact resume.
 
     torchrun --nproc-per-node 2 examples/fsdp_loop.py runs/fsdp_loop
 
@@ -41,14 +41,11 @@ def main(folder: str) -> None:
     config = CommConfig(target="update", density=0.05, dense_below=1024, warmup_steps=10)
     reducer = attach_fsdp(model, config=config)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=0.01)
-    shards = {name: parameter.to_local() for name, parameter in model.named_parameters()}
 
     with outlast.checkpoint.attach(folder) as checkpointer:
         first = 1
-        if restored := checkpointer.restore("auto"):
-            with torch.no_grad():
-                for name, shard in shards.items():
-                    shard.copy_(restored.local["model"][name])
+        if restored := checkpointer.restore("auto", like={"model": model.state_dict()}):  # in parts
+            model.load_state_dict(restored.replicated["model"])
             reducer.load_state_dict(
                 {"local": restored.local["comm"], "replicated": {}, "meta": restored.replicated["comm"]}
             )
@@ -69,8 +66,8 @@ def main(folder: str) -> None:
                 comm = reducer.state_dict()
                 checkpointer.save(
                     step,
-                    replicated={"comm": comm["meta"]},
-                    local={"model": shards, "comm": comm["local"]},
+                    replicated={"model": model.state_dict(), "comm": comm["meta"]},
+                    local={"comm": comm["local"]},
                     eager={"comm"},  # the next backward changes it
                 )
                 if rank == 0:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from outlast.checkpoint._dtypes import dtype_name
-from outlast.checkpoint._names import decode_key, parse_aside, parse_replaced, parse_step, rank_name, step_name
+from outlast.checkpoint._names import parse_aside, parse_replaced, parse_step, rank_name, readable, step_name
 from outlast.checkpoint._opened import THREADS, OpenedStep, choose, storage
 from outlast.checkpoint._reading import Progress, StepReader
 from outlast.checkpoint._records import FORMAT_VERSION, Fault, read_commit
@@ -132,13 +132,13 @@ def describe(url: str | os.PathLike[str], step: int | None = None) -> StepDescri
             arrays, attributes = opened.describe(rank)
             prefix = "" if rank is None else f"{rank_name(rank)}/"
             tensors += [
-                TensorInfo(_readable(path.removeprefix(prefix)), rank, a.shape, dtype_name(a.dtype), a.payload_bytes)
+                TensorInfo(readable(path.removeprefix(prefix)), rank, a.shape, dtype_name(a.dtype), a.payload_bytes)
                 for path, a in sorted(arrays.items())
             ]
             for path, items in sorted(attributes.items()):
                 for key, value in items.items():
                     if path or key != HEADER:
-                        values[f"{_readable(path)}/{key}" if path else key] = value
+                        values[f"{readable(path)}/{key}" if path else key] = value
         return StepDescription(
             opened.url,
             opened.step,
@@ -198,7 +198,3 @@ def _info(store: Store, step: int) -> StepInfo:
 
 def _problem(fault: Fault) -> Problem:
     return Problem(fault.file, fault.kind.__name__, fault.reason)
-
-
-def _readable(path: str) -> str:
-    return "/".join(decode_key(part) for part in path.split("/"))

@@ -1,7 +1,7 @@
 """JSON values of the state as Zarr attributes: exact, strict JSON, nothing converted in silence.
 
 Numbers keep their value bit for bit (Python writes the shortest text that reads back to the same float). JSON has no
-NaN and no infinities; they are written as ``{"outlast_float": "NaN"}``.
+NaN and no infinities; they are written as ``{"outlast_float": "NaN"}``, and tuples as ``{"outlast_tuple": [...]}``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from outlast.errors import CheckpointError
 
 _ODD = "outlast_float"
+_TUPLE = "outlast_tuple"
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -19,7 +20,7 @@ def to_json(value: object, where: str) -> Any:
     """``value`` as what :func:`json.dumps` writes strictly; a copy, so that later changes do not reach it.
 
     Raises:
-        CheckpointError: something that JSON cannot give back as it was (a tuple, an array, a key that is no string).
+        CheckpointError: something that JSON cannot give back as it was (a set, an array, a key that is no string).
     """
     if value is None or isinstance(value, (bool, str)):
         return value
@@ -31,16 +32,18 @@ def to_json(value: object, where: str) -> Any:
         return {_ODD: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
     if isinstance(value, list):
         return [to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if type(value) is tuple:  # not those with names, which would come back without
+        return {_TUPLE: to_json(list(value), where)}
     if isinstance(value, dict):
         for key in value:
-            if not isinstance(key, str) or key == _ODD:
+            if not isinstance(key, str) or key in (_ODD, _TUPLE):
                 raise CheckpointError(
-                    f"the state at {where!r} has the key {key!r}", f"keys must be strings other than {_ODD!r}"
+                    f"the state at {where!r} has the key {key!r}", f"keys must be strings other than {_ODD}, {_TUPLE}"
                 )
         return {key: to_json(item, f"{where}/{key}") for key, item in value.items()}
     raise CheckpointError(
         f"the state at {where!r} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored",
-        "store tensors (in dictionaries), numbers, strings, lists, None, True, False and dictionaries of these",
+        "store tensors (in dictionaries), numbers, strings, lists, tuples, None, True, False and dictionaries of these",
     )
 
 
@@ -51,5 +54,7 @@ def from_json(value: Any) -> Any:
     if isinstance(value, dict):
         if set(value) == {_ODD}:
             return _WORDS[value[_ODD]]
+        if set(value) == {_TUPLE}:
+            return tuple(from_json(value[_TUPLE]))
         return {key: from_json(item) for key, item in value.items()}
     return value

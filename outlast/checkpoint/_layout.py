@@ -2,22 +2,27 @@
 
 A tensor is one Zarr array. Large ones are cut into chunks along their first dimensions, small ones of one rank are
 packed end to end into arrays of bytes, with an index in the array's attributes. Local state is written by its rank;
-replicated state is written once, each rank taking an equal share of its bytes, cut at chunks.
+replicated state is written once, each rank taking an equal share of its bytes, cut at chunks. Of a tensor that lies in
+shards each is written by a rank that holds it, in chunks that end where shards do; it is never packed.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from outlast.checkpoint._grid import chunk_shape, shard_chunk_shape
 from outlast.checkpoint._names import PACKS, pack_path
 from outlast.checkpoint._records import crc_hex
+from outlast.checkpoint._shards import whole
 from outlast.checkpoint._tree import Item, Plan
 from outlast.checkpoint._zarr import Packed, array_document, chunk_name, group_document, node_path, pack_document
+from outlast.errors import CheckpointError
 
 _PACK_ALIGNMENT_BYTES = 64
 
@@ -30,6 +35,13 @@ class Content:
     source: torch.Tensor
     """A view of the item's tensor."""
     offset: int
+    block: tuple[int, ...] = ()
+    """Shape of the block of which they are a corner, and the rest of it is zero; without it, they lie end to end."""
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes of the part."""
+        return math.prod(self.block) * self.source.itemsize if self.block else self.source.nbytes
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,8 @@ class Share:
     local_bytes: int
     """Of this rank's local tensors."""
     digest: str
-    """Checksum of names, shapes and types of the replicated state: ranks that differ in it have no common checkpoint.
-    """
+    """Checksum of names, shapes, types and placements of the replicated state: ranks that differ in it have no common
+    checkpoint."""
 
 
 def share_of(
@@ -67,41 +79,54 @@ def share_of(
     """What ``rank`` writes of a replicated and its own local state.
 
     Args:
-        replicated: equal on all ranks but for the tensors' numbers.
+        replicated: equal on all ranks but for the tensors' numbers, and for which shards a rank holds.
         local: this rank's.
         rank: of ``world_size``.
         world_size: number of ranks.
         chunk_bytes: a chunk has at most that many, unless a single element is larger.
         pack_below_bytes: tensors smaller than this are packed.
+
+    Raises:
+        CheckpointError: shards that fit no regular grid of chunks; names the tensor.
     """
     documents: dict[str, bytes] = {}
     parts: list[Part] = []
     small: list[Item] = []
     # By path, not in the order of the dictionaries, which a restore need not keep.
     of_all, own = (sorted(plan.items, key=lambda item: item.path) for plan in (replicated, local))
-    total = sum(item.tensor.nbytes for item in of_all)
-    before = 0
+    everyone = tuple(range(world_size))
+    # Ranks that hold the same share it by its bytes. Of shards that others hold nothing has to be known.
+    total, before = Counter[tuple[int, ...]](), Counter[tuple[int, ...]]()
     for item in of_all:
-        tensor = item.tensor
-        if tensor.nbytes < pack_below_bytes:
-            if _owner(before, tensor.nbytes, total, world_size) == rank:
+        total[item.spread.holders if item.spread else everyone] += item.tensor.nbytes
+    for number, item in enumerate(of_all):
+        holders = item.spread.holders if item.spread else everyone
+        if item.spread is None and item.tensor.nbytes < pack_below_bytes:
+            if _owner(holders, before[holders], item.tensor.nbytes, total[holders]) == rank:
                 small.append(item)
         else:
-            pieces = list(_cut(item, chunk_bytes))
-            starts = [before * len(pieces) + index * tensor.nbytes for index in range(len(pieces))]
-            owners = [_owner(start, tensor.nbytes, total * max(1, len(pieces)), world_size) for start in starts] or [
-                _owner(before, 0, total, world_size)
-            ]
-            if owners[0] == rank:
-                documents |= _document(item, chunk_bytes)
-            parts += [piece for piece, owner in zip(pieces, owners, strict=False) if owner == rank]
-        before += tensor.nbytes
+            chunk = _chunk(item, chunk_bytes)
+            at, owners = before[holders], []
+            for piece in _cut(item, chunk):
+                nbytes = piece.contents[0].source.nbytes
+                owners.append(_owner(holders, at, nbytes, total[holders]))
+                if owners[-1] == rank:
+                    parts.append(piece)
+                at += nbytes
+            if item.spread:
+                writer = number % world_size
+            else:
+                writer = owners[0] if owners else _owner(holders, at, 0, total[holders])
+            if writer == rank:
+                documents |= _document(item, chunk)
+        before[holders] += item.tensor.nbytes
     for item in own:
         if item.tensor.nbytes < pack_below_bytes:
             small.append(item)
         else:
-            documents |= _document(item, chunk_bytes)
-            parts += _cut(item, chunk_bytes)
+            chunk = _chunk(item, chunk_bytes)
+            documents |= _document(item, chunk)
+            parts += _cut(item, chunk)
     for number, (packed, index) in enumerate(_pack(small, chunk_bytes)):
         path = pack_path(rank, number)
         nbytes = max(1, sum(_room(content.source.nbytes) for content in packed))
@@ -115,49 +140,46 @@ def share_of(
         documents[node_path(PACKS)] = group_document({})
     parts.sort(key=lambda part: not part.eager)
     local_bytes = sum(item.tensor.nbytes for item in own)
-    return Share(documents, tuple(parts), total, local_bytes, _digest(of_all))
+    return Share(documents, tuple(parts), sum(item.nbytes for item in of_all), local_bytes, _digest(of_all))
 
 
-def chunk_shape(shape: tuple[int, ...], itemsize: int, chunk_bytes: int) -> tuple[int, ...]:
-    """The largest chunk of whole rows of at most ``chunk_bytes``, with rows spread evenly over chunks.
-
-    A chunk is 1 in the first dimensions, some rows in one, and whole in the others.
-    """
-    inner = itemsize
-    for d in range(len(shape) - 1, -1, -1):
-        if inner * shape[d] > chunk_bytes:
-            rows = max(1, chunk_bytes // inner)
-            rows = math.ceil(shape[d] / math.ceil(shape[d] / rows))
-            return (1,) * d + (rows,) + shape[d + 1 :]
-        inner *= shape[d]
-    return shape
-
-
-def _owner(before: int, nbytes: int, total: int, world_size: int) -> int:
+def _owner(holders: Sequence[int], before: int, nbytes: int, total: int) -> int:
     """Whose share the middle of some bytes falls in."""
-    return min(world_size - 1, (2 * before + nbytes) * world_size // (2 * total)) if total else 0
+    count = len(holders)
+    return holders[min(count - 1, (2 * before + nbytes) * count // (2 * total)) if total else 0]
 
 
-def _document(item: Item, chunk_bytes: int) -> dict[str, bytes]:
-    shape = tuple(item.tensor.shape)
-    chunk = chunk_shape(shape, item.tensor.itemsize, chunk_bytes)
-    return {node_path(item.path): array_document(shape, chunk, item.tensor.dtype)}
+def _chunk(item: Item, chunk_bytes: int) -> tuple[int, ...]:
+    if item.spread is None:
+        return chunk_shape(item.shape, item.tensor.itemsize, chunk_bytes)
+    try:
+        return shard_chunk_shape(item.spread, item.tensor.itemsize, chunk_bytes)
+    except ValueError as error:
+        raise CheckpointError(f"the shards of {item.name!r} {item.shape} fit no grid of chunks", str(error)) from error
 
 
-def _cut(item: Item, chunk_bytes: int) -> Iterator[Part]:
-    """A tensor's chunks, in the order of its elements; none where it has no elements."""
-    tensor, shape = item.tensor, tuple(item.tensor.shape)
-    if not tensor.numel():
-        return
-    chunk = chunk_shape(shape, tensor.itemsize, chunk_bytes)
-    nbytes = math.prod(chunk) * tensor.itemsize
-    counts = [math.ceil(size / rows) for size, rows in zip(shape, chunk, strict=True)]
-    for place in itertools.product(*map(range, counts)):
-        view = tensor
+def _document(item: Item, chunk: tuple[int, ...]) -> dict[str, bytes]:
+    return {node_path(item.path): array_document(item.shape, chunk, item.tensor.dtype)}
+
+
+def _cut(item: Item, chunk: tuple[int, ...]) -> Iterator[Part]:
+    """What this rank holds, in chunks, in the order of elements; none where there are no elements."""
+    box = item.spread.box if item.spread else whole(item.shape)
+    nbytes = math.prod(chunk) * item.tensor.itemsize
+    for place in box.places(chunk):
+        view = item.tensor
         for d, (index, rows) in enumerate(zip(place, chunk, strict=True)):
-            if rows < shape[d]:
-                view = view.narrow(d, index * rows, min(rows, shape[d] - index * rows))
-        yield Part(f"{item.path}/{chunk_name(place)}", nbytes, (Content(item, view, 0),), item.eager)
+            if rows < box.size[d]:
+                start = index * rows - box.start[d]
+                view = view.narrow(d, start, min(rows, box.size[d] - start))
+        contents = (Content(item, view, 0, () if _is_prefix(tuple(view.shape), chunk) else chunk),)
+        yield Part(f"{item.path}/{chunk_name(place)}", nbytes, contents, item.eager)
+
+
+def _is_prefix(corner: tuple[int, ...], block: tuple[int, ...]) -> bool:
+    """Whether the elements of a block's corner are the block's first ones."""
+    short = [d for d, (size, full) in enumerate(zip(corner, block, strict=True)) if size < full]
+    return not short or math.prod(corner[: short[-1]]) == 1
 
 
 def _pack(items: Sequence[Item], chunk_bytes: int) -> Iterator[tuple[tuple[Content, ...], dict[str, Packed]]]:
@@ -185,5 +207,5 @@ def _room(nbytes: int) -> int:
 
 
 def _digest(items: Sequence[Item]) -> str:
-    lines = [f"{item.path} {tuple(item.tensor.shape)} {item.tensor.dtype}\n" for item in items]
+    lines = [f"{i.path} {i.shape} {i.tensor.dtype} {i.spread.placed if i.spread else ''}\n" for i in items]
     return crc_hex("".join(lines).encode())

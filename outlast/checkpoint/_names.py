@@ -36,6 +36,7 @@ _FAILED = re.compile(r"step_([0-9]{8,})\.failed-(.+)-([0-9]+)")
 _RESERVED = re.compile(r"votes|packed|commit\.json|rank_[0-9]+")
 _PACK = re.compile(r"packed/rank_([0-9]{5,})\.[0-9]+/.+")
 _LOCAL = re.compile(r"rank_([0-9]{5,})/.+")
+_INTEGER = re.compile(r"~-?[0-9]+")
 _MAX_NAME_BYTES = 255
 _PLAIN = " +=,@()_.-~"
 
@@ -106,15 +107,19 @@ def parse_failed(name: str) -> tuple[str, int] | None:
     return (unquote(match[2]), int(match[3])) if match else None
 
 
-def encode_key(key: str, *, at_root: bool = False) -> str:
+def encode_key(key: str | int, *, at_root: bool = False) -> str:
     """A key of the state as one path component; :func:`decode_key` is its inverse.
 
     Letters, digits and ``_.-`` stay, so parameter names read naturally; ``/`` and whatever a store, a glob or Zarr
-    could take for something else becomes ``%XX``.
+    could take for something else becomes ``%XX``. The integer 5 is ``~5``, which no text becomes.
 
     Raises:
         CheckpointError: the encoded key is longer than file systems allow, or empty.
     """
+    if type(key) is int:
+        return f"~{key}"
+    if not isinstance(key, str):
+        raise CheckpointError(f"the state has the key {key!r}", "keys must be strings, below the top integers as well")
     if not key:
         raise CheckpointError("an empty string is a key of the state", "every key needs a name")
     try:
@@ -137,6 +142,11 @@ def encode_key(key: str, *, at_root: bool = False) -> str:
     return name
 
 
-def decode_key(name: str) -> str:
+def decode_key(name: str) -> str | int:
     """The key that :func:`encode_key` made this path component of."""
-    return unquote(name, errors="strict")
+    return int(name[1:]) if _INTEGER.fullmatch(name) else unquote(name, errors="strict")
+
+
+def readable(path: str) -> str:
+    """A path relative to the step as its keys, joined by ``/``."""
+    return "/".join(str(decode_key(part)) for part in path.split("/"))

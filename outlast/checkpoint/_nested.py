@@ -9,12 +9,12 @@ from outlast.errors import CheckpointError
 
 
 def leaves(state: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """What is no dictionary, and empty dictionaries, with the keys that lead there."""
+    """What is no dictionary, and empty dictionaries, with the keys that lead there, as text."""
     for key, value in state.items():
         if isinstance(value, Mapping) and value:
-            yield from leaves(value, (*path, key))
+            yield from leaves(value, (*path, str(key)))
         else:
-            yield (*path, key), value
+            yield (*path, str(key)), value
 
 
 def insert(state: dict[str, Any], path: Sequence[Any], value: Any, where: str) -> None:

@@ -12,8 +12,10 @@ import torch
 from outlast.checkpoint._json import from_json
 from outlast.checkpoint._names import NODE, PACKS, decode_key, parse_local, parse_pack, rank_name, step_name
 from outlast.checkpoint._records import Commit, Fault, FileEntry, Vote, check_file, read_commit, unseal_vote
+from outlast.checkpoint._shards import Box, whole
 from outlast.checkpoint._store import Buffer, Store
 from outlast.checkpoint._tree import HEADER
+from outlast.checkpoint._wanted import Wanted, part_of
 from outlast.checkpoint._zarr import (
     ArrayInfo,
     as_tensor,
@@ -94,26 +96,33 @@ class StepReader:
                 progress(done, total)
         return faults
 
-    def load(self, rank: int | None) -> dict[str, Any]:
+    def load(self, rank: int | None, wanted: Wanted | None = None) -> dict[str, Any]:
         """The local state of a rank, or (None) the replicated state; tensors on the CPU.
+
+        Args:
+            rank: whose state.
+            wanted: of which tensors this rank needs a part; chunks that lie in no such part are not read.
 
         Raises:
             Fault: a file is missing or damaged; the first in the order of the votes.
+            StateMismatch: the step has other tensors than are wanted; no chunk is read.
         """
         entries = self.files_of(rank)
         nodes = self._nodes(entries)
+        if wanted is not None:
+            wanted.check(_described(rank, nodes))
         top = "" if rank is None else rank_name(rank)
         if top not in nodes:
             raise Fault(IncompleteCheckpoint, node_path(top), "no vote lists this file")
-        groups: dict[str, dict[str, Any]] = {}
+        groups: dict[str, dict[Any, Any]] = {}
         # A parent's path is shorter than its children's, so parents come first.
         for path in sorted((path for path in nodes if not isinstance(nodes[path], ArrayInfo)), key=len):
             values: Any = nodes[path]
             groups[path] = {key: from_json(item) for key, item in values.items() if path or key != HEADER}
             if path != top:
                 _put(groups, path, groups[path])
-        for path, tensor in self._tensors(rank, nodes, entries).items():
-            _put(groups, path, tensor)
+        for path, tensor in self._tensors(rank, nodes, entries, wanted.boxes if wanted is not None else {}).items():
+            _put(groups, path, tensor if wanted is None else wanted.placed(path, tensor))
         return groups[top]
 
     def describe(self, rank: int | None) -> tuple[dict[str, ArrayInfo], dict[str, dict[str, Any]]]:
@@ -146,33 +155,46 @@ class StepReader:
         return nodes
 
     def _tensors(
-        self, rank: int | None, nodes: dict[str, ArrayInfo | dict[str, Any]], entries: Iterable[FileEntry]
+        self,
+        rank: int | None,
+        nodes: dict[str, ArrayInfo | dict[str, Any]],
+        entries: Iterable[FileEntry],
+        boxes: Mapping[str, Box],
     ) -> dict[str, torch.Tensor]:
-        """By path. A chunk's memory becomes its tensor's, or is let go of once it was copied to its place there."""
+        """By path, whole or (where there is a box) a part of it.
+
+        A chunk's memory becomes its tensor's, or is let go of once it was copied to its place there.
+        """
         chunks = {entry.path: entry for entry in entries if entry.chunk}
         work: list[tuple[str, ArrayInfo, tuple[int, ...], FileEntry]] = []
         found: dict[str, torch.Tensor] = {}
         for path, info in nodes.items():
             if not isinstance(info, ArrayInfo):
                 continue
-            places = info.places()
+            box = boxes.get(path) or whole(info.shape)
+            places = box.places(info.chunk)
             for place in places:
                 file = f"{path}/{chunk_name(place)}"
                 if file not in chunks:
                     raise Fault(IncompleteCheckpoint, file, "no vote lists this chunk, though its array has elements")
                 work.append((path, info, place, chunks[file]))
-            if info.packed is None and info.shape != info.chunk:
-                found[path] = torch.empty(info.shape, dtype=info.dtype)
+            is_chunk = box.size == info.chunk and len(places) == 1
+            if info.packed is None and not is_chunk:
+                found[path] = torch.empty(box.size, dtype=info.dtype)
 
         def read(task: tuple[str, ArrayInfo, tuple[int, ...], FileEntry]) -> dict[str, torch.Tensor]:
             path, info, place, entry = task
             data = payload(info, self.read(entry), entry.path)
             if info.packed is not None:
                 tensors = unpack(info, data, entry.path)
-                return {name: tensor for name, tensor in tensors.items() if parse_local(name) == rank}
+                return {
+                    name: part_of(tensor, boxes[name]) if name in boxes else tensor
+                    for name, tensor in tensors.items()
+                    if parse_local(name) == rank
+                }
             if path not in found:
-                return {path: as_tensor(data, info.shape, info.dtype)}
-            put_chunk(info, data, place, found[path])
+                return {path: as_tensor(data, info.chunk, info.dtype)}
+            put_chunk(info, data, place, found[path], boxes[path].start if path in boxes else None)
             return {}
 
         order = {entry.path: number for number, entry in enumerate(chunks.values())}
@@ -211,6 +233,18 @@ class StepReader:
         return vote
 
 
-def _put(groups: dict[str, dict[str, Any]], path: str, value: Any) -> None:
+def _described(rank: int | None, nodes: dict[str, ArrayInfo | dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    """Shape and dtype of a state's tensors, by path."""
+    arrays = {path: info for path, info in nodes.items() if isinstance(info, ArrayInfo)}
+    found: dict[str, tuple[Any, ...]] = {
+        path: (info.shape, info.dtype) for path, info in arrays.items() if info.packed is None
+    }
+    for info in arrays.values():
+        packed = info.packed or {}
+        found |= {path: (at.shape, at.dtype) for path, at in packed.items() if parse_local(path) == rank}
+    return found
+
+
+def _put(groups: dict[str, dict[Any, Any]], path: str, value: Any) -> None:
     parent, _, name = path.rpartition("/")
     groups[parent][decode_key(name)] = value

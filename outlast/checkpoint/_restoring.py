@@ -19,6 +19,7 @@ from outlast.checkpoint._records import Fault, FileEntry, Vote, read_commit
 from outlast.checkpoint._steps import Scan, bring_back, clear_leftover, scan, set_aside
 from outlast.checkpoint._store import Buffer, Store
 from outlast.checkpoint._survey import STORAGE, Gathered, MemorySave, Survey, Taken, bad_faults, missing_fault
+from outlast.checkpoint._wanted import Wanted
 from outlast.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -34,7 +35,10 @@ _NONE = -1
 
 @dataclass(frozen=True)
 class Restored:
-    """State read back; nested dictionaries as they were saved, tensors on the CPU, each with memory of its own."""
+    """State read back; nested dictionaries as they were saved, tensors on the CPU, each with memory of its own.
+
+    Restored into a running job's sharding, a DTensor has this rank's part on the CPU, whatever its mesh's device.
+    """
 
     step: int
     replicated: dict[str, Any]
@@ -66,6 +70,8 @@ class Restoring:
     emit: Callable[[Event], None]
     io: ThreadPoolExecutor
     any_world_size: bool = False
+    wanted: Wanted | None = None
+    """What the running job needs of which tensors; None: all of all."""
     survey: Survey | None = None
     """Of host memory; None: there is no such tier."""
 
@@ -130,7 +136,7 @@ class Restoring:
         except Fault as fault:
             problem = _pack(fault.kind, fault.file, fault.reason)
         except StateMismatch as error:
-            problem = _pack(StateMismatch, "", error.what)
+            problem = _pack(StateMismatch, error.fix, error.what)
         except OSError as error:
             problem = _pack(CheckpointError, "", f"{type(error).__name__}: {error}")
         texts = self.agreement.texts(problem)
@@ -146,7 +152,7 @@ class Restoring:
             return result
         for rank, other in found:
             if other.kind is StateMismatch:
-                raise StateMismatch(other.reason, "start with the number of ranks that saved it")
+                raise StateMismatch(other.reason, other.file)  # no file is at fault; there is what to do
             if other.kind not in (CorruptCheckpoint, IncompleteCheckpoint):
                 note = f"{other.reason} (found by rank {rank})"
                 raise as_error(Fault(other.kind, other.file, note), self.store, step)
@@ -177,7 +183,8 @@ class Restoring:
 
         reader = StepReader(self.store, step, self.io, faster, commit, votes)
         saved_by = reader.commit.world_size
-        # Replicated state by every rank and local state by its owner: together the ranks verify every file.
+        # Replicated state by every rank, shards by those that need them (together the ranks need all of a tensor), and
+        # local state by its owner: together the ranks verify every file.
         local: dict[str, Any] = {}
         if saved_by == self.world_size:
             local = reader.load(self.rank)
@@ -187,7 +194,8 @@ class Restoring:
                     raise fault
         else:
             raise StateMismatch(
-                f"{self.store.url}/{step_name(step)} was saved by {saved_by} ranks, this job has {self.world_size}"
+                f"{self.store.url}/{step_name(step)} was saved by {saved_by} ranks, this job has {self.world_size}",
+                "start with the number of ranks that saved it",
             )
 
         def read_local(rank: int) -> dict[str, Any]:
@@ -196,7 +204,7 @@ class Restoring:
             except Fault as fault:
                 raise as_error(fault, self.store, step) from fault
 
-        return Restored(step, reader.load(None), local, saved_by, read_local)
+        return Restored(step, reader.load(None, self.wanted), local, saved_by, read_local)
 
     def _in_store(self, save: MemorySave) -> bool:
         """Whether storage has this very save too."""

@@ -5,8 +5,9 @@ has to wait for it. That nothing was changed before then is checked, not believe
 
 - ``Tensor._version``, which every in-place operation of PyTorch raises, and the address, recorded when the snapshot
   begins, are compared after each tensor's copy and again when the training thread asks to go on;
-- fused optimizers and writes through ``.data`` or NumPy do not raise ``_version``. For tensors in host memory, a few
-  elements spread over the tensor are recorded and compared too: no proof, but an update changes nearly all elements.
+- fused optimizers, foreach optimizers of DTensors, and writes through ``.data`` or NumPy do not raise ``_version``. For
+  tensors in host memory, a few elements spread over the tensor are recorded and compared too: no proof, but an update
+  changes nearly all elements.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Snapshot:
             for content in part.contents:
                 if content.offset > at:
                     crc = _zero(payload[at : content.offset], crc)
-                at = content.offset + content.source.nbytes
+                at = content.offset + content.nbytes
                 crc = self._copy(content, payload[content.offset : at], crc, verify)
                 mark = self._marks.get(id(content.item))
                 if mark is not None:
@@ -109,15 +110,21 @@ class Snapshot:
         source = content.source
         if not source.numel():
             return crc
+        if content.block:
+            corner = target.zero_().view(source.dtype).view(content.block)
+            for d, size in enumerate(source.shape):
+                corner = corner.narrow(d, 0, size)
+        else:
+            corner = target.view(source.dtype).view(source.shape)
         if source.device in self._queued:
             stream = self._streams.get(source.device)
             if stream is None:
                 stream = self._streams[source.device] = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
                 stream.wait_event(self._queued[source.device])
             with torch.cuda.stream(stream):
-                target.view(source.dtype).view(source.shape).copy_(source, non_blocking=True)
+                corner.copy_(source, non_blocking=not content.block)  # into a corner it goes through another buffer
             stream.synchronize()
-        elif source.is_contiguous() and not source.is_conj() and not source.is_neg():
+        elif not content.block and source.is_contiguous() and not source.is_conj() and not source.is_neg():
             raw = source.reshape(-1).view(torch.uint8)
             data, copy = raw.numpy().data, target.numpy().data
             for at in range(0, len(data), _STRIDE_BYTES):
@@ -132,7 +139,7 @@ class Snapshot:
                     )
             return crc
         else:
-            target.view(source.dtype).view(source.shape).copy_(source)
+            corner.copy_(source)
         return crc32c.crc32c(target.numpy().data, crc)
 
 
@@ -151,7 +158,8 @@ class _Mark:
                 "name its top-level key in `eager`",
             )
         self._item = item
-        self._version = item.tensor._version
+        self._watched = [item.tensor] if item.dtensor is None else [item.tensor, item.dtensor]
+        self._versions = [tensor._version for tensor in self._watched]
         self._address = item.tensor.data_ptr()
         self._places = _places(item.tensor) if item.tensor.device.type == "cpu" else []
         self._sample = self._read()
@@ -160,8 +168,9 @@ class _Mark:
         tensor = self._item.tensor
         if tensor.data_ptr() != self._address:
             self._fail("its storage was replaced")
-        if tensor._version != self._version:
-            self._fail(f"_version {self._version} became {tensor._version}")
+        versions = [tensor._version for tensor in self._watched]
+        if versions != self._versions:
+            self._fail(f"_version {self._versions} became {versions}")
         if self._read() != self._sample:
             self._fail("its elements differ, though its _version does not")
 

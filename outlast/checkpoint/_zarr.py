@@ -9,7 +9,6 @@ writes neither durably nor fast, and its reader takes a missing chunk for zeros.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -112,13 +111,6 @@ class ArrayInfo:
         """Bytes of the elements of a chunk."""
         return math.prod(self.chunk) * self.dtype.itemsize
 
-    def places(self) -> list[tuple[int, ...]]:
-        """The chunks there must be, by their place in the grid; none where there are no elements."""
-        if not self.payload_bytes:
-            return []
-        counts = [math.ceil(size / step) for size, step in zip(self.shape, self.chunk, strict=True)]
-        return list(itertools.product(*map(range, counts)))
-
 
 def parse_node(data: bytes, file: str) -> ArrayInfo | dict[str, Any]:
     """A ``zarr.json``: an array, or a group's attributes; raises :class:`Fault`."""
@@ -163,14 +155,25 @@ def as_tensor(data: Buffer, shape: tuple[int, ...], dtype: torch.dtype) -> torch
     return torch.from_numpy(data).view(dtype).reshape(shape) if len(data) else torch.empty(shape, dtype=dtype)
 
 
-def put_chunk(info: ArrayInfo, data: Buffer, place: tuple[int, ...], out: torch.Tensor) -> None:
-    """Copy the payload of one chunk to where it belongs in its tensor."""
+def put_chunk(
+    info: ArrayInfo, data: Buffer, place: tuple[int, ...], out: torch.Tensor, start: tuple[int, ...] | None = None
+) -> None:
+    """Copy what the payload of one chunk has of a tensor, or of a part of it, to where it belongs there.
+
+    Args:
+        info: of the whole tensor.
+        data: the payload.
+        place: of the chunk in the grid.
+        out: the part.
+        start: where in the whole tensor the part begins; None: it is all.
+    """
     target = out
     chunk = as_tensor(data, info.chunk, info.dtype)
     for d, (index, step) in enumerate(zip(place, info.chunk, strict=True)):
-        rows = min(step, info.shape[d] - index * step)
-        target = target.narrow(d, index * step, rows)
-        chunk = chunk.narrow(d, 0, rows)
+        begin = start[d] if start is not None else 0
+        low, high = max(index * step, begin), min((index + 1) * step, begin + out.shape[d])
+        target = target.narrow(d, low - begin, high - low)
+        chunk = chunk.narrow(d, low - index * step, high - low)
     target.copy_(chunk)
 
 

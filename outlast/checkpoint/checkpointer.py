@@ -16,6 +16,7 @@ import torch.distributed as dist
 from outlast.checkpoint._agreement import Agreement
 from outlast.checkpoint._arena import Arena
 from outlast.checkpoint._copying import TensorSource
+from outlast.checkpoint._dtensor import Meshes
 from outlast.checkpoint._layout import share_of
 from outlast.checkpoint._names import rank_name
 from outlast.checkpoint._records import CRC_BYTES
@@ -28,6 +29,7 @@ from outlast.checkpoint._store import open_store
 from outlast.checkpoint._survey import Survey
 from outlast.checkpoint._tiers import Tiers
 from outlast.checkpoint._tree import Plan, lay_out
+from outlast.checkpoint._wanted import agree_on
 from outlast.checkpoint.settings import CheckpointConfig
 from outlast.errors import CheckpointError
 from outlast.events import Event
@@ -147,14 +149,16 @@ class Checkpointer:
         Args:
             step: number of the step just done, >= 0.
             replicated: equal on all ranks, each of which writes an equal share of it. Nested: keys to tensors, JSON
-                values, or dictionaries.
+                values, or dictionaries. DTensors on meshes of all ranks may be among the tensors: each rank writes its
+                part, or where several hold the same a share of it.
             local: this rank's own.
             eager: top-level keys (of either) whose tensors may change at once; they are copied before this returns. All
                 other tensors must not be changed until :meth:`wait_copied` has returned. JSON values are always copied.
             durable: save to storage; False: to memory alone (and to the partner's, if that is due).
 
         Raises:
-            CheckpointError: a key, value or dtype that cannot be stored; names it. Or: not durable, and no memory tier.
+            CheckpointError: a key, value, dtype or DTensor's placement that cannot be stored; names it. Or: not
+                durable, and no memory tier.
             SnapshotMutated: a tensor of the save before was changed too early.
             StateMismatch: in the save before, the replicated state of some rank was laid out differently (on rank 0).
         """
@@ -171,7 +175,7 @@ class Checkpointer:
         self._finish()
         rank, config = self._place.rank, self._place.config
         of_all, own = Plan(), Plan()
-        lay_out(of_all, replicated, "", eager)
+        lay_out(of_all, replicated, "", eager, Meshes(self._group, self._place.world_size))
         lay_out(own, local, rank_name(rank), eager)
         share = share_of(
             of_all,
@@ -230,7 +234,13 @@ class Checkpointer:
         self._raise_error(saving)
         return time.monotonic() - began
 
-    def restore(self, which: Literal["auto"] | int, *, any_world_size: bool = False) -> Restored | None:
+    def restore(
+        self,
+        which: Literal["auto"] | int,
+        *,
+        like: Mapping[str, Any] | None = None,
+        any_world_size: bool = False,
+    ) -> Restored | None:
         """Read a checkpoint back, every byte verified; collective over the group.
 
         ``"auto"`` takes the newest step that all ranks find complete and undamaged, file by file from the fastest copy
@@ -241,6 +251,11 @@ class Checkpointer:
 
         Args:
             which: ``"auto"``, or a step.
+            like: the running replicated state, nested as it is saved. Its DTensors come back as DTensors on the same
+                mesh with the same placements, of which each rank reads, and verifies, no more than the chunks that its
+                part needs; together the ranks verify all. The step must have exactly the tensors of ``like``, in shape
+                and dtype, however they were sharded when it was saved; values that are no tensors are not compared.
+                Without it, every rank reads all tensors whole.
             any_world_size: take a step that another number of ranks saved: ``Restored.local`` is empty then, and
                 ``Restored.read_local`` gives any of those ranks' local state.
 
@@ -252,18 +267,29 @@ class Checkpointer:
             CorruptCheckpoint: the step asked for is damaged, or (``"auto"``) there are checkpoints but none is valid.
             IncompleteCheckpoint: a file or the commit record of the step asked for is missing.
             UnknownFormatVersion: written by another version of outlast; it is left as it is.
-            StateMismatch: saved by another number of ranks, unless ``any_world_size``.
-            CheckpointError: the storage cannot be read, or there are several ranks without a process group.
+            StateMismatch: saved by another number of ranks, unless ``any_world_size``; other tensors than ``like`` has;
+                or ranks whose ``like`` differs.
+            CheckpointError: the storage cannot be read, there are several ranks without a process group, or a DTensor
+                in ``like`` that could not be saved.
         """
         if self._closed:
             raise CheckpointError("restore on a closed Checkpointer")
         self._finish()
         agreement = Agreement(self._group, self._place.rank, self._place.world_size)
         place = self._place
+        wanted = agree_on(like, Meshes(self._group, place.world_size), agreement)
         self._begun = True
         survey = self._tiers.survey(agreement, self._io) if self._tiers is not None else None
         restoring = Restoring(
-            self._store, place.rank, place.world_size, agreement, place.emit, self._io, any_world_size, survey
+            self._store,
+            place.rank,
+            place.world_size,
+            agreement,
+            place.emit,
+            self._io,
+            any_world_size,
+            wanted,
+            survey,
         )
         restored = restoring.newest() if which == "auto" else restoring.exactly(which)
         if restored is not None and survey is not None and self._tiers is not None:

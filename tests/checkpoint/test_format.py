@@ -123,13 +123,16 @@ def test_what_cannot_be_stored_is_refused_by_name(tmp_path: Path) -> None:
             ({"model": {"w": torch.ones(2).to_sparse()}}, "model/w"),
             ({"model": {"w": torch.empty(2, device="meta")}}, "model/w"),
             ({"model": {"w": torch.empty(2, dtype=torch.float8_e8m0fnu)}}, "model/w"),
-            ({"optimizer": {0: torch.ones(1)}}, "optimizer"),
-            ({"rng": {"python": (3, 4)}}, "rng/python"),
+            ({0: torch.ones(1)}, "the top"),
+            ({"optimizer": {0: 5}}, "optimizer"),
+            ({"optimizer": {0.5: torch.ones(1)}}, "optimizer"),
+            ({"rng": {"python": {3, 4}}}, "rng/python"),
             ({"rng": {"numpy": np.ones(2)}}, "rng/numpy"),
             ({"groups": {"all": [torch.ones(1)]}}, "groups/all[0]"),
             ({"m": {"": torch.ones(1)}}, "empty string"),
             ({"m": {"x" * 300: torch.ones(1)}}, "300 bytes"),
             ({"m": {"v": {"outlast_float": 1}}}, "outlast_float"),
+            ({"m": {"v": {"outlast_tuple": 1}}}, "outlast_tuple"),
             ({"outlast": 3}, "reserved"),
         ]:
             with pytest.raises(CheckpointError) as error:
@@ -145,7 +148,11 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=1
 keys = st.one_of(st.sampled_from(["a.b", "a/b", "..", ".", "c", "zarr.json", "__x", "~", "%2F", "weight", " "]), texts)
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3), max_leaves=6
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple) | st.dictionaries(keys, inner, max_size=3)
+    ),
+    max_leaves=6,
 )
 tensors = st.builds(
     filled,
@@ -153,7 +160,8 @@ tensors = st.builds(
     st.sampled_from(DTYPES),
     st.integers(0, 99),
 )
-trees = st.recursive(tensors | values, lambda inner: st.dictionaries(keys, inner, max_size=4), max_leaves=12)
+numbered = st.dictionaries(st.integers(), tensors | st.dictionaries(keys, tensors | values, max_size=3), max_size=3)
+trees = st.recursive(tensors | values | numbered, lambda inner: st.dictionaries(keys, inner, max_size=4), max_leaves=12)
 states = st.dictionaries(keys, trees, max_size=4)
 
 

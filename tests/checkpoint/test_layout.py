@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from outlast.checkpoint import CheckpointConfig, list_steps, verify
 from outlast.checkpoint._arena import PAGE_BYTES, Arena, room
-from outlast.checkpoint._layout import chunk_shape, share_of
+from outlast.checkpoint._grid import chunk_shape
+from outlast.checkpoint._layout import share_of
 from outlast.checkpoint._store import LocalStore
 from outlast.checkpoint._tree import Plan, lay_out
 from outlast.errors import ConfigError, StateMismatch
