@@ -82,7 +82,7 @@ class Restoring:
 
     def exactly(self, step: int) -> Restored:
         """One step. Newer ones are set aside: they are of a future that this run no longer has."""
-        found = self._scan()
+        found = self._scan(step)
         have = self.agreement.from_coordinator(2 if step in found.committed else 1 if step in found.uncommitted else 0)
         if have == 0:
             raise self._not_found(step)
@@ -147,14 +147,17 @@ class Restoring:
 
         return Restored(step, reader.load(None), local, saved_by, read_local)
 
-    def _scan(self) -> Scan:
-        """What is there, as rank 0 sees it (empty on the others)."""
+    def _scan(self, wanted: int | None = None) -> Scan:
+        """What is there, as rank 0 sees it (empty on the others), for restoring one step, or (None) the newest."""
         found, problem = Scan((), ()), ""
         if self.rank == 0:
             try:
-                for step, reason in bring_back(self.store):
-                    self._report(step, reason, "")
+                left_alone = bring_back(self.store)
                 found = scan(self.store)
+                for step, reason in left_alone:
+                    if step == wanted or (wanted is None and step > max(found.committed, default=_NONE)):
+                        problem = f"{self.store.url}/{step_name(step)} is there to restore, but {reason}"
+                    self._report(step, reason, "")
             except OSError as error:
                 problem = f"{self.store.url} cannot be listed, or not be put in order: {error}"
         self._raise_if(problem)

@@ -20,8 +20,8 @@ TRIES = 5
 FIRST_PAUSE_S = 0.2
 """Twice as long after each further try, and up to half of it more at random, so that ranks do not come all at once."""
 RETRY_FOR_S = 30.0
-"""No try begins later than this after the first: with a client that waits for at most ``t`` seconds, as S3's does, an
-operation takes at most these 30 s and ``t``."""
+"""No try begins later than this after the first: with a client that waits for at most ``t`` seconds, an operation takes
+at most these 30 s and ``t``. S3's waits 5 s for a connection, 15 s for an answer; of writes tells ``_store_fsspec``."""
 
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _MISTAKES = (TypeError, ValueError, AttributeError, LookupError, NotImplementedError, ImportError, AssertionError)
@@ -64,9 +64,8 @@ def persist(where: str, call: Callable[[], T]) -> T:
                 raise _permanent(where, error) from error
             took_s = time.monotonic() - began
             if tried == TRIES or took_s + pause_s > RETRY_FOR_S:
-                raise ConnectionError(
-                    f"{where}: failed {tried} times in {took_s:.1f} s, the last time with {_text(error)}"
-                ) from error
+                tries = f"{tried} of {TRIES} tries in {took_s:.1f} s"
+                raise ConnectionError(f"{where}: given up after {tries}, the last error: {_text(error)}") from error
             _log.info("%s: try %d of %d failed, trying again: %s", where, tried, TRIES, _text(error))
         time.sleep(pause_s * (1 + random.random() / 2))
         pause_s *= 2
@@ -97,7 +96,7 @@ def _permanent(where: str, error: Exception) -> OSError:
 
 
 def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _codes(error: BaseException) -> set[str]:

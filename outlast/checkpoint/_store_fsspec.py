@@ -10,10 +10,13 @@ import errno
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import fsspec
 import numpy as np
+from fsspec.asyn import AsyncFileSystem
+from fsspec.spec import AbstractFileSystem
 
 from outlast.checkpoint._names import COMMIT
 from outlast.checkpoint._retry import persist
@@ -27,6 +30,11 @@ T = TypeVar("T")
 _BUCKETS = {"s3", "s3a", "gs", "gcs"}
 """Protocols without directories. To make one would make the bucket: a mistyped name is to be an error instead."""
 _S3 = ("s3", "s3a")
+
+ANSWER_S = 30.0
+_LEAST_BYTES_PER_S = 250_000
+"""A write that takes longer than this is given up. S3's client has no limit of its own for one: while a server does not
+take what is sent, it waits on, whatever its timeouts are set to."""
 
 
 def open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
@@ -59,6 +67,9 @@ class FsspecStore:
         self._fs = filesystem
         self._root = root
         self._refuses = True
+        generic = AsyncFileSystem._find if isinstance(filesystem, AsyncFileSystem) else AbstractFileSystem.find
+        self._lists_all = getattr(type(filesystem), generic.__name__) is not generic
+        self._has_limits = isinstance(filesystem, AsyncFileSystem)
 
     def prepare(self) -> None:
         protocol = self._fs.protocol
@@ -86,7 +97,7 @@ class FsspecStore:
 
     def put(self, path: str, parts: Sequence[Bytes]) -> None:
         data = b"".join(parts)
-        self._do(path, lambda: self._fs.pipe_file(self._at(path), data))
+        self._do(path, lambda: self._fs.pipe_file(self._at(path), data, **self._within(len(data))))
 
     def put_block(self, path: str, block: memoryview, size_bytes: int) -> None:
         self.put(path, [block[:size_bytes]])
@@ -113,7 +124,14 @@ class FsspecStore:
         del paths
 
     def read(self, path: str) -> Buffer:
-        return np.frombuffer(bytearray(self._do(path, lambda: self._fs.cat_file(self._at(path)))), np.uint8)
+        try:
+            data = self._do(path, lambda: self._fs.cat_file(self._at(path)))
+        except (FileNotFoundError, PermissionError, ConnectionError):
+            raise
+        except OSError as error:
+            # Unlike on a disk, this says nothing about the file: an object that was damaged is read all the same.
+            raise ConnectionError(str(error)) from error
+        return np.frombuffer(bytearray(data), np.uint8)
 
     def names(self, path: str) -> list[str]:
         self._fs.invalidate_cache()
@@ -134,9 +152,23 @@ class FsspecStore:
     def sizes(self, path: str) -> dict[str, int]:
         top = self._at(path)
         self._fs.invalidate_cache()
-        found = self._do(path, lambda: self._fs.find(top, detail=True))
+        found = self._do(path, lambda: self._fs.find(top, detail=True)) if self._lists_all else self._walk(top)
         stripped = str(self._fs._strip_protocol(top)).strip("/")
         return {str(name).strip("/").removeprefix(f"{stripped}/"): int(info["size"]) for name, info in found.items()}
+
+    def _walk(self, top: str) -> dict[str, Any]:
+        """As fsspec's find, which leaves out what it cannot list, as if it were not there."""
+        found: dict[str, Any] = {}
+        folders = [top]
+        while folders:
+            folder = folders.pop()
+            path = folder.strip("/").removeprefix(self._root.strip("/")).strip("/")
+            for entry in self._do(path, partial(self._fs.ls, folder, detail=True)):
+                if entry["type"] != "directory":
+                    found[entry["name"]] = entry
+                elif str(entry["name"]).strip("/") != folder.strip("/"):
+                    folders.append(entry["name"])
+        return found
 
     def remove(self, path: str) -> None:
         try:
@@ -163,21 +195,32 @@ class FsspecStore:
         if self.names(new):
             raise OSError(errno.ENOTEMPTY, f"{self.url}/{new} is there already")
         sizes = self.sizes(old)
-        for name in sorted(sizes, key=lambda name: (name == COMMIT, name)):
-            if name == COMMIT and (copied := self.sizes(new)) != {n: size for n, size in sizes.items() if n != COMMIT}:
-                wrong = sorted(n for n in sizes if n != COMMIT and copied.get(n) != sizes[n])
-                raise OSError(errno.EIO, f"{self.url}/{new}: the copies of {wrong} have other sizes than {old}'s files")
-            self._copy(f"{old}/{name}", f"{new}/{name}")
+        if not sizes:
+            raise FileNotFoundError(errno.ENOENT, f"{self.url}/{old}: there is no file in it")
+        record_bytes = sizes.pop(COMMIT, None)
+        for name in sorted(sizes):
+            self._copy(f"{old}/{name}", f"{new}/{name}", sizes[name])
+        copied = self.sizes(new) if sizes else {}
+        if copied != sizes:
+            wrong = sorted(name for name in {*sizes, *copied} if sizes.get(name) != copied.get(name))
+            raise OSError(errno.EIO, f"{self.url}/{new}: {', '.join(wrong)} are not as in {old}")
+        if record_bytes is not None:
+            self._copy(f"{old}/{COMMIT}", f"{new}/{COMMIT}", record_bytes)
         self.remove_tree(old)
 
-    def _copy(self, old: str, new: str) -> None:
-        self._do(old, lambda: self._fs.cp_file(self._at(old), self._at(new)))
+    def _copy(self, old: str, new: str, size_bytes: int) -> None:
+        self._do(old, lambda: self._fs.cp_file(self._at(old), self._at(new), **self._within(size_bytes)))
 
     def _put_if_absent(self, path: str, data: bytes) -> None:
+        limit = self._within(len(data))
         if self._refuses:
-            self._do(path, lambda: self._fs.pipe_file(self._at(path), data, mode="create"))
+            self._do(path, lambda: self._fs.pipe_file(self._at(path), data, mode="create", **limit))
         else:
             self.put(path, [data])
+
+    def _within(self, size_bytes: int) -> dict[str, float]:
+        """How long a write of so many bytes may take, for the client."""
+        return {"timeout": ANSWER_S + size_bytes / _LEAST_BYTES_PER_S} if self._has_limits else {}
 
     def _do(self, path: str, call: Callable[[], T]) -> T:
         return persist(f"{self.url}/{path}" if path else self.url, call)
