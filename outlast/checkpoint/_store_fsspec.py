@@ -38,7 +38,7 @@ take what is sent, it waits on, whatever its timeouts are set to."""
 
 
 def open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, of this store's own, and the path there.
+    """fsspec's file system for a URL, and the path there.
 
     Raises:
         ImportError: the package that speaks the protocol is missing.
@@ -49,7 +49,7 @@ def open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
         # Whatever the user has set stays; how long to wait for a connection or an answer is s3fs's 5 s and 15 s.
         config = dict(fsspec.config.conf.get("s3", {}).get("config_kwargs") or {})
         options["config_kwargs"] = {"retries": {"total_max_attempts": 1, "mode": "standard"}, **config}
-    filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True, **options)
+    filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
     if protocol in _S3:
         filesystem.retries = 1
     return filesystem, str(root).rstrip("/")

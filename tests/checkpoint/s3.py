@@ -73,4 +73,7 @@ class Server:
             patch.setenv("AWS_CONFIG_FILE", "/dev/null")
             patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
             patch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"connect_timeout": 2, "read_timeout": 2}})
+            # fsspec keeps clients by their options, which do not tell where they are connected to.
+            fsspec.get_filesystem_class("s3").clear_instance_cache()
             yield
+            fsspec.get_filesystem_class("s3").clear_instance_cache()

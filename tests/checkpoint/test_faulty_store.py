@@ -283,7 +283,7 @@ def test_whatever_the_weather_acknowledged_steps_are_found(place: Place) -> None
 
 @pytest.mark.slow
 def test_much_weather(place: Place) -> None:
-    _sweep(place, range(1000, 1200))
+    _sweep(place, range(1000, 1100))
 
 
 def test_no_step_of_several_ranks_is_committed_in_part(place: Place) -> None:
