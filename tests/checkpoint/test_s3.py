@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from outlast.checkpoint import Checkpointer, _retry, _store_fsspec, list_steps, prune, verify
+from outlast.checkpoint import _retry, _store_fsspec, list_steps, prune, verify
 from outlast.checkpoint._store_fsspec import FsspecStore
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import checkpointer, failed, local, of, rejected, same, state
+from tests.checkpoint.helpers import before, checkpointer, failed, local, of, rejected, same, save_and_join, state
 from tests.checkpoint.s3 import BUCKET, Server
 
 PACKED = {"pack_below_kb": 16.0}
@@ -54,31 +53,6 @@ def big(step: int) -> dict[str, Any]:
     return {"model": {f"layer.{n}": torch.full((64, 128), float(step + n)) for n in range(6)}, "step": step}
 
 
-def save(saver: Checkpointer, step: int, replicated: dict[str, Any]) -> None:
-    """Save and wait for the outcome, whatever it is."""
-    saver.save(step, replicated=replicated, local=local(step))
-    saver.wait_copied()
-    assert saver._saving is not None
-    saver._saving.join()
-
-
-def before(monkeypatch: pytest.MonkeyPatch, operation: str, when: Callable[[str], bool], do: Callable[[], Any]) -> None:
-    """Do something once, right before the first operation of a kind on such a path, in the thread that runs it."""
-    real = getattr(FsspecStore, operation)
-    lock, done = threading.Lock(), list[str]()
-
-    def wrapped(store: FsspecStore, path: str, *args: Any) -> Any:
-        with lock:
-            first = not done and when(path)
-            if first:
-                done.append(path)
-        if first:
-            do()
-        return real(store, path, *args)
-
-    monkeypatch.setattr(FsspecStore, operation, wrapped)
-
-
 def nth(count: int) -> Callable[[str], bool]:
     seen = []
     return lambda path: seen.append(path) or len(seen) == count  # type: ignore[func-returns-value]
@@ -87,15 +61,15 @@ def nth(count: int) -> Callable[[str], bool]:
 def test_save_restore_save_anew_prune(url: str) -> None:
     events: list[Event] = []
     with checkpointer(url, events, keep_last=1, **PACKED) as saver:
-        save(saver, 1, state(1))
-        save(saver, 2, state(2))
+        save_and_join(saver, 1, state(1))
+        save_and_join(saver, 2, state(2))
     assert [info.step for info in list_steps(url)] == [2]
     with checkpointer(url, events, epoch="two", **PACKED) as saver:
         back = saver.restore("auto")
         assert back is not None
         assert same(back.replicated, state(2))
         assert same(back.local, local(2))
-        save(saver, 2, state(20))
+        save_and_join(saver, 2, state(20))
         again = saver.restore("auto")
     assert failed(events) == []
     assert again is not None
@@ -113,57 +87,6 @@ def test_a_bucket_that_is_not_there(s3_server: Server) -> None:
             checkpointer("s3://bukcet/run")
         with pytest.raises(CheckpointError, match="there is no such bucket"):
             list_steps("s3://bukcet/run")
-
-
-def test_the_second_commit_of_a_step_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first attempt's coordinator stands still right before its commit record, and comes back too late."""
-    stands, go, events, late = threading.Event(), threading.Event(), list[Event](), list[Event]()
-
-    def stand() -> None:
-        stands.set()
-        assert go.wait(60)
-
-    before(monkeypatch, "put_new", lambda path: path.endswith("/commit.json"), stand)
-    first = checkpointer(url, late, epoch="one", **PACKED)
-    first.save(7, replicated=state(1), local=local(1))
-    first.wait_copied()
-    assert stands.wait(60)
-    with checkpointer(url, events, epoch="two", **PACKED) as second:
-        save(second, 7, state(2))
-        assert failed(events) == []
-        go.set()
-        first.close()
-        (reason,) = failed(late)
-        assert "FileExistsError" in reason
-        assert f"{url}/step_00000007/commit.json was written by another attempt" in reason
-        back = second.restore("auto")
-    assert back is not None
-    assert same(back.replicated, state(2))
-    assert verify(url, 7).ok
-
-
-def test_a_coordinator_whose_step_was_opened_anew_does_not_commit(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stands, go, events, late = threading.Event(), threading.Event(), list[Event](), list[Event]()
-
-    def stand() -> None:
-        stands.set()
-        assert go.wait(60)
-
-    def let_the_first_go_on() -> None:
-        go.set()
-        first.close()
-
-    before(monkeypatch, "sync_dirs", lambda paths: paths == ["step_00000007/votes/rank_00000.json"], stand)
-    first = checkpointer(url, late, epoch="one", **PACKED)
-    first.save(7, replicated=state(1), local=local(1))
-    first.wait_copied()
-    assert stands.wait(60)
-    before(monkeypatch, "put_new", lambda path: path.endswith("/commit.json"), let_the_first_go_on)
-    with checkpointer(url, events, epoch="two", **PACKED) as second:
-        save(second, 7, state(2))
-    assert failed(events) == []
-    assert "was opened anew meanwhile, by ('two', 1)" in failed(late)[0]
-    assert verify(url, 7).ok
 
 
 @pytest.mark.timeout(90)
@@ -184,7 +107,7 @@ def test_a_server_that_is_killed_in_a_save(mortal: Server, monkeypatch: pytest.M
     save_all(1)
     assert verify(url, 1).ok
     with monkeypatch.context() as patch:
-        before(patch, "put_block", nth(4), gone(patch, mortal.kill))
+        before(patch, FsspecStore, "put_block", nth(4), gone(patch, mortal.kill))
         save_all(2)
         save_all(3)
     for events in seen:
@@ -208,17 +131,17 @@ def test_a_server_that_does_not_answer_for_a_while(mortal: Server, monkeypatch: 
     """In a save, then in a restore; it has lost nothing."""
     url, events = f"s3://{BUCKET}/run", list[Event]()
     with checkpointer(url, events, commit_timeout_s=600.0, **PACKED) as saver:
-        save(saver, 1, big(1))
+        save_and_join(saver, 1, big(1))
         with monkeypatch.context() as patch:
-            before(patch, "put_new", lambda path: "/votes/" in path, gone(patch, mortal.freeze))
-            save(saver, 2, big(2))
+            before(patch, FsspecStore, "put_new", lambda path: "/votes/" in path, gone(patch, mortal.freeze))
+            save_and_join(saver, 2, big(2))
         mortal.thaw()
         (reason,) = failed(events)
         assert f"{url}/step_00000002/votes/rank_00000.json: given up after" in reason
-        save(saver, 3, big(3))
+        save_and_join(saver, 3, big(3))
     with checkpointer(url, events, epoch="two", **PACKED) as reader:
         with monkeypatch.context() as patch:
-            before(patch, "read", lambda path: path.endswith("/c.0.0"), gone(patch, mortal.freeze))
+            before(patch, FsspecStore, "read", lambda path: path.endswith("/c.0.0"), gone(patch, mortal.freeze))
             with pytest.raises(CheckpointError, match=r"step_00000003.*ConnectionError.*given up after"):
                 reader.restore("auto")
             with pytest.raises(CheckpointError, match=r"cannot be read: .*given up after"):
@@ -236,9 +159,9 @@ def test_a_server_that_does_not_answer_for_a_while(mortal: Server, monkeypatch: 
 def test_a_server_that_dies_in_a_restore(mortal: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     url, events = f"s3://{BUCKET}/run", list[Event]()
     with checkpointer(url, events, **PACKED) as saver:
-        save(saver, 1, big(1))
-        save(saver, 2, big(2))
-        before(monkeypatch, "read", lambda path: path.endswith("/c.0.0"), gone(monkeypatch, mortal.kill))
+        save_and_join(saver, 1, big(1))
+        save_and_join(saver, 2, big(2))
+        before(monkeypatch, FsspecStore, "read", lambda path: path.endswith("/c.0.0"), gone(monkeypatch, mortal.kill))
         with pytest.raises(CheckpointError, match=r"step_00000002.*ConnectionError.*given up after"):
             saver.restore("auto")
     assert rejected(events) == []
