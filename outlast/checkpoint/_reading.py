@@ -211,8 +211,8 @@ class StepReader:
             data = self._store.read(f"{step_name(self.step)}/{entry.path}")
         except FileNotFoundError as error:
             raise Fault(IncompleteCheckpoint, entry.path, "missing") from error
-        except PermissionError:
-            raise
+        except (ConnectionError, TimeoutError, PermissionError):
+            raise  # says nothing about the file
         except OSError as error:
             raise Fault(CorruptCheckpoint, entry.path, f"cannot be read: {error}") from error
         check_file(entry, data.data)

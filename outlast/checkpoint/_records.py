@@ -176,11 +176,13 @@ def _unseal(data: bytes, file: str, kind: str) -> dict[str, Any]:
 
 
 def read_commit(store: Store, step: int) -> Commit:
-    """The commit record of a step; raises :class:`Fault`."""
+    """The commit record of a step; raises :class:`Fault`, and OSError if the storage cannot be read."""
     try:
         data = bytes(store.read(f"{step_name(step)}/{COMMIT}"))
     except FileNotFoundError as error:
         raise Fault(IncompleteCheckpoint, COMMIT, "missing: the checkpoint was never completed") from error
+    except (ConnectionError, TimeoutError, PermissionError):
+        raise  # says nothing about the file
     except OSError as error:
         raise Fault(CorruptCheckpoint, COMMIT, f"cannot be read: {error}") from error
     commit = unseal_commit(data)

@@ -16,7 +16,7 @@ from outlast.checkpoint._agreement import Agreement
 from outlast.checkpoint._names import COMMIT, step_name
 from outlast.checkpoint._reading import StepReader, as_error
 from outlast.checkpoint._records import Fault, FileEntry, Vote, read_commit
-from outlast.checkpoint._steps import Scan, bring_back, clear_leftover, scan, set_aside
+from outlast.checkpoint._steps import Scan, bring_back, clear_leftover, only_readable, scan, set_aside
 from outlast.checkpoint._store import Buffer, Store
 from outlast.checkpoint._survey import STORAGE, Gathered, MemorySave, Survey, Taken, bad_faults, missing_fault
 from outlast.checkpoint._wanted import Wanted
@@ -103,7 +103,7 @@ class Restoring:
 
     def exactly(self, step: int) -> Restored:
         """One step. Newer ones are set aside: they are of a future that this run no longer has."""
-        found = self._scan()
+        found = self._scan(step)
         for save in self._memory_saves():
             if save.commit.step == step:
                 result = self._try(_Candidate(step, save))
@@ -203,6 +203,8 @@ class Restoring:
                 return reader.load(rank)
             except Fault as fault:
                 raise as_error(fault, self.store, step) from fault
+            except OSError as error:
+                raise CheckpointError(f"{self.store.url} cannot be read: {error}") from error
 
         return Restored(step, reader.load(None, self.wanted), local, saved_by, read_local)
 
@@ -222,13 +224,17 @@ class Restoring:
         if self.survey is not None:
             self.survey.discard(step)
 
-    def _scan(self) -> Scan:
-        """What is there, as rank 0 sees it (empty on the others)."""
+    def _scan(self, wanted: int | None = None) -> Scan:
+        """What is there, as rank 0 sees it (empty on the others), for restoring one step, or (None) the newest."""
         found, problem = Scan((), ()), ""
         if self.rank == 0:
             try:
-                bring_back(self.store)
+                left_alone = bring_back(self.store)
                 found = scan(self.store)
+                for step, reason in left_alone:
+                    if step == wanted or (wanted is None and step > max(found.committed, default=_NONE)):
+                        problem = f"{self.store.url}/{step_name(step)} is there to restore, but {reason}"
+                    self._report(step, reason, "")
             except OSError as error:
                 problem = f"{self.store.url} cannot be listed, or not be put in order: {error}"
         self._raise_if(problem)
@@ -257,7 +263,7 @@ class Restoring:
         if self.rank == 0:
             try:
                 for step in steps:
-                    _log.warning("%s: set aside as %s", step_name(step), set_aside(self.store, step))
+                    _log.warning("%s: %s", step_name(step), self._set_aside_or_leave(step))
             except OSError as error:
                 problem = f"damaged checkpoints at {self.store.url} cannot be set aside: {error}"
         self._raise_if(problem)
@@ -268,17 +274,27 @@ class Restoring:
         if self.rank == 0:
             try:
                 for step in found.uncommitted:
-                    done = clear_leftover(self.store, step)
+                    done = self._or_leave(step, clear_leftover)
                     self._report(step, f"the save was cut off, there is no commit record; {done}", COMMIT)
                 for step in found.committed:
                     if newer_than is not None and step > newer_than:
-                        name = set_aside(self.store, step)
-                        self._report(
-                            step, f"newer than step {newer_than}, which was asked for; set aside as {name}", ""
-                        )
+                        done = self._set_aside_or_leave(step)
+                        self._report(step, f"newer than step {newer_than}, which was asked for; {done}", "")
             except OSError as error:
                 problem = f"{self.store.url} cannot be cleared of what earlier saves left: {error}"
         self._raise_if(problem)
+
+    def _set_aside_or_leave(self, step: int) -> str:
+        return self._or_leave(step, lambda store, step: f"set aside as {set_aside(store, step)}")
+
+    def _or_leave(self, step: int, change: Callable[[Store, int], str]) -> str:
+        """What was done, in words; what can only be read stays, which is no reason not to read it."""
+        try:
+            return change(self.store, step)
+        except OSError as error:
+            if not only_readable(error):
+                raise
+            return f"it stays, since the place can only be read: {error}"
 
     def _report(self, step: int, reason: str, file: str) -> None:
         _log.warning("%s/%s: %s", step_name(step), file, reason)
@@ -287,8 +303,11 @@ class Restoring:
     def _not_found(self, step: int) -> CheckpointNotFound:
         problem = ""
         if self.rank == 0:
-            committed = scan(self.store).committed
-            problem = "there are steps " + ", ".join(map(str, committed)) if committed else "there is no checkpoint"
+            try:
+                committed = scan(self.store).committed
+                problem = "there are steps " + ", ".join(map(str, committed)) if committed else "there is no checkpoint"
+            except OSError as error:
+                problem = f"it cannot be listed any more: {error}"
         hint = self.agreement.texts(problem)[0]
         return CheckpointNotFound(f"no checkpoint of step {step} at {self.store.url}", hint)
 

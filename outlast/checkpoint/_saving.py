@@ -16,7 +16,6 @@ empty file that tells the others. Nothing in a save touches the checkpoints befo
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import threading
 import time
@@ -42,7 +41,6 @@ from outlast.checkpoint._records import (
 from outlast.checkpoint._running import Running
 from outlast.checkpoint._snapshot import Snapshot
 from outlast.checkpoint._store import Store
-from outlast.checkpoint._tree import HEADER
 from outlast.checkpoint._writing import Writing
 from outlast.checkpoint._zarr import node_path, root_document
 from outlast.checkpoint.settings import CheckpointConfig
@@ -95,6 +93,7 @@ class Saving(Running):
         super().__init__(step, source, snapshot)
         self._place = place
         self._serial = serial
+        self._save = place.epoch, serial
         self._root = root
         self._digest = share.digest
         # Of all ranks, with what names and ends of blocks take: as if each had as many files as this one.
@@ -162,7 +161,7 @@ class Saving(Running):
             files=tuple(sorted(entries, key=lambda entry: entry.path)),
         )
         self._voted = True
-        place.store.put_atomic(vote_path(self.step, place.rank), seal(vote))
+        place.store.put_new(vote_path(self.step, place.rank), seal(vote))
         return sum(entry.size_bytes for entry in entries)
 
     def _open(self, opened: Future[list[FileEntry]]) -> None:
@@ -183,20 +182,15 @@ class Saving(Running):
         self._make_room()
         data = root_document(self._root, self.step, place.world_size, place.epoch, self._serial)
         self._writing.files.add(node_path(""))
-        place.store.put_atomic(f"{step_name(self.step)}/{node_path('')}", data)
+        place.store.put_new(f"{step_name(self.step)}/{node_path('')}", data)
         return [FileEntry(node_path(""), len(data), crc_hex(data), False)]
 
     def _wait_opened(self) -> list[FileEntry]:
-        path = f"{step_name(self.step)}/{node_path('')}"
         poll = Poll(self._place.config.commit_timeout_s)
         while True:
             self._look(others=True)
-            try:
-                header = json.loads(bytes(self._place.store.read(path)))["attributes"][HEADER]
-                if (header["epoch"], header["serial"]) == (self._place.epoch, self._serial):
-                    return []
-            except (FileNotFoundError, ValueError, KeyError, TypeError):
-                pass  # not there yet, half there on a store that shows that, or of an earlier save
+            if _steps.opened_by(self._place.store, self.step) == self._save:
+                return []
             if not poll.wait():
                 raise CheckpointError(
                     f"rank 0 did not open the save of step {self.step} within {poll.limit_s:g} s",
@@ -252,7 +246,10 @@ class Saving(Running):
         )
         # The ranks made the names of their votes durable in votes/, but not that of votes/ itself.
         place.store.sync_dirs([vote_path(self.step, 0)])
-        place.store.put_atomic(f"{folder}/{COMMIT}", seal(commit))
+        opened = _steps.opened_by(place.store, self.step)
+        if opened != self._save:
+            raise CheckpointError(f"step {self.step} was opened anew meanwhile, by {opened}: this attempt is over")
+        place.store.put_new(f"{folder}/{COMMIT}", seal(commit))
 
     def _collect(self) -> tuple[list[Vote], list[FileEntry]]:
         place = self._place
@@ -323,6 +320,8 @@ class Saving(Running):
         if not self._writing.files or (self._voted and rank != 0):
             # Rank 0 may have counted the vote: its files stay until rank 0 clears the step away.
             return
+        if _steps.opened_by(store, self.step) not in (self._save, None):
+            return  # by now the folder is another attempt's
         if rank == 0:
             store.remove(f"{folder}/{COMMIT}")
         store.remove(vote_path(self.step, rank))

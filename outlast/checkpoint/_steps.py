@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from outlast.checkpoint._names import COMMIT, parse_aside, parse_replaced, parse_step, replaced_name, step_name
+from outlast.checkpoint._names import COMMIT, NODE, parse_aside, parse_replaced, parse_step, replaced_name, step_name
 from outlast.checkpoint._reading import StepReader
 from outlast.checkpoint._records import Fault, has_all_votes, read_commit
 from outlast.checkpoint._store import Store
+from outlast.checkpoint._tree import HEADER
 from outlast.errors import CheckpointError
 
 _log = logging.getLogger("outlast.checkpoint")
@@ -28,6 +31,15 @@ def scan(store: Store) -> Scan:
     steps = sorted(step for name in store.names("") if (step := parse_step(name)) is not None)
     done = [step for step in steps if store.exists(f"{step_name(step)}/{COMMIT}")]
     return Scan(tuple(done), tuple(step for step in steps if step not in done))
+
+
+def opened_by(store: Store, step: int) -> tuple[str, int] | None:
+    """Epoch and number of the save that this step was opened for last; None if none, or if it is half there."""
+    try:
+        header = json.loads(bytes(store.read(f"{step_name(step)}/{NODE}")))["attributes"][HEADER]
+        return header["epoch"], header["serial"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def set_aside(store: Store, step: int, *, folder: str = "") -> str:
@@ -80,19 +92,32 @@ def clear_for(store: Store, step: int, epoch: str) -> list[str]:
 
 def retire(store: Store, step: int) -> None:
     """Set aside what a committed step has replaced, if anything."""
+    old = replaced_name(step)
     try:
-        if store.names(replaced_name(step)):
-            set_aside(store, step, folder=replaced_name(step))
+        if store.exists(f"{old}/{COMMIT}"):
+            set_aside(store, step, folder=old)
+        elif store.names(old):
+            # Where a folder is moved file by file: the begin, or the end, of a move that was cut off.
+            store.remove_tree(old)
     except OSError as error:
         # The new checkpoint is committed all the same; the next restore tries again.
-        _log.warning("%s could not be set aside: %s", replaced_name(step), error)
+        _log.warning("%s could not be set aside: %s", old, error)
 
 
-def bring_back(store: Store) -> None:
+def only_readable(error: OSError) -> bool:
+    """Whether something could not be changed because the place can only be read."""
+    return isinstance(error, PermissionError) or error.errno == errno.EROFS
+
+
+def bring_back(store: Store) -> list[tuple[int, str]]:
     """Undo, or complete, what saves left that were to replace a committed step.
 
     No rank may be saving: one that is late would write into a step that is committed.
+
+    Returns:
+        Steps that could not be brought back since the place can only be read, and why, in words.
     """
+    left_alone: list[tuple[int, str]] = []
     for name in store.names(""):
         step = parse_replaced(name)
         if step is None:
@@ -100,9 +125,16 @@ def bring_back(store: Store) -> None:
         if store.exists(f"{step_name(step)}/{COMMIT}"):
             retire(store, step)
             continue
-        left = clear_leftover(store, step)
-        store.move_tree(name, step_name(step))
+        try:
+            left = clear_leftover(store, step)
+            store.move_tree(name, step_name(step))
+        except OSError as error:
+            if not only_readable(error):
+                raise
+            left_alone.append((step, f"saving it anew was not completed, and the old one stays {name}: {error}"))
+            continue
         _log.warning("%s: saving it anew was not completed, the old one is back; of the new, %s", step_name(step), left)
+    return left_alone
 
 
 def prune(store: Store, newest: int, keep_last: int) -> None:

@@ -11,18 +11,18 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import fsspec
 import numpy as np
 import numpy.typing as npt
 
 from outlast.checkpoint._names import COMMIT
+from outlast.checkpoint._store_fsspec import FsspecStore, open_filesystem
 from outlast.config import nearest
-from outlast.errors import CheckpointError, ConfigError, MissingDependency
+from outlast.errors import ConfigError, MissingDependency
 
 Bytes = bytes | memoryview
 Buffer = npt.NDArray[np.uint8]
@@ -34,7 +34,11 @@ _DIRECT_BYTES = 16 << 20
 
 
 class Store(Protocol):
-    """What a checkpoint needs of its storage. Every method raises OSError; FileNotFoundError for a missing file."""
+    """What a checkpoint needs of its storage.
+
+    Every method raises OSError: FileNotFoundError for a missing file, and ConnectionError where the storage as a whole
+    does not answer, so that nothing is known about the file.
+    """
 
     url: str
 
@@ -55,6 +59,12 @@ class Store(Protocol):
 
     def put_atomic(self, path: str, data: bytes) -> None:
         """Write a file that readers see whole or not at all, before and after a crash; durable on return."""
+
+    def put_new(self, path: str, data: bytes) -> None:
+        """As :meth:`put_atomic`, where no file is; FileExistsError if there is one with other bytes.
+
+        Object stores refuse the second of two such writes themselves; a directory is looked at before the rename.
+        """
 
     def sync_dirs(self, paths: Iterable[str]) -> None:
         """Make the names of these files, and of all directories on the way to them, durable."""
@@ -78,7 +88,10 @@ class Store(Protocol):
         """Remove a directory and all below; its commit record first, so that no half of it looks complete."""
 
     def move_tree(self, old: str, new: str) -> None:
-        """Give a directory another name; a crash leaves no half of it that looks complete."""
+        """Give a directory another name, which nothing has; OSError if something does.
+
+        A crash leaves all of it under one name at least, and nothing that looks complete and is not.
+        """
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
@@ -95,7 +108,7 @@ def open_store(url: str | os.PathLike[str]) -> Store:
     if protocol in ("file", "local"):
         return LocalStore(rest)
     try:
-        filesystem, root = fsspec.core.url_to_fs(text, use_listings_cache=False)
+        filesystem, root = open_filesystem(text, protocol)
     except ImportError as error:
         extra = "s3" if protocol in ("s3", "s3a") else None
         fix = f"pip install 'outlast[{extra}]'" if extra else "install the package it names"
@@ -103,7 +116,7 @@ def open_store(url: str | os.PathLike[str]) -> Store:
     except ValueError as error:
         hint = nearest(protocol, fsspec.available_protocols())
         raise ConfigError(f"checkpoint.url = {text!r}: {error}", hint) from error
-    return FsspecStore(text.rstrip("/"), filesystem, str(root).rstrip("/"))
+    return FsspecStore(text.rstrip("/"), filesystem, root)
 
 
 class LocalStore:
@@ -124,7 +137,9 @@ class LocalStore:
         for made in missing:
             sync_dir(str(made.parent))
         if not os.access(self.root, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.root)
+            read_only = os.statvfs(self.root).f_flag & os.ST_RDONLY
+            number = errno.EROFS if read_only else errno.EACCES
+            raise OSError(number, os.strerror(number), self.root)
 
     def put(self, path: str, parts: Sequence[Bytes]) -> None:
         _write(self._at(path), parts)
@@ -157,6 +172,12 @@ class LocalStore:
             _unlink(temporary)
             raise
         sync_dir(folder)
+
+    def put_new(self, path: str, data: bytes) -> None:
+        final = self._at(path)
+        if os.path.isfile(final) and bytes(self.read(path)) != data:
+            raise FileExistsError(errno.EEXIST, "written by another attempt, or a late rank of one", final)
+        self.put_atomic(path, data)
 
     def sync_dirs(self, paths: Iterable[str]) -> None:
         folders = {""}
@@ -225,107 +246,6 @@ class LocalStore:
 
     def _at(self, path: str) -> str:
         return os.path.join(self.root, path) if path else self.root
-
-
-class FsspecStore:
-    """Anything fsspec knows. Objects appear whole and are durable once written, as object stores promise."""
-
-    def __init__(self, url: str, filesystem: Any, root: str) -> None:
-        self.url = url
-        self._fs = filesystem
-        self._root = root
-
-    def prepare(self) -> None:
-        with _as_oserror(self.url):
-            self._fs.makedirs(self._root, exist_ok=True)
-
-    def put(self, path: str, parts: Sequence[Bytes]) -> None:
-        with _as_oserror(path):
-            self._fs.pipe_file(self._at(path), b"".join(parts))
-
-    def put_block(self, path: str, block: memoryview, size_bytes: int) -> None:
-        self.put(path, [block[:size_bytes]])
-
-    def free_bytes(self) -> int | None:
-        return None
-
-    def put_atomic(self, path: str, data: bytes) -> None:
-        self.put(path, [data])
-
-    def sync_dirs(self, paths: Iterable[str]) -> None:
-        del paths
-
-    def read(self, path: str) -> Buffer:
-        with _as_oserror(path):
-            return np.frombuffer(bytearray(self._fs.cat_file(self._at(path))), np.uint8)
-
-    def names(self, path: str) -> list[str]:
-        with _as_oserror(path):
-            self._fs.invalidate_cache()
-            try:
-                found = self._fs.ls(self._at(path), detail=False)
-            except FileNotFoundError:
-                return []
-            return sorted({str(name).rstrip("/").rpartition("/")[2] for name in found} - {""})
-
-    def exists(self, path: str) -> bool:
-        with _as_oserror(path):
-            self._fs.invalidate_cache()
-            return bool(self._fs.isfile(self._at(path)))
-
-    def sizes(self, path: str) -> dict[str, int]:
-        top = self._at(path)
-        with _as_oserror(path):
-            self._fs.invalidate_cache()
-            found = self._fs.find(top, detail=True)
-            stripped = str(self._fs._strip_protocol(top)).strip("/")
-            return {
-                str(name).strip("/").removeprefix(f"{stripped}/"): int(info["size"]) for name, info in found.items()
-            }
-
-    def remove(self, path: str) -> None:
-        with _as_oserror(path):
-            try:
-                self._fs.rm_file(self._at(path))
-            except FileNotFoundError:
-                return
-
-    def remove_tree(self, path: str) -> None:
-        self.remove(f"{path}/{COMMIT}")
-        if not self.names(path):
-            return
-        for name in self.sizes(path):
-            self.remove(f"{path}/{name}")
-        with _as_oserror(path):
-            # Stores that do have directories are left with empty ones.
-            if self._fs.exists(self._at(path)):
-                self._fs.rm(self._at(path), recursive=True)
-
-    def move_tree(self, old: str, new: str) -> None:
-        # The commit record goes first and arrives last: at no point is there a record without its files.
-        record = bytes(self.read(f"{old}/{COMMIT}")) if self.exists(f"{old}/{COMMIT}") else None
-        self.remove(f"{old}/{COMMIT}")
-        for name in self.sizes(old):
-            with _as_oserror(old):
-                self._fs.cp_file(self._at(f"{old}/{name}"), self._at(f"{new}/{name}"))
-            self.remove(f"{old}/{name}")
-        if record is not None:
-            self.put_atomic(f"{new}/{COMMIT}", record)
-        self.remove_tree(old)
-
-    def _at(self, path: str) -> str:
-        return f"{self._root}/{path}" if path else self._root
-
-
-@contextmanager
-def _as_oserror(path: str) -> Iterator[None]:
-    """Client libraries raise errors of their own; callers know OSError."""
-    try:
-        yield
-    except (OSError, CheckpointError):
-        raise
-    except Exception as error:
-        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _create(path: str, more: int = 0) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
 
 from outlast.checkpoint import CheckpointConfig, Checkpointer
@@ -83,6 +85,33 @@ def save_by_ranks(
     for saver in ranks:
         saver.close()
     return events
+
+
+def save_and_join(saver: Checkpointer, step: int, replicated: dict[str, Any]) -> None:
+    """Save and wait for the outcome, whatever it is."""
+    saver.save(step, replicated=replicated, local=local(step))
+    saver.wait_copied()
+    assert saver._saving is not None
+    saver._saving.join()
+
+
+def before(
+    monkeypatch: pytest.MonkeyPatch, kind: type, operation: str, when: Callable[[str], bool], do: Callable[[], Any]
+) -> None:
+    """Do something once, right before the first operation of a kind on such a path, in the thread that runs it."""
+    real = getattr(kind, operation)
+    lock, done = threading.Lock(), list[str]()
+
+    def wrapped(store: Any, path: str, *args: Any) -> Any:
+        with lock:
+            first = not done and when(path)
+            if first:
+                done.append(path)
+        if first:
+            do()
+        return real(store, path, *args)
+
+    monkeypatch.setattr(kind, operation, wrapped)
 
 
 def of(kind: type[E], events: list[Event]) -> list[E]:
