@@ -50,8 +50,8 @@ def local(step: int, version: str, rank: int) -> dict[str, Any]:
 class _AllRanks(Restoring):
     """The part of every rank of a restore, in one process."""
 
-    def _load(self, step: int) -> Restored:
-        first, reader = super()._load(step), StepReader(self.store, step, self.io)
+    def _load(self, candidate: Any, *rest: Any) -> Restored:
+        first, reader = super()._load(candidate, *rest), StepReader(self.store, candidate.step, self.io)
         others = {rank_name(rank): reader.load(rank) for rank in range(1, self.world_size)}
         return replace(first, local={rank_name(0): first.local, **others})
 

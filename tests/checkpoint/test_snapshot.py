@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +23,11 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     opened = threading.Event()
     copy = Snapshot.copy
 
-    def late(snapshot: Snapshot, index: int, target: torch.Tensor) -> int:
+    def late(snapshot: Snapshot, index: int, target: torch.Tensor, **more: Any) -> int:
         part = snapshot._parts[index]
         assert part is not None
         assert part.eager or opened.wait(60)
-        return copy(snapshot, index, target)
+        return copy(snapshot, index, target, **more)
 
     monkeypatch.setattr(Snapshot, "copy", late)
     yield opened
