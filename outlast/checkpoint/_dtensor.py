@@ -42,7 +42,7 @@ class Meshes:
                 not over all ranks of the job; names the tensor.
         """
         mesh, shape = tensor.device_mesh, tuple(tensor.shape)
-        key = (mesh, tensor.placements, shape)
+        key = (mesh, tensor.placements, shape, _order(tensor))
         spread = self._spreads.get(key)
         if spread is None:
             if mesh not in self._known:
@@ -51,6 +51,8 @@ class Meshes:
             ranks, place = self._known[mesh]
             try:
                 splits = [_split(placement) for placement in tensor.placements]
+                if any(list(dims) != sorted(dims) for dims in _order(tensor)) and all(s.after == 1 for s in splits):
+                    raise ValueError(f"dimensions {_order(tensor)} of its mesh split it in an order of their own")
                 spread = spread_over(shape, tuple(mesh.shape), ranks, place, splits)
             except ValueError as error:
                 raise CheckpointError(f"the shards of {name!r} cannot be stored: {error}") from error
@@ -102,6 +104,11 @@ def with_part(like: DTensor, local: torch.Tensor) -> DTensor:
     meta = TensorMeta(like.shape, stride, local.dtype)
     spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)
     return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def _order(tensor: DTensor) -> tuple[tuple[int, ...], ...]:
+    """Which dimensions of the mesh split each of the tensor's, in turn, where torch has a word for that."""
+    return tuple(tuple(entry.mesh_dims) for entry in getattr(tensor._spec, "shard_order", None) or ())
 
 
 def _split(placement: object) -> Split:

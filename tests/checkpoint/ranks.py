@@ -24,6 +24,8 @@ from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.helpers import QUICK, local, same, state
 
 LIMIT_S = 90.0
+PRELOAD = ["tests.checkpoint.ranks", "tests.checkpoint.sharded_training", "tests.checkpoint.sharded_parts"]
+"""What all tests' ranks need: one server forks them all."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Outcome:
 def run(*orders: Orders) -> list[Outcome]:
     """Run a job of one rank per order to its end."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.checkpoint.ranks"])
+    context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank, order in enumerate(orders):

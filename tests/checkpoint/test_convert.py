@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from outlast.checkpoint import diff, export_step, import_step, list_steps, verify
+from outlast.checkpoint import describe, diff, export_step, import_step, list_steps, verify
 from outlast.cli import main
 from outlast.errors import (
     CheckpointError,
@@ -213,3 +213,23 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["ckpt", "export", a, x, "--format", "onnx"])
     assert stopped.value.code == 2
+
+
+@needs_safetensors
+def test_an_optimizers_own_state_comes_from_torch_and_goes_back(tmp_path: Path) -> None:
+    """Integer keys and tuples; safetensors, which has names only, refuses them."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], betas=(0.8, 0.9))
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    state = {"optimizer": optimizer.state_dict()}
+    torch.save(state, tmp_path / "x")
+    import_step(tmp_path / "x", tmp_path / "b", "torch")
+    export_step(tmp_path / "b", tmp_path / "y", "torch")
+    back = torch.load(tmp_path / "y", weights_only=True)
+    assert same(back, state)
+    assert isinstance(back["optimizer"]["param_groups"][0]["betas"], tuple)
+    assert {t.name for t in describe(tmp_path / "b").tensors} >= {"optimizer/state/0/exp_avg"}
+    with pytest.raises(CheckpointError, match="the key 0"):
+        export_step(tmp_path / "b", tmp_path / "z", "safetensors")
+    assert not (tmp_path / "z").exists()

@@ -39,14 +39,14 @@ def small_disk(limit_bytes: int) -> Iterator[None]:
     ("content", "said"),
     [
         ([torch.ones(1)], "holds a list"),
-        ({"state": {0: torch.ones(1)}}, "the key 0"),
-        ({"w": torch.ones(1), "t": (1, 2)}, "'t' is a builtins.tuple"),
+        ({"state": {0.5: torch.ones(1)}}, "the key 0.5"),
+        ({"w": torch.ones(1), "t": torch.Size([1, 2])}, "'t' is a torch.Size"),
         ({"outlast": 1}, "reserved"),
         ({"": torch.ones(1)}, "empty string"),
         ({"s": torch.ones(2, 2).to_sparse()}, "only dense"),
         ({"l": [torch.ones(1)]}, "cannot be stored"),
     ],
-    ids=["list", "key", "tuple", "reserved", "empty", "sparse", "tensor in a list"],
+    ids=["list", "key", "named tuple", "reserved", "empty", "sparse", "tensor in a list"],
 )
 def test_what_cannot_be_stored(tmp_path: Path, content: Any, said: str) -> None:
     torch.save(content, tmp_path / "x")

@@ -11,20 +11,9 @@ import pytest
 import zarr
 
 from outlast.checkpoint import verify
-from tests.checkpoint.sharded import (
-    SHAPES,
-    Leg,
-    Sharding,
-    arrays,
-    damaged,
-    documented,
-    memory,
-    parts,
-    refused,
-    run,
-    some_ranks,
-    train,
-)
+from tests.checkpoint.sharded import run
+from tests.checkpoint.sharded_parts import SHAPES, damaged, memory, parts, refused, some_ranks
+from tests.checkpoint.sharded_training import Leg, Sharding, arrays, documented, train
 
 
 def equal(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -135,6 +124,7 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
         assert "put it into replicated" in found["local"]
         assert "over ranks [0, 1]" in found["submesh"] or "over ranks [2, 3]" in found["submesh"]
         assert "the job has 4" in found["submesh"]
+        assert "dimensions ((1, 0),) of its mesh split it in an order of their own" in found["turned"]
         assert "chunk_mb of at least 0.004036" in found["grid"]
         assert found["mismatch"].startswith("StateMismatch: 3 tensors")
         assert "model/rows: (401, 64) torch.float32 in the checkpoint, (402, 64)" in found["mismatch"]
@@ -152,13 +142,14 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
 def test_memory_is_that_of_the_parts(tmp_path: Path) -> None:
-    small, large = (run(4, memory, str(tmp_path / str(layers)), layers) for layers in (1, 6))
+    small, large = (run(4, memory, str(tmp_path / str(layers)), layers) for layers in (1, 9))
     for few, many in zip(small, large, strict=True):
-        grown_mb = 5 * 8  # by so much the whole state is larger
+        grown_mb = 8 * 8  # by so much the whole state is larger
         assert many["parts"] - few["parts"] < grown_mb / 4 + 8
-        assert many["whole"] - few["whole"] > grown_mb - 10
+        assert many["whole"] - few["whole"] > grown_mb / 2  # not all of it: some memory was there before
 
 
+@pytest.mark.slow
 def test_the_example_in_the_docs(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "checkpointing.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, flags=re.S) if "like=" in block]
