@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from outlast.checkpoint._memory import fresh
+
 PAGE_BYTES = 4096
 
 
@@ -55,7 +57,11 @@ class Arena:
             nbytes = max(min(nbytes, self.limit_bytes), max(map(room, sizes), default=0))
         if self._pages.numel() < nbytes or (pinned and not self._buffer.is_pinned()):
             self._buffer = self._pages = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            self._buffer = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=pinned)
+            size = nbytes + PAGE_BYTES
+            if pinned:
+                self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            else:
+                self._buffer = torch.from_numpy(fresh(size))
             start = -self._buffer.data_ptr() % PAGE_BYTES
             self._pages = self._buffer[start : start + nbytes]
         with self._changed:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from outlast.checkpoint._records import (
     unseal_vote,
 )
 from outlast.checkpoint._running import Running
-from outlast.checkpoint._slots import Slot
+from outlast.checkpoint._slots import Slot, Slots
 from outlast.checkpoint._snapshot import Snapshot
 from outlast.checkpoint._zarr import node_path, root_document
 from outlast.errors import CheckpointError, StateMismatch
@@ -57,6 +58,7 @@ class Memory:
     world_size: int
     epoch: str
     keep: int
+    slots: Slots
     leads: bool
     """Whether this rank clears up on its node."""
     control: Control
@@ -158,6 +160,8 @@ class MemorySaving(Running):
             if commit is not None:
                 raise
         self._then(Held(self._slot, parts, placed, commit))
+        with suppress(OSError):  # no memory for it: said when it is needed
+            memory.slots.prepare(self._slot.memory.numel())
 
     def _clear_up(self) -> None:
         """What attempts before left goes with this attempt's first commits, and old commit records with each."""

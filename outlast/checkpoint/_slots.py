@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from outlast.checkpoint._arena import Region, room
+from outlast.checkpoint._memory import map_all
 from outlast.checkpoint._names import encode_key, rank_name
 from outlast.checkpoint._records import Commit, Fault, Placed, seal, unseal_commit, unseal_placed
 from outlast.errors import CheckpointError
@@ -133,15 +134,31 @@ class Slots:
             if not slot.busy and slot.step not in kept:
                 break
         else:
-            slot = Slot(Path(f"{self._stem}{len(self._slots)}{_DATA}"), torch.empty(0, dtype=torch.uint8))
-            self._slots.append(slot)
+            slot = self._add()
         slot.index.unlink(missing_ok=True)
         slot.step, slot.used = None, 0
         if slot.memory.numel() < nbytes:
-            slot.memory = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            slot.data.unlink(missing_ok=True)
-            slot.memory = _shared(slot.data, room(nbytes))
+            self._allocate(slot, nbytes)
         return slot
+
+    def prepare(self, nbytes: int) -> None:
+        """Add a slot of that size, if there will be need of one; what can be done before :meth:`take` holds nobody up.
+
+        Raises:
+            OSError: there is not that much shared memory.
+        """
+        if len(self._slots) <= self._keep:
+            self._allocate(self._add(), nbytes)
+
+    def _add(self) -> Slot:
+        slot = Slot(Path(f"{self._stem}{len(self._slots)}{_DATA}"), torch.empty(0, dtype=torch.uint8))
+        self._slots.append(slot)
+        return slot
+
+    def _allocate(self, slot: Slot, nbytes: int) -> None:
+        slot.memory = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
+        slot.data.unlink(missing_ok=True)
+        slot.memory = _shared(slot.data, room(nbytes))
 
     @property
     def newest(self) -> int | None:
@@ -161,7 +178,9 @@ def _shared(path: Path, nbytes: int) -> torch.Tensor:
     try:
         # Reserved now: a write into a full tmpfs would end the process with SIGBUS.
         os.posix_fallocate(fd, 0, nbytes)
-        return torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
+        memory = mmap.mmap(fd, nbytes)
+        map_all(memory, writing=True)
+        return torch.frombuffer(memory, dtype=torch.uint8)
     except OSError:
         path.unlink(missing_ok=True)
         raise

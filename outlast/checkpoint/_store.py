@@ -19,6 +19,7 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 
+from outlast.checkpoint._memory import fresh
 from outlast.checkpoint._names import COMMIT
 from outlast.checkpoint._store_fsspec import FsspecStore, open_filesystem
 from outlast.config import nearest
@@ -192,7 +193,7 @@ class LocalStore:
 
     def read(self, path: str) -> Buffer:
         with open(self._at(path), "rb", buffering=0) as file:
-            data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+            data = fresh(os.fstat(file.fileno()).st_size)
             view, done = data.data, 0
             while done < len(view):
                 count = file.readinto(view[done:])

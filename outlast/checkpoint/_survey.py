@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from outlast.checkpoint._agreement import Agreement
+from outlast.checkpoint._memory import map_all
 from outlast.checkpoint._names import parse_local, parse_pack
 from outlast.checkpoint._nodes import Nodes
 from outlast.checkpoint._records import (
@@ -303,6 +304,8 @@ def _mapped(path: Path) -> Buffer:
         size_bytes = os.fstat(fd).st_size
         if not size_bytes:
             return np.empty(0, np.uint8)
-        return np.frombuffer(mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY), np.uint8)
+        memory = mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY)
+        map_all(memory, writing=False)
+        return np.frombuffer(memory, np.uint8)
     finally:
         os.close(fd)

@@ -65,7 +65,15 @@ class Tiers:
         self._slots = Slots(self.folder / OWN, place.epoch, rank, config.memory_keep_last)
         leads = nodes.ranks_with(rank)[0] == rank
         self._memory = Memory(
-            self.folder, rank, place.world_size, place.epoch, config.memory_keep_last, leads, self._control, place.emit
+            folder=self.folder,
+            rank=rank,
+            world_size=place.world_size,
+            epoch=place.epoch,
+            keep=config.memory_keep_last,
+            slots=self._slots,
+            leads=leads,
+            control=self._control,
+            emit=place.emit,
         )
         partner = nodes.partner_of(rank)
         self._partner = None
