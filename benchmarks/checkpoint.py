@@ -6,10 +6,14 @@
 Two ranks train a perceptron under DDP with AdamW, whose parameters and moments make up the state. A round lets each
 method in turn train some steps with a checkpoint every so many, and then read the newest back; and writes the same
 number of bytes past the page cache, with nothing else going on. Methods alternate, so that a machine that drifts
-drifts for all. Printed are medians over rounds of the slower rank's figures: seconds a step, its ratio to the same
-round's step without checkpoints, seconds the training thread was blocked by a save, seconds until it was durable
-(``torch.save`` and DCP sync a file each, but no directory), seconds to read it back, with nothing in the page cache,
-and peak memory of both ranks above the first method's.
+drifts for all, and each makes a save before it is timed. ``raw-beside`` is no method: it writes as many bytes as the
+state has past the page cache while training goes on, and nothing else, and so is what writing alone costs.
+``outlast-memory`` saves to shared memory after *every* step, and reads back from there.
+
+Printed are medians over rounds of the slower rank's figures: seconds a step, its ratio to the same round's step without
+checkpoints, seconds the training thread was blocked by a save, seconds until it was durable (``torch.save`` and DCP sync
+a file each, but no directory), seconds to read it back, with nothing in the page cache, and peak memory of both ranks
+above the first method's.
 """
 
 from __future__ import annotations
@@ -30,7 +34,18 @@ from typing import Any
 
 from benchmarks.orders import ask
 
-METHODS = ("none", "torch.save", "dcp", "dcp-async-thread", "dcp-async-process", "outlast")
+METHODS = (
+    "none",
+    "torch.save",
+    "dcp",
+    "dcp-async-thread",
+    "dcp-async-process",
+    "raw-beside",
+    "outlast",
+    "outlast-memory",
+)
+EVERY_STEP = ("outlast-memory",)
+"""Methods that save after each step, whatever ``--every`` says."""
 RANKS = 2
 
 
@@ -94,7 +109,8 @@ def measure(
         baseline = host_mb = None
         for method in methods:
             number += 1
-            answers = ranks.ask(do="run", number=number, method=method, steps=steps, every=every)
+            interval = 1 if method in EVERY_STEP else every
+            answers = ranks.ask(do="run", number=number, method=method, steps=steps, every=interval)
             shutil.rmtree(folder / str(number))
             if turn < 0:
                 continue

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 from torch.nn.parallel import DistributedDataParallel
 
 from outlast.checkpoint import CheckpointConfig, Checkpointer, attach
+from outlast.checkpoint._slots import memory_folder
 from outlast.events import CheckpointFailed, CheckpointSaved, Event
 
 WIDTH = 2048
@@ -83,8 +86,19 @@ class Method(ABC):
     def before_update(self) -> None:  # noqa: B027
         """The state is about to change."""
 
-    def drain(self) -> None:  # noqa: B027
+    def settle(self) -> None:  # noqa: B027
         """Wait until all is saved."""
+
+    def drain(self) -> None:
+        """Wait until all is saved, and end."""
+        self.settle()
+
+    def forget(self) -> None:
+        """Saves so far do not count."""
+        self.blocked_s, self.durable_s = [], []
+
+    def clean(self) -> None:  # noqa: B027
+        """Leave nothing behind outside the folder."""
 
     @abstractmethod
     def load(self, state: State) -> None:
@@ -152,7 +166,7 @@ class DCPAsync(DCP):
 
     def save(self, step: int, state: State) -> None:
         began = time.perf_counter()
-        self.drain()
+        self.settle()
         path = self._begin(step)
         future: Any = async_save(
             state, checkpoint_id=path, process_group=self._group, async_checkpointer_type=self.kind
@@ -162,7 +176,7 @@ class DCPAsync(DCP):
         self.blocked_s.append(started - began)
         future.add_done_callback(lambda _: self.durable_s.append(time.perf_counter() - began))
 
-    def drain(self) -> None:
+    def settle(self) -> None:
         if self._future is not None:
             self._future.result()
 
@@ -171,35 +185,93 @@ class DCPProcess(DCPAsync):
     kind = AsyncCheckpointerType.PROCESS
 
 
+class RawBeside(Method):
+    """No checkpoint: as many bytes as the state has, the same ones each time, written past the page cache beside
+    training, with no copy and no checksum. What any method costs that writes the state while training goes on."""
+
+    def __post_init__(self) -> None:
+        self._block = _block()
+        self._thread: threading.Thread | None = None
+
+    def save(self, step: int, state: State) -> None:
+        began = time.perf_counter()
+        self.settle()
+        path = self._begin(step)
+        path.mkdir()
+        nbytes = sum(t.nbytes for part in (state["model"], *state["optimizer"].values()) for t in part.values())
+
+        def write() -> None:
+            _write_raw(path / f"raw-{dist.get_rank()}", self._block, nbytes // dist.get_world_size())
+            self.durable_s.append(time.perf_counter() - began)
+
+        self._thread = threading.Thread(target=write)
+        self._thread.start()
+        self.blocked_s.append(time.perf_counter() - began)
+
+    def settle(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def load(self, state: State) -> None:
+        return
+
+
 class Outlast(Method):
-    """This library."""
+    """This library, to storage."""
+
+    config = CheckpointConfig(keep_last=1)
+    tier = "storage"
 
     def __post_init__(self) -> None:
         self._events: list[Event] = []
-        self._checkpointer: Checkpointer = attach(self.folder, CheckpointConfig(keep_last=1), emit=self._events.append)
+        self._checkpointer: Checkpointer = attach(self.folder, self.config, emit=self._events.append)
+
+        self._begun = 0
 
     def save(self, step: int, state: State) -> None:
-        self._checkpointer.save(step, replicated=state, local={})
+        self._begun += 1
+        self._checkpointer.save(step, replicated=state, local={}, durable=self.tier == "storage")
+
+    def settle(self) -> None:
+        while len(self._saved()) < self._begun:
+            time.sleep(0.001)
+
+    def forget(self) -> None:
+        self._events.clear()
+        self._begun = 0
 
     def before_update(self) -> None:
         self._checkpointer.wait_copied()
 
     def drain(self) -> None:
         self._checkpointer.close()
-        failed = [event.reason for event in self._events if isinstance(event, CheckpointFailed)]
+        self.blocked_s = [event.blocked_s for event in self._saved()]
+        self.durable_s = [event.durable_s for event in self._saved()]
+
+    def _saved(self) -> list[CheckpointSaved]:
+        failed = [event.reason for event in list(self._events) if isinstance(event, CheckpointFailed)]
         if failed:
             raise RuntimeError(f"saves failed: {failed}")
-        saved = [event for event in self._events if isinstance(event, CheckpointSaved)]
-        self.blocked_s = [event.blocked_s for event in saved]
-        self.durable_s = [event.durable_s for event in saved]
+        return [event for event in list(self._events) if isinstance(event, CheckpointSaved) and event.tier == self.tier]
 
     def load(self, state: State) -> None:
-        restored = attach(self.folder).restore("auto")
+        reader = attach(self.folder, self.config)
+        restored = reader.restore("auto")
         assert restored is not None
         for name, parameter in state["model"].items():
             parameter.copy_(restored.replicated["model"][name])
             for slot, tensor in state["optimizer"][name].items():
                 tensor.copy_(restored.replicated["optimizer"][name][slot])
+
+
+class OutlastMemory(Outlast):
+    """This library, to memory that outlives the processes, after every step."""
+
+    config = CheckpointConfig(memory_every_steps=1)
+    tier = "memory"
+
+    def clean(self) -> None:
+        shutil.rmtree(memory_folder(str(self.folder)), ignore_errors=True)
 
 
 METHODS: dict[str, type[Method]] = {
@@ -208,13 +280,25 @@ METHODS: dict[str, type[Method]] = {
     "dcp": DCP,
     "dcp-async-thread": DCPAsync,
     "dcp-async-process": DCPProcess,
+    "raw-beside": RawBeside,
     "outlast": Outlast,
+    "outlast-memory": OutlastMemory,
 }
 
 
 def run(trainer: Trainer, method: Method, steps: int, every: int) -> dict[str, Any]:
-    """Train, and save every so many steps; seconds a step include waiting for the saves' parts that block."""
+    """Train, and save every so many steps; seconds a step include waiting for the saves' parts that block.
+
+    One save before that is not counted: what a method does once, it has done then.
+    """
     state = trainer.state()
+    trainer.forward_backward()
+    method.save(0, state)
+    trainer.forward_backward()
+    method.before_update()
+    trainer.optimizer.step()
+    method.settle()
+    method.forget()
     Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
     before_bytes = psutil.Process().memory_info().rss
     dist.barrier()
@@ -259,24 +343,33 @@ def load(trainer: Trainer, method: Method) -> float:
 def raw(folder: Path, nbytes: int) -> float:
     """Seconds until this rank's part of so many bytes is on the disk, written past the page cache with no checksum."""
     part = nbytes // dist.get_world_size() // _BLOCK_BYTES * _BLOCK_BYTES
-    buffer = torch.randint(0, 256, (_BLOCK_BYTES + 4096,), dtype=torch.uint8)
-    start = -buffer.data_ptr() % 4096
-    block = buffer[start : start + _BLOCK_BYTES].numpy().data
-    path = folder / f"raw-{dist.get_rank()}"
+    block, path = _block(), folder / f"raw-{dist.get_rank()}"
     dist.barrier()
     began = time.perf_counter()
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o644)
-    try:
-        os.posix_fallocate(fd, 0, part)
-        for at in range(0, part, _BLOCK_BYTES):
-            os.pwrite(fd, block, at)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    _write_raw(path, block, part)
     dist.barrier()
     seconds = time.perf_counter() - began
     path.unlink()
     return seconds
+
+
+def _block() -> memoryview:
+    """Random bytes that begin at a page."""
+    buffer = torch.randint(0, 256, (_BLOCK_BYTES + 4096,), dtype=torch.uint8)
+    start = -buffer.data_ptr() % 4096
+    return buffer[start : start + _BLOCK_BYTES].numpy().data
+
+
+def _write_raw(path: Path, block: memoryview, nbytes: int) -> None:
+    """So many bytes, the block again and again, past the page cache."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o644)
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+        for at in range(0, nbytes, len(block)):
+            os.pwrite(fd, block, at)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _peak_bytes() -> int:
@@ -305,6 +398,7 @@ def main() -> None:
             method = METHODS[order["method"]](where)
             answer = run(trainer, method, order["steps"], order["every"])
             answer["load_s"] = load(trainer, method)
+            method.clean()
         print(json.dumps(answer), flush=True)
     dist.destroy_process_group()
 

@@ -77,12 +77,12 @@ def meet(
         CheckpointError: some rank cannot listen; all ranks raise it.
     """
     if world_size == 1:
-        return Meeting(Nodes((_node_name(),), (("", 0),)), b"", None)
+        return Meeting(Nodes((node_name(),), (("", 0),)), b"", None)
     secret = bytes.fromhex(agreement.texts(secrets.token_hex(32) if rank == 0 else "")[0])
     listener, told = None, ""
     try:
         listener = Listener(host if host is not None else _own_address(), secret, serve, timeout_s)
-        told = json.dumps(["", _node_name(), *listener.address])
+        told = json.dumps(["", node_name(), *listener.address])
     except (CheckpointError, OSError) as error:
         told = json.dumps([f"rank {rank}: {error.what if isinstance(error, CheckpointError) else error}", "", "", 0])
     every = [json.loads(text) for text in agreement.texts(told)]
@@ -95,10 +95,13 @@ def meet(
     return Meeting(nodes, secret, listener)
 
 
-def _node_name() -> str:
+def node_name() -> str:
     """The same for processes that see the same ``/dev/shm``: this boot of the machine, and the file system's number."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}:{os.stat('/dev/shm').st_dev}"
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{os.stat('/dev/shm').st_dev}"
+    except FileNotFoundError:  # not Linux: there is no shared memory to tell apart
+        return socket.gethostname()
 
 
 def _own_address() -> str:

@@ -220,6 +220,10 @@ class StepReader:
         check_file(entry, data.data)
         return data
 
+    def read_all(self, entries: Iterable[FileEntry]) -> list[Buffer]:
+        """Several files' bytes, verified; raises :class:`Fault`, of the first in order."""
+        return list(self._io.map(self.read, entries))
+
     def _fault(self, entry: FileEntry) -> Fault | None:
         try:
             self.read(entry)

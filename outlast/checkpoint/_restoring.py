@@ -16,6 +16,7 @@ from outlast.checkpoint._agreement import Agreement
 from outlast.checkpoint._names import COMMIT, step_name
 from outlast.checkpoint._reading import StepReader, as_error
 from outlast.checkpoint._records import Fault, FileEntry, Vote, read_commit
+from outlast.checkpoint._sharing import Shared, read_once
 from outlast.checkpoint._steps import Scan, bring_back, clear_leftover, only_readable, scan, set_aside
 from outlast.checkpoint._store import Buffer, Store
 from outlast.checkpoint._survey import STORAGE, Gathered, MemorySave, Survey, Taken, bad_faults, missing_fault
@@ -72,6 +73,8 @@ class Restoring:
     any_world_size: bool = False
     wanted: Wanted | None = None
     """What the running job needs of which tensors; None: all of all."""
+    read_once: bool = False
+    """Whether what all ranks need of storage is read by one and sent to the others."""
     survey: Survey | None = None
     """Of host memory; None: there is no such tier."""
 
@@ -131,8 +134,9 @@ class Restoring:
         problem, result, step = "", None, candidate.step
         taken = Taken()
         gathered, votes = self._gather(candidate, taken)
+        shared = self._share(candidate)
         try:
-            result = self._load(candidate, gathered, votes, taken)
+            result = self._load(candidate, gathered, votes, shared, taken)
         except Fault as fault:
             problem = _pack(fault.kind, fault.file, fault.reason)
         except StateMismatch as error:
@@ -167,7 +171,26 @@ class Restoring:
         same_ranks = save.commit.world_size == self.world_size
         return self.survey.gather(save, votes, same_ranks, taken), votes
 
-    def _load(self, candidate: _Candidate, gathered: Gathered | None, votes: dict[int, Vote], taken: Taken) -> Restored:
+    def _share(self, candidate: _Candidate) -> Shared | None:
+        """What all ranks need of a step in storage, read once; collective."""
+        if candidate.save is not None or not self.read_once or self.world_size == 1:
+            return None
+        parts = self.wanted.boxes if self.wanted is not None else {}
+
+        def read() -> tuple[StepReader, list[FileEntry]]:
+            reader = StepReader(self.store, candidate.step, self.io)
+            return reader, [entry for entry in reader.files_of(None) if entry.path.rpartition("/")[0] not in parts]
+
+        return read_once(read, self.rank, self.world_size, self.agreement)
+
+    def _load(
+        self,
+        candidate: _Candidate,
+        gathered: Gathered | None,
+        votes: dict[int, Vote],
+        shared: Shared | None,
+        taken: Taken,
+    ) -> Restored:
         step, save = candidate.step, candidate.save
         commit = None
         if save is not None:
@@ -179,6 +202,7 @@ class Restoring:
             found = gathered(entry) if gathered is not None else None
             if found is None:
                 taken.add(STORAGE, entry.size_bytes)
+                found = shared(entry) if shared is not None else None
             return found
 
         reader = StepReader(self.store, step, self.io, faster, commit, votes)

@@ -19,13 +19,14 @@ from outlast.checkpoint._copying import TensorSource
 from outlast.checkpoint._dtensor import Meshes
 from outlast.checkpoint._layout import share_of
 from outlast.checkpoint._names import rank_name
+from outlast.checkpoint._nodes import node_name
 from outlast.checkpoint._records import CRC_BYTES
 from outlast.checkpoint._restoring import Restored, Restoring
 from outlast.checkpoint._running import Running
 from outlast.checkpoint._saving import Place, Saving
 from outlast.checkpoint._snapshot import Snapshot
 from outlast.checkpoint._stall import StallForecast
-from outlast.checkpoint._store import open_store
+from outlast.checkpoint._store import LocalStore, open_store
 from outlast.checkpoint._survey import Survey
 from outlast.checkpoint._tiers import Tiers
 from outlast.checkpoint._tree import Plan, lay_out
@@ -279,6 +280,8 @@ class Checkpointer:
         place = self._place
         wanted = agree_on(like, Meshes(self._group, place.world_size), agreement)
         self._begun = True
+        # On one node a local disk is read once in any case: by the page cache.
+        one_node = len(set(agreement.texts(node_name()))) == 1
         survey = self._tiers.survey(agreement, self._io) if self._tiers is not None else None
         restoring = Restoring(
             self._store,
@@ -289,6 +292,7 @@ class Checkpointer:
             self._io,
             any_world_size,
             wanted,
+            not (one_node and isinstance(self._store, LocalStore)),
             survey,
         )
         restored = restoring.newest() if which == "auto" else restoring.exactly(which)

@@ -57,6 +57,8 @@ class Orders:
     """SIGKILL when this save (counted from 1) would be voted for in memory."""
     shm: str = ""
     """A folder, on a file system of its own, that this rank has for /dev/shm: its node's memory. Needs root."""
+    reads: str = ""
+    """A file to which the path of each file that is read is added."""
     misread: str = ""
     """A bit is wrong in what this rank reads of files whose path contains this, as with a faulty page cache."""
 
@@ -202,6 +204,9 @@ def _inject(orders: Orders) -> None:
 
     def read_wrongly(store: LocalStore, path: str) -> Any:
         data = read(store, path)
+        if orders.reads:
+            with open(orders.reads, "a") as file:
+                file.write(f"{path}\n")
         if orders.misread and orders.misread in path:
             data[0] ^= 1
         return data
