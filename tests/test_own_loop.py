@@ -33,5 +33,5 @@ def test_it_learns_and_goes_on(root: Path, tmp_path: Path, example: str) -> None
 def test_deepspeed_learns(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'outlast[deepspeed]'")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    losses = losses_in(torchrun(root / "examples" / "deepspeed_loop.py"))
+    losses = losses_in(torchrun(root / "tests" / "deepspeed_script.py", root / "examples" / "deepspeed_loop.py"))
     assert losses[-1] < losses[0] / 2
