@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -22,6 +21,7 @@ from outlast.checkpoint._store import LocalStore
 from outlast.errors import OutlastError
 from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.helpers import QUICK, local, same, state
+from tests.forked import context
 
 LIMIT_S = 90.0
 
@@ -71,13 +71,12 @@ class Outcome:
 
 def run(*orders: Orders) -> list[Outcome]:
     """Run a job of one rank per order to its end."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.checkpoint.ranks"])
+    forking = context()
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank, order in enumerate(orders):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_rank, args=(theirs, order, rank, len(orders), folder), daemon=True)
+            ours, theirs = forking.Pipe()
+            process = forking.Process(target=_rank, args=(theirs, order, rank, len(orders), folder), daemon=True)
             process.start()
             theirs.close()
             pipes.append(ours)

@@ -7,7 +7,6 @@ when it is first used. After a failure it is ended, and the next use starts a ne
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import socket
@@ -24,6 +23,8 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+
+from tests.forked import context
 
 LIMIT_S = 90.0
 """How long a call may take."""
@@ -92,8 +93,7 @@ class _World:
     """The processes of one start. What they write to stderr is kept for the case that something fails."""
 
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pytest", "tests.comm.ranks"])
+        forking = context()
         self.size = world_size
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         # The store listens here before any rank looks for it: its port is nobody else's, and no rank's end takes it.
@@ -102,9 +102,9 @@ class _World:
         self._processes = []
         self._found: dict[int, tuple[bool, Any]] = {}
         for rank in range(world_size):
-            mine, theirs = context.Pipe()
+            mine, theirs = forking.Pipe()
             told = (rank, world_size, self._store.port, str(self._stderr(rank)), theirs)
-            process = context.Process(target=_serve, args=told, daemon=True)
+            process = forking.Process(target=_serve, args=told, daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(mine)
