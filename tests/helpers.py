@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy.typing as npt
 import zarr
 
 from outlast.events import Record, read_events
+from tests.forked import Job, run_main
 
 TINY = """
 [run]
@@ -74,32 +74,25 @@ def clean_env(**more: str) -> dict[str, str]:
 def outlast(
     *words: str | Path, check: int | None = 0, env: Mapping[str, str] | None = None, timeout_s: float = 180
 ) -> subprocess.CompletedProcess[str]:
-    """``outlast WORDS``; raises unless it exits with ``check`` (None: whatever)."""
-    command = [sys.executable, "-m", "outlast.cli", *map(str, words)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout_s, env=clean_env() if env is None else dict(env)
-    )
+    """``outlast WORDS``, forked; raises unless it exits with ``check`` (None: whatever). Ranks it launches are not."""
+    env = clean_env() if env is None else env
+    done = run_main("outlast.cli", [*map(str, words)], env=env, timeout_s=timeout_s)
     if check is not None:
         assert done.returncode == check, f"{words} -> {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
     return done
 
 
 def torchrun(script: Path, *words: str | Path, timeout_s: float = 180) -> str:
-    """``torchrun --nproc-per-node 2 SCRIPT WORDS``; what it printed. Raises unless it exits with 0."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), str(script), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=clean_env())
+    """``torchrun --nproc-per-node 2 SCRIPT WORDS``, forked; what it printed. Raises unless it exits with 0."""
+    command = ["--nproc-per-node", "2", "--master-port", str(free_port()), str(script), *map(str, words)]
+    done = run_main("torch.distributed.run", command, env=clean_env(), timeout_s=timeout_s)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
 
-def start_outlast(*words: str | Path, log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """``outlast WORDS`` in the background, output to ``log``."""
-    command = [sys.executable, "-m", "outlast.cli", *map(str, words)]
-    with log.open("wb") as out:
-        return subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=clean_env() if env is None else dict(env)
-        )
+def start_outlast(*words: str | Path, log: Path, env: Mapping[str, str] | None = None) -> Job:
+    """``outlast WORDS`` in the background, forked, output to ``log``."""
+    return Job("outlast.cli", [*map(str, words)], env=clean_env() if env is None else env, stdout=log, stderr=log)
 
 
 def wait_for(what: Callable[[], Any], timeout_s: float = 90, every_s: float = 0.002) -> Any:

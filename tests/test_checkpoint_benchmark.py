@@ -12,7 +12,7 @@ from benchmarks import checkpoint
 @pytest.mark.slow
 def test_the_checkpoint_benchmark(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(root)
-    rows, raws = checkpoint.measure(tmp_path, 110, checkpoint.METHODS, 1, 4, 2)
+    rows, raws = checkpoint.measure(tmp_path, 50, checkpoint.METHODS, 1, 2, 1)
     assert len(raws) == 1
     for method, row in rows.items():
         assert len(row.step_s) == 1

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import run_main
 from tests.helpers import clean_env, free_port, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +49,11 @@ def run(folder: Path, command: str) -> str:
     words = shlex.split(command)
     if words[0] == "torchrun":
         words[1:1] = ["--master-port", str(free_port())]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120, env=clean_env(PATH=path))
+    env = clean_env(PATH=path)
+    if words[0] == "outlast" and words[1] != "launch":  # the console script stands for what is forked here
+        done = run_main("outlast.cli", words[1:], env=env, timeout_s=120, cwd=folder)
+    else:
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 

@@ -12,7 +12,7 @@ import numpy as np
 import zarr
 
 from outlast import checkpoint
-from tests.helpers import clean_env, steps_saved, tiny_config
+from tests.helpers import clean_env, outlast, steps_saved, tiny_config
 
 
 def test_parameters_read_by_stock_zarr_equal_the_trained_ones(tmp_path: Path) -> None:
@@ -43,8 +43,7 @@ def test_parameters_read_by_stock_zarr_equal_the_trained_ones(tmp_path: Path) ->
 def test_one_flipped_bit_in_any_file_is_found(tmp_path: Path) -> None:
     """Every file of a real checkpoint, each in turn; ``test_bad_input`` shows that the step before is taken then."""
     config, run = tiny_config(tmp_path)
-    script = [sys.executable, "-m", "outlast.trainer", str(config), "--trainer.steps", "10"]
-    subprocess.run(script, check=True, capture_output=True, timeout=120, env=clean_env())
+    outlast("train", config, "--trainer.steps", "10")
     step = run / "checkpoints" / "step_00000010"
     files = sorted(path for path in step.rglob("*") if path.is_file())
     assert len(files) > 50

@@ -24,11 +24,11 @@ def test_four_ranks_then_two_then_three(tmp_path: Path) -> None:
     config, run = tiny_config(tmp_path)
     other, straight = tiny_config(tmp_path, "straight")
     schedule = ["--optim.warmup-steps", "5", "--optim.min-lr-share", "1"]  # no decay, which goes by the last step
-    train(config, 4, 6, *DENSE, *schedule)
-    train(config, 2, 12, *DENSE, *schedule)
-    train(config, 3, 18, *DENSE, *schedule)
-    train(other, 4, 18, *DENSE, *schedule)
-    assert steps_saved(run) == steps_saved(straight) == [3, 6, 9, 12, 15, 18]
+    train(config, 4, 3, *DENSE, *schedule)
+    train(config, 2, 6, *DENSE, *schedule)
+    train(config, 3, 9, *DENSE, *schedule)
+    train(other, 4, 9, *DENSE, *schedule)
+    assert steps_saved(run) == steps_saved(straight) == [3, 6, 9]
     for step in steps_saved(run):
         name = f"checkpoints/step_{step:08d}"
         one, two = arrays(run / name), arrays(straight / name)
@@ -37,7 +37,7 @@ def test_four_ranks_then_two_then_three(tmp_path: Path) -> None:
         for key in kept:
             # Sums over other groupings of the same samples: equal but for rounding, and Adam divides by what is small.
             assert np.allclose(one[key], two[key], rtol=1e-3, atol=2e-4 if "model" in key else 1e-5), (step, key)
-            if step <= 6:
+            if step <= 3:
                 assert one[key].tobytes() == two[key].tobytes(), (step, key)
 
 

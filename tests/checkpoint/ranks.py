@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -22,10 +21,9 @@ from outlast.checkpoint._store import LocalStore
 from outlast.errors import OutlastError
 from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.helpers import QUICK, local, same, state
+from tests.forked import context
 
 LIMIT_S = 90.0
-PRELOAD = ["tests.checkpoint.ranks", "tests.checkpoint.sharded_training", "tests.checkpoint.sharded_parts"]
-"""What all tests' ranks need: one server forks them all."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,12 @@ class Outcome:
 
 def run(*orders: Orders) -> list[Outcome]:
     """Run a job of one rank per order to its end."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    forking = context()
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank, order in enumerate(orders):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_rank, args=(theirs, order, rank, len(orders), folder), daemon=True)
+            ours, theirs = forking.Pipe()
+            process = forking.Process(target=_rank, args=(theirs, order, rank, len(orders), folder), daemon=True)
             process.start()
             theirs.close()
             pipes.append(ours)

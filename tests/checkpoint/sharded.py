@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import time
@@ -19,7 +18,8 @@ import torch.distributed as dist
 from outlast.checkpoint import CheckpointConfig, Checkpointer
 from outlast.checkpoint._store import LocalStore
 from outlast.events import Event
-from tests.checkpoint.ranks import LIMIT_S, PRELOAD
+from tests.checkpoint.ranks import LIMIT_S
+from tests.forked import context
 
 CONFIG = CheckpointConfig(commit_timeout_s=60.0, keep_last=0, io_threads=2, chunk_mb=0.0003, pack_below_kb=0.1)
 """Chunks of 300 bytes, so that some shards are several; scalars are packed, biases are not."""
@@ -27,13 +27,12 @@ CONFIG = CheckpointConfig(commit_timeout_s=60.0, keep_last=0, io_threads=2, chun
 
 def run(world_size: int, function: Callable[..., Any], *args: object) -> list[Any]:
     """``function(rank, *args)`` on so many ranks of a job of its own; what each returns, by rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    forking = context()
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = forking.Pipe()
+            process = forking.Process(
                 target=_rank, args=(theirs, rank, world_size, folder, function, args), daemon=True
             )
             process.start()

@@ -67,7 +67,7 @@ def exchanged(rank: int, settings: dict[str, Any], saved: list[Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def worlds() -> Any:
-    made = {n: Ranks(n) for n in (4, 3, 5)}
+    made = {n: Ranks(n) for n in (4, 3, 5)}  # each starts when it is first used
     yield made
     for ranks in made.values():
         ranks.close()

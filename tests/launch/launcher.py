@@ -1,4 +1,5 @@
-"""``launcher.py JSON``: launch() with the given command, run_dir, flags and config; prints errors as the CLI does."""
+"""A launcher as a :class:`tests.forked.Job`: launch() with the command, run_dir, flags and config of its argument,
+which is JSON; prints errors as the CLI does."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from pathlib import Path
 from outlast.errors import OutlastError
 from outlast.launch import LaunchConfig, LaunchFlags, LaunchSpec, launch
 
-if __name__ == "__main__":
+
+def main() -> int:
+    """The exit status."""
     told = json.loads(sys.argv[1])
     spec = LaunchSpec(
         command=tuple(told["command"]),
@@ -21,4 +24,5 @@ if __name__ == "__main__":
         launch(spec)
     except OutlastError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1
+    return 0

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from outlast.errors import MissingDependency, PlaceError
 from outlast.launch import _slurm, find_place
+from tests.forked import run_main
 from tests.helpers import clean_env, events, tiny_config
 
 RANK = str(Path(__file__).parent / "place_rank.py")
@@ -188,9 +189,8 @@ def test_mpirun_trains(root: Path, tmp_path: Path) -> None:
 
 def test_torchrun_trains(root: Path, tmp_path: Path) -> None:
     config, run = tiny_config(tmp_path)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "outlast.trainer", str(config), "--trainer.steps", "6"]
-    done = subprocess.run(command, env=clean_env(PYTHONPATH=str(root)), capture_output=True, text=True, timeout=90)
+    words = ["--nproc-per-node", "2", "-m", "outlast.trainer", str(config), "--trainer.steps", "6"]
+    done = run_main("torch.distributed.run", words, env=clean_env(PYTHONPATH=str(root)), timeout_s=90)
     assert done.returncode == 0, done.stderr
     assert sorted(record.rank for record in events(run, "step") if record["step"] == 6) == [0, 1]
 

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import pytest
 from outlast.diagnostics import clear, shm_directory
 from outlast.errors import LaunchError, PortInUse, RanksFailed
 from outlast.launch import LaunchConfig, LaunchFlags, LaunchSpec, launch
+from tests.forked import Job
 from tests.helpers import clean_env, events, free_port, wait_for
 
 HERE = Path(__file__).parent
@@ -27,7 +27,7 @@ RANK = str(HERE / "rank.py")
 QUICK = {"hang_floor_s": 2.0, "monitor_interval_s": 0.2}
 
 
-STARTED: list[subprocess.Popen[str]] = []
+STARTED: list[Job] = []
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def _end_launchers(tmp_path: Path) -> Iterator[None]:
     clear(shm_directory(tmp_path / "run"))
 
 
-def start(run: Path, *words: str, flags: dict[str, Any] | None = None, **config: Any) -> subprocess.Popen[str]:
+def start(run: Path, *words: str, flags: dict[str, Any] | None = None, **config: Any) -> Job:
     """A launcher of two ranks in a process of its own, output to ``RUN.log``."""
     told = {
         "command": [sys.executable, *words],
@@ -49,20 +49,13 @@ def start(run: Path, *words: str, flags: dict[str, Any] | None = None, **config:
         "flags": {"nproc_per_node": "2", **(flags or {})},
         "config": {**QUICK, **config},
     }
-    root = str(HERE.parent.parent)
-    with run.with_suffix(".log").open("a") as log:
-        job = subprocess.Popen(
-            [sys.executable, str(HERE / "launcher.py"), json.dumps(told)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=clean_env(PYTHONPATH=root),
-        )
+    log, env = run.with_suffix(".log"), clean_env(PYTHONPATH=str(HERE.parent.parent))
+    job = Job("tests.launch.launcher", [json.dumps(told)], env=env, stdout=log, stderr=log)
     STARTED.append(job)
     return job
 
 
-def finish(job: subprocess.Popen[str], run: Path, status: int = 0) -> str:
+def finish(job: Job, run: Path, status: int = 0) -> str:
     """What the launcher and rank 0 wrote, once they have ended with ``status``."""
     found = job.wait(timeout=90)
     text = run.with_suffix(".log").read_text()
