@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from outlast.checkpoint import CheckpointConfig, list_steps, verify
+from outlast.checkpoint._containers import put_together, take_apart
+from outlast.checkpoint._deepspeed_files import kinds_of_deepspeed
 from outlast.checkpoint._snapshot import Snapshot
 from outlast.checkpoint._store import LocalStore
 from outlast.checkpoint.deepspeed import attach
@@ -275,6 +277,13 @@ def refused(rank: int, folder: str) -> list[str]:
         with torch.no_grad():
             engine.optimizer.single_partition_of_fp32_groups[0].add_(1.0)
         found.append(error(lambda: train(engine, rank, 1), SnapshotMutated))
+    cls = type(engine)
+    names = cls._get_all_ckpt_names
+    try:
+        cls._get_all_ckpt_names = lambda self, tag: []
+        found.append(error(lambda: attach(engine, CONFIG)))
+    finally:
+        cls._get_all_ckpt_names = names
     return found
 
 
@@ -291,6 +300,7 @@ def test_what_cannot_be_right_is_refused(two_ranks: Ranks, tmp_path: Path) -> No
         "no committed checkpoint of tag 'two'",
         "has no layer_00.pt",
         "tensors/optimizer_state_dict/single_partition_of_fp32_groups/0",
+        "takes ('tag',), expected",
     ]
     for found in two_ranks.run(refused, str(tmp_path)):
         assert len(found) == len(expected)
@@ -314,6 +324,12 @@ def exported(rank: int, folder: str) -> None:
         assert type(inner["loss_scaler"]) is scaler.LossScaler
         assert inner["loss_scaler"].cur_scale == engine.optimizer.loss_scaler.cur_scale
         assert inner["zero_stage"] == 2
+        # fp16 is not there on this device; its scaler is.
+        dynamic = scaler.DynamicLossScaler(2**10, 1000, 1.0, 2, False, True, torch.half)
+        taken = take_apart(dynamic, "", kinds_of_deepspeed(), lambda path, tensor: True)
+        again = put_together(taken.skeleton, {}, {}, kinds=kinds_of_deepspeed(), device=torch.device("cpu"), where="")
+        assert type(again) is scaler.DynamicLossScaler
+        assert vars(again) == vars(dynamic)
         assert type(inner["param_slice_mappings"][0]) is OrderedDict
         model = own.load(f"{folder}/global_step1/mp_rank_00_model_states.pt", map_location="meta")
         assert model["module"]["first.weight"].is_meta
