@@ -45,9 +45,10 @@ def test_the_wheel_runs_in_an_empty_environment(root: Path, tmp_path: Path) -> N
 
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", root)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", "--no-compile", "-c", root / "constraints.txt", wheel)
+    install = ["install", "--quiet", "--no-compile", "-c", root / "constraints.txt", wheel]
+    run(sys.executable, "-m", "pip", "--python", python, *install)
     config = tmp_path / "mine.toml"
     config.write_text((root / "configs" / "stdlib_gpt.toml").read_text())
     small = ["--model.layers", "1", "--model.width", "32", "--trainer.steps", "10", "--data.batch-size", "2"]
