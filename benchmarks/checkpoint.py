@@ -10,10 +10,10 @@ drifts for all, and each makes a save before it is timed. ``raw-beside`` is no m
 state has past the page cache while training goes on, and nothing else, and so is what writing alone costs.
 ``outlast-memory`` saves to shared memory after *every* step, and reads back from there.
 
-Printed are medians over rounds of the slower rank's figures: seconds a step, its ratio to the same round's step without
-checkpoints, seconds the training thread was blocked by a save, seconds until it was durable (``torch.save`` and DCP sync
-a file each, but no directory), seconds to read it back, with nothing in the page cache, and peak memory of both ranks
-above the first method's.
+Printed are medians over rounds of the slower rank's figures: seconds a step, its ratio to the same round's step
+without checkpoints, seconds the training thread was blocked by a save, seconds until it was durable (``torch.save`` and
+DCP sync a file each, but no directory), seconds to read it back, with nothing in the page cache, and peak memory of
+both ranks above the first method's.
 """
 
 from __future__ import annotations

@@ -110,6 +110,9 @@ class Communicator:
             backend=dist.get_backend(group),
             use_local_synchronization=ranks is not None,
         )
+        if dist.get_backend(self._group) == "gloo":
+            # Gloo connects every pair of ranks in turn: one that is done, and closes at once, breaks those still at it.
+            dist.barrier(self._group)
         self.rank = dist.get_rank(self._group)
         self.world_size = dist.get_world_size(self._group)
         self.timeout_s = timeout_s

@@ -117,12 +117,12 @@ def held_copies() -> Iterator[threading.Event]:
     """No tensor is copied in the background before the event is set."""
     copy, go = Snapshot.copy, threading.Event()
 
-    def copy_later(self: Snapshot, index: int, target: Tensor) -> int:
+    def copy_later(self: Snapshot, index: int, target: Tensor, **more: Any) -> int:
         part = self._parts[index]
         assert part is not None
         if not part.eager:
             assert go.wait(60.0)
-        return copy(self, index, target)
+        return copy(self, index, target, **more)
 
     Snapshot.copy = copy_later  # type: ignore[method-assign]
     try:
@@ -226,8 +226,7 @@ def test_what_is_torn_or_damaged_is_never_loaded(two_ranks: Ranks, tmp_path: Pat
     try:
         dying.run(load)
         dying.start(killed_in_the_commit, str(tmp_path))
-        dying.processes[0].join(60)
-        assert dying.processes[0].exitcode == -signal.SIGKILL
+        assert dying.ended(0, 60) == -signal.SIGKILL
     finally:
         dying.close()
     assert committed(tmp_path) == [2]

@@ -64,6 +64,13 @@ class Ranks:
                 self._gather(range(self.world_size))
         self._world.send(function, args)
 
+    def ended(self, rank: int, limit_s: float) -> int | None:
+        """Wait for a rank's process to end; its exit code, None if it has not."""
+        assert self._world is not None
+        process = self._world.processes[rank]
+        process.join(limit_s)
+        return process.exitcode
+
     def result(self, rank: int) -> Any:
         """What one rank answers, whatever has become of the others."""
         return self._gather([rank])[0]
@@ -99,7 +106,7 @@ class _World:
         # The store listens here before any rank looks for it: its port is nobody else's, and no rank's end takes it.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._pipes: list[Connection] = []
-        self._processes = []
+        self.processes = []
         self._found: dict[int, tuple[bool, Any]] = {}
         for rank in range(world_size):
             mine, theirs = forking.Pipe()
@@ -108,7 +115,7 @@ class _World:
             process.start()
             theirs.close()
             self._pipes.append(mine)
-            self._processes.append(process)
+            self.processes.append(process)
 
     def _stderr(self, rank: int) -> Path:
         return Path(self._folder.name) / f"rank_{rank}.err"
@@ -148,7 +155,7 @@ class _World:
     def told(self, answers: dict[int, tuple[bool, Any]]) -> str:
         """What is known of every rank."""
         lines = [f"a call on {self.size} ranks failed:"]
-        for rank, process in enumerate(self._processes):
+        for rank, process in enumerate(self.processes):
             if rank in answers:
                 ok, value = answers[rank]
                 lines.append(f"rank {rank}: " + ("done" if ok else f"raised\n{value}"))
@@ -160,7 +167,7 @@ class _World:
         return "\n".join(lines)
 
     def _fate(self, rank: int) -> str:
-        process = self._processes[rank]
+        process = self.processes[rank]
         if process.exitcode is not None:
             name = f" ({signal.Signals(-process.exitcode).name})" if process.exitcode < 0 else ""
             return f"ended with exit code {process.exitcode}{name}"
@@ -175,9 +182,9 @@ class _World:
         return f"has not answered; pid {process.pid} is {state}, its stacks, if it could write them, are below"
 
     def close(self) -> None:
-        for process in self._processes:
+        for process in self.processes:
             process.kill()
-        for process in self._processes:
+        for process in self.processes:
             process.join()
         for pipe in self._pipes:
             pipe.close()
@@ -190,9 +197,6 @@ def _serve(rank: int, world_size: int, port: int, stderr: str, pipe: Connection)
     faulthandler.register(signal.SIGUSR1, 2)
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    # A group is ready on some ranks while others still connect, and those fail if the first have dropped it already, as
-    # a test does that makes a reducer and sends nothing: nobody leaves dist.new_group() before all are connected.
-    os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     try:
         # Whoever waits for a rank that never comes says so before the tests stop waiting for an answer.
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=LIMIT_S / 2))
