@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 
 from outlast.checkpoint._channel import Channel, Header
 from outlast.checkpoint._nodes import Meeting
 from outlast.errors import CheckpointError
+
+_LOOK_S = 0.1
 
 
 class Control:
@@ -52,8 +56,10 @@ class Control:
                     self._news.notify_all()
             raise
 
-    def collect(self, serial: int) -> dict[int, Header]:
+    def collect(self, serial: int, look: Callable[[], None]) -> dict[int, Header]:
         """Rank 0: the votes of all other ranks for a save.
+
+        ``look`` is called meanwhile, and raises if the save was given up.
 
         Raises:
             CheckpointError: a rank has failed, is gone, or does not vote in time.
@@ -76,7 +82,8 @@ class Control:
                 if left_s <= 0:
                     names = ", ".join(map(str, absent))
                     raise CheckpointError(f"no vote within {self._timeout_s:g} s from rank {names}")
-                self._news.wait(left_s)
+                look()
+                self._news.wait(min(left_s, _LOOK_S))
 
     def tell(self, decision: Header) -> None:
         """Rank 0: tell all ranks; one that cannot be told finds its connection broken."""
@@ -108,8 +115,19 @@ class Control:
         threading.Thread(target=self._listen, args=(channel,), name="outlast-control", daemon=True).start()
         return channel
 
+    def say_failed(self, serial: int, reason: str) -> None:
+        """Tell the others that this rank gives a save up; those who cannot be told find the connection broken."""
+        header: Header = {"serial": serial, "failed": reason}
+        if self._rank == 0:
+            self.tell(header)
+            return
+        channel = self._peers.get(0)
+        if channel is not None and 0 not in self._lost:
+            with suppress(OSError):
+                channel.send(header)
+
     def vote(self, header: Header) -> None:
-        """Other ranks: send a vote, or ``failed``.
+        """Other ranks: send a vote.
 
         Raises:
             OSError: rank 0 cannot be reached.
@@ -119,8 +137,8 @@ class Control:
             channel = self._dial()
         channel.send(header)
 
-    def decision(self, serial: int) -> Header:
-        """Other ranks: what rank 0 decided of a save.
+    def decision(self, serial: int, look: Callable[[], None]) -> Header:
+        """Other ranks: what rank 0 decided of a save; ``look`` as in :meth:`collect`.
 
         Raises:
             CheckpointError: rank 0 is gone, or does not decide in time.
@@ -135,7 +153,8 @@ class Control:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise CheckpointError(f"no decision within {limit_s:g} s from rank 0")
-                self._news.wait(left_s)
+                look()
+                self._news.wait(min(left_s, _LOOK_S))
             decision = self._decisions[serial]
             self._forget(serial)
             return decision

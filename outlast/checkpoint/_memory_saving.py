@@ -21,7 +21,6 @@ from typing import Any
 
 from outlast.checkpoint import _slots
 from outlast.checkpoint._arena import room
-from outlast.checkpoint._channel import Header
 from outlast.checkpoint._control import Control
 from outlast.checkpoint._copying import Copied, TensorSource
 from outlast.checkpoint._layout import Share
@@ -152,7 +151,8 @@ class MemorySaving(Running):
         except Exception as error:
             reason = self._stop or error
             if commit is None:
-                self._tell_failed(reason)
+                what = reason.what if isinstance(reason, CheckpointError) else f"{type(reason).__name__}: {reason}"
+                memory.control.say_failed(self._serial, what)
                 self._report(reason, MEMORY, memory.emit)
             if placed is None:
                 self._then(reason)
@@ -199,12 +199,12 @@ class MemorySaving(Running):
         memory, text = self._memory, seal(vote)
         if memory.rank != 0:
             memory.control.vote({"serial": self._serial, "vote": text.decode()})
-            decision = memory.control.decision(self._serial)
+            decision = memory.control.decision(self._serial, self._look)
             if "failed" in decision:
                 raise CheckpointError(f"rank 0 gave up: {decision['failed']}")
             return unseal_commit(decision["commit"].encode())
         votes = [text]
-        headers = memory.control.collect(self._serial)
+        headers = memory.control.collect(self._serial, self._look)
         for rank in range(1, memory.world_size):
             votes.append(headers[rank]["vote"].encode())
             other = unseal_vote(votes[rank], vote_path(self.step, rank))
@@ -218,18 +218,6 @@ class MemorySaving(Running):
         commit = commit_of(votes)
         memory.control.tell({"serial": self._serial, "commit": seal(commit).decode()})
         return commit
-
-    def _tell_failed(self, reason: Exception) -> None:
-        memory = self._memory
-        what = reason.what if isinstance(reason, CheckpointError) else f"{type(reason).__name__}: {reason}"
-        header: Header = {"serial": self._serial, "failed": what}
-        try:
-            if memory.rank == 0:
-                memory.control.tell(header)
-            else:
-                memory.control.vote(header)
-        except OSError:
-            return  # rank 0 is gone, and with it the save
 
 
 def all_documents(share: Share, memory: Memory, step: int, serial: int, root: dict[str, Any]) -> dict[str, bytes]:

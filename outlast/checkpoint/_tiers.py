@@ -120,7 +120,7 @@ class Tiers:
             reason = f"no shared memory for it: {error}"
             _log.warning("checkpoint of step %d failed in memory: %s", step, reason)
             self._place.emit(CheckpointFailed(step=step, reason=reason, tier=MEMORY))
-            self._say_failed(serial, reason)
+            self._control.say_failed(serial, reason)
             return None
         # Without the tensors, which must be let go of once they are copied.
         light = replace(share, parts=tuple(replace(part, contents=()) for part in share.parts))
@@ -191,12 +191,12 @@ class Tiers:
         if self._place.world_size == 1:
             return stored
         if self._place.rank == 0:
-            votes = self._control.collect(serial)
+            votes = self._control.collect(serial, _never)
             stored = stored and all(vote["stored"] for vote in votes.values())
             self._control.tell({"serial": serial, "stored": stored})
             return stored
         self._control.vote({"serial": serial, "stored": stored})
-        return bool(self._control.decision(serial)["stored"])
+        return bool(self._control.decision(serial, _never)["stored"])
 
     def wait_partner(self) -> None:
         """Wait until the copy that is on its way to the partner is there, or has failed."""
@@ -266,16 +266,6 @@ class Tiers:
             )
         return waited_s
 
-    def _say_failed(self, serial: int, reason: str) -> None:
-        header = {"serial": serial, "failed": reason}
-        try:
-            if self._place.rank == 0:
-                self._control.tell(header)
-            else:
-                self._control.vote(header)
-        except OSError:
-            return  # rank 0 is gone, and with it the save
-
     def _serve(self, channel: Channel) -> None:
         """What a peer that has dialled wants."""
         hello = channel.receive()
@@ -287,3 +277,7 @@ def _raise_error(copy: Saving | Sending) -> None:
     if copy.error is not None:
         error, copy.error = copy.error, None
         raise error
+
+
+def _never() -> None:
+    """Parting cannot be given up."""

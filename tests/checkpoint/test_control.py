@@ -1,0 +1,97 @@
+"""Votes and decisions over connections: whoever is gone, has failed, or does not come is an error, and named."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from outlast.checkpoint._channel import Channel, Listener
+from outlast.checkpoint._control import Control
+from outlast.checkpoint._nodes import Meeting, Nodes
+from outlast.errors import CheckpointError
+
+SECRET = b"s" * 32
+
+
+def keep_on() -> None:
+    """Nobody gives the save up."""
+
+
+def give_up() -> None:
+    raise CheckpointError("given up")
+
+
+@pytest.fixture
+def two() -> Iterator[tuple[Control, Control]]:
+    """Rank 0's end and rank 1's, connected."""
+    first, second = Control(0, 2, 5.0), Control(1, 2, 5.0)
+
+    def serve(channel: Channel) -> None:
+        first.serve(int(channel.receive()["rank"]), channel)
+
+    listener = Listener("127.0.0.1", SECRET, serve, 5.0)
+    second.join(Meeting(Nodes(("a", "b"), (listener.address, ("", 0))), SECRET, None))
+    yield first, second
+    second.close()
+    first.close()
+    listener.close()
+
+
+def test_a_vote_and_a_decision(two: tuple[Control, Control]) -> None:
+    first, second = two
+    for serial in (1, 2):
+        second.vote({"serial": serial, "vote": f"mine of {serial}"})
+        assert first.collect(serial, keep_on)[1]["vote"] == f"mine of {serial}"
+        first.tell({"serial": serial, "commit": "yes"})
+        assert second.decision(serial, keep_on)["commit"] == "yes"
+
+
+def test_a_rank_that_gives_up_ends_the_wait(two: tuple[Control, Control]) -> None:
+    first, second = two
+    threading.Timer(0.05, second.say_failed, (1, "no room")).start()
+    with pytest.raises(CheckpointError, match="rank 1 gave up: no room"):
+        first.collect(1, keep_on)
+
+
+def test_a_rank_that_is_gone_ends_the_wait(two: tuple[Control, Control]) -> None:
+    first, second = two
+    second.vote({"serial": 1, "vote": ""})
+    first.collect(1, keep_on)
+    threading.Timer(0.05, second.close).start()
+    with pytest.raises(CheckpointError, match="the connection to rank 1 is lost"):
+        first.collect(2, keep_on)
+
+
+def test_the_first_rank_gone_ends_the_wait_of_the_others(two: tuple[Control, Control]) -> None:
+    first, second = two
+    second.vote({"serial": 1, "vote": ""})
+    first.collect(1, keep_on)
+    threading.Timer(0.05, first.close).start()
+    with pytest.raises(CheckpointError, match="the connection to rank 0 is lost"):
+        second.decision(1, keep_on)
+
+
+def test_a_rank_that_comes_back_is_heard(two: tuple[Control, Control]) -> None:
+    first, second = two
+    second.vote({"serial": 1, "vote": ""})
+    first.collect(1, keep_on)
+    second.close()
+    with pytest.raises(CheckpointError, match="lost"):
+        second.decision(1, keep_on)
+    second.vote({"serial": 2, "vote": "again"})
+    assert first.collect(2, keep_on)[1]["vote"] == "again"
+
+
+def test_a_save_that_is_given_up_waits_for_nobody(two: tuple[Control, Control]) -> None:
+    first, second = two
+    for wait in (first.collect, second.decision):
+        with pytest.raises(CheckpointError, match="given up"):
+            wait(1, give_up)
+
+
+def test_who_does_not_vote_is_named() -> None:
+    control = Control(0, 3, 0.1)
+    with pytest.raises(CheckpointError, match=r"no vote within 0\.1 s from rank 1, 2"):
+        control.collect(1, keep_on)
