@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -213,18 +212,6 @@ def test_settings_that_do_not_go_together() -> None:
         CheckpointConfig(partner_every_steps=2)
     with pytest.raises(ConfigError, match="a multiple of"):
         CheckpointConfig(memory_every_steps=2, partner_every_steps=3)
-
-
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[list[str]]:
-    """Two nodes' memory: file systems of their own, which ranks see at /dev/shm."""
-    folders = [tmp_path / "node0", tmp_path / "node1"]
-    for folder in folders:
-        folder.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "outlast-test", folder], check=True)
-    yield list(map(str, folders))
-    for folder in folders:
-        subprocess.run(["umount", folder], check=True)
 
 
 def lose(node: str) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,18 +24,6 @@ def test_shares_are_equal_but_for_one_size(sizes: list[int], shares: int) -> Non
     for share in range(shares):
         mine = sum(size for size, owner in zip(sizes, owners, strict=True) if owner == share)
         assert mine <= math.ceil(sum(sizes) / shares) + max(sizes, default=0)
-
-
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[list[str]]:
-    """File systems of their own, which ranks see at /dev/shm."""
-    folders = [str(tmp_path / name) for name in ("node0", "node1")]
-    for folder in folders:
-        Path(folder).mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "outlast-test", folder], check=True)
-    yield folders
-    for folder in folders:
-        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.root
