@@ -91,7 +91,7 @@ class SyntheticRun:
             if rejected is not None and rank == 0:
                 self.write(log, rejected)
             if first_step > 1:
-                self.write(log, CheckpointRestored(step=first_step - 1, url="file:///runs/x/checkpoints", seconds=0.41))
+                self.write(log, CheckpointRestored(step=first_step - 1, url="x", seconds=0.41, tiers={"storage": 768}))
             self.write(
                 log,
                 RunStarted(
