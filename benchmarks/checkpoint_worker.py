@@ -197,7 +197,7 @@ class RawBeside(Method):
         began = time.perf_counter()
         self.settle()
         path = self._begin(step)
-        path.mkdir()
+        path.mkdir(exist_ok=True)  # the other rank may have been faster
         nbytes = sum(t.nbytes for part in (state["model"], *state["optimizer"].values()) for t in part.values())
 
         def write() -> None:
