@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from outlast.checkpoint._memory import fresh
-
 PAGE_BYTES = 4096
 
 
@@ -57,11 +55,7 @@ class Arena:
             nbytes = max(min(nbytes, self.limit_bytes), max(map(room, sizes), default=0))
         if self._pages.numel() < nbytes or (pinned and not self._buffer.is_pinned()):
             self._buffer = self._pages = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            size = nbytes + PAGE_BYTES
-            if pinned:
-                self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            else:
-                self._buffer = torch.from_numpy(fresh(size))
+            self._buffer = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=pinned)
             start = -self._buffer.data_ptr() % PAGE_BYTES
             self._pages = self._buffer[start : start + nbytes]
         with self._changed:

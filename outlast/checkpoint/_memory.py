@@ -1,7 +1,8 @@
 """Host memory that is quick to touch for the first time.
 
-A first touch of each 4 KiB page costs more than the copy into it does (measured on a virtual machine: 0.66 s for
-384 MB, 0.12 s once touched). Pages of 2 MiB, and page tables filled in one call, take most of that away.
+A first touch of each 4 KiB page, one by one, costs more than the copy into it does (measured on a virtual machine:
+0.66 s for 384 MB, 0.12 s once touched), and threads that do so wait for one another. One call that fills all page tables
+takes most of that away. (Pages of 2 MiB were slower than small ones there, while the page cache was full.)
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import mmap
 import numpy as np
 import numpy.typing as npt
 
-_HUGE_BYTES = 2 << 20
+_LEAST_BYTES = 1 << 20
 _POPULATE_READ, _POPULATE_WRITE = 22, 23
 """``MADV_POPULATE_READ`` and ``…_WRITE`` of Linux 5.14, which Python 3.11 does not name."""
 
 
 def fresh(nbytes: int) -> npt.NDArray[np.uint8]:
-    """New memory; (nbytes,), its content undefined. It goes when the last array over it does."""
-    if nbytes < _HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+    """New memory, about to be filled; (nbytes,), its content undefined. It goes when the last array over it does."""
+    if nbytes < _LEAST_BYTES:
         return np.empty(nbytes, np.uint8)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    _advise(memory, mmap.MADV_HUGEPAGE)
+    _advise(memory, _POPULATE_WRITE)
     return np.frombuffer(memory, np.uint8)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 
 from outlast.checkpoint._json import from_json
-from outlast.checkpoint._memory import fresh
 from outlast.checkpoint._names import NODE, PACKS, decode_key, parse_local, parse_pack, rank_name, step_name
 from outlast.checkpoint._records import Commit, Fault, FileEntry, Vote, check_file, read_commit, unseal_vote
 from outlast.checkpoint._shards import Box, whole
@@ -182,7 +180,7 @@ class StepReader:
                 work.append((path, info, place, chunks[file]))
             is_chunk = box.size == info.chunk and len(places) == 1
             if info.packed is None and not is_chunk:
-                found[path] = _empty(box.size, info.dtype)
+                found[path] = torch.empty(box.size, dtype=info.dtype)
 
         def read(task: tuple[str, ArrayInfo, tuple[int, ...], FileEntry]) -> dict[str, torch.Tensor]:
             path, info, place, entry = task
@@ -237,11 +235,6 @@ class StepReader:
         if (vote.rank, vote.step, vote.epoch, vote.serial) != (rank, commit.step, commit.epoch, commit.serial):
             raise Fault(CorruptCheckpoint, entry.path, f"is the vote of rank {vote.rank} for another save")
         return vote
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    nbytes = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(fresh(nbytes)).view(dtype).view(shape) if nbytes else torch.empty(shape, dtype=dtype)
 
 
 def _described(rank: int | None, nodes: dict[str, ArrayInfo | dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
