@@ -1,8 +1,8 @@
 """Host memory that is quick to touch for the first time.
 
 A first touch of each 4 KiB page, one by one, costs more than the copy into it does (measured on a virtual machine:
-0.66 s for 384 MB, 0.12 s once touched), and threads that do so wait for one another. One call that fills all page tables
-takes most of that away. (Pages of 2 MiB were slower than small ones there, while the page cache was full.)
+0.66 s for 384 MB, 0.12 s once touched), and threads that do so wait for one another. One call that fills all page
+tables takes most of that away. (Pages of 2 MiB were slower than small ones there, while the page cache was full.)
 """
 
 from __future__ import annotations
