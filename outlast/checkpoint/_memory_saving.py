@@ -44,8 +44,6 @@ from outlast.errors import CheckpointError, StateMismatch
 from outlast.events import CheckpointSaved, Event
 
 MEMORY = "memory"
-_LATE_SLOTS = 3
-"""A slot besides those that are kept: the one being written, and one read for storage and one for the partner."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ class MemorySaving(Running):
             placed = self._place(parts)
             commit = self._agree(placed.vote)
             _slots.put_commit(memory.folder, commit, seal(commit))
-            self._slot.step = self.step
+            self._slot.step, self._slot.serial = self.step, self._serial
             size_bytes = sum(entry.size_bytes for entry in placed.vote.files)
             memory.emit(
                 CheckpointSaved(
@@ -169,10 +167,11 @@ class MemorySaving(Running):
         if not memory.leads:
             return
         memory.committed.append(self._serial)
-        if len(memory.committed) <= memory.keep:
+        if self._serial <= memory.keep + 1:
             _slots.clear(memory.folder, memory.keep, memory.epoch)
-        elif len(memory.committed) > memory.keep + _LATE_SLOTS:
-            _slots.drop_commit(memory.folder, memory.epoch, memory.committed.popleft())
+        for serial in [serial for serial in memory.committed if serial not in memory.slots.serials]:
+            _slots.drop_commit(memory.folder, memory.epoch, serial)
+            memory.committed.remove(serial)
 
     def _copy(self) -> tuple[Copied, ...]:
         return tuple(copied for copied in self._source.copies(self._look) if copied is not None)

@@ -35,6 +35,7 @@ from outlast.errors import CheckpointError
 
 SHM_ROOT = Path("/dev/shm")
 OWN, PARTNER = "own", "partner"
+_SENT = 2
 _INDEX, _DATA, _COMMIT = ".json", ".data", ".commit"
 
 
@@ -74,6 +75,10 @@ class Slot:
     used: int = 0
     step: int | None = None
     """The committed step in it; None while there is none."""
+    serial: int = 0
+    """Of the save in it, once it is committed."""
+    sent: bool = False
+    """Whether it was sent to the partner, or is on its way."""
     readers: list[threading.Event] = field(default_factory=list)
     """Of those who read from it; each is set once its reader has done so."""
 
@@ -129,14 +134,21 @@ class Slots:
         Raises:
             OSError: there is not that much shared memory.
         """
-        kept = sorted((slot.step for slot in self._slots if slot.step is not None), reverse=True)[: self._keep]
+        full = [slot for slot in self._slots if slot.step is not None]
+        # What the partner has of this rank is worth as much as what this rank has beside it: of the two newest steps
+        # that were sent, one may still be on its way from some rank.
+        kept = {
+            slot.step
+            for some, count in ((full, self._keep), ([slot for slot in full if slot.sent], _SENT))
+            for slot in sorted(some, key=lambda slot: slot.step or 0, reverse=True)[:count]
+        }
         for slot in self._slots:
             if not slot.busy and slot.step not in kept:
                 break
         else:
             slot = self._add()
         slot.index.unlink(missing_ok=True)
-        slot.step, slot.used = None, 0
+        slot.step, slot.used, slot.serial, slot.sent = None, 0, 0, False
         if slot.memory.numel() < nbytes:
             self._allocate(slot, nbytes)
         return slot
@@ -164,6 +176,11 @@ class Slots:
     def newest(self) -> int | None:
         """The newest committed step in them."""
         return max((slot.step for slot in self._slots if slot.step is not None), default=None)
+
+    @property
+    def serials(self) -> set[int]:
+        """The committed saves in them."""
+        return {slot.serial for slot in self._slots if slot.step is not None}
 
     def remove(self) -> None:
         """Give the memory back."""

@@ -48,7 +48,7 @@ class Tiers:
         config, rank = place.config, place.rank
         self.folder = _slots.memory_folder(place.store.url)
         self._place = place
-        self._keeper = Keeper(self.folder, place.epoch, config.memory_keep_last)
+        self._keeper = Keeper(self.folder, place.epoch, max(2, config.memory_keep_last))
         # There before anybody can dial.
         self._control = Control(rank, place.world_size, config.commit_timeout_s)
         self.meeting = meet(agreement, rank, place.world_size, host, self._serve, config.commit_timeout_s)
@@ -131,6 +131,7 @@ class Tiers:
             if partner is not None and isinstance(held, Held) and held.commit is not None:
                 sending = Sending(partner.channel, slot, held.placed, held.commit, self._place.emit)
                 self._sending = sending
+                slot.sent = True
                 slot.readers.append(sending.done)
                 sending.start()
 

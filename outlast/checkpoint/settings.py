@@ -57,7 +57,7 @@ class CheckpointConfig:
 
     memory_keep_last: int = 2
     """Committed checkpoints that are kept in memory. A rank has one more slot than that for its part of the state, and
-    up to two more while storage and partner are behind."""
+    up to two more while storage and partner are behind, and with a partner two more."""
 
     partner_every_steps: int = 0
     """Optimizer steps from one copy of a node's memory in the next node's memory to the next; 0: none. A multiple of
