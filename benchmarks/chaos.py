@@ -22,7 +22,6 @@ import os
 import random
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +33,7 @@ from typing import Any
 
 import zarr
 
-from benchmarks.namespace import mount_over
+from benchmarks.namespace import memories, mount_over
 from outlast.diagnostics import heartbeat_path, read_heartbeat
 from outlast.diagnostics.shm import shm_directory
 from outlast.errors import DiagnosticsError
@@ -120,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _compare(folder: Path, kills: int, steps: int, chance: random.Random) -> dict[str, Any]:
     began = time.monotonic()
-    with _nodes(folder) as nodes:
+    with memories(folder, NODES) as nodes:
         straight = _Job(folder / "straight", steps, nodes)
         straight.start(0)
         straight.join()
@@ -148,23 +147,6 @@ def _compare(folder: Path, kills: int, steps: int, chance: random.Random) -> dic
         "seconds": round(time.monotonic() - began, 1),
         "each": [asdict(kill) for kill in done],
     }
-
-
-class _nodes:  # noqa: N801
-    """Two nodes' memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folders = [folder / f"node{number}" for number in range(NODES)]
-
-    def __enter__(self) -> list[Path]:
-        for path in self.folders:
-            path.mkdir()
-            subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "outlast-chaos", path], check=True)
-        return self.folders
-
-    def __exit__(self, *_: object) -> None:
-        for path in self.folders:
-            subprocess.run(["umount", path], check=True)
 
 
 class _Job:

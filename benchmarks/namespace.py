@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 _NEW_MOUNTS = 0x20000
 _BIND, _RECURSIVE, _PRIVATE = 0x1000, 0x4000, 1 << 18
+
+
+@contextmanager
+def memories(folder: Path, count: int) -> Iterator[list[Path]]:
+    """So many nodes' memory, each a file system of its own in ``folder``, for :func:`mount_over`; needs root."""
+    paths = [folder / f"node{number}" for number in range(count)]
+    for path in paths:
+        path.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "outlast-node", path], check=True)
+    try:
+        yield paths
+    finally:
+        for path in paths:
+            subprocess.run(["umount", path], check=True)
 
 
 def mount_over(folder: str, place: str) -> None:

@@ -61,7 +61,7 @@ class Channel:
             channel = cls(sock, _shake_hands(sock, secret, dialled=True))
             channel._dialled = True
             return channel
-        except BaseException:
+        except OSError:
             sock.close()
             raise
 
@@ -151,7 +151,7 @@ class Listener:
             self._socket = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
         except OSError as error:
             raise CheckpointError(
-                f"cannot listen on {host}: {error}", "set checkpoint.host to an address of this node's own"
+                f"cannot listen on {host}: {error}", "pass host=, an address of this node's own"
             ) from error
         self._secret = secret
         self._serve = serve

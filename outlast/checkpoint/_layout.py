@@ -102,21 +102,21 @@ def share_of(
     for number, item in enumerate(of_all):
         holders = item.spread.holders if item.spread else everyone
         if item.spread is None and item.tensor.nbytes < pack_below_bytes:
-            if _owner(holders, before[holders], item.tensor.nbytes, total[holders]) == rank:
+            if owner_of(holders, before[holders], item.tensor.nbytes, total[holders]) == rank:
                 small.append(item)
         else:
             chunk = _chunk(item, chunk_bytes)
             at, owners = before[holders], []
             for piece in _cut(item, chunk):
                 nbytes = piece.contents[0].source.nbytes
-                owners.append(_owner(holders, at, nbytes, total[holders]))
+                owners.append(owner_of(holders, at, nbytes, total[holders]))
                 if owners[-1] == rank:
                     parts.append(piece)
                 at += nbytes
             if item.spread:
                 writer = number % world_size
             else:
-                writer = owners[0] if owners else _owner(holders, at, 0, total[holders])
+                writer = owners[0] if owners else owner_of(holders, at, 0, total[holders])
             if writer == rank:
                 documents |= _document(item, chunk)
         before[holders] += item.tensor.nbytes
@@ -143,7 +143,7 @@ def share_of(
     return Share(documents, tuple(parts), sum(item.nbytes for item in of_all), local_bytes, _digest(of_all))
 
 
-def _owner(holders: Sequence[int], before: int, nbytes: int, total: int) -> int:
+def owner_of(holders: Sequence[int], before: int, nbytes: int, total: int) -> int:
     """Whose share the middle of some bytes falls in."""
     count = len(holders)
     return holders[min(count - 1, (2 * before + nbytes) * count // (2 * total)) if total else 0]

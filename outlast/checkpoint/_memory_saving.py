@@ -24,7 +24,7 @@ from outlast.checkpoint._arena import room
 from outlast.checkpoint._control import Control
 from outlast.checkpoint._copying import Copied, TensorSource
 from outlast.checkpoint._layout import Share
-from outlast.checkpoint._names import vote_path
+from outlast.checkpoint._names import MEMORY, vote_path
 from outlast.checkpoint._records import (
     CRC_BYTES,
     Commit,
@@ -36,14 +36,12 @@ from outlast.checkpoint._records import (
     unseal_commit,
     unseal_vote,
 )
-from outlast.checkpoint._running import Running
+from outlast.checkpoint._running import Running, in_words
 from outlast.checkpoint._slots import Slot, Slots
 from outlast.checkpoint._snapshot import Snapshot
 from outlast.checkpoint._zarr import node_path, root_document
 from outlast.errors import CheckpointError, StateMismatch
 from outlast.events import CheckpointSaved, Event
-
-MEMORY = "memory"
 
 
 @dataclass(frozen=True)
@@ -82,9 +80,9 @@ class MemorySaving(Running):
         memory: who, and where.
         step: of the state.
         serial: number of the save.
-        root: attributes of the root group.
         share: what this rank saves.
         snapshot: of the share's parts.
+        documents: what this rank saves besides chunks.
         slot: with room for :func:`slot_bytes`.
         began: when ``save`` was called, by ``time.monotonic``.
         then: called, in the save's thread, with what is in the slot, or the reason for which it is not whole.
@@ -95,7 +93,7 @@ class MemorySaving(Running):
         memory: Memory,
         step: int,
         serial: int,
-        root: dict[str, Any],
+        documents: dict[str, bytes],
         share: Share,
         snapshot: Snapshot,
         slot: Slot,
@@ -106,7 +104,7 @@ class MemorySaving(Running):
         super().__init__(step, source, snapshot)
         self._memory = memory
         self._serial = serial
-        self._documents = all_documents(share, memory, step, serial, root)
+        self._documents = documents
         self._digest = share.digest
         self._source = source
         self._slot = slot
@@ -149,8 +147,7 @@ class MemorySaving(Running):
         except Exception as error:
             reason = self._stop or error
             if commit is None:
-                what = reason.what if isinstance(reason, CheckpointError) else f"{type(reason).__name__}: {reason}"
-                memory.control.say_failed(self._serial, what)
+                memory.control.say_failed(self._serial, in_words(reason))
                 self._report(reason, MEMORY, memory.emit)
             if placed is None:
                 self._then(reason)

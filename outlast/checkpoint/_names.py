@@ -23,6 +23,8 @@ from urllib.parse import quote, unquote
 
 from outlast.errors import CheckpointError
 
+MEMORY, PARTNER, STORAGE = "memory", "partner", "storage"
+"""The tiers, as events name them."""
 COMMIT = "commit.json"
 PACKS = "packed"
 """The group of all ranks' small tensors."""

@@ -28,11 +28,6 @@ class Nodes:
         """The ranks on ``rank``'s node, in order."""
         return [other for other, name in enumerate(self.names) if name == self.names[rank]]
 
-    @property
-    def count(self) -> int:
-        """Number of nodes."""
-        return len(set(self.names))
-
     def partner_of(self, rank: int) -> int | None:
         """The rank on the next node that keeps ``rank``'s copies; None where there is one node.
 

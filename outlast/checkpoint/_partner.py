@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from outlast.checkpoint._channel import Channel, Header
+from outlast.checkpoint._names import PARTNER
 from outlast.checkpoint._nodes import Meeting
 from outlast.checkpoint._records import Commit, Fault, Placed, check_file, seal, unseal_commit, unseal_placed
-from outlast.checkpoint._slots import PARTNER, Slot, Slots, put_commit
+from outlast.checkpoint._slots import Slot, Slots, put_commit
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointFailed, CheckpointSaved, Event
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 from outlast.checkpoint._copying import Source
+from outlast.checkpoint._names import STORAGE
 from outlast.checkpoint._snapshot import Snapshot
 from outlast.errors import CheckpointError, SnapshotMutated, StateMismatch
 from outlast.events import CheckpointFailed, Event
@@ -106,15 +108,31 @@ class Running:
         """Say that the save failed, or have the reason raised in the training thread."""
         if must_be_raised(reason) and reason is not self._stop:
             self.error = reason
-        _log.warning(
-            "checkpoint of step %d failed%s: %s", self.step, "" if tier == "storage" else f" in {tier}", reason
-        )
-        what = reason.what if isinstance(reason, CheckpointError) else f"{type(reason).__name__}: {reason}"
+        _log.warning("checkpoint of step %d failed%s: %s", self.step, "" if tier == STORAGE else f" in {tier}", reason)
         try:
-            emit(CheckpointFailed(step=self.step, reason=what, tier=tier))
+            emit(CheckpointFailed(step=self.step, reason=in_words(reason), tier=tier))
         except Exception as error:
             # The event sink is broken, so the training thread must hear of it.
             self.error = error
+
+
+def in_words(reason: Exception) -> str:
+    """Why a save failed, for events and other ranks."""
+    return reason.what if isinstance(reason, CheckpointError) else f"{type(reason).__name__}: {reason}"
+
+
+class Background(Protocol):
+    """Something that runs beside training."""
+
+    error: Exception | None
+    """What must be raised in the training thread."""
+
+
+def raise_error(running: Background) -> None:
+    """Raise what must be raised, once."""
+    if running.error is not None:
+        error, running.error = running.error, None
+        raise error
 
 
 def must_be_raised(error: Exception) -> bool:

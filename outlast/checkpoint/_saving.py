@@ -27,7 +27,7 @@ from typing import Any
 from outlast.checkpoint import _steps
 from outlast.checkpoint._copying import Source
 from outlast.checkpoint._layout import Share
-from outlast.checkpoint._names import COMMIT, failed_name, parse_failed, step_name, vote_path
+from outlast.checkpoint._names import COMMIT, STORAGE, failed_name, parse_failed, step_name, vote_path
 from outlast.checkpoint._poll import Poll
 from outlast.checkpoint._records import (
     Commit,
@@ -140,7 +140,7 @@ class Saving(Running):
 
     def _fail(self, reason: Exception) -> None:
         self._clean_up()
-        self._report(reason, "storage", self._place.emit)
+        self._report(reason, STORAGE, self._place.emit)
 
     def _write_and_vote(self) -> int:
         place = self._place

@@ -7,6 +7,7 @@ themselves.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from outlast.checkpoint._agreement import Agreement
+from outlast.checkpoint._layout import owner_of
 from outlast.checkpoint._names import parse_pack
 from outlast.checkpoint._reading import StepReader
 from outlast.checkpoint._records import Fault, FileEntry, check_file, crc_hex
@@ -100,8 +102,5 @@ def _digest(entries: Sequence[FileEntry]) -> str:
 
 def share_out(sizes: Sequence[int], shares: int) -> list[int]:
     """Whose share each of some sizes is: in order, cut so that shares are as equal as whole sizes let them be."""
-    total, before, owners = sum(sizes), 0, []
-    for size in sizes:
-        owners.append(min(shares - 1, (2 * before + size) * shares // (2 * total)) if total else 0)
-        before += size
-    return owners
+    before = [0, *itertools.accumulate(sizes)]
+    return [owner_of(range(shares), start, size, before[-1]) for start, size in zip(before, sizes, strict=False)]

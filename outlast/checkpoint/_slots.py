@@ -20,7 +20,7 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +29,13 @@ import torch
 
 from outlast.checkpoint._arena import Region, room
 from outlast.checkpoint._memory import map_all
-from outlast.checkpoint._names import encode_key, rank_name
+from outlast.checkpoint._names import PARTNER, encode_key, rank_name
 from outlast.checkpoint._records import Commit, Fault, Placed, seal, unseal_commit, unseal_placed
 from outlast.errors import CheckpointError
 
 SHM_ROOT = Path("/dev/shm")
-OWN, PARTNER = "own", "partner"
+OWN = "own"
+"""Folder of what this node's ranks saved; a partner's copies lie in a folder of that tier's name."""
 _SENT = 2
 _INDEX, _DATA, _COMMIT = ".json", ".data", ".commit"
 
@@ -234,15 +235,32 @@ class Holding:
 
     placed: Placed
     data: Path
-    tier: str
+    copied: bool
+    """Whether it is a partner's copy."""
+
+    @property
+    def index(self) -> Path:
+        """The file that says what is in it."""
+        return self.data.with_suffix(_INDEX)
+
+    def remove(self) -> None:
+        """Give its memory back."""
+        self.index.unlink(missing_ok=True)
+        self.data.unlink(missing_ok=True)
+
+    def quarantine(self) -> None:
+        """See that it is never taken again."""
+        if self.index.exists():
+            os.replace(self.index, self.index.with_suffix(".bad"))
 
 
 def holdings(folder: Path) -> Iterator[Holding]:
     """What lies in this node's memory, whether it is committed or not; what cannot be read is passed over."""
-    for tier in (OWN, PARTNER):
-        for path in sorted((folder / tier).glob(f"*{_INDEX}")):
+    for lies in (OWN, PARTNER):
+        for path in sorted((folder / lies).glob(f"*{_INDEX}")):
             try:
-                yield Holding(unseal_placed(path.read_bytes(), path.name), path.with_suffix(_DATA), tier)
+                placed = unseal_placed(path.read_bytes(), path.name)
+                yield Holding(placed, path.with_suffix(_DATA), lies == PARTNER)
             except (Fault, FileNotFoundError):
                 continue  # torn, of another version, or removed meanwhile: it is no copy
 
@@ -266,25 +284,20 @@ def clear(folder: Path, keep: int, epoch: str) -> None:
     records = commits(folder)
     newest = sorted(records.values(), key=lambda commit: (commit.step, commit.saved_at), reverse=True)
     kept = {(commit.epoch, commit.serial) for commit in newest[:keep]}
+    in_use, known = set(kept), set()
     for holding in list(holdings(folder)):
         vote = holding.placed.vote
-        if vote.epoch != epoch and (vote.epoch, vote.serial) not in kept:
-            holding.data.with_suffix(_INDEX).unlink(missing_ok=True)
-            holding.data.unlink(missing_ok=True)
-    in_use = {(holding.placed.vote.epoch, holding.placed.vote.serial) for holding in holdings(folder)}
+        if vote.epoch == epoch or (vote.epoch, vote.serial) in kept:
+            in_use.add((vote.epoch, vote.serial))
+            known.add(holding.data)
+        else:
+            holding.remove()
     for path, commit in records.items():
-        if (commit.epoch, commit.serial) not in in_use | kept:
+        if (commit.epoch, commit.serial) not in in_use:
             path.unlink(missing_ok=True)
-    known = {holding.data for holding in holdings(folder)}
-    _remove_strays(folder, known, encode_key(epoch))
-
-
-def _remove_strays(folder: Path, known: Iterable[Path], epoch: str) -> None:
-    """Data without an index, of attempts that are over."""
-    for tier in (OWN, PARTNER):
-        for path in (folder / tier).glob(f"*{_DATA}"):
-            if path not in known and not path.name.startswith(f"{epoch}."):
-                path.unlink(missing_ok=True)
+    for path in folder.glob(f"*/*{_DATA}"):
+        if path not in known and not path.name.startswith(f"{encode_key(epoch)}."):
+            path.unlink(missing_ok=True)  # data without an index, of an attempt that is over
 
 
 def _put(path: Path, data: bytes) -> None:

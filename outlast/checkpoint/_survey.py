@@ -17,7 +17,7 @@ import torch
 
 from outlast.checkpoint._agreement import Agreement
 from outlast.checkpoint._memory import map_all
-from outlast.checkpoint._names import parse_local, parse_pack
+from outlast.checkpoint._names import MEMORY, PARTNER, parse_local, parse_pack
 from outlast.checkpoint._nodes import Nodes
 from outlast.checkpoint._records import (
     Commit,
@@ -30,12 +30,11 @@ from outlast.checkpoint._records import (
     unseal_commit,
     unseal_vote,
 )
-from outlast.checkpoint._slots import OWN, PARTNER, Holding, commits, holdings
+from outlast.checkpoint._slots import Holding, commits, holdings
 from outlast.checkpoint._store import Buffer
 from outlast.errors import CorruptCheckpoint, IncompleteCheckpoint
 
 _log = logging.getLogger("outlast.checkpoint")
-MEMORY, STORAGE = "memory", "storage"
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Survey:
         for holding in holdings(self._folder):
             vote = holding.placed.vote
             mine = self._local.setdefault((vote.epoch, vote.serial), {})
-            if vote.rank not in mine or holding.tier == OWN:
+            if vote.rank not in mine or not holding.copied:
                 mine[vote.rank] = holding
         told = ""
         if self.leads and self._local:
@@ -165,18 +164,15 @@ class Survey:
         }
         sent = self._send(save, votes, same_ranks, bad, views)
         good = {path: view for path, view in views.items() if (self._node, path) not in bad}
-        mine = self._local.get(save.key, {})
-        return Gathered(
-            good, sent, {path for rank, h in mine.items() if h.tier == PARTNER for path in h.placed.places}, bad, taken
-        )
+        mine = self._local.get(save.key, {}).values()
+        copied = {path for holding in mine if holding.copied for path in holding.placed.places}
+        return Gathered(good, sent, copied, bad, taken)
 
     def quarantine(self, save: MemorySave, gathered: Gathered) -> None:
         """See that copies with damage are never taken again. Not collective."""
         for holding in self._local.get(save.key, {}).values():
             if any((self._node, path) in gathered.bad for path in holding.placed.places):
-                index = holding.data.with_suffix(".json")
-                if index.exists():
-                    os.replace(index, index.with_suffix(".bad"))
+                holding.quarantine()
 
     def discard(self, newer_than: int) -> None:
         """Remove what this node has of steps newer than the one gone back to. Not collective."""
@@ -187,8 +183,7 @@ class Survey:
                 path.unlink(missing_ok=True)
         for holding in list(holdings(self._folder)):
             if holding.placed.vote.step > newer_than:
-                holding.data.with_suffix(".json").unlink(missing_ok=True)
-                holding.data.unlink(missing_ok=True)
+                holding.remove()
 
     def _views(self, save: MemorySave) -> dict[str, Buffer]:
         views: dict[str, Buffer] = {}

@@ -18,11 +18,13 @@ from outlast.checkpoint._channel import Channel
 from outlast.checkpoint._control import Control
 from outlast.checkpoint._copying import HeldSource
 from outlast.checkpoint._layout import Share
-from outlast.checkpoint._memory_saving import MEMORY, Held, Memory, MemorySaving, all_documents, slot_bytes
+from outlast.checkpoint._memory_saving import Held, Memory, MemorySaving, all_documents, slot_bytes
+from outlast.checkpoint._names import MEMORY, PARTNER, STORAGE
 from outlast.checkpoint._nodes import meet
 from outlast.checkpoint._partner import Keeper, Partner, Sending
+from outlast.checkpoint._running import raise_error
 from outlast.checkpoint._saving import Place, Saving
-from outlast.checkpoint._slots import OWN, PARTNER, Slots
+from outlast.checkpoint._slots import OWN, Slots
 from outlast.checkpoint._snapshot import Snapshot
 from outlast.checkpoint._survey import Survey
 from outlast.errors import CheckpointError
@@ -103,19 +105,21 @@ class Tiers:
         Waits for the copy before to arrive in each tier that is due again, and says so.
 
         Args:
-            step, serial, root, share, snapshot, began: see :class:`MemorySaving`.
+            step, serial, share, snapshot, began: see :class:`MemorySaving`.
+            root: attributes of the root group.
             durable: to storage too.
             partner_too: to the partner, whether it is due or not.
 
         Returns:
             None: there is no shared memory for it, which is reported.
         """
-        behind_s = self._wait(self._storage, "storage", step) if durable else 0.0
+        behind_s = self._wait(self._storage, STORAGE, step) if durable else 0.0
         partner = self._partner if partner_too or self._partner_due(step) else None
         if partner is not None:
             self._wait(self._sending, PARTNER, step)
+        documents = all_documents(share, self._memory, step, serial, root)
         try:
-            slot = self._slots.take(slot_bytes(share, all_documents(share, self._memory, step, serial, root)))
+            slot = self._slots.take(slot_bytes(share, documents))
         except OSError as error:
             reason = f"no shared memory for it: {error}"
             _log.warning("checkpoint of step %d failed in memory: %s", step, reason)
@@ -135,7 +139,7 @@ class Tiers:
                 slot.readers.append(sending.done)
                 sending.start()
 
-        saving = MemorySaving(self._memory, step, serial, root, share, snapshot, slot, began, then)
+        saving = MemorySaving(self._memory, step, serial, documents, share, snapshot, slot, began, then)
         if durable:
             self._before_storage = saving
         return saving
@@ -171,7 +175,7 @@ class Tiers:
         for copy in (self._storage, self._sending):
             if copy is not None:
                 copy.done.wait()
-                _raise_error(copy)
+                raise_error(copy)
         newest = self._slots.newest
         stored = self._storage is not None and self._storage.committed and self._storage.step == newest
         try:
@@ -182,6 +186,7 @@ class Tiers:
         if stored:
             self._slots.remove()
             self._keeper.remove()
+            self.start_anew()  # what attempts before left is of no more use than what this one did
             if self._memory.leads:
                 _slots.remove_records(self.folder, self._place.epoch)
         elif newest is not None and self._memory.leads:
@@ -203,13 +208,13 @@ class Tiers:
         """Wait until the copy that is on its way to the partner is there, or has failed."""
         if self._sending is not None:
             self._sending.done.wait()
-            _raise_error(self._sending)
+            raise_error(self._sending)
 
     def raise_errors(self) -> None:
         """Raise what must be raised, without waiting."""
         for copy in (self._storage, self._sending):
             if copy is not None and copy.done.is_set():
-                _raise_error(copy)
+                raise_error(copy)
 
     def abort(self, reason: Exception) -> None:
         """Give up what is on its way."""
@@ -256,7 +261,7 @@ class Tiers:
             return 0.0
         began = time.monotonic()
         copy.done.wait()
-        _raise_error(copy)
+        raise_error(copy)
         waited_s = time.monotonic() - began
         if waited_s > _BEHIND_S:
             _log.warning(
@@ -272,12 +277,6 @@ class Tiers:
         hello = channel.receive()
         serve: Callable[[int, Channel], None] = self._keeper.serve if hello["for"] == PARTNER else self._control.serve
         serve(int(hello["rank"]), channel)
-
-
-def _raise_error(copy: Saving | Sending) -> None:
-    if copy.error is not None:
-        error, copy.error = copy.error, None
-        raise error
 
 
 def _never() -> None:

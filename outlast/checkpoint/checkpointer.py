@@ -22,7 +22,7 @@ from outlast.checkpoint._names import rank_name
 from outlast.checkpoint._nodes import node_name
 from outlast.checkpoint._records import CRC_BYTES
 from outlast.checkpoint._restoring import Restored, Restoring
-from outlast.checkpoint._running import Running
+from outlast.checkpoint._running import Running, raise_error
 from outlast.checkpoint._saving import Place, Saving
 from outlast.checkpoint._snapshot import Snapshot
 from outlast.checkpoint._stall import StallForecast
@@ -232,7 +232,7 @@ class Checkpointer:
             saving.blocked_s += waited_s
             self._stall.end(asked=began, copied=saving.copied_at)
             saving.confirm()
-        self._raise_error(saving)
+        raise_error(saving)
         return time.monotonic() - began
 
     def restore(
@@ -364,10 +364,4 @@ class Checkpointer:
         if self._saving is not None:
             self.wait_copied()
             self._saving.done.wait()
-            self._raise_error(self._saving)
-
-    @staticmethod
-    def _raise_error(saving: Running) -> None:
-        if saving.error is not None:
-            error, saving.error = saving.error, None
-            raise error
+            raise_error(self._saving)

@@ -233,29 +233,31 @@ def _median(steps: Steps, name: str) -> float | None:
 
 
 def _checkpoints(loaded: Loaded, steps: Steps) -> Checkpoints:
-    saved: dict[tuple[int, int], list[Record]] = {}
-    failed: dict[tuple[int, int], str] = {}
+    saved: dict[tuple[int, int, str], list[Record]] = {}
+    failed: dict[tuple[int, int, str], str] = {}
     for attempt, record in loaded.others:
         if record.kind in ("checkpoint_saved", "checkpoint_failed"):
-            where = (attempt, int(record.fields["step"]))
+            where = (attempt, int(record.fields["step"]), str(record.fields.get("tier", "storage")))
             if record.kind == "checkpoint_saved":
                 saved.setdefault(where, []).append(record)
             else:
                 failed.setdefault(where, str(record.fields.get("reason", "")))
     rows = []
-    for attempt, step in sorted({*saved, *failed}):
-        parts = saved.get((attempt, step), [])
+    for where in sorted({*saved, *failed}):
+        attempt, step, tier = where
+        parts = saved.get(where, [])
         committed = any(part.fields.get("committed") for part in parts)
         rows.append(
             CheckpointRow(
                 step=step,
                 attempt=attempt,
-                state="committed" if committed else "failed" if (attempt, step) in failed else "written",
+                tier=tier,
+                state="committed" if committed else "failed" if where in failed else "written",
                 ranks=len({part.rank for part in parts}),
                 size_bytes=sum(int(part.fields.get("size_bytes", 0)) for part in parts),
                 blocked_s=max((float(part.fields.get("blocked_s", 0.0)) for part in parts), default=0.0),
                 durable_s=max((float(part.fields.get("durable_s", 0.0)) for part in parts), default=0.0),
-                reason="" if committed else failed.get((attempt, step), ""),
+                reason="" if committed else failed.get(where, ""),
             )
         )
     shares = _split(steps).shares()

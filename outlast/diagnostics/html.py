@@ -291,7 +291,7 @@ def _checkpoints(report: Report) -> str:
     rows = []
     for row in reversed(report.checkpoints.rows[-MOST_ROWS:]):
         head = (
-            f'<tr><td class="n">{row.step}</td><td class="n">{row.attempt}</td>'
+            f'<tr><td class="n">{row.step}</td><td class="n">{row.attempt}</td><td>{escape(row.tier)}</td>'
             f'<td><span class="badge {STATES[row.state]}">{row.state}</span></td>'
         )
         if row.state == "failed":
@@ -304,8 +304,8 @@ def _checkpoints(report: Report) -> str:
             )
     if not rows:
         return '<p class="quiet">No checkpoint was taken.</p>'
-    heads = [("step", "n"), ("attempt", "n"), ("state", ""), ("ranks", "n"), ("size", "n"), ("blocked", "n")]
-    return _table([*heads, ("durable after", "n")], rows)
+    heads = [("step", "n"), ("attempt", "n"), ("tier", ""), ("state", ""), ("ranks", "n"), ("size", "n")]
+    return _table([*heads, ("blocked", "n"), ("durable after", "n")], rows)
 
 
 def _facts(report: Report) -> str:

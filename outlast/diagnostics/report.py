@@ -128,10 +128,12 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRow:
-    """One checkpoint: the sum or maximum over the ranks that told of it."""
+    """One checkpoint in one tier: the sum or maximum over the ranks that told of it."""
 
     step: int
     attempt: int
+    tier: str
+    """``storage``, ``memory`` or ``partner``."""
     state: str
     """``committed``, ``written`` (by some ranks, not known to be committed) or ``failed``."""
     ranks: int

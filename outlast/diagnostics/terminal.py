@@ -138,11 +138,13 @@ def _checkpoints(report: Report) -> Table | None:
     rows = report.checkpoints.rows
     if not rows:
         return None
-    table = _table("Checkpoints", "step", "state", "ranks", "size", "blocked", "durable after", right=(0, 2, 3, 4, 5))
+    heads = ("step", "tier", "state", "ranks", "size", "blocked", "durable after")
+    table = _table("Checkpoints", *heads, right=(0, 3, 4, 5, 6))
     for row in rows[-MOST_CHECKPOINTS:]:
         colour = {"committed": "green", "failed": "red"}.get(row.state, "yellow")
         table.add_row(
             str(row.step),
+            row.tier,
             f"[{colour}]{row.state}[/]",
             str(row.ranks),
             words.size(row.size_bytes),

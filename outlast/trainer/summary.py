@@ -13,7 +13,8 @@ def render_summary(report: Report, console: Console, report_path: Path) -> None:
     """Loss at start and end, bytes on the wire against dense, the share of time checkpoints took, the report's path."""
     first, last = report.loss.evaluated[0], report.loss.evaluated[-1]
     traffic, rows = report.traffic, report.checkpoints.rows
-    committed = [row.step for row in rows if row.state == "committed"]
+    committed = [row.step for row in rows if row.state == "committed" and row.tier == "storage"]
+    in_memory = [row.step for row in rows if row.state == "committed" and row.tier == "memory"]
     failed = [row.step for row in rows if row.state == "failed"]
     lines = [
         ("steps", f"{report.facts.steps_done} in {report.facts.wall_s:.0f} s, {report.facts.restarts} restarts"),
@@ -33,6 +34,7 @@ def render_summary(report: Report, console: Console, report_path: Path) -> None:
     if rows:
         remark = f", {len(failed)} failed" if failed else ""
         newest = f", the newest of step {committed[-1]}" if committed else ""
+        remark += f", {len(in_memory)} in memory" if in_memory else ""
         share = report.checkpoints.time_share
         lines.append(("checkpoints", f"{len(committed)} committed{newest}{remark}; {share:.2%} of the steps' time"))
     lines += [("stragglers", report.verdict), ("report", str(report_path))]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from benchmarks.namespace import memories
 from tests.checkpoint.s3 import Server
 
 
@@ -22,11 +22,6 @@ def s3_server() -> Iterator[Server]:
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[list[str]]:
-    """Two nodes' memory: file systems of their own, which ranks see at /dev/shm. Needs root."""
-    folders = [str(tmp_path / name) for name in ("node0", "node1")]
-    for folder in folders:
-        Path(folder).mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "outlast-test", folder], check=True)
-    yield folders
-    for folder in folders:
-        subprocess.run(["umount", folder], check=True)
+    """Two nodes' memory, which ranks see at /dev/shm. Needs root."""
+    with memories(tmp_path, 2) as folders:
+        yield list(map(str, folders))

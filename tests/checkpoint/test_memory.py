@@ -107,6 +107,14 @@ def test_a_run_that_ends_well_leaves_no_memory_behind(url: Path) -> None:
     assert restored(url)[0] == 2
 
 
+def test_nor_what_attempts_before_it_left(url: Path) -> None:
+    killed(url, 1, 2)
+    with checkpointer(url, [], epoch="second", **MEMORY) as one:
+        assert one.restore("auto") is not None
+        one.save(3, replicated=state(3), local=local(3))
+    assert not files(url, ".data") + files(url, ".json") + files(url, ".commit")
+
+
 def test_memory_that_storage_lacks_is_kept_at_the_end(url: Path) -> None:
     with checkpointer(url, [], **MEMORY) as one:
         one.save(1, replicated=state(1), local=local(1), durable=False)

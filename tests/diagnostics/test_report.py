@@ -13,7 +13,7 @@ from rich.console import Console
 
 from outlast.diagnostics import DiagnosticsConfig, build_report, render_terminal
 from outlast.errors import DiagnosticsError, OutOfRange
-from outlast.events import EventLog, RunEnded, StepDone
+from outlast.events import CheckpointFailed, CheckpointSaved, EventLog, RunEnded, StepDone
 
 from .synthetic import SyntheticRun, clean, eventful
 
@@ -211,6 +211,22 @@ class TestContents:
         assert report.facts.tokens == 60 * 4 * 4096
         assert report.loss.eval_steps == (20, 40, 60)
         assert report.loss.train[0] > report.loss.train[-1]
+
+    def test_a_copy_in_memory_hides_no_failure_in_storage(self, tmp_path: Path) -> None:
+        clean(tmp_path)
+        (path,) = tmp_path.glob("attempts/0001/events/rank_00000.jsonl")
+        before = build_report(tmp_path).checkpoints.rows
+        with EventLog(path, rank=0) as log:
+            log.write(
+                CheckpointSaved(step=55, committed=True, tier="memory", size_bytes=7, blocked_s=0.1, durable_s=0.2)
+            )
+            log.write(CheckpointFailed(step=55, reason="disk full"))
+        rows = [row for row in build_report(tmp_path).checkpoints.rows if row.step == 55]
+        assert [(row.tier, row.state, row.size_bytes, row.reason) for row in rows] == [
+            ("memory", "committed", 7, ""),
+            ("storage", "failed", 0, "disk full"),
+        ]
+        assert {row.tier for row in before} == {"storage"}
 
     def test_json_is_strict_and_complete(self, tmp_path: Path) -> None:
         eventful(tmp_path, late_s={2: 0.05})
