@@ -1,11 +1,14 @@
 """How ranks commit what lies in their memory: votes go to rank 0 over connections of their own, and its decision back.
 
-No collective is issued, so a commit neither waits for the training's communication nor holds it up. A rank that dies
-breaks its connection, and the save is given up at once; one that stalls, after a timeout.
+No collective is issued, so a commit neither waits for the training's communication nor holds it up. A connection that
+breaks is dialled again at once, and both ends say again what they said last. A rank that died does not do so, and the
+save is given up; one that stalls ends it after a timeout.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +18,10 @@ from outlast.checkpoint._channel import Channel, Header
 from outlast.checkpoint._nodes import Meeting
 from outlast.errors import CheckpointError
 
+_log = logging.getLogger("outlast.checkpoint")
 _LOOK_S = 0.1
+_AGAIN_S = 1.0
+"""How long after a connection broke rank 0 still waits for it to be dialled again."""
 
 
 class Control:
@@ -36,14 +42,22 @@ class Control:
         self._votes: dict[int, dict[int, Header]] = {}
         self._decisions: dict[int, Header] = {}
         self._peers: dict[int, Channel] = {}
-        self._lost: dict[int, str] = {}
+        self._lost: dict[int, tuple[str, float]] = {}
+        """By rank: how its connection broke, and when."""
+        self._said: Header | None = None
+        """The last vote, or on rank 0 decision: perhaps it did not arrive before the connection broke."""
+        self._closed = False
 
     def serve(self, rank: int, channel: Channel) -> None:
         """Rank 0: read another rank's votes until the connection ends."""
         with self._news:
+            if self._closed:
+                raise ConnectionError("closed")
             self._peers[rank] = channel
             self._lost.pop(rank, None)
+            said = self._said
         try:
+            channel.send({"last": said})
             while True:
                 header = channel.receive(idle=True)
                 with self._news:
@@ -52,7 +66,7 @@ class Control:
         except OSError as error:
             with self._news:
                 if self._peers.get(rank) is channel:
-                    self._lost[rank] = str(error)
+                    self._lost[rank] = str(error), time.monotonic()
                     self._news.notify_all()
             raise
 
@@ -64,7 +78,8 @@ class Control:
         Raises:
             CheckpointError: a rank has failed, is gone, or does not vote in time.
         """
-        deadline = time.monotonic() + self._timeout_s
+        began = time.monotonic()
+        deadline = began + self._timeout_s
         with self._news:
             while True:
                 votes = self._votes.get(serial, {})
@@ -76,8 +91,9 @@ class Control:
                     self._forget(serial)
                     return votes
                 for rank in absent:
-                    if rank in self._lost:
-                        raise CheckpointError(f"the connection to rank {rank} is lost: {self._lost[rank]}")
+                    why, lost_at = self._lost.get(rank, ("", math.inf))
+                    if time.monotonic() - max(began, lost_at) > _AGAIN_S:
+                        raise CheckpointError(f"the connection to rank {rank} is lost: {why}")
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     names = ", ".join(map(str, absent))
@@ -88,12 +104,11 @@ class Control:
     def tell(self, decision: Header) -> None:
         """Rank 0: tell all ranks; one that cannot be told finds its connection broken."""
         with self._news:
+            self._said = decision
             peers = dict(self._peers)
         for channel in peers.values():
-            try:
+            with suppress(OSError):  # its own thread notices
                 channel.send(decision)
-            except OSError:
-                continue  # its own thread notices, and says so at the next save
 
     def join(self, meeting: Meeting) -> None:
         """Connect to rank 0, which learns from the connection's end that a rank is gone.
@@ -105,15 +120,23 @@ class Control:
         if self._rank != 0:
             self._dial()
 
-    def _dial(self) -> Channel:
+    def _dial(self) -> None:
+        """Connect to rank 0, and say again what was said last."""
         assert self._meeting is not None
         channel = Channel.dial(self._meeting.nodes.addresses[0], self._meeting.secret, self._timeout_s)
         channel.send({"for": "control", "rank": self._rank})
+        last = channel.receive()["last"]
         with self._news:
+            if last is not None:
+                self._decisions[int(last["serial"])] = last
+                self._news.notify_all()
             self._peers[0] = channel
             self._lost.pop(0, None)
+            said = self._said
         threading.Thread(target=self._listen, args=(channel,), name="outlast-control", daemon=True).start()
-        return channel
+        if said is not None:
+            with suppress(OSError):  # whoever listens there connects again, and says it again
+                channel.send(said)
 
     def say_failed(self, serial: int, reason: str) -> None:
         """Tell the others that this rank gives a save up; those who cannot be told find the connection broken."""
@@ -121,10 +144,8 @@ class Control:
         if self._rank == 0:
             self.tell(header)
             return
-        channel = self._peers.get(0)
-        if channel is not None and 0 not in self._lost:
-            with suppress(OSError):
-                channel.send(header)
+        with suppress(OSError):
+            self._say(header)
 
     def vote(self, header: Header) -> None:
         """Other ranks: send a vote.
@@ -132,10 +153,17 @@ class Control:
         Raises:
             OSError: rank 0 cannot be reached.
         """
-        channel = self._peers.get(0)
-        if channel is None or 0 in self._lost:
-            channel = self._dial()
-        channel.send(header)
+        self._say(header)
+
+    def _say(self, header: Header) -> None:
+        with self._news:
+            self._said = header
+            lost, channel = 0 in self._lost, self._peers[0]
+        if lost:
+            self._dial()
+            return
+        with suppress(OSError):  # whoever listens there connects again, and says it again
+            channel.send(header)
 
     def decision(self, serial: int, look: Callable[[], None]) -> Header:
         """Other ranks: what rank 0 decided of a save; ``look`` as in :meth:`collect`.
@@ -149,7 +177,7 @@ class Control:
         with self._news:
             while serial not in self._decisions:
                 if 0 in self._lost:
-                    raise CheckpointError(f"the connection to rank 0 is lost: {self._lost[0]}")
+                    raise CheckpointError(f"the connection to rank 0 is lost: {self._lost[0][0]}")
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise CheckpointError(f"no decision within {limit_s:g} s from rank 0")
@@ -162,6 +190,7 @@ class Control:
     def close(self) -> None:
         """Close the connections."""
         with self._news:
+            self._closed = True
             peers = list(self._peers.values())
         for channel in peers:
             channel.close()
@@ -174,10 +203,16 @@ class Control:
                     self._decisions[int(header["serial"])] = header
                     self._news.notify_all()
         except OSError as error:
+            broken = str(error)
+        try:
+            if self._closed:
+                raise ConnectionError("closed")
+            self._dial()
+            _log.warning("the connection to rank 0 broke (%s); connected again", broken)
+        except OSError as error:
             with self._news:
-                if self._peers.get(0) is channel:
-                    self._lost[0] = str(error)
-                    self._news.notify_all()
+                self._lost[0] = f"{broken}; connecting again: {error}", time.monotonic()
+                self._news.notify_all()
 
     def _forget(self, serial: int) -> None:
         """Saves up to this one are over."""

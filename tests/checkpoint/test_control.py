@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -21,6 +23,13 @@ def keep_on() -> None:
 
 def give_up() -> None:
     raise CheckpointError("given up")
+
+
+def break_connection(control: Control) -> None:
+    """As a network does, without either end's doing."""
+    for channel in list(control._peers.values()):
+        with suppress(OSError):
+            channel._socket.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
@@ -73,15 +82,31 @@ def test_the_first_rank_gone_ends_the_wait_of_the_others(two: tuple[Control, Con
         second.decision(1, keep_on)
 
 
-def test_a_rank_that_comes_back_is_heard(two: tuple[Control, Control]) -> None:
+@pytest.mark.parametrize("end", [0, 1])
+def test_a_connection_that_breaks_is_made_again_and_no_word_is_lost(two: tuple[Control, Control], end: int) -> None:
+    first, second = two
+    for serial in range(1, 20):
+        break_connection(two[end])
+        second.vote({"serial": serial, "vote": f"mine of {serial}"})
+        break_connection(two[end])
+        assert first.collect(serial, keep_on)[1]["vote"] == f"mine of {serial}"
+        break_connection(two[end])
+        first.tell({"serial": serial, "commit": f"yes to {serial}"})
+        break_connection(two[end])
+        assert second.decision(serial, keep_on)["commit"] == f"yes to {serial}"
+
+
+def test_a_rank_that_was_lost_is_heard_when_it_comes_back(two: tuple[Control, Control]) -> None:
     first, second = two
     second.vote({"serial": 1, "vote": ""})
     first.collect(1, keep_on)
     second.close()
     with pytest.raises(CheckpointError, match="lost"):
         second.decision(1, keep_on)
-    second.vote({"serial": 2, "vote": "again"})
-    assert first.collect(2, keep_on)[1]["vote"] == "again"
+    with pytest.raises(CheckpointError, match="the connection to rank 1 is lost"):
+        first.collect(2, keep_on)
+    second.vote({"serial": 3, "vote": "again"})
+    assert first.collect(3, keep_on)[1]["vote"] == "again"
 
 
 def test_a_save_that_is_given_up_waits_for_nobody(two: tuple[Control, Control]) -> None:
