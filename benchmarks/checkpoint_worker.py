@@ -256,12 +256,7 @@ class Outlast(Method):
 
     def load(self, state: State) -> None:
         reader = attach(self.folder, self.config)
-        restored = reader.restore("auto")
-        assert restored is not None
-        for name, parameter in state["model"].items():
-            parameter.copy_(restored.replicated["model"][name])
-            for slot, tensor in state["optimizer"][name].items():
-                tensor.copy_(restored.replicated["optimizer"][name][slot])
+        assert reader.restore("auto", into=state) is not None
 
 
 class OutlastMemory(Outlast):

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from outlast.checkpoint._json import from_json
+from outlast.checkpoint._memory import fresh
 from outlast.checkpoint._names import NODE, PACKS, decode_key, parse_local, parse_pack, rank_name, step_name
-from outlast.checkpoint._records import Commit, Fault, FileEntry, Vote, check_file, read_commit, unseal_vote
+from outlast.checkpoint._records import (
+    Commit,
+    Fault,
+    FileEntry,
+    Seen,
+    Vote,
+    check_file,
+    check_pieces,
+    read_commit,
+    unseal_vote,
+)
 from outlast.checkpoint._shards import Box, whole
 from outlast.checkpoint._store import Buffer, Store
 from outlast.checkpoint._tree import HEADER
@@ -19,15 +31,18 @@ from outlast.checkpoint._wanted import Wanted, part_of
 from outlast.checkpoint._zarr import (
     ArrayInfo,
     as_tensor,
+    check_size,
     chunk_name,
     node_path,
     parse_node,
     payload,
     put_chunk,
+    room_for,
     unpack,
 )
 from outlast.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with bytes verified so far and bytes in all."""
 
@@ -44,6 +59,16 @@ def as_error(fault: Fault, store: Store, step: int) -> CheckpointError:
     return fault.kind(f"{where}: {fault.reason}", fix)
 
 
+class Faster(Protocol):
+    """A place from which files come faster than from the store. It may be called from several threads."""
+
+    def __call__(self, entry: FileEntry) -> Buffer | None:
+        """A file's verified bytes, writable, or None if they are not here."""
+
+    def fill(self, entry: FileEntry, out: Buffer) -> bool:
+        """Have a chunk's elements where they belong, verified; False if they are not here, whatever lies there then."""
+
+
 class StepReader:
     """One committed step. Its commit record and votes are read and verified by the constructor.
 
@@ -51,7 +76,7 @@ class StepReader:
         store: where it lies.
         step: which.
         io: threads that read and verify.
-        faster: gives a file's verified bytes from a faster place, or None where it has none.
+        faster: what is asked first.
         commit: the commit record; None reads the store's.
         votes: those that are known already, by rank.
 
@@ -64,7 +89,7 @@ class StepReader:
         store: Store,
         step: int,
         io: ThreadPoolExecutor,
-        faster: Callable[[FileEntry], Buffer | None] | None = None,
+        faster: Faster | None = None,
         commit: Commit | None = None,
         votes: Mapping[int, Vote] = MappingProxyType({}),
     ) -> None:
@@ -101,10 +126,12 @@ class StepReader:
 
         Args:
             rank: whose state.
-            wanted: of which tensors this rank needs a part; chunks that lie in no such part are not read.
+            wanted: of which tensors this rank needs a part, and where they are to be read to; chunks that lie in no
+                such part are not read.
 
         Raises:
-            Fault: a file is missing or damaged; the first in the order of the votes.
+            Fault: a file is missing or damaged; the first in the order of the votes. Where tensors are read to, some
+                may have been overwritten.
             StateMismatch: the step has other tensors than are wanted; no chunk is read.
         """
         entries = self.files_of(rank)
@@ -121,7 +148,7 @@ class StepReader:
             groups[path] = {key: from_json(item) for key, item in values.items() if path or key != HEADER}
             if path != top:
                 _put(groups, path, groups[path])
-        for path, tensor in self._tensors(rank, nodes, entries, wanted.boxes if wanted is not None else {}).items():
+        for path, tensor in self._tensors(rank, nodes, entries, wanted).items():
             _put(groups, path, tensor if wanted is None else wanted.placed(path, tensor))
         return groups[top]
 
@@ -159,12 +186,13 @@ class StepReader:
         rank: int | None,
         nodes: dict[str, ArrayInfo | dict[str, Any]],
         entries: Iterable[FileEntry],
-        boxes: Mapping[str, Box],
+        wanted: Wanted | None,
     ) -> dict[str, torch.Tensor]:
-        """By path, whole or (where there is a box) a part of it.
+        """By path, whole or (where a part is wanted) a part of it.
 
         A chunk's memory becomes its tensor's, or is let go of once it was copied to its place there.
         """
+        boxes: Mapping[str, Box] = wanted.boxes if wanted is not None else {}
         chunks = {entry.path: entry for entry in entries if entry.chunk}
         work: list[tuple[str, ArrayInfo, tuple[int, ...], FileEntry]] = []
         found: dict[str, torch.Tensor] = {}
@@ -172,6 +200,7 @@ class StepReader:
             if not isinstance(info, ArrayInfo):
                 continue
             box = boxes.get(path) or whole(info.shape)
+            target = wanted.target(path) if wanted is not None else None
             places = box.places(info.chunk)
             for place in places:
                 file = f"{path}/{chunk_name(place)}"
@@ -179,11 +208,17 @@ class StepReader:
                     raise Fault(IncompleteCheckpoint, file, "no vote lists this chunk, though its array has elements")
                 work.append((path, info, place, chunks[file]))
             is_chunk = box.size == info.chunk and len(places) == 1
-            if info.packed is None and not is_chunk:
-                found[path] = torch.empty(box.size, dtype=info.dtype)
+            if target is not None:
+                found[path] = target
+            elif info.packed is None and not is_chunk:
+                found[path] = as_tensor(fresh(math.prod(box.size) * info.dtype.itemsize), box.size, info.dtype)
 
         def read(task: tuple[str, ArrayInfo, tuple[int, ...], FileEntry]) -> dict[str, torch.Tensor]:
             path, info, place, entry = task
+            start = boxes[path].start if path in boxes else None
+            if path in found and (room := room_for(info, place, found[path], start)) is not None:
+                self._read_to(room, info, entry)
+                return {}
             data = payload(info, self.read(entry), entry.path)
             if info.packed is not None:
                 tensors = unpack(info, data, entry.path)
@@ -194,29 +229,43 @@ class StepReader:
                 }
             if path not in found:
                 return {path: as_tensor(data, info.chunk, info.dtype)}
-            put_chunk(info, data, place, found[path], boxes[path].start if path in boxes else None)
+            put_chunk(info, data, place, found[path], start)
             return {}
 
         order = {entry.path: number for number, entry in enumerate(chunks.values())}
         work.sort(key=lambda task: order[task[3].path])
         for some in list(self._io.map(read, work)):
-            found |= some
+            for name, tensor in some.items():
+                target = wanted.target(name) if wanted is not None else None
+                found[name] = tensor if target is None else target.copy_(tensor)
         return found
 
     def read(self, entry: FileEntry) -> Buffer:
         """A file's bytes, verified against the vote; raises :class:`Fault`."""
         if self._faster is not None and (found := self._faster(entry)) is not None:
             return found
+        data = self._stored(entry, self._store.read)
+        check_file(entry, data.data)
+        return data
+
+    def _read_to(self, room: Buffer, info: ArrayInfo, entry: FileEntry) -> None:
+        """A chunk's elements, verified, to where they belong; raises :class:`Fault`, and then something lies there."""
+        check_size(info, entry.size_bytes, entry.path)
+        if self._faster is not None and self._faster.fill(entry, room):
+            return
+        seen = Seen()
+        end = self._stored(entry, lambda path: self._store.read_into(path, room.data, seen))
+        check_pieces(entry, seen, end)
+
+    def _stored(self, entry: FileEntry, read: Callable[[str], T]) -> T:
         try:
-            data = self._store.read(f"{step_name(self.step)}/{entry.path}")
+            return read(f"{step_name(self.step)}/{entry.path}")
         except FileNotFoundError as error:
             raise Fault(IncompleteCheckpoint, entry.path, "missing") from error
         except (ConnectionError, TimeoutError, PermissionError):
             raise  # says nothing about the file
         except OSError as error:
             raise Fault(CorruptCheckpoint, entry.path, f"cannot be read: {error}") from error
-        check_file(entry, data.data)
-        return data
 
     def read_all(self, entries: Iterable[FileEntry]) -> list[Buffer]:
         """Several files' bytes, verified; raises :class:`Fault`, of the first in order."""

@@ -55,6 +55,11 @@ class FileEntry:
     chunk: bool
     """Whether it is a Zarr chunk."""
 
+    @property
+    def body_bytes(self) -> int:
+        """Its size without the checksum at a chunk's end."""
+        return self.size_bytes - (CRC_BYTES if self.chunk else 0)
+
 
 @dataclass(frozen=True)
 class Vote:
@@ -105,18 +110,41 @@ def crc_hex(*parts: bytes | memoryview) -> str:
     return f"{value:08x}"
 
 
+class Seen:
+    """Bytes that came piece by piece: how many, and their CRC32C."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.crc = 0
+
+    def __call__(self, piece: bytes | memoryview) -> None:
+        """The next piece."""
+        self.nbytes += len(piece)
+        self.crc = crc32c.crc32c(piece, self.crc)
+
+
 def check_file(entry: FileEntry, data: memoryview) -> None:
     """Compare a file's bytes with what was voted for; raises :class:`Fault`."""
     if len(data) != entry.size_bytes:
-        raise Fault(CorruptCheckpoint, entry.path, f"has {len(data)} bytes, {entry.size_bytes} were written")
-    if entry.chunk:
-        stored = bytes(data[-CRC_BYTES:])[::-1].hex()
-        if stored != entry.crc32c:
-            raise Fault(CorruptCheckpoint, entry.path, f"its own CRC32C is {stored}, written was {entry.crc32c}")
-        data = data[:-CRC_BYTES]
-    computed = crc_hex(data)
+        raise _wrong_size(entry, len(data))
+    seen = Seen()
+    seen(data[: entry.body_bytes])
+    check_pieces(entry, seen, bytes(data[entry.body_bytes :]))
+
+
+def check_pieces(entry: FileEntry, seen: Seen, end: bytes) -> None:
+    """As :func:`check_file`, of a file of which all but a chunk's checksum at its end was read in pieces."""
+    if seen.nbytes + len(end) != entry.size_bytes:
+        raise _wrong_size(entry, seen.nbytes + len(end))
+    if entry.chunk and (stored := end[::-1].hex()) != entry.crc32c:
+        raise Fault(CorruptCheckpoint, entry.path, f"its own CRC32C is {stored}, written was {entry.crc32c}")
+    computed = f"{seen.crc:08x}"
     if computed != entry.crc32c:
         raise Fault(CorruptCheckpoint, entry.path, f"CRC32C of its bytes is {computed}, written was {entry.crc32c}")
+
+
+def _wrong_size(entry: FileEntry, nbytes: int) -> Fault:
+    return Fault(CorruptCheckpoint, entry.path, f"has {nbytes} bytes, {entry.size_bytes} were written")
 
 
 def seal(record: Vote | Commit | Placed) -> bytes:

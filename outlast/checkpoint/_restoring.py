@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
+import numpy as np
+
 from outlast import errors
 from outlast.checkpoint._agreement import Agreement
 from outlast.checkpoint._names import COMMIT, STORAGE, step_name
@@ -58,6 +60,31 @@ class _Candidate:
     step: int
     save: MemorySave | None
     """None: it lies in storage."""
+
+
+@dataclass(frozen=True)
+class _Faster:
+    """Memory first, then what another rank has read."""
+
+    gathered: Gathered | None
+    shared: Shared | None
+    taken: Taken
+
+    def __call__(self, entry: FileEntry) -> Buffer | None:
+        found = self.gathered(entry) if self.gathered is not None else None
+        return found if found is not None else self._read_by_another(entry)
+
+    def fill(self, entry: FileEntry, out: Buffer) -> bool:
+        if self.gathered is not None and self.gathered.fill(entry, out):
+            return True
+        found = self._read_by_another(entry)
+        if found is not None:
+            np.copyto(out, found[: len(out)])
+        return found is not None
+
+    def _read_by_another(self, entry: FileEntry) -> Buffer | None:
+        self.taken.add(STORAGE, entry.size_bytes)
+        return self.shared(entry) if self.shared is not None else None
 
 
 @dataclass(frozen=True)
@@ -129,11 +156,22 @@ class Restoring:
         return result
 
     def _try(self, candidate: _Candidate) -> Restored | list[Fault]:
-        """Load and verify; what any rank found wrong, every rank is told."""
+        """Load and verify; what any rank found wrong, every rank is told.
+
+        What is read to where it belongs is verified on the way, in one pass. Which copy else to take is only then found
+        out if one is damaged.
+        """
+        if candidate.save is not None and self.wanted is not None and self.wanted.fill:
+            result = self._try_once(candidate, verify=False)
+            if isinstance(result, Restored):
+                return result
+        return self._try_once(candidate, verify=True)
+
+    def _try_once(self, candidate: _Candidate, verify: bool) -> Restored | list[Fault]:
         began = time.monotonic()
         problem, result, step = "", None, candidate.step
         taken = Taken()
-        gathered, votes = self._gather(candidate, taken)
+        gathered, votes = self._gather(candidate, taken, verify)
         shared = self._share(candidate)
         try:
             result = self._load(candidate, gathered, votes, shared, taken)
@@ -162,14 +200,14 @@ class Restoring:
                 raise as_error(Fault(other.kind, other.file, note), self.store, step)
         return faults
 
-    def _gather(self, candidate: _Candidate, taken: Taken) -> tuple[Gathered | None, dict[int, Vote]]:
+    def _gather(self, candidate: _Candidate, taken: Taken, verify: bool) -> tuple[Gathered | None, dict[int, Vote]]:
         """What memory has of a candidate; collective."""
         save = candidate.save
         if save is None or self.survey is None:
             return None, {}
         votes = self.survey.votes(save)
         same_ranks = save.commit.world_size == self.world_size
-        return self.survey.gather(save, votes, same_ranks, taken), votes
+        return self.survey.gather(save, votes, same_ranks, taken, verify=verify), votes
 
     def _share(self, candidate: _Candidate) -> Shared | None:
         """What all ranks need of a step in storage, read once; collective."""
@@ -198,14 +236,7 @@ class Restoring:
             if save.missing and not self._in_store(save):
                 raise missing_fault(save)
 
-        def faster(entry: FileEntry) -> Buffer | None:
-            found = gathered(entry) if gathered is not None else None
-            if found is None:
-                taken.add(STORAGE, entry.size_bytes)
-                found = shared(entry) if shared is not None else None
-            return found
-
-        reader = StepReader(self.store, step, self.io, faster, commit, votes)
+        reader = StepReader(self.store, step, self.io, _Faster(gathered, shared, taken), commit, votes)
         saved_by = reader.commit.world_size
         # Replicated state by every rank, shards by those that need them (together the ranks need all of a tensor), and
         # local state by its owner: together the ranks verify every file.

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +32,8 @@ DIRECT_FROM_BYTES = 1 << 20
 """Blocks of at least this size are written past the page cache where the file system can."""
 _DIRECT_BYTES = 16 << 20
 """Handed to the disk at once."""
+CACHED_BYTES = 1 << 20
+"""Read at once where somebody looks at it next: it is still in the processor's own cache then."""
 
 
 class Store(Protocol):
@@ -72,6 +74,13 @@ class Store(Protocol):
 
     def read(self, path: str) -> Buffer:
         """A file's bytes, writable."""
+
+    def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object]) -> bytes:
+        """Read a file to where its first bytes belong, and return those for which ``out`` has no room.
+
+        ``seen`` is called with one piece of ``out`` after the other, as they come. A file that is shorter than ``out``
+        leaves the rest of it as it was.
+        """
 
     def names(self, path: str) -> list[str]:
         """What lies in a directory, sorted; empty where there is none."""
@@ -201,6 +210,17 @@ class LocalStore:
                     break
                 done += count
         return data[:done]
+
+    def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object]) -> bytes:
+        with open(self._at(path), "rb", buffering=0) as file:
+            done = 0
+            while done < len(out):
+                count = file.readinto(out[done : done + CACHED_BYTES])
+                if not count:
+                    return b""
+                seen(out[done : done + count])
+                done += count
+            return file.readall()
 
     def names(self, path: str) -> list[str]:
         try:

@@ -133,6 +133,13 @@ class FsspecStore:
             raise ConnectionError(str(error)) from error
         return np.frombuffer(bytearray(data), np.uint8)
 
+    def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object]) -> bytes:
+        data = self.read(path).data
+        count = min(len(data), len(out))
+        out[:count] = data[:count]
+        seen(out[:count])
+        return bytes(data[count:])
+
     def names(self, path: str) -> list[str]:
         self._fs.invalidate_cache()
         try:

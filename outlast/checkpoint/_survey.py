@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import mmap
-import os
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +14,17 @@ import numpy as np
 import torch
 
 from outlast.checkpoint._agreement import Agreement
-from outlast.checkpoint._memory import map_all
+from outlast.checkpoint._lying import Lying, Span
 from outlast.checkpoint._names import MEMORY, PARTNER, parse_local, parse_pack
 from outlast.checkpoint._nodes import Nodes
 from outlast.checkpoint._records import (
     Commit,
     Fault,
     FileEntry,
+    Seen,
     Vote,
     check_file,
+    check_pieces,
     crc_hex,
     seal,
     unseal_commit,
@@ -143,7 +143,9 @@ class Survey:
                     found[rank] = unseal_vote(data, entry.path)
         return found
 
-    def gather(self, save: MemorySave, votes: dict[int, Vote], same_ranks: bool, taken: Taken) -> Gathered:
+    def gather(
+        self, save: MemorySave, votes: dict[int, Vote], same_ranks: bool, taken: Taken, *, verify: bool
+    ) -> Gathered:
         """Verify what this node has of a save, and have what it lacks sent by nodes that have it.
 
         Every byte is verified: where it lies, by one of the ranks that share it; what is sent, by its receiver.
@@ -153,20 +155,21 @@ class Survey:
             votes: its parts' votes.
             same_ranks: whether as many ranks restore as saved; then local state goes to its own rank alone.
             taken: where bytes are counted.
+            verify: False leaves what this node has to whoever reads it.
         """
-        views = self._views(save)
-        faults = self._verify(views, save)
+        lying = self._lying(save)
+        faults = self._verify(lying, save) if verify else []
         texts = self._agreement.texts(json.dumps([[path, reason] for path, reason in faults]) if faults else "")
         bad = {
             (self._nodes.names[rank], path): reason
             for rank, text in enumerate(texts)
             for path, reason in (json.loads(text) if text else [])
         }
-        sent = self._send(save, votes, same_ranks, bad, views)
-        good = {path: view for path, view in views.items() if (self._node, path) not in bad}
+        sent = self._send(save, votes, same_ranks, bad, lying)
+        good = {path for path in lying.spans if (self._node, path) not in bad}
         mine = self._local.get(save.key, {}).values()
         copied = {path for holding in mine if holding.copied for path in holding.placed.places}
-        return Gathered(good, sent, copied, bad, taken)
+        return Gathered(lying, good, verify, sent, copied, bad, taken)
 
     def quarantine(self, save: MemorySave, gathered: Gathered) -> None:
         """See that copies with damage are never taken again. Not collective."""
@@ -185,16 +188,16 @@ class Survey:
             if holding.placed.vote.step > newer_than:
                 holding.remove()
 
-    def _views(self, save: MemorySave) -> dict[str, Buffer]:
-        views: dict[str, Buffer] = {}
-        for holding in self._local.get(save.key, {}).values():
-            memory = _mapped(holding.data)
-            for entry in holding.placed.vote.files:
-                at = holding.placed.places[entry.path]
-                views[entry.path] = memory[at : at + entry.size_bytes]
-        return views
+    def _lying(self, save: MemorySave) -> Lying:
+        return Lying(
+            {
+                entry.path: Span(holding.data, holding.placed.places[entry.path], entry.size_bytes)
+                for holding in self._local.get(save.key, {}).values()
+                for entry in holding.placed.vote.files
+            }
+        )
 
-    def _verify(self, views: dict[str, Buffer], save: MemorySave) -> list[tuple[str, str]]:
+    def _verify(self, lying: Lying, save: MemorySave) -> list[tuple[str, str]]:
         """This rank's portion of what its node has."""
         entries = [entry for h in self._local.get(save.key, {}).values() for entry in h.placed.vote.files]
         entries.sort(key=lambda entry: (entry.size_bytes, entry.path))  # equal shares by dealing them out in turn
@@ -202,7 +205,7 @@ class Survey:
 
         def fault(entry: FileEntry) -> tuple[str, str] | None:
             try:
-                check_file(entry, views[entry.path].data)
+                lying.check(entry)
             except Fault as found:
                 return entry.path, found.reason
             return None
@@ -215,7 +218,7 @@ class Survey:
         votes: dict[int, Vote],
         same_ranks: bool,
         bad: dict[tuple[str, str], str],
-        views: dict[str, Buffer],
+        lying: Lying,
     ) -> dict[str, Buffer]:
         """Have each file sent to the ranks that need it and whose nodes lack it; all ranks walk one list."""
         names = self._nodes.names
@@ -231,7 +234,7 @@ class Survey:
                     continue
                 able = self._nodes.ranks_with(names.index(good[0]))
                 sender = able[saved % len(able)]
-                data = torch.from_numpy(views[entry.path]) if self._rank == sender else None
+                data = torch.from_numpy(lying.view(entry.path)) if self._rank == sender else None
                 got = self._agreement.transfer(data, entry.size_bytes, sender, without)
                 if got is not None and self._rank in without:
                     sent[entry.path] = got.numpy()
@@ -242,8 +245,12 @@ class Survey:
 class Gathered:
     """What one rank has at hand of a save that lies in memory."""
 
-    views: dict[str, Buffer]
-    """In this node's memory, verified; private to this process when written to."""
+    lying: Lying
+    """In this node's memory."""
+    good: set[str]
+    """What of it is not known to be damaged."""
+    verified: bool
+    """Whether that was looked at; else reading it is what finds damage, and raises :class:`Fault`."""
     sent: dict[str, Buffer]
     """From other nodes, not yet verified."""
     copied: set[str]
@@ -257,8 +264,11 @@ class Gathered:
     def __call__(self, entry: FileEntry) -> Buffer | None:
         """A file's verified bytes, or None if memory has none."""
         again = entry.path in self.given
-        view = self.views.get(entry.path)
-        if view is not None:
+        view = None
+        if entry.path in self.good:
+            view = self.lying.view(entry.path)
+            if not self.verified:
+                check_file(entry, view.data)
             self.taken.add(PARTNER if entry.path in self.copied else MEMORY, entry.size_bytes)
         elif entry.path in self.sent:
             view = self.sent[entry.path]
@@ -275,6 +285,24 @@ class Gathered:
         self.given.add(entry.path)
         return view.copy() if again else view
 
+    def fill(self, entry: FileEntry, out: Buffer) -> bool:
+        """Have a chunk's elements where they belong, verified; False if memory has none."""
+        if entry.path not in self.good:
+            found = self(entry)
+            if found is not None:
+                np.copyto(out, found[: len(out)])
+            return found is not None
+        seen = Seen()
+        try:
+            check_pieces(entry, seen, self.lying.read_into(entry.path, out.data, seen))
+        except Fault as fault:
+            if not self.verified:
+                raise
+            _log.warning("%s was whole in this node's memory a moment ago: %s", entry.path, fault.reason)
+            return False
+        self.taken.add(PARTNER if entry.path in self.copied else MEMORY, entry.size_bytes)
+        return True
+
 
 def missing_fault(save: MemorySave) -> Fault:
     """Of a save that memory has in part."""
@@ -287,20 +315,3 @@ def bad_faults(gathered: Gathered) -> list[Fault]:
     return [
         Fault(CorruptCheckpoint, path, f"{reason} (in a node's memory)") for (_, path), reason in gathered.bad.items()
     ]
-
-
-def _mapped(path: Path) -> Buffer:
-    """A slot's bytes, none where it is gone; writes to them stay in this process."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return np.empty(0, np.uint8)
-    try:
-        size_bytes = os.fstat(fd).st_size
-        if not size_bytes:
-            return np.empty(0, np.uint8)
-        memory = mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY)
-        map_all(memory, writing=False)
-        return np.frombuffer(memory, np.uint8)
-    finally:
-        os.close(fd)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,10 +144,15 @@ def _dtype(name: str, file: str) -> torch.dtype:
 
 def payload(info: ArrayInfo, chunk: Buffer, file: str) -> Buffer:
     """The elements' bytes of a verified chunk file, writable; raises :class:`Fault`."""
-    if len(chunk) != info.chunk_bytes + CRC_BYTES:
-        raise Fault(CorruptCheckpoint, file, f"has {len(chunk)} bytes, its array needs {info.chunk_bytes + CRC_BYTES}")
+    check_size(info, len(chunk), file)
     result: Buffer = np.require(chunk[: info.chunk_bytes], requirements="W")
     return result
+
+
+def check_size(info: ArrayInfo, chunk_bytes: int, file: str) -> None:
+    """Whether a chunk file is as large as its array's chunks are; raises :class:`Fault`."""
+    if chunk_bytes != info.chunk_bytes + CRC_BYTES:
+        raise Fault(CorruptCheckpoint, file, f"has {chunk_bytes} bytes, its array needs {info.chunk_bytes + CRC_BYTES}")
 
 
 def as_tensor(data: Buffer, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -167,14 +172,38 @@ def put_chunk(
         out: the part.
         start: where in the whole tensor the part begins; None: it is all.
     """
+    target, chunk = out, as_tensor(data, info.chunk, info.dtype)
+    for d, (begin, low, high, at) in enumerate(_overlap(info, place, out, start)):
+        target = target.narrow(d, low - begin, high - low)
+        chunk = chunk.narrow(d, low - at, high - low)
+    target.copy_(chunk)
+
+
+def room_for(
+    info: ArrayInfo, place: tuple[int, ...], out: torch.Tensor, start: tuple[int, ...] | None = None
+) -> Buffer | None:
+    """Where in ``out`` the payload of a chunk can be read to as it is; None where it has to be copied there.
+
+    Args: as of :func:`put_chunk`.
+    """
     target = out
-    chunk = as_tensor(data, info.chunk, info.dtype)
+    for d, (begin, low, high, _) in enumerate(_overlap(info, place, out, start)):
+        target = target.narrow(d, low - begin, high - low)
+    if tuple(target.shape) != info.chunk or target.device.type != "cpu" or not target.is_contiguous():
+        return None
+    # Strides of dimensions of one element may be anything.
+    found: Buffer = target.as_strided((target.numel(),), (1,)).view(torch.uint8).numpy()
+    return found
+
+
+def _overlap(
+    info: ArrayInfo, place: tuple[int, ...], out: torch.Tensor, start: tuple[int, ...] | None
+) -> Iterator[tuple[int, int, int, int]]:
+    """By dimension of the whole tensor: where ``out`` begins, where a chunk's overlap with it does and ends, and where
+    the chunk begins."""
     for d, (index, step) in enumerate(zip(place, info.chunk, strict=True)):
         begin = start[d] if start is not None else 0
-        low, high = max(index * step, begin), min((index + 1) * step, begin + out.shape[d])
-        target = target.narrow(d, low - begin, high - low)
-        chunk = chunk.narrow(d, low - index * step, high - low)
-    target.copy_(chunk)
+        yield begin, max(index * step, begin), min((index + 1) * step, begin + out.shape[d]), index * step
 
 
 def unpack(info: ArrayInfo, data: Buffer, file: str) -> dict[str, torch.Tensor]:

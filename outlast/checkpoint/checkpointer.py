@@ -240,6 +240,7 @@ class Checkpointer:
         which: Literal["auto"] | int,
         *,
         like: Mapping[str, Any] | None = None,
+        into: Mapping[str, Any] | None = None,
         any_world_size: bool = False,
     ) -> Restored | None:
         """Read a checkpoint back, every byte verified; collective over the group.
@@ -257,6 +258,10 @@ class Checkpointer:
                 part needs; together the ranks verify all. The step must have exactly the tensors of ``like``, in shape
                 and dtype, however they were sharded when it was saved; values that are no tensors are not compared.
                 Without it, every rank reads all tensors whole.
+            into: as ``like``; and what is read goes into these very tensors, on any device, with no second copy of the
+                state in memory. ``Restored.replicated`` has them too. If this raises, some may be overwritten; if it
+                returns None, none is. Values that are no tensors (steps, learning rates) are in
+                ``Restored.replicated`` alone.
             any_world_size: take a step that another number of ranks saved: ``Restored.local`` is empty then, and
                 ``Restored.read_local`` gives any of those ranks' local state.
 
@@ -268,17 +273,17 @@ class Checkpointer:
             CorruptCheckpoint: the step asked for is damaged, or (``"auto"``) there are checkpoints but none is valid.
             IncompleteCheckpoint: a file or the commit record of the step asked for is missing.
             UnknownFormatVersion: written by another version of outlast; it is left as it is.
-            StateMismatch: saved by another number of ranks, unless ``any_world_size``; other tensors than ``like`` has;
-                or ranks whose ``like`` differs.
-            CheckpointError: the storage cannot be read, there are several ranks without a process group, or a DTensor
-                in ``like`` that could not be saved.
+            StateMismatch: saved by another number of ranks, unless ``any_world_size``; other tensors than ``like`` or
+                ``into`` has, of which none was overwritten then; or ranks on which these differ.
+            CheckpointError: the storage cannot be read, there are several ranks without a process group, a DTensor in
+                ``like`` or ``into`` that could not be saved, or both were given.
         """
         if self._closed:
             raise CheckpointError("restore on a closed Checkpointer")
         self._finish()
         agreement = Agreement(self._group, self._place.rank, self._place.world_size)
         place = self._place
-        wanted = agree_on(like, Meshes(self._group, place.world_size), agreement)
+        wanted = agree_on(like, into, Meshes(self._group, place.world_size), agreement)
         self._begun = True
         # On one node a local disk is read once in any case: by the page cache.
         one_node = len(set(agreement.texts(node_name()))) == 1

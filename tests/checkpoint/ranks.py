@@ -35,6 +35,8 @@ class Orders:
     save: tuple[int, ...] = ()
     restore: bool = False
     any_world_size: bool = False
+    into: bool = False
+    """Restore into tensors that are there."""
     commit_timeout_s: float = 60.0
     die_at: str = ""
     """SIGKILL before the first write of a file whose path contains this."""
@@ -123,7 +125,7 @@ def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: 
         )
         with checkpointer:
             if orders.restore:
-                restored.append(_restore(checkpointer, rank, world_size, orders.any_world_size, bool(orders.settings)))
+                restored.append(_restore(checkpointer, rank, world_size, orders))
             for step in orders.save:
                 durable = orders.durable is None or step in orders.durable
                 checkpointer.save(step, replicated=state(step), local=local(step, rank), durable=durable)
@@ -142,11 +144,10 @@ def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: 
     os._exit(0)  # a job of which a rank was killed cannot be left tidily
 
 
-def _restore(
-    checkpointer: Checkpointer, rank: int, world_size: int, any_world_size: bool, memory: bool
-) -> int | str | None:
+def _restore(checkpointer: Checkpointer, rank: int, world_size: int, orders: Orders) -> int | str | None:
+    into, memory = state(99) if orders.into else None, bool(orders.settings)
     try:
-        back = checkpointer.restore("auto", any_world_size=any_world_size)
+        back = checkpointer.restore("auto", into=into, any_world_size=orders.any_world_size)
     except OutlastError as error:
         return f"{type(error).__name__}: {error}"
     if back is None:
@@ -183,7 +184,8 @@ def _inject_death(before: int) -> None:
 
 
 def _inject(orders: Orders) -> None:
-    put, put_atomic, read = LocalStore.put, LocalStore.put_atomic, LocalStore.read
+    put, put_atomic = LocalStore.put, LocalStore.put_atomic
+    read, read_into = LocalStore.read, LocalStore.read_into
 
     def maybe_fail(path: str) -> None:
         if orders.die_at and orders.die_at in path:
@@ -199,17 +201,29 @@ def _inject(orders: Orders) -> None:
         maybe_fail(path)
         put_atomic(store, path, data)
 
-    def read_wrongly(store: LocalStore, path: str) -> Any:
-        data = read(store, path)
+    def note(path: str) -> None:
         if orders.reads:
             with open(orders.reads, "a") as file:
                 file.write(f"{path}\n")
+
+    def read_wrongly(store: LocalStore, path: str) -> Any:
+        note(path)
+        data = read(store, path)
         if orders.misread and orders.misread in path:
             data[0] ^= 1
         return data
 
+    def read_wrongly_into(store: LocalStore, path: str, out: memoryview, seen: Callable[[memoryview], object]) -> bytes:
+        note(path)
+
+        def seen_wrongly(piece: memoryview) -> None:
+            piece[0] ^= bool(orders.misread) and orders.misread in path
+            seen(piece)
+
+        return read_into(store, path, out, seen_wrongly)
+
     LocalStore.put, LocalStore.put_atomic = put_or_die, put_atomic_or_die  # type: ignore[method-assign, assignment]
-    LocalStore.read = read_wrongly  # type: ignore[method-assign, assignment]
+    LocalStore.read, LocalStore.read_into = read_wrongly, read_wrongly_into  # type: ignore[method-assign]
     if orders.die_voting:
         vote = Control.vote
 

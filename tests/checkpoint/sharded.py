@@ -77,17 +77,25 @@ class Counting:
 
     def __init__(self) -> None:
         self.bytes: dict[str, int] = {}
-        self._read = LocalStore.read
+        self._read, self._read_into = LocalStore.read, LocalStore.read_into
 
     def __enter__(self) -> dict[str, int]:
+        def count(path: str, nbytes: int) -> None:
+            if path.rpartition("/")[2].startswith("c.") and "/packed/" not in path:
+                self.bytes[path.partition("/")[2]] = nbytes
+
         def read(store: LocalStore, path: str) -> Any:
             data = self._read(store, path)
-            if path.rpartition("/")[2].startswith("c.") and "/packed/" not in path:
-                self.bytes[path.partition("/")[2]] = len(data)
+            count(path, len(data))
             return data
 
-        LocalStore.read = read  # type: ignore[method-assign]
+        def read_into(store: LocalStore, path: str, out: memoryview, seen: Any) -> bytes:
+            end = self._read_into(store, path, out, seen)
+            count(path, len(out) + len(end))
+            return end
+
+        LocalStore.read, LocalStore.read_into = read, read_into  # type: ignore[method-assign]
         return self.bytes
 
     def __exit__(self, *error: object) -> None:
-        LocalStore.read = self._read  # type: ignore[method-assign]
+        LocalStore.read, LocalStore.read_into = self._read, self._read_into  # type: ignore[method-assign]

@@ -68,6 +68,9 @@ def parts(rank: int, url: str) -> dict[str, Any]:
     with checkpointer(f"{url}/sharded", rank) as saver, Counting() as read:
         back = saver.restore(1, like={"model": placed(mesh, 0)})
         found["sharded"], found["sharded right"] = dict(read), is_right(back.replicated["model"], mesh, 1)
+        own = placed(mesh, 0)
+        back = saver.restore(1, into={"model": own})
+        found["into right"] = is_right(own, mesh, 1) and back.replicated["model"]["rows"] is own["rows"]
         back = saver.restore(1)
         whole_state = back.replicated["model"]
         found["without like"] = all(torch.equal(whole_state[name], t) for name, t in filled(1).items())

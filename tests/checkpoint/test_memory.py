@@ -37,11 +37,13 @@ def killed(url: Path, *steps: int, durable: tuple[int, ...] = (), ranks: int = 1
     assert [one.exitcode for one in run(*[order] * ranks)] == [-9] * ranks
 
 
-def restored(url: Path, *, which: Any = "auto", epoch: str = "second") -> tuple[int | None, list[Event]]:
+def restored(
+    url: Path, *, which: Any = "auto", epoch: str = "second", into: bool = False
+) -> tuple[int | None, list[Event]]:
     """What one rank finds; its state must be right."""
     events: list[Event] = []
     with checkpointer(url, events, epoch=epoch, **MEMORY) as one:
-        back = one.restore(which)
+        back = one.restore(which, into=state(99) if into else None)
         if back is None:
             return None, events
         assert same(back.replicated, state(back.step))
@@ -121,12 +123,13 @@ def test_memory_that_storage_lacks_is_kept_at_the_end(url: Path) -> None:
     assert restored(url)[0] == 1
 
 
+@pytest.mark.parametrize("into", [False, True])
 @pytest.mark.parametrize("ending", [".data", ".json", ".commit"])
-def test_damage_in_memory_is_found_and_the_next_copy_taken(url: Path, ending: str) -> None:
+def test_damage_in_memory_is_found_and_the_next_copy_taken(url: Path, ending: str, into: bool) -> None:
     killed(url, 1, 2, durable=(1, 2))
     newest = files(url, ending)[1]
     flip(newest, 0.0 if ending == ".data" else 0.5)
-    step, events = restored(url)
+    step, events = restored(url, into=into)
     assert step == 2
     if ending == ".data":
         assert tiers(events) == {"memory", "storage"}, "only the damaged file comes from storage"
@@ -138,23 +141,25 @@ def test_damage_in_memory_is_found_and_the_next_copy_taken(url: Path, ending: st
         assert tiers(events) == {"storage"}
 
 
-def test_damage_in_memory_alone_goes_back_a_step(url: Path) -> None:
+@pytest.mark.parametrize("into", [False, True])
+def test_damage_in_memory_alone_goes_back_a_step(url: Path, into: bool) -> None:
     killed(url, 1, 2, 3)
     flip(files(url, ".data")[2], 0.0)
-    step, events = restored(url)
+    step, events = restored(url, into=into)
     assert step == 2
     assert of(CheckpointRejected, events)[0].step == 3
 
 
+@pytest.mark.parametrize("into", [False, True])
 @pytest.mark.parametrize("what", ["truncated", "removed", "emptied"])
-def test_a_slot_that_is_cut_short_goes_back_a_step(url: Path, what: str) -> None:
+def test_a_slot_that_is_cut_short_goes_back_a_step(url: Path, what: str, into: bool) -> None:
     killed(url, 1, 2, 3)
     slot = files(url, ".data")[2]
     if what == "removed":
         slot.unlink()
     else:
         os.truncate(slot, 0 if what == "emptied" else 4096)
-    assert restored(url)[0] == 2
+    assert restored(url, into=into)[0] == 2
 
 
 def test_no_step_counts_without_its_commit_record(url: Path) -> None:
@@ -163,9 +168,10 @@ def test_no_step_counts_without_its_commit_record(url: Path) -> None:
     assert restored(url)[0] == 2
 
 
-def test_ranks_find_their_own(url: Path) -> None:
+@pytest.mark.parametrize("into", [False, True])
+def test_ranks_find_their_own(url: Path, into: bool) -> None:
     killed(url, 1, 2, durable=(1,), ranks=3)
-    orders = Orders((str(url),), "second", restore=True, settings=MEMORY)
+    orders = Orders((str(url),), "second", restore=True, into=into, settings=MEMORY)
     outcomes = run(*[orders] * 3)
     assert [one.restored for one in outcomes] == [[2]] * 3
     for one in outcomes:
@@ -248,7 +254,7 @@ def test_a_nodes_memory_is_lost(tmp_path: Path, nodes: list[str], lost: int | No
     assert [one.exitcode for one in run(*on_nodes(job, nodes))] == [-9] * 4
     if lost is not None:
         lose(nodes[lost])
-    again = Orders((url,), "second", restore=True, settings=settings)
+    again = Orders((url,), "second", restore=True, into=lost == 1, settings=settings)
     outcomes = run(*on_nodes(again, nodes))
     assert [one.restored for one in outcomes] == [[5 if lost is None else 4]] * 4, outcomes
     # Each node has its own parts, and its copies of the other's: nothing is sent unless a node lost all it had.

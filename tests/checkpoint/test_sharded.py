@@ -86,6 +86,7 @@ def test_a_rank_reads_its_parts_and_no_more(tmp_path: Path) -> None:
     whole_bytes = sum(4 * int(np.prod(shape)) for shape in SHAPES.values())
     for found in ranks:
         assert found["sharded right"]
+        assert found["into right"]
         assert found["without like"]
         assert found["whole right"]
         # Each chunk of a shard once, with its checksum; the last one of a tensor may be padded.

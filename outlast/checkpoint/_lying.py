@@ -1,0 +1,100 @@
+"""Files of a checkpoint that lie within larger local files, as in shared memory: read to where they belong, or mapped.
+
+Reading copies at once; a mapping costs a page table entry for each 4 KiB first, which is more than the checksum over
+them (measured: 0.06 s for 768 MB).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from outlast.checkpoint._records import FileEntry, Seen, check_pieces
+from outlast.checkpoint._store import CACHED_BYTES, Buffer
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one file lies."""
+
+    within: Path
+    at: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Lying:
+    """Files by path relative to the step. The methods may be called from several threads."""
+
+    spans: dict[str, Span]
+    _maps: dict[Path, Buffer] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def view(self, path: str) -> Buffer:
+        """A file's bytes, fewer where what it lies in is gone; writes to them stay in this process."""
+        span = self.spans[path]
+        with self._lock:
+            if span.within not in self._maps:
+                self._maps[span.within] = _mapped(span.within)
+            return self._maps[span.within][span.at : span.at + span.size_bytes]
+
+    def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object]) -> bytes:
+        """As :meth:`outlast.checkpoint._store.Store.read_into`."""
+        span = self.spans[path]
+        wanted = min(len(out), span.size_bytes)
+        pieces = (out[at : min(at + CACHED_BYTES, wanted)] for at in range(0, wanted, CACHED_BYTES))
+        with _opened(span.within) as fd:
+            done = _read(fd, span.at, pieces, seen)
+            return os.pread(fd, span.size_bytes - done, span.at + done) if done == wanted else b""
+
+    def check(self, entry: FileEntry) -> None:
+        """Verify a file where it lies; raises :class:`Fault`."""
+        span, scratch = self.spans[entry.path], memoryview(bytearray(CACHED_BYTES))
+        seen = Seen()
+        pieces = (scratch[: entry.body_bytes - at] for at in range(0, entry.body_bytes, CACHED_BYTES))
+        with _opened(span.within) as fd:
+            done = _read(fd, span.at, pieces, seen)
+            end = os.pread(fd, entry.size_bytes - done, span.at + done) if done == entry.body_bytes else b""
+        check_pieces(entry, seen, end)
+
+
+def _read(fd: int, at: int, pieces: Iterable[memoryview], seen: Callable[[memoryview], object]) -> int:
+    """Fill one piece after the other; how many bytes there were."""
+    done = 0
+    for piece in pieces:
+        have = 0
+        while have < len(piece):
+            count = os.preadv(fd, [piece[have:]], at + done)
+            if not count:
+                return done
+            have, done = have + count, done + count
+        seen(piece)
+    return done
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A descriptor to read by; of an empty file where there is none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _mapped(path: Path) -> Buffer:
+    with _opened(path) as fd:
+        size_bytes = os.fstat(fd).st_size
+        if not size_bytes:
+            return np.empty(0, np.uint8)
+        return np.frombuffer(mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY), np.uint8)
