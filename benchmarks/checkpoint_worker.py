@@ -83,6 +83,9 @@ class Method(ABC):
     def save(self, step: int, state: State) -> None:
         """Begin to save."""
 
+    def watch(self, trainer: Trainer) -> None:  # noqa: B027
+        """What trains, before it does."""
+
     def before_update(self) -> None:  # noqa: B027
         """The state is about to change."""
 
@@ -240,6 +243,9 @@ class Outlast(Method):
         self._events.clear()
         self._begun = 0
 
+    def watch(self, trainer: Trainer) -> None:
+        self._checkpointer.watch(trainer.ddp)
+
     def before_update(self) -> None:
         self._checkpointer.wait_copied()
 
@@ -287,6 +293,7 @@ def run(trainer: Trainer, method: Method, steps: int, every: int) -> dict[str, A
     One save before that is not counted: what a method does once, it has done then.
     """
     state = trainer.state()
+    method.watch(trainer)
     trainer.forward_backward()
     method.save(0, state)
     trainer.forward_backward()

@@ -11,12 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
 from outlast.checkpoint._agreement import Agreement
 from outlast.checkpoint._arena import Arena
 from outlast.checkpoint._copying import TensorSource
 from outlast.checkpoint._dtensor import Meshes
+from outlast.checkpoint._hooks import Hooks
 from outlast.checkpoint._layout import share_of
 from outlast.checkpoint._names import rank_name
 from outlast.checkpoint._nodes import node_name
@@ -47,7 +50,7 @@ class Checkpointer:
             restored = checkpointer.restore("auto")
             for step in ...:
                 loss.backward()
-                checkpointer.wait_copied()
+                checkpointer.wait_copied()  # or, once and before the loop: checkpointer.watch(model, optimizer)
                 optimizer.step()
                 if step % 10 == 0:
                     checkpointer.save(step, replicated={"model": model.state_dict(), ...}, local={"rng": ...})
@@ -110,6 +113,9 @@ class Checkpointer:
         if config.memory_every_steps:
             self._tiers = Tiers(self._place, Agreement(group, rank, world_size), host)
         self._saving: Running | None = None
+        self._awaited: Running | None = None
+        """The save for whose copy the training thread has waited."""
+        self._hooks = Hooks(self.wait_copied, self._confirm_early)
         self._stall = StallForecast()
         self._serial = 0
         self._begun = False
@@ -226,14 +232,37 @@ class Checkpointer:
         began = time.monotonic()
         if self._tiers is not None:
             self._tiers.raise_errors()
-        if not saving.confirmed:
+        if self._awaited is not saving:
+            self._awaited = saving
             saving.copied.wait()
-            waited_s = time.monotonic() - began
-            saving.blocked_s += waited_s
+            if not saving.confirmed:
+                saving.blocked_s += time.monotonic() - began
             self._stall.end(asked=began, copied=saving.copied_at)
             saving.confirm()
         raise_error(saving)
         return time.monotonic() - began
+
+    def watch(self, *watched: nn.Module | torch.optim.Optimizer) -> None:
+        """Hook what trains, until this is closed.
+
+        Of an optimizer, :meth:`wait_copied` is called before each of its steps: the loop need not do so, and cannot
+        forget it. Of a module, whenever backward has accumulated a gradient, a save whose copy has ended by then is
+        confirmed; so it can be committed without waiting for the update, which pays where a step takes longer than
+        writing. Neither blocks, but for what :meth:`wait_copied` waits for.
+
+        Args:
+            watched: optimizers whose ``step`` changes what is saved, and modules. Where gradients do not pass through
+                the parameters' own hooks (FSDP2), those of a module never run, and saves are confirmed before the
+                update.
+        """
+        for each in watched:
+            self._hooks.set(each)
+
+    def _confirm_early(self) -> None:
+        """The training thread is between two operations, so none of them is changing what was copied."""
+        saving = self._saving
+        if saving is not None and not saving.confirmed and saving.copied.is_set():
+            saving.confirm()
 
     def restore(
         self,
@@ -357,6 +386,7 @@ class Checkpointer:
             self.abort()
 
     def _end(self) -> None:
+        self._hooks.remove()
         if self._saving is not None:
             self._saving.join()
         if self._tiers is not None:

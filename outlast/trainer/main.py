@@ -182,6 +182,7 @@ def _join(config: Config, place: Place, device: torch.device, attempt: Attempt, 
             emit=emit,
         )
     )
+    checkpointer.watch(model)
     order: dict[str, Any] = {
         "context": config.model.context,
         "batch_size": config.data.batch_size,

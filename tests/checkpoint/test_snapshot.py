@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from outlast.checkpoint import Checkpointer
-from outlast.checkpoint._snapshot import Snapshot
 from outlast.errors import CheckpointError, SnapshotMutated
 from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.helpers import checkpointer, failed, of, same, steps_at
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Lazy copies do not begin before this is set."""
-    opened = threading.Event()
-    copy = Snapshot.copy
-
-    def late(snapshot: Snapshot, index: int, target: torch.Tensor, **more: Any) -> int:
-        part = snapshot._parts[index]
-        assert part is not None
-        assert part.eager or opened.wait(60)
-        return copy(snapshot, index, target, **more)
-
-    monkeypatch.setattr(Snapshot, "copy", late)
-    yield opened
-    opened.set()
 
 
 def model() -> torch.nn.Module:
