@@ -45,6 +45,10 @@ def open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
         ValueError: no such protocol.
     """
     options: dict[str, Any] = {}
+    if "::" not in protocol and fsspec.get_filesystem_class(protocol).__module__.startswith("obstore."):
+        # Registered in place of fsspec's own. What it does not know it takes for a setting of the store's.
+        filesystem, root = fsspec.core.url_to_fs(url, retry_config={"max_retries": 0})
+        return filesystem, str(root).rstrip("/")
     if protocol in _S3:
         # Whatever the user has set stays; how long to wait for a connection or an answer is s3fs's 5 s and 15 s.
         config = dict(fsspec.config.conf.get("s3", {}).get("config_kwargs") or {})

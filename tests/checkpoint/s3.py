@@ -71,6 +71,7 @@ class Server:
             patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
             patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
             patch.setenv("AWS_CONFIG_FILE", "/dev/null")
+            patch.setenv("AWS_ALLOW_HTTP", "true")  # for obstore
             patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
             patch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"connect_timeout": 2, "read_timeout": 2}})
             # fsspec keeps clients by their options, which do not tell where they are connected to.

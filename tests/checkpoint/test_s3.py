@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
+from obstore.fsspec import register
 
 from outlast.checkpoint import _retry, _store_fsspec, list_steps, prune, verify
 from outlast.checkpoint._store_fsspec import FsspecStore
@@ -165,3 +167,27 @@ def test_a_server_that_dies_in_a_restore(mortal: Server, monkeypatch: pytest.Mon
         with pytest.raises(CheckpointError, match=r"step_00000002.*ConnectionError.*given up after"):
             saver.restore("auto")
     assert rejected(events) == []
+
+
+@pytest.fixture
+def by_obstore(s3_server: Server, tmp_path: Path) -> Iterator[str]:
+    """The same server by another client, registered in place of fsspec's own."""
+    own = fsspec.get_filesystem_class("s3")
+    with s3_server.used():
+        register("s3")
+        yield f"s3://{BUCKET}/{tmp_path.name}"
+        fsspec.register_implementation("s3", own, clobber=True)
+
+
+def test_obstore_does_as_well_and_says_what_it_cannot(by_obstore: str, caplog: pytest.LogCaptureFixture) -> None:
+    for epoch, steps in (("one", (1, 2)), ("two", (2, 3))):
+        with checkpointer(by_obstore, epoch=epoch, keep_last=2, **PACKED) as saver:
+            for step in steps:
+                saver.save(step, replicated=state(step), local=local(step))
+    assert "cannot be told to write a file only if there is none" in caplog.text
+    with checkpointer(by_obstore) as reader:
+        back = reader.restore("auto")
+    assert back is not None
+    assert same(back.replicated, state(3))
+    assert [step.step for step in list_steps(by_obstore) if step.status == "committed"] == [2, 3]
+    assert verify(by_obstore, 2).ok
