@@ -173,7 +173,8 @@ def test_a_server_that_dies_in_a_restore(mortal: Server, monkeypatch: pytest.Mon
 def by_obstore(s3_server: Server, tmp_path: Path) -> Iterator[str]:
     """The same server by another client, registered in place of fsspec's own."""
     own = fsspec.get_filesystem_class("s3")
-    with s3_server.used():
+    with s3_server.used(), pytest.MonkeyPatch.context() as patch:
+        patch.delitem(fsspec.config.conf, "s3")  # s3fs' settings
         register("s3")
         yield f"s3://{BUCKET}/{tmp_path.name}"
         fsspec.register_implementation("s3", own, clobber=True)
