@@ -45,6 +45,11 @@ class Agreement:
         if dist.get_backend(group) == "nccl":
             self._device = torch.device("cuda", torch.cuda.current_device())
 
+    @property
+    def world_size(self) -> int:
+        """Ranks that agree."""
+        return self._world_size
+
     def from_coordinator(self, value: int) -> int:
         """Rank 0's value, on all ranks."""
         if self._world_size == 1:
@@ -83,13 +88,17 @@ class Agreement:
         Returns:
             On receivers, and perhaps on others, the bytes, on the CPU; else None.
         """
-        if len(receivers) > 1:
+        # A broadcast's root sends about log2(ranks) times, and every rank gets the bytes: no gain for a few receivers.
+        few = len(receivers) == 1 or len(receivers) <= min(self._world_size - 2, (self._world_size - 1).bit_length())
+        if not few:
             box = self._box(data, nbytes)
             dist.broadcast(box, group=self._group, group_src=sender)
             return box.cpu()
         if self._rank == sender:
-            dist.send(self._box(data, nbytes), group=self._group, group_dst=receivers[0])
-        elif self._rank == receivers[0]:
+            box = self._box(data, nbytes)
+            for receiver in receivers:
+                dist.send(box, group=self._group, group_dst=receiver)
+        elif self._rank in receivers:
             box = self._box(None, nbytes)
             dist.recv(box, group=self._group, group_src=sender)
             return box.cpu()

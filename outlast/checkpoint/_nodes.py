@@ -10,9 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from outlast.checkpoint._addresses import from_elsewhere, own_address
 from outlast.checkpoint._agreement import Agreement
 from outlast.checkpoint._channel import Channel, Listener
 from outlast.errors import CheckpointError
+
+CHOOSE = "set checkpoint.interface to the interface between the nodes, or pass host=, an address of this node's own"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def meet(
     rank: int,
     world_size: int,
     host: str | None,
+    interface: str | None,
     serve: Callable[[Channel], None],
     timeout_s: float,
 ) -> Meeting:
@@ -68,26 +72,54 @@ def meet(
 
     The secret is rank 0's, made anew for each attempt, and reaches the others through the training's process group.
 
+    Args:
+        agreement: over all ranks.
+        rank: of this process.
+        world_size: number of ranks.
+        host: this rank's address; None takes that of the interface.
+        interface: by name; None takes the one on the way to rank 0, or to other nodes.
+        serve: called with each channel.
+        timeout_s: of each channel.
+
     Raises:
         CheckpointError: some rank cannot listen; all ranks raise it.
     """
     if world_size == 1:
         return Meeting(Nodes((node_name(),), (("", 0),)), b"", None)
     secret = bytes.fromhex(agreement.texts(secrets.token_hex(32) if rank == 0 else "")[0])
-    listener, told = None, ""
+    chosen = host is not None or interface is not None
+    found, problem = "", ""
     try:
-        listener = Listener(host if host is not None else _own_address(), secret, serve, timeout_s)
-        told = json.dumps(["", node_name(), *listener.address])
+        found = host if host is not None else own_address(interface)
     except (CheckpointError, OSError) as error:
-        told = json.dumps([f"rank {rank}: {error.what if isinstance(error, CheckpointError) else error}", "", "", 0])
-    every = [json.loads(text) for text in agreement.texts(told)]
-    problems = [problem for problem, *_ in every if problem]
-    if problems:
+        problem = _reason(rank, error)
+    names, addresses = _told(agreement, problem, [node_name(), found])
+    listener = None
+    try:
+        listener = Listener(found if chosen else from_elsewhere(rank, names, addresses), secret, serve, timeout_s)
+        host, port = listener.address
+    except (CheckpointError, OSError) as error:
+        host, port, problem = "", 0, _reason(rank, error)
+    try:
+        hosts, ports = _told(agreement, problem, [host, str(port)])
+    except CheckpointError:
         if listener is not None:
             listener.close()
-        raise CheckpointError("; ".join(problems), "pass host=, an address of this node's own")
-    nodes = Nodes(tuple(name for _, name, _, _ in every), tuple((host, port) for _, _, host, port in every))
-    return Meeting(nodes, secret, listener)
+        raise
+    return Meeting(Nodes(names, tuple(zip(hosts, map(int, ports), strict=True))), secret, listener)
+
+
+def _told(agreement: Agreement, problem: str, words: list[str]) -> tuple[tuple[str, ...], ...]:
+    """What each rank says, by word; raises what problems there are on all ranks."""
+    every = [json.loads(text) for text in agreement.texts(json.dumps([problem, *words]))]
+    problems, *rest = zip(*every, strict=True)
+    if any(problems):
+        raise CheckpointError("; ".join(filter(None, problems)), CHOOSE)
+    return tuple(rest)
+
+
+def _reason(rank: int, error: CheckpointError | OSError) -> str:
+    return f"rank {rank}: {error.what if isinstance(error, CheckpointError) else error}"
 
 
 def node_name() -> str:
@@ -97,14 +129,3 @@ def node_name() -> str:
         return f"{boot}:{os.stat('/dev/shm').st_dev}"
     except FileNotFoundError:  # not Linux: there is no shared memory to tell apart
         return socket.gethostname()
-
-
-def _own_address() -> str:
-    """The address by which this node reaches rank 0, and so by which the others reach it."""
-    master = os.environ.get("MASTER_ADDR")
-    if master is None:
-        return socket.gethostbyname(socket.gethostname())
-    family, kind, protocol, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(address)  # a datagram socket sends nothing here; the kernel chooses the route
-        return str(probe.getsockname()[0])

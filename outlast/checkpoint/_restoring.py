@@ -207,7 +207,7 @@ class Restoring:
             return None, {}
         votes = self.survey.votes(save)
         same_ranks = save.commit.world_size == self.world_size
-        return self.survey.gather(save, votes, same_ranks, taken, verify=verify), votes
+        return self.survey.gather(save, votes, same_ranks, self.wanted, taken, verify=verify), votes
 
     def _share(self, candidate: _Candidate) -> Shared | None:
         """What all ranks need of a step in storage, read once; collective."""

@@ -15,7 +15,8 @@ import torch
 
 from outlast.checkpoint._agreement import Agreement
 from outlast.checkpoint._lying import Lying, Span
-from outlast.checkpoint._names import MEMORY, PARTNER, parse_local, parse_pack
+from outlast.checkpoint._names import MEMORY, NODE, PARTNER, parse_local, parse_pack
+from outlast.checkpoint._needs import who_needs
 from outlast.checkpoint._nodes import Nodes
 from outlast.checkpoint._records import (
     Commit,
@@ -32,6 +33,7 @@ from outlast.checkpoint._records import (
 )
 from outlast.checkpoint._slots import Holding, commits, holdings
 from outlast.checkpoint._store import Buffer
+from outlast.checkpoint._wanted import Wanted
 from outlast.errors import CorruptCheckpoint, IncompleteCheckpoint
 
 _log = logging.getLogger("outlast.checkpoint")
@@ -67,6 +69,15 @@ class Taken:
         """Count."""
         with self._lock:
             self.counts[tier] += nbytes
+
+
+@dataclass(frozen=True)
+class Route:
+    """A file's way from a rank whose node's memory has it to ranks whose nodes' have not."""
+
+    entry: FileEntry
+    sender: int
+    receivers: list[int]
 
 
 class Survey:
@@ -144,9 +155,16 @@ class Survey:
         return found
 
     def gather(
-        self, save: MemorySave, votes: dict[int, Vote], same_ranks: bool, taken: Taken, *, verify: bool
+        self,
+        save: MemorySave,
+        votes: dict[int, Vote],
+        same_ranks: bool,
+        wanted: Wanted | None,
+        taken: Taken,
+        *,
+        verify: bool,
     ) -> Gathered:
-        """Verify what this node has of a save, and have what it lacks sent by nodes that have it.
+        """Verify what this node has of a save, and have what its ranks need and it lacks sent by nodes that have it.
 
         Every byte is verified: where it lies, by one of the ranks that share it; what is sent, by its receiver.
 
@@ -154,6 +172,7 @@ class Survey:
             save: which.
             votes: its parts' votes.
             same_ranks: whether as many ranks restore as saved; then local state goes to its own rank alone.
+            wanted: of which tensors this rank needs a part; chunks that lie in no such part are not sent to it.
             taken: where bytes are counted.
             verify: False leaves what this node has to whoever reads it.
         """
@@ -165,8 +184,19 @@ class Survey:
             for rank, text in enumerate(texts)
             for path, reason in (json.loads(text) if text else [])
         }
-        sent = self._send(save, votes, same_ranks, bad, lying)
         good = {path for path in lying.spans if (self._node, path) not in bad}
+        routes = self._routes(save, votes, same_ranks, bad)
+        # Documents first: they say which chunks a part of a tensor lies in.
+        sent = self._send([route for route in routes if not route.entry.chunk], lying)
+        chunks = [route for route in routes if route.entry.chunk]
+        boxes = wanted.boxes if wanted is not None else {}
+        documents = {path: lying.view(path) for path in good if path.endswith(NODE)} if boxes else {}
+        needs = who_needs([route.entry.path for route in chunks], boxes, documents | sent, self._agreement)
+        chunks = [
+            Route(route.entry, route.sender, [rank for rank in route.receivers if rank in needs[route.entry.path]])
+            for route in chunks
+        ]
+        sent |= self._send(chunks, lying)
         mine = self._local.get(save.key, {}).values()
         copied = {path for holding in mine if holding.copied for path in holding.placed.places}
         return Gathered(lying, good, verify, sent, copied, bad, taken)
@@ -212,17 +242,11 @@ class Survey:
 
         return [found for found in self._io.map(fault, mine) if found is not None]
 
-    def _send(
-        self,
-        save: MemorySave,
-        votes: dict[int, Vote],
-        same_ranks: bool,
-        bad: dict[tuple[str, str], str],
-        lying: Lying,
-    ) -> dict[str, Buffer]:
-        """Have each file sent to the ranks that need it and whose nodes lack it; all ranks walk one list."""
-        names = self._nodes.names
-        sent: dict[str, Buffer] = {}
+    def _routes(
+        self, save: MemorySave, votes: dict[int, Vote], same_ranks: bool, bad: dict[tuple[str, str], str]
+    ) -> list[Route]:
+        """The files that some rank's node lacks and another's has; the same list on all ranks."""
+        names, routes = self._nodes.names, []
         for saved in sorted(votes):
             holders = save.holders.get(saved, ())
             for entry in votes[saved].files:
@@ -230,14 +254,22 @@ class Survey:
                 owner = parse_local(entry.path)
                 needed = range(len(names)) if owner is None or not same_ranks else [owner]
                 without = [rank for rank in needed if names[rank] not in good]
-                if not without or not good:
-                    continue
-                able = self._nodes.ranks_with(names.index(good[0]))
-                sender = able[saved % len(able)]
-                data = torch.from_numpy(lying.view(entry.path)) if self._rank == sender else None
-                got = self._agreement.transfer(data, entry.size_bytes, sender, without)
-                if got is not None and self._rank in without:
-                    sent[entry.path] = got.numpy()
+                if without and good:
+                    able = self._nodes.ranks_with(names.index(good[0]))
+                    routes.append(Route(entry, able[saved % len(able)], without))
+        return routes
+
+    def _send(self, routes: list[Route], lying: Lying) -> dict[str, Buffer]:
+        """Have each file sent to its receivers; all ranks walk one list. What this rank got."""
+        sent: dict[str, Buffer] = {}
+        for route in routes:
+            if not route.receivers:
+                continue
+            path, size_bytes = route.entry.path, route.entry.size_bytes
+            data = torch.from_numpy(lying.view(path)) if self._rank == route.sender else None
+            got = self._agreement.transfer(data, size_bytes, route.sender, route.receivers)
+            if got is not None and self._rank in route.receivers:
+                sent[path] = got.numpy()
         return sent
 
 

@@ -20,7 +20,7 @@ from outlast.checkpoint._copying import HeldSource
 from outlast.checkpoint._layout import Share
 from outlast.checkpoint._memory_saving import Held, Memory, MemorySaving, all_documents, slot_bytes
 from outlast.checkpoint._names import MEMORY, PARTNER, STORAGE
-from outlast.checkpoint._nodes import meet
+from outlast.checkpoint._nodes import CHOOSE, meet
 from outlast.checkpoint._partner import Keeper, Partner, Sending
 from outlast.checkpoint._running import raise_error
 from outlast.checkpoint._saving import Place, Saving
@@ -40,7 +40,7 @@ class Tiers:
     Args:
         place: who saves; its store is the tier of storage.
         agreement: over the training's ranks; used while constructing, never for saves.
-        host: address to listen on; None: the one by which this node reaches rank 0.
+        host: address to listen on; None: that of ``checkpoint.interface``, or the one that leads to the others.
 
     Raises:
         CheckpointError: no shared memory, or the ranks cannot listen.
@@ -53,7 +53,9 @@ class Tiers:
         self._keeper = Keeper(self.folder, place.epoch, max(2, config.memory_keep_last))
         # There before anybody can dial.
         self._control = Control(rank, place.world_size, config.commit_timeout_s)
-        self.meeting = meet(agreement, rank, place.world_size, host, self._serve, config.commit_timeout_s)
+        self.meeting = meet(
+            agreement, rank, place.world_size, host, config.interface, self._serve, config.commit_timeout_s
+        )
         nodes = self.meeting.nodes
         try:
             self._control.join(self.meeting)
@@ -62,7 +64,7 @@ class Tiers:
             address, port = nodes.addresses[0]
             raise CheckpointError(
                 f"rank {rank} cannot reach rank 0 at {address}:{port}: {error}",
-                "see to the network between the nodes, or pass host= on rank 0",
+                f"see to the network between the nodes; {CHOOSE}",
             ) from error
         self._slots = Slots(self.folder / OWN, place.epoch, rank, config.memory_keep_last)
         leads = nodes.ranks_with(rank)[0] == rank

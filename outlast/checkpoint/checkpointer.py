@@ -72,8 +72,9 @@ class Checkpointer:
         epoch: random text, equal on all ranks of this attempt and never used before; votes of others never count.
         group: for :meth:`restore`; None takes the default group. Saves use no collectives.
         emit: takes events, from the training thread and from the background thread.
-        host: with a memory tier, the address of this node at which the other ranks reach this one; None takes the one
-            by which this node reaches ``MASTER_ADDR``. Construction is collective then.
+        host: with a memory tier, the address of this node at which the other ranks reach this one; None takes that of
+            ``config.interface``, or the one by which this node reaches ``MASTER_ADDR``. Construction is collective
+            then.
 
     Raises:
         MissingDependency: the package for this kind of URL is not installed.

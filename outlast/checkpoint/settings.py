@@ -63,6 +63,12 @@ class CheckpointConfig:
     """Optimizer steps from one copy of a node's memory in the next node's memory to the next; 0: none. A multiple of
     ``memory_every_steps``. With it, the loss of a node costs no more than the steps since that copy."""
 
+    interface: str | None = None
+    """With a memory tier of several ranks: the network interface on whose address each rank listens for the others,
+    e.g. ``eth1``: the same name on all nodes, each node's own address (IPv4 before IPv6). None takes the address by
+    which a node reaches ``MASTER_ADDR``; where that is a loopback address, as on the first node if its name resolves to
+    127.0.1.1, the one by which it reaches another node."""
+
     def __post_init__(self) -> None:
         counted = isinstance(self.every_steps, int) and self.every_steps >= 1
         auto = self.every_steps == "auto"
@@ -83,6 +89,9 @@ class CheckpointConfig:
             f"0, or at least 4 chunks: {least:g} with checkpoint.chunk_mb = {self.chunk_mb:g}",
         )
         require(self.memory_every_steps >= 0, "checkpoint.memory_every_steps", self.memory_every_steps, "0 or more")
+        require(
+            self.interface != "", "checkpoint.interface", self.interface, "the name of a network interface, or none"
+        )
         require(self.memory_keep_last >= 1, "checkpoint.memory_keep_last", self.memory_keep_last, "1 or more")
         every = self.memory_every_steps
         require(

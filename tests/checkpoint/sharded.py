@@ -9,13 +9,14 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch._dynamo  # the first DTensor imports it, which takes a second; here it is done once for all ranks
 import torch.distributed as dist
 
 from outlast.checkpoint import CheckpointConfig, Checkpointer
+from outlast.checkpoint._agreement import Agreement
 from outlast.checkpoint._store import LocalStore
 from outlast.events import Event
 from tests.checkpoint.ranks import LIMIT_S
@@ -69,7 +70,28 @@ def _rank(
 def checkpointer(url: str, rank: int, events: list[Event] | None = None, **settings: Any) -> Checkpointer:
     emit = (lambda event: None) if events is None else events.append
     ranks = dist.get_world_size()
-    return Checkpointer(url, replace(CONFIG, **settings), rank=rank, world_size=ranks, epoch=f"of {ranks}", emit=emit)
+    epoch = settings.pop("epoch", f"of {ranks}")
+    return Checkpointer(url, replace(CONFIG, **settings), rank=rank, world_size=ranks, epoch=epoch, emit=emit)
+
+
+class Sent:
+    """What this rank is sent from other nodes' memory, in bytes."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._transfer = Agreement.transfer
+
+    def __enter__(self) -> Self:
+        def transfer(agreement: Agreement, *about: Any) -> Any:
+            got = self._transfer(agreement, *about)
+            self.bytes += got.nbytes if got is not None else 0
+            return got
+
+        Agreement.transfer = transfer  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        Agreement.transfer = self._transfer  # type: ignore[method-assign]
 
 
 class Counting:

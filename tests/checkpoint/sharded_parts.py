@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._dtensor_spec import ShardOrderEntry
 
+from benchmarks.namespace import mount_over
 from outlast.checkpoint import Checkpointer
 from outlast.errors import OutlastError
+from outlast.events import CheckpointRestored, CheckpointSaved, Event
 from tests.checkpoint.helpers import flip
-from tests.checkpoint.sharded import CONFIG, Counting, checkpointer
+from tests.checkpoint.sharded import CONFIG, Counting, Sent, checkpointer
 
 SHAPES = {"rows": (401, 64), "columns": (64, 402), "wide": (3, 5000), "copied": (90, 64), "bias": (70,)}
 
@@ -78,6 +81,40 @@ def parts(rank: int, url: str) -> dict[str, Any]:
         back = saver.restore(1, like={"model": placed(mesh, 0)})
         found["whole"], found["whole right"] = dict(read), is_right(back.replicated["model"], mesh, 2)
     return found
+
+
+def saved_to_memory(rank: int, url: str, nodes: list[str], whole: bool) -> None:
+    """A step in this node's memory and its partner's, and in no storage."""
+    mount_over(nodes[rank * len(nodes) // dist.get_world_size()], "/dev/shm")
+    mesh, events = init_device_mesh("cpu", (dist.get_world_size(),)), list[Event]()
+    saver = checkpointer(url, rank, events, memory_every_steps=1, partner_every_steps=1, chunk_mb=0.004)
+    saver.save(1, replicated={"model": filled(1) if whole else placed(mesh, 1)}, local={"rank": torch.tensor(rank)})
+    saver.wait_copied()
+    deadline = time.monotonic() + 60
+    while not any(isinstance(event, CheckpointSaved) and event.tier == "partner" for event in events):
+        assert time.monotonic() < deadline, events
+        time.sleep(0.01)
+    dist.barrier()  # all are killed from here on
+
+
+def back_from_memory(rank: int, url: str, nodes: list[str], with_like: bool) -> dict[str, Any]:
+    """What comes back of it, and what this rank was sent for that."""
+    ranks = dist.get_world_size()
+    mount_over(nodes[rank * len(nodes) // ranks], "/dev/shm")
+    mesh, events = init_device_mesh("cpu", (ranks,)), list[Event]()
+    settings: dict[str, Any] = {"memory_every_steps": 1, "epoch": "again"}
+    with checkpointer(url, rank, events, **settings) as saver, Sent() as sent:
+        back = saver.restore("auto", like={"model": placed(mesh, 0)} if with_like else None)
+    assert back is not None
+    model = back.replicated["model"]
+    right = is_right(model, mesh, 1) if with_like else all(torch.equal(model[k], t) for k, t in filled(1).items())
+    (event,) = [event for event in events if isinstance(event, CheckpointRestored)]
+    return {
+        "right": right and torch.equal(back.local["rank"], torch.tensor(rank)),
+        "own_bytes": sum(part.to_local().nbytes for part in placed(mesh, 1).values()),
+        "sent_bytes": sent.bytes,
+        "tiers": dict(event.tiers),
+    }
 
 
 def damaged(rank: int, url: str) -> int:
