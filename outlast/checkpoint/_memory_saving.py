@@ -24,6 +24,7 @@ from outlast.checkpoint._arena import room
 from outlast.checkpoint._control import Control
 from outlast.checkpoint._copying import Copied, TensorSource
 from outlast.checkpoint._layout import Share
+from outlast.checkpoint._local_disk import LocalDisk
 from outlast.checkpoint._names import MEMORY, vote_path
 from outlast.checkpoint._records import (
     CRC_BYTES,
@@ -57,6 +58,8 @@ class Memory:
     leads: bool
     """Whether this rank clears up on its node."""
     control: Control
+    disk: LocalDisk | None
+    """This node's own; None: there is no such tier."""
     emit: Callable[[Event], None]
     committed: deque[int] = field(default_factory=deque)
     """Serials of the newest committed saves, by the rank that leads."""
@@ -194,10 +197,12 @@ class MemorySaving(Running):
     def _agree(self, vote: Vote) -> Commit:
         memory, text = self._memory, seal(vote)
         if memory.rank != 0:
-            memory.control.vote({"serial": self._serial, "vote": text.decode()})
+            memory.control.vote({"serial": self._serial, "vote": text.decode(), "local": _on_disk(memory)})
             decision = memory.control.decision(self._serial, self._look)
             if "failed" in decision:
                 raise CheckpointError(f"rank 0 gave up: {decision['failed']}")
+            if memory.disk is not None:
+                memory.disk.everywhere = decision["local"]
             return unseal_commit(decision["commit"].encode())
         votes = [text]
         headers = memory.control.collect(self._serial, self._look)
@@ -212,8 +217,16 @@ class MemorySaving(Running):
                     "pass the same keys on all ranks; what differs belongs into local",
                 )
         commit = commit_of(votes)
-        memory.control.tell({"serial": self._serial, "commit": seal(commit).decode()})
+        everywhere = min([_on_disk(memory), *(header["local"] for header in headers.values())])
+        memory.control.tell({"serial": self._serial, "commit": seal(commit).decode(), "local": everywhere})
+        if memory.disk is not None:
+            memory.disk.everywhere = everywhere
         return commit
+
+
+def _on_disk(memory: Memory) -> int:
+    """The newest save that this rank has on its node's disk; what all ranks say is agreed with each commit."""
+    return memory.disk.newest if memory.disk is not None else 0
 
 
 def all_documents(share: Share, memory: Memory, step: int, serial: int, root: dict[str, Any]) -> dict[str, bytes]:

@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote
 
 from outlast.errors import CheckpointError
 
-MEMORY, PARTNER, STORAGE = "memory", "partner", "storage"
+MEMORY, PARTNER, LOCAL_DISK, STORAGE = "memory", "partner", "local", "storage"
 """The tiers, as events name them."""
 COMMIT = "commit.json"
 PACKS = "packed"

@@ -7,35 +7,31 @@ it as it finds a node's own.
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from outlast.checkpoint._channel import Channel, Header
 from outlast.checkpoint._names import PARTNER
 from outlast.checkpoint._nodes import Meeting
+from outlast.checkpoint._onward import Onward
 from outlast.checkpoint._records import Commit, Fault, Placed, check_file, seal, unseal_commit, unseal_placed
 from outlast.checkpoint._slots import Slot, Slots, put_commit
 from outlast.errors import CheckpointError
-from outlast.events import CheckpointFailed, CheckpointSaved, Event
+from outlast.events import Event
 
 _log = logging.getLogger("outlast.checkpoint")
 
 
-class Sending:
-    """One copy on its way to the partner, in a thread of its own. A failure is an event; training goes on.
+class Sending(Onward):
+    """See :class:`Onward`.
 
     Args:
         channel: opens the connection to the partner, or gives the one that is open.
-        slot: what to copy; it is not written meanwhile.
-        placed: what is in it.
-        commit: of the save.
-        emit: takes events.
-
-    Attributes:
-        done: set once the copy counts, or has failed.
+        slot, placed, commit, emit: as there.
     """
+
+    tier = PARTNER
+    where = "the partner's memory"
 
     def __init__(
         self,
@@ -45,48 +41,10 @@ class Sending:
         commit: Commit,
         emit: Callable[[Event], None],
     ) -> None:
-        self.done = threading.Event()
-        self.error: Exception | None = None
+        super().__init__(slot, placed, commit, emit)
         self._channel = channel
-        self._slot = slot
-        self._placed = placed
-        self._commit = commit
-        self._emit = emit
-        self._thread = threading.Thread(target=self._run, name="outlast-partner", daemon=True)
 
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def join(self) -> None:
-        """Wait until the thread has ended."""
-        self._thread.join()
-
-    def _run(self) -> None:
-        began = time.monotonic()
-        vote = self._placed.vote
-        try:
-            event: Event
-            try:
-                self._send()
-                event = CheckpointSaved(
-                    step=vote.step,
-                    committed=False,
-                    tier=PARTNER,
-                    size_bytes=sum(entry.size_bytes for entry in vote.files),
-                    blocked_s=0.0,
-                    durable_s=time.monotonic() - began,
-                )
-            except (OSError, CheckpointError) as error:
-                _log.warning("step %d could not be copied to the partner's memory: %s", vote.step, error)
-                event = CheckpointFailed(step=vote.step, reason=f"{type(error).__name__}: {error}", tier=PARTNER)
-            self._emit(event)
-        except Exception as error:  # a bug, or the event sink's: raised in the training thread
-            self.error = error
-        finally:
-            self.done.set()
-
-    def _send(self) -> None:
+    def _copy(self) -> None:
         channel = self._channel()
         vote = self._placed.vote
         channel.send({"begin": vote.serial, "nbytes": self._slot.used})

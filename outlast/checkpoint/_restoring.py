@@ -15,13 +15,14 @@ import numpy as np
 
 from outlast import errors
 from outlast.checkpoint._agreement import Agreement
+from outlast.checkpoint._gathered import Gathered, MemorySave, Taken, bad_faults, missing_fault
 from outlast.checkpoint._names import COMMIT, STORAGE, step_name
 from outlast.checkpoint._reading import StepReader, as_error
 from outlast.checkpoint._records import Fault, FileEntry, Vote, read_commit
 from outlast.checkpoint._sharing import Shared, read_once
 from outlast.checkpoint._steps import Scan, bring_back, clear_leftover, only_readable, scan, set_aside
 from outlast.checkpoint._store import Buffer, Store
-from outlast.checkpoint._survey import Gathered, MemorySave, Survey, Taken, bad_faults, missing_fault
+from outlast.checkpoint._survey import Survey
 from outlast.checkpoint._wanted import Wanted
 from outlast.errors import (
     CheckpointError,

@@ -20,7 +20,7 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ import torch
 
 from outlast.checkpoint._arena import Region, room
 from outlast.checkpoint._memory import map_all
-from outlast.checkpoint._names import PARTNER, encode_key, rank_name
+from outlast.checkpoint._names import MEMORY, PARTNER, encode_key, rank_name
 from outlast.checkpoint._records import Commit, Fault, Placed, seal, unseal_commit, unseal_placed
 from outlast.errors import CheckpointError
 
@@ -37,7 +37,8 @@ SHM_ROOT = Path("/dev/shm")
 OWN = "own"
 """Folder of what this node's ranks saved; a partner's copies lie in a folder of that tier's name."""
 _SENT = 2
-_INDEX, _DATA, _COMMIT = ".json", ".data", ".commit"
+_CHOOSE = "choose a place of this node's own that can be written, or set checkpoint.local_every_steps = 0"
+INDEX, DATA, _COMMIT = ".json", ".data", ".commit"
 
 
 def memory_folder(url: str, root: Path = SHM_ROOT) -> Path:
@@ -46,20 +47,34 @@ def memory_folder(url: str, root: Path = SHM_ROOT) -> Path:
     Raises:
         CheckpointError: there is no shared memory, or what has that name is a link, someone else's, or open to others.
     """
-    name = f"outlast-{os.getuid()}-ckpt-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-    folder = root / name
+    fix = f"{root} must be a writable tmpfs (docker: --shm-size), or set checkpoint.memory_every_steps = 0"
+    return _own_folder(url, root, (OWN, PARTNER), "shared memory", fix)
+
+
+def local_folder(url: str, root: Path) -> Path:
+    """The folder of this node's disk for the checkpoints at ``url``, below ``root``; made where it is missing.
+
+    Raises:
+        CheckpointError: it cannot be made, or what has that name is a link, someone else's, or open to others.
+    """
     try:
-        for path in (folder, folder / OWN, folder / PARTNER):
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint.local_dir {root} cannot be made: {error}", _CHOOSE) from error
+    return _own_folder(url, root, (OWN,), "the local disk's", _CHOOSE)
+
+
+def _own_folder(url: str, root: Path, below: Sequence[str], what: str, fix: str) -> Path:
+    folder = root / f"outlast-{os.getuid()}-ckpt-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    try:
+        for path in (folder, *(folder / name for name in below)):
             path.mkdir(mode=0o700, exist_ok=True)
         info = folder.lstat()
     except OSError as error:
-        raise CheckpointError(
-            f"shared memory {folder} cannot be made: {error}",
-            f"{root} must be a writable tmpfs (docker: --shm-size), or set checkpoint.memory_every_steps = 0",
-        ) from error
+        raise CheckpointError(f"{what} {folder} cannot be made: {error}", fix) from error
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise CheckpointError(
-            f"shared memory {folder} is not a folder of ours alone (mode {stat.S_IMODE(info.st_mode):04o}, "
+            f"{what} {folder} is not a folder of ours alone (mode {stat.S_IMODE(info.st_mode):04o}, "
             f"user {info.st_uid}); refused",
             "look at it, and remove it if it is a leftover",
         )
@@ -86,7 +101,7 @@ class Slot:
     @property
     def index(self) -> Path:
         """The file that says what is in it."""
-        return self.data.with_suffix(_INDEX)
+        return self.data.with_suffix(INDEX)
 
     @property
     def busy(self) -> bool:
@@ -164,7 +179,7 @@ class Slots:
             self._allocate(self._add(), nbytes)
 
     def _add(self) -> Slot:
-        slot = Slot(Path(f"{self._stem}{len(self._slots)}{_DATA}"), torch.empty(0, dtype=torch.uint8))
+        slot = Slot(Path(f"{self._stem}{len(self._slots)}{DATA}"), torch.empty(0, dtype=torch.uint8))
         self._slots.append(slot)
         return slot
 
@@ -226,22 +241,27 @@ def remove_records(folder: Path, epoch: str) -> None:
 
 
 def _commit_path(folder: Path, epoch: str, serial: int) -> Path:
-    return folder / OWN / f"{encode_key(epoch)}.{serial}{_COMMIT}"
+    return folder / OWN / commit_name(epoch, serial)
+
+
+def commit_name(epoch: str, serial: int) -> str:
+    """The file of a commit record."""
+    return f"{encode_key(epoch)}.{serial}{_COMMIT}"
 
 
 @dataclass(frozen=True)
 class Holding:
-    """One rank's part of one save, as it lies in this node's memory."""
+    """One rank's part of one save, as it lies in this node's memory, or on its disk."""
 
     placed: Placed
     data: Path
-    copied: bool
-    """Whether it is a partner's copy."""
+    tier: str
+    """In which it lies; a partner's copy in this node's memory is in that tier."""
 
     @property
     def index(self) -> Path:
         """The file that says what is in it."""
-        return self.data.with_suffix(_INDEX)
+        return self.data.with_suffix(INDEX)
 
     def remove(self) -> None:
         """Give its memory back."""
@@ -250,23 +270,28 @@ class Holding:
 
     def quarantine(self) -> None:
         """See that it is never taken again."""
-        if self.index.exists():
+        with suppress(FileNotFoundError):  # another rank has seen to it
             os.replace(self.index, self.index.with_suffix(".bad"))
 
 
-def holdings(folder: Path) -> Iterator[Holding]:
-    """What lies in this node's memory, whether it is committed or not; what cannot be read is passed over."""
+def holdings(folder: Path, own: str = MEMORY) -> Iterator[Holding]:
+    """What lies in a folder, whether it is committed or not; what cannot be read is passed over.
+
+    Args:
+        folder: of this node's memory, or of its disk.
+        own: the tier of what this node's ranks saved.
+    """
     for lies in (OWN, PARTNER):
-        for path in sorted((folder / lies).glob(f"*{_INDEX}")):
+        for path in sorted((folder / lies).glob(f"*{INDEX}")):
             try:
                 placed = unseal_placed(path.read_bytes(), path.name)
-                yield Holding(placed, path.with_suffix(_DATA), lies == PARTNER)
+                yield Holding(placed, path.with_suffix(DATA), PARTNER if lies == PARTNER else own)
             except (Fault, FileNotFoundError):
                 continue  # torn, of another version, or removed meanwhile: it is no copy
 
 
 def commits(folder: Path) -> dict[Path, Commit]:
-    """The commit records in this node's memory."""
+    """The commit records in a folder."""
     found = {}
     for path in sorted((folder / OWN).glob(f"*{_COMMIT}")):
         try:
@@ -295,7 +320,7 @@ def clear(folder: Path, keep: int, epoch: str) -> None:
     for path, commit in records.items():
         if (commit.epoch, commit.serial) not in in_use:
             path.unlink(missing_ok=True)
-    for path in folder.glob(f"*/*{_DATA}"):
+    for path in folder.glob(f"*/*{DATA}"):
         if path not in known and not path.name.startswith(f"{encode_key(epoch)}."):
             path.unlink(missing_ok=True)  # data without an index, of an attempt that is over
 

@@ -1,74 +1,28 @@
-"""What lies in the memory of all nodes, and getting at it: the shards of a restore's fastest copies."""
+"""What lies in the nodes' memory and on their disks, and getting at it: the shards of a restore's fastest copies."""
 
 from __future__ import annotations
 
 import json
-import logging
-import threading
-from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from outlast.checkpoint._agreement import Agreement
+from outlast.checkpoint._gathered import Gathered, MemorySave, Taken
 from outlast.checkpoint._lying import Lying, Span
-from outlast.checkpoint._names import MEMORY, NODE, PARTNER, parse_local, parse_pack
+from outlast.checkpoint._names import LOCAL_DISK, MEMORY, NODE, PARTNER, parse_local
 from outlast.checkpoint._needs import who_needs
 from outlast.checkpoint._nodes import Nodes
-from outlast.checkpoint._records import (
-    Commit,
-    Fault,
-    FileEntry,
-    Seen,
-    Vote,
-    check_file,
-    check_pieces,
-    crc_hex,
-    seal,
-    unseal_commit,
-    unseal_vote,
-)
+from outlast.checkpoint._records import Commit, Fault, FileEntry, Vote, crc_hex, seal, unseal_commit, unseal_vote
 from outlast.checkpoint._slots import Holding, commits, holdings
 from outlast.checkpoint._store import Buffer
 from outlast.checkpoint._wanted import Wanted
-from outlast.errors import CorruptCheckpoint, IncompleteCheckpoint
 
-_log = logging.getLogger("outlast.checkpoint")
-
-
-@dataclass(frozen=True)
-class MemorySave:
-    """One committed save, as far as some node's memory has parts of it; equal on all ranks."""
-
-    commit: Commit
-    holders: dict[int, tuple[str, ...]]
-    """By rank that saved: the nodes that have its part."""
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """Which save of which attempt."""
-        return self.commit.epoch, self.commit.serial
-
-    @property
-    def missing(self) -> list[int]:
-        """Ranks whose parts no node has."""
-        return [rank for rank in range(self.commit.world_size) if rank not in self.holders]
-
-
-@dataclass
-class Taken:
-    """How many bytes came from which tier; may be added to from several threads."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, tier: str, nbytes: int) -> None:
-        """Count."""
-        with self._lock:
-            self.counts[tier] += nbytes
+_ORDER = (MEMORY, PARTNER, LOCAL_DISK)
+"""The tiers of a node, the fastest first."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +39,31 @@ class Survey:
 
     Args:
         folder: of this node's memory.
+        disk: of its own disk; None: there is no such tier.
         nodes: who is where.
         rank: of this process.
         agreement: over all ranks.
         io: threads that verify.
     """
 
-    def __init__(self, folder: Path, nodes: Nodes, rank: int, agreement: Agreement, io: ThreadPoolExecutor) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        disk: Path | None,
+        nodes: Nodes,
+        rank: int,
+        agreement: Agreement,
+        io: ThreadPoolExecutor,
+    ) -> None:
+        self._folders = [folder] if disk is None else [folder, disk]
         self._nodes = nodes
         self._rank = rank
         self._node = nodes.names[rank]
         self._peers = nodes.ranks_with(rank)
         self._agreement = agreement
         self._io = io
-        self._local: dict[tuple[str, int], dict[int, Holding]] = {}
+        self._local: dict[tuple[str, int], dict[int, list[Holding]]] = {}
+        """By save and rank: what this node has of it, the fastest first."""
 
     @property
     def leads(self) -> bool:
@@ -107,21 +71,25 @@ class Survey:
         return self._peers[0] == self._rank
 
     def saves(self) -> list[MemorySave]:
-        """Committed saves of which there are parts in memory, newest first."""
+        """Committed saves of which nodes have parts, newest first."""
         self._local = {}
-        for holding in holdings(self._folder):
+        for holding in self._holdings():
             vote = holding.placed.vote
-            mine = self._local.setdefault((vote.epoch, vote.serial), {})
-            if vote.rank not in mine or not holding.copied:
-                mine[vote.rank] = holding
+            self._local.setdefault((vote.epoch, vote.serial), {}).setdefault(vote.rank, []).append(holding)
+        for ranks in self._local.values():
+            for found in ranks.values():
+                found.sort(key=lambda holding: _ORDER.index(holding.tier))
         told = ""
         if self.leads and self._local:
-            records = [seal(commit).decode() for commit in commits(self._folder).values()]
-            told = json.dumps(
-                {"has": [[*key, sorted(ranks)] for key, ranks in self._local.items()], "commits": records}
-            )
+            records = [seal(commit).decode() for folder in self._folders for commit in commits(folder).values()]
+            has = []
+            for key, ranks in self._local.items():
+                in_memory = [rank for rank, found in sorted(ranks.items()) if found[0].tier != LOCAL_DISK]
+                has.append([*key, sorted(ranks), in_memory])
+            told = json.dumps({"has": has, "commits": records})
         known: dict[tuple[str, int], Commit] = {}
         holders: dict[tuple[str, int], dict[int, list[str]]] = {}
+        fast: dict[tuple[str, int], dict[int, list[str]]] = {}
         for rank, text in enumerate(self._agreement.texts(told)):
             if not text:
                 continue
@@ -129,30 +97,31 @@ class Survey:
             for record in said["commits"]:
                 commit = unseal_commit(record.encode())
                 known.setdefault((commit.epoch, commit.serial), commit)
-            for epoch, serial, ranks in said["has"]:
-                for saved in ranks:
-                    holders.setdefault((epoch, serial), {}).setdefault(saved, []).append(self._nodes.names[rank])
-        found = [
-            MemorySave(commit, {rank: tuple(names) for rank, names in sorted(holders.get(key, {}).items())})
+            for epoch, serial, *both in said["has"]:
+                for table, some in zip((holders, fast), both, strict=True):
+                    for saved in some:
+                        table.setdefault((epoch, serial), {}).setdefault(saved, []).append(self._nodes.names[rank])
+        saves = [
+            MemorySave(commit, *(_by_rank(table.get(key, {})) for table in (holders, fast)))
             for key, commit in known.items()
             if key in holders
         ]
-        return sorted(found, key=lambda save: (save.commit.step, save.commit.saved_at, save.key), reverse=True)
+        return sorted(saves, key=lambda save: (save.commit.step, save.commit.saved_at, save.key), reverse=True)
 
     def votes(self, save: MemorySave) -> dict[int, Vote]:
-        """The votes of a save's parts that are in memory."""
+        """The votes of a save's parts that nodes have."""
         told = ""
         mine = self._local.get(save.key, {})
         if self.leads and mine:
-            told = json.dumps({rank: seal(holding.placed.vote).decode() for rank, holding in mine.items()})
-        found: dict[int, Vote] = {}
+            told = json.dumps({rank: seal(found[0].placed.vote).decode() for rank, found in mine.items()})
+        votes: dict[int, Vote] = {}
         for text in self._agreement.texts(told):
             for name, sealed in (json.loads(text) if text else {}).items():
                 rank, data = int(name), sealed.encode()
                 entry = save.commit.votes[rank]
                 if crc_hex(data) == entry.crc32c:
-                    found[rank] = unseal_vote(data, entry.path)
-        return found
+                    votes[rank] = unseal_vote(data, entry.path)
+        return votes
 
     def gather(
         self,
@@ -177,13 +146,7 @@ class Survey:
             verify: False leaves what this node has to whoever reads it.
         """
         lying = self._lying(save)
-        faults = self._verify(lying, save) if verify else []
-        texts = self._agreement.texts(json.dumps([[path, reason] for path, reason in faults]) if faults else "")
-        bad = {
-            (self._nodes.names[rank], path): reason
-            for rank, text in enumerate(texts)
-            for path, reason in (json.loads(text) if text else [])
-        }
+        bad, damaged = self._verify(lying, save) if verify else (set(), {})
         good = {path for path in lying.spans if (self._node, path) not in bad}
         routes = self._routes(save, votes, same_ranks, bad)
         # Documents first: they say which chunks a part of a tensor lies in.
@@ -197,53 +160,89 @@ class Survey:
             for route in chunks
         ]
         sent |= self._send(chunks, lying)
-        mine = self._local.get(save.key, {}).values()
-        copied = {path for holding in mine if holding.copied for path in holding.placed.places}
-        return Gathered(lying, good, verify, sent, copied, bad, taken)
+        return Gathered(lying, good, verify, sent, damaged, taken)
 
     def quarantine(self, save: MemorySave, gathered: Gathered) -> None:
         """See that copies with damage are never taken again. Not collective."""
-        for holding in self._local.get(save.key, {}).values():
-            if any((self._node, path) in gathered.bad for path in holding.placed.places):
+        for holding in self._held(save):
+            if any((self._node, path, holding.tier) in gathered.damaged for path in holding.placed.places):
                 holding.quarantine()
 
     def discard(self, newer_than: int) -> None:
         """Remove what this node has of steps newer than the one gone back to. Not collective."""
         if not self.leads:
             return
-        for path, commit in commits(self._folder).items():
-            if commit.step > newer_than:
-                path.unlink(missing_ok=True)
-        for holding in list(holdings(self._folder)):
+        for folder in self._folders:
+            for path, commit in commits(folder).items():
+                if commit.step > newer_than:
+                    path.unlink(missing_ok=True)
+        for holding in list(self._holdings()):
             if holding.placed.vote.step > newer_than:
                 holding.remove()
 
-    def _lying(self, save: MemorySave) -> Lying:
-        return Lying(
-            {
-                entry.path: Span(holding.data, holding.placed.places[entry.path], entry.size_bytes)
-                for holding in self._local.get(save.key, {}).values()
-                for entry in holding.placed.vote.files
-            }
-        )
+    def _holdings(self) -> Iterator[Holding]:
+        for folder, own in zip(self._folders, (MEMORY, LOCAL_DISK), strict=False):
+            yield from holdings(folder, own)
 
-    def _verify(self, lying: Lying, save: MemorySave) -> list[tuple[str, str]]:
-        """This rank's portion of what its node has."""
-        entries = [entry for h in self._local.get(save.key, {}).values() for entry in h.placed.vote.files]
+    def _held(self, save: MemorySave) -> list[Holding]:
+        """What this node has of a save, the fastest first."""
+        held = [holding for found in self._local.get(save.key, {}).values() for holding in found]
+        return sorted(held, key=lambda holding: _ORDER.index(holding.tier))
+
+    def _lying(self, save: MemorySave) -> Lying:
+        spans: dict[str, list[Span]] = {}
+        for holding in self._held(save):
+            for entry in holding.placed.vote.files:
+                at = holding.placed.places[entry.path]
+                spans.setdefault(entry.path, []).append(Span(holding.data, at, entry.size_bytes, holding.tier))
+        return Lying(spans)
+
+    def _verify(self, lying: Lying, save: MemorySave) -> tuple[set[tuple[str, str]], dict[tuple[str, str, str], str]]:
+        """Have each node verify what it has, and take what it has besides in place of what is damaged.
+
+        Returns:
+            By node and file: what it has no good copy of. By node, file and tier: what is wrong with it.
+        """
+        files = {entry.path: entry for holding in self._held(save) for entry in holding.placed.vote.files}
+        bad: set[tuple[str, str]] = set()
+        damaged: dict[tuple[str, str, str], str] = {}
+        while True:
+            found = self._faults(lying, list(files.values()))
+            news = [
+                (self._nodes.names[rank], *fault)
+                for rank, text in enumerate(self._agreement.texts(json.dumps(found) if found else ""))
+                for fault in (json.loads(text) if text else [])
+            ]
+            if not news:
+                return bad, damaged
+            damaged |= {(node, path, tier): reason for node, path, tier, reason in news}
+            # The ranks of a node know of the same faults, and do the same; the others hear of it.
+            again = {path for node, path, *_ in news if node == self._node and lying.drop(path)}
+            files = {path: files[path] for path in again}
+            texts = self._agreement.texts(json.dumps(sorted(again)) if self.leads and again else "")
+            replaced = {
+                (self._nodes.names[rank], path)
+                for rank, text in enumerate(texts)
+                for path in (json.loads(text) if text else [])
+            }
+            bad |= {(node, path) for node, path, *_ in news} - replaced
+
+    def _faults(self, lying: Lying, entries: list[FileEntry]) -> list[tuple[str, str, str]]:
+        """File, tier and reason, of this rank's portion of what its node has."""
         entries.sort(key=lambda entry: (entry.size_bytes, entry.path))  # equal shares by dealing them out in turn
         mine = entries[self._peers.index(self._rank) :: len(self._peers)]
 
-        def fault(entry: FileEntry) -> tuple[str, str] | None:
+        def fault(entry: FileEntry) -> tuple[str, str, str] | None:
             try:
                 lying.check(entry)
             except Fault as found:
-                return entry.path, found.reason
+                return entry.path, lying.tier(entry.path), found.reason
             return None
 
         return [found for found in self._io.map(fault, mine) if found is not None]
 
     def _routes(
-        self, save: MemorySave, votes: dict[int, Vote], same_ranks: bool, bad: dict[tuple[str, str], str]
+        self, save: MemorySave, votes: dict[int, Vote], same_ranks: bool, bad: set[tuple[str, str]]
     ) -> list[Route]:
         """The files that some rank's node lacks and another's has; the same list on all ranks."""
         names, routes = self._nodes.names, []
@@ -273,77 +272,5 @@ class Survey:
         return sent
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """What one rank has at hand of a save that lies in memory."""
-
-    lying: Lying
-    """In this node's memory."""
-    good: set[str]
-    """What of it is not known to be damaged."""
-    verified: bool
-    """Whether that was looked at; else reading it is what finds damage, and raises :class:`Fault`."""
-    sent: dict[str, Buffer]
-    """From other nodes, not yet verified."""
-    copied: set[str]
-    """Files in this node's memory that are a partner's copies."""
-    bad: dict[tuple[str, str], str]
-    """By node and file: what is wrong with it; equal on all ranks."""
-    taken: Taken
-    given: set[str] = field(default_factory=set)
-    """Files of which tensors were made: what is read again gets memory of its own."""
-
-    def __call__(self, entry: FileEntry) -> Buffer | None:
-        """A file's verified bytes, or None if memory has none."""
-        again = entry.path in self.given
-        view = None
-        if entry.path in self.good:
-            view = self.lying.view(entry.path)
-            if not self.verified:
-                check_file(entry, view.data)
-            self.taken.add(PARTNER if entry.path in self.copied else MEMORY, entry.size_bytes)
-        elif entry.path in self.sent:
-            view = self.sent[entry.path]
-            try:
-                check_file(entry, view.data)
-            except Fault as fault:
-                _log.warning("%s was damaged on its way from another node's memory: %s", entry.path, fault.reason)
-                return None
-            self.taken.add(PARTNER, entry.size_bytes)
-            if parse_local(entry.path) is None and parse_pack(entry.path) is None:
-                del self.sent[entry.path]  # read once, into its tensor
-        if view is None:
-            return None
-        self.given.add(entry.path)
-        return view.copy() if again else view
-
-    def fill(self, entry: FileEntry, out: Buffer) -> bool:
-        """Have a chunk's elements where they belong, verified; False if memory has none."""
-        if entry.path not in self.good:
-            found = self(entry)
-            if found is not None:
-                np.copyto(out, found[: len(out)])
-            return found is not None
-        seen = Seen()
-        try:
-            check_pieces(entry, seen, self.lying.read_into(entry.path, out.data, seen))
-        except Fault as fault:
-            if not self.verified:
-                raise
-            _log.warning("%s was whole in this node's memory a moment ago: %s", entry.path, fault.reason)
-            return False
-        self.taken.add(PARTNER if entry.path in self.copied else MEMORY, entry.size_bytes)
-        return True
-
-
-def missing_fault(save: MemorySave) -> Fault:
-    """Of a save that memory has in part."""
-    ranks = ", ".join(map(str, save.missing))
-    return Fault(IncompleteCheckpoint, "", f"the parts of ranks {ranks} are in no node's memory")
-
-
-def bad_faults(gathered: Gathered) -> list[Fault]:
-    """What was found damaged in memory, one a file and node."""
-    return [
-        Fault(CorruptCheckpoint, path, f"{reason} (in a node's memory)") for (_, path), reason in gathered.bad.items()
-    ]
+def _by_rank(nodes: Mapping[int, list[str]]) -> dict[int, tuple[str, ...]]:
+    return {rank: tuple(names) for rank, names in sorted(nodes.items())}

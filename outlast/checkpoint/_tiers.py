@@ -1,4 +1,4 @@
-"""The tiers of one rank: host memory, the partner's memory, and storage, each with its own interval.
+"""The tiers of one rank: host memory, the partner's memory, the node's disk, and storage, each with its own interval.
 
 Every save goes to memory first, which takes a copy's time and no more, and from there to the others when they are due.
 """
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from outlast.checkpoint import _slots
@@ -18,9 +19,11 @@ from outlast.checkpoint._channel import Channel
 from outlast.checkpoint._control import Control
 from outlast.checkpoint._copying import HeldSource
 from outlast.checkpoint._layout import Share
+from outlast.checkpoint._local_disk import LocalCopy, LocalDisk
 from outlast.checkpoint._memory_saving import Held, Memory, MemorySaving, all_documents, slot_bytes
-from outlast.checkpoint._names import MEMORY, PARTNER, STORAGE
+from outlast.checkpoint._names import LOCAL_DISK, MEMORY, PARTNER, STORAGE
 from outlast.checkpoint._nodes import CHOOSE, meet
+from outlast.checkpoint._onward import Onward
 from outlast.checkpoint._partner import Keeper, Partner, Sending
 from outlast.checkpoint._running import raise_error
 from outlast.checkpoint._saving import Place, Saving
@@ -68,6 +71,11 @@ class Tiers:
             ) from error
         self._slots = Slots(self.folder / OWN, place.epoch, rank, config.memory_keep_last)
         leads = nodes.ranks_with(rank)[0] == rank
+        self._disk: LocalDisk | None = None
+        if config.local_every_steps:
+            assert config.local_dir is not None
+            there = _slots.local_folder(place.store.url, Path(config.local_dir))
+            self._disk = LocalDisk(there, place.epoch, rank, config.local_keep_last, leads)
         self._memory = Memory(
             folder=self.folder,
             rank=rank,
@@ -77,6 +85,7 @@ class Tiers:
             slots=self._slots,
             leads=leads,
             control=self._control,
+            disk=self._disk,
             emit=place.emit,
         )
         partner = nodes.partner_of(rank)
@@ -90,6 +99,12 @@ class Tiers:
         self._before_storage: MemorySaving | None = None
         """The newest save that is to reach storage, while it is on its way to memory."""
         self._sending: Sending | None = None
+        self._to_disk: LocalCopy | None = None
+
+    @property
+    def _under_way(self) -> list[Saving | Onward]:
+        """The newest copy to each tier that memory feeds."""
+        return [copy for copy in (self._storage, self._sending, self._to_disk) if copy is not None]
 
     def begin(
         self,
@@ -119,6 +134,10 @@ class Tiers:
         partner = self._partner if partner_too or self._partner_due(step) else None
         if partner is not None:
             self._wait(self._sending, PARTNER, step)
+        every = self._place.config.local_every_steps
+        disk = self._disk if every and step % every == 0 else None
+        if disk is not None:
+            self._wait(self._to_disk, LOCAL_DISK, step)
         documents = all_documents(share, self._memory, step, serial, root)
         try:
             slot = self._slots.take(slot_bytes(share, documents))
@@ -134,12 +153,19 @@ class Tiers:
         def then(held: Held | Exception) -> None:
             if durable:
                 self._store(step, serial, root, light, held, began, behind_s)
-            if partner is not None and isinstance(held, Held) and held.commit is not None:
-                sending = Sending(partner.channel, slot, held.placed, held.commit, self._place.emit)
-                self._sending = sending
+            if not isinstance(held, Held) or held.commit is None:
+                return
+            copies: list[Onward] = []
+            if partner is not None:
+                self._sending = Sending(partner.channel, slot, held.placed, held.commit, self._place.emit)
                 slot.sent = True
-                slot.readers.append(sending.done)
-                sending.start()
+                copies.append(self._sending)
+            if disk is not None:
+                self._to_disk = LocalCopy(disk, slot, held.placed, held.commit, self._place.emit)
+                copies.append(self._to_disk)
+            for copy in copies:
+                slot.readers.append(copy.done)
+                copy.start()
 
         saving = MemorySaving(self._memory, step, serial, documents, share, snapshot, slot, began, then)
         if durable:
@@ -155,29 +181,37 @@ class Tiers:
         """Whether memory has a step, and some part of it in fewer nodes than it should be; collective."""
         wanted = 2 if self._partner is not None else 1
         found = [save for save in survey.saves() if save.commit.step == step]
-        return bool(found) and any(len(found[0].holders.get(r, ())) < wanted for r in range(found[0].commit.world_size))
+        return bool(found) and any(
+            len(found[0].in_memory.get(r, ())) < wanted for r in range(found[0].commit.world_size)
+        )
 
     def survey(self, agreement: Agreement, io: ThreadPoolExecutor) -> Survey:
         """What lies in memory, for a restore."""
-        return Survey(self.folder, self.meeting.nodes, self._place.rank, agreement, io)
+        disk = self._disk.folder if self._disk is not None else None
+        return Survey(self.folder, disk, self.meeting.nodes, self._place.rank, agreement, io)
 
     def start_anew(self) -> None:
-        """This run goes on from nothing that memory holds: remove it on this node."""
+        """This run goes on from nothing that memory or disk holds: remove it on this node."""
         if self._memory.leads:
-            _slots.clear(self.folder, 0, self._place.epoch)
+            for folder in self._folders:
+                _slots.clear(folder, 0, self._place.epoch)
+
+    @property
+    def _folders(self) -> list[Path]:
+        return [self.folder] if self._disk is None else [self.folder, self._disk.folder]
 
     def finish(self, serial: int) -> None:
         """Wait until all tiers have what is on its way to them, and raise what must be raised.
 
-        Memory is given back if storage has all that it holds; else it stays for the next attempt, which is logged.
+        Memory, and the room on the disk, is given back if storage has all that it holds; else it stays for the next
+        attempt, which is logged.
 
         Args:
             serial: of no save; the ranks part with it, so that none is gone while another still sends to it.
         """
-        for copy in (self._storage, self._sending):
-            if copy is not None:
-                copy.done.wait()
-                raise_error(copy)
+        for copy in self._under_way:
+            copy.done.wait()
+            raise_error(copy)
         newest = self._slots.newest
         stored = self._storage is not None and self._storage.committed and self._storage.step == newest
         try:
@@ -188,9 +222,12 @@ class Tiers:
         if stored:
             self._slots.remove()
             self._keeper.remove()
+            if self._disk is not None:
+                self._disk.remove()
             self.start_anew()  # what attempts before left is of no more use than what this one did
             if self._memory.leads:
-                _slots.remove_records(self.folder, self._place.epoch)
+                for folder in self._folders:
+                    _slots.remove_records(folder, self._place.epoch)
         elif newest is not None and self._memory.leads:
             _log.warning("step %d lies in shared memory alone, in %s; it stays there", newest, self.folder)
 
@@ -214,8 +251,8 @@ class Tiers:
 
     def raise_errors(self) -> None:
         """Raise what must be raised, without waiting."""
-        for copy in (self._storage, self._sending):
-            if copy is not None and copy.done.is_set():
+        for copy in self._under_way:
+            if copy.done.is_set():
                 raise_error(copy)
 
     def abort(self, reason: Exception) -> None:
@@ -227,9 +264,8 @@ class Tiers:
 
     def close(self) -> None:
         """Wait for the threads, and close the connections."""
-        for copy in (self._storage, self._sending):
-            if copy is not None:
-                copy.join()
+        for copy in self._under_way:
+            copy.join()
         if self._partner is not None:
             self._partner.close()
         self._control.close()
@@ -258,7 +294,7 @@ class Tiers:
             storage.give_up(held)  # it tells the other ranks, which wait for this one
         storage.start()
 
-    def _wait(self, copy: Saving | Sending | None, tier: str, step: int) -> float:
+    def _wait(self, copy: Saving | Onward | None, tier: str, step: int) -> float:
         if copy is None:
             return 0.0
         began = time.monotonic()

@@ -63,6 +63,16 @@ class CheckpointConfig:
     """Optimizer steps from one copy of a node's memory in the next node's memory to the next; 0: none. A multiple of
     ``memory_every_steps``. With it, the loss of a node costs no more than the steps since that copy."""
 
+    local_dir: str | None = None
+    """A folder on each node's own disk, for the copies of ``local_every_steps``."""
+
+    local_every_steps: int = 0
+    """Optimizer steps from one copy of a node's memory on its own disk to the next; 0: none. A multiple of
+    ``memory_every_steps``. They outlive the machine's memory, but not the machine."""
+
+    local_keep_last: int = 2
+    """Copies on a node's own disk that are kept, at least 2; and the newest that all nodes have, if that is older."""
+
     interface: str | None = None
     """With a memory tier of several ranks: the network interface on whose address each rank listens for the others,
     e.g. ``eth1``: the same name on all nodes, each node's own address (IPv4 before IPv6). None takes the address by
@@ -94,9 +104,18 @@ class CheckpointConfig:
         )
         require(self.memory_keep_last >= 1, "checkpoint.memory_keep_last", self.memory_keep_last, "1 or more")
         every = self.memory_every_steps
+        fed = {"partner_every_steps": self.partner_every_steps, "local_every_steps": self.local_every_steps}
+        for name, steps in fed.items():
+            require(
+                not steps or (steps > 0 and every > 0 and steps % every == 0),
+                f"checkpoint.{name}",
+                steps,
+                f"0, or a multiple of checkpoint.memory_every_steps ({every}), which must be on",
+            )
+        require(self.local_keep_last >= 1, "checkpoint.local_keep_last", self.local_keep_last, "1 or more")
         require(
-            not self.partner_every_steps or (every > 0 and self.partner_every_steps % every == 0),
-            "checkpoint.partner_every_steps",
-            self.partner_every_steps,
-            f"0, or a multiple of checkpoint.memory_every_steps ({every}), which must be on",
+            bool(self.local_dir) or not self.local_every_steps,
+            "checkpoint.local_dir",
+            self.local_dir,
+            f"a folder, with checkpoint.local_every_steps = {self.local_every_steps}",
         )

@@ -44,6 +44,8 @@ class Orders:
     """SIGKILL before the n-th change of the store, counted from 1 at the first that names step 2; 0: never."""
     fail_at: str = ""
     """Writes of files whose path contains this fail, as on a full disk."""
+    fail_after: int = 0
+    """So many of them succeed first."""
     acked: str = ""
     """A file to which each step is added that is reported as committed."""
     keep_last: int = 0
@@ -187,11 +189,15 @@ def _inject(orders: Orders) -> None:
     put, put_atomic = LocalStore.put, LocalStore.put_atomic
     read, read_into = LocalStore.read, LocalStore.read_into
 
+    written: list[str] = []
+
     def maybe_fail(path: str) -> None:
         if orders.die_at and orders.die_at in path:
             os.kill(os.getpid(), signal.SIGKILL)
         if orders.fail_at and orders.fail_at in path:
-            raise OSError(28, "No space left on device")
+            written.append(path)
+            if len(written) > orders.fail_after:
+                raise OSError(28, "No space left on device")
 
     def put_or_die(store: LocalStore, path: str, parts: Sequence[Any]) -> None:
         maybe_fail(path)

@@ -1,0 +1,124 @@
+"""Copies of this rank's slots on its node's own disk, which outlive the machine's memory.
+
+::
+
+    LOCAL_DIR/outlast-UID-ckpt-HASH/       HASH: of the URL of the checkpoints; mode 0700
+      own/  EPOCH.rank_00001.7.data        save 7 of rank 1, as it lay in its slot
+            EPOCH.rank_00001.7.json        what is in it, and where; written, and synced, after the data
+            EPOCH.7.commit                 the commit record of the save, after that
+
+The copies need no votes: what they are of was committed before, in memory. A step that lies on disks counts where some
+node has its commit record, and all ranks' parts are somewhere.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from outlast.checkpoint import _slots
+from outlast.checkpoint._names import LOCAL_DISK, encode_key, rank_name
+from outlast.checkpoint._onward import Onward
+from outlast.checkpoint._records import Commit, Fault, Placed, check_file, seal
+from outlast.checkpoint._slots import OWN, Slot
+from outlast.checkpoint._store import LocalStore
+from outlast.errors import CheckpointError
+from outlast.events import Event
+
+
+class LocalDisk:
+    """One rank's copies.
+
+    Args:
+        folder: from :func:`local_folder`.
+        epoch: of the attempt.
+        rank: whose part.
+        keep: newest copies that stay.
+        leads: whether this rank clears up on its node.
+
+    Attributes:
+        newest: serial of the newest save of this attempt that this rank has here; 0: none.
+        everywhere: a save that all ranks have on their disks, as rank 0 told with the last commit; 0: none. It is not
+            removed, however many newer ones this rank has.
+    """
+
+    def __init__(self, folder: Path, epoch: str, rank: int, keep: int, leads: bool) -> None:
+        self.folder = folder
+        self.newest = 0
+        self.everywhere = 0
+        self.store = LocalStore(str(folder / OWN))
+        self._epoch = epoch
+        self._rank = rank
+        self._keep = keep
+        self._leads = leads
+        self._held: list[int] = []
+
+    def name(self, serial: int) -> str:
+        """Of a copy's files, without their endings."""
+        return f"{encode_key(self._epoch)}.{rank_name(self._rank)}.{serial}"
+
+    def added(self, serial: int) -> None:
+        """A copy counts; older ones that nobody needs go."""
+        self.newest = serial
+        self._held.append(serial)
+        # Some rank may still be writing the newest.
+        for old in [old for old in self._held[: -max(2, self._keep)] if old != self.everywhere]:
+            self._remove(old)
+            if self._leads:
+                _slots.drop_commit(self.folder, self._epoch, old)
+        if self._leads and self.everywhere:
+            _slots.clear(self.folder, self._keep, self._epoch)
+
+    def remove(self) -> None:
+        """All copies of this attempt."""
+        for serial in list(self._held):
+            self._remove(serial)
+
+    def _remove(self, serial: int) -> None:
+        # What says what is in it goes first.
+        for ending in (_slots.INDEX, _slots.DATA):
+            (self.folder / OWN / f"{self.name(serial)}{ending}").unlink(missing_ok=True)
+        self._held.remove(serial)
+
+
+class LocalCopy(Onward):
+    """See :class:`Onward`.
+
+    Args:
+        disk: where to.
+        slot, placed, commit, emit: as there.
+    """
+
+    tier = LOCAL_DISK
+    where = "the local disk"
+
+    def __init__(
+        self, disk: LocalDisk, slot: Slot, placed: Placed, commit: Commit, emit: Callable[[Event], None]
+    ) -> None:
+        super().__init__(slot, placed, commit, emit)
+        self._disk = disk
+
+    def _copy(self) -> None:
+        disk, serial = self._disk, self._commit.serial
+        store, name, nbytes = disk.store, disk.name(serial), self._slot.used
+        memory = self._slot.memory.numpy().data
+        free_bytes = store.free_bytes()
+        if free_bytes is not None and free_bytes < nbytes:
+            raise OSError(errno.ENOSPC, f"No space left on device: {nbytes} bytes are needed, {free_bytes} are free")
+        try:
+            for entry in self._placed.vote.files:
+                at = self._placed.places[entry.path]
+                check_file(entry, memory[at : at + entry.size_bytes])
+            store.put_block(f"{name}{_slots.DATA}", memory[:nbytes], nbytes)
+            store.sync_dirs([f"{name}{_slots.DATA}"])
+            store.put_atomic(f"{name}{_slots.INDEX}", seal(self._placed))
+            store.put_atomic(_slots.commit_name(self._commit.epoch, serial), seal(self._commit))
+        except Fault as fault:
+            raise CheckpointError(f"damaged in memory: {fault}") from fault
+        except OSError:
+            with suppress(OSError):
+                store.remove(f"{name}{_slots.DATA}")
+            raise
+        disk.added(serial)
