@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -115,3 +116,33 @@ def test_what_comes_too_early_is_named(
         gate.set()
         with pytest.raises(SnapshotMutated, match=f"'{named}"):
             saver.wait_copied()
+
+
+def test_the_loop_in_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "checkpointing.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0].replace("1001", "last")
+    assert "attach" in code
+    monkeypatch.chdir(tmp_path)
+
+    def run(last: int) -> tuple[nn.Module, Any]:
+        torch.manual_seed(last)  # what the model begins with is overwritten by a restore
+        model = nn.Linear(4, 1)
+        names: dict[str, Any] = {
+            "model": model,
+            "optimizer": optim.SGD(model.parameters(), lr=0.1),
+            "loss": lambda model, step: model(torch.full((2, 4), 1.0 / step)).square().mean(),
+            "last": last,
+        }
+        exec(code, names)
+        return model, names["restored"]
+
+    whole, _ = run(41)
+    shutil.rmtree("runs")
+    run(21)
+    torch.manual_seed(41)
+    again, restored = run(41)
+    assert restored.step == 20
+    assert not torch.equal(whole.weight, again.weight), "the first part began with other weights"
+    third, restored = run(41)
+    assert restored.step == 40
+    assert torch.equal(third.weight, again.weight)
