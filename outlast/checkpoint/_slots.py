@@ -46,24 +46,33 @@ def memory_folder(url: str, root: Path = SHM_ROOT) -> Path:
     Raises:
         CheckpointError: there is no shared memory, or what has that name is a link, someone else's, or open to others.
     """
-    name = f"outlast-{os.getuid()}-ckpt-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-    folder = root / name
+    folder = memory_path(url, root)
     try:
         for path in (folder, folder / OWN, folder / PARTNER):
             path.mkdir(mode=0o700, exist_ok=True)
-        info = folder.lstat()
+        check_ours(folder)
     except OSError as error:
         raise CheckpointError(
             f"shared memory {folder} cannot be made: {error}",
             f"{root} must be a writable tmpfs (docker: --shm-size), or set checkpoint.memory_every_steps = 0",
         ) from error
+    return folder
+
+
+def memory_path(url: str, root: Path = SHM_ROOT) -> Path:
+    """Where that folder is, or would be."""
+    return root / f"outlast-{os.getuid()}-ckpt-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+
+
+def check_ours(folder: Path) -> None:
+    """Raise :class:`CheckpointError` if it is a link, someone else's, or open to others."""
+    info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise CheckpointError(
             f"shared memory {folder} is not a folder of ours alone (mode {stat.S_IMODE(info.st_mode):04o}, "
             f"user {info.st_uid}); refused",
             "look at it, and remove it if it is a leftover",
         )
-    return folder
 
 
 @dataclass
