@@ -1,4 +1,4 @@
-"""``outlast ckpt diff|prune|export|import``: what was found or done, as text or JSON."""
+"""``outlast ckpt diff|prune|memory|export|import``: what was found or done, as text or JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from outlast import checkpoint
 from outlast.ckpt_progress import Verifying, size
 from outlast.ckpt_tables import print_json
-from outlast.ckpt_verbs import Diff, Export, Import, Prune
+from outlast.ckpt_verbs import Diff, Export, Import, Memory, Prune
 from outlast.errors import ConfigError
 
 
@@ -92,6 +92,41 @@ def prune(verb: Prune, console: Console) -> int:
     return 0
 
 
+def memory(verb: Memory, console: Console) -> int:
+    """Print what lies in this node's memory, and give it back if that is asked for.
+
+    Raises:
+        CheckpointError: a run uses what is to be given back, or it cannot be read or removed.
+    """
+    found = checkpoint.remove_memory(verb.url) if verb.remove else checkpoint.list_memory(verb.url)
+    if verb.json:
+        print_json({"removed": verb.remove, **dataclasses.asdict(found)})
+        return 0
+    say = partial(_say, console)
+    if not found.steps and not found.reserved_bytes:
+        say(f"nothing in this node's memory for {found.url}")
+        return 0
+    if found.steps:
+        table = Table("step", "attempt", "status", "of ranks", "own parts", "partner's parts", "size", box=None)
+        for save in found.steps:
+            table.add_row(
+                str(save.step),
+                escape(save.epoch),
+                "committed" if save.committed else "uncommitted",
+                str(save.world_size),
+                _ranks(save.own_ranks),
+                _ranks(save.partner_ranks),
+                size(save.size_bytes),
+            )
+        console.print(table)
+    if verb.remove:
+        say(f"removed: {found.folder}, {size(found.reserved_bytes)}")
+    else:
+        use = "in use by a run" if found.in_use else "no run uses it; --remove gives it back"
+        say(f"{found.folder}: {size(found.reserved_bytes)} in all, {use}")
+    return 0
+
+
 def export(verb: Export, console: Console) -> int:
     """Export and print what was written.
 
@@ -132,6 +167,17 @@ def _say(console: Console, text: str) -> None:
 
 def _rank(rank: int | None) -> str:
     return "all" if rank is None else str(rank)
+
+
+def _ranks(ranks: tuple[int, ...]) -> str:
+    """``0-3, 8``; none is a dash."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][1] == rank - 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "-"
 
 
 def _tensor(shape: tuple[int, ...] | None, dtype: str | None) -> str:

@@ -83,6 +83,18 @@ class Prune:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What lies in this node's shared memory for a run's checkpoints, of a run whose last step no storage has, say."""
+
+    url: Url
+    """The folder or fsspec URL of a run's checkpoints; its memory is found even where nothing lies there."""
+    remove: bool = False
+    """Give it back, on this node; refused while a run uses it."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export:
     """Write a step's replicated state in another format; every byte is verified as it is read."""
 
@@ -126,6 +138,7 @@ Action = (
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Diff, tyro.conf.subcommand("diff")]
     | Annotated[Prune, tyro.conf.subcommand("prune")]
+    | Annotated[Memory, tyro.conf.subcommand("memory")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Import, tyro.conf.subcommand("import")]
 )

@@ -210,6 +210,8 @@ def _ckpt(verb: Ckpt, settings: list[str]) -> int:
             return ckpt_tools.diff(action, console)
         case ckpt_verbs.Prune():
             return ckpt_tools.prune(action, console)
+        case ckpt_verbs.Memory():
+            return ckpt_tools.memory(action, console)
         case ckpt_verbs.Export():
             return ckpt_tools.export(action, console)
         case ckpt_verbs.Import():

@@ -19,6 +19,10 @@ from outlast.checkpoint._diff import Comparison as Comparison
 from outlast.checkpoint._diff import TensorDifference as TensorDifference
 from outlast.checkpoint._diff import ValueDifference as ValueDifference
 from outlast.checkpoint._diff import diff as diff
+from outlast.checkpoint._in_memory import InMemory as InMemory
+from outlast.checkpoint._in_memory import StepInMemory as StepInMemory
+from outlast.checkpoint._in_memory import list_memory as list_memory
+from outlast.checkpoint._in_memory import remove_memory as remove_memory
 from outlast.checkpoint._inspect import Problem as Problem
 from outlast.checkpoint._inspect import StepDescription as StepDescription
 from outlast.checkpoint._inspect import StepInfo as StepInfo
@@ -46,6 +50,7 @@ __all__ = [
     "Exported",
     "ForeignFormat",
     "Imported",
+    "InMemory",
     "Interval",
     "Pace",
     "Problem",
@@ -53,6 +58,7 @@ __all__ = [
     "Removal",
     "Restored",
     "StepDescription",
+    "StepInMemory",
     "StepInfo",
     "TensorDifference",
     "TensorInfo",
@@ -65,8 +71,10 @@ __all__ = [
     "expected_mtbf_s",
     "export_step",
     "import_step",
+    "list_memory",
     "list_steps",
     "optimal_interval_s",
     "prune",
+    "remove_memory",
     "verify",
 ]

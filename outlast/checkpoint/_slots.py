@@ -48,7 +48,7 @@ def memory_folder(url: str, root: Path = SHM_ROOT) -> Path:
         CheckpointError: there is no shared memory, or what has that name is a link, someone else's, or open to others.
     """
     fix = f"{root} must be a writable tmpfs (docker: --shm-size), or set checkpoint.memory_every_steps = 0"
-    return _own_folder(url, root, (OWN, PARTNER), "shared memory", fix)
+    return _own_folder(memory_path(url, root), (OWN, PARTNER), "shared memory", fix)
 
 
 def local_folder(url: str, root: Path) -> Path:
@@ -61,24 +61,33 @@ def local_folder(url: str, root: Path) -> Path:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"checkpoint.local_dir {root} cannot be made: {error}", _CHOOSE) from error
-    return _own_folder(url, root, (OWN,), "the local disk's", _CHOOSE)
+    return _own_folder(memory_path(url, root), (OWN,), "the local disk's", _CHOOSE)
 
 
-def _own_folder(url: str, root: Path, below: Sequence[str], what: str, fix: str) -> Path:
-    folder = root / f"outlast-{os.getuid()}-ckpt-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+def memory_path(url: str, root: Path = SHM_ROOT) -> Path:
+    """Where such a folder is, or would be."""
+    return root / f"outlast-{os.getuid()}-ckpt-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+
+
+def _own_folder(folder: Path, below: Sequence[str], what: str, fix: str) -> Path:
     try:
         for path in (folder, *(folder / name for name in below)):
             path.mkdir(mode=0o700, exist_ok=True)
-        info = folder.lstat()
+        check_ours(folder, what)
     except OSError as error:
         raise CheckpointError(f"{what} {folder} cannot be made: {error}", fix) from error
+    return folder
+
+
+def check_ours(folder: Path, what: str = "shared memory") -> None:
+    """Raise :class:`CheckpointError` if it is a link, someone else's, or open to others."""
+    info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise CheckpointError(
             f"{what} {folder} is not a folder of ours alone (mode {stat.S_IMODE(info.st_mode):04o}, "
             f"user {info.st_uid}); refused",
             "look at it, and remove it if it is a leftover",
         )
-    return folder
 
 
 @dataclass

@@ -18,6 +18,7 @@ from outlast.checkpoint._agreement import Agreement
 from outlast.checkpoint._channel import Channel
 from outlast.checkpoint._control import Control
 from outlast.checkpoint._copying import HeldSource
+from outlast.checkpoint._in_use import Use
 from outlast.checkpoint._layout import Share
 from outlast.checkpoint._local_disk import LocalCopy, LocalDisk
 from outlast.checkpoint._memory_saving import Held, Memory, MemorySaving, all_documents, slot_bytes
@@ -51,7 +52,8 @@ class Tiers:
 
     def __init__(self, place: Place, agreement: Agreement, host: str | None) -> None:
         config, rank = place.config, place.rank
-        self.folder = _slots.memory_folder(place.store.url)
+        self._use = Use(place.store.url)
+        self.folder = self._use.folder
         self._place = place
         self._keeper = Keeper(self.folder, place.epoch, max(2, config.memory_keep_last))
         # There before anybody can dial.
@@ -229,7 +231,11 @@ class Tiers:
                 for folder in self._folders:
                     _slots.remove_records(folder, self._place.epoch)
         elif newest is not None and self._memory.leads:
-            _log.warning("step %d lies in shared memory alone, in %s; it stays there", newest, self.folder)
+            _log.warning(
+                "step %d lies in shared memory alone, in %s; it stays there; `outlast ckpt memory` can give it back",
+                newest,
+                self.folder,
+            )
 
     def _part(self, serial: int, stored: bool) -> bool:
         """Wait for all ranks to come here; whether the newest step is stored, as all of them see it."""
@@ -270,6 +276,7 @@ class Tiers:
             self._partner.close()
         self._control.close()
         self.meeting.close()
+        self._use.close()
 
     def _partner_due(self, step: int) -> bool:
         return self._partner is not None and step % self._place.config.partner_every_steps == 0

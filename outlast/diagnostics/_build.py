@@ -242,18 +242,22 @@ def _checkpoints(loaded: Loaded, steps: Steps) -> Checkpoints:
                 saved.setdefault(where, []).append(record)
             else:
                 failed.setdefault(where, str(record.fields.get("reason", "")))
+    worlds = {attempt: int(one.fields["world_size"]) for attempt, one in loaded.others if one.kind == "run_started"}
     rows = []
     for where in sorted({*saved, *failed}):
         attempt, step, tier = where
         parts = saved.get(where, [])
         committed = any(part.fields.get("committed") for part in parts)
+        ranks = len({part.rank for part in parts})
+        # Nobody commits a partner's copies: they were committed in memory, and each rank sends its own.
+        whole = "copied" if tier == "partner" and ranks == worlds.get(attempt) else "written"
         rows.append(
             CheckpointRow(
                 step=step,
                 attempt=attempt,
                 tier=tier,
-                state="committed" if committed else "failed" if where in failed else "written",
-                ranks=len({part.rank for part in parts}),
+                state="committed" if committed else "failed" if where in failed else whole,
+                ranks=ranks,
                 size_bytes=sum(int(part.fields.get("size_bytes", 0)) for part in parts),
                 blocked_s=max((float(part.fields.get("blocked_s", 0.0)) for part in parts), default=0.0),
                 durable_s=max((float(part.fields.get("durable_s", 0.0)) for part in parts), default=0.0),

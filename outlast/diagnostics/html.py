@@ -22,7 +22,7 @@ MOST_HEAT_BINS = 240
 MOST_LOSS_BINS = 600
 MOST_SPLIT_BINS = 160
 MOST_ROWS = 200
-STATES = {"committed": "good", "failed": "bad", "written": "warn"}
+STATES = {"committed": "good", "copied": "good", "failed": "bad", "written": "warn"}
 
 
 def render_html(report: Report) -> str:

@@ -135,7 +135,8 @@ class CheckpointRow:
     tier: str
     """``storage``, ``memory`` or ``partner``."""
     state: str
-    """``committed``, ``written`` (by some ranks, not known to be committed) or ``failed``."""
+    """``committed``, ``copied`` (to the partner, by all ranks), ``written`` (by some ranks, not known to be committed
+    or copied by all) or ``failed``."""
     ranks: int
     size_bytes: int
     blocked_s: float

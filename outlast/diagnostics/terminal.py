@@ -141,7 +141,7 @@ def _checkpoints(report: Report) -> Table | None:
     heads = ("step", "tier", "state", "ranks", "size", "blocked", "durable after")
     table = _table("Checkpoints", *heads, right=(0, 3, 4, 5, 6))
     for row in rows[-MOST_CHECKPOINTS:]:
-        colour = {"committed": "green", "failed": "red"}.get(row.state, "yellow")
+        colour = {"committed": "green", "copied": "green", "failed": "red"}.get(row.state, "yellow")
         table.add_row(
             str(row.step),
             row.tier,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from outlast.diagnostics import DiagnosticsConfig, build_report, render_terminal
+from outlast.diagnostics import DiagnosticsConfig, build_report, render_html, render_terminal
 from outlast.errors import DiagnosticsError, OutOfRange
 from outlast.events import CheckpointFailed, CheckpointSaved, EventLog, RunEnded, StepDone
 
@@ -227,6 +227,30 @@ class TestContents:
             ("storage", "failed", 0, "disk full"),
         ]
         assert {row.tier for row in before} == {"storage"}
+
+    def test_a_partners_copies_are_copied_once_all_ranks_say_so(self, tmp_path: Path) -> None:
+        clean(tmp_path)
+        saved: dict[str, Any] = {
+            "committed": False,
+            "tier": "partner",
+            "size_bytes": 7,
+            "blocked_s": 0.0,
+            "durable_s": 0.2,
+        }
+        for path in tmp_path.glob("attempts/0001/events/rank_*.jsonl"):
+            rank = int(path.stem.removeprefix("rank_"))
+            with EventLog(path, rank=rank) as log:
+                log.write(CheckpointSaved(step=51, **saved))
+                if rank != 1:
+                    log.write(CheckpointSaved(step=52, **saved))
+                    log.write(CheckpointSaved(step=53, **saved))
+                else:
+                    log.write(CheckpointFailed(step=53, tier="partner", reason="it refused"))
+        report = build_report(tmp_path)
+        rows = [(row.step, row.state, row.ranks) for row in report.checkpoints.rows if row.tier == "partner"]
+        assert rows == [(51, "copied", 4), (52, "written", 3), (53, "failed", 3)]
+        assert "copied" in terminal(tmp_path)
+        assert '<span class="badge good">copied</span>' in render_html(report)
 
     def test_json_is_strict_and_complete(self, tmp_path: Path) -> None:
         eventful(tmp_path, late_s={2: 0.05})
