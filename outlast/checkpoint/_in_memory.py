@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outlast.checkpoint._in_use import alone, is_used
+from outlast.checkpoint._names import PARTNER
 from outlast.checkpoint._slots import SHM_ROOT, check_ours, commits, holdings, memory_path
 from outlast.checkpoint._store import open_store
 from outlast.errors import CheckpointError
@@ -108,8 +109,8 @@ def _look(url: str, folder: Path, in_use: bool) -> InMemory:
                 first.serial,
                 key in committed,
                 first.world_size,
-                tuple(sorted(part.placed.vote.rank for part in mine if not part.copied)),
-                tuple(sorted(part.placed.vote.rank for part in mine if part.copied)),
+                tuple(sorted(part.placed.vote.rank for part in mine if part.tier != PARTNER)),
+                tuple(sorted(part.placed.vote.rank for part in mine if part.tier == PARTNER)),
                 sum(entry.size_bytes for part in mine for entry in part.placed.vote.files),
             )
         )
