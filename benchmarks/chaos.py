@@ -5,8 +5,9 @@
     sudo python -m benchmarks.chaos --kills 100
 
 Ranks are real processes with the trainer of ``outlast train``; a node is a mount namespace with a file system of its
-own at ``/dev/shm``. At random steps a random rank is killed (SIGKILL), or all ranks of a node, and now and then
-the node's memory is lost with it; the ranks left are stopped, and all start again, as with the launcher.
+own at ``/dev/shm``, and a disk of its own. At random steps a random rank is killed (SIGKILL), or all ranks of a node,
+and now and then the node's memory is lost with it, or that of all nodes at once, as when the power fails; the ranks
+left are stopped, and all start again, as with the launcher.
 
 Needs root. Prints JSON: what was killed, what each restart went on from and which tier gave it, the most steps done
 again, and whether the end is bit-identical. Exit status 1 if it is not, or if a restart went on from
@@ -41,7 +42,8 @@ from outlast.events import Record, read_events
 from outlast.launch import Place
 
 RANKS, NODES = 4, 2
-PARTNER_EVERY_STEPS = 2
+PARTNER_EVERY_STEPS, LOCAL_EVERY_STEPS = 2, 4
+_LOSES_NODE, _LOSES_ITS_MEMORY, _LOSES_ALL_MEMORY = 0.3, 0.5, 0.1
 _LIMIT_S = 120.0
 _CONFIG = """
 [run]
@@ -78,6 +80,8 @@ every_steps = 20
 keep_last = 2
 memory_every_steps = 1
 partner_every_steps = {partner}
+local_every_steps = {local}
+local_dir = "{disk}"
 commit_timeout_s = 30
 """
 
@@ -88,12 +92,23 @@ class Kill:
 
     at_step: int
     ranks: list[int]
-    memory_lost: bool
+    memory_lost_of_nodes: list[int]
     saved: dict[str, int]
     """The newest step committed when it happened, by tier."""
     resumed_step: int = 0
     tiers: dict[str, int] = field(default_factory=dict)
     """Bytes that all ranks took from each tier when they went on."""
+
+    @property
+    def left(self) -> int:
+        """The newest step that was committed in what was left."""
+        least = ("memory", "partner", "local")[len(self.memory_lost_of_nodes)]
+        return max(self.saved[least], self.saved["storage"])
+
+    @property
+    def done_again(self) -> int:
+        """Steps that had been committed in memory."""
+        return self.saved["memory"] - self.resumed_step
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -126,22 +141,25 @@ def _compare(folder: Path, kills: int, steps: int, chance: random.Random) -> dic
         straight_s = time.monotonic() - began
         job = _Job(folder / "run", steps, nodes)
         done = _torment(job, sorted(chance.choices(range(2, steps), k=kills)), chance)
-        lost = [kill.saved["memory"] - kill.resumed_step for kill in done]
-        behind = [kill.resumed_step < kill.saved["partner" if kill.memory_lost else "memory"] for kill in done]
         same = _same(straight.run, job.run, steps)
-    tiers = Counter(
-        "storage" if "storage" in kill.tiers else "partner" if "partner" in kill.tiers else "memory" for kill in done
-    )
+    slowest = ("storage", "local", "partner", "memory")
+    tiers = Counter(next(tier for tier in slowest if tier in kill.tiers) for kill in done)
+    lost = [[kill for kill in done if len(kill.memory_lost_of_nodes) == count] for count in range(NODES + 1)]
     return {
         "ranks": RANKS,
         "nodes": NODES,
         "steps": steps,
         "kills": len(done),
-        "nodes_lost_with_their_memory": sum(kill.memory_lost for kill in done),
+        "nodes_lost_with_their_memory": len(lost[1]),
+        "all_memory_lost": len(lost[2]),
         "restores_by_slowest_tier_used": dict(tiers),
-        "interval_steps": PARTNER_EVERY_STEPS,
-        "most_lost_steps": max(lost, default=0),
-        "restarts_behind_what_was_saved": sum(behind),
+        "interval_steps": {"memory": 1, "partner": PARTNER_EVERY_STEPS, "local": LOCAL_EVERY_STEPS},
+        "most_steps_done_again": {
+            "no memory lost": max((kill.done_again for kill in lost[0]), default=0),
+            "a node's": max((kill.done_again for kill in lost[1]), default=0),
+            "all": max((kill.done_again for kill in lost[2]), default=0),
+        },
+        "restarts_behind_what_was_saved": sum(kill.resumed_step < kill.left for kill in done),
         "bit_identical": same,
         "straight_s": round(straight_s, 1),
         "seconds": round(time.monotonic() - began, 1),
@@ -156,7 +174,12 @@ class _Job:
         self.run = run
         self.nodes = nodes
         self.config = run.with_suffix(".toml")
-        self.config.write_text(_CONFIG.format(dir=run, steps=steps, partner=PARTNER_EVERY_STEPS))
+        self.disk = run.with_suffix(".disk")
+        self.disk.mkdir()
+        text = _CONFIG.format(
+            dir=run, steps=steps, partner=PARTNER_EVERY_STEPS, local=LOCAL_EVERY_STEPS, disk=self.disk
+        )
+        self.config.write_text(text)
         self.processes: list[multiprocessing.process.BaseProcess] = []
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
@@ -182,7 +205,10 @@ class _Job:
                 source="chaos",
             )
             log = self.run.with_suffix(f".{rank}.log")
-            arguments = (str(self.config), place, str(self.nodes[node]), str(log))
+            disk = self.run.with_suffix(f".disk{node}")
+            disk.mkdir(exist_ok=True)
+            mounts = {str(self.nodes[node]): "/dev/shm", str(disk): str(self.disk)}
+            arguments = (str(self.config), place, mounts, str(log))
             process = self._context.Process(target=_rank, args=arguments, daemon=True)
             process.start()
             self.processes.append(process)
@@ -239,32 +265,42 @@ def _torment(job: _Job, at_steps: list[int], chance: random.Random) -> list[Kill
                 raise RuntimeError(f"step {at_step} was not reached within {_LIMIT_S:g} s:\n{log}")
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.1))
-        whole_node = chance.random() < 0.3
-        node = chance.randrange(NODES)
-        per_node = RANKS // NODES
-        ranks = list(range(node * per_node, (node + 1) * per_node)) if whole_node else [chance.randrange(RANKS)]
+        ranks, lost = _choose(chance)
         job.kill(ranks)
-        lost = whole_node and chance.random() < 0.5
-        if lost:
+        for node in lost:
             for path in job.nodes[node].iterdir():
                 shutil.rmtree(path)
-        done.append(Kill(at_step, ranks, lost, _saved(job)))
+        done.append(Kill(at_step, ranks, lost, _saved(job, done)))
         job.start(number + 1)
         _note_resumption(job, number, done[-1])
     job.join()
     return done
 
 
-def _saved(job: _Job) -> dict[str, int]:
-    """The newest step that all have in each tier."""
-    newest = {"memory": 0, "partner": 0, "storage": 0}
-    partners: Counter[int] = Counter()
+def _choose(chance: random.Random) -> tuple[list[int], list[int]]:
+    """Ranks to kill, and nodes whose memory is lost."""
+    if chance.random() < _LOSES_ALL_MEMORY:
+        return list(range(RANKS)), list(range(NODES))
+    if chance.random() >= _LOSES_NODE:
+        return [chance.randrange(RANKS)], []
+    node, per_node = chance.randrange(NODES), RANKS // NODES
+    ranks = list(range(node * per_node, (node + 1) * per_node))
+    return ranks, [node] if chance.random() < _LOSES_ITS_MEMORY else []
+
+
+def _saved(job: _Job, before: list[Kill]) -> dict[str, int]:
+    """The newest step that all have in each tier. What is newer than a step that was gone back to since is void."""
+    newest = {"memory": 0, "storage": 0}
+    copies: dict[str, Counter[int]] = {"partner": Counter(), "local": Counter()}
     for record in job.events("checkpoint_saved"):
-        if record["tier"] == "partner":
-            partners[record["step"]] += 1
+        if any(record["step"] > kill.resumed_step for kill in before[record.generation :]):
+            continue
+        if record["tier"] in copies:
+            copies[record["tier"]][record["step"]] += 1
         elif record["committed"]:
             newest[record["tier"]] = record["step"]
-    newest["partner"] = max((step for step, count in partners.items() if count >= RANKS), default=0)
+    for tier, steps in copies.items():
+        newest[tier] = max((step for step, count in steps.items() if count >= RANKS), default=0)
     return newest
 
 
@@ -299,12 +335,13 @@ def _arrays(group: Any) -> Any:
     return ((path, node) for path, node in group.members(max_depth=None) if isinstance(node, zarr.Array))
 
 
-def _rank(config: str, place: Place, memory: str, log: str) -> None:
+def _rank(config: str, place: Place, mounts: dict[str, str], log: str) -> None:
     """A rank's process."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    mount_over(memory, "/dev/shm")
+    for folder, at in mounts.items():
+        mount_over(folder, at)
     os.environ.update(OMP_NUM_THREADS="1", **place.environ())
     import torch
 

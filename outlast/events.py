@@ -114,7 +114,8 @@ class CheckpointSaved(Event):
     step: int
     committed: bool
     tier: str = "storage"
-    """``memory``: in shared memory of the nodes; ``partner``: in that of the next node too; ``storage``: at the URL."""
+    """``memory``: in shared memory of the nodes; ``partner``: in that of the next node too; ``local``: on the nodes'
+    own disks; ``storage``: at the URL."""
     size_bytes: int
     """Bytes this rank wrote."""
     blocked_s: float
@@ -160,7 +161,8 @@ class CheckpointRestored(Event):
     url: str
     seconds: float
     tiers: dict[str, int]
-    """Bytes this rank took from each tier: ``memory`` (this node's), ``partner`` (other nodes' memory), ``storage``."""
+    """Bytes this rank took from each tier: ``memory`` (this node's), ``local`` (its disk), ``partner`` (other nodes'
+    memory or disks), ``storage``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -249,8 +249,8 @@ def _checkpoints(loaded: Loaded, steps: Steps) -> Checkpoints:
         parts = saved.get(where, [])
         committed = any(part.fields.get("committed") for part in parts)
         ranks = len({part.rank for part in parts})
-        # Nobody commits a partner's copies: they were committed in memory, and each rank sends its own.
-        whole = "copied" if tier == "partner" and ranks == worlds.get(attempt) else "written"
+        # Nobody commits copies of what lies in memory: it was committed there.
+        whole = "copied" if tier in ("partner", "local") and ranks == worlds.get(attempt) else "written"
         rows.append(
             CheckpointRow(
                 step=step,

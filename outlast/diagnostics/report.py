@@ -133,9 +133,9 @@ class CheckpointRow:
     step: int
     attempt: int
     tier: str
-    """``storage``, ``memory`` or ``partner``."""
+    """``storage``, ``memory``, ``partner`` or ``local``."""
     state: str
-    """``committed``, ``copied`` (to the partner, by all ranks), ``written`` (by some ranks, not known to be committed
+    """``committed``, ``copied`` (from memory, by all ranks), ``written`` (by some ranks, not known to be committed
     or copied by all) or ``failed``."""
     ranks: int
     size_bytes: int

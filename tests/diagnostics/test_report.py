@@ -228,11 +228,12 @@ class TestContents:
         ]
         assert {row.tier for row in before} == {"storage"}
 
-    def test_a_partners_copies_are_copied_once_all_ranks_say_so(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("tier", ["partner", "local"])
+    def test_copies_of_memory_are_copied_once_all_ranks_say_so(self, tmp_path: Path, tier: str) -> None:
         clean(tmp_path)
         saved: dict[str, Any] = {
             "committed": False,
-            "tier": "partner",
+            "tier": tier,
             "size_bytes": 7,
             "blocked_s": 0.0,
             "durable_s": 0.2,
@@ -245,9 +246,9 @@ class TestContents:
                     log.write(CheckpointSaved(step=52, **saved))
                     log.write(CheckpointSaved(step=53, **saved))
                 else:
-                    log.write(CheckpointFailed(step=53, tier="partner", reason="it refused"))
+                    log.write(CheckpointFailed(step=53, tier=tier, reason="it refused"))
         report = build_report(tmp_path)
-        rows = [(row.step, row.state, row.ranks) for row in report.checkpoints.rows if row.tier == "partner"]
+        rows = [(row.step, row.state, row.ranks) for row in report.checkpoints.rows if row.tier == tier]
         assert rows == [(51, "copied", 4), (52, "written", 3), (53, "failed", 3)]
         assert "copied" in terminal(tmp_path)
         assert '<span class="badge good">copied</span>' in render_html(report)
