@@ -166,6 +166,7 @@ class DCPAsync(DCP):
     def __post_init__(self) -> None:
         self._group = dist.new_group(backend="gloo")
         self._future: Any = None
+        self._noted = threading.Event()
 
     def save(self, step: int, state: State) -> None:
         began = time.perf_counter()
@@ -177,11 +178,18 @@ class DCPAsync(DCP):
         self._future = future
         started = time.perf_counter()
         self.blocked_s.append(started - began)
-        future.add_done_callback(lambda _: self.durable_s.append(time.perf_counter() - began))
+        self._noted = noted = threading.Event()
+
+        def note(_: object) -> None:
+            self.durable_s.append(time.perf_counter() - began)
+            noted.set()
+
+        future.add_done_callback(note)
 
     def settle(self) -> None:
         if self._future is not None:
             self._future.result()
+            self._noted.wait()  # whoever waits for a result may go on before its callbacks have run
 
 
 class DCPProcess(DCPAsync):
