@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import torch
@@ -72,6 +72,7 @@ def build(state_mb: float) -> Trainer:
 class Method(ABC):
     """A way to save; ``blocked_s`` gathers what the training thread waited, ``durable_s`` what each save took."""
 
+    warm_ups: ClassVar[int] = 1
     folder: Path
     blocked_s: list[float] = field(default_factory=list)
     durable_s: list[float] = field(default_factory=list)
@@ -278,6 +279,7 @@ class OutlastMemory(Outlast):
 
     config = CheckpointConfig(memory_every_steps=1)
     tier = "memory"
+    warm_ups = config.memory_keep_last + 1  # each of these reserves its memory
 
     def clean(self) -> None:
         shutil.rmtree(memory_folder(str(self.folder)), ignore_errors=True)
@@ -298,15 +300,16 @@ METHODS: dict[str, type[Method]] = {
 def run(trainer: Trainer, method: Method, steps: int, every: int) -> dict[str, Any]:
     """Train, and save every so many steps; seconds a step include waiting for the saves' parts that block.
 
-    One save before that is not counted: what a method does once, it has done then.
+    A save or some before that are not counted: what a method does once, it has done then.
     """
     state = trainer.state()
     method.watch(trainer)
-    trainer.forward_backward()
-    method.save(0, state)
-    trainer.forward_backward()
-    method.before_update()
-    trainer.optimizer.step()
+    for number in range(method.warm_ups):
+        trainer.forward_backward()
+        method.save(number, state)
+        trainer.forward_backward()
+        method.before_update()
+        trainer.optimizer.step()
     method.settle()
     method.forget()
     Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
@@ -318,7 +321,7 @@ def run(trainer: Trainer, method: Method, steps: int, every: int) -> dict[str, A
         method.before_update()
         trainer.optimizer.step()
         if step % every == 0:
-            method.save(step, state)
+            method.save(step + method.warm_ups - 1, state)
     # The last save's copy may still have to be waited for; the next step would do so.
     trainer.forward_backward()
     method.before_update()
