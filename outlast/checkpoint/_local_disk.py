@@ -39,21 +39,20 @@ class LocalDisk:
         leads: whether this rank clears up on its node.
 
     Attributes:
-        newest: serial of the newest save of this attempt that this rank has here; 0: none.
+        held: serials of the saves of this attempt that this rank has here, oldest first.
         everywhere: a save that all ranks have on their disks, as rank 0 told with the last commit; 0: none. It is not
             removed, however many newer ones this rank has.
     """
 
     def __init__(self, folder: Path, epoch: str, rank: int, keep: int, leads: bool) -> None:
         self.folder = folder
-        self.newest = 0
+        self.held: tuple[int, ...] = ()
         self.everywhere = 0
         self.store = LocalStore(str(folder / OWN))
         self._epoch = epoch
         self._rank = rank
         self._keep = keep
         self._leads = leads
-        self._held: list[int] = []
 
     def name(self, serial: int) -> str:
         """Of a copy's files, without their endings."""
@@ -61,10 +60,13 @@ class LocalDisk:
 
     def added(self, serial: int) -> None:
         """A copy counts; older ones that nobody needs go."""
-        self.newest = serial
-        self._held.append(serial)
+        self.held = (*self.held, serial)
+        self.prune()
+
+    def prune(self) -> None:
+        """Remove what nobody needs: of this attempt, and once it has a save on all disks, of those before."""
         # Some rank may still be writing the newest.
-        for old in [old for old in self._held[: -max(2, self._keep)] if old != self.everywhere]:
+        for old in [old for old in self.held[: -max(2, self._keep)] if old != self.everywhere]:
             self._remove(old)
             if self._leads:
                 _slots.drop_commit(self.folder, self._epoch, old)
@@ -73,14 +75,17 @@ class LocalDisk:
 
     def remove(self) -> None:
         """All copies of this attempt."""
-        for serial in list(self._held):
+        for serial in self.held:
             self._remove(serial)
 
     def _remove(self, serial: int) -> None:
-        # What says what is in it goes first.
+        self.held = tuple(other for other in self.held if other != serial)
+        self.discard(serial)
+
+    def discard(self, serial: int) -> None:
+        """Remove the files of a copy, as far as there are any; what says what is in it first."""
         for ending in (_slots.INDEX, _slots.DATA):
-            (self.folder / OWN / f"{self.name(serial)}{ending}").unlink(missing_ok=True)
-        self._held.remove(serial)
+            self.store.remove(f"{self.name(serial)}{ending}")
 
 
 class LocalCopy(Onward):
@@ -104,6 +109,7 @@ class LocalCopy(Onward):
         disk, serial = self._disk, self._commit.serial
         store, name, nbytes = disk.store, disk.name(serial), self._slot.used
         memory = self._slot.memory.numpy().data
+        disk.prune()
         free_bytes = store.free_bytes()
         if free_bytes is not None and free_bytes < nbytes:
             raise OSError(errno.ENOSPC, f"No space left on device: {nbytes} bytes are needed, {free_bytes} are free")
@@ -119,6 +125,6 @@ class LocalCopy(Onward):
             raise CheckpointError(f"damaged in memory: {fault}") from fault
         except OSError:
             with suppress(OSError):
-                store.remove(f"{name}{_slots.DATA}")
+                disk.discard(serial)
             raise
         disk.added(serial)

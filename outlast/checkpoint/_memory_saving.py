@@ -217,16 +217,17 @@ class MemorySaving(Running):
                     "pass the same keys on all ranks; what differs belongs into local",
                 )
         commit = commit_of(votes)
-        everywhere = min([_on_disk(memory), *(header["local"] for header in headers.values())])
+        held = [_on_disk(memory), *(header["local"] for header in headers.values())]
+        everywhere = max(set.intersection(*map(set, held)), default=0)
         memory.control.tell({"serial": self._serial, "commit": seal(commit).decode(), "local": everywhere})
         if memory.disk is not None:
             memory.disk.everywhere = everywhere
         return commit
 
 
-def _on_disk(memory: Memory) -> int:
-    """The newest save that this rank has on its node's disk; what all ranks say is agreed with each commit."""
-    return memory.disk.newest if memory.disk is not None else 0
+def _on_disk(memory: Memory) -> list[int]:
+    """The saves that this rank has on its node's disk; which of them all ranks have is agreed with each commit."""
+    return list(memory.disk.held) if memory.disk is not None else []
 
 
 def all_documents(share: Share, memory: Memory, step: int, serial: int, root: dict[str, Any]) -> dict[str, bytes]:

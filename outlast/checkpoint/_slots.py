@@ -31,6 +31,7 @@ from outlast.checkpoint._arena import Region, room
 from outlast.checkpoint._memory import map_all
 from outlast.checkpoint._names import MEMORY, PARTNER, encode_key, rank_name
 from outlast.checkpoint._records import Commit, Fault, Placed, seal, unseal_commit, unseal_placed
+from outlast.checkpoint._store import sync_dir
 from outlast.errors import CheckpointError
 
 SHM_ROOT = Path("/dev/shm")
@@ -61,7 +62,10 @@ def local_folder(url: str, root: Path) -> Path:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"checkpoint.local_dir {root} cannot be made: {error}", _CHOOSE) from error
-    return _own_folder(memory_path(url, root), (OWN,), "the local disk's", _CHOOSE)
+    folder = _own_folder(memory_path(url, root), (OWN,), "the local disk's", _CHOOSE)
+    for path in (folder, root, root.parent):
+        sync_dir(str(path))
+    return folder
 
 
 def memory_path(url: str, root: Path = SHM_ROOT) -> Path:
@@ -281,6 +285,7 @@ class Holding:
         """See that it is never taken again."""
         with suppress(FileNotFoundError):  # another rank has seen to it
             os.replace(self.index, self.index.with_suffix(".bad"))
+        sync_dir(str(self.index.parent))
 
 
 def holdings(folder: Path, own: str = MEMORY) -> Iterator[Holding]:
@@ -332,6 +337,7 @@ def clear(folder: Path, keep: int, epoch: str) -> None:
     for path in folder.glob(f"*/*{DATA}"):
         if path not in known and not path.name.startswith(f"{encode_key(epoch)}."):
             path.unlink(missing_ok=True)  # data without an index, of an attempt that is over
+    sync_dir(str(folder / OWN))  # on a disk, what was removed is not to come back
 
 
 def _put(path: Path, data: bytes) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from outlast.checkpoint._agreement import Agreement
@@ -17,8 +18,8 @@ from outlast.checkpoint._names import LOCAL_DISK, MEMORY, NODE, PARTNER, parse_l
 from outlast.checkpoint._needs import who_needs
 from outlast.checkpoint._nodes import Nodes
 from outlast.checkpoint._records import Commit, Fault, FileEntry, Vote, crc_hex, seal, unseal_commit, unseal_vote
-from outlast.checkpoint._slots import Holding, commits, holdings
-from outlast.checkpoint._store import Buffer
+from outlast.checkpoint._slots import OWN, Holding, commits, holdings
+from outlast.checkpoint._store import Buffer, sync_dir
 from outlast.checkpoint._wanted import Wanted
 
 _ORDER = (MEMORY, PARTNER, LOCAL_DISK)
@@ -179,6 +180,8 @@ class Survey:
         for holding in list(self._holdings()):
             if holding.placed.vote.step > newer_than:
                 holding.remove()
+        for folder in self._folders:
+            sync_dir(str(folder / OWN))
 
     def _holdings(self) -> Iterator[Holding]:
         for folder, own in zip(self._folders, (MEMORY, LOCAL_DISK), strict=False):
@@ -247,7 +250,8 @@ class Survey:
         """The files that some rank's node lacks and another's has; the same list on all ranks."""
         names, routes = self._nodes.names, []
         for saved in sorted(votes):
-            holders = save.holders.get(saved, ())
+            fast = save.in_memory.get(saved, ())
+            holders = sorted(save.holders.get(saved, ()), key=lambda name: name not in fast)
             for entry in votes[saved].files:
                 good = [name for name in holders if (name, entry.path) not in bad]
                 owner = parse_local(entry.path)
@@ -265,11 +269,20 @@ class Survey:
             if not route.receivers:
                 continue
             path, size_bytes = route.entry.path, route.entry.size_bytes
-            data = torch.from_numpy(lying.view(path)) if self._rank == route.sender else None
+            data = torch.from_numpy(_sent(lying, route.entry)) if self._rank == route.sender else None
             got = self._agreement.transfer(data, size_bytes, route.sender, route.receivers)
             if got is not None and self._rank in route.receivers:
                 sent[path] = got.numpy()
         return sent
+
+
+def _sent(lying: Lying, entry: FileEntry) -> Buffer:
+    """As many bytes of a file as its receivers wait for, which find out if they are not the right ones."""
+    try:
+        data = lying.view(entry.path)
+    except Fault:
+        data = np.empty(0, np.uint8)
+    return data if len(data) == entry.size_bytes else np.zeros(entry.size_bytes, np.uint8)
 
 
 def _by_rank(nodes: Mapping[int, list[str]]) -> dict[int, tuple[str, ...]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from outlast.checkpoint import CheckpointConfig
 from outlast.checkpoint._slots import local_folder, memory_folder
@@ -197,6 +198,45 @@ def test_a_full_disk_is_reported_and_training_goes_on(url: Path) -> None:
         assert [event.step for event in of(CheckpointSaved, events) if event.tier == "memory"] == list(range(1, 9))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.root
+def test_what_attempts_before_left_makes_room(url: Path) -> None:
+    """With room for three parts, of which the attempt before has filled two."""
+    disk = url.parent / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3600k", "tmpfs", str(disk)], check=True)
+    try:
+        for first, epoch in ((1, "one"), (11, "two"), (21, "three")):
+            events: list[Event] = []
+            one = checkpointer(url, events, epoch=epoch, **{**settings(url), "local_every_steps": 1})
+            assert epoch == "one" or one.restore("auto") is not None
+            for step in range(first, first + 8):
+                one.save(step, replicated={"w": torch.full((250_000,), float(step))}, local={}, durable=False)
+                one.wait_copied()
+            one._finish()
+            assert one._tiers is not None
+            assert one._tiers._to_disk is not None
+            one._tiers._to_disk.join()
+            one.abort()
+            saved = [event.step for event in of(CheckpointSaved, events) if event.tier == "local"]
+            assert saved == list(range(first, first + 8)), of(CheckpointFailed, events)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_disks_that_fail_by_turns_leave_what_all_have(url: Path) -> None:
+    """Rank 0 cannot write save 3 and rank 1 not save 2, and it dies writing save 4: all have save 1 alone."""
+    always = {**settings(url), "local_every_steps": 1}
+    job = Orders((str(url),), "first", save=(1, 2, 3, 4), durable=(), settings=always)
+    first = replace(job, fail_at="rank_00000.3.json", die_after=((4, "local"),))
+    second = replace(
+        job, fail_at="rank_00001.2.json", die_at="rank_00001.4.json", die_after=((4, "memory"), (9, "never"))
+    )
+    run(first, second)
+    boot(url)
+    again = Orders((str(url),), "second", restore=True, settings=always)
+    assert [one.restored for one in run(again, again)] == [[1], [1]]
 
 
 def test_a_place_that_cannot_be(url: Path) -> None:
