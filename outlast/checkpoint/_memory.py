@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 _LEAST_BYTES = 1 << 20
-_POPULATE_READ, _POPULATE_WRITE = 22, 23
-"""``MADV_POPULATE_READ`` and ``…_WRITE`` of Linux 5.14, which Python 3.11 does not name."""
+_POPULATE_WRITE = 23
+"""``MADV_POPULATE_WRITE`` of Linux 5.14, which Python 3.11 does not name."""
 
 
 def fresh(nbytes: int) -> npt.NDArray[np.uint8]:
@@ -22,17 +22,13 @@ def fresh(nbytes: int) -> npt.NDArray[np.uint8]:
     if nbytes < _LEAST_BYTES:
         return np.empty(nbytes, np.uint8)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    _advise(memory, _POPULATE_WRITE)
+    map_all(memory)
     return np.frombuffer(memory, np.uint8)
 
 
-def map_all(memory: mmap.mmap, *, writing: bool) -> None:
-    """Fill the page tables of a mapping, whose pages exist already, before it is read or written."""
-    _advise(memory, _POPULATE_WRITE if writing else _POPULATE_READ)
-
-
-def _advise(memory: mmap.mmap, what: int) -> None:
+def map_all(memory: mmap.mmap) -> None:
+    """Fill the page tables of a mapping before it is written."""
     try:
-        memory.madvise(what)
+        memory.madvise(_POPULATE_WRITE)
     except OSError:
         return  # an older kernel: the pages are touched one by one

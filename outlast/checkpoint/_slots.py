@@ -225,7 +225,7 @@ def _shared(path: Path, nbytes: int) -> torch.Tensor:
         # Reserved now: a write into a full tmpfs would end the process with SIGBUS.
         os.posix_fallocate(fd, 0, nbytes)
         memory = mmap.mmap(fd, nbytes)
-        map_all(memory, writing=True)
+        map_all(memory)
         return torch.frombuffer(memory, dtype=torch.uint8)
     except OSError:
         path.unlink(missing_ok=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from outlast.checkpoint import CheckpointConfig, Checkpointer
-from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
+from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointRestored, CheckpointSaved, Event
 
 E = TypeVar("E", bound=Event)
 QUICK = CheckpointConfig(commit_timeout_s=60.0, keep_last=0, io_threads=2, pack_below_kb=0)
@@ -112,6 +114,38 @@ def before(
         return real(store, path, *args)
 
     monkeypatch.setattr(kind, operation, wrapped)
+
+
+def restored_by_one(
+    url: Path, settings: dict[str, Any], *, which: Any = "auto", epoch: str = "second", into: bool = False
+) -> tuple[int | None, list[Event]]:
+    """What one rank finds, in tensors of its own or in those that are there; its state must be right."""
+    events: list[Event] = []
+    with checkpointer(url, events, epoch=epoch, **settings) as one:
+        back = one.restore(which, into=state(99) if into else None)
+        if back is None:
+            return None, events
+        assert same(back.replicated, state(back.step))
+        assert same(back.local, local(back.step))
+        assert same(back.read_local(0), back.local)
+        return back.step, events
+
+
+def tiers_taken(events: list[Event]) -> set[str]:
+    """The tiers that one restore took from."""
+    (event,) = of(CheckpointRestored, events)
+    return set(event.tiers)
+
+
+@contextmanager
+def small_disk(place: Path, size: str) -> Iterator[None]:
+    """A file system of that size at a folder; needs root."""
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 def of(kind: type[E], events: list[Event]) -> list[E]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from outlast.checkpoint import list_steps, verify
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import checkpointer, failed, files_of, flip, of, same, steps_at
+from tests.checkpoint.helpers import checkpointer, failed, files_of, flip, of, same, small_disk, steps_at
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
 
@@ -22,10 +21,8 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a
 def disk(tmp_path: Path) -> Iterator[Path]:
     """2 MiB."""
     place = tmp_path / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], check=True)
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with small_disk(place, "2m"):
+        yield place
 
 
 def weights(step: int, kb: int = 500) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,8 @@ import torch
 from outlast.checkpoint import CheckpointConfig
 from outlast.checkpoint._slots import local_folder, memory_folder
 from outlast.errors import CheckpointError, ConfigError
-from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointRestored, CheckpointSaved, Event
-from tests.checkpoint.helpers import checkpointer, flip, local, of, same, state
+from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
+from tests.checkpoint.helpers import checkpointer, flip, local, of, restored_by_one, small_disk, state, tiers_taken
 from tests.checkpoint.ranks import Orders, Outcome, run
 
 LOCAL = {"memory_every_steps": 1, "local_every_steps": 2}
@@ -48,22 +47,8 @@ def boot(url: Path) -> None:
     shutil.rmtree(memory_folder(str(url)))
 
 
-def restored(url: Path, *, epoch: str = "second", into: bool = False) -> tuple[int | None, list[Event]]:
-    """What one rank finds; its state must be right."""
-    events: list[Event] = []
-    with checkpointer(url, events, epoch=epoch, **settings(url)) as one:
-        back = one.restore("auto", into=state(99) if into else None)
-        if back is None:
-            return None, events
-        assert same(back.replicated, state(back.step))
-        assert same(back.local, local(back.step))
-        assert same(back.read_local(0), back.local)
-        return back.step, events
-
-
-def tiers(events: list[Event]) -> set[str]:
-    (event,) = of(CheckpointRestored, events)
-    return set(event.tiers)
+def restored(url: Path, **how: Any) -> tuple[int | None, list[Event]]:
+    return restored_by_one(url, settings(url), **how)
 
 
 def files(url: Path, ending: str) -> list[Path]:
@@ -76,7 +61,7 @@ def test_the_disk_has_it_after_the_machine_starts_again(url: Path, into: bool) -
     boot(url)
     step, events = restored(url, into=into)
     assert step == 4
-    assert tiers(events) == {"local"}
+    assert tiers_taken(events) == {"local"}
     assert of(CheckpointSaved, events)[0].tier == "memory", "what lies on disks alone is copied to memory at once"
 
 
@@ -84,7 +69,7 @@ def test_memory_is_taken_while_it_is_there(url: Path) -> None:
     killed(url, 1, 2, 3, 4, disk=(4,))
     step, events = restored(url)
     assert step == 4
-    assert tiers(events) == {"memory"}
+    assert tiers_taken(events) == {"memory"}
 
 
 @pytest.mark.parametrize("into", [False, True])
@@ -95,7 +80,7 @@ def test_what_is_damaged_in_memory_comes_from_the_disk(url: Path, into: bool) ->
         flip(path, 0.0)
     step, events = restored(url, into=into)
     assert step == 4
-    assert tiers(events) == {"memory", "local"}, "only the damaged file comes from the disk"
+    assert tiers_taken(events) == {"memory", "local"}, "only the damaged file comes from the disk"
     (rejected,) = of(CheckpointRejected, events)
     assert "in a node's memory" in rejected.reason
 
@@ -123,13 +108,13 @@ def garbled(path: Path) -> None:
     ],
 )
 def test_damage_on_the_disk(url: Path, ending: str, damage: Callable[[Path], None], into: bool) -> None:
-    """The newest copy is not right: storage has that step, or the step before is taken."""
+    """The newest copy is not right, and nobody else has it: the one before is taken."""
     killed(url, 1, 2, 3, 4, disk=(2, 4))
     boot(url)
     damage(files(url, f"4{ending}")[0])
     step, events = restored(url, into=into)
     assert step == 2
-    assert tiers(events) == {"local"}
+    assert tiers_taken(events) == {"local"}
     if ending == ".data":
         assert of(CheckpointRejected, events)[0].step == 4
 
@@ -141,7 +126,7 @@ def test_a_stale_copy_is_no_copy(url: Path) -> None:
     shutil.copyfile(old, new)
     step, events = restored(url)
     assert step == 4
-    assert "storage" in tiers(events)
+    assert "storage" in tiers_taken(events)
     assert of(CheckpointRejected, events)
     assert not new.with_suffix(".json").exists(), "it is never taken again"
 
@@ -182,10 +167,7 @@ def test_what_storage_lacks_is_kept_at_the_end(url: Path) -> None:
 
 @pytest.mark.root
 def test_a_full_disk_is_reported_and_training_goes_on(url: Path) -> None:
-    disk = url.parent / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)], check=True)
-    try:
+    with small_disk(url.parent / "disk", "128k"):
         events: list[Event] = []
         with checkpointer(url, events, **settings(url), pack_below_kb=0.0) as one:
             for step in range(1, 9):
@@ -196,17 +178,12 @@ def test_a_full_disk_is_reported_and_training_goes_on(url: Path) -> None:
         assert {event.tier for event in full} == {"local"}
         assert all("No space left on device" in event.reason for event in full)
         assert [event.step for event in of(CheckpointSaved, events) if event.tier == "memory"] == list(range(1, 9))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.root
 def test_what_attempts_before_left_makes_room(url: Path) -> None:
     """With room for three parts, of which the attempt before has filled two."""
-    disk = url.parent / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3600k", "tmpfs", str(disk)], check=True)
-    try:
+    with small_disk(url.parent / "disk", "3600k"):
         for first, epoch in ((1, "one"), (11, "two"), (21, "three")):
             events: list[Event] = []
             one = checkpointer(url, events, epoch=epoch, **{**settings(url), "local_every_steps": 1})
@@ -221,8 +198,6 @@ def test_what_attempts_before_left_makes_room(url: Path) -> None:
             one.abort()
             saved = [event.step for event in of(CheckpointSaved, events) if event.tier == "local"]
             assert saved == list(range(first, first + 8)), of(CheckpointFailed, events)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_disks_that_fail_by_turns_leave_what_all_have(url: Path) -> None:
@@ -233,7 +208,14 @@ def test_disks_that_fail_by_turns_leave_what_all_have(url: Path) -> None:
     second = replace(
         job, fail_at="rank_00001.2.json", die_at="rank_00001.4.json", die_after=((4, "memory"), (9, "never"))
     )
-    run(first, second)
+    outcomes = run(first, second)
+    assert [(event["kind"], event["step"]) for event in outcomes[0].events if event.get("tier") == "local"] == [
+        ("checkpoint_saved", 1),
+        ("checkpoint_saved", 2),
+        ("checkpoint_failed", 3),
+        ("checkpoint_saved", 4),
+    ]
+    assert outcomes[1].exitcode == -9
     boot(url)
     again = Orders((str(url),), "second", restore=True, settings=always)
     assert [one.restored for one in run(again, again)] == [[1], [1]]

@@ -14,8 +14,8 @@ import pytest
 from outlast.checkpoint import CheckpointConfig
 from outlast.checkpoint._slots import memory_folder
 from outlast.errors import CheckpointError, ConfigError
-from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointRestored, CheckpointSaved, Event
-from tests.checkpoint.helpers import checkpointer, flip, local, of, same, state
+from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
+from tests.checkpoint.helpers import checkpointer, flip, local, of, restored_by_one, state, tiers_taken
 from tests.checkpoint.ranks import Orders, run
 
 MEMORY = {"memory_every_steps": 1}
@@ -37,24 +37,8 @@ def killed(url: Path, *steps: int, durable: tuple[int, ...] = (), ranks: int = 1
     assert [one.exitcode for one in run(*[order] * ranks)] == [-9] * ranks
 
 
-def restored(
-    url: Path, *, which: Any = "auto", epoch: str = "second", into: bool = False
-) -> tuple[int | None, list[Event]]:
-    """What one rank finds; its state must be right."""
-    events: list[Event] = []
-    with checkpointer(url, events, epoch=epoch, **MEMORY) as one:
-        back = one.restore(which, into=state(99) if into else None)
-        if back is None:
-            return None, events
-        assert same(back.replicated, state(back.step))
-        assert same(back.local, local(back.step))
-        assert same(back.read_local(0), back.local)
-        return back.step, events
-
-
-def tiers(events: list[Event]) -> set[str]:
-    (event,) = of(CheckpointRestored, events)
-    return set(event.tiers)
+def restored(url: Path, **how: Any) -> tuple[int | None, list[Event]]:
+    return restored_by_one(url, MEMORY, **how)
 
 
 def files(url: Path, ending: str) -> list[Path]:
@@ -65,7 +49,7 @@ def test_what_lies_in_memory_outlives_the_process(url: Path) -> None:
     killed(url, 1, 2, 3, durable=(1,))
     step, events = restored(url)
     assert step == 3
-    assert tiers(events) == {"memory"}
+    assert tiers_taken(events) == {"memory"}
 
 
 def test_the_next_attempts_commits_take_the_place_of_those_before(url: Path) -> None:
@@ -132,13 +116,13 @@ def test_damage_in_memory_is_found_and_the_next_copy_taken(url: Path, ending: st
     step, events = restored(url, into=into)
     assert step == 2
     if ending == ".data":
-        assert tiers(events) == {"memory", "storage"}, "only the damaged file comes from storage"
+        assert tiers_taken(events) == {"memory", "storage"}, "only the damaged file comes from storage"
         (rejected,) = of(CheckpointRejected, events)
         assert rejected.file
         assert "CRC32C" in rejected.reason
         assert not newest.with_suffix(".json").exists(), "the damaged copy is never taken again"
     else:
-        assert tiers(events) == {"storage"}
+        assert tiers_taken(events) == {"storage"}
 
 
 @pytest.mark.parametrize("into", [False, True])
