@@ -144,8 +144,7 @@ class Control:
         if self._rank == 0:
             self.tell(header)
             return
-        with suppress(OSError):
-            self._say(header)
+        self._say(header)
 
     def vote(self, header: Header) -> None:
         """Other ranks: send a vote.
@@ -153,17 +152,18 @@ class Control:
         Raises:
             OSError: rank 0 cannot be reached.
         """
-        self._say(header)
+        if not self._say(header):
+            self._dial()
 
-    def _say(self, header: Header) -> None:
+    def _say(self, header: Header) -> bool:
+        """Say it now, or when the connection is made again; False if it is lost."""
         with self._news:
             self._said = header
             lost, channel = 0 in self._lost, self._peers[0]
-        if lost:
-            self._dial()
-            return
-        with suppress(OSError):  # whoever listens there connects again, and says it again
-            channel.send(header)
+        if not lost:
+            with suppress(OSError):  # whoever listens there connects again, and says it again
+                channel.send(header)
+        return not lost
 
     def decision(self, serial: int, look: Callable[[], None]) -> Header:
         """Other ranks: what rank 0 decided of a save; ``look`` as in :meth:`collect`.
