@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import socket
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ class Echo:
 
     def __init__(self) -> None:
         self.served = threading.Event()
-        self.errors: list[OSError] = []
+        self.errors: queue.Queue[OSError] = queue.Queue()
+        """The peer sees the connection's end before its reason is here, so wait for it."""
 
     def __call__(self, channel: Channel) -> None:
         self.served.set()
@@ -36,7 +38,7 @@ class Echo:
             try:
                 header = channel.receive(sink, idle=True)
             except OSError as error:
-                self.errors.append(error)
+                self.errors.put(error)
                 raise
             channel.send(header, [room[: sizes[0]]] if sizes else [])
 
@@ -114,7 +116,7 @@ def test_a_frame_of_somebody_else_ends_the_connection() -> None:
         sock.sendall(len(body).to_bytes(4, "big") + bytes(8) + body + b"m" * 32)
         with pytest.raises(OSError, match=r"closed|reset"):
             channel.receive()
-    assert "did not make" in str(served.errors[0])
+    assert "did not make" in str(served.errors.get(timeout=60))
 
 
 def test_a_frame_that_is_repeated_ends_the_connection() -> None:
@@ -137,7 +139,7 @@ def test_a_frame_that_is_repeated_ends_the_connection() -> None:
         real.sendall(sent[0])
         with pytest.raises(OSError, match=r"closed|reset"):
             channel.receive()
-    assert "did not make" in str(served.errors[0])
+    assert "did not make" in str(served.errors.get(timeout=60))
 
 
 def test_a_peer_that_falls_silent_is_an_error_in_time() -> None:
