@@ -36,7 +36,7 @@ import zarr
 
 from benchmarks.namespace import memories, mount_over
 from outlast.diagnostics import heartbeat_path, read_heartbeat
-from outlast.diagnostics.shm import shm_directory
+from outlast.diagnostics.live.shm import shm_directory
 from outlast.errors import DiagnosticsError
 from outlast.events import Record, read_events
 from outlast.launch import Place

@@ -17,11 +17,11 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from outlast.comm import Adam, CommConfig, GradientReducer
-from outlast.comm.settings import UPDATE_BETA1, UPDATE_CLIP_RMS
+from outlast.comm.config import UPDATE_BETA1, UPDATE_CLIP_RMS
 from outlast.trainer import GPT, Corpus, Loader
+from outlast.trainer.config import DataConfig, ModelConfig, OptimConfig, TrainerConfig
 from outlast.trainer.data import find_files, split_held_out
 from outlast.trainer.optim import build_optimizer, lr_share
-from outlast.trainer.settings import DataConfig, ModelConfig, OptimConfig, TrainerConfig
 
 MODEL = ModelConfig(layers=6, heads=6, width=384, context=256)  # 10.8 M parameters
 OPTIM = replace(OptimConfig(), lr=1e-3)

@@ -9,7 +9,7 @@ from pathlib import Path
 import crc32c
 import pytest
 
-from outlast.cli import main
+from outlast.cli.main import main
 from tests.helpers import arrays, clean_env, events, free_port, outlast, steps_saved, tiny_config
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from outlast.config import load, override, split_overrides, to_toml
 from outlast.errors import ConfigError, OutOfRange, UnknownKey
-from outlast.trainer.settings import Config
+from outlast.trainer.config import Config
 
 
 def write(tmp_path: Path, text: str) -> Path:

@@ -15,26 +15,29 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from outlast.checkpoint._agreement import Agreement
-from outlast.checkpoint._arena import Arena
-from outlast.checkpoint._copying import TensorSource
-from outlast.checkpoint._dtensor import Meshes
-from outlast.checkpoint._hooks import Hooks
-from outlast.checkpoint._layout import share_of
-from outlast.checkpoint._names import rank_name
-from outlast.checkpoint._nodes import node_name
-from outlast.checkpoint._records import CRC_BYTES
-from outlast.checkpoint._restoring import Restored, Restoring
-from outlast.checkpoint._running import Running, raise_error
-from outlast.checkpoint._saving import Place, Saving
-from outlast.checkpoint._snapshot import Snapshot
-from outlast.checkpoint._stall import StallForecast
-from outlast.checkpoint._store import LocalStore, open_store
-from outlast.checkpoint._survey import Survey
-from outlast.checkpoint._tiers import Tiers
-from outlast.checkpoint._tree import Plan, lay_out
-from outlast.checkpoint._wanted import agree_on
-from outlast.checkpoint.settings import CheckpointConfig
+from outlast.checkpoint.config import CheckpointConfig
+from outlast.checkpoint.format.names import rank_name
+from outlast.checkpoint.format.records import CRC_BYTES
+from outlast.checkpoint.memory.arena import Arena
+from outlast.checkpoint.peers.collectives import Agreement
+from outlast.checkpoint.peers.topology import node_name
+from outlast.checkpoint.restore.agree import agree_on
+from outlast.checkpoint.restore.heal import is_thin, survey_of
+from outlast.checkpoint.restore.restore import Restored, Restoring
+from outlast.checkpoint.restore.survey import Survey
+from outlast.checkpoint.save.hooks import Hooks
+from outlast.checkpoint.save.job import Running, raise_error
+from outlast.checkpoint.save.plan import share_of
+from outlast.checkpoint.save.request import Place
+from outlast.checkpoint.save.snapshot import Snapshot
+from outlast.checkpoint.save.source import TensorSource
+from outlast.checkpoint.save.stall_forecast import StallForecast
+from outlast.checkpoint.save.storage_save import Saving
+from outlast.checkpoint.state.dtensor import Meshes
+from outlast.checkpoint.state.tree import Plan, lay_out
+from outlast.checkpoint.storage.local import LocalStore
+from outlast.checkpoint.storage.open import open_store
+from outlast.checkpoint.tiers.manager import Tiers
 from outlast.errors import CheckpointError
 from outlast.events import Event
 
@@ -317,7 +320,7 @@ class Checkpointer:
         self._begun = True
         # On one node a local disk is read once in any case: by the page cache.
         one_node = len(set(agreement.texts(node_name()))) == 1
-        survey = self._tiers.survey(agreement, self._io) if self._tiers is not None else None
+        survey = survey_of(self._tiers, self._place.rank, agreement, self._io) if self._tiers is not None else None
         restoring = Restoring(
             self._store,
             place.rank,
@@ -337,7 +340,7 @@ class Checkpointer:
 
     def _heal(self, restored: Restored, survey: Survey, tiers: Tiers) -> None:
         """A step that lies in fewer nodes' memory than it should be is copied again before training goes on."""
-        if restored.world_size != self._place.world_size or not tiers.is_thin(survey, restored.step):
+        if restored.world_size != self._place.world_size or not is_thin(survey, restored.step, tiers.copies_in_memory):
             return
         _log.info("step %d lies in too few nodes' memory; copied again", restored.step)
         self.save(restored.step, replicated=restored.replicated, local=restored.local, durable=False)

@@ -6,10 +6,7 @@ messages become a sum); :class:`GradientReducer` puts the three under DDP or a b
     reducer = outlast.comm.attach(ddp, feedback="ef21", density=0.05)
 """
 
-from outlast.comm._attach import attach
-from outlast.comm._methods import make_feedback
-from outlast.comm._stats import ReduceStats
-from outlast.comm.communicator import CollectiveObserver, Communicator
+from outlast.comm.auto.policy import Choice
 from outlast.comm.compressors import (
     BlockTopK,
     Compressor,
@@ -30,11 +27,14 @@ from outlast.comm.compressors import (
     TopK,
     make_compressor,
 )
+from outlast.comm.config import CommConfig
+from outlast.comm.ddp.attach import attach
+from outlast.comm.ddp.reducer import GradientReducer
 from outlast.comm.direction import Adam, Direction
+from outlast.comm.exchange.stats import ReduceStats
 from outlast.comm.feedback import EF14, EF21, EF21BC, EF21PP, EF21SGDM, EF21W, EControl, Feedback, NoFeedback, Probe
-from outlast.comm.policy import Choice
-from outlast.comm.reducer import GradientReducer
-from outlast.comm.settings import CommConfig
+from outlast.comm.feedback.from_config import make_feedback
+from outlast.comm.transport.communicator import CollectiveObserver, Communicator
 
 __all__ = [
     "EF14",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from outlast.comm._scratch import scratch
+from outlast.comm.buffers import scratch
 from outlast.comm.compressors import Slots
-from outlast.comm.settings import UPDATE_BETA1, UPDATE_CLIP_RMS
+from outlast.comm.config import UPDATE_BETA1, UPDATE_CLIP_RMS
 from outlast.config import require
 
 

@@ -7,13 +7,23 @@ and the launcher asks :func:`judge` which rank holds the others up. Afterwards :
 
 from __future__ import annotations
 
-from outlast.diagnostics._build import build_report
-from outlast.diagnostics._incidents import Incident
-from outlast.diagnostics._lateness import StragglerRow
-from outlast.diagnostics.heartbeat import PHASES, Beat, Heartbeat, Phase, read_heartbeat
-from outlast.diagnostics.html import render_html
-from outlast.diagnostics.recorder import Collective, Recorder, Ring, read_ring
-from outlast.diagnostics.report import (
+from outlast.diagnostics.config import DiagnosticsConfig
+from outlast.diagnostics.live.heartbeat import PHASES, Beat, Heartbeat, Phase, read_heartbeat
+from outlast.diagnostics.live.recorder import Collective, Recorder, Ring, read_ring
+from outlast.diagnostics.live.shm import clear, heartbeat_path, ring_path, shm_directory
+from outlast.diagnostics.live.stall import (
+    Culprit,
+    Observation,
+    StallRules,
+    StallVerdict,
+    judge,
+    observe,
+    process_state,
+)
+from outlast.diagnostics.report.build import build_report
+from outlast.diagnostics.report.html import render_html
+from outlast.diagnostics.report.incidents import Incident
+from outlast.diagnostics.report.model import (
     CheckpointRow,
     Checkpoints,
     Facts,
@@ -24,10 +34,8 @@ from outlast.diagnostics.report import (
     TimeSplit,
     Traffic,
 )
-from outlast.diagnostics.settings import DiagnosticsConfig
-from outlast.diagnostics.shm import clear, heartbeat_path, ring_path, shm_directory
-from outlast.diagnostics.stall import Culprit, Observation, StallRules, StallVerdict, judge, observe, process_state
-from outlast.diagnostics.terminal import render_terminal
+from outlast.diagnostics.report.stragglers import StragglerRow
+from outlast.diagnostics.report.terminal import render_terminal
 
 __all__ = [
     "PHASES",

@@ -6,12 +6,12 @@ ranks on torchelastic's own agent, restarts them after a failure, and finds, kil
 
 from __future__ import annotations
 
-from outlast.launch.environments import ENVIRONMENTS, Environment, Place, find_place
+from outlast.launch.config import LaunchConfig
 from outlast.launch.failures import NO_RESTART_STATUS, WATCHED
 from outlast.launch.flags import LaunchFlags
 from outlast.launch.launcher import dry_run, launch
+from outlast.launch.place import ENVIRONMENTS, Environment, Place, find_place
 from outlast.launch.ports import check_port, free_port, who_listens
-from outlast.launch.settings import LaunchConfig
 from outlast.launch.spec import LaunchSpec
 
 __all__ = [

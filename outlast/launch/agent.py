@@ -20,11 +20,11 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 
 from outlast.diagnostics import Culprit, process_state
 from outlast.events import EventLog, HangFound, WorkersFailed, WorkersStarted
-from outlast.launch.environments import requeues
+from outlast.launch.config import LaunchConfig
 from outlast.launch.failures import NO_RESTART_STATUS, RankFailure, is_torn, last_words
-from outlast.launch.logs import RankOutput
-from outlast.launch.settings import LaunchConfig
-from outlast.launch.watch import HangWatch
+from outlast.launch.hang_watch import HangWatch
+from outlast.launch.place import requeues
+from outlast.launch.rank_output import RankOutput
 
 STACK_DUMP_S = 0.3
 """How long a hung rank has to write its stacks, after SIGUSR1 and before SIGKILL."""
@@ -40,8 +40,8 @@ class WatchedAgent(LocalElasticAgent):
 
     torchelastic starts, supervises, stops and restarts the processes; this class adds to its hooks:
 
-    - before each look at the processes it asks the :class:`~outlast.launch.watch.HangWatch` and kills who hangs, which
-      torchelastic then sees as a failed process;
+    - before each look at the processes it asks the :class:`~outlast.launch.hang_watch.HangWatch` and kills who
+      hangs, which torchelastic then sees as a failed process;
     - where a rank failed, it first kills those of its peers that cannot react to SIGTERM (stopped, or inside a
       collective that will never end), and gives the others ``stop_grace_s`` in place of torchelastic's 30 s;
     - each round of the rendezvous gets a fresh store for its ranks;

@@ -19,7 +19,8 @@ from outlast.events import EventLog
 from outlast.launch.failures import WATCHED, ranks_failed
 from outlast.launch.flags import DEFAULT_PORT
 from outlast.launch.ports import check_port
-from outlast.launch.spec import LaunchSpec, Rendezvous, resolve
+from outlast.launch.rendezvous import Rendezvous, resolve
+from outlast.launch.spec import LaunchSpec
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler
@@ -111,7 +112,7 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     from outlast.launch.agent import WatchedAgent
-    from outlast.launch.logs import RankOutput
+    from outlast.launch.rank_output import RankOutput
 
     config = spec.effective()
     with _signals_restored(), _quiet(TORCHELASTIC_NOISE):

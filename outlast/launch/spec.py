@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from outlast.config import require
-from outlast.errors import ConfigError
-from outlast.launch import _slurm
-from outlast.launch.environments import Slurm
-from outlast.launch.flags import DEFAULT_PORT, LaunchFlags
-from outlast.launch.settings import LaunchConfig
+from outlast.launch.config import LaunchConfig
+from outlast.launch.flags import LaunchFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,112 +36,3 @@ class LaunchSpec:
         if flags.monitor_interval is not None:
             config = replace(config, monitor_interval_s=flags.monitor_interval)
         return config
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rendezvous:
-    """How the launchers of all nodes find one another."""
-
-    backend: str
-    endpoint: str
-    """``HOST:PORT``; port 0 is a free one."""
-    run_id: str
-    conf: Mapping[str, str]
-    min_nodes: int
-    max_nodes: int
-    local_addr: str | None
-    why: str
-    """Where the endpoint comes from, in words."""
-
-    def host_and_port(self) -> tuple[str, int]:
-        """The endpoint's parts; without a port -1.
-
-        Raises:
-            ConfigError: the port is no number.
-        """
-        host, _, port = self.endpoint.rpartition(":")
-        if not host:
-            return self.endpoint, -1
-        if not port.isdecimal() or int(port) > 65535:
-            raise ConfigError(
-                f"--rdzv-endpoint {self.endpoint!r} has no port", "give HOST:PORT, with a port of at most 65535"
-            )
-        return host.strip("[]"), int(port)
-
-
-def resolve(flags: LaunchFlags, environ: Mapping[str, str] | None = None) -> Rendezvous:
-    """The rendezvous that ``flags`` ask for in this environment.
-
-    Raises:
-        ConfigError: several nodes and no endpoint, or one that cannot be read.
-        PlaceError: under srun, no address of the first node.
-    """
-    environ = os.environ if environ is None else environ
-    least, most = flags.node_range()
-    conf = _read_conf(flags.rdzv_conf)
-    run_id = flags.rdzv_id
-    local_addr = flags.local_addr
-    if flags.standalone or (
-        most == 1 and not flags.rdzv_endpoint and not flags.master_addr and flags.rdzv_backend == "c10d"
-    ):
-        if flags.standalone and most != 1:
-            raise ConfigError(
-                f"--standalone and --nnodes {flags.nnodes} contradict each other", "leave out one of them"
-            )
-        # The loopback address, not the host's name: it works where that name does not resolve.
-        return Rendezvous(
-            backend="c10d",
-            endpoint="127.0.0.1:0",
-            run_id=run_id or uuid.uuid4().hex[:12],
-            conf=conf,
-            min_nodes=1,
-            max_nodes=1,
-            local_addr=local_addr or "127.0.0.1",
-            why="one node, a free port",
-        )
-    endpoint, why = flags.rdzv_endpoint, "--rdzv-endpoint"
-    if not endpoint and (flags.master_addr or flags.rdzv_backend == "static"):
-        endpoint, why = f"{flags.master_addr or '127.0.0.1'}:{flags.master_port}", "--master-addr and --master-port"
-    slurm = Slurm()
-    if slurm.is_present(environ):
-        if not endpoint:
-            place = slurm.find(environ)
-            endpoint, why = (
-                f"{place.master_addr}:{place.master_port}",
-                "first node of the Slurm step, port made from its id",
-            )
-            conf.setdefault("is_host", str(place.rank == 0))
-        run_id = run_id or f"slurm-{environ['SLURM_JOB_ID']}-{environ.get('SLURM_STEP_ID', '0')}"
-        if local_addr is None and environ.get("SLURMD_NODENAME"):
-            local_addr = _slurm.address(environ["SLURMD_NODENAME"])
-    if not endpoint:
-        raise ConfigError(
-            f"--nnodes {flags.nnodes} needs to know where the nodes meet",
-            f"give every node the same --rdzv-endpoint HOST:PORT, e.g. --rdzv-endpoint FIRST_NODE:{DEFAULT_PORT}",
-        )
-    if flags.rdzv_backend == "static":
-        conf.setdefault("rank", str(flags.node_rank))
-    rendezvous = Rendezvous(
-        backend=flags.rdzv_backend,
-        endpoint=endpoint,
-        run_id=run_id or "outlast",
-        conf=conf,
-        min_nodes=least,
-        max_nodes=most,
-        local_addr=local_addr,
-        why=why,
-    )
-    rendezvous.host_and_port()
-    return rendezvous
-
-
-def _read_conf(text: str) -> dict[str, str]:
-    conf = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, value = item.partition("=")
-        if not equals or not key.strip() or not value.strip():
-            raise ConfigError(
-                f"--rdzv-conf {text!r}: {item!r} is not key=value", "e.g. --rdzv-conf read_timeout=60,is_host=true"
-            )
-        conf[key.strip()] = value.strip()
-    return conf

@@ -3,6 +3,7 @@
 ``python -m outlast.trainer CONFIG`` is one rank of a run; under torchrun, srun or mpirun it finds its place by itself.
 """
 
+from outlast.trainer.config import Config as Config
 from outlast.trainer.data import Corpus as Corpus
 from outlast.trainer.data import Loader as Loader
 from outlast.trainer.engine import DDPEngine as DDPEngine
@@ -13,7 +14,6 @@ from outlast.trainer.main import resolve as resolve
 from outlast.trainer.main import run_rank as run_rank
 from outlast.trainer.model import GPT as GPT
 from outlast.trainer.run import Run as Run
-from outlast.trainer.settings import Config as Config
 
 __all__ = [
     "GPT",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from outlast.errors import DataError
-from outlast.trainer.settings import DataConfig
+from outlast.trainer.config import DataConfig
 
 Bytes = npt.NDArray[np.uint8]
 

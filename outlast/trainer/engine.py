@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from outlast.checkpoint import check_like
 from outlast.comm import Adam, Choice, CollectiveObserver, GradientReducer, ReduceStats
 from outlast.errors import StateMismatch, TrainingDiverged
+from outlast.trainer.config import Config
 from outlast.trainer.optim import (
     build_optimizer,
     build_scheduler,
@@ -22,7 +23,6 @@ from outlast.trainer.optim import (
     load_scheduler_state,
     optimizer_state,
 )
-from outlast.trainer.settings import Config
 
 Batch = tuple[Tensor, Tensor]
 State = dict[str, Any]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from outlast.events import RunEnded, StepDone
-from outlast.trainer.clock import Clock
 from outlast.trainer.run import Run
+from outlast.trainer.step_timer import Clock
 
 
 def train(run: Run) -> None:

@@ -35,17 +35,17 @@ from outlast.errors import ConfigError, DataError, OutlastError, RunDirectoryErr
 from outlast.events import CommChosen, Event, EventLog, RunEnded, RunStarted
 from outlast.launch import NO_RESTART_STATUS, WATCHED, Place, find_place
 from outlast.trainer import logs, process_group
+from outlast.trainer.checkpoint_schedule import Schedule
+from outlast.trainer.config import Config
 from outlast.trainer.data import Corpus, Loader, find_files, split_held_out
 from outlast.trainer.engine import build_engine
-from outlast.trainer.history import History, read_history
+from outlast.trainer.failure_history import History, read_history
 from outlast.trainer.loop import train
 from outlast.trainer.model import GPT
 from outlast.trainer.progress import Progress
 from outlast.trainer.rng import seed_all
 from outlast.trainer.run import Run
-from outlast.trainer.rundir import Attempt, begin_attempt, run_path
-from outlast.trainer.schedule import Schedule
-from outlast.trainer.settings import Config
+from outlast.trainer.run_directory import Attempt, begin_attempt, run_path
 from outlast.trainer.summary import render_summary
 
 _LOG = logging.getLogger("outlast")

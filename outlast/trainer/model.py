@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from outlast.trainer.settings import ModelConfig
+from outlast.trainer.config import ModelConfig
 
 VOCABULARY = 256  # the values of a byte
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from outlast.trainer.settings import OptimConfig
+from outlast.trainer.config import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, directed: bool = False) -> Optimizer:

@@ -14,13 +14,13 @@ from outlast.diagnostics import Heartbeat, Recorder
 from outlast.errors import StateMismatch
 from outlast.events import EvalDone, EventLog, StepDone
 from outlast.launch import Place
+from outlast.trainer.checkpoint_schedule import Schedule
+from outlast.trainer.config import Config
 from outlast.trainer.data import Loader
 from outlast.trainer.engine import Engine
 from outlast.trainer.progress import Progress
 from outlast.trainer.rng import load_rng_state, rng_state
-from outlast.trainer.rundir import Attempt
-from outlast.trainer.schedule import Schedule
-from outlast.trainer.settings import Config
+from outlast.trainer.run_directory import Attempt
 
 _LOG = logging.getLogger("outlast")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.namespace import memories
-from outlast.checkpoint._snapshot import Snapshot
+from outlast.checkpoint.save.snapshot import Snapshot
 from tests.checkpoint.s3 import Server
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from outlast.checkpoint import verify
-from outlast.checkpoint._dtypes import DISGUISED, NATIVE
+from outlast.checkpoint.format.dtypes import DISGUISED, NATIVE
 from tests.checkpoint.helpers import checkpointer
 
 ALL_DTYPES = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in (*NATIVE, *DISGUISED)}

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from outlast.checkpoint import CheckpointConfig, Checkpointer, Restored
-from outlast.checkpoint._agreement import Agreement
-from outlast.checkpoint._names import COMMIT, parse_step, rank_name
-from outlast.checkpoint._reading import StepReader
-from outlast.checkpoint._records import Fault
-from outlast.checkpoint._restoring import Restoring
-from outlast.checkpoint._store import LocalStore
+from outlast.checkpoint.format.names import COMMIT, parse_step, rank_name
+from outlast.checkpoint.format.records import Fault
+from outlast.checkpoint.peers.collectives import Agreement
+from outlast.checkpoint.restore.restore import Restoring
+from outlast.checkpoint.steps.reader import StepReader
+from outlast.checkpoint.storage.local import LocalStore
 from outlast.errors import OutlastError
 from outlast.events import CheckpointFailed, CheckpointSaved, Event
 from tests.checkpoint.crash import Disk, Expected, Recording, State, Version

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from benchmarks.namespace import mount_over
 from outlast.checkpoint import Checkpointer
-from outlast.checkpoint._control import Control
-from outlast.checkpoint._store import LocalStore
+from outlast.checkpoint.peers.commit_protocol import Control
+from outlast.checkpoint.storage.local import LocalStore
 from outlast.errors import OutlastError
 from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.helpers import QUICK, local, same, state

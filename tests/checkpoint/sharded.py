@@ -16,8 +16,8 @@ import torch._dynamo  # the first DTensor imports it, which takes a second; here
 import torch.distributed as dist
 
 from outlast.checkpoint import CheckpointConfig, Checkpointer
-from outlast.checkpoint._agreement import Agreement
-from outlast.checkpoint._store import LocalStore
+from outlast.checkpoint.peers.collectives import Agreement
+from outlast.checkpoint.storage.local import LocalStore
 from outlast.events import Event
 from tests.checkpoint.ranks import LIMIT_S
 from tests.forked import context

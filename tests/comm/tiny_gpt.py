@@ -14,7 +14,7 @@ from torch import Tensor
 
 from outlast.comm import CommConfig
 from outlast.trainer import GPT
-from outlast.trainer.settings import ModelConfig
+from outlast.trainer.config import ModelConfig
 
 CONTEXT = 32
 STEPS = 30

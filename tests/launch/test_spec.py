@@ -13,7 +13,7 @@ import pytest
 from outlast.errors import ConfigError, LaunchError, OutOfRange
 from outlast.launch import LaunchConfig, LaunchFlags, LaunchSpec, dry_run, launch
 from outlast.launch.failures import RankFailure, describe_exit, last_words
-from outlast.launch.spec import resolve
+from outlast.launch.rendezvous import resolve
 
 SRUN = {
     "SLURM_PROCID": "1",

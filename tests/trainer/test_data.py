@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outlast.errors import DataError
+from outlast.trainer.config import DataConfig
 from outlast.trainer.data import Corpus, Loader, find_files, permute, split_held_out
-from outlast.trainer.settings import DataConfig
 
 
 @given(st.integers(1, 3000), st.binary(max_size=20))

@@ -6,8 +6,8 @@ import math
 
 import torch
 
+from outlast.trainer.config import ModelConfig
 from outlast.trainer.model import GPT, VOCABULARY
-from outlast.trainer.settings import ModelConfig
 
 SMALL = ModelConfig(layers=2, heads=2, width=16, context=12)
 

@@ -12,6 +12,7 @@ import torch
 
 from outlast.config import load, override
 from outlast.errors import RunDirectoryError
+from outlast.trainer.config import Config, ModelConfig, OptimConfig
 from outlast.trainer.model import GPT
 from outlast.trainer.optim import (
     build_optimizer,
@@ -22,8 +23,7 @@ from outlast.trainer.optim import (
     optimizer_state,
 )
 from outlast.trainer.rng import load_rng_state, rng_state
-from outlast.trainer.rundir import begin_attempt, is_used
-from outlast.trainer.settings import Config, ModelConfig, OptimConfig
+from outlast.trainer.run_directory import begin_attempt, is_used
 
 SMALL = ModelConfig(layers=1, heads=2, width=8, context=8)
 

@@ -8,7 +8,7 @@ from outlast.comm.compressors.make import make_compressor
 from outlast.comm.compressors.quantise import Int4, Int8, Natural, Sign
 from outlast.comm.compressors.randk import RandK
 from outlast.comm.compressors.topk import BlockTopK, TopK
-from outlast.comm.settings import COMPRESSORS, VALUES
+from outlast.comm.config import COMPRESSORS, VALUES
 
 __all__ = [
     "COMPRESSORS",

@@ -8,18 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from outlast.comm.compressors._codecs import Exact
-from outlast.comm.compressors._power import (
-    HEADER_BYTES,
-    NOT_FINITE,
-    exponent_for,
-    largest_of,
-    read_header,
-    times_power,
-    write_header,
-)
-from outlast.comm.compressors._select import select
-from outlast.comm.compressors._values import codec
 from outlast.comm.compressors.base import (
     Compressor,
     DenseMessage,
@@ -32,6 +20,18 @@ from outlast.comm.compressors.base import (
     numel_of,
     wire_dtype,
 )
+from outlast.comm.compressors.codecs import Exact
+from outlast.comm.compressors.power_scale import (
+    HEADER_BYTES,
+    NOT_FINITE,
+    exponent_for,
+    largest_of,
+    read_header,
+    times_power,
+    write_header,
+)
+from outlast.comm.compressors.select import select
+from outlast.comm.compressors.value_codec import codec
 from outlast.config import require
 from outlast.errors import OutOfRange
 
@@ -102,7 +102,7 @@ class LowRank(Compressor):
     the sender compares. In the fallback one factor holds unit vectors, which each code writes up to a factor that the
     other takes up, so that alpha_values is all that is lost.
 
-    Payload: 8 bytes (see :mod:`outlast.comm.compressors._power`), P^T, Q^T.
+    Payload: 8 bytes (see :mod:`outlast.comm.compressors.power_scale`), P^T, Q^T.
 
     Args:
         rank: columns of P and Q.

@@ -9,7 +9,7 @@ from outlast.comm.compressors.lowrank import LowRank
 from outlast.comm.compressors.quantise import Int4, Int8, Natural, Sign
 from outlast.comm.compressors.randk import RandK
 from outlast.comm.compressors.topk import BlockTopK, TopK
-from outlast.comm.settings import COMPRESSORS
+from outlast.comm.config import COMPRESSORS
 from outlast.config import nearest
 from outlast.errors import UnknownCompressor
 

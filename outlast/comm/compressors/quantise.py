@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from outlast.comm.compressors._codecs import Codec
-from outlast.comm.compressors._values import INT4_BLOCK, INT8_BLOCK, codec
 from outlast.comm.compressors.base import Compressor, Message, Shape, Slots, flat, numel_of, wire_dtype
+from outlast.comm.compressors.codecs import Codec
+from outlast.comm.compressors.value_codec import INT4_BLOCK, INT8_BLOCK, codec
 
 
 class CodedMessage(Message):
@@ -127,7 +127,7 @@ class Natural(Quantiser):
     """Nine bits per entry: the nearest power of two. arXiv 1905.10988, without its randomness.
 
     An entry 2^e m, 1 <= m < 2, is off by at most m/3 of 2^e, so alpha = 8/9 (see the note on random rounding at
-    :class:`outlast.comm.compressors._signs.Powers`). It sends 8 + numel + ceil(numel / 8) bytes, up to a multiple of 8.
+    :class:`outlast.comm.compressors.signs.Powers`). It sends 8 + numel + ceil(numel / 8) bytes, up to a multiple of 8.
     Entries of 1.5 * 2^127 = 2.6e38 (float64: 1.3e308) and more count as overflow.
     """
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from outlast.comm.compressors._sparse import coded_message
-from outlast.comm.compressors._values import codec
 from outlast.comm.compressors.base import Compressor, Message, Shape, Slots, finite, flat, numel_of, wire_dtype
+from outlast.comm.compressors.sparse import coded_message
 from outlast.comm.compressors.topk import count_of
+from outlast.comm.compressors.value_codec import codec
 from outlast.config import require
 
 _KEY_BYTES = 8

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from outlast.comm import kernels
-from outlast.comm.compressors._codecs import Codec
-from outlast.comm.compressors._select import select, select_in_blocks
-from outlast.comm.compressors._sparse import open_sparse, open_sparse_rows, sparse_nbytes, write_sparse
-from outlast.comm.compressors._values import codec
 from outlast.comm.compressors.base import Compressor, Message, Shape, Slots, flat, numel_of, wire_dtype
-from outlast.comm.settings import SELECTIONS
+from outlast.comm.compressors.codecs import Codec
+from outlast.comm.compressors.select import select, select_in_blocks
+from outlast.comm.compressors.sparse import open_sparse, open_sparse_rows, sparse_nbytes, write_sparse
+from outlast.comm.compressors.value_codec import codec
+from outlast.comm.config import SELECTIONS
 from outlast.config import nearest, require
 from outlast.errors import OutOfRange
 
@@ -52,7 +52,7 @@ class TopK(_Selection):
     """Sends the k entries of largest magnitude, with their indices.
 
     Payload: the values, as ``values`` says; then the indices, in the smallest of three forms (see
-    :mod:`outlast.comm.compressors._indices`): at a density of 1 % an index takes 8.6 bits, at 5 % 6.3 bits.
+    :mod:`outlast.comm.compressors.indices`): at a density of 1 % an index takes 8.6 bits, at 5 % 6.3 bits.
 
     Contraction: ``alpha = k / numel * alpha_values``, with alpha_values = 1 for fp32. Proof: let T be what is selected
     and Q(T) what is sent. T and the rest of x have no entry in common, so ::

@@ -15,7 +15,7 @@ One step of one tensor takes one of three ways::
 
 In the two-phase transport a tensor is cut into one slice per rank (rows), and each slice goes the way by itself: what
 is a tensor here is a slice there. The same calls with n local dicts in a list are a simulation of n ranks in one
-process, bit for bit (see :mod:`outlast.comm.simulate`).
+process, bit for bit (see :mod:`outlast.comm.analysis.simulate`).
 
 The trainer's optimizer takes the estimate where the papers write ``x -= gamma * estimate``.
 """

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from outlast.comm._scratch import scratch
+from outlast.comm.buffers import scratch
 from outlast.comm.compressors import Compressor, Shape, Slots
 from outlast.comm.feedback.ef21 import EF21
 from outlast.comm.feedback.probe import Probe
@@ -23,8 +23,8 @@ class EControl(EF21):
     from e_i = 0, h_i = g_i^0, h = mean h_i (first message dense). eta = 0 is EF21. A dense step sets h_i = g_i and
     drops e_i. In the two-phase transport owners do as in :class:`EF21`. Memory: three slots, e_i, h_i and h.
 
-    Deviations: the paper's theory asks for eta = delta / 400 (:func:`outlast.comm.theory.econtrol_eta`), which is too
-    small to be of use in any run of practical length, and its experiments tune eta; here it defaults to
+    Deviations: the paper's theory asks for eta = delta / 400 (:func:`outlast.comm.analysis.theory.econtrol_eta`), which
+    is too small to be of use in any run of practical length, and its experiments tune eta; here it defaults to
     min(delta, 0.5), and above min(2 delta, 0.5), where the iteration is unstable, it is refused.
 
     Args:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from outlast.comm._scratch import scratch
+from outlast.comm.buffers import scratch
 from outlast.comm.compressors import Compressor, Message, Shape, Slots
 from outlast.comm.feedback import packed
 from outlast.comm.feedback.base import Compensated, Feedback
@@ -65,7 +65,8 @@ class EF14(Compensated):
     step size of the step that sends it.
 
     Its error floor grows with the difference between ranks' data, so it suits shuffled data; step size and bound are
-    :func:`outlast.comm.theory.ef14_step` and :func:`~outlast.comm.theory.ef14_bound`. Memory: one slot, e.
+    :func:`outlast.comm.analysis.theory.ef14_step` and :func:`~outlast.comm.analysis.theory.ef14_bound`. Memory: one
+    slot, e.
 
     With ``residual="int8"`` a quarter of that: e is kept as 8-bit integers with a scale for every 256 entries, rounded
     anew each step (:mod:`outlast.comm.feedback.packed`). **Rounding is an error that nothing feeds back.** It has mean

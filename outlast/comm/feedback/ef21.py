@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from outlast.comm._scratch import scratch
+from outlast.comm.buffers import scratch
 from outlast.comm.compressors import Compressor, Message, Slots
 from outlast.comm.feedback.base import Feedback
 from outlast.comm.feedback.probe import Probe
@@ -23,7 +23,8 @@ class EF21(Feedback):
 
     from h_i = g_i^0, h = mean h_i (first message dense). Converges with any difference between ranks' data; the
     gradients should be exact or from large batches (else see :class:`EF21SGDM`). Step size and guarantee:
-    :func:`outlast.comm.theory.ef21_step`, :func:`~outlast.comm.theory.ef21_bound`. Memory: two slots, h_i and h.
+    :func:`outlast.comm.analysis.theory.ef21_step`, :func:`~outlast.comm.analysis.theory.ef21_bound`. Memory: two slots,
+    h_i and h.
 
     In the two-phase transport it is EF21-BC (arXiv 2110.03294): the owner of a slice keeps w = mean h_i,
     and h follows w by compressed differences: ::

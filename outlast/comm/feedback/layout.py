@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from outlast.comm._cut import slices
 from outlast.comm.compressors import Slots
 from outlast.comm.feedback.base import Feedback
+from outlast.comm.slices import slices
 
 
 def of_slice(slot: str, index: int) -> str:

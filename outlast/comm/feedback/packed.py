@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from outlast.comm._scratch import scratch
+from outlast.comm.buffers import scratch
 from outlast.comm.compressors import Shape, Slots
 from outlast.comm.compressors.base import numel_of
 

@@ -24,9 +24,9 @@ integers, whose order does not show. How fast they are is not known. On a machin
 Triton is imported when a kernel is first called, not before; builds of torch for CUDA bring it.
 """
 
-from outlast.comm.kernels._blocks import add_blocks, fits_blocks, quantise_blocks
-from outlast.comm.kernels._launch import WIDEST_BLOCK, available, handles
-from outlast.comm.kernels._sparse import Selected, add_sparse, largest_in_blocks, select
+from outlast.comm.kernels.blockwise import add_blocks, fits_blocks, quantise_blocks
+from outlast.comm.kernels.launch import WIDEST_BLOCK, available, handles
+from outlast.comm.kernels.sparse import Selected, add_sparse, largest_in_blocks, select
 
 __all__ = [
     "WIDEST_BLOCK",

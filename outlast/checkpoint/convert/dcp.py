@@ -1,0 +1,181 @@
+"""PyTorch's distributed checkpoints (DCP): a folder of ``*.distcp`` files and a pickled ``.metadata``.
+
+Writing is left to PyTorch. Reading is done here, because PyTorch unpickles the metadata and every value as they are.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import torch
+
+from outlast.checkpoint.convert.safe_unpickle import Record, load_archive, load_records
+from outlast.checkpoint.storage.local import sync_dir
+from outlast.errors import CheckpointError, CorruptCheckpoint
+
+METADATA = ".metadata"
+
+
+def write(state: dict[str, Any], path: str, step: int) -> list[str]:
+    """Write a nested state to a new folder that ``torch.distributed.checkpoint.load`` reads; durable on return.
+
+    Returns:
+        Names of what the format cannot hold: empty dictionaries.
+
+    Raises:
+        OSError, ValueError, CheckpointError: it cannot be written.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    del step
+    with warnings.catch_warnings():
+        # It warns that there is no process group, which no_dist says.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        try:
+            save(state, storage_writer=FileSystemWriter(path), no_dist=True)
+        except CheckpointException as error:
+            causes = [cause for cause, _ in error.failures.values()]
+            raise CheckpointError("; ".join(f"{type(cause).__name__}: {cause}" for cause in causes)) from error
+    sync_dir(path)
+    return _empty(state, "")
+
+
+def read(path: str) -> dict[str, Any]:
+    """The nested state in a folder; shards of a tensor are joined.
+
+    Raises:
+        OSError: it cannot be opened.
+        CheckpointError: it is damaged, names classes that metadata does not need, holds values other than tensors and
+            plain ones, or is no such folder.
+    """
+    file = os.path.join(path, METADATA)
+    try:
+        with open(file, "rb") as stream:
+            data = stream.read()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"{path} is no PyTorch distributed checkpoint: there is no {file}", "give the folder that holds .metadata"
+        ) from error
+    metadata = load_records(data, file)
+    try:
+        return _Folder(path, metadata).state()
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CorruptCheckpoint(
+            f"{file} is not as PyTorch writes it: {type(error).__name__}: {error}", "it may be of a later version"
+        ) from error
+
+
+class _Folder:
+    def __init__(self, path: str, metadata: Any) -> None:
+        fields = _fields(metadata, "Metadata")
+        self._path = path
+        self._entries: dict[str, Any] = dict(fields["state_dict_metadata"])
+        self._paths: dict[str, Sequence[Any]] = dict(fields.get("planner_data") or {})
+        self._places: dict[tuple[str, tuple[int, ...] | None], dict[str, Any]] = {}
+        for index, info in fields["storage_data"].items():
+            key = _fields(index, "MetadataIndex")
+            offset = key.get("offset")
+            self._places[key["fqn"], None if offset is None else tuple(offset)] = _fields(info, "_StorageInfo")
+
+    def state(self) -> dict[str, Any]:
+        entries: dict[tuple[Any, ...], Any] = {}
+        for name, entry in self._entries.items():
+            is_value = isinstance(entry, Record) and entry.kind == "BytesStorageMetadata"
+            value = self._load(name, None) if is_value else self._tensor(name, _fields(entry, "TensorStorageMetadata"))
+            path = tuple(self._paths.get(name, (name,)))
+            if not path or path in entries:
+                raise ValueError(f"{name!r} has no place of its own")
+            entries[path] = value
+        state = _nest(entries)
+        if not isinstance(state, dict):
+            raise ValueError("there is no dictionary at the top")
+        return state
+
+    def _tensor(self, name: str, fields: dict[str, Any]) -> torch.Tensor:
+        properties = fields["properties"]
+        if not isinstance(properties, Record) or not isinstance(properties.state, tuple):
+            raise ValueError(f"{name!r} has no properties")
+        dtype, size = properties.state[0], tuple(fields["size"])
+        chunks = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
+        if len(chunks) == 1 and tuple(chunks[0]["sizes"]) == size:
+            return self._shard(name, chunks[0], dtype)
+        whole = torch.empty(size, dtype=dtype)
+        missing = torch.ones(size, dtype=torch.bool)
+        for chunk in chunks:
+            shard = self._shard(name, chunk, dtype)
+            pairs = zip(chunk["offsets"], chunk["sizes"], strict=True)
+            region = tuple(slice(start, start + length) for start, length in pairs)
+            whole[region] = shard
+            missing[region] = False
+        if missing.any():
+            raise CorruptCheckpoint(f"{self._path}: parts of the tensor {name!r} are missing", "save it anew")
+        return whole
+
+    def _shard(self, name: str, chunk: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
+        offsets, sizes = tuple(chunk["offsets"]), tuple(chunk["sizes"])
+        shard = self._load(name, offsets)
+        if not isinstance(shard, torch.Tensor) or shard.dtype != dtype or tuple(shard.shape) != sizes:
+            raise CorruptCheckpoint(f"{self._path}: the part of {name!r} at {offsets} is not what metadata tells")
+        return shard
+
+    def _load(self, name: str, offset: tuple[int, ...] | None) -> Any:
+        place = self._places[name, offset]
+        if place.get("transform_descriptors"):
+            raise CheckpointError(
+                f"{self._path}: {name!r} is stored through {place['transform_descriptors']}, which is not undone here",
+                "save it without extensions",
+            )
+        relative = str(place["relative_path"])
+        if PurePosixPath(relative).is_absolute() or ".." in PurePosixPath(relative).parts:
+            raise CheckpointError(f"{self._path}: {name!r} points out of the folder, to {relative!r}; not followed")
+        file, start, length = os.path.join(self._path, relative), int(place["offset"]), int(place["length"])
+        try:
+            with open(file, "rb") as stream:
+                if start < 0 or not 0 <= length <= os.fstat(stream.fileno()).st_size - start:
+                    raise CorruptCheckpoint(f"{file} ends before {name!r} does", "copy it anew")
+                stream.seek(start)
+                data = stream.read(length)
+        except FileNotFoundError as error:
+            raise CorruptCheckpoint(f"{file} is missing, it holds {name!r}", "copy the whole folder") from error
+        return load_archive(io.BytesIO(data), f"{name!r} in {file}")
+
+
+def _nest(entries: dict[tuple[Any, ...], Any]) -> Any:
+    """Dictionaries, and lists where the paths have numbers, from their leaves by path."""
+    if () in entries:
+        if len(entries) > 1:
+            raise ValueError("a value stands where there are others below it")
+        return entries[()]
+    children: dict[Any, dict[tuple[Any, ...], Any]] = {}
+    for (key, *rest), value in entries.items():
+        children.setdefault(key, {})[tuple(rest)] = value
+    if all(isinstance(key, str) for key in children):
+        return {key: _nest(below) for key, below in children.items()}
+    if not all(type(key) is int and key >= 0 for key in children):
+        raise ValueError(f"keys and numbers stand side by side: {list(children)[:9]}")
+    if max(children) >= 2 * len(children) + 1000:
+        raise ValueError(f"a list of {len(children)} items has one at {max(children)}")
+    # PyTorch leaves empty dictionaries out, of lists as well; the items after them keep their place.
+    return [_nest(children[index]) if index in children else {} for index in range(max(children) + 1)]
+
+
+def _empty(value: Any, name: str) -> list[str]:
+    """Names of empty dictionaries, but for the top."""
+    if isinstance(value, dict):
+        pairs = [(f"{name}/{key}" if name else key, item) for key, item in value.items()]
+        return [found for below, item in pairs for found in _empty(item, below)] if value or not name else [name]
+    return [f for i, item in enumerate(value) for f in _empty(item, f"{name}[{i}]")] if isinstance(value, list) else []
+
+
+def _fields(record: Any, kind: str) -> dict[str, Any]:
+    """The attributes of a record of the pickle."""
+    if not isinstance(record, Record) or record.kind != kind or not isinstance(record.state, dict):
+        raise ValueError(f"no {kind} where one should be")
+    return record.state

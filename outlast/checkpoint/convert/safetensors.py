@@ -1,0 +1,152 @@
+"""Safetensors: a flat dictionary of tensors, and text.
+
+A tensor's name is its keys joined by ``/``; so a flat state keeps its keys. What is no tensor, which keys have a ``/``
+of their own, and CRC32Cs of all (the format has no checksums) stand in the metadata, as JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from outlast.checkpoint.format.dtypes import dtype_name
+from outlast.checkpoint.format.json_values import from_json, to_json
+from outlast.checkpoint.format.records import crc_hex
+from outlast.checkpoint.state.nested import insert, leaves
+from outlast.errors import CheckpointError, CorruptCheckpoint, MissingDependency
+
+_OURS = "outlast."
+_STEP = "outlast.step"
+_VALUES = "outlast.values"
+_PATHS = "outlast.paths"
+_CRCS = "outlast.crc32c"
+_RESERVED = "__metadata__"
+
+
+def check_installed() -> None:
+    """Raise :class:`MissingDependency` unless the package is there."""
+    _package("safetensors")
+
+
+def write(state: dict[str, Any], path: str, step: int) -> list[str]:
+    """Write a nested state to a new file; durable on return.
+
+    Returns:
+        Names of what the format cannot hold: none, what it cannot hold is an error.
+
+    Raises:
+        MissingDependency: safetensors is not installed.
+        CheckpointError: two tensors would have one name, or the format has no such dtype; names them.
+        OSError: it cannot be written.
+    """
+    package = _package("safetensors.torch")
+    tensors: dict[str, torch.Tensor] = {}
+    paths: dict[str, list[str]] = {}
+    dtypes: set[torch.dtype] = set()
+    for keys, value in leaves(state):
+        if not isinstance(value, torch.Tensor):
+            continue
+        name = "/".join(keys)
+        if name in tensors or name == _RESERVED:
+            why = "is reserved in" if name == _RESERVED else "would stand twice in"
+            raise CheckpointError(f"the tensor name {name!r} {why} a safetensors file", "export as dcp or torch")
+        if value.dtype not in dtypes:
+            _check_dtype(package, value.dtype, name)
+            dtypes.add(value.dtype)
+        tensors[name] = value.contiguous()
+        if any("/" in key for key in keys):
+            paths[name] = list(keys)
+    metadata = {
+        "format": "pt",
+        _STEP: str(step),
+        _VALUES: json.dumps(to_json(_without_tensors(state), "")),
+        _PATHS: json.dumps(paths),
+    }
+    metadata[_CRCS] = json.dumps(_checksums(metadata, tensors))
+    try:
+        package.save_file(tensors, path, metadata=metadata)
+    except importlib.import_module("safetensors").SafetensorError as error:
+        raise OSError(str(error)) from error
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return []
+
+
+def read(path: str) -> dict[str, Any]:
+    """The state in a file: nested as it was if outlast wrote it, else flat with the keys as they stand there.
+
+    Raises:
+        MissingDependency: safetensors is not installed.
+        OSError: it cannot be opened.
+        CheckpointError: it is damaged, or of another format.
+    """
+    package = _package("safetensors")
+    with open(path, "rb"):
+        pass  # what the operating system says is clearer than what the package makes of it
+    try:
+        with package.safe_open(path, framework="pt", device="cpu") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except package.SafetensorError as error:
+        raise CorruptCheckpoint(f"{path} cannot be read: {error}", "it is damaged, or no safetensors file") from error
+    if not any(key.startswith(_OURS) for key in metadata):
+        return dict(tensors)
+    try:
+        computed = _checksums(metadata, tensors)
+        written = json.loads(metadata[_CRCS])
+        if computed != written:
+            unlike = sorted(
+                name for name in computed.keys() | written.keys() if computed.get(name) != written.get(name)
+            )
+            raise CorruptCheckpoint(f"{path}: CRC32C is not the one that was written of {unlike[:9]}", "copy it anew")
+        paths = json.loads(metadata[_PATHS])
+        state: dict[str, Any] = dict(from_json(json.loads(metadata[_VALUES])))
+        for name, tensor in tensors.items():
+            insert(state, paths.get(name) or name.split("/"), tensor, path)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise CorruptCheckpoint(
+            f"{path}: its metadata {_OURS}* are not as outlast writes them: {type(error).__name__}: {error}",
+            "copy it anew",
+        ) from error
+    return state
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingDependency(
+            f"safetensors files need a package: {error}", "pip install 'outlast[safetensors]'"
+        ) from error
+
+
+def _check_dtype(package: Any, dtype: torch.dtype, name: str) -> None:
+    try:
+        package.save({"x": torch.empty(0, dtype=dtype)})
+    except Exception as error:  # the package has no error of its own for this
+        raise CheckpointError(
+            f"the tensor {name!r} has dtype {dtype_name(dtype)}, which safetensors cannot hold",
+            "export as dcp or torch, or only a part of the state with --part",
+        ) from error
+
+
+def _without_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_tensors(value) if isinstance(value, Mapping) else value
+        for key, value in state.items()
+        if not isinstance(value, torch.Tensor)
+    }
+
+
+def _checksums(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """CRC32C of each tensor with its type and shape, by its name; and (by the reserved name) of our metadata."""
+    found = {_RESERVED: crc_hex(f"{metadata[_STEP]}\n{metadata[_VALUES]}\n{metadata[_PATHS]}".encode())}
+    for name, tensor in tensors.items():
+        kind = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode()
+        found[name] = crc_hex(kind, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found

@@ -1,0 +1,101 @@
+"""The file or folder an export writes: it appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from outlast.checkpoint.convert.dcp import METADATA
+from outlast.checkpoint.storage.local import sync_dir
+from outlast.errors import CheckpointError, OutlastError
+
+
+def check_target(path: str, *, folder: bool, force: bool) -> None:
+    """Raise :class:`CheckpointError` unless a target can be made, or may be replaced.
+
+    Args:
+        path: absolute, without links.
+        folder: whether it will be a folder, else a file.
+        force: allow to replace a file by a file, and a ``dcp`` checkpoint by a folder.
+    """
+    parent = os.path.dirname(path)
+    if not os.path.isdir(parent):
+        raise CheckpointError(f"there is no folder {parent}", "make it, or give another target")
+    if not os.path.lexists(path):
+        return
+    if not force:
+        raise CheckpointError(f"{path} is there already", "give another target, or --force to replace it")
+    is_folder = os.path.isdir(path)
+    if is_folder and not (folder and os.path.isfile(os.path.join(path, METADATA))):
+        what = "a folder that is no dcp checkpoint" if folder else "a folder, not a file"
+    elif folder and not is_folder:
+        what = "a file, not a folder"
+    else:
+        return
+    raise CheckpointError(f"{path} is {what}; --force does not replace that", "give another target")
+
+
+@contextmanager
+def new_target(path: str, *, folder: bool, force: bool) -> Iterator[str]:
+    """Gives the name beside the target under which to write it; on leaving it gets its own, durably.
+
+    If anything fails, what was written is removed, and what was there before is untouched.
+
+    Raises:
+        CheckpointError: whatever went wrong within, with the target's name.
+    """
+    temporary = _beside(path, "tmp")
+    try:
+        yield temporary
+        check_target(path, folder=folder, force=force)
+        _publish(temporary, path)
+    except OutlastError as error:
+        if isinstance(error, CheckpointError) and path not in error.what:
+            raise type(error)(f"{path} is not written: {error.what}", error.fix) from error
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error}", "see to the disk and its permissions; nothing is left of the attempt"
+        ) from error
+    finally:
+        _discard(temporary)
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if not os.path.isdir(path):
+        return os.stat(path).st_size
+    return sum(os.stat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(path) for name in names)
+
+
+def _publish(temporary: str, path: str) -> None:
+    old = None
+    if os.path.isdir(path):
+        old = _beside(path, "old")
+        os.rename(path, old)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        if old is not None:
+            os.rename(old, path)
+        raise
+    sync_dir(os.path.dirname(path))
+    if old is not None:
+        _discard(old)
+
+
+def _beside(path: str, end: str) -> str:
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name[:50]}.{uuid.uuid4().hex[:8]}.{end}")
+
+
+def _discard(path: str) -> None:
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(path)

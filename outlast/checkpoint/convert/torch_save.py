@@ -1,0 +1,42 @@
+"""Files of ``torch.save``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from outlast.checkpoint.convert.safe_unpickle import load_archive
+from outlast.errors import CheckpointError
+
+
+def write(state: dict[str, Any], path: str, step: int) -> list[str]:
+    """Write a nested state to a new file that ``torch.load(weights_only=True)`` reads; durable on return.
+
+    Returns:
+        Names of what the format cannot hold: none.
+
+    Raises:
+        OSError, RuntimeError: it cannot be written.
+    """
+    del step
+    with open(path, "xb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return []
+
+
+def read(path: str) -> dict[str, Any]:
+    """The nested state in a file.
+
+    Raises:
+        OSError: it cannot be opened.
+        CheckpointError: it is damaged, of another format, or holds more than tensors and plain values.
+    """
+    with open(path, "rb") as file:
+        state = load_archive(file, path)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}", "import takes a dictionary of tensors")
+    return state

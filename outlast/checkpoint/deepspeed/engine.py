@@ -1,0 +1,372 @@
+"""The class that DeepSpeed calls, and what of its engine is replaced; see :mod:`outlast.checkpoint.deepspeed`."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from outlast.checkpoint.attach import attach
+from outlast.checkpoint.checkpointer import Checkpointer
+from outlast.checkpoint.config import CheckpointConfig
+from outlast.checkpoint.deepspeed.containers import take_apart
+from outlast.checkpoint.deepspeed.files import CHANGING, HEADER, Files, kinds_of_deepspeed, step_of
+from outlast.checkpoint.peers.collectives import Agreement
+from outlast.checkpoint.tools.open_step import OpenedStep
+from outlast.errors import CheckpointError, CheckpointNotFound
+from outlast.events import Event
+
+_log = logging.getLogger("outlast.checkpoint")
+_STAYS = ("optimizer_state_dict", "optimizer", "frozen_param_fragments")
+"""Keys of DeepSpeed's files whose tensors only an update changes."""
+SEAMS = {
+    "save_checkpoint": ("save_dir", "tag", "client_state", "save_latest", "exclude_frozen_parameters"),
+    "load_checkpoint": (
+        "load_dir",
+        "tag",
+        "load_module_strict",
+        "load_optimizer_states",
+        "load_lr_scheduler_states",
+        "load_module_only",
+        "custom_load_fn",
+    ),
+    "_get_all_ckpt_names": ("checkpoints_path", "tag"),
+}
+"""The engine's methods that are replaced, and their arguments."""
+
+
+class DeepSpeedCheckpointEngine:
+    """DeepSpeed's ``CheckpointEngine``, under one engine; made by :func:`outlast.checkpoint.deepspeed.attach`.
+
+    A checkpoint is a step of :class:`Checkpointer`, numbered by ``engine.global_steps``: each rank's part of what
+    DeepSpeed would have written into files is its local state, by the file's name. It is committed in two phases while
+    training goes on; one without a commit record does not count, whatever its tag.
+
+    Failure contract: as :class:`Checkpointer`. What the environment does makes a save fail, an event tells, and
+    training goes on; state that cannot be stored is raised by ``engine.save_checkpoint`` on all ranks; a tensor that
+    was changed too early is raised by ``engine.step`` or the next call. A save is committed only after the next update
+    was begun, or the next save, or :meth:`close`.
+    """
+
+    name = "outlast"
+
+    def __init__(self, engine: Any, config: CheckpointConfig, emit: Callable[[Event], None] | None) -> None:
+        self._engine = engine
+        self._config = config
+        self._emit = emit
+        self._kinds = kinds_of_deepspeed()
+        self._former = engine.checkpoint_engine
+        self._originals = {name: getattr(engine, name) for name in SEAMS}
+        self._agreement = Agreement(None, dist.get_rank(), dist.get_world_size())
+        self._folder = ""
+        self._checkpointer: Checkpointer | None = None
+        self._tags: dict[int, str] = {}
+        self._collected: dict[str, Any] | None = None
+        self._loading: Files | None = None
+        self._closed = False
+        engine.checkpoint_engine = self
+        engine.save_checkpoint = self._save_checkpoint
+        engine.load_checkpoint = self._load_checkpoint
+        engine._get_all_ckpt_names = self._names_for
+
+    # What DeepSpeed calls. Outside of save_checkpoint and load_checkpoint these are exports, as save_16bit_model's.
+
+    def create(self, info: Any) -> None:
+        """A checkpoint, or an export, begins."""
+        if self._collected is None:
+            self._former.create(info)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a folder for an export; a checkpoint needs none."""
+        if self._collected is None:
+            self._former.makedirs(path, exist_ok=exist_ok)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Take a state that belongs to the checkpoint; it is looked at when all are there.
+
+        Raises:
+            CheckpointError: the state of that file is here already.
+        """
+        if self._collected is None:
+            self._former.save(state_dict, path)
+            return
+        file = os.path.basename(path)
+        if file in self._collected:
+            raise CheckpointError(f"DeepSpeed saves {file} twice in one checkpoint")
+        self._collected[file] = state_dict
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """The state that DeepSpeed saved as ``DIR/TAG/FILE``, verified; changes nothing, is not collective.
+
+        What is still being saved is not looked at.
+
+        Args:
+            path: with the tag that was saved; of several steps of that tag the newest is read. A file that is there
+                as a file (an export) is read by the engine that DeepSpeed came with.
+            map_location: a device, or None for the CPU; functions are taken to mean the CPU.
+
+        Raises:
+            CheckpointNotFound: no committed step of that tag, or it has no such file.
+            CorruptCheckpoint, IncompleteCheckpoint, CheckpointError: see :class:`OpenedStep`.
+        """
+        if self._loading is not None:
+            return self._loading.read(os.path.basename(path), _device(map_location))
+        if os.path.isfile(path):
+            return self._former.load(path, map_location)
+        folder, file = os.path.split(os.path.abspath(path))
+        url, tag = os.path.split(folder)
+        with OpenedStep(url, step_of(url, tag)) as opened:
+            files = Files(url, opened.step, opened.load(None), opened.load, self._kinds)
+            return files.read(file, _device(map_location))
+
+    def commit(self, info: Any) -> bool:
+        """An export is complete. Checkpoints commit themselves."""
+        return bool(self._former.commit(info))
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        """Whether the rank hands over what all ranks of its data-parallel group have alike."""
+        return dp_rank == 0
+
+    def is_decoupled(self) -> bool:
+        """True: ``save_checkpoint`` returns before the checkpoint is durable, and DeepSpeed writes no ``latest``."""
+        return True
+
+    def set_commit_info(self, info: Any) -> None:
+        """Nothing is to be kept."""
+
+    def get_commit_info(self) -> None:
+        """Wait until no tensor of the running save is needed any more; DeepSpeed calls it right before an update.
+
+        None, so that DeepSpeed neither waits for the commit nor writes ``latest``.
+
+        Raises:
+            SnapshotMutated: a tensor was changed too early; the save is given up.
+        """
+        if self._checkpointer is not None:
+            self._checkpointer.wait_copied()
+
+    def preserves_storage_sharing(self) -> bool:
+        """False: of a tensor that is part of a larger storage only its own bytes are written."""
+        return False
+
+    def cleanup(self) -> None:
+        """As :meth:`close`; ``engine.destroy`` calls it."""
+        self.close()
+
+    # End of what DeepSpeed calls.
+
+    def close(self) -> None:
+        """Wait until the running save is committed or has failed, and give the engine its own back; twice is harmless.
+
+        Raises:
+            SnapshotMutated: a tensor of the running save was changed too early.
+        """
+        self._end(lambda checkpointer: checkpointer.close())
+
+    def abort(self) -> None:
+        """Give the running save up, report it as failed, and give the engine its own back."""
+        self._end(lambda checkpointer: checkpointer.abort())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _end(self, how: Callable[[Checkpointer], None]) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._checkpointer is not None:
+                how(self._checkpointer)
+        finally:
+            self._engine.checkpoint_engine = self._former
+            for name in SEAMS:
+                delattr(self._engine, name)
+
+    def _save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: object = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Begin to save; collective. Arguments and result are DeepSpeed's.
+
+        Raises:
+            CheckpointError: names the rank, DeepSpeed's file and the key.
+            SnapshotMutated: a tensor of the save before was changed too early.
+        """
+        step = int(self._engine.global_steps)
+        name = f"global_step{step}" if tag is None else str(tag)
+        if not save_latest:
+            raise CheckpointError(
+                "save_latest = False: there is no pointer to the latest checkpoint that could be left as it is",
+                "leave it out, and save to a folder of its own what is not to be resumed from",
+            )
+        checkpointer = self._at(save_dir)
+        checkpointer.wait_copied()
+        if self._tags.get(step, name) != name:
+            raise CheckpointError(
+                f"step {step} was saved as {self._tags[step]!r} before, and now as {name!r}: a step is saved once",
+                "save to another folder, or after the next step",
+            )
+        self._collected = {}
+        try:
+            self._originals["save_checkpoint"](
+                self._folder, name, dict(client_state or {}), save_latest, exclude_frozen_parameters
+            )
+            collected = self._collected
+        finally:
+            self._collected = None
+        local: dict[str, Any] = {}
+        problem = None
+        try:
+            local = self._local(collected)
+        except CheckpointError as error:
+            problem = [error.what, error.fix]
+        owners: dict[str, int] = {}
+        # Not before this may a rank raise: DeepSpeed's own part ends with a barrier.
+        for rank, text in enumerate(self._agreement.texts(json.dumps([sorted(collected), problem]))):
+            files, bad = json.loads(text)
+            if bad is None and not owners.keys().isdisjoint(files):
+                twice = min(owners.keys() & set(files))
+                bad = [f"rank {owners[twice]} saves {twice} too", "files of one checkpoint need names of their own"]
+            if bad is not None:
+                raise CheckpointError(f"rank {rank}: {bad[0]}", bad[1])
+            owners |= dict.fromkeys(files, rank)
+        header = {"tag": name, "version": import_module("deepspeed").__version__, "files": owners}
+        checkpointer.save(step, replicated={HEADER: header}, local=local, eager=(CHANGING,))
+        self._tags[step] = name
+        return True
+
+    def _local(self, collected: Mapping[str, Any]) -> dict[str, Any]:
+        weights = {weight.untyped_storage().data_ptr() for weight in self._engine.module.parameters()} - {0}
+
+        def stays(path: tuple[str, ...], tensor: torch.Tensor) -> bool:
+            if path[:1] == ("module",):  # buffers, and what get_extra_state gives, may change with the next forward
+                return tensor.untyped_storage().data_ptr() in weights
+            return bool(path) and path[0] in _STAYS
+
+        local: dict[str, Any] = {CHANGING: {}}
+        for file, state in collected.items():
+            taken = take_apart(state, file, self._kinds, stays)
+            local[file] = {"state": taken.skeleton, "tensors": taken.tensors}
+            local[CHANGING][file] = taken.changing
+        return local
+
+    def _load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: object = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Resume; collective. Arguments and result are DeepSpeed's; (None, None) if there is no checkpoint at all.
+
+        Without a tag, of the newest step that all ranks find complete and undamaged; damaged newer ones are set aside.
+        With a tag, of the newest committed step of that tag, and newer ones are set aside.
+
+        Raises:
+            CheckpointError: see :meth:`Checkpointer.restore`.
+        """
+        if load_module_only or (not load_optimizer_states and self._engine.zero_optimization_partition_weights()):
+            raise CheckpointError(
+                "load_checkpoint resumes from a whole checkpoint, and sets newer ones aside",
+                "for weights alone read one of its files: engine.checkpoint_engine.load(f'{dir}/{tag}/{file}')",
+            )
+        self._leave()  # what is being saved may be what is to be loaded
+        checkpointer = self._at(load_dir)
+        restored = checkpointer.restore("auto" if tag is None else self._agreed_step(str(tag)))
+        if restored is None:
+            if os.path.isfile(os.path.join(self._folder, "latest")):
+                raise CheckpointError(
+                    f"{self._folder} holds checkpoints that DeepSpeed wrote itself, and none of outlast's",
+                    "load them before attach(), and save to another folder",
+                )
+            _log.warning("%s: there is no checkpoint yet", self._folder)
+            return None, None
+        own, rank = restored.local, dist.get_rank()
+        self._loading = Files(
+            self._folder,
+            restored.step,
+            restored.replicated,
+            lambda other: own if other == rank else restored.read_local(other),
+            self._kinds,
+        )
+        try:
+            path, client_state = self._originals["load_checkpoint"](
+                self._folder,
+                self._loading.tag,
+                load_module_strict,
+                load_optimizer_states,
+                load_lr_scheduler_states,
+                load_module_only,
+                custom_load_fn,
+            )
+        finally:
+            self._loading = None
+        self._tags = {step: name for step, name in self._tags.items() if step <= restored.step}
+        return path, client_state
+
+    def _names_for(self, checkpoints_path: str, tag: str) -> list[str]:
+        """Where the files with the module's state lie that DeepSpeed looks for."""
+        if self._loading is None:
+            return list(self._originals["_get_all_ckpt_names"](checkpoints_path, tag))
+        pattern = os.path.basename(self._engine._get_ckpt_name(checkpoints_path, tag, mp_placeholder="*"))
+        return [self._loading.place(file) for file in sorted(fnmatch.filter(self._loading.owners, pattern))]
+
+    def _agreed_step(self, tag: str) -> int:
+        """The newest step of a tag, as rank 0 sees it; raises on all ranks."""
+        found, problem = -1, ["", ""]
+        if dist.get_rank() == 0:
+            try:
+                found = step_of(self._folder, tag)
+            except CheckpointError as error:
+                problem = [error.what, error.fix]
+        found = self._agreement.from_coordinator(found)
+        if found < 0:
+            what, fix = json.loads(self._agreement.texts(json.dumps(problem))[0])
+            raise CheckpointNotFound(what, fix)
+        return found
+
+    def _at(self, folder: str | os.PathLike[str]) -> Checkpointer:
+        """The checkpoints of a folder; those of another folder are closed first."""
+        if self._closed:
+            raise CheckpointError("the engine's checkpoints are closed", "attach again")
+        name = os.fspath(folder)
+        if "://" in name:
+            raise CheckpointError(f"{name}: DeepSpeed takes no URLs", "give a path that all ranks share")
+        name = os.path.abspath(name)
+        if self._checkpointer is None or name != self._folder:
+            self._leave()
+            self._checkpointer = attach(name, self._config, emit=self._emit)
+            if name != self._folder:
+                self._folder, self._tags = name, {}
+        return self._checkpointer
+
+    def _leave(self) -> None:
+        """Wait until the running save is committed or has failed."""
+        if self._checkpointer is not None:
+            checkpointer, self._checkpointer = self._checkpointer, None
+            checkpointer.close()
+
+
+def _device(map_location: Any) -> torch.device:
+    return torch.device("cpu" if map_location is None or callable(map_location) else map_location)

@@ -1,0 +1,1 @@
+"""What a checkpoint is as bytes: names, Zarr documents and chunks, records, JSON values."""

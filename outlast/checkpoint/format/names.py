@@ -1,0 +1,158 @@
+"""Names of what lies in a checkpoint: steps, ranks, and keys of the state as path components that every store takes.
+
+::
+
+    URL/
+      step_00000040/
+        zarr.json                   the root group; its attribute ``outlast`` tells step, epoch, world size
+        model/blocks.0.w/zarr.json  replicated state; each rank writes an equal share of its bytes
+        model/blocks.0.w/c.0.0
+        rank_00000/...              local state, written by its rank
+        packed/rank_00000.0/...     small tensors of either, as many as fit into a chunk, written by rank 0
+        votes/rank_00000.json       what rank 0 wrote: files, sizes, checksums
+        commit.json                 without it there is no checkpoint
+      step_00000030.aside-1/        was found damaged, or was superseded; never read
+      step_00000040.replaced/       is being saved anew; it is the step again if that is not completed
+      step_00000040.failed-E-S      a rank gave this save up (epoch E, save S); the others need not wait
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote, unquote
+
+from outlast.errors import CheckpointError
+
+HEADER = "outlast"
+"""The root group's attribute that tells what the checkpoint is; no key of the state may have its name."""
+
+
+MEMORY, PARTNER, LOCAL_DISK, STORAGE = "memory", "partner", "local", "storage"
+"""The tiers, as events name them."""
+COMMIT = "commit.json"
+PACKS = "packed"
+"""The group of all ranks' small tensors."""
+NODE = "zarr.json"
+"""The metadata document of a Zarr group or array."""
+
+_STEP = re.compile(r"step_([0-9]{8,})")
+_ASIDE = re.compile(r"step_([0-9]{8,})\.aside-([0-9]+)")
+_REPLACED = re.compile(r"step_([0-9]{8,})\.replaced")
+_FAILED = re.compile(r"step_([0-9]{8,})\.failed-(.+)-([0-9]+)")
+_RESERVED = re.compile(r"votes|packed|commit\.json|rank_[0-9]+")
+_PACK = re.compile(r"packed/rank_([0-9]{5,})\.[0-9]+/.+")
+_LOCAL = re.compile(r"rank_([0-9]{5,})/.+")
+_INTEGER = re.compile(r"~-?[0-9]+")
+_MAX_NAME_BYTES = 255
+_PLAIN = " +=,@()_.-~"
+
+
+def step_name(step: int) -> str:
+    """The folder of a step, e.g. ``step_00000040``."""
+    return f"step_{step:08d}"
+
+
+def parse_step(name: str) -> int | None:
+    """The step of a folder's name, or None if it is not one of a step."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def parse_aside(name: str) -> int | None:
+    """The step of a folder that was set aside, or None."""
+    match = _ASIDE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def replaced_name(step: int) -> str:
+    """Where a committed step lies while it is saved anew."""
+    return f"{step_name(step)}.replaced"
+
+
+def parse_replaced(name: str) -> int | None:
+    """The step of such a folder, or None."""
+    match = _REPLACED.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def rank_name(rank: int) -> str:
+    """The group of a rank's local state, e.g. ``rank_00000``."""
+    return f"rank_{rank:05d}"
+
+
+def pack_path(rank: int, number: int) -> str:
+    """The array of a rank's small tensors, relative to the step."""
+    return f"{PACKS}/{rank_name(rank)}.{number}"
+
+
+def parse_pack(path: str) -> int | None:
+    """Whose pack a file relative to the step belongs to, or None if to none."""
+    match = _PACK.fullmatch(path)
+    return int(match[1]) if match else None
+
+
+def parse_local(path: str) -> int | None:
+    """Whose local state a file relative to the step, or a packed tensor, belongs to; None: replicated state."""
+    match = _LOCAL.fullmatch(path)
+    return int(match[1]) if match else None
+
+
+def vote_path(step: int, rank: int) -> str:
+    """Where a rank's vote lies, relative to the URL."""
+    return f"{step_name(step)}/votes/{rank_name(rank)}.json"
+
+
+def failed_name(step: int, epoch: str, serial: int) -> str:
+    """The empty file by which a rank tells the others that this save was given up."""
+    return f"{step_name(step)}.failed-{encode_key(epoch)}-{serial}"
+
+
+def parse_failed(name: str) -> tuple[str, int] | None:
+    """(epoch, save number) of such a file, or None."""
+    match = _FAILED.fullmatch(name)
+    return (unquote(match[2]), int(match[3])) if match else None
+
+
+def encode_key(key: str | int, *, at_root: bool = False) -> str:
+    """A key of the state as one path component; :func:`decode_key` is its inverse.
+
+    Letters, digits and ``_.-`` stay, so parameter names read naturally; ``/`` and whatever a store, a glob or Zarr
+    could take for something else becomes ``%XX``. The integer 5 is ``~5``, which no text becomes.
+
+    Raises:
+        CheckpointError: the encoded key is longer than file systems allow, or empty.
+    """
+    if type(key) is int:
+        return f"~{key}"
+    if not isinstance(key, str):
+        raise CheckpointError(f"the state has the key {key!r}", "keys must be strings, below the top integers as well")
+    if not key:
+        raise CheckpointError("an empty string is a key of the state", "every key needs a name")
+    try:
+        name = quote(key, safe=_PLAIN)
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"the key {key!r} is not valid Unicode text") from error
+    special = (
+        name.startswith(("__", "~", " "))
+        or set(name) == {"."}
+        or name == NODE
+        or (at_root and _RESERVED.fullmatch(name))
+    )
+    if special:
+        name = f"%{ord(name[0]):02X}{name[1:]}"
+    if len(name) > _MAX_NAME_BYTES:
+        raise CheckpointError(
+            f"the key {key[:60]!r}... is {len(name)} bytes long as a file name, at most {_MAX_NAME_BYTES} are allowed",
+            "shorten the name",
+        )
+    return name
+
+
+def decode_key(name: str) -> str | int:
+    """The key that :func:`encode_key` made this path component of."""
+    return int(name[1:]) if _INTEGER.fullmatch(name) else unquote(name, errors="strict")
+
+
+def readable(path: str) -> str:
+    """A path relative to the step as its keys, joined by ``/``."""
+    return "/".join(str(decode_key(part)) for part in path.split("/"))

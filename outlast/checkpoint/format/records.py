@@ -1,0 +1,202 @@
+"""Votes and commit records: small JSON files that carry a checksum of themselves.
+
+Every format version keeps three things, so that each version recognises the others' files: the file ends in
+``,"crc32c":"XXXXXXXX"}`` and a newline, the checksum is over all bytes before that, and there is a ``format_version``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import crc32c
+
+from outlast.checkpoint.format.names import COMMIT
+from outlast.errors import CheckpointError, CorruptCheckpoint, UnknownFormatVersion
+
+FORMAT_VERSION = 2
+CRC_BYTES = 4
+"""Of the checksum at a chunk's end."""
+_SEAL = re.compile(rb',"crc32c":"([0-9a-f]{8})"\}\n\Z')
+
+
+class Fault(Exception):
+    """A checkpoint cannot be used; which file is at fault, and why.
+
+    Args:
+        kind: the public error it becomes.
+        file: relative to the step's folder; empty where no single file is at fault.
+        reason: in words, with the values.
+    """
+
+    def __init__(self, kind: type[CheckpointError], file: str, reason: str) -> None:
+        super().__init__(kind, file, reason)
+        self.kind = kind
+        self.file = file
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}" if self.file else self.reason
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a vote."""
+
+    path: str
+    """Relative to the step's folder."""
+    size_bytes: int
+    crc32c: str
+    """8 hex digits. Of the whole file; of a chunk without the 4 bytes of CRC32C at its end, which must be the same: the
+    CRC of bytes followed by their own CRC is one constant, and would not tell one chunk from another."""
+    chunk: bool
+    """Whether it is a Zarr chunk."""
+
+    @property
+    def body_bytes(self) -> int:
+        """Its size without the checksum at a chunk's end."""
+        return self.size_bytes - (CRC_BYTES if self.chunk else 0)
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What one rank wrote, all of it durable before the vote was."""
+
+    step: int
+    rank: int
+    world_size: int
+    epoch: str
+    """The attempt it belongs to; a vote of another attempt never counts."""
+    serial: int
+    """Number of the save within the attempt, so that a late vote of a save that was given up does not count either."""
+    layout: str
+    """Checksum of the names, shapes and types of the replicated state, which must be the same on all ranks."""
+    files: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The commit record: the checkpoint is complete."""
+
+    step: int
+    world_size: int
+    epoch: str
+    serial: int
+    saved_at: float
+    """Seconds since the epoch of Unix time."""
+    size_bytes: int
+    """Of all files that votes list."""
+    votes: tuple[FileEntry, ...]
+    """By rank."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What lies in one slot of shared memory."""
+
+    vote: Vote
+    places: dict[str, int]
+    """Where each of the vote's files begins, in bytes; what follows is as long as the vote says."""
+
+
+def crc_hex(*parts: bytes | memoryview) -> str:
+    """CRC32C of the concatenation, as 8 hex digits."""
+    value = 0
+    for part in parts:
+        value = crc32c.crc32c(part, value)
+    return f"{value:08x}"
+
+
+class Seen:
+    """Bytes that came piece by piece: how many, and their CRC32C."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.crc = 0
+
+    def __call__(self, piece: bytes | memoryview) -> None:
+        """The next piece."""
+        self.nbytes += len(piece)
+        self.crc = crc32c.crc32c(piece, self.crc)
+
+
+def check_file(entry: FileEntry, data: memoryview) -> None:
+    """Compare a file's bytes with what was voted for; raises :class:`Fault`."""
+    if len(data) != entry.size_bytes:
+        raise _wrong_size(entry, len(data))
+    seen = Seen()
+    seen(data[: entry.body_bytes])
+    check_pieces(entry, seen, bytes(data[entry.body_bytes :]))
+
+
+def check_pieces(entry: FileEntry, seen: Seen, end: bytes) -> None:
+    """As :func:`check_file`, of a file of which all but a chunk's checksum at its end was read in pieces."""
+    if seen.nbytes + len(end) != entry.size_bytes:
+        raise _wrong_size(entry, seen.nbytes + len(end))
+    if entry.chunk and (stored := end[::-1].hex()) != entry.crc32c:
+        raise Fault(CorruptCheckpoint, entry.path, f"its own CRC32C is {stored}, written was {entry.crc32c}")
+    computed = f"{seen.crc:08x}"
+    if computed != entry.crc32c:
+        raise Fault(CorruptCheckpoint, entry.path, f"CRC32C of its bytes is {computed}, written was {entry.crc32c}")
+
+
+def _wrong_size(entry: FileEntry, nbytes: int) -> Fault:
+    return Fault(CorruptCheckpoint, entry.path, f"has {nbytes} bytes, {entry.size_bytes} were written")
+
+
+def seal(record: Vote | Commit | Placed) -> bytes:
+    """The file of a record."""
+    body = {"format_version": FORMAT_VERSION, "kind": type(record).__name__.lower(), **asdict(record)}
+    text = json.dumps(body, indent=1, allow_nan=False).encode()[:-1].rstrip(b"\n")
+    return text + b',"crc32c":"' + crc_hex(text).encode() + b'"}\n'
+
+
+def unseal_vote(data: bytes, file: str) -> Vote:
+    """A vote from its file's bytes; raises :class:`Fault`."""
+    body = _unseal(data, file, "vote")
+    try:
+        files = tuple(FileEntry(**entry) for entry in body.pop("files"))
+        return Vote(files=files, **body)
+    except (KeyError, TypeError) as error:
+        raise Fault(CorruptCheckpoint, file, f"is not a vote: {error}") from error
+
+
+def unseal_placed(data: bytes, file: str) -> Placed:
+    """What lies in a slot, from its index's bytes; raises :class:`Fault`."""
+    body = _unseal(data, file, "placed")
+    try:
+        vote = body["vote"]
+        files = tuple(FileEntry(**entry) for entry in vote.pop("files"))
+        places = {entry.path: int(body["places"][entry.path]) for entry in files}
+        return Placed(Vote(files=files, **vote), places)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Fault(CorruptCheckpoint, file, f"is not the index of a slot: {error}") from error
+
+
+def unseal_commit(data: bytes) -> Commit:
+    """A commit record from its file's bytes; raises :class:`Fault`."""
+    body = _unseal(data, COMMIT, "commit")
+    try:
+        votes = tuple(FileEntry(**entry) for entry in body.pop("votes"))
+        return Commit(votes=votes, **body)
+    except (KeyError, TypeError) as error:
+        raise Fault(CorruptCheckpoint, COMMIT, f"is not a commit record: {error}") from error
+
+
+def _unseal(data: bytes, file: str, kind: str) -> dict[str, Any]:
+    match = _SEAL.search(data)
+    if match is None:
+        raise Fault(CorruptCheckpoint, file, f"{len(data)} bytes that do not end in a checksum")
+    computed = crc_hex(memoryview(data)[: match.start()])
+    if computed.encode() != match[1]:
+        raise Fault(CorruptCheckpoint, file, f"CRC32C of its bytes is {computed}, recorded is {match[1].decode()}")
+    body: dict[str, Any] = json.loads(data)
+    version = body.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise Fault(UnknownFormatVersion, file, f"has format version {version}, this outlast reads {FORMAT_VERSION}")
+    if body.pop("kind", None) != kind:
+        raise Fault(CorruptCheckpoint, file, f"is not a {kind} record")
+    del body["crc32c"]
+    return body

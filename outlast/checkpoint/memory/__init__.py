@@ -1,0 +1,1 @@
+"""The host memory that a save passes through."""

@@ -1,0 +1,1 @@
+"""How ranks find, hear and agree with one another about saves and restores."""

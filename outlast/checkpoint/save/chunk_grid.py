@@ -1,0 +1,74 @@
+"""Into which chunks a tensor is cut: Zarr has regular grids only."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import lru_cache
+
+from outlast.checkpoint.state.boxes import Spread, divisors
+
+_FRAGMENTS = 16
+"""A grid with more chunks than so many times what the bytes and the shards ask for is refused."""
+
+
+def chunk_shape(shape: tuple[int, ...], itemsize: int, chunk_bytes: int) -> tuple[int, ...]:
+    """The largest chunk of whole rows of at most ``chunk_bytes``, with rows spread evenly over chunks.
+
+    A chunk is 1 in the first dimensions, some rows in one, and whole in the others.
+    """
+    inner = itemsize
+    for d in range(len(shape) - 1, -1, -1):
+        if inner * shape[d] > chunk_bytes:
+            rows = max(1, chunk_bytes // inner)
+            rows = math.ceil(shape[d] / math.ceil(shape[d] / rows))
+            return (1,) * d + (rows,) + shape[d + 1 :]
+        inner *= shape[d]
+    return shape
+
+
+def shard_chunk_shape(spread: Spread, itemsize: int, chunk_bytes: int) -> tuple[int, ...]:
+    """The chunk of a tensor that lies in shards, no chunk of which may lie in two of them.
+
+    Of all grids whose lines include the shards' boundaries it has the fewest chunks of at most ``chunk_bytes``; of
+    several, chunks with the longest rows.
+
+    Raises:
+        ValueError: every such grid has many times the chunks that the bytes ask for; says what would help.
+    """
+    if 0 in spread.shape:
+        return spread.shape
+    chunk = _fewest(spread.shape, spread.units, itemsize, chunk_bytes)
+    count = _count(spread.shape, chunk)
+    shard_bytes = math.prod(spread.shape) * itemsize / spread.shards
+    if count > _FRAGMENTS * spread.shards * math.ceil(shard_bytes / chunk_bytes):
+        largest = itemsize * math.prod(u or s for u, s in zip(spread.units, spread.shape, strict=True))
+        raise ValueError(
+            f"its shards end at multiples of {spread.units} rows (0: not split) and no larger ones, so that chunks of "
+            f"at most {chunk_bytes} bytes would be {chunk}, {count} of them; sizes that the ranks share evenly help"
+            + (f", or checkpoint.chunk_mb of at least {largest / 1e6:.6g}" if largest > chunk_bytes else "")
+        )
+    return chunk
+
+
+@lru_cache(maxsize=4096)
+def _fewest(shape: tuple[int, ...], units: tuple[int, ...], itemsize: int, chunk_bytes: int) -> tuple[int, ...]:
+    split = [d for d, unit in enumerate(units) if unit]
+    free = [d for d, unit in enumerate(units) if not unit]
+    best: tuple[int, tuple[int, ...]] | None = None
+    for rows in itertools.product(*(divisors(units[d]) for d in split)):
+        inner = itemsize * math.prod(rows)
+        if inner > chunk_bytes and math.prod(rows) > 1:
+            continue
+        others = chunk_shape(tuple(shape[d] for d in free), inner, chunk_bytes)
+        chunk = dict(zip(split, rows, strict=True)) | dict(zip(free, others, strict=True))
+        found = tuple(chunk[d] for d in range(len(shape)))
+        key = _count(shape, found), tuple(-size for size in reversed(found))
+        if best is None or key < best:
+            best = key
+    assert best is not None  # single rows are always among them
+    return tuple(-size for size in reversed(best[1]))
+
+
+def _count(shape: tuple[int, ...], chunk: tuple[int, ...]) -> int:
+    return math.prod(math.ceil(size / rows) for size, rows in zip(shape, chunk, strict=True))

@@ -1,0 +1,133 @@
+"""Where the bytes of a save come from: tensors, copied one after the other, or a copy that lies in memory already."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from outlast.checkpoint.format.records import CRC_BYTES
+from outlast.checkpoint.memory.arena import Region
+from outlast.checkpoint.save.plan import Share
+from outlast.checkpoint.save.snapshot import Snapshot
+
+_LOOK_S = 0.1
+
+
+@dataclass(frozen=True)
+class Copied:
+    """One part, in host memory."""
+
+    path: str
+    """Relative to the step."""
+    nbytes: int
+    """Of its payload; its CRC32C comes after that."""
+    memory: torch.Tensor
+    """(whole pages,) uint8, beginning at a page."""
+    crc: int
+    """Of the payload, as its source was."""
+    release: Callable[[], None]
+    """To be called once the memory is no longer read."""
+
+
+class Room(Protocol):
+    """Memory to copy to; see :class:`~outlast.checkpoint.memory.arena.Arena`."""
+
+    def take(self, nbytes: int) -> Region | None:
+        """A region for ``nbytes``, or None while there is none."""
+
+    def give_back(self, region: Region) -> None:
+        """The region may be taken again."""
+
+    def wait(self, limit_s: float) -> None:
+        """Wait until a region is given back, or for ``limit_s``."""
+
+
+class Source(Protocol):
+    """Parts, in the order in which they get ready."""
+
+    eager_copied: threading.Event
+    """Set once no eager tensor is read any more."""
+    copied: threading.Event
+    """Set once no tensor is read any more."""
+    copied_at: float | None
+    """When all were copied, on the monotonic clock; None until then."""
+
+    def copies(self, look: Callable[[], None]) -> Generator[Copied | None]:
+        """The parts; None: there is no room for the next one until some are released.
+
+        Args:
+            look: called between parts; raises if the save was given up.
+        """
+
+
+class TensorSource:
+    """Copies the parts of a share through an arena.
+
+    Args:
+        share: what.
+        snapshot: of the share's parts.
+        arena: or another place to copy to; nobody else takes from it meanwhile.
+        verify: compare each copy with its source while it is in the processor's cache; without it, whoever reads the
+            copy next does so.
+    """
+
+    def __init__(self, share: Share, snapshot: Snapshot, arena: Room, *, verify: bool = False) -> None:
+        self.eager_copied = threading.Event()
+        self.copied = threading.Event()
+        self.copied_at: float | None = None
+        # What is needed once the tensors have been let go of.
+        self._parts = [(part.path, part.nbytes) for part in share.parts]
+        self._eager = sum(part.eager for part in share.parts)
+        self._snapshot = snapshot
+        self._arena = arena
+        self._verify = verify
+
+    def copies(self, look: Callable[[], None]) -> Generator[Copied | None]:
+        """See :class:`Source`.
+
+        Raises:
+            SnapshotMutated: see :class:`Snapshot`.
+        """
+        try:
+            if not self._eager:
+                self.eager_copied.set()
+            for index, (path, nbytes) in enumerate(self._parts):
+                look()
+                while (region := self._arena.take(nbytes + CRC_BYTES)) is None:
+                    yield None
+                    self._arena.wait(_LOOK_S)
+                    look()
+                crc = self._snapshot.copy(index, region.memory, verify=self._verify)
+                if index + 1 == self._eager:
+                    self.eager_copied.set()
+                if index + 1 == len(self._parts):
+                    self.copied_at = time.monotonic()
+                    self.copied.set()
+                yield Copied(path, nbytes, region.memory, crc, partial(self._arena.give_back, region))
+        finally:
+            self.eager_copied.set()
+            self.copied.set()
+
+
+class HeldSource:
+    """Parts that were copied before, and stay where they are."""
+
+    def __init__(self, parts: Sequence[Copied]) -> None:
+        self.eager_copied = threading.Event()
+        self.copied = threading.Event()
+        self.copied_at: float | None = None
+        self.eager_copied.set()
+        self.copied.set()
+        self._parts = parts
+
+    def copies(self, look: Callable[[], None]) -> Generator[Copied | None]:
+        """See :class:`Source`."""
+        for part in self._parts:
+            look()
+            yield part

@@ -1,0 +1,328 @@
+"""One save, from the snapshot to the commit record, in a thread of its own.
+
+Two phases, through the store alone; no collective is issued, nobody listens on the network:
+
+1. The coordinator (rank 0) *opens* the save: it clears away what saves that were cut off left, and writes the root
+   group's document, which names the attempt's epoch and the save's number. The other ranks write nothing before.
+2. Each rank writes its share of the files and fsyncs them, then the directories, then it writes its *vote*: files,
+   sizes, checksums.
+3. The coordinator waits for all votes of this very save, checks that all ranks mean the same replicated state and that
+   every file is there in its size, and writes the commit record. A step is a checkpoint if and only if it has one.
+
+Each rank gives up on any error, or after ``commit_timeout_s`` without news; it removes what it wrote and leaves an
+empty file that tells the others. Nothing in a save touches the checkpoints before it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+from outlast.checkpoint.format.names import COMMIT, STORAGE, failed_name, parse_failed, step_name, vote_path
+from outlast.checkpoint.format.records import Commit, Fault, FileEntry, Vote, crc_hex, seal, unseal_vote
+from outlast.checkpoint.format.zarr import node_path, root_document
+from outlast.checkpoint.save.job import Running
+from outlast.checkpoint.save.plan import Share
+from outlast.checkpoint.save.request import Place
+from outlast.checkpoint.save.snapshot import Snapshot
+from outlast.checkpoint.save.source import Source
+from outlast.checkpoint.save.writer import Writing
+from outlast.checkpoint.steps import catalog, retention
+from outlast.errors import CheckpointError, StateMismatch
+from outlast.events import CheckpointRejected, CheckpointSaved
+
+_FIRST_POLL_S = 0.005
+
+_LAST_POLL_S = 0.25
+
+
+_log = logging.getLogger("outlast.checkpoint")
+_PER_FILE_BYTES = 12_288
+"""What a file takes of a disk besides its bytes, at most: its directory, its entry, and the rest of its last block."""
+
+
+class Saving(Running):
+    """One save of one rank into the store. It runs from :meth:`start` on.
+
+    Args:
+        place: who saves, and where to.
+        step: of the state.
+        serial: number of the save.
+        root: attributes of the root group.
+        share: what this rank writes.
+        source: of the share's parts.
+        snapshot: that the source copies; None: they were copied before, and the training thread has confirmed it.
+        began: when ``save`` was called, by ``time.monotonic``.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        step: int,
+        serial: int,
+        root: dict[str, Any],
+        share: Share,
+        source: Source,
+        snapshot: Snapshot | None,
+        began: float,
+    ) -> None:
+        super().__init__(step, source, snapshot)
+        self._place = place
+        self._serial = serial
+        self._save = place.epoch, serial
+        self._root = root
+        self._digest = share.digest
+        # Of all ranks, with what names and ends of blocks take: as if each had as many files as this one.
+        files = 1 + len(share.documents) + len(share.parts)
+        self._total_bytes = share.replicated_bytes + (share.local_bytes + files * _PER_FILE_BYTES) * place.world_size
+        self._writing = Writing(
+            place.store, step_name(step), share.documents, source, place.io, self._look, self.give_up
+        )
+        self._began = began
+        self._voted = False
+        self.committed = False
+        """Whether the step is committed (coordinator) or this rank's part is durable (others); final once done."""
+
+    # The save's own thread from here on.
+
+    def _run(self) -> None:
+        finished = False
+        try:
+            size_bytes = self._write_and_vote()
+            if self._place.rank == 0:
+                self._commit()
+            finished = self.committed = True
+            self._place.emit(
+                CheckpointSaved(
+                    step=self.step,
+                    committed=self._place.rank == 0,
+                    size_bytes=size_bytes,
+                    blocked_s=self.blocked_s,
+                    predicted_stall_s=self.predicted_stall_s,
+                    durable_s=time.monotonic() - self._began,
+                )
+            )
+            if self._place.rank == 0:
+                catalog.retire(self._place.store, self.step)
+                retention.prune(self._place.store, self.step, self._place.config.keep_last)
+        except Exception as error:
+            # The thread ends here: the error becomes an event, or is raised in the training thread.
+            if finished:
+                self.error = error
+            else:
+                self._fail(self._stop or error)
+        finally:
+            self._end()
+
+    def _fail(self, reason: Exception) -> None:
+        self._clean_up()
+        self._report(reason, STORAGE, self._place.emit)
+
+    def _write_and_vote(self) -> int:
+        place = self._place
+        # Waiting is done in daemon threads alone: the pool's threads hold up the interpreter's exit.
+        opened: Future[list[FileEntry]] = Future()
+        threading.Thread(target=self._open, args=(opened,), name=f"outlast-open-{self.step}", daemon=True).start()
+        entries = self._writing.run(opened)
+        place.store.sync_dirs(f"{step_name(self.step)}/{entry.path}" for entry in entries)
+        self._confirmed.wait()
+        self._look()
+        vote = Vote(
+            step=self.step,
+            rank=place.rank,
+            world_size=place.world_size,
+            epoch=place.epoch,
+            serial=self._serial,
+            layout=self._digest,
+            files=tuple(sorted(entries, key=lambda entry: entry.path)),
+        )
+        self._voted = True
+        place.store.put_new(vote_path(self.step, place.rank), seal(vote))
+        return sum(entry.size_bytes for entry in entries)
+
+    def _open(self, opened: Future[list[FileEntry]]) -> None:
+        try:
+            opened.set_result(self._open_for_all() if self._place.rank == 0 else self._wait_opened())
+        except Exception as error:  # whoever asks for the result gets it
+            opened.set_exception(error)
+
+    def _open_for_all(self) -> list[FileEntry]:
+        place = self._place
+        for name in place.store.names(""):
+            flag = parse_failed(name)
+            if flag is not None and (flag[0] != place.epoch or flag[1] < self._serial - 1):
+                place.store.remove(name)
+        for old in catalog.clear_for(place.store, self.step, place.epoch):
+            reason = f"saved anew; until that is committed the old one is kept as {old}, then set aside"
+            place.emit(CheckpointRejected(step=self.step, reason=reason))
+        self._make_room()
+        data = root_document(self._root, self.step, place.world_size, place.epoch, self._serial)
+        self._writing.files.add(node_path(""))
+        place.store.put_new(f"{step_name(self.step)}/{node_path('')}", data)
+        return [FileEntry(node_path(""), len(data), crc_hex(data), False)]
+
+    def _wait_opened(self) -> list[FileEntry]:
+        poll = Poll(self._place.config.commit_timeout_s)
+        while True:
+            self._look(others=True)
+            if catalog.opened_by(self._place.store, self.step) == self._save:
+                return []
+            if not poll.wait():
+                raise CheckpointError(
+                    f"rank 0 did not open the save of step {self.step} within {poll.limit_s:g} s",
+                    "see rank 0's events; on slow storage raise checkpoint.commit_timeout_s",
+                )
+
+    def _make_room(self) -> None:
+        """Find out before anything is written whether there is room for it; with too little, prune what may go.
+
+        Raises:
+            OSError: there is not enough even so.
+        """
+        store = self._place.store
+        free_bytes = store.free_bytes()
+        if free_bytes is None or free_bytes >= self._total_bytes:
+            return
+        retention.prune_all_but_newest_valid(store, self._place.io)
+        free_bytes = store.free_bytes() or 0
+        if free_bytes < self._total_bytes:
+            raise OSError(
+                errno.ENOSPC,
+                f"No space left on device: the save of step {self.step} needs {self._total_bytes} bytes, "
+                f"{free_bytes} are free",
+                store.url,
+            )
+
+    def _commit(self) -> None:
+        place = self._place
+        votes, entries = self._collect()
+        for vote in votes:
+            if vote.layout != self._digest:
+                raise StateMismatch(
+                    f"the replicated state of rank {vote.rank} has other names, shapes or types than rank 0's",
+                    "pass the same keys on all ranks; what differs belongs into local",
+                )
+        folder = step_name(self.step)
+        sizes = place.store.sizes(folder)
+        for vote in votes:
+            for entry in vote.files:
+                if sizes.get(entry.path) != entry.size_bytes:
+                    raise CheckpointError(
+                        f"rank {vote.rank} voted for {folder}/{entry.path} with {entry.size_bytes} bytes, "
+                        f"the store has {sizes.get(entry.path, 'no such file')}"
+                    )
+        commit = Commit(
+            step=self.step,
+            world_size=place.world_size,
+            epoch=place.epoch,
+            serial=self._serial,
+            saved_at=time.time(),
+            size_bytes=sum(entry.size_bytes for vote in votes for entry in vote.files),
+            votes=tuple(entries),
+        )
+        # The ranks made the names of their votes durable in votes/, but not that of votes/ itself.
+        place.store.sync_dirs([vote_path(self.step, 0)])
+        opened = catalog.opened_by(place.store, self.step)
+        if opened != self._save:
+            raise CheckpointError(f"step {self.step} was opened anew meanwhile, by {opened}: this attempt is over")
+        place.store.put_new(f"{folder}/{COMMIT}", seal(commit))
+
+    def _collect(self) -> tuple[list[Vote], list[FileEntry]]:
+        place = self._place
+        votes: dict[int, tuple[Vote, FileEntry]] = {}
+        strange: dict[int, str] = {}
+        poll = Poll(place.config.commit_timeout_s)
+        while True:
+            for rank in range(place.world_size):
+                if rank in votes:
+                    continue
+                path = vote_path(self.step, rank)
+                file = path.partition("/")[2]
+                try:
+                    data = bytes(place.store.read(path))
+                    vote = unseal_vote(data, file)
+                except FileNotFoundError:
+                    continue
+                except Fault as fault:
+                    strange[rank] = str(fault)
+                    continue
+                if (vote.epoch, vote.serial) != (place.epoch, self._serial):
+                    strange[rank] = f"a vote of another save (epoch {vote.epoch}, save {vote.serial}) does not count"
+                elif (vote.step, vote.rank, vote.world_size) != (self.step, rank, place.world_size):
+                    raise CheckpointError(
+                        f"{file} is rank {vote.rank}'s of {vote.world_size} for step {vote.step}, "
+                        f"expected rank {rank}'s of {place.world_size} for step {self.step}"
+                    )
+                else:
+                    votes[rank] = vote, FileEntry(file, len(data), crc_hex(data), False)
+            if len(votes) == place.world_size:
+                ordered = [votes[rank] for rank in range(place.world_size)]
+                return [vote for vote, _ in ordered], [entry for _, entry in ordered]
+            self._look(others=True)
+            if not poll.wait():
+                absent = [
+                    f"rank {rank}" + (f" ({strange[rank]})" if rank in strange else "")
+                    for rank in range(place.world_size)
+                    if rank not in votes
+                ]
+                raise CheckpointError(
+                    f"no vote for step {self.step} within {poll.limit_s:g} s from {', '.join(absent)}",
+                    "see their events; on slow storage raise checkpoint.commit_timeout_s",
+                )
+
+    def _look(self, *, others: bool = False) -> None:
+        """Raise if this save was given up, here or (``others``) by another rank."""
+        super()._look()
+        if others and self._place.store.exists(self._flag()):
+            raise CheckpointError(f"another rank gave up the save of step {self.step}", "its events tell why")
+
+    def _flag(self) -> str:
+        return failed_name(self.step, self._place.epoch, self._serial)
+
+    def _clean_up(self) -> None:
+        """Remove what this rank wrote, whatever makes it count first, and tell the others."""
+        try:
+            self._remove_own()
+        except OSError as error:
+            _log.warning("left-overs of the failed save of step %d stay for now: %s", self.step, error)
+        if self._place.world_size > 1:
+            try:
+                self._place.store.put(self._flag(), [])
+            except OSError as error:
+                _log.warning("the other ranks cannot be told that step %d failed: %s", self.step, error)
+
+    def _remove_own(self) -> None:
+        store, folder, rank = self._place.store, step_name(self.step), self._place.rank
+        if not self._writing.files or (self._voted and rank != 0):
+            # Rank 0 may have counted the vote: its files stay until rank 0 clears the step away.
+            return
+        if catalog.opened_by(store, self.step) not in (self._save, None):
+            return  # by now the folder is another attempt's
+        if rank == 0:
+            store.remove(f"{folder}/{COMMIT}")
+        store.remove(vote_path(self.step, rank))
+        # File by file: other ranks write below the same groups. Rank 0 clears empty folders away with its next save.
+        for path in sorted(self._writing.files):
+            store.remove(f"{folder}/{path}")
+
+
+class Poll:
+    """Waits with growing pauses, up to a limit."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self._deadline = time.monotonic() + limit_s
+        self._pause_s = _FIRST_POLL_S
+
+    def wait(self) -> bool:
+        """Pause; False once the limit is over."""
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            return False
+        time.sleep(min(self._pause_s, left_s))
+        self._pause_s = min(self._pause_s * 1.5, _LAST_POLL_S)
+        return True

@@ -1,0 +1,110 @@
+"""One rank's files of one save, from host memory into the store."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
+
+from outlast.checkpoint.format.records import CRC_BYTES, FileEntry, crc_hex
+from outlast.checkpoint.save.source import Copied, Source
+from outlast.checkpoint.storage.base import Store
+from outlast.errors import CheckpointError
+
+
+class Writing:
+    """Has what a source gives written by a pool of threads.
+
+    Args:
+        store: where to.
+        folder: of the step, relative to the store.
+        documents: small files, by path relative to the folder.
+        source: of the chunks.
+        io: threads that write.
+        look: called between steps of the work; raises if the save was given up.
+        give_up: called with an error that ends the save.
+
+    Attributes:
+        files: what was written, or begun, relative to the step's folder.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        folder: str,
+        documents: Mapping[str, bytes],
+        source: Source,
+        io: ThreadPoolExecutor,
+        look: Callable[[], None],
+        give_up: Callable[[Exception], None],
+    ) -> None:
+        self.files: set[str] = set()
+        self._store = store
+        self._folder = folder
+        self._documents = dict(documents)
+        self._source = source
+        self._io = io
+        self._look = look
+        self._give_up = give_up
+        self._waiting: deque[Copied] = deque()
+        self._futures: list[Future[FileEntry]] = []
+
+    def run(self, opened: Future[list[FileEntry]]) -> list[FileEntry]:
+        """Copy and write everything; what was written, all of it durable, names of files apart.
+
+        Args:
+            opened: nothing is written before it has a result, which is part of this call's result.
+
+        Raises:
+            OSError, CheckpointError: a file could not be written, or memory was damaged.
+            SnapshotMutated: see :class:`Snapshot`.
+        """
+        try:
+            with closing(self._source.copies(self._look)) as copies:
+                for copied in copies:
+                    if copied is not None:
+                        self._waiting.append(copied)
+                    if copied is None or opened.done():
+                        opened.result()
+                        self._start_writes()
+            entries = list(opened.result())
+            self._start_writes()
+            self._futures += [self._io.submit(self._put_document, *pair) for pair in self._documents.items()]
+            return entries + [future.result() for future in self._futures]
+        except Exception as error:
+            # The others find this at their next look. Files must not appear after the clean-up, so wait for them.
+            self._give_up(error)
+            wait([opened])
+            wait(self._futures)
+            raise
+
+    def _start_writes(self) -> None:
+        while self._waiting:
+            self._futures.append(self._io.submit(self._put_part, self._waiting.popleft()))
+
+    def _put_part(self, part: Copied) -> FileEntry:
+        try:
+            self._look()
+            block = part.memory.numpy().data
+            checksum = f"{part.crc:08x}"
+            found = crc_hex(block[: part.nbytes])
+            if found != checksum:
+                raise CheckpointError(
+                    f"{part.path}: CRC32C of the copy is {found}, of the tensor {checksum}",
+                    "the tensor was changed while it was copied, or this host's memory is faulty",
+                )
+            self.files.add(part.path)
+            self._store.put_block(f"{self._folder}/{part.path}", block, part.nbytes + CRC_BYTES)
+            return FileEntry(part.path, part.nbytes + CRC_BYTES, checksum, True)
+        except Exception as error:
+            self._give_up(error)
+            raise
+        finally:
+            part.release()
+
+    def _put_document(self, path: str, data: bytes) -> FileEntry:
+        self._look()
+        self.files.add(path)
+        self._store.put(f"{self._folder}/{path}", [data])
+        return FileEntry(path, len(data), crc_hex(data), False)

@@ -1,0 +1,91 @@
+"""What a restore is to give back: the running state's tensors, and of DTensors this rank's parts alone."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from outlast.checkpoint.format.names import readable
+from outlast.checkpoint.state.boxes import Box
+from outlast.checkpoint.state.dtensor import Meshes, is_dtensor, local_part, with_part
+from outlast.checkpoint.state.tree import check_same, tensors_of
+from outlast.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+class Wanted:
+    """The tensors of a running state.
+
+    Args:
+        like: nested; of the tensors only shapes, types and placements count.
+        meshes: of its DTensors.
+        fill: whether what is read goes into these very tensors.
+
+    Attributes:
+        boxes: this rank's parts of DTensors, by path relative to the step.
+        fill: as above.
+        digest: equal on all ranks that want the same.
+
+    Raises:
+        CheckpointError: a DTensor whose parts are no boxes, a key that cannot be, or a tensor that is to be filled and
+            has no memory; names it.
+    """
+
+    def __init__(self, like: Mapping[str, Any], meshes: Meshes, fill: bool = False) -> None:
+        self.fill = fill
+        self.boxes: dict[str, Box] = {}
+        self._like: dict[str, DTensor] = {}
+        self._into: dict[str, torch.Tensor] = {}
+        self._targets: dict[str, torch.Tensor] = {}
+        self._names: dict[str, str] = {}
+        self._described: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        lines = []
+        for path, name, tensor in tensors_of(like):
+            placed = ""
+            if fill:
+                self._into[path], self._targets[path] = tensor, _memory_of(tensor, name)
+            if is_dtensor(tensor):
+                spread = meshes.spread(tensor, name)
+                self._like[path], self.boxes[path], placed = tensor, spread.box, spread.placed
+            self._names[path], self._described[path] = name, (tuple(tensor.shape), tensor.dtype)
+            lines.append(f"{path} {tuple(tensor.shape)} {tensor.dtype} {placed} {fill}\n")
+        self.digest = zlib.crc32("".join(sorted(lines)).encode())
+
+    def check(self, have: Mapping[str, tuple[Any, ...]]) -> None:
+        """Raise :class:`StateMismatch` unless a step, given as shapes and types by path, has these tensors."""
+        names = self._names
+        check_same(
+            {names.get(path) or readable(path): (shape, dtype) for path, (shape, dtype) in have.items()},
+            {names[path]: described for path, described in self._described.items()},
+        )
+
+    def target(self, path: str) -> torch.Tensor | None:
+        """Where this rank's part of a tensor is to be read to; None: to memory of its own."""
+        return self._targets.get(path)
+
+    def placed(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that was filled; a part that was read as the DTensor it is of; other tensors as they are."""
+        if path in self._into:
+            return self._into[path]
+        return with_part(self._like[path], tensor) if path in self._like else tensor
+
+
+def _memory_of(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """What this rank holds of a tensor, to write to."""
+    part = local_part(tensor, name) if is_dtensor(tensor) else tensor.detach()
+    if part.is_meta or any(stride == 0 < size - 1 for size, stride in zip(part.shape, part.stride(), strict=True)):
+        reason = "is on the meta device" if part.is_meta else "has elements that share memory (it is expanded)"
+        raise CheckpointError(f"{name!r} cannot be restored into: it {reason}", "pass `like`, or a tensor of its own")
+    return part
+
+
+def part_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    """A copy of a part."""
+    for d, (start, size) in enumerate(zip(box.start, box.size, strict=True)):
+        tensor = tensor.narrow(d, start, size)
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,173 @@
+"""The state to save, laid out: which groups with which attributes, which tensors at which path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from outlast.checkpoint.format.dtypes import check_storable
+from outlast.checkpoint.format.json_values import to_json
+from outlast.checkpoint.format.names import HEADER, encode_key
+from outlast.checkpoint.state.boxes import Spread
+from outlast.checkpoint.state.dtensor import Meshes, is_dtensor, local_part
+from outlast.errors import CheckpointError, StateMismatch
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor of the state."""
+
+    path: str
+    """Its array's path relative to the step."""
+    name: str
+    """As the user knows it: keys joined by ``/``."""
+    tensor: torch.Tensor
+    """All of it, or this rank's part of a DTensor."""
+    eager: bool
+    spread: Spread | None = None
+    """Of a DTensor: where its parts lie."""
+    dtensor: torch.Tensor | None = None
+    """It itself: what changes it raises its ``_version``, and not that of the part."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self.spread.shape if self.spread else tuple(self.tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole tensor."""
+        return math.prod(self.shape) * self.tensor.itemsize
+
+
+@dataclass
+class Plan:
+    """All of one rank's state."""
+
+    groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Attributes (JSON) by the group's path relative to the step; the root is ``""``."""
+    items: list[Item] = field(default_factory=list)
+
+
+def lay_out(
+    plan: Plan, state: Mapping[str, Any], prefix: str, eager: Collection[str], meshes: Meshes | None = None
+) -> None:
+    """Add a nested state to a plan, under the group ``prefix``.
+
+    A dictionary at the top, and one that holds a tensor or an integer key somewhere, becomes a group; every other value
+    becomes an attribute of the group it stands in. Below the top, keys of tensors and dictionaries may be integers, as
+    in an optimizer's state.
+
+    Args:
+        plan: what is added to.
+        state: nested.
+        prefix: a path relative to the step.
+        eager: keys at the top.
+        meshes: of the DTensors; None where there may not be any.
+
+    Raises:
+        CheckpointError: a key or value that cannot be stored, a tensor's dtype, or a DTensor's placement; names it.
+    """
+    _group(plan, state, prefix, prefix, meshes, top=True, eager=False, eager_keys=eager)
+
+
+def _group(
+    plan: Plan,
+    state: Mapping[Any, Any],
+    path: str,
+    name: str,
+    meshes: Meshes | None,
+    *,
+    top: bool,
+    eager: bool,
+    eager_keys: Collection[str],
+) -> None:
+    attributes: dict[Any, Any] = {}  # all keys of leaves are strings
+    plan.groups[path] = attributes
+    for key, value in state.items():
+        child_name = f"{name}/{key}" if name else str(key)
+        child_eager = eager or (top and key in eager_keys)
+        is_group = isinstance(value, Mapping) and (top or _needs_group(value) or not isinstance(key, str))
+        is_leaf = not is_group and not isinstance(value, torch.Tensor)
+        if not isinstance(key, str) and (top or is_leaf or type(key) is not int):
+            raise CheckpointError(f"the state at {name or 'the top'!r} has the key {key!r}", "keys must be strings")
+        if is_leaf:
+            if not path and key == HEADER:
+                raise CheckpointError(f"{HEADER!r} is a reserved key of the replicated state", "use another key")
+            attributes[key] = to_json(value, child_name)
+            continue
+        child = child_path(path, key)
+        if is_group:
+            _group(plan, value, child, child_name, meshes, top=False, eager=child_eager, eager_keys=())
+        elif is_dtensor(value) and meshes is not None:
+            part = local_part(value, child_name)
+            check_storable(part, child_name)
+            plan.items.append(Item(child, child_name, part, child_eager, meshes.spread(value, child_name), value))
+        else:
+            check_storable(value, child_name)
+            plan.items.append(Item(child, child_name, value.detach(), child_eager))
+
+
+def child_path(path: str, key: str | int) -> str:
+    """Where what stands under a key of the group at ``path`` lies."""
+    component = encode_key(key, at_root=not path)
+    return f"{path}/{component}" if path else component
+
+
+def _needs_group(value: Mapping[Any, Any]) -> bool:
+    """Whether it holds a tensor, or an integer key, which JSON has not."""
+    return any(
+        isinstance(item, torch.Tensor) or type(key) is int or (isinstance(item, Mapping) and _needs_group(item))
+        for key, item in value.items()
+    )
+
+
+def check_like(saved: Mapping[str, Any], running: Mapping[str, Any]) -> None:
+    """Check that a restored state has the running one's tensors; values that are no tensors are not compared.
+
+    Args:
+        saved: nested, as :meth:`Checkpointer.restore` returned it.
+        running: nested, e.g. ``{"model": model.state_dict()}``; tensors may be on any device, or meta.
+
+    Raises:
+        StateMismatch: names the tensors that are missing, unexpected, or of another shape or dtype, with both.
+    """
+    check_same(
+        {name: (tuple(tensor.shape), tensor.dtype) for _, name, tensor in tensors_of(saved)},
+        {name: (tuple(tensor.shape), tensor.dtype) for _, name, tensor in tensors_of(running)},
+    )
+
+
+Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of tensors, by name."""
+
+
+def check_same(have: Described, want: Described) -> None:
+    """Raise :class:`StateMismatch` unless a checkpoint has the tensors that are wanted, and no others."""
+    problems = [f"{name}: in the running state, not in the checkpoint" for name in want if name not in have]
+    problems += [f"{name}: in the checkpoint, not in the running state" for name in have if name not in want]
+    for name in want.keys() & have.keys():
+        (shape_a, dtype_a), (shape_b, dtype_b) = have[name], want[name]
+        if (shape_a, dtype_a) != (shape_b, dtype_b):
+            problems.append(f"{name}: {shape_a} {dtype_a} in the checkpoint, {shape_b} {dtype_b} in the running state")
+    if problems:
+        shown = sorted(problems)[:10]
+        more = f"\n  and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+        raise StateMismatch(
+            f"{len(problems)} tensors of the checkpoint do not fit:\n  " + "\n  ".join(shown) + more,
+            "run with the settings the checkpoint was made with, or start another run",
+        )
+
+
+def tensors_of(state: Mapping[Any, Any], path: str = "", name: str = "") -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Path relative to the step, name and tensor of all tensors of a nested state."""
+    for key, value in state.items():
+        child_name = f"{name}/{key}" if name else str(key)
+        if isinstance(value, torch.Tensor):
+            yield child_path(path, key), child_name, value
+        elif isinstance(value, Mapping):
+            yield from tensors_of(value, child_path(path, key), child_name)

@@ -1,0 +1,1 @@
+"""The steps at a URL: which there are, which is committed, which is removed, and how one is read."""

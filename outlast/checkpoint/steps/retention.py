@@ -1,0 +1,57 @@
+"""Which old steps go, and when."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from outlast.checkpoint.format.names import (
+    step_name,
+)
+from outlast.checkpoint.format.records import Fault
+from outlast.checkpoint.steps.catalog import _log, scan
+from outlast.checkpoint.steps.commit import read_commit
+from outlast.checkpoint.steps.reader import StepReader
+from outlast.checkpoint.storage.base import Store
+
+
+def prune(store: Store, newest: int, keep_last: int) -> None:
+    """Remove committed steps before ``newest`` until ``keep_last`` are left, ``newest`` among them; 0 keeps all.
+
+    Steps whose record cannot be read (damaged, or of another format version) are neither counted nor removed.
+    """
+    if keep_last == 0:
+        return
+    try:
+        older = [step for step in scan(store).committed if step < newest]
+        readable = []
+        for step in older:
+            try:
+                read_commit(store, step)
+            except Fault as fault:
+                _log.warning("%s is kept: %s", step_name(step), fault)
+                continue
+            readable.append(step)
+        for step in readable[: max(0, len(readable) - (keep_last - 1))]:
+            store.remove_tree(step_name(step))
+    except OSError as error:
+        # The new checkpoint is committed all the same; the next one's commit tries again.
+        _log.warning("old checkpoints could not be removed: %s", error)
+
+
+def prune_all_but_newest_valid(store: Store, io: ThreadPoolExecutor) -> None:
+    """Remove committed steps older than the newest one of which every byte is as it was written; for a full disk.
+
+    Where none is valid, none is removed. Steps whose record cannot be read are left.
+    """
+    valid = False
+    for step in reversed(scan(store).committed):
+        try:
+            reader = StepReader(store, step, io)
+        except Fault as fault:
+            _log.warning("%s is kept: %s", step_name(step), fault)
+            continue
+        if valid:
+            _log.warning("%s is removed: there is no room for the next checkpoint", step_name(step))
+            store.remove_tree(step_name(step))
+        else:
+            valid = not reader.verify(entry for vote in reader.votes for entry in vote.files)

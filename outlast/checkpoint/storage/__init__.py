@@ -1,0 +1,1 @@
+"""Where checkpoints are stored: a local directory or any fsspec URL."""

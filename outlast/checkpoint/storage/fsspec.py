@@ -1,0 +1,241 @@
+"""Checkpoints at any fsspec URL: object stores, or what behaves like one.
+
+Objects appear whole and are durable once written, as object stores promise. Operations that fail with what may pass are
+made again a few times, by ``_retry`` alone: S3's client, which would do so in two layers of its own, is told not to.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import fsspec
+import numpy as np
+from fsspec.asyn import AsyncFileSystem
+from fsspec.spec import AbstractFileSystem
+
+from outlast.checkpoint.format.names import COMMIT
+from outlast.checkpoint.storage.retry import persist
+
+if TYPE_CHECKING:
+    from outlast.checkpoint.memory.pages import Buffer
+    from outlast.checkpoint.storage.base import Bytes
+
+_log = logging.getLogger("outlast.checkpoint")
+T = TypeVar("T")
+
+_BUCKETS = {"s3", "s3a", "gs", "gcs"}
+"""Protocols without directories. To make one would make the bucket: a mistyped name is to be an error instead."""
+_S3 = ("s3", "s3a")
+
+ANSWER_S = 30.0
+_LEAST_BYTES_PER_S = 250_000
+"""A write that takes longer than this is given up. S3's client has no limit of its own for one: while a server does not
+take what is sent, it waits on, whatever its timeouts are set to."""
+
+
+def open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path there.
+
+    Raises:
+        ImportError: the package that speaks the protocol is missing.
+        ValueError: no such protocol.
+    """
+    options: dict[str, Any] = {}
+    if "::" not in protocol and fsspec.get_filesystem_class(protocol).__module__.startswith("obstore."):
+        # Registered in place of fsspec's own. What it does not know it takes for a setting of the store's.
+        filesystem, root = fsspec.core.url_to_fs(url, retry_config={"max_retries": 0})
+        return filesystem, str(root).rstrip("/")
+    if protocol in _S3:
+        # Whatever the user has set stays; how long to wait for a connection or an answer is s3fs's 5 s and 15 s.
+        config = dict(fsspec.config.conf.get("s3", {}).get("config_kwargs") or {})
+        options["config_kwargs"] = {"retries": {"total_max_attempts": 1, "mode": "standard"}, **config}
+    filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+    if protocol in _S3:
+        filesystem.retries = 1
+    return filesystem, str(root).rstrip("/")
+
+
+class FsspecStore:
+    """See :class:`outlast.checkpoint.storage.local.Store`.
+
+    Raises:
+        ConnectionError: (all methods) the store does not answer, or not with what was asked for, each time.
+    """
+
+    def __init__(self, url: str, filesystem: Any, root: str) -> None:
+        self.url = url
+        self._fs = filesystem
+        self._root = root
+        self._refuses = True
+        generic = AsyncFileSystem._find if isinstance(filesystem, AsyncFileSystem) else AbstractFileSystem.find
+        self._lists_all = getattr(type(filesystem), generic.__name__) is not generic
+        self._has_limits = isinstance(filesystem, AsyncFileSystem)
+
+    def prepare(self) -> None:
+        protocol = self._fs.protocol
+        if not _BUCKETS & {protocol, *(() if isinstance(protocol, str) else protocol)}:
+            self._do("", lambda: self._fs.makedirs(self._root, exist_ok=True))
+        # Whether it can be written, and whether it refuses to overwrite where it is told to, only a write can tell.
+        probe = f".outlast-probe-{uuid.uuid4().hex}"
+        self.put(probe, [b"first"])
+        try:
+            self._put_if_absent(probe, b"second")
+            self._refuses = False
+        except FileExistsError:
+            pass
+        except ConnectionError:
+            raise
+        except OSError:  # the client library has no such thing
+            self._refuses = False
+        self.remove(probe)
+        if not self._refuses:
+            _log.warning(
+                "%s cannot be told to write a file only if there is none: that no two attempts commit one step is "
+                "looked up before the commit instead, which leaves a moment in between",
+                self.url,
+            )
+
+    def put(self, path: str, parts: Sequence[Bytes]) -> None:
+        data = b"".join(parts)
+        self._do(path, lambda: self._fs.pipe_file(self._at(path), data, **self._within(len(data))))
+
+    def put_block(self, path: str, block: memoryview, size_bytes: int) -> None:
+        self.put(path, [block[:size_bytes]])
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def put_atomic(self, path: str, data: bytes) -> None:
+        self.put(path, [data])
+
+    def put_new(self, path: str, data: bytes) -> None:
+        try:
+            if not self._refuses and self.exists(path):
+                raise FileExistsError(errno.EEXIST, f"{self.url}/{path}")
+            self._put_if_absent(path, data)
+        except FileExistsError as error:
+            # A write of which only the answer was lost is made again, and is then refused because of itself.
+            if bytes(self.read(path)) != data:
+                raise FileExistsError(
+                    errno.EEXIST, f"{self.url}/{path} was written by another attempt, or a late rank of one"
+                ) from error
+
+    def sync_dirs(self, paths: Iterable[str]) -> None:
+        del paths
+
+    def read(self, path: str) -> Buffer:
+        try:
+            data = self._do(path, lambda: self._fs.cat_file(self._at(path)))
+        except (FileNotFoundError, PermissionError, ConnectionError):
+            raise
+        except OSError as error:
+            # Unlike on a disk, this says nothing about the file: an object that was damaged is read all the same.
+            raise ConnectionError(str(error)) from error
+        return np.frombuffer(bytearray(data), np.uint8)
+
+    def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object]) -> bytes:
+        data = self.read(path).data
+        count = min(len(data), len(out))
+        out[:count] = data[:count]
+        seen(out[:count])
+        return bytes(data[count:])
+
+    def names(self, path: str) -> list[str]:
+        self._fs.invalidate_cache()
+        try:
+            found = self._do(path, lambda: self._fs.ls(self._at(path), detail=False))
+        except FileNotFoundError:
+            return []
+        return sorted({str(name).rstrip("/").rpartition("/")[2] for name in found} - {""})
+
+    def exists(self, path: str) -> bool:
+        # Not fsspec's isfile: it takes any error for "there is none", and what has no record is cleared away.
+        self._fs.invalidate_cache()
+        try:
+            return bool(self._do(path, lambda: self._fs.info(self._at(path)))["type"] == "file")
+        except FileNotFoundError:
+            return False
+
+    def sizes(self, path: str) -> dict[str, int]:
+        top = self._at(path)
+        self._fs.invalidate_cache()
+        found = self._do(path, lambda: self._fs.find(top, detail=True)) if self._lists_all else self._walk(top)
+        stripped = str(self._fs._strip_protocol(top)).strip("/")
+        return {str(name).strip("/").removeprefix(f"{stripped}/"): int(info["size"]) for name, info in found.items()}
+
+    def _walk(self, top: str) -> dict[str, Any]:
+        """As fsspec's find, which leaves out what it cannot list, as if it were not there."""
+        found: dict[str, Any] = {}
+        folders = [top]
+        while folders:
+            folder = folders.pop()
+            path = folder.strip("/").removeprefix(self._root.strip("/")).strip("/")
+            for entry in self._do(path, partial(self._fs.ls, folder, detail=True)):
+                if entry["type"] != "directory":
+                    found[entry["name"]] = entry
+                elif str(entry["name"]).strip("/") != folder.strip("/"):
+                    folders.append(entry["name"])
+        return found
+
+    def remove(self, path: str) -> None:
+        try:
+            self._do(path, lambda: self._fs.rm_file(self._at(path)))
+        except FileNotFoundError:
+            return
+
+    def remove_tree(self, path: str) -> None:
+        self.remove(f"{path}/{COMMIT}")
+        if not self.names(path):
+            return
+        # Then the votes: with all of them there, it could be a step of which only the record is missing.
+        for name in sorted(self.sizes(path), key=lambda name: (not name.startswith("votes/"), name)):
+            self.remove(f"{path}/{name}")
+        if self.names(path):
+            # Stores that do have directories are left with empty ones.
+            self._do(path, lambda: self._fs.rm(self._at(path), recursive=True))
+
+    def move_tree(self, old: str, new: str) -> None:
+        """Copy, the commit record last; then remove, the commit record first.
+
+        At each point one of the two is whole, and at most for a moment both are; what is not whole has no record.
+        """
+        if self.names(new):
+            raise OSError(errno.ENOTEMPTY, f"{self.url}/{new} is there already")
+        sizes = self.sizes(old)
+        if not sizes:
+            raise FileNotFoundError(errno.ENOENT, f"{self.url}/{old}: there is no file in it")
+        record_bytes = sizes.pop(COMMIT, None)
+        for name in sorted(sizes):
+            self._copy(f"{old}/{name}", f"{new}/{name}", sizes[name])
+        copied = self.sizes(new) if sizes else {}
+        if copied != sizes:
+            wrong = sorted(name for name in {*sizes, *copied} if sizes.get(name) != copied.get(name))
+            raise OSError(errno.EIO, f"{self.url}/{new}: {', '.join(wrong)} are not as in {old}")
+        if record_bytes is not None:
+            self._copy(f"{old}/{COMMIT}", f"{new}/{COMMIT}", record_bytes)
+        self.remove_tree(old)
+
+    def _copy(self, old: str, new: str, size_bytes: int) -> None:
+        self._do(old, lambda: self._fs.cp_file(self._at(old), self._at(new), **self._within(size_bytes)))
+
+    def _put_if_absent(self, path: str, data: bytes) -> None:
+        limit = self._within(len(data))
+        if self._refuses:
+            self._do(path, lambda: self._fs.pipe_file(self._at(path), data, mode="create", **limit))
+        else:
+            self.put(path, [data])
+
+    def _within(self, size_bytes: int) -> dict[str, float]:
+        """How long a write of so many bytes may take, for the client."""
+        return {"timeout": ANSWER_S + size_bytes / _LEAST_BYTES_PER_S} if self._has_limits else {}
+
+    def _do(self, path: str, call: Callable[[], T]) -> T:
+        return persist(f"{self.url}/{path}" if path else self.url, call)
+
+    def _at(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root

@@ -1,0 +1,225 @@
+"""Where checkpoints lie: a directory, or any fsspec URL, behind a few operations with stated durability.
+
+Paths are relative to the store's URL, with ``/`` between components; ``""`` is the URL itself. All operations may be
+called from several threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from outlast.checkpoint.format.names import COMMIT
+from outlast.checkpoint.memory.pages import CACHED_BYTES, Buffer, fresh
+from outlast.checkpoint.storage.base import Bytes
+
+DIRECT_FROM_BYTES = 1 << 20
+"""Blocks of at least this size are written past the page cache where the file system can."""
+_DIRECT_BYTES = 16 << 20
+"""Handed to the disk at once."""
+
+
+class LocalStore:
+    """A directory. Files are fsynced before their names are, names before whatever refers to them."""
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.abspath(os.path.expanduser(root))
+        self.url = self.root
+        self._direct = True
+
+    def prepare(self) -> None:
+        missing = []
+        path = Path(self.root)
+        while not path.exists():
+            missing.append(path)
+            path = path.parent
+        os.makedirs(self.root, exist_ok=True)
+        for made in missing:
+            sync_dir(str(made.parent))
+        if not os.access(self.root, os.W_OK | os.X_OK):
+            read_only = os.statvfs(self.root).f_flag & os.ST_RDONLY
+            number = errno.EROFS if read_only else errno.EACCES
+            raise OSError(number, os.strerror(number), self.root)
+
+    def put(self, path: str, parts: Sequence[Bytes]) -> None:
+        _write(self._at(path), parts)
+
+    def put_block(self, path: str, block: memoryview, size_bytes: int) -> None:
+        full = self._at(path)
+        if self._direct and size_bytes >= DIRECT_FROM_BYTES:
+            try:
+                _write_direct(full, block, size_bytes)
+                return
+            except OSError as error:
+                # File systems that cannot (tmpfs, some network ones) say so; there the cache is the way.
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+                self._direct = False
+        _write(full, [block[:size_bytes]])
+
+    def free_bytes(self) -> int | None:
+        found = os.statvfs(self.root)
+        return found.f_bavail * found.f_frsize
+
+    def put_atomic(self, path: str, data: bytes) -> None:
+        final = self._at(path)
+        folder, name = os.path.split(final)
+        temporary = os.path.join(folder, f".{name}.{os.getpid()}-{threading.get_native_id()}.tmp")
+        try:
+            _write(temporary, [data])
+            os.replace(temporary, final)
+        except OSError:
+            _unlink(temporary)
+            raise
+        sync_dir(folder)
+
+    def put_new(self, path: str, data: bytes) -> None:
+        final = self._at(path)
+        if os.path.isfile(final) and bytes(self.read(path)) != data:
+            raise FileExistsError(errno.EEXIST, "written by another attempt, or a late rank of one", final)
+        self.put_atomic(path, data)
+
+    def sync_dirs(self, paths: Iterable[str]) -> None:
+        folders = {""}
+        for path in paths:
+            folder = os.path.dirname(path)
+            while folder and folder not in folders:
+                folders.add(folder)
+                folder = os.path.dirname(folder)
+        # Deepest first: once a name is durable, all that it leads to is.
+        for folder in sorted(folders, key=len, reverse=True):
+            sync_dir(self._at(folder))
+
+    def read(self, path: str) -> Buffer:
+        with open(self._at(path), "rb", buffering=0) as file:
+            data = fresh(os.fstat(file.fileno()).st_size)
+            view, done = data.data, 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    break
+                done += count
+        return data[:done]
+
+    def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object]) -> bytes:
+        with open(self._at(path), "rb", buffering=0) as file:
+            done = 0
+            while done < len(out):
+                count = file.readinto(out[done : done + CACHED_BYTES])
+                if not count:
+                    return b""
+                seen(out[done : done + count])
+                done += count
+            return file.readall()
+
+    def names(self, path: str) -> list[str]:
+        try:
+            return sorted(os.listdir(self._at(path)))
+        except FileNotFoundError:
+            return []
+
+    def exists(self, path: str) -> bool:
+        return os.path.isfile(self._at(path))
+
+    def sizes(self, path: str) -> dict[str, int]:
+        top = self._at(path)
+        found = {}
+        for folder, _, files in os.walk(top, onerror=_raise):
+            for name in files:
+                full = os.path.join(folder, name)
+                found[os.path.relpath(full, top)] = os.stat(full).st_size
+        return found
+
+    def remove(self, path: str) -> None:
+        full = self._at(path)
+        if _unlink(full):
+            sync_dir(os.path.dirname(full))
+
+    def remove_tree(self, path: str) -> None:
+        self.remove(f"{path}/{COMMIT}")
+        for attempt in range(3):
+            try:
+                shutil.rmtree(self._at(path))
+                break
+            except FileNotFoundError:
+                if not os.path.exists(self._at(path)):
+                    break
+            except OSError as error:
+                # Another rank may still be writing there for a save that was given up.
+                if error.errno != errno.ENOTEMPTY or attempt == 2:
+                    raise
+            time.sleep(0.01)
+        sync_dir(self.root)
+
+    def move_tree(self, old: str, new: str) -> None:
+        os.rename(self._at(old), self._at(new))
+        sync_dir(self.root)
+
+    def _at(self, path: str) -> str:
+        return os.path.join(self.root, path) if path else self.root
+
+
+def _create(path: str, more: int = 0) -> int:
+    """An empty file, opened for writing; its directory is made where it is missing."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | more
+    try:
+        return os.open(path, flags, 0o644)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return os.open(path, flags, 0o644)
+
+
+def _write_direct(path: str, block: memoryview, size_bytes: int) -> None:
+    """Past the page cache: faster than through it, and training keeps its memory bandwidth and its cache.
+
+    The block is whole pages, and the file is cut to its size afterwards.
+    """
+    fd = _create(path, os.O_DIRECT)
+    try:
+        # A full disk is found here, before anything is written.
+        os.posix_fallocate(fd, 0, len(block))
+        at = 0
+        while at < len(block):
+            at += os.pwrite(fd, block[at : at + _DIRECT_BYTES], at)
+        os.ftruncate(fd, size_bytes)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write(path: str, parts: Sequence[Bytes]) -> None:
+    fd = _create(path)
+    try:
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_dir(path: str) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _unlink(path: str) -> bool:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _raise(error: OSError) -> None:
+    raise error

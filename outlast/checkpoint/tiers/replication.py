@@ -1,0 +1,79 @@
+"""A copy of what lies in a slot, on its way to another tier while training goes on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from outlast.checkpoint.format.records import Commit, Placed
+from outlast.checkpoint.tiers.slots import Slot
+from outlast.errors import CheckpointError
+from outlast.events import CheckpointFailed, CheckpointSaved, Event
+
+_log = logging.getLogger("outlast.checkpoint")
+
+
+class Onward:
+    """One copy, in a thread of its own. A failure is an event; training goes on.
+
+    Args:
+        slot: what to copy; it is not written meanwhile.
+        placed: what is in it.
+        commit: of the save.
+        emit: takes events.
+
+    Attributes:
+        done: set once the copy counts, or has failed.
+        error: what must be raised in the training thread: a bug, or the event sink's error.
+    """
+
+    tier = ""
+    where = ""
+    """In words, for the log."""
+
+    def __init__(self, slot: Slot, placed: Placed, commit: Commit, emit: Callable[[Event], None]) -> None:
+        self.done = threading.Event()
+        self.error: Exception | None = None
+        self._slot = slot
+        self._placed = placed
+        self._commit = commit
+        self._emit = emit
+        self._thread = threading.Thread(target=self._run, name=f"outlast-{self.tier}", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until the thread has ended."""
+        self._thread.join()
+
+    def _copy(self) -> None:
+        """Copy; raises OSError or CheckpointError."""
+        raise NotImplementedError
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        vote = self._placed.vote
+        try:
+            event: Event
+            try:
+                self._copy()
+                event = CheckpointSaved(
+                    step=vote.step,
+                    committed=False,
+                    tier=self.tier,
+                    size_bytes=sum(entry.size_bytes for entry in vote.files),
+                    blocked_s=0.0,
+                    durable_s=time.monotonic() - began,
+                )
+            except (OSError, CheckpointError) as error:
+                _log.warning("step %d could not be copied to %s: %s", vote.step, self.where, error)
+                event = CheckpointFailed(step=vote.step, reason=f"{type(error).__name__}: {error}", tier=self.tier)
+            self._emit(event)
+        except Exception as error:  # a bug, or the event sink's: raised in the training thread
+            self.error = error
+        finally:
+            self.done.set()

@@ -1,0 +1,1 @@
+"""Looking at checkpoints, comparing and pruning them without a training run."""

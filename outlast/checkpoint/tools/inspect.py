@@ -1,0 +1,208 @@
+"""Looking at checkpoints without a training run: no process group, nothing is changed."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from outlast.checkpoint.format.dtypes import dtype_name
+from outlast.checkpoint.format.names import (
+    HEADER,
+    parse_aside,
+    parse_replaced,
+    parse_step,
+    rank_name,
+    readable,
+    step_name,
+)
+from outlast.checkpoint.format.records import FORMAT_VERSION, Fault
+from outlast.checkpoint.steps.commit import read_commit
+from outlast.checkpoint.steps.reader import Progress, StepReader
+from outlast.checkpoint.storage.base import Store
+from outlast.checkpoint.tools.open_step import THREADS, OpenedStep, choose, storage
+from outlast.errors import IncompleteCheckpoint, UnknownFormatVersion
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One step as ``outlast ckpt ls`` shows it."""
+
+    step: int
+    folder: str
+    """Its name below the URL."""
+    status: Literal["committed", "uncommitted", "damaged", "unknown version", "aside"]
+    """By its commit record alone; whether the files are undamaged, :func:`verify` tells."""
+    reason: str
+    """Why it is not ``committed``; empty if it is."""
+    world_size: int | None
+    """Ranks that saved it, where the commit record tells."""
+    saved_at: float | None
+    """Unix time of the commit, seconds."""
+    size_bytes: int | None
+    """Of all files that the votes list."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint."""
+
+    name: str
+    """Keys joined by ``/``; those of local state without the rank."""
+    rank: int | None
+    """Whose local state it is; None for replicated state."""
+    shape: tuple[int, ...]
+    dtype: str
+    """E.g. ``bfloat16``."""
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class StepDescription:
+    """One step as ``outlast ckpt show`` shows it."""
+
+    url: str
+    """Of the step: ``zarr.open_group`` opens it."""
+    step: int
+    world_size: int
+    epoch: str
+    format_version: int
+    saved_at: float
+    """Unix time of the commit, seconds."""
+    size_bytes: int
+    tensors: tuple[TensorInfo, ...]
+    values: dict[str, Any]
+    """JSON values of the state by name (keys joined by ``/``, local ones below ``rank_XXXXX``)."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one file."""
+
+    file: str
+    """Relative to the step."""
+    kind: str
+    """Name of the error, e.g. ``CorruptCheckpoint``."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """One step, every file of it read and compared with the checksums taken when it was saved."""
+
+    url: str
+    """Of the step."""
+    step: int
+    files: int
+    size_bytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether it can be restored."""
+        return not self.problems
+
+
+def list_steps(url: str | os.PathLike[str]) -> list[StepInfo]:
+    """All steps at a URL, oldest first; empty if there are none.
+
+    Raises:
+        CheckpointError: the place cannot be read.
+    """
+    with storage(url) as store:
+        found = []
+        for name in store.names(""):
+            step = parse_step(name)
+            if step is not None:
+                found.append(_info(store, step))
+            elif (aside := parse_aside(name)) is not None:
+                reason = "damaged, cut off or superseded when a run was resumed or a step saved anew; never read"
+                found.append(StepInfo(aside, name, "aside", reason, None, None, None))
+            elif (old := parse_replaced(name)) is not None:
+                reason = "was being saved anew; a restore makes it the step again if that was not completed"
+                found.append(StepInfo(old, name, "aside", reason, None, None, None))
+        return sorted(found, key=lambda info: (info.step, info.folder))
+
+
+def describe(url: str | os.PathLike[str], step: int | None = None) -> StepDescription:
+    """What one step holds (None: the newest committed); metadata is verified, tensors are not read.
+
+    Raises:
+        CheckpointNotFound: no such step.
+        CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion: names the file.
+    """
+    with OpenedStep(url, step) as opened:
+        commit = opened.commit
+        tensors: list[TensorInfo] = []
+        values: dict[str, Any] = {}
+        for rank in (None, *range(opened.world_size)):
+            arrays, attributes = opened.describe(rank)
+            prefix = "" if rank is None else f"{rank_name(rank)}/"
+            tensors += [
+                TensorInfo(readable(path.removeprefix(prefix)), rank, a.shape, dtype_name(a.dtype), a.payload_bytes)
+                for path, a in sorted(arrays.items())
+            ]
+            for path, items in sorted(attributes.items()):
+                for key, value in items.items():
+                    if path or key != HEADER:
+                        values[f"{readable(path)}/{key}" if path else key] = value
+        return StepDescription(
+            opened.url,
+            opened.step,
+            commit.world_size,
+            commit.epoch,
+            FORMAT_VERSION,
+            commit.saved_at,
+            commit.size_bytes,
+            tuple(tensors),
+            values,
+        )
+
+
+def verify(url: str | os.PathLike[str], step: int | None = None, progress: Progress | None = None) -> Verification:
+    """Read every file of one step (None: the newest committed) and compare it with its checksums.
+
+    Args:
+        url: where checkpoints lie.
+        step: which.
+        progress: called with bytes verified so far and in all.
+
+    Returns:
+        All problems, not just the first. Damage of the commit record or a vote hides the files that it lists.
+
+    Raises:
+        CheckpointNotFound: no such step.
+        CheckpointError: the place cannot be read.
+    """
+    with storage(url) as store, ThreadPoolExecutor(THREADS) as io:
+        step = choose(store, step)
+        where = f"{store.url}/{step_name(step)}"
+        try:
+            reader = StepReader(store, step, io)
+        except Fault as fault:
+            return Verification(where, step, 0, 0, (_problem(fault),))
+        entries = [entry for vote in reader.votes for entry in vote.files]
+        faults = reader.verify(entries, progress)
+        size_bytes = sum(entry.size_bytes for entry in entries)
+        return Verification(where, step, len(entries), size_bytes, tuple(_problem(fault) for fault in faults))
+
+
+def _info(store: Store, step: int) -> StepInfo:
+    name = step_name(step)
+    try:
+        commit = read_commit(store, step)
+    except Fault as fault:
+        status: Literal["uncommitted", "damaged", "unknown version"] = (
+            "uncommitted"
+            if fault.kind is IncompleteCheckpoint
+            else "unknown version"
+            if fault.kind is UnknownFormatVersion
+            else "damaged"
+        )
+        return StepInfo(step, name, status, str(fault), None, None, None)
+    return StepInfo(step, name, "committed", "", commit.world_size, commit.saved_at, commit.size_bytes)
+
+
+def _problem(fault: Fault) -> Problem:
+    return Problem(fault.file, fault.kind.__name__, fault.reason)

@@ -1,0 +1,129 @@
+"""Looking at what lies in this node's memory for some checkpoints, and giving it back; no run is needed for either."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from outlast.checkpoint.format.names import PARTNER
+from outlast.checkpoint.storage.open import open_store
+from outlast.checkpoint.tiers.run_lock import alone, is_used
+from outlast.checkpoint.tiers.slots import SHM_ROOT, check_ours, commits, holdings, memory_path
+from outlast.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class StepInMemory:
+    """What this node's memory has of one save."""
+
+    step: int
+    epoch: str
+    """Of the attempt that saved it."""
+    serial: int
+    """Number of the save within the attempt."""
+    committed: bool
+    """Whether this node has its commit record. A restore takes it if all ranks' parts are in some node's memory."""
+    world_size: int
+    """Ranks that saved it."""
+    own_ranks: tuple[int, ...]
+    """Ranks whose parts were saved on this node."""
+    partner_ranks: tuple[int, ...]
+    """Ranks whose parts were copied here from another node."""
+    size_bytes: int
+    """Of the files in the parts that are here."""
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """This node's memory for the checkpoints at a URL."""
+
+    url: str
+    folder: str
+    in_use: bool
+    """Whether a run holds it."""
+    steps: tuple[StepInMemory, ...]
+    """Oldest first."""
+    reserved_bytes: int
+    """All that it takes of the shared memory, with slots that hold nothing yet, or what is left of saves cut off."""
+
+
+def list_memory(url: str | os.PathLike[str], root: Path = SHM_ROOT) -> InMemory:
+    """What lies in this node's memory for the checkpoints at a URL; nothing is verified, nothing is changed.
+
+    Args:
+        url: as the run has it; a path may be relative.
+        root: of shared memory.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not ours alone.
+    """
+    where = open_store(url).url
+    folder = memory_path(where, root)
+    try:
+        return _look(where, folder, is_used(folder))
+    except OSError as error:
+        raise CheckpointError(f"shared memory {folder} cannot be read: {error}") from error
+
+
+def remove_memory(url: str | os.PathLike[str], root: Path = SHM_ROOT) -> InMemory:
+    """Give back what this node's memory has for the checkpoints at a URL; tells what that was.
+
+    The commit records go too. Other nodes' memory, and what lies at the URL, stays.
+
+    Args:
+        url: as the run has it; a path may be relative.
+        root: of shared memory.
+
+    Raises:
+        CheckpointError: a run uses it, it cannot be removed, or is not ours alone.
+    """
+    where = open_store(url).url
+    folder = memory_path(where, root)
+    try:
+        with alone(folder):
+            found = _look(where, folder, in_use=False)
+            if folder.exists():
+                shutil.rmtree(folder)
+            return found
+    except OSError as error:
+        raise CheckpointError(f"shared memory {folder} cannot be removed: {error}") from error
+
+
+def _look(url: str, folder: Path, in_use: bool) -> InMemory:
+    if not os.path.lexists(folder):
+        return InMemory(url, str(folder), False, (), 0)
+    check_ours(folder)
+    parts = list(holdings(folder))
+    committed = {(commit.epoch, commit.serial) for commit in commits(folder).values()}
+    saves = {(part.placed.vote.epoch, part.placed.vote.serial) for part in parts}
+    steps = []
+    for key in saves:
+        mine = [part for part in parts if (part.placed.vote.epoch, part.placed.vote.serial) == key]
+        first = mine[0].placed.vote
+        steps.append(
+            StepInMemory(
+                first.step,
+                first.epoch,
+                first.serial,
+                key in committed,
+                first.world_size,
+                tuple(sorted(part.placed.vote.rank for part in mine if part.tier != PARTNER)),
+                tuple(sorted(part.placed.vote.rank for part in mine if part.tier == PARTNER)),
+                sum(entry.size_bytes for part in mine for entry in part.placed.vote.files),
+            )
+        )
+    steps.sort(key=lambda save: (save.step, save.epoch, save.serial))
+    return InMemory(url, str(folder), in_use, tuple(steps), _reserved_bytes(folder))
+
+
+def _reserved_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            info = path.lstat()
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        total += info.st_blocks * 512 if path.is_file() else 0
+    return total

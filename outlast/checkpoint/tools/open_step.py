@@ -1,0 +1,101 @@
+"""A committed step opened for the tools: no process group, public errors, one rank's state at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from outlast.checkpoint.format.names import COMMIT, step_name
+from outlast.checkpoint.format.records import Fault
+from outlast.checkpoint.format.zarr import ArrayInfo
+from outlast.checkpoint.steps.catalog import scan
+from outlast.checkpoint.steps.reader import StepReader, as_error
+from outlast.checkpoint.storage.base import Store
+from outlast.checkpoint.storage.open import open_store
+from outlast.errors import CheckpointError, CheckpointNotFound
+
+THREADS = 4
+"""That read and verify, for a tool."""
+
+
+class OpenedStep:
+    """A committed step to read; for a ``with``, which ends its threads.
+
+    Args:
+        url: where checkpoints lie.
+        step: which; None takes the newest committed one.
+
+    Raises:
+        CheckpointNotFound: no such step.
+        CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion: its commit record or a vote; names the file.
+        CheckpointError: the place cannot be read.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], step: int | None) -> None:
+        self._url = url
+        with ExitStack() as stack:
+            io = stack.enter_context(ThreadPoolExecutor(THREADS))
+            with storage(url) as self._store:
+                self.step = choose(self._store, step)
+                with self._faults():
+                    self._reader = StepReader(self._store, self.step, io)
+            self._open = stack.pop_all()
+        self.commit = self._reader.commit
+        self.world_size = self.commit.world_size
+        self.url = f"{self._store.url}/{step_name(self.step)}"
+
+    def load(self, rank: int | None) -> dict[str, Any]:
+        """The local state of a rank, or (None) the replicated state; every byte is verified, tensors are on the CPU.
+
+        Raises:
+            CorruptCheckpoint, IncompleteCheckpoint: names the file.
+            CheckpointError: the place cannot be read.
+        """
+        with storage(self._url), self._faults():
+            return self._reader.load(rank)
+
+    def describe(self, rank: int | None) -> tuple[dict[str, ArrayInfo], dict[str, dict[str, Any]]]:
+        """As :meth:`StepReader.describe`; raises as :meth:`load` does."""
+        with storage(self._url), self._faults():
+            return self._reader.describe(rank)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._open.close()
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except Fault as fault:
+            raise as_error(fault, self._store, self.step) from fault
+
+
+def choose(store: Store, step: int | None) -> int:
+    """A step that is there (None: the newest committed); raises :class:`CheckpointNotFound`, naming those there are."""
+    found = scan(store)
+    if step is None and found.committed:
+        return found.committed[-1]
+    if step is not None and step in (*found.committed, *found.uncommitted):
+        return step
+    there = ", ".join(map(str, found.committed))
+    raise CheckpointNotFound(
+        f"no checkpoint{'' if step is None else f' of step {step}'} at {store.url}",
+        f"committed steps there are: {there}" if there else f"there is no folder step_*/ with a {COMMIT} in it",
+    )
+
+
+@contextmanager
+def storage(url: str | os.PathLike[str]) -> Iterator[Store]:
+    """The store at a URL; what it raises within becomes a :class:`CheckpointError`."""
+    store = open_store(url)
+    try:
+        yield store
+    except OSError as error:
+        raise CheckpointError(f"{store.url} cannot be read: {error}") from error

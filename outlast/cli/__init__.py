@@ -1,0 +1,3 @@
+"""``outlast VERB``: one file per verb or family of verbs."""
+
+from outlast.cli.main import main as main

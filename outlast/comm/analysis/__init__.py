@@ -1,0 +1,1 @@
+"""What theory guarantees, and a simulation of n ranks in one process."""

@@ -1,0 +1,1 @@
+"""``compressor = "auto"``: measures the link and the codec, then chooses."""

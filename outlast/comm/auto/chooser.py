@@ -1,0 +1,79 @@
+"""Watches the dense first steps of ``compressor = "auto"``, then chooses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from outlast.comm.auto.policy import (
+    DENSE_STEPS,
+    Candidate,
+    Choice,
+    candidates,
+    choose,
+    measure_codec,
+    measure_link,
+    shapes_of,
+    timing_of,
+    wire_bytes,
+)
+from outlast.comm.config import CommConfig
+from outlast.comm.exchange.stats import Meter
+from outlast.comm.exchange.topology import Network
+from outlast.comm.state.parameters import ParamState
+
+
+class Auto:
+    """One reducer's choice, to be made once.
+
+    Args:
+        config: with ``compressor = "auto"``.
+        network: of the reducer.
+        states: of all parameters.
+        device: of the gradients.
+    """
+
+    def __init__(
+        self, config: CommConfig, network: Network, states: Sequence[ParamState], device: torch.device
+    ) -> None:
+        self._config = config
+        self._network = network
+        self._states = states
+        self._device = device
+        self._opened_s: float | None = None
+        self._steps: list[tuple[float, float]] = []
+
+    def next_step(self, meter: Meter) -> Choice | None:
+        """A step begins, the meter still has the one before; the choice, once enough steps have been seen.
+
+        The call that chooses is a collective one, of some seconds on a slow link.
+
+        Raises:
+            CommError: a peer died or the limit passed.
+        """
+        now = time.perf_counter()
+        if self._opened_s is not None and meter.numel:
+            exposed_s = max(0.0, meter.last_done_s - meter.last_ready_s)
+            self._steps.append((now - self._opened_s - exposed_s, meter.last_ready_s - meter.first_ready_s))
+        self._opened_s = now
+        if len(self._steps) < DENSE_STEPS:
+            return None
+        return self._choose(max(1, meter.buckets))
+
+    def _choose(self, buckets: int) -> Choice:
+        communicator = self._network.rail
+        timing = timing_of(self._steps[1:], communicator, self._device)
+        link = measure_link(communicator, self._device)
+        compressed = [state for state in self._states if state.may_compress and state.param.requires_grad]
+        shapes = shapes_of([torch.empty(state.shape, device="meta") for state in compressed])
+        total = sum(state.param.numel() for state in self._states if state.param.requires_grad)
+        numel = sum(state.param.numel() for state in compressed)
+        options = []
+        for config in candidates(self._config):
+            sent = wire_bytes(config, shapes, total - numel, communicator.world_size)
+            codec_s = measure_codec(config, communicator, self._device) * numel
+            rounds = 1 if config.transport == "all-gather" and config.compressor != "dense" else 2
+            options.append(Candidate(config, sent, rounds * buckets, codec_s))
+        return choose(options, link, timing, buckets)

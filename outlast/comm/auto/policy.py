@@ -1,0 +1,199 @@
+"""``compressor = "auto"``: whether to compress at all, and how, from what was measured on this job's own links.
+
+Compression pays on slow links only: of more than 200 set-ups that Agarwal et al. (arXiv 2103.00543) looked at it paid
+in six. So the first steps are sent dense and timed, links and codecs are measured, and of dense and some candidates
+whose cost in loss is known to be small that one is taken whose step is predicted to be shortest; dense, unless another
+is clearly shorter.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from outlast.comm.config import CommConfig, two_phase
+from outlast.comm.feedback.from_config import make_feedback
+from outlast.comm.transport.communicator import Communicator, slowest
+
+DENSE_STEPS = 4
+"""Steps sent dense before the choice; the first of them is not timed."""
+WORTH = 0.95
+"""Dense stays unless a candidate's predicted step takes less than this share of dense's."""
+_SAMPLE = 1 << 20
+_PROBE_S = 0.05
+_CANDIDATES: dict[str, tuple[dict[str, object], ...]] = {
+    "update": (
+        {"compressor": "topk", "density": 0.02, "values": "int8"},
+        {"compressor": "topk", "density": 0.01, "values": "int8"},
+    ),
+    "gradient": (
+        {"compressor": "int8", "transport": "two-phase"},
+        {"compressor": "int4", "transport": "two-phase"},
+    ),
+}
+"""By target, those whose cost in loss is small: see docs/compression.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """How fast the slowest rank's link moves messages."""
+
+    latency_s: float
+    """Of one small all-gather."""
+    bytes_per_s: float
+    """Bytes that a rank sends a second, in an all-gather."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """A dense step, the slowest rank's."""
+
+    step_s: float
+    """All of it but what the exchange keeps it waiting at the end."""
+    hidden_s: float
+    """From the first bucket's being ready to the last's: what may hide an exchange."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Something to choose."""
+
+    config: CommConfig
+    wire_bytes: int
+    """Sent by a rank in a step."""
+    collectives: int
+    """In a step."""
+    codec_s: float
+    """In a step, the slowest rank's; not counted as hidden, since it takes the same cores or the same device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen, and why."""
+
+    config: CommConfig
+    why: str
+    """One line."""
+
+
+def candidates(config: CommConfig) -> list[CommConfig]:
+    """What ``compressor = "auto"`` may become; dense first."""
+    dense = replace(config, compressor="dense")
+    return [dense, *(replace(config, **settings) for settings in _CANDIDATES[config.target])]  # type: ignore[arg-type]
+
+
+def predict(candidate: Candidate, link: Link, timing: Timing, buckets: int) -> float:
+    """Seconds a step: compute, codec, and what backward does not hide of the wire; at least the last bucket is not."""
+    wire_s = candidate.collectives * link.latency_s + candidate.wire_bytes / link.bytes_per_s
+    exposed_s = max(wire_s - timing.hidden_s, wire_s / max(1, buckets))
+    return timing.step_s + candidate.codec_s + exposed_s
+
+
+def choose(options: Sequence[Candidate], link: Link, timing: Timing, buckets: int) -> Choice:
+    """The option with the shortest predicted step; the first, which is dense, unless another is clearly shorter."""
+    dense, *others = options
+    seconds = {id(option): predict(option, link, timing, buckets) for option in options}
+    best = min(others, key=lambda option: seconds[id(option)])
+    measured = (
+        f"links {link.bytes_per_s / 1e6:.3g} MB/s and {1e3 * link.latency_s:.2g} ms, "
+        f"codec {1e3 * best.codec_s:.3g} ms, backward hides {1e3 * timing.hidden_s:.3g} ms"
+    )
+    figures = (
+        f"{best.config.describe()} {seconds[id(best)]:.3g} s a step, dense {seconds[id(dense)]:.3g} s"
+        f" ({best.wire_bytes / 1e6:.3g} of {dense.wire_bytes / 1e6:.3g} MB; {measured})"
+    )
+    if seconds[id(best)] < WORTH * seconds[id(dense)]:
+        return Choice(best.config, f"compressing: predicted {figures}")
+    return Choice(dense.config, f"staying dense: predicted {figures}")
+
+
+def measure_link(communicator: Communicator, device: torch.device) -> Link:
+    """Time all-gathers of growing size until one takes long enough; the slowest rank's, the same on every rank.
+
+    A collective call, to be made outside the communicator's thread; moves a few MB.
+
+    Raises:
+        CommError: a peer died or the limit passed.
+    """
+
+    def timed(nbytes: int) -> float:
+        payload = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        out = torch.empty((communicator.world_size, nbytes), dtype=torch.uint8, device=device)
+        communicator.submit(lambda: communicator.all_gather(payload, "link probe", out)).result()
+        started = time.perf_counter()
+        communicator.submit(lambda: communicator.all_gather(payload, "link probe", out)).result()
+        return time.perf_counter() - started
+
+    latency_s = slowest(communicator, statistics.median(timed(64) for _ in range(5)), device)
+    nbytes, taken_s = 1 << 16, 0.0
+    while True:
+        taken_s = slowest(communicator, timed(nbytes), device)
+        if taken_s > latency_s + _PROBE_S or nbytes >= 1 << 24:
+            break
+        nbytes *= 4
+    sent = (communicator.world_size - 1) * nbytes
+    return Link(latency_s, max(1.0, sent) / max(taken_s - latency_s, 1e-6))
+
+
+def measure_codec(config: CommConfig, communicator: Communicator, device: torch.device) -> float:
+    """Seconds an entry of one step's encode and decode, the slowest rank's; a collective call.
+
+    Raises:
+        CommError: a peer died or the limit passed.
+    """
+    feedback = make_feedback(config)
+    if feedback is None:
+        return 0.0
+    n = communicator.world_size
+    g = torch.randn((1024, _SAMPLE // 1024), generator=torch.Generator().manual_seed(0)).to(device)
+    local, out = feedback.start(g), torch.empty_like(g)
+    replicated = feedback.new_replicated(g)
+    payload = feedback.encode(local, g)
+    best_s = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        payload = feedback.encode(local, g)
+        # Of the two-phase transport: n messages of an n-th each, and as much again.
+        feedback.decode(replicated, [payload] * (2 if two_phase(config, n) else n), out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best_s = min(best_s, time.perf_counter() - started)
+    return slowest(communicator, best_s, device) / _SAMPLE
+
+
+def wire_bytes(config: CommConfig, tensors: Mapping[tuple[int, ...], int], whole_numel: int, n: int) -> int:
+    """Bytes that a rank sends in a step.
+
+    Args:
+        config: with what.
+        tensors: how many tensors there are of each shape that is compressed.
+        whole_numel: entries of tensors that never are.
+        n: ranks.
+    """
+    feedback = make_feedback(config)
+    dense = 2 * (n - 1) * 4 * whole_numel // n
+    if feedback is None:
+        numel = sum(count * torch.Size(shape).numel() for shape, count in tensors.items())
+        return dense + 2 * (n - 1) * 4 * numel // n
+    payload = sum(count * feedback.compressor.nbytes(shape) for shape, count in tensors.items())
+    return dense + (2 * (n - 1) * payload // n if two_phase(config, n) else (n - 1) * payload)
+
+
+def timing_of(steps: Sequence[tuple[float, float]], communicator: Communicator, device: torch.device) -> Timing:
+    """The median of this rank's (step_s, hidden_s), of the slowest rank; a collective call."""
+    step_s = statistics.median(step for step, _ in steps)
+    hidden_s = statistics.median(hidden for _, hidden in steps)
+    return Timing(slowest(communicator, step_s, device), slowest(communicator, hidden_s, device))
+
+
+def shapes_of(tensors: Sequence[Tensor]) -> dict[tuple[int, ...], int]:
+    """How many tensors there are of each shape."""
+    counts: dict[tuple[int, ...], int] = {}
+    for tensor in tensors:
+        counts[tuple(tensor.shape)] = counts.get(tuple(tensor.shape), 0) + 1
+    return counts

@@ -1,0 +1,61 @@
+"""Powers of two that bring a tensor into the range in which fewer bits do.
+
+A codec that rounds works on float32 numbers whose largest lies in [2^-60, 2^100): far enough from both ends that
+neither the squares and sums it takes overflow nor what it loses below the smallest normal number counts. Gradients
+that are not in that range are multiplied by a power of two, which is exact, and the exponent travels in the payload.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from outlast.comm.compressors import host
+
+NOT_FINITE = 2**31 - 1
+"""Stands in place of the exponent when the tensor holds NaN or Inf, or what cannot be rounded up any more."""
+HEADER_BYTES = 8
+_LOWEST, _HIGHEST = 2.0**-60, 2.0**100
+_OVERFLOW = {torch.float32: 1.5 * 2.0**127, torch.float64: 1.5 * 2.0**1023}
+
+
+def exponent_for(largest: float, dtype: torch.dtype) -> int:
+    """e, such that ``x * 2^-e`` is in range; 0 where x is, or is zero; NOT_FINITE for NaN, Inf and |x| >= 1.5 * 2^127
+    (2^1023 for float64), the next power of two above which is no number."""
+    if not largest < _OVERFLOW[dtype]:
+        return NOT_FINITE
+    if largest == 0 or _LOWEST <= largest < _HIGHEST:
+        return 0
+    return math.frexp(largest)[1] - 1
+
+
+def times_power(x: Tensor, exponent: int) -> Tensor:
+    """``x * 2^exponent``, new; in two steps, since 2^exponent need not be a number of x's type when the result is."""
+    half = exponent // 2
+    return x.mul(2.0**half).mul_(2.0 ** (exponent - half))
+
+
+def write_header(payload: Tensor, exponent: int) -> None:
+    """The exponent into the first eight bytes."""
+    if host.numpy_sees(payload):
+        payload.numpy()[:HEADER_BYTES].view(np.int32)[:] = exponent, 0
+    else:
+        payload[:HEADER_BYTES].view(torch.int32).copy_(torch.tensor([exponent, 0], dtype=torch.int32))
+
+
+def read_header(payload: Tensor) -> int:
+    """The exponent, or NOT_FINITE."""
+    if host.numpy_sees(payload):
+        return int(payload.numpy()[:4].view(np.int32)[0])
+    return int(payload[:4].view(torch.int32))
+
+
+def largest_of(x: Tensor) -> float:
+    """max |x|; NaN if there is one, 0 for no entries."""
+    if not x.numel():
+        return 0.0
+    # Not abs().max(), aminmax() or a norm: on the CPU these take several times as long.
+    return float(torch.maximum(x.amax(), -x.amin()))

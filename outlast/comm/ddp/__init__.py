@@ -1,0 +1,1 @@
+"""DDP and bare training loops."""

@@ -1,0 +1,240 @@
+"""DeepSpeed, ZeRO stages 0, 1 and 2: gradients averaged by outlast where DeepSpeed would all-reduce or reduce them.
+
+There is no public seam for it, so one method of one *object* is replaced, after a look at its signature:
+
+* ZeRO 0, and ZeRO 1 in bf16 with fp32 accumulation: ``engine.buffered_allreduce_fallback``, which is called once a
+  step, when all its gradients are summed up. They are averaged whole, on every rank, by a :class:`GradientReducer`.
+* ZeRO 1 and 2 else: ``engine.optimizer.average_tensor``, which is called with each bucket of gradients, before
+  DeepSpeed copies this rank's partition out of it. Each partition is averaged by its owner alone, as in
+  :mod:`outlast.comm.fsdp`.
+
+Clipping, the optimizer and the all-gather of weights are DeepSpeed's own, and come behind the exchange.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from importlib import import_module
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from outlast.comm.config import CommConfig
+from outlast.comm.deepspeed.seams import Partitions, Seam, WholeGradients
+from outlast.comm.direction import Direction
+from outlast.comm.exchange.stats import ReduceStats
+from outlast.comm.transport.communicator import CollectiveObserver
+from outlast.errors import CommError, MissingDependency
+
+_TESTED = "0.19.8"
+
+
+class DeepSpeedReducer:
+    """Averages a DeepSpeed engine's gradients, compressed; made by :func:`attach`.
+
+    It acts inside ``engine.backward()`` of a step's last micro-batch (``engine.step()`` with
+    ``managed_gradient_accumulation = false``). A step is DeepSpeed's: ``engine.global_steps + 1``.
+
+    Failure: as :class:`GradientReducer`: what goes wrong is raised by ``engine.backward()`` and by every later call.
+    """
+
+    def __init__(self, seam: Seam, config: CommConfig, world_size: int) -> None:
+        self._seam = seam
+        self.config = config
+        self.world_size = world_size
+
+    def end_step(self) -> ReduceStats:
+        """What the last step's exchange has cost; to be called, if at all, after ``engine.step()``.
+
+        ``dense_bytes`` is what a ring would have sent in fp32: 2 (n - 1) / n x 4 bytes an entry of an all-reduce, half
+        of it where only the partition's owner needs the sum.
+
+        Raises:
+            CommError: an exchange has failed.
+        """
+        return self._seam.end_step()
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Error-feedback state, for a checkpoint; to be called between steps.
+
+        Returns:
+            As :meth:`GradientReducer.state_dict`. Where partitions are averaged nothing is replicated, a parameter's
+            local slots have its shape, and ``owned_...`` that of this rank's part of it. The tensors are live. It is
+            no part of ``engine.save_checkpoint``: save it on each rank, beside.
+
+        Raises:
+            CommError: an exchange has failed, or the step is not complete.
+        """
+        return self._seam.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over a copy of what :meth:`state_dict` gave on the same rank; training goes on bit for bit.
+
+        Raises:
+            CommStateMismatch: names what does not fit (also: another number of ranks, another ZeRO stage, another
+                assignment of parameters to ranks); nothing was taken over then.
+            CommError: an exchange has failed.
+        """
+        self._seam.load_state_dict(state)
+
+    def close(self) -> None:
+        """Give the engine its own averaging back, and end the threads. Closing twice is harmless.
+
+        Raises:
+            CommError: a collective did not end within the limit.
+        """
+        self._seam.close()
+
+    def __enter__(self) -> DeepSpeedReducer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def attach(
+    engine: Any,
+    config: CommConfig | None = None,
+    *,
+    observer: CollectiveObserver | None = None,
+    direction: Direction | None = None,
+) -> DeepSpeedReducer:
+    """Compress a DeepSpeed engine's gradients from the next backward on; a collective call.
+
+    ::
+
+        engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+        reducer = outlast.comm.deepspeed.attach(engine, CommConfig(target="gradient", feedback="ef21", density=0.05))
+
+    With gradient accumulation only the sum of a step's micro-batches is exchanged, with ZeRO 2 too: where DeepSpeed
+    would reduce each micro-batch, they are added up on each rank, in fp32 (memory: one gradient more). With ZeRO 1 and
+    2 a rank's error feedback is as large as its whole gradient; partitioned gradients save no memory then.
+
+    Args:
+        engine: what ``deepspeed.initialize`` returned, before its first backward.
+        config: see :class:`CommConfig`; None takes its defaults. With ``target = "update"`` the engine's optimizer is
+            ``torch.optim.SGD``, and ``gradient_clipping`` is 0 (DeepSpeed's default is 1). Where partitions are
+            averaged there is one transport, whatever ``transport`` says, and ``ranks_per_node`` is 1.
+        observer: told of every collective.
+        direction: of ``target = "update"``; None takes Adam with beta1 = 0, beta2 = 0.95, clip_rms = 1.
+
+    Raises:
+        MissingDependency: deepspeed is not installed.
+        CommError: what DeepSpeed is set up to do cannot be compressed: ZeRO 3, fp16 (its loss scale), offload,
+            pipelines, experts, sequence parallelism, Muon, sparse gradients, ``overlap_comm = true``,
+            ``contiguous_gradients = false``, sums instead of means, an optimizer that communicates itself; or a
+            DeepSpeed that is built otherwise than 0.19.8.
+    """
+    try:
+        deepspeed = import_module("deepspeed")
+        partitioned = import_module("deepspeed.runtime.zero.stage_1_and_2").DeepSpeedZeroOptimizer
+        in_bf16 = import_module("deepspeed.runtime.bf16_optimizer").BF16_Optimizer
+    except ImportError as error:
+        raise MissingDependency(f"DeepSpeed cannot be imported: {error}", "pip install 'outlast[deepspeed]'") from error
+    if not isinstance(engine, deepspeed.DeepSpeedEngine):
+        raise CommError(f"{type(engine).__name__} is no DeepSpeedEngine", "hand over what deepspeed.initialize returns")
+    config = config or CommConfig()
+    optimizer = engine.optimizer
+    try:
+        _refuse(engine, optimizer)
+    except AttributeError as error:
+        raise CommError(
+            f"deepspeed {deepspeed.__version__} is not built as outlast knows it: {error}",
+            f"use deepspeed {_TESTED}",
+        ) from error
+    stage = int(engine.zero_optimization_stage())
+    if config.target == "update" and engine.gradient_clipping() > 0:
+        raise CommError(
+            f"comm.target = 'update' with gradient_clipping = {engine.gradient_clipping():g}: what is averaged is no "
+            "gradient, to be clipped",
+            "set gradient_clipping = 0, or target = 'gradient'",
+        )
+    seam: Seam
+    if type(optimizer) is partitioned:
+        _known(optimizer, "average_tensor", ("tensor", "communication_data_type"))
+        seam = Partitions(engine, config, observer, direction)
+    elif stage == 0 or isinstance(optimizer, in_bf16):
+        _known(engine, "buffered_allreduce_fallback", ("grads", "elements_per_buffer"))
+        seam = WholeGradients(engine, config, observer, direction)
+    else:
+        raise CommError(f"{type(optimizer).__name__} is not supported", "use ZeRO stage 0, 1 or 2 without offload")
+    return DeepSpeedReducer(seam, config, dist.get_world_size(engine.data_parallel_group))
+
+
+def _refuse(engine: Any, optimizer: Any) -> None:
+    """What cannot be right is an error.
+
+    Raises:
+        CommError: see :func:`attach`.
+    """
+    stage = int(engine.zero_optimization_stage())
+    checks: list[tuple[bool, str, str]] = [
+        (stage > 2, f"ZeRO stage {stage}", "use stage 0, 1 or 2, or FSDP2 and attach_fsdp()"),
+        (engine.fp16_enabled(), "fp16, whose loss scale error feedback cannot follow here", "use bf16"),
+        (engine.pipeline_parallelism, "pipeline parallelism", "use data parallelism alone"),
+        (engine.has_moe_layers, "experts (MoE)", "average their gradients densely"),
+        (engine.sequence_parallel_size > 1, "sequence parallelism", "use data parallelism alone"),
+        (not engine.gradient_average, "sums in place of means", "leave out gradient_allreduce_op"),
+        (
+            any(getattr(part, "sparse", False) is True for part in engine.module.modules()),
+            "sparse gradients",
+            "make embeddings with sparse=False",
+        ),
+        (
+            not engine.enable_backward_allreduce,
+            f"{type(optimizer).__name__}, which averages gradients itself",
+            "use an optimizer that leaves communication to the engine",
+        ),
+        (
+            engine.is_deepcompile_enabled(),
+            "DeepCompile, which reduces gradients itself",
+            "set compile.deepcompile = false",
+        ),
+        (
+            getattr(optimizer, "torch_autocast_gradscaler", None) is not None
+            or engine.torch_autocast_z0_gradscaler is not None,
+            "float16 autocast, whose loss scale error feedback cannot follow here",
+            "set torch_autocast.dtype = bfloat16",
+        ),
+        ("muon" in type(engine.basic_optimizer).__name__.lower(), "Muon", "use another optimizer"),
+    ]
+    if stage in (1, 2):
+        option = "zero_optimization"
+        checks += [
+            (getattr(optimizer, "cpu_offload", False), "optimizer offload", f"leave out {option}.offload_optimizer"),
+            (getattr(optimizer, "zenflow", False), "ZenFlow", f"leave out {option}.zenflow"),
+            (getattr(optimizer, "overlap_comm", False), "overlap_comm", f"set {option}.overlap_comm = false"),
+            (
+                not getattr(optimizer, "contiguous_gradients", True),
+                "contiguous_gradients = false",
+                f"set {option}.contiguous_gradients = true",
+            ),
+            (
+                stage == 2 and not engine.managed_gradient_accumulation(),
+                "ZeRO 2 with managed_gradient_accumulation = false, which reduces before it knows the step's end",
+                "use managed gradient accumulation, or ZeRO 1",
+            ),
+        ]
+    for refused, what, fix in checks:
+        if refused:
+            raise CommError(f"gradients cannot be compressed with DeepSpeed's {what}", fix)
+
+
+def _known(owner: Any, method: str, arguments: tuple[str, ...]) -> None:
+    """Look whether the method to be replaced is the one that outlast knows.
+
+    Raises:
+        CommError: it is not.
+    """
+    found = getattr(type(owner), method, None)
+    signature = tuple(inspect.signature(found).parameters)[1:] if callable(found) else None
+    if signature != arguments or method in vars(owner):
+        state = "was replaced before" if method in vars(owner) else f"takes {signature}, expected {arguments}"
+        raise CommError(
+            f"DeepSpeed's {type(owner).__name__}.{method} {state}",
+            f"attach once; outlast is tested with deepspeed {_TESTED}",
+        )

@@ -1,0 +1,1 @@
+"""In which order gradients travel, and by which route."""

@@ -1,0 +1,65 @@
+"""A tensor on its way, and the buffers and stages it passes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from outlast.comm.compressors.base import flat
+from outlast.comm.direction import Direction
+from outlast.comm.state.parameters import ParamState
+
+Buffer = Callable[[str, int], Tensor]
+"""(use, nbytes) to a uint8 tensor of that size, reused from step to step."""
+
+
+class Stage(NamedTuple):
+    """A piece of work and the thread it belongs to."""
+
+    thread: Literal["codec", "wire"]
+    work: Callable[[], None]
+
+
+@dataclass(slots=True)
+class Item:
+    """One tensor to average over ranks, in place.
+
+    Attributes:
+        state: its parameter's.
+        grad: of the state's shape; read when the exchange encodes, and overwritten with the estimate when it decodes.
+            Nobody else may touch it in between.
+        direction: what is made of the gradient before it is compressed; of tensors that never are, after the mean.
+        scale: what ``grad`` was multiplied with before; the estimate is multiplied likewise, the state is not.
+    """
+
+    state: ParamState
+    grad: Tensor
+    direction: Direction | None = None
+    scale: float = 1.0
+
+    def read(self) -> Tensor:
+        """The gradient, contiguous, unscaled, in the type it is summed in; a view where it can be."""
+        g = flat(self.grad).view(self.state.shape)
+        return g if self.scale == 1.0 else g / self.scale
+
+    def wanted(self) -> Tensor:
+        """What error feedback is fed: the gradient or its direction; valid until the next call in this thread."""
+        g = self.read()
+        return g if self.direction is None else self.state.direct(self.direction, g)
+
+    def target(self) -> Tensor:
+        """Where an estimate is written: the gradient itself where its memory is as it must be."""
+        if self.grad.is_contiguous() and self.grad.dtype == self.state.dtype:
+            return self.grad.detach().view(self.state.shape)
+        return torch.empty(self.state.shape, dtype=self.state.dtype, device=self.grad.device)
+
+    def write(self, estimate: Tensor) -> None:
+        """The estimate into the gradient, unless it was written there; scaled."""
+        if estimate.data_ptr() != self.grad.data_ptr():
+            self.grad.copy_(estimate.view(self.grad.shape))
+        if self.scale != 1.0:
+            self.grad.mul_(self.scale)

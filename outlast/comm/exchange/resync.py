@@ -1,0 +1,34 @@
+"""Exact means in the place of the running means that rounding lets drift."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from outlast.comm.exchange.topology import Network
+from outlast.comm.feedback import Feedback
+from outlast.comm.slices import slices
+from outlast.comm.state.parameters import Store
+from outlast.comm.state.reshard import resync, tracked
+from outlast.comm.transport.communicator import slowest
+
+
+def resync_all(store: Store, feedback: Feedback | None, network: Network, two_phase: bool) -> float:
+    """Of every tensor; a collective call. Returns the largest relative drift there was, the same on every rank.
+
+    Raises:
+        CommError: a peer failed.
+    """
+    worst = 0.0
+    for state in store.params.values():
+        if feedback is None or not state.local or not state.replicated:
+            continue
+        mine = tracked(feedback, state.local)
+        if mine is None:
+            continue
+        flat, rail = mine.reshape(-1), network.rail
+        mean = rail.submit(partial(rail.mean, flat, f"resync of {state.name}")).result().view(mine.shape)
+        aggregates = state.replicated
+        if two_phase:
+            aggregates, mean = state.held(feedback), slices(mean, state.units)[state.rank]
+        worst = max(worst, resync(aggregates, mean))
+    return slowest(network.whole, worst, store.device)

@@ -1,0 +1,99 @@
+"""What a step's exchange cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from outlast.comm.feedback import Probe
+from outlast.comm.transport.communicator import Traffic
+from outlast.comm.transport.stream import Lane
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReduceStats:
+    """One step's gradient exchange on this rank."""
+
+    wire_bytes: int
+    """Bytes of messages this rank sent, as the transport moves them, headers apart."""
+    dense_bytes: int
+    """Bytes that a ring all-reduce of the same gradients in fp32 would have sent: 2 (n - 1) / n * 4 * entries."""
+    codec_s: float
+    """Time in compression and decompression, hidden behind backward or not."""
+    collective_s: float
+    """Time inside collectives, hidden or not: transfer, and waiting for the last rank to arrive."""
+    exposed_s: float
+    """From the last gradient being ready until the last estimate was written: what backward did not hide."""
+    collectives: int
+    """How many collectives were issued."""
+    skipped: bool = False
+    """Whether some rank's scaled gradients overflowed, so that nothing was averaged."""
+    alpha: float | None = None
+    """Measured contraction of what this rank compressed, all tensors together: 1 - ||C(x) - x||^2 / ||x||^2; None in
+    steps in which it is not measured."""
+    residual: float | None = None
+    """What this rank holds back over what it was given, all tensors together: ||e|| / ||g||, or where gradients are
+    tracked ||g - h|| / ||g||; None in steps in which it is not measured."""
+    drift: float | None = None
+    """How far the running mean of what ranks track had come from the exact one, ||h - mean h_i|| / ||mean h_i||, the
+    worst tensor's; None in steps that did not replace it."""
+
+
+class Meter:
+    """Collects the figures of one step, from several threads.
+
+    Args:
+        lane: where codec work runs.
+    """
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self.reset()
+
+    def reset(self) -> None:
+        """A new step begins."""
+        self.numel = self.buckets = 0
+        self.skipped = False
+        self.probe: Probe | None = None
+        self.drift: float | None = None
+        self.codec_s = self.first_ready_s = self.last_ready_s = self.last_done_s = 0.0
+
+    def ready(self, numel: int) -> None:
+        """Another bucket of ``numel`` gradients is ready."""
+        self.last_ready_s = time.perf_counter()
+        if not self.buckets:
+            self.first_ready_s = self.last_ready_s
+        self.numel += numel
+        self.buckets += 1
+
+    def done(self) -> None:
+        """Another bucket's estimates are written."""
+        self.last_done_s = time.perf_counter()
+
+    @contextmanager
+    def codec(self, after: torch.cuda.Event | None = None) -> Iterator[None]:
+        """The context for work of the codec's thread, in its lane behind ``after``, its time taken."""
+        started = time.perf_counter()
+        with torch.no_grad(), self._lane.work(after):
+            yield
+        self.codec_s += time.perf_counter() - started
+
+    def stats(self, traffic: Traffic, n: int) -> ReduceStats:
+        """The step's figures, over ``n`` ranks."""
+        probe = self.probe if self.probe is not None and self.probe.gradient_square > 0 else None
+        return ReduceStats(
+            wire_bytes=traffic.wire_bytes,
+            dense_bytes=2 * (n - 1) * 4 * self.numel // n,
+            codec_s=self.codec_s,
+            collective_s=traffic.collective_s,
+            exposed_s=max(0.0, self.last_done_s - self.last_ready_s),
+            collectives=traffic.collectives,
+            skipped=self.skipped,
+            alpha=probe.alpha_hat if probe else None,
+            residual=probe.residual_ratio if probe else None,
+            drift=self.drift,
+        )

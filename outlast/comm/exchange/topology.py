@@ -1,0 +1,86 @@
+"""Over whom a reducer averages: all ranks, or nodes whose ranks share fast links."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch.distributed as dist
+from torch import Tensor
+
+from outlast.comm.compressors import Shape
+from outlast.comm.exchange.hierarchical import rail_of
+from outlast.comm.slices import slice_shape
+from outlast.comm.transport.communicator import CollectiveObserver, Communicator, Traffic
+from outlast.errors import CommError
+
+
+class Network:
+    """The communicators of one reducer; **making one is a collective call**.
+
+    Args:
+        group: the ranks to average over; None for all.
+        ranks_per_node: 1, or how many neighbours in rank order share fast links.
+        timeout_s: limit of each collective, in seconds.
+        observer: told of every collective.
+        stream: a context in which collectives run.
+
+    Raises:
+        CommError: no default process group, or ranks that are no multiple of ``ranks_per_node``.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        ranks_per_node: int,
+        *,
+        timeout_s: float,
+        observer: CollectiveObserver | None,
+        stream: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        whole = Communicator(group=group, timeout_s=timeout_s, observer=observer, stream=stream)
+        self.whole = whole
+        """All ranks."""
+        self.node: Communicator | None = None
+        """This node's ranks; None where every rank compresses by itself."""
+        self.rail = whole
+        """Among whom messages are exchanged: the ranks of all nodes with the same place in theirs, or all."""
+        if ranks_per_node == 1:
+            return
+        if whole.world_size % ranks_per_node:
+            raise CommError(
+                f"{whole.world_size} ranks are no multiple of comm.ranks_per_node = {ranks_per_node}",
+                "start as many ranks on every node, or set ranks_per_node = 1",
+            )
+        members = dist.get_process_group_ranks(whole.group)
+
+        def beside(ranks: list[int]) -> Communicator:
+            return Communicator(ranks=ranks, timeout_s=timeout_s, observer=observer, stream=stream, beside=whole)
+
+        node, rail = rail_of(members, dist.get_rank(), ranks_per_node)
+        self.node, self.rail = beside(node), beside(rail)
+
+    def shape_of(self, param: Tensor) -> Shape:
+        """What this rank exchanges of a parameter: all of it, or its slice of the node's."""
+        shape = tuple(param.shape)
+        return shape if self.node is None else slice_shape(shape, self.node.rank, self.node.world_size)
+
+    def take_traffic(self) -> Traffic:
+        """What has been moved since the last call; call it while no job runs."""
+        total = self.whole.take_traffic()
+        for part in self._parts():
+            total = total.plus(part.take_traffic())
+        return total
+
+    def close(self) -> None:
+        """Let queued jobs finish, then drop the process groups.
+
+        Raises:
+            CommError: a collective did not end within the limit.
+        """
+        self.whole.close()
+        for part in self._parts():
+            part.close()
+
+    def _parts(self) -> list[Communicator]:
+        return [] if self.node is None else [self.node, self.rail]

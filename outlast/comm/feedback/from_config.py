@@ -1,0 +1,23 @@
+"""The method that settings ask for."""
+
+from __future__ import annotations
+
+from outlast.comm.compressors import make_compressor
+from outlast.comm.config import CommConfig
+from outlast.comm.feedback import Feedback
+from outlast.comm.feedback import make_feedback as by_name
+
+
+def make_feedback(config: CommConfig) -> Feedback | None:
+    """The feedback, with its compressor, that ``config`` asks for; None where everything is sent whole."""
+    if config.compressor == "dense":
+        return None
+    compressor = make_compressor(
+        config.compressor,
+        density=config.density,
+        selection=config.selection,
+        rank=config.rank,
+        values=config.values,
+        block=config.block or None,
+    )
+    return by_name(config.feedback, compressor, eta=config.eta, residual=config.residual)

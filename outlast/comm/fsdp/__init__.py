@@ -1,0 +1,316 @@
+"""FSDP2: gradients compressed on their way to their shards' owners, or between copies of the shards (HSDP).
+
+What FSDP2 hands over, once for each group of parameters that ``fully_shard`` made, in backward, in the same order on
+every rank: a flat buffer in the reduce type with one row for each rank of the shard group; row r holds rank r's slice
+of each parameter's gradient, one behind the other, each padded with zero rows to the size of the largest slice. So the
+buffer is the message of the two-phase transport's first phase, but for compression: slice by slice it is compressed
+with error feedback that belongs to the parameter's name, and padding is neither compressed nor sent.
+
+With a two-dimensional mesh the first dimension holds copies of the shards, most often on other nodes. The
+reduce-scatter then stays as it is, and the mean over the copies is what is compressed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from outlast.comm.config import CommConfig
+from outlast.comm.direction import Direction
+from outlast.comm.exchange.sharded import ShardItem
+from outlast.comm.exchange.sharded_session import ShardSession
+from outlast.comm.exchange.stats import ReduceStats
+from outlast.comm.fsdp.groups import Group, copies_of, find_groups, shards_of, unknown_torch, with_gradient
+from outlast.comm.transport.communicator import CollectiveObserver
+from outlast.errors import CommError
+
+_ONCE = (
+    "call begin_step() before every step, and set_requires_gradient_sync(False) for all but the last backward of a step"
+)
+
+
+class ShardedReducer:
+    """Compresses the gradients of an FSDP2 model; made by :func:`attach_fsdp`.
+
+    It acts in ``backward()``, as FSDP2's own reduce-scatter does. :meth:`begin_step` and :meth:`end_step` are optional,
+    as they are for :class:`GradientReducer`. After :meth:`close` the model reduces as before.
+
+    Failure: as :class:`GradientReducer`: what goes wrong is raised by ``backward()`` and by every later call, and NaN
+    and Inf in compressed gradients raise on all ranks of the group that exchanges them in the same step.
+    """
+
+    def __init__(self, session: ShardSession, groups: Sequence[Group]) -> None:
+        self._session = session
+        self._groups = groups
+
+    @property
+    def config(self) -> CommConfig:
+        """The settings it was made with."""
+        return self._session.config
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks exchange with one another: those of the shard group, or with HSDP the copies of a shard."""
+        return self._session.world_size
+
+    def begin_step(self, step: int) -> None:
+        """Say which step (1-based) the next backward belongs to; the warm-up goes by it.
+
+        Optional: without it each synchronised backward is a step, counted on from 1 or from the loaded state. Once it
+        has been called it is due before every step.
+
+        Raises:
+            CommError: an exchange has failed before, or ``step`` < 1.
+        """
+        self._session.begin_step(step)
+
+    def end_step(self) -> ReduceStats:
+        """What the exchanges since the step began have cost.
+
+        ``dense_bytes`` is what FSDP2's own collective would send: of the reduce-scatter (n - 1) / n x 4 bytes an entry,
+        of HSDP's all-reduce twice that of the shard. On a CPU nothing is hidden: ``exposed_s`` is all of it.
+
+        Raises:
+            CommError: an exchange has failed.
+        """
+        return self._session.end_step()
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Error-feedback state, for a checkpoint; to be called between steps.
+
+        Returns:
+            ``{"local": {parameter: {slot: tensor}}, "replicated": {}, "meta": {...}}``, as
+            :meth:`GradientReducer.state_dict`. Local tensors differ on every rank: this rank's slots have the shape of
+            the parameter (with HSDP of its shard), ``owned_...`` that of its shard. They are live.
+
+        Raises:
+            CommError: an exchange has failed.
+        """
+        return self._session.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over a copy of what :meth:`state_dict` gave on the same rank; training goes on bit for bit.
+
+        Raises:
+            CommStateMismatch: names what does not fit (also: another number of ranks); nothing was taken over then.
+            CommError: an exchange has failed.
+        """
+        self._session.load_state_dict(state)
+
+    def close(self) -> None:
+        """Give the model its own collectives back, and end the thread. Closing twice is harmless.
+
+        Raises:
+            CommError: a collective did not end within the limit.
+        """
+        for group in self._groups:
+            while group.undo:
+                group.undo.pop()()
+        self._session.close()
+
+    def __enter__(self) -> ShardedReducer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _scatter(self, group: Group, output: Tensor, buffer: Tensor, op: Any) -> None:
+        """One reduce-scatter: ``output`` becomes this rank's row of the mean (or sum, as ``op`` says)."""
+        self._session.enter(id(group), group.label, _ONCE)
+        n = self.world_size
+        scale = n / _divisor(op, n, group)
+        self._plain_mean(group, buffer.dtype)
+        rows = buffer.detach().view(n, -1)
+        items, start = [], 0
+        for name, _ in with_gradient(group):
+            shards = self._session.shards[name]
+            sizes = [cut.stop - cut.start for cut in shards.cuts]
+            parts = [row[start : start + size] for row, size in zip(rows, sizes, strict=True)]
+            items.append(ShardItem(shards, parts, output[start : start + sizes[self._session.rank]], scale))
+            start += max(sizes)
+        self._matches(group, start, rows.shape[1])
+        output.zero_()  # the padding too
+        self._session.exchange(group.label, items)
+
+    def _replicate(self, group: Group, output: Tensor) -> None:
+        """One all-reduce between the copies of a shard: ``output``, a row, becomes the mean over them."""
+        self._session.enter(id(group), group.label, _ONCE)
+        self._plain_mean(group, output.dtype)
+        items, start = [], 0
+        for name, padded in with_gradient(group):
+            shards = self._session.shards[name]
+            mine = output.detach()[start : start + shards.cuts[0].stop]
+            items.append(ShardItem(shards, [mine], mine))
+            start += padded
+        self._matches(group, start, output.numel())
+        self._session.exchange(group.label, items)
+
+    def _plain_mean(self, group: Group, dtype: torch.dtype) -> None:
+        """A direction has no scale that FSDP2 could divide out before or multiply back after."""
+        inner = group.inner
+        if self.config.target == "update" and (
+            dtype == torch.float64 or inner.gradient_divide_factor is not None or inner.force_sum_reduction_for_comms
+        ):
+            raise CommError(
+                f"comm.target = 'update', and FSDP2 scales the gradients of {group.label} itself",
+                "set target = 'gradient', or leave out set_gradient_divide_factor, set_force_sum_reduction_for_comms "
+                "and float64",
+            )
+
+    def _matches(self, group: Group, expected: int, found: int) -> None:
+        if expected != found:
+            raise CommError(
+                f"FSDP2 hands over {found} entries a rank of {group.label}, its parameters have {expected}",
+                "do not freeze or thaw parameters after attach_fsdp(); call set_reduce_scatter_unused_params(True) "
+                "if it was switched off",
+            )
+
+
+def attach_fsdp(
+    module: nn.Module,
+    *,
+    config: CommConfig | None = None,
+    replicas: dist.ProcessGroup | None = None,
+    observer: CollectiveObserver | None = None,
+    direction: Direction | None = None,
+) -> ShardedReducer:
+    """Compress the gradients of an FSDP2 model from the next backward on; a collective call.
+
+    ::
+
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+        reducer = outlast.comm.attach_fsdp(model, config=CommConfig(target="update", density=0.02))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=0.1)
+
+    Over a one-dimensional mesh what is compressed is the reduce-scatter (``FSDPModule.set_custom_reduce_scatter``):
+    each rank sends each owner its slice of every parameter, the owner adds the ranks' slices in rank order in fp32.
+    There is no second compression, so this is EF14, EF21, ... exactly as their papers have them; EF21's h lies with
+    the owner.
+    ``config.transport`` says nothing here: there is this one way.
+
+    Over a two-dimensional mesh (HSDP), or with ``replicas``, the reduce-scatter stays FSDP2's own, and what is
+    compressed is the mean over the copies of each shard (``FSDPModule.set_all_reduce_hook``), by an all-gather. FSDP2
+    runs that hook *behind* its own all-reduce, so the model's groups are told that their mesh has the shard dimension
+    alone, until :meth:`ShardedReducer.close`.
+
+    Parameters that get no gradient in a backward count as zero and get one (``set_reduce_scatter_unused_params``), for
+    what is handed over does not say whose it is. Frozen parameters take no part. Gradient accumulation:
+    ``set_requires_gradient_sync(False)`` for all but the last backward of a step; else each is a step of its own.
+    Mixed precision: the buffers have ``reduce_dtype``, the sums and the state fp32.
+
+    With ``target = "update"`` the optimizer is ``torch.optim.SGD`` on the shards. Each rank then keeps Adam's moments
+    of its *whole* gradient, as it keeps the error feedback of it: three times the unsharded model in fp32.
+
+    Args:
+        module: has been through ``fully_shard``, all of it that ever will; parameters' names are counted from here.
+        config: see :class:`CommConfig`; None takes its defaults.
+        replicas: of a model sharded over one dimension, the ranks that hold copies of this rank's shards, and must
+            agree in their weights; None where the mesh says it or there are none.
+        observer: told of every collective.
+        direction: of ``target = "update"``; None takes Adam with beta1 = 0, beta2 = 0.95, clip_rms = 1.
+
+    Raises:
+        CommError: no FSDP2 module; float16; tensor parallel parameters; several meshes; ``compressor = "auto"``;
+            ``ranks_per_node`` > 1; ``transport = "two-phase"`` between copies; a torch whose FSDP2 is built otherwise.
+    """
+    config = config or CommConfig()
+    groups = find_groups(module)
+    copies = copies_of(groups, replicas)
+    first = groups[0].inner
+    if copies is not None and config.transport == "two-phase":
+        raise CommError(
+            "comm.transport = 'two-phase' between the copies of a shard is not supported",
+            "set transport = 'all-gather' or 'auto'",
+        )
+    if copies is None:
+        layout, exchanged = "fsdp", first.mesh_info.shard_process_group
+    else:
+        layout, exchanged = "hsdp", copies
+    session = ShardSession(
+        layout,
+        config,
+        exchanged,
+        first.device,
+        observer,
+        direction,
+        lambda n: (n - 1) / n if copies is None else 2 * (n - 1) / n,
+    )
+    reducer = ShardedReducer(session, groups)
+    for group in groups:
+        for param in group.inner.fsdp_params:
+            name = group.names[id(param)]
+            session.shards[name] = shards_of(name, param, session, of_copy=copies is not None)
+        _install(reducer, group, copies)
+    return reducer
+
+
+class _ReduceScatter:
+    """What ``set_custom_reduce_scatter`` takes."""
+
+    def __init__(self, run: Callable[[Tensor, Tensor, Any], None]) -> None:
+        self._run = run
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        """Done on return, asynchronous or not, so there is no work to wait for."""
+        self._run(output_tensor, input_tensor, op)
+
+
+def _install(reducer: ShardedReducer, group: Group, copies: dist.ProcessGroup | None) -> None:
+    inner, module = group.inner, group.module
+    unused = inner.reduce_scatter_unused_params
+    module.set_reduce_scatter_unused_params(True, recurse=False)
+    group.undo.append(lambda: module.set_reduce_scatter_unused_params(unused, recurse=False))
+    if copies is None:
+        before = inner._reduce_scatter_comm
+        module.set_custom_reduce_scatter(_ReduceScatter(lambda out, buf, op: reducer._scatter(group, out, buf, op)))
+        group.undo.append(lambda: module.set_custom_reduce_scatter(before))
+        return
+    hook = inner._all_reduce_hook
+    module.set_all_reduce_hook(lambda output: reducer._replicate(group, output))
+    group.undo.append(lambda: setattr(inner, "_all_reduce_hook", hook))
+    whole = inner.mesh_info
+    if hasattr(whole, "replicate_process_group"):
+        try:
+            from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
+        except ImportError as error:
+            raise unknown_torch("no FSDPMeshInfo") from error
+        sharded = FSDPMeshInfo(mesh=whole.mesh, shard_mesh_dim=whole.shard_mesh_dim)
+        sharded.reduce_scatter_process_group = whole.reduce_scatter_process_group
+        # FSDP2 compares the two: while they are one object, forward and backward use the same shards.
+        together = inner.post_forward_mesh_info is whole
+        inner.mesh_info = sharded
+        if together:
+            inner.post_forward_mesh_info = sharded
+        group.undo.append(lambda: _restore_mesh(inner, whole, together))
+
+
+def _restore_mesh(inner: Any, whole: Any, together: bool) -> None:
+    inner.mesh_info = whole
+    if together:
+        inner.post_forward_mesh_info = whole
+
+
+def _divisor(op: Any, n: int, group: Group) -> float:
+    """By what the sum over ranks is divided."""
+    if op == dist.ReduceOp.AVG:
+        return float(n)
+    if op == dist.ReduceOp.SUM:
+        return 1.0
+    factor = group.inner.gradient_divide_factor
+    if factor is None:
+        raise unknown_torch(f"reduce-scatter with {op}")
+    return float(factor)

@@ -1,0 +1,1 @@
+"""What error feedback remembers: kept by parameter name, saved, and redistributed over other numbers of ranks."""

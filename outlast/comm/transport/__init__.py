@@ -1,0 +1,1 @@
+"""How messages become a sum: one process group, one thread, one order."""

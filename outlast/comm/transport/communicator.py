@@ -1,0 +1,303 @@
+"""Transport: messages become sums, in one order, over one process group, from one thread.
+
+Every sum here is taken in rank order, entry by entry, in the type of the tensor (float32 or float64). So a mean is
+bit-identical on every rank, from run to run, and for whatever neighbours a tensor has in its message: how DDP cuts
+gradients into buckets never shows in a result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from outlast.comm.transport.worker import OrderedWorker
+from outlast.errors import CommError
+
+T = TypeVar("T")
+
+
+class CollectiveObserver(Protocol):
+    """Hears of every collective of this package, in the communicator's thread, in the same order on every rank."""
+
+    def enter(self, op: str, nbytes: int, label: str) -> int:
+        """A collective is about to be issued; ``nbytes`` is what this rank contributes. Returns a token."""
+        ...
+
+    def complete(self, token: int) -> None:
+        """The collective has completed on this rank. Never called for one that failed."""
+        ...
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What a communicator has moved since the counters were last reset."""
+
+    wire_bytes: int = 0
+    """Bytes this rank sent: (n - 1) x its payload for an all-gather; 2 (n - 1) / n x the tensor for a mean."""
+    collective_s: float = 0.0
+    """Time inside collectives: transfer, and waiting for the last rank to arrive."""
+    collectives: int = 0
+
+    def plus(self, other: Traffic) -> Traffic:
+        """The sum of both."""
+        return Traffic(
+            self.wire_bytes + other.wire_bytes,
+            self.collective_s + other.collective_s,
+            self.collectives + other.collectives,
+        )
+
+
+class Communicator:
+    """A process group of its own and one thread that issues its collectives.
+
+    **Making one is a collective call** (``dist.new_group``): every rank of ``group`` makes its communicators in the
+    same order. Every rank must submit the same jobs in the same order; they run one after the other. The two
+    collectives are methods to call inside a submitted job, and block until done. They do not retain their arguments.
+
+    Failure: when a peer has died, gloo raises within moments; when it is silent, after ``timeout_s``. Either way the
+    job ends in a :class:`CommError` that names the collective and the limit, and all jobs behind it end in the same
+    error: the order of collectives is lost, and the communicator must be closed.
+
+    Args:
+        group: the ranks that take part; None for all.
+        ranks: those of them that take part, ascending; None for all of the group.
+        timeout_s: limit of each collective, in seconds.
+        observer: told of every collective.
+        stream: a context in which every job runs (a CUDA stream).
+        beside: a communicator whose thread issues this one's collectives too, so that those of both have one order on
+            every rank that is in both; close that one first.
+
+    Raises:
+        CommError: no default process group.
+    """
+
+    def __init__(
+        self,
+        *,
+        group: dist.ProcessGroup | None = None,
+        ranks: Sequence[int] | None = None,
+        timeout_s: float = 600.0,
+        observer: CollectiveObserver | None = None,
+        stream: Callable[[], AbstractContextManager[object]] = nullcontext,
+        beside: Communicator | None = None,
+    ) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise CommError(
+                "no process group to exchange gradients in",
+                "call torch.distributed.init_process_group() first (for one rank too)",
+            )
+        timeout = timedelta(seconds=timeout_s)
+        if ranks is None and group is not None:
+            ranks = dist.get_process_group_ranks(group)
+        if ranks is not None and len(ranks) == dist.get_world_size():
+            ranks = None
+        # Local synchronisation: only the members of a part of the ranks have to call this. Torch names such a group
+        # by its ranks and the number of groups there are; were it destroyed, the next one would get its name, and with
+        # it its addresses in the store, where nobody listens any more. So a part's group stays until the end.
+        self._disposable = ranks is None
+        self._group: dist.ProcessGroup | None = dist.new_group(
+            None if ranks is None else list(ranks),
+            timeout=timeout,
+            backend=dist.get_backend(group),
+            use_local_synchronization=ranks is not None,
+        )
+        if dist.get_backend(self._group) == "gloo":
+            # Gloo connects every pair of ranks in turn: one that is done, and closes at once, breaks those still at it.
+            dist.barrier(self._group)
+        self.rank = dist.get_rank(self._group)
+        self.world_size = dist.get_world_size(self._group)
+        self.timeout_s = timeout_s
+        self.traffic = Traffic()
+        self._observer = observer
+        self._stream = stream
+        self._beside = beside
+        self._worker: OrderedWorker = beside._worker if beside else OrderedWorker("outlast-communicator")
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group; issue nothing on it from elsewhere.
+
+        Raises:
+            CommError: after :meth:`close`.
+        """
+        if self._group is None:
+            raise CommError("the communicator was closed")
+        return self._group
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Queue a job; it runs in the communicator's thread, with gradients off, after all that were queued before.
+
+        Raises:
+            CommError: after :meth:`close`.
+        """
+
+        def run() -> T:
+            with torch.no_grad(), self._stream():
+                return job()
+
+        return self._worker.submit(run)
+
+    def all_gather(self, payload: Tensor, label: str, out: Tensor | None = None) -> Tensor:
+        """All ranks' payloads, in rank order. To be called inside a job.
+
+        Args:
+            payload: (nbytes,) uint8, of the same size on every rank; may be reused on return.
+            label: what it is, for the observer and for errors.
+            out: (world_size, nbytes) uint8, contiguous; None allocates it.
+
+        Raises:
+            CommError: a peer died or the limit passed.
+        """
+        n = self.world_size
+        if out is None:
+            out = payload.new_empty((n, payload.numel()))
+        if n == 1:
+            return out.copy_(payload.view(1, -1))
+        rows = list(out.unbind())
+        self._issue(
+            "all_gather",
+            payload.numel(),
+            (n - 1) * payload.numel(),
+            label,
+            lambda: dist.all_gather(rows, payload, group=self.group, async_op=True),
+        )
+        return out
+
+    def all_to_all(self, payload: Tensor, sizes: Sequence[int], label: str, out: Tensor | None = None) -> Tensor:
+        """A piece of the payload to every rank. To be called inside a job.
+
+        Args:
+            payload: (sum of sizes,) uint8: rank 0's piece, rank 1's, …; may be reused on return.
+            sizes: bytes of each rank's piece, the same list on every rank.
+            label: what it is, for the observer and for errors.
+            out: (world_size, sizes[rank]) uint8, contiguous; None allocates it.
+
+        Returns:
+            (world_size, sizes[rank]): what each rank sent to this one, in rank order.
+
+        Raises:
+            CommError: a peer died or the limit passed.
+        """
+        n, mine = self.world_size, sizes[self.rank]
+        if out is None:
+            out = payload.new_empty((n, mine))
+        if n == 1:
+            return out.copy_(payload.view(1, -1))
+        received = out.view(-1)
+        self._issue(
+            "all_to_all",
+            payload.numel(),
+            payload.numel() - mine,
+            label,
+            lambda: dist.all_to_all_single(received, payload, [mine] * n, list(sizes), group=self.group, async_op=True),
+        )
+        return out
+
+    def mean(self, x: Tensor, label: str) -> Tensor:
+        """The mean over ranks of ``x``, summed in rank order. To be called inside a job.
+
+        Each rank sums one n-th of the tensor (all-to-all) and hands it to all (all-gather): the bytes of a ring
+        all-reduce, with an order of summation that depends on nothing but the ranks.
+
+        Args:
+            x: (numel,), contiguous, float32 or float64, of the same size on every rank; may be reused on return.
+            label: what it is, for the observer and for errors.
+
+        Returns:
+            A new tensor (numel,).
+
+        Raises:
+            CommError: a peer died or the limit passed.
+        """
+        n, numel = self.world_size, x.numel()
+        if n == 1:
+            return x.clone()
+        share = -(-numel // n)
+        nbytes = share * x.element_size()
+        padded = x.new_empty(n * share)
+        padded[:numel].copy_(x)
+        padded[numel:].zero_()
+        parts = torch.empty_like(padded)
+        self._issue(
+            "all_to_all",
+            n * nbytes,
+            (n - 1) * nbytes,
+            label,
+            lambda: dist.all_to_all_single(parts, padded, group=self.group, async_op=True),
+        )
+        mine = mean_in_rank_order(parts.view(n, share))
+        rows = list(padded.view(n, share).unbind())
+        self._issue(
+            "all_gather",
+            nbytes,
+            (n - 1) * nbytes,
+            label,
+            lambda: dist.all_gather(rows, mine, group=self.group, async_op=True),
+        )
+        return padded[:numel]
+
+    def take_traffic(self) -> Traffic:
+        """The counters since the last call; call it while no job runs."""
+        taken, self.traffic = self.traffic, Traffic()
+        return taken
+
+    def close(self) -> None:
+        """Let queued jobs finish, then drop the process group. Not a collective call; closing twice is harmless.
+
+        The process group of a part of the ranks is kept until ``dist.destroy_process_group()``.
+
+        Raises:
+            CommError: a collective did not end within the limit; its thread is left behind.
+        """
+        if self._beside is None and not self._worker.close(self.timeout_s + 10):
+            raise CommError(f"a collective still runs {self.timeout_s + 10:g} s after close()")
+        group, self._group = self._group, None
+        if group is not None and self._disposable and dist.is_initialized():
+            dist.destroy_process_group(group)
+
+    def _issue(self, op: str, nbytes: int, wire_bytes: int, label: str, start: Callable[[], dist.Work | None]) -> None:
+        token = self._observer.enter(op, nbytes, label) if self._observer else 0
+        started = time.perf_counter()
+        try:
+            work = start()
+            assert work is not None
+            work.wait()
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                # NCCL's wait() only orders streams; errors and times are true once the stream has passed.
+                torch.cuda.current_stream().synchronize()
+        except RuntimeError as error:
+            elapsed_s = time.perf_counter() - started
+            raise CommError(
+                f"{op} of {label} failed on rank {self.rank} of {self.world_size} after {elapsed_s:.1f} s "
+                f"(limit comm.timeout_s = {self.timeout_s:g}): {error}",
+                "a peer died or does not answer: its own log tells why; raise comm.timeout_s if it is only slow",
+            ) from error
+        self.traffic.collective_s += time.perf_counter() - started
+        self.traffic.collectives += 1
+        self.traffic.wire_bytes += wire_bytes
+        if self._observer:
+            self._observer.complete(token)
+
+
+def mean_in_rank_order(rows: Tensor) -> Tensor:
+    """(n, numel) to (numel,): row 0 + row 1 + ..., then divided by n, in exactly that order, in a new tensor."""
+    total = rows[0].clone()
+    for row in rows[1:]:
+        total.add_(row)
+    return total.div_(rows.shape[0])
+
+
+def slowest(communicator: Communicator, seconds: float, device: torch.device) -> float:
+    """The largest of all ranks' figures; a collective call."""
+    mine = torch.tensor([seconds], dtype=torch.float64).view(torch.uint8).to(device)
+    job = communicator.submit(lambda: communicator.all_gather(mine, "figures"))
+    return float(job.result().cpu().view(torch.float64).max())

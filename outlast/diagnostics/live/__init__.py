@@ -1,0 +1,1 @@
+"""What every process leaves in shared memory: its collectives and its heartbeat."""

@@ -1,0 +1,244 @@
+"""A ring of the newest collectives in shared memory, readable while its writer runs and after it was killed.
+
+A file of ``HEADER_BYTES`` followed by ``capacity`` records of ``RECORD_BYTES``; all numbers are native 64-bit words::
+
+    header   magic  version  capacity  rank  pid  entered          (entered: collectives entered so far)
+    record   opened  seq  nbytes  step  entered_ns  completed_ns  op[24 bytes]  label[48 bytes]  closed
+
+Collective ``seq`` (counted from 0) lies in record ``seq % capacity``. The writer sets ``closed`` to 0, then ``opened``
+to ``seq + 1``, then the body, then ``closed`` to ``seq + 1``; each guard is one aligned 8-byte store. A record is
+whole if both guards agree before and after its body was read; otherwise it is torn: its writer was stopped or killed
+while writing it. The completion time is one word of its own, so that completing needs no guard.
+
+The order of the stores is what another process sees where stores become visible in program order (x86-64); elsewhere
+the lock that ends every call orders them, and only a read at the very moment of a write could miss a tear.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from outlast.diagnostics.live.shm import WORD_BYTES, create_mapped, map_for_reading, publish
+from outlast.errors import DiagnosticsError
+
+MAGIC = int.from_bytes(b"OUTLRING", "little")
+VERSION = 1
+HEADER_BYTES = 64
+RECORD_BYTES = 128
+OP_BYTES = 24
+LABEL_BYTES = 48
+_HEADER_WORDS = HEADER_BYTES // WORD_BYTES
+_WORDS = RECORD_BYTES // WORD_BYTES
+_TEXT_AT = 6 * WORD_BYTES
+_CLOSED = 15
+_READ_TRIES = 5
+_TRY_PAUSE_S = 0.0002
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """One collective of one rank. Times are CLOCK_MONOTONIC seconds of its machine."""
+
+    seq: int
+    """How many collectives this rank had entered before; ranks that run the same program count alike."""
+    op: str
+    label: str
+    nbytes: int
+    step: int
+    entered_s: float
+    completed_s: float | None
+    """None while it is under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """What :func:`read_ring` found: the newest collectives of a rank, oldest first."""
+
+    rank: int
+    pid: int
+    capacity: int
+    entered: int
+    """Collectives entered since the recorder was made, the overwritten ones included."""
+    records: tuple[Collective, ...]
+    torn: tuple[int, ...]
+    """Sequence numbers of records that were being written when the writer stopped; their contents are not given."""
+
+    @property
+    def pending(self) -> tuple[Collective, ...]:
+        """Collectives entered and not completed, oldest first."""
+        return tuple(record for record in self.records if record.completed_s is None)
+
+
+class Recorder:
+    """Writes enter and complete of every collective of this rank into a ring in shared memory.
+
+    It satisfies :class:`outlast.comm.CollectiveObserver`. A file that is there already is replaced, not reused. Any
+    number of threads may use one recorder; a process forked from its owner must not.
+
+    Args:
+        path: where the ring lies, :func:`outlast.diagnostics.ring_path`.
+        rank: written into the header.
+        capacity: collectives kept; the oldest are overwritten.
+
+    Raises:
+        DiagnosticsError: the file cannot be made, or the shared memory is full.
+    """
+
+    def __init__(self, path: Path, *, rank: int, capacity: int = 4096) -> None:
+        if capacity < 1:
+            raise DiagnosticsError(f"a ring of capacity {capacity} cannot be made", "give at least 1")
+        self.path = Path(path)
+        self.capacity = capacity
+        self.step = 0
+        """Written into every record; the training loop sets it."""
+        self._seq = 0
+        self._lock = threading.Lock()
+        self._texts: dict[tuple[str, str], bytes] = {}
+        self._map = create_mapped(self.path, HEADER_BYTES + capacity * RECORD_BYTES)
+        self._bytes = memoryview(self._map)
+        self._words = self._bytes.cast("q")
+        self._closed = False
+        for index, value in enumerate((MAGIC, VERSION, capacity, rank, os.getpid(), 0)):
+            self._words[index] = value
+        publish(self.path)
+
+    def enter(self, op: str, nbytes: int, label: str) -> int:
+        """A collective is about to be issued; returns the token for :meth:`complete`.
+
+        ``op`` is cut to 24 and ``label`` to 48 bytes of UTF-8.
+
+        Raises:
+            DiagnosticsError: the recorder is closed.
+        """
+        text = self._texts.get((op, label)) or self._encode(op, label)
+        with self._lock:
+            if self._closed:
+                raise DiagnosticsError(f"{self.path}: {op} entered after the recorder was closed")
+            seq = self._seq
+            self._seq = seq + 1
+            words = self._words
+            at = _HEADER_WORDS + (seq % self.capacity) * _WORDS
+            words[at + _CLOSED] = 0
+            words[at] = seq + 1
+            words[at + 1] = seq
+            words[at + 2] = nbytes
+            words[at + 3] = self.step
+            words[at + 4] = time.monotonic_ns()
+            words[at + 5] = 0
+            start = at * WORD_BYTES + _TEXT_AT
+            self._bytes[start : start + OP_BYTES + LABEL_BYTES] = text
+            words[at + _CLOSED] = seq + 1
+            words[5] = seq + 1
+        return seq
+
+    def complete(self, token: int) -> None:
+        """The collective of ``token`` has completed on this rank.
+
+        Completing one that the ring has overwritten since, or a second time, changes nothing.
+
+        Raises:
+            DiagnosticsError: the recorder is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise DiagnosticsError(f"{self.path}: collective #{token} completed after the recorder was closed")
+            words = self._words
+            at = _HEADER_WORDS + (token % self.capacity) * _WORDS
+            if words[at] == token + 1 and words[at + 5] == 0:
+                words[at + 5] = time.monotonic_ns()
+
+    def close(self, unlink: bool = False) -> None:
+        """Unmap the ring, and with ``unlink`` remove its file; closing twice is harmless."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._words.release()
+                self._bytes.release()
+                self._map.close()
+        if unlink:
+            self.path.unlink(missing_ok=True)
+
+    def _encode(self, op: str, label: str) -> bytes:
+        text = _cut(op, OP_BYTES) + _cut(label, LABEL_BYTES)
+        if len(self._texts) < 4096:  # labels that vary with the step must not grow without bound
+            self._texts[op, label] = text
+        return text
+
+
+def _cut(text: str, size_bytes: int) -> bytes:
+    raw = text.encode()
+    if len(raw) > size_bytes:
+        raw = raw[:size_bytes].decode(errors="ignore").encode()
+    return raw.ljust(size_bytes, b"\0")
+
+
+def read_ring(path: Path) -> Ring:
+    """The newest collectives of the rank whose ring lies at ``path``, whether its process runs, is stopped or is dead.
+
+    Raises:
+        DiagnosticsError: there is no ring there, or it was written by another version.
+    """
+    path = Path(path)
+    mapped = map_for_reading(path, magic=MAGIC, version=VERSION, least_bytes=HEADER_BYTES + RECORD_BYTES, what="ring")
+    try:
+        return _read(mapped, path)
+    finally:
+        mapped.close()
+
+
+def _read(mapped: mmap.mmap, path: Path) -> Ring:
+    with memoryview(mapped) as raw:
+        if len(raw) % WORD_BYTES:
+            raise DiagnosticsError(f"{path} is no ring: {len(raw)} bytes")
+        with raw.cast("q") as words:
+            capacity, rank, pid, entered = words[2], words[3], words[4], words[5]
+            if capacity < 1 or len(raw) != HEADER_BYTES + capacity * RECORD_BYTES:
+                raise DiagnosticsError(f"{path} is no ring: {len(raw)} bytes for a capacity of {capacity}")
+            found: list[Collective] = []
+            torn: list[int] = []
+            for slot in range(min(capacity, entered + 1)):  # one more: it may be torn before it was counted
+                record = _read_record(words, raw, slot)
+                if isinstance(record, Collective):
+                    found.append(record)
+                elif record is not None:
+                    torn.append(record)
+    found.sort(key=lambda record: record.seq)
+    return Ring(rank, pid, capacity, entered, tuple(found), tuple(sorted(torn)))
+
+
+def _read_record(words: memoryview, raw: memoryview, slot: int) -> Collective | int | None:
+    """The record in ``slot``; its sequence number if it is torn; None if it was never written."""
+    at = _HEADER_WORDS + slot * _WORDS
+    for attempt in range(_READ_TRIES):
+        if attempt:
+            time.sleep(_TRY_PAUSE_S)  # a live writer is done by then
+        closed = words[at + _CLOSED]
+        start = at * WORD_BYTES
+        body = bytes(raw[start : start + RECORD_BYTES])
+        opened = words[at]
+        if closed == opened == words[at + _CLOSED]:
+            if opened == 0:
+                return None
+            if words[at + 1] == opened - 1:
+                return _decode(body)
+    return max(int(words[at]), int(words[at + _CLOSED])) - 1
+
+
+def _decode(body: bytes) -> Collective:
+    numbers = memoryview(body)[: 6 * WORD_BYTES].cast("q")
+    op = body[_TEXT_AT : _TEXT_AT + OP_BYTES]
+    label = body[_TEXT_AT + OP_BYTES : _TEXT_AT + OP_BYTES + LABEL_BYTES]
+    return Collective(
+        seq=numbers[1],
+        op=op.rstrip(b"\0").decode(errors="replace"),
+        label=label.rstrip(b"\0").decode(errors="replace"),
+        nbytes=numbers[2],
+        step=numbers[3],
+        entered_s=numbers[4] / 1e9,
+        completed_s=numbers[5] / 1e9 if numbers[5] else None,
+    )

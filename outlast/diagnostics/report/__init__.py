@@ -1,0 +1,1 @@
+"""The run told from its events: terminal, HTML, JSON."""

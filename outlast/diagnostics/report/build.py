@@ -1,0 +1,332 @@
+"""Computes the report of a run from its events alone, so that it can be computed again at any time."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from outlast.diagnostics.config import DiagnosticsConfig
+from outlast.diagnostics.report.incidents import find_incidents
+from outlast.diagnostics.report.load import Floats, Loaded, Steps, last_executions, load
+from outlast.diagnostics.report.model import (
+    CheckpointRow,
+    Checkpoints,
+    Facts,
+    Lateness,
+    LossCurve,
+    Report,
+    Series,
+    Start,
+    TimeSplit,
+    Traffic,
+)
+from outlast.diagnostics.report.stragglers import UNKNOWN_HOST, StragglerRow, lateness_s, rank_stragglers
+from outlast.errors import DiagnosticsError
+from outlast.events import Record
+
+Hosts = dict[tuple[int, int, int], str]
+Begun = dict[tuple[int, int, int], Record]
+
+
+def build_report(run_dir: Path | str, config: DiagnosticsConfig | None = None) -> Report:
+    """The report of the run at ``run_dir``.
+
+    Args:
+        run_dir: the run's directory.
+        config: when a rank is called a straggler; None takes section ``[diagnostics]`` of the run's newest
+            ``config.toml``, and the defaults where it has none.
+
+    Raises:
+        DiagnosticsError: there is no such directory or no events in it, or an event of an unknown schema.
+    """
+    run_dir = Path(run_dir)
+    loaded = load(run_dir)
+    config = _settings(run_dir) if config is None else config
+    steps = last_executions(loaded.rows)
+    begun = {
+        (attempt, record.generation, record.rank): record
+        for attempt, record in loaded.others
+        if record.kind == "run_started"
+    }
+    hosts = {where: str(record.fields.get("host", UNKNOWN_HOST)) for where, record in begun.items()}
+    began_t = _first_t(loaded)
+    starts = _starts(loaded, hosts, begun, began_t)
+    facts = _facts(loaded, steps, starts, begun, began_t)
+    rows = rank_stragglers(steps, hosts, config)
+    missing = [*loaded.missing, *_gaps(loaded, steps, begun)]
+    return Report(
+        name=run_dir.resolve().name,
+        run_dir=str(run_dir),
+        verdict=_verdict(rows, len(steps.ranks), config),
+        facts=facts,
+        loss=_loss(loaded, steps),
+        split=_split(steps),
+        traffic=_traffic(steps),
+        checkpoints=_checkpoints(loaded, steps),
+        incidents=find_incidents(loaded, steps, began_t),
+        lateness=_lateness(steps, hosts),
+        stragglers=rows,
+        thresholds=config,
+        missing=tuple(missing),
+    )
+
+
+def _settings(run_dir: Path) -> DiagnosticsConfig:
+    files = [*sorted(run_dir.glob("attempts/[0-9]*/config.toml")), run_dir / "config.toml"]
+    newest = next((path for path in reversed(files[:-1])), files[-1])
+    if not newest.is_file():
+        return DiagnosticsConfig()
+    try:
+        section = tomllib.loads(newest.read_text(encoding="utf-8")).get("diagnostics", {})
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DiagnosticsError(f"{newest} cannot be read: {error}") from error
+    known = {one.name for one in dataclasses.fields(DiagnosticsConfig)}
+    return DiagnosticsConfig(**{key: value for key, value in section.items() if key in known})
+
+
+def _first_t(loaded: Loaded) -> float:
+    times = [record.t for _, record in loaded.others[:1]] + [span[0] for span in loaded.spans.values()]
+    if not times:
+        raise DiagnosticsError("the event files hold no readable event; " + "; ".join(loaded.missing))
+    return min(times)
+
+
+def _starts(loaded: Loaded, hosts: Hosts, begun: Begun, began_t: float) -> tuple[Start, ...]:
+    found = []
+    pairs = {(attempt, record.generation) for attempt, record in loaded.others if attempt}
+    if len(loaded.rows):
+        pairs |= {(int(attempt), int(generation)) for attempt, generation in np.unique(loaded.rows[:, :2], axis=0)}
+    launched = [record for _, record in loaded.others if record.kind == "workers_started"]
+    after_t = -math.inf
+    for attempt, generation in sorted(pairs):
+        rows = loaded.rows[(loaded.rows[:, 0] == attempt) & (loaded.rows[:, 1] == generation)]
+        times = [r.t for a, r in loaded.others if (a, r.generation) == (attempt, generation)]
+        times += [float(rows[:, 4].min()), float(rows[:, 4].max())] if len(rows) else []
+        mine = {rank: host for (a, g, rank), host in hosts.items() if (a, g) == (attempt, generation)}
+        worlds = [int(r.fields.get("world_size", 0)) for w, r in begun.items() if w[:2] == (attempt, generation)]
+        # a later launch starts again at generation 0: of its launches, the newest before the first event
+        launches = [r.t for r in launched if r.generation == generation and after_t < r.t <= min(times)]
+        after_t = max(times)
+        found.append(
+            Start(
+                attempt=attempt,
+                generation=generation,
+                world_size=max(worlds, default=len(np.unique(rows[:, 2]))),
+                hosts=tuple(mine[rank] for rank in sorted(mine)),
+                launched_s=max(launches, default=min(times)) - began_t,
+                began_s=min(times) - began_t,
+                training_s=float(rows[:, 4].min()) - began_t if len(rows) else None,
+                ended_s=max(times) - began_t,
+                first_step=int(rows[:, 3].min()) if len(rows) else None,
+                last_step=int(rows[:, 3].max()) if len(rows) else None,
+            )
+        )
+    return tuple(found)
+
+
+def _facts(loaded: Loaded, steps: Steps, starts: tuple[Start, ...], begun: Begun, began_t: float) -> Facts:
+    newest = begun[max(begun)].fields if begun else {}
+    last = starts[-1] if starts else None
+    ended = {
+        record.rank: bool(record.fields.get("ok"))
+        for attempt, record in loaded.others
+        if last is not None
+        and record.kind == "run_ended"
+        and (attempt, record.generation) == (last.attempt, last.generation)
+    }
+    step_s = _mean(steps, "step_s")
+    return Facts(
+        world_size=last.world_size if last is not None else 0,
+        device=str(newest.get("device", "")),
+        parameters=int(newest.get("parameters", 0)),
+        comm=str(newest.get("comm", "")),
+        starts=starts,
+        restarts=sum(start.generation > 0 for start in starts),
+        steps_done=len(steps.steps),
+        steps_planned=int(newest.get("last_step", 0)),
+        steps_redone=steps.redone,
+        finished=last is not None and len(ended) == last.world_size and all(ended.values()),
+        began_t=began_t,
+        wall_s=_wall_s(loaded, starts, began_t),
+        useful_s=float(step_s.sum()),
+        tokens=int(np.nansum(steps.values.get("tokens", np.empty(0)))),
+        median_step_s=float(np.median(step_s)) if len(step_s) else 0.0,
+    )
+
+
+def _wall_s(loaded: Loaded, starts: tuple[Start, ...], began_t: float) -> float:
+    """First to last event, without the time between a start and the next one that no launcher made."""
+    ends = [span[1] for span in loaded.spans.values()] + [record.t for _, record in loaded.others[-1:]]
+    paused = 0.0
+    for before, after in itertools.pairwise(starts):
+        if after.generation == 0:
+            paused += max(0.0, after.launched_s - before.ended_s)
+    return max(ends) - began_t - paused
+
+
+def _mean(steps: Steps, name: str) -> Floats:
+    """[steps]: the mean over the ranks that took the step; NaN where the value of one of them is."""
+    if not steps.steps:
+        return np.empty(0)
+    present: npt.NDArray[np.bool_] = np.isfinite(steps.values["t"])
+    with np.errstate(invalid="ignore"):
+        mean: Floats = np.where(present, steps.values[name], 0.0).sum(axis=1) / present.sum(axis=1)
+    return mean
+
+
+def _series(values: Floats) -> Series:
+    return tuple(float(one) for one in values)
+
+
+def _loss(loaded: Loaded, steps: Steps) -> LossCurve:
+    held_out: dict[int, float] = {}
+    for _, record in loaded.others:  # oldest first: a later evaluation of the same step replaces the one before
+        if record.kind == "eval":
+            held_out[int(record.fields["step"])] = float(record.fields["loss"])
+    return LossCurve(
+        steps=tuple(steps.steps),
+        train=_series(_mean(steps, "loss")),
+        lr=_series(_mean(steps, "lr")),
+        grad_norm=_series(_mean(steps, "grad_norm")),
+        eval_steps=tuple(sorted(held_out)),
+        evaluated=tuple(held_out[step] for step in sorted(held_out)),
+    )
+
+
+def _split(steps: Steps) -> TimeSplit:
+    step_s, data_s, comm_s, checkpoint_s = (
+        _mean(steps, name) for name in ("step_s", "data_s", "comm_s", "checkpoint_s")
+    )
+    return TimeSplit(
+        steps=tuple(steps.steps),
+        compute_s=_series(np.maximum(step_s - data_s - comm_s - checkpoint_s, 0.0)),
+        data_s=_series(data_s),
+        communication_s=_series(comm_s),
+        checkpoint_s=_series(checkpoint_s),
+    )
+
+
+def _traffic(steps: Steps) -> Traffic:
+    totals = {name: float(np.nansum(values)) for name, values in steps.values.items()}
+    wire, dense, step_s = (totals.get(name, 0.0) for name in ("wire_bytes", "dense_bytes", "step_s"))
+    return Traffic(
+        wire_bytes=int(wire),
+        dense_bytes=int(dense),
+        ratio=dense / wire if wire > 0 else None,
+        collective_share=totals["collective_s"] / step_s if step_s > 0 else 0.0,
+        codec_share=totals["codec_s"] / step_s if step_s > 0 else 0.0,
+        alpha=_median(steps, "alpha"),
+        residual=_median(steps, "residual"),
+    )
+
+
+def _median(steps: Steps, name: str) -> float | None:
+    values = steps.values.get(name, np.empty(0))
+    measured = values[np.isfinite(values)]
+    return float(np.median(measured)) if measured.size else None
+
+
+def _checkpoints(loaded: Loaded, steps: Steps) -> Checkpoints:
+    saved: dict[tuple[int, int, str], list[Record]] = {}
+    failed: dict[tuple[int, int, str], str] = {}
+    for attempt, record in loaded.others:
+        if record.kind in ("checkpoint_saved", "checkpoint_failed"):
+            where = (attempt, int(record.fields["step"]), str(record.fields.get("tier", "storage")))
+            if record.kind == "checkpoint_saved":
+                saved.setdefault(where, []).append(record)
+            else:
+                failed.setdefault(where, str(record.fields.get("reason", "")))
+    worlds = {attempt: int(one.fields["world_size"]) for attempt, one in loaded.others if one.kind == "run_started"}
+    rows = []
+    for where in sorted({*saved, *failed}):
+        attempt, step, tier = where
+        parts = saved.get(where, [])
+        committed = any(part.fields.get("committed") for part in parts)
+        ranks = len({part.rank for part in parts})
+        # Nobody commits copies of what lies in memory: it was committed there.
+        whole = "copied" if tier in ("partner", "local") and ranks == worlds.get(attempt) else "written"
+        rows.append(
+            CheckpointRow(
+                step=step,
+                attempt=attempt,
+                tier=tier,
+                state="committed" if committed else "failed" if where in failed else whole,
+                ranks=ranks,
+                size_bytes=sum(int(part.fields.get("size_bytes", 0)) for part in parts),
+                blocked_s=max((float(part.fields.get("blocked_s", 0.0)) for part in parts), default=0.0),
+                durable_s=max((float(part.fields.get("durable_s", 0.0)) for part in parts), default=0.0),
+                reason="" if committed else failed.get(where, ""),
+            )
+        )
+    shares = _split(steps).shares()
+    return Checkpoints(rows=tuple(rows), time_share=shares["checkpoint"])
+
+
+def _lateness(steps: Steps, hosts: Hosts) -> Lateness:
+    if not steps.steps:
+        return Lateness(steps=(), ranks=(), hosts=(), late_ms=())
+    late_ms = lateness_s(steps.values["collective_s"]) * 1e3
+    newest: dict[int, str] = {}
+    for where in sorted(hosts):
+        newest[where[2]] = hosts[where]
+    return Lateness(
+        steps=tuple(steps.steps),
+        ranks=tuple(steps.ranks),
+        hosts=tuple(newest.get(rank, UNKNOWN_HOST) for rank in steps.ranks),
+        late_ms=tuple(_series(column) for column in late_ms.T),
+    )
+
+
+def _verdict(rows: tuple[StragglerRow, ...], ranks: int, config: DiagnosticsConfig) -> str:
+    if ranks == 0:
+        return "No step was finished, so nothing can be said about stragglers."
+    if ranks == 1:
+        return "No straggler: a single rank has nobody to keep waiting."
+    guilty = [row for row in rows if row.straggler]
+    if guilty:
+        parts = [
+            f"rank {row.rank} on {row.host} ({row.median_lateness_ms:.1f} ms late in the median step, the latest in "
+            f"{row.latest_share:.0%} of {row.steps} steps, which made steps {row.slowdown_share:.0%} longer)"
+            for row in guilty[:3]
+        ]
+        more = f", and {len(guilty) - 3} more" if len(guilty) > 3 else ""
+        return f"{'Straggler' if len(guilty) == 1 else f'{len(guilty)} stragglers'}: {'; '.join(parts)}{more}."
+    judged = max((row.steps for row in rows), default=0)
+    if judged < config.straggler_min_steps:
+        return (
+            f"No verdict on stragglers: {judged} steps to judge by, {config.straggler_min_steps} are needed "
+            f"(the first {config.straggler_warmup_steps} of every start do not count)."
+        )
+    worst = rows[0]
+    return (
+        f"No straggler: the latest rank, {worst.rank} on {worst.host}, was {worst.median_lateness_ms:.1f} ms late in "
+        f"the median step and the latest in {worst.latest_share:.0%} of {worst.steps} steps."
+    )
+
+
+def _gaps(loaded: Loaded, steps: Steps, begun: Begun) -> list[str]:
+    """Steps that some rank has no record of, and ranks of the newest start that did not say how they ended."""
+    found = []
+    if steps.steps:
+        lacking = np.isnan(steps.values["t"]).any(axis=1)
+        if lacking.any():
+            first, count = steps.steps[int(np.flatnonzero(lacking)[0])], int(lacking.sum())
+            found.append(f"{count} step{'s' if count > 1 else ''} without a record of every rank, the first is {first}")
+    if begun:
+        last = max(begun)[:2]
+        ranks = {where[2] for where in begun if where[:2] == last}
+        ended = {r.rank for a, r in loaded.others if r.kind == "run_ended" and (a, r.generation) == last}
+        silent = sorted(ranks - ended)
+        if silent:
+            names = ", ".join(map(str, silent[:8])) + (" …" if len(silent) > 8 else "")
+            found.append(
+                f"rank{'s' if len(silent) > 1 else ''} {names} of attempt {last[0]} did not say how "
+                f"{'they' if len(silent) > 1 else 'it'} ended: still running, or killed"
+            )
+    return found

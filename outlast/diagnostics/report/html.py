@@ -1,0 +1,333 @@
+"""The report as one HTML file that needs nothing else: style, script and data are inside, and nothing is requested."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from outlast.diagnostics import format as words
+from outlast.diagnostics.config import DiagnosticsConfig
+from outlast.diagnostics.report import sentences
+from outlast.diagnostics.report.load import Floats
+from outlast.diagnostics.report.model import Report
+
+MOST_HEAT_BINS = 240
+MOST_LOSS_BINS = 600
+MOST_SPLIT_BINS = 160
+MOST_ROWS = 200
+STATES = {"committed": "good", "copied": "good", "failed": "bad", "written": "warn"}
+
+
+def render_html(report: Report) -> str:
+    """The report as a complete HTML document."""
+    config = report.thresholds
+    first, rest = sentences.headline(report)
+    guilty = any(row.straggler for row in report.stragglers)
+    judged = any(row.steps >= config.straggler_min_steps for row in report.stragglers)
+    assets = files("outlast.diagnostics") / "assets"
+    parts = {
+        "title": escape(f"{report.name} – outlast report"),
+        "css": (assets / "report.css").read_text(encoding="utf-8"),
+        "js": (assets / "report.js").read_text(encoding="utf-8"),
+        "data": _script_json(_data(report)),
+        "name": escape(report.name),
+        "chips": "".join(f"<li>{escape(chip)}</li>" for chip in _chips(report)),
+        "verdict_class": "bad" if guilty else "good" if judged else "",
+        "headline": escape(first),
+        "evidence": escape(rest),
+        "course": escape(sentences.course(report)),
+        "tiles": "".join(_tile(*tile) for tile in _tiles(report)),
+        "missing": _missing(report),
+        "heat_label": escape(f"Heat map of lateness, {len(report.lateness.ranks)} ranks. {report.verdict}"),
+        "ranking": _ranking(report),
+        "loss_label": escape(
+            f"Training loss {words.first_and_last(report.loss.train)}, "
+            f"held-out loss {words.first_and_last(report.loss.evaluated)}"
+        ),
+        "split_label": escape(
+            "Shares of the step time: "
+            + ", ".join(f"{name} {words.share(part)}" for name, part in report.split.shares().items())
+        ),
+        "time_label": escape(f"Timeline of {len(report.facts.starts)} attempts and {len(report.incidents)} incidents"),
+        "incidents": _incidents(report),
+        "checkpoints": _checkpoints(report),
+        "facts": _facts(report),
+        "rule": escape(_rule(config)),
+    }
+    template = (assets / "report.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def _rule(config: DiagnosticsConfig) -> str:
+    return (
+        f"{config.straggler_min_s * 1e3:g} ms and {words.share(config.straggler_share)} of a step behind its typical "
+        f"peer, the latest in {words.share(config.straggler_latest_share)} of the steps, of which there are at least "
+        f"{config.straggler_min_steps}, {config.straggler_noise:g} × its own noise and "
+        f"{config.straggler_sigmas:g} standard errors from zero"
+    )
+
+
+def _script_json(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=True)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _data(report: Report) -> dict[str, Any]:
+    """What the script draws, binned to what a screen can show."""
+    guilty = {row.rank for row in report.stragglers if row.straggler}
+    late, loss, split = report.lateness, report.loss, report.split
+    heat = np.asarray(late.late_ms, dtype=np.float64).reshape(len(late.ranks), len(late.steps))
+    finite = heat[np.isfinite(heat)]
+    medians = [_median_ms(report, rank, row) for rank, row in zip(late.ranks, heat, strict=True)]
+    # the scale reaches at least to twice what makes a straggler, so that mere noise does not glow
+    limits = report.thresholds
+    least_ms = 2e3 * max(limits.straggler_min_s, limits.straggler_share * report.facts.median_step_s)
+    top_ms = max(least_ms, float(np.percentile(finite, 99)) if len(finite) else 0.0)
+    edges = _edges(len(late.steps), MOST_HEAT_BINS)
+    loss_edges, split_edges = _edges(len(loss.steps), MOST_LOSS_BINS), _edges(len(split.steps), MOST_SPLIT_BINS)
+    starts, shares = report.facts.starts, split.shares()
+    return {
+        "restart_steps": sorted({one.first_step for one in report.facts.starts[1:] if one.first_step is not None}),
+        "heat": {
+            "ranks": late.ranks,
+            "hosts": late.hosts,
+            "guilty": [rank in guilty for rank in late.ranks],
+            "bins": _bins(late.steps, edges),
+            "mean": [_rounded(_binned(row, edges, np.mean), 2) for row in heat],
+            "most": [_rounded(_binned(row, edges, np.max), 2) for row in heat],
+            "median": [round(one, 2) for one in medians],
+            "top_ms": top_ms,
+        },
+        "loss": {
+            "bins": _bins(loss.steps, loss_edges),
+            "train": _rounded(_binned(np.asarray(loss.train), loss_edges, np.mean), 5),
+            "eval_steps": loss.eval_steps,
+            "evaluated": _rounded(loss.evaluated, 5),
+        },
+        "split": {
+            "bins": _bins(split.steps, split_edges),
+            "shares": {name: words.share(part) for name, part in shares.items()},
+            **{
+                name: _rounded(_binned(np.asarray(values), split_edges, np.mean), 6)
+                for name, values in (
+                    ("compute", split.compute_s),
+                    ("data", split.data_s),
+                    ("communication", split.communication_s),
+                    ("checkpoint", split.checkpoint_s),
+                )
+            },
+        },
+        "time": {
+            "wall_s": max(0.0, *(one.ended_s for one in starts), *(one.at_s for one in report.incidents), 0.0),
+            "starts": [
+                {
+                    "attempt": one.attempt,
+                    "generation": one.generation,
+                    "world_size": one.world_size,
+                    "launched_s": one.launched_s,
+                    "training_s": one.training_s,
+                    "ended_s": one.ended_s,
+                    "lost_until_s": lost,
+                    "first_step": one.first_step,
+                    "last_step": one.last_step,
+                }
+                for one, lost in zip(starts, _lost_until_s(report), strict=True)
+            ],
+            "incidents": [
+                {"at_s": one.at_s, "severity": one.severity, "title": one.title, "detail": one.detail}
+                for one in report.incidents[:MOST_ROWS]
+            ],
+        },
+    }
+
+
+def _median_ms(report: Report, rank: int, late_ms: Floats) -> float:
+    """The rank's median lateness as the ranking has it; over all steps where it had several hosts, or no verdict."""
+    judged = [row.median_lateness_ms for row in report.stragglers if row.rank == rank]
+    if len(judged) == 1:
+        return judged[0]
+    finite = late_ms[np.isfinite(late_ms)]
+    return float(np.median(finite)) if len(finite) else 0.0
+
+
+def _lost_until_s(report: Report) -> list[float | None]:
+    """Of each start: when its failure was noticed, if it failed."""
+    ends = [one.at_s for one in report.incidents if one.kind == "workers_failed"]
+    starts = report.facts.starts
+    found: list[float | None] = []
+    for start, after in itertools.zip_longest(starts, starts[1:]):
+        until = after.began_s if after is not None else math.inf
+        found.append(min((end for end in ends if start.ended_s < end <= until), default=None))
+    return found
+
+
+def _edges(length: int, most: int) -> list[int]:
+    """Bounds of at most ``most`` bins of equal length over ``length`` values."""
+    each = max(1, math.ceil(length / most))
+    return [*range(0, length, each), length] if length else []
+
+
+def _bins(steps: Sequence[int], edges: list[int]) -> list[tuple[int, int]]:
+    return [(steps[low], steps[high - 1]) for low, high in itertools.pairwise(edges)]
+
+
+def _binned(values: Floats, edges: list[int], reduce: Any) -> list[float]:
+    """``reduce`` over the finite values of each bin; NaN where there is none."""
+    found = []
+    for low, high in itertools.pairwise(edges):
+        part = values[low:high]
+        part = part[np.isfinite(part)]
+        found.append(float(reduce(part)) if len(part) else math.nan)
+    return found
+
+
+def _rounded(values: Sequence[float], digits: int) -> list[float | None]:
+    return [round(value, digits) if math.isfinite(value) else None for value in values]
+
+
+def _chips(report: Report) -> list[str]:
+    facts = report.facts
+    hosts = {host for start in facts.starts for host in start.hosts}
+    plural = "s" if facts.world_size != 1 else ""
+    chips = ["finished" if facts.finished else "not finished"]
+    chips.append(f"{facts.world_size} rank{plural} on {len(hosts)} host{'s' if len(hosts) != 1 else ''}")
+    chips += [facts.device, facts.comm]
+    chips.append(f"{words.count(facts.parameters)} parameters" if facts.parameters else "")
+    chips.append(words.date(facts.began_t))
+    return [chip for chip in chips if chip]
+
+
+def _tiles(report: Report) -> list[tuple[str, str, str]]:
+    facts, loss, traffic = report.facts, report.loss, report.traffic
+    curve, name = (loss.evaluated, "Held-out loss") if loss.evaluated else (loss.train, "Training loss")
+    useful = facts.useful_s / facts.wall_s if facts.wall_s > 0 else 0.0
+    blocked = report.split.totals_s()["checkpoint"]
+    speed = f"{words.count(facts.tokens / facts.useful_s)} tokens/s" if facts.useful_s > 0 else ""
+    wire = f"{words.size(traffic.wire_bytes)} sent, dense {words.size(traffic.dense_bytes)}"
+    return [
+        (name, words.number(curve[-1]) if curve else words.UNKNOWN, f"from {words.number(curve[0])}" if curve else ""),
+        ("Median step", words.duration(facts.median_step_s) if facts.steps_done else words.UNKNOWN, speed),
+        ("Bytes on the wire", f"{traffic.ratio:.1f} × less" if traffic.ratio is not None else words.UNKNOWN, wire),
+        ("Checkpoint time share", words.share(report.checkpoints.time_share), f"{words.duration(blocked)} blocked"),
+        ("Time well spent", words.share(useful), f"in steps that count, of {words.duration(facts.wall_s)}"),
+        ("Restarts", str(facts.restarts), f"{facts.steps_redone} step{'s' if facts.steps_redone != 1 else ''} redone"),
+    ]
+
+
+def _tile(name: str, value: str, more: str) -> str:
+    return (
+        f'<div class="tile"><div class="name">{escape(name)}</div><div class="value">{escape(value)}</div>'
+        f'<div class="more">{escape(more)}</div></div>'
+    )
+
+
+def _missing(report: Report) -> str:
+    if not report.missing:
+        return ""
+    items = "".join(f"<li>{escape(one)}</li>" for one in report.missing)
+    return f'<section class="card missing"><h2>What the events do not tell</h2><ul>{items}</ul></section>'
+
+
+def _table(heads: Sequence[tuple[str, str]], rows: Sequence[str], caption: str = "") -> str:
+    head = "".join(f'<th scope="col" class="{kind}">{escape(name)}</th>' for name, kind in heads)
+    more = f'<p class="quiet">{escape(caption)}</p>' if caption else ""
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>{more}"
+    )
+
+
+def _ranking(report: Report) -> str:
+    if not report.stragglers:
+        return ""
+    most_ms = max(10.0, *(row.median_lateness_ms for row in report.stragglers))
+    rows = []
+    for row in report.stragglers[:MOST_ROWS]:
+        badge = '<span class="badge bad">straggler</span>' if row.straggler else '<span class="badge none">fine</span>'
+        slower = f"+{words.share(row.slowdown_share)}" if row.straggler else words.UNKNOWN
+        width = round(100 * row.median_lateness_ms / most_ms)
+        evidence = (
+            row.evidence
+            if row.straggler
+            else f"{words.signed(row.behind_typical_ms)} ms against its typical peer, noise {row.noise_ms:.1f} ms, "
+            f"{row.steps} steps"
+        )
+        rows.append(
+            f'<tr class="{"guilty" if row.straggler else ""}"><td class="name">rank {row.rank}</td>'
+            f'<td class="name">{escape(row.host)}</td>'
+            f'<td>{badge}</td><td class="n">{row.median_lateness_ms:.1f} ms</td>'
+            f'<td class="barcell"><span class="bar" style="width:{width}px"></span></td>'
+            f'<td class="n">{row.p90_lateness_ms:.1f} ms</td><td class="n">{words.share(row.latest_share)}</td>'
+            f'<td class="n">{slower}</td><td class="evidence">{escape(evidence)}</td></tr>'
+        )
+    hidden = len(report.stragglers) - MOST_ROWS
+    heads = [("rank", ""), ("host", ""), ("verdict", ""), ("median late", "n"), ("", ""), ("90th pct.", "n")]
+    heads += [("latest in", "n"), ("steps longer", "n"), ("evidence", "")]
+    return _table(heads, rows, f"and {hidden} more, less late" if hidden > 0 else "")
+
+
+def _incidents(report: Report) -> str:
+    if not report.incidents:
+        return '<p class="quiet">No failure, no restart, no rejected checkpoint.</p>'
+    items = [
+        f'<li><span class="when">{words.duration(one.at_s)}</span><span class="mark {one.severity}"></span>'
+        f'<div><div>{escape(one.title)}</div><div class="detail">{escape(one.detail)}</div></div></li>'
+        for one in report.incidents[:MOST_ROWS]
+    ]
+    hidden = len(report.incidents) - MOST_ROWS
+    more = f'<p class="quiet">and {hidden} more</p>' if hidden > 0 else ""
+    return f'<ol class="story">{"".join(items)}</ol>{more}'
+
+
+def _checkpoints(report: Report) -> str:
+    rows = []
+    for row in reversed(report.checkpoints.rows[-MOST_ROWS:]):
+        head = (
+            f'<tr><td class="n">{row.step}</td><td class="n">{row.attempt}</td><td>{escape(row.tier)}</td>'
+            f'<td><span class="badge {STATES[row.state]}">{row.state}</span></td>'
+        )
+        if row.state == "failed":
+            rows.append(f'{head}<td colspan="4" class="evidence">{escape(row.reason)}</td></tr>')
+        else:
+            rows.append(
+                f'{head}<td class="n">{row.ranks}</td><td class="n">{words.size(row.size_bytes)}</td>'
+                f'<td class="n">{words.duration(row.blocked_s)}</td>'
+                f'<td class="n">{words.duration(row.durable_s)}</td></tr>'
+            )
+    if not rows:
+        return '<p class="quiet">No checkpoint was taken.</p>'
+    heads = [("step", "n"), ("attempt", "n"), ("tier", ""), ("state", ""), ("ranks", "n"), ("size", "n")]
+    return _table([*heads, ("blocked", "n"), ("durable after", "n")], rows)
+
+
+def _facts(report: Report) -> str:
+    facts, traffic = report.facts, report.traffic
+    hosts = sorted({host for start in facts.starts for host in start.hosts})
+    planned = f" of {facts.steps_planned}" if facts.steps_planned else ""
+    pairs = [
+        ("directory", report.run_dir),
+        ("ranks", str(facts.world_size)),
+        ("hosts", ", ".join(hosts) or "unknown"),
+        ("device", facts.device or "unknown"),
+        ("parameters", f"{facts.parameters:,}".replace(",", " ") if facts.parameters else "unknown"),
+        ("communication", facts.comm or "unknown"),
+        ("steps", f"{facts.steps_done}{planned}, {facts.steps_redone} redone"),
+        ("attempts", str(len(facts.starts))),
+        ("began", words.date(facts.began_t)),
+        ("wall time", words.duration(facts.wall_s)),
+        ("tokens", f"{facts.tokens:,}".replace(",", " ")),
+        ("inside collectives", f"{words.share(traffic.collective_share)} of the step, hidden or not"),
+        ("compression", f"{words.share(traffic.codec_share)} of the step, hidden or not"),
+    ]
+    if traffic.alpha is not None and traffic.residual is not None:
+        pairs.append(("error feedback", sentences.feedback(traffic.alpha, traffic.residual)))
+    return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs) + "</dl>"

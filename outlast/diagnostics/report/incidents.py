@@ -1,0 +1,220 @@
+"""What broke and what was done about it, as one story in order of time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from outlast.diagnostics.report.load import Loaded, Steps
+from outlast.events import Record
+
+Severity = Literal["bad", "warn", "good"]
+
+SAME_RESTART_S = 60.0
+"""Nodes that start their ranks within this time of each other take part in the same restart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incident:
+    """One thing that went wrong, or that set it right again."""
+
+    at_s: float
+    """Seconds since the first event of the run."""
+    kind: str
+    """``hang_found``, ``workers_failed``, ``workers_started``, ``recovered``, ``checkpoint_failed``,
+    ``checkpoint_rejected``, ``checkpoint_restored``, ``run_ended`` or ``loss_not_finite``."""
+    severity: Severity
+    title: str
+    detail: str
+    step: int | None = None
+    rank: int | None = None
+
+
+def find_incidents(loaded: Loaded, steps: Steps, begin_t: float) -> tuple[Incident, ...]:
+    """All incidents, oldest first. The same event of several ranks (a checkpoint that failed, a restore) is one."""
+    found: list[Incident] = []
+    grouped: dict[tuple[object, ...], list[Record]] = {}
+    for attempt, record in loaded.others:
+        if record.kind in ("checkpoint_failed", "checkpoint_rejected", "checkpoint_restored"):
+            key = (attempt, record.generation, record.kind, record.fields.get("step"), record.fields.get("reason"))
+            grouped.setdefault(key, []).append(record)
+        else:
+            found += _from_event(record, begin_t)
+    found += [_from_checkpoint(records, begin_t) for records in grouped.values()]
+    found += _restarts(loaded, begin_t)
+    found += _recoveries(loaded, begin_t)
+    found += _losses(steps, begin_t)
+    found.sort(key=lambda one: one.at_s)
+    return tuple(found)
+
+
+def _from_event(record: Record, begin_t: float) -> list[Incident]:
+    at_s = record.t - begin_t
+    get = record.fields.get
+    if record.kind == "hang_found":
+        return [
+            Incident(
+                at_s=at_s,
+                kind=record.kind,
+                severity="bad",
+                title=f"rank {get('culprit')} made no progress in step {get('step')}",
+                detail=(
+                    f"found after {_number(get('silent_s'))} s of silence (limit {_number(get('limit_s'))} s) "
+                    f"and killed: {get('evidence')}"
+                ),
+                step=get("step"),
+                rank=get("culprit"),
+            )
+        ]
+    if record.kind == "workers_failed":
+        ranks = get("ranks") or []
+        reasons = dict.fromkeys(map(str, get("reasons") or []))
+        return [
+            Incident(
+                at_s=at_s,
+                kind=record.kind,
+                severity="bad",
+                title=f"{_ranks(ranks)} failed on {get('host')}",
+                detail="; ".join(reasons)
+                + ("; the ranks are started again" if get("restarting") else "; not restarted"),
+                rank=ranks[0] if len(ranks) == 1 else None,
+            )
+        ]
+    if record.kind == "run_ended" and not get("ok"):
+        return [
+            Incident(
+                at_s=at_s,
+                kind=record.kind,
+                severity="bad",
+                title=f"rank {record.rank} gave up at step {get('step')}",
+                detail=str(get("reason") or "no reason given"),
+                step=get("step"),
+                rank=record.rank,
+            )
+        ]
+    return []
+
+
+def _from_checkpoint(records: Sequence[Record], begin_t: float) -> Incident:
+    """One incident of the same event of one or more ranks."""
+    first = records[0]
+    get = first.fields.get
+    step = get("step")
+    who = _ranks(sorted({one.rank for one in records}))
+    if first.kind == "checkpoint_restored":
+        seconds = max(float(one.fields.get("seconds", 0.0)) for one in records)
+        title, detail = f"went back to the checkpoint of step {step}", f"restored in {seconds:.2f} s by {who}"
+    elif first.kind == "checkpoint_rejected":
+        file = f" (file {get('file')})" if get("file") else ""
+        title, detail = f"the checkpoint of step {step} was rejected", f"{get('reason')}{file}; seen by {who}"
+    else:
+        title, detail = f"the checkpoint of step {step} was not committed", f"{get('reason')}; seen by {who}"
+    return Incident(
+        at_s=min(one.t for one in records) - begin_t,
+        kind=first.kind,
+        severity="good" if first.kind == "checkpoint_restored" else "warn",
+        title=title,
+        detail=detail,
+        step=step,
+    )
+
+
+def _restarts(loaded: Loaded, begin_t: float) -> list[Incident]:
+    """One incident for the nodes that started their ranks again at the same time."""
+    groups: list[list[Record]] = []
+    for _, record in loaded.others:
+        if record.kind != "workers_started" or record.generation == 0:
+            continue
+        last = groups[-1][-1] if groups else None
+        if last is None or last.generation != record.generation or record.t - last.t > SAME_RESTART_S:
+            groups.append([])
+        groups[-1].append(record)
+    found = []
+    for group in groups:
+        hosts = sorted({str(one.fields.get("host")) for one in group})
+        ranks = sorted({int(rank) for one in group for rank in one.fields.get("ranks") or []})
+        left = min(int(one.fields.get("restarts_left", 0)) for one in group)
+        found.append(
+            Incident(
+                at_s=group[0].t - begin_t,
+                kind="workers_started",
+                severity="warn",
+                title=f"{_ranks(ranks)} started again on {hosts[0] if len(hosts) == 1 else f'{len(hosts)} hosts'}",
+                detail=f"restart {group[0].generation}; {left} more allowed",
+            )
+        )
+    return found
+
+
+def _recoveries(loaded: Loaded, begin_t: float) -> list[Incident]:
+    """For every failure that was followed by a restart: when the next step was done."""
+    if len(loaded.rows) == 0:
+        return []
+    found: dict[float, Incident] = {}
+    for _, record in loaded.others:
+        if record.kind != "workers_failed" or not record.fields.get("restarting"):
+            continue
+        later = loaded.rows[(loaded.rows[:, 4] > record.t) & (loaded.rows[:, 1] > record.generation)]
+        if len(later) == 0:
+            continue
+        next_step = later[later[:, 4].argmin()]
+        t, step = float(next_step[4]), int(next_step[3])
+        lost = loaded.rows[(loaded.rows[:, 4] < t) & (loaded.rows[:, 3] >= step)]
+        redone = len(set(lost[:, 3]))
+        again = f"{redone} step{'s' if redone != 1 else ''} had to be redone"
+        found.setdefault(
+            t,
+            Incident(
+                at_s=t - begin_t,
+                kind="recovered",
+                severity="good",
+                title=f"training went on with step {step}",
+                detail=f"{t - record.t:.1f} s after the failure; {again}",
+                step=step,
+            ),
+        )
+    return list(found.values())
+
+
+def _losses(steps: Steps, begin_t: float) -> list[Incident]:
+    """The first step whose training loss is not a number on some rank that took it."""
+    if not steps.steps:
+        return []
+    loss, t = steps.values["loss"], steps.values["t"]
+    for index, step in enumerate(steps.steps):
+        bad = [
+            rank
+            for column, rank in enumerate(steps.ranks)
+            if math.isfinite(t[index, column]) and not math.isfinite(loss[index, column])
+        ]
+        if bad:
+            return [
+                Incident(
+                    at_s=float(min(one for one in t[index] if math.isfinite(one))) - begin_t,
+                    kind="loss_not_finite",
+                    severity="bad",
+                    title=f"the training loss is not finite from step {step}",
+                    detail=f"on {_ranks(bad)}",
+                    step=step,
+                    rank=bad[0] if len(bad) == 1 else None,
+                )
+            ]
+    return []
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """``rank 3``, ``ranks 0–3``, ``ranks 0, 2, 5``."""
+    if not ranks:
+        return "no rank"
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
+        return f"ranks {ranks[0]}–{ranks[-1]}"
+    shown = ", ".join(map(str, ranks[:8]))
+    return f"ranks {shown}{' …' if len(ranks) > 8 else ''}"
+
+
+def _number(value: object) -> str:
+    return f"{value:.1f}" if isinstance(value, (int, float)) else "?"

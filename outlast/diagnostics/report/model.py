@@ -1,0 +1,206 @@
+"""What is to be said about a run: the report as data, made by :func:`outlast.diagnostics.build_report`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from outlast.diagnostics.config import DiagnosticsConfig
+from outlast.diagnostics.report.incidents import Incident
+from outlast.diagnostics.report.stragglers import StragglerRow
+
+Series = tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """One start of the ranks: an attempt."""
+
+    attempt: int
+    generation: int
+    """How often the launcher had restarted the ranks when it began; 0 for the first of a launch."""
+    world_size: int
+    hosts: tuple[str, ...]
+    """Of each rank, in order."""
+    launched_s: float
+    """When a launcher started its processes, seconds since the first event of the run; ``began_s`` where none did."""
+    began_s: float
+    """The first event of its ranks."""
+    training_s: float | None
+    """Its first finished step; None if there is none."""
+    ended_s: float
+    """Its last event."""
+    first_step: int | None
+    last_step: int | None
+    """The steps it finished; None if none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What ran, and how far it came. Fields are empty or 0 where no rank said so."""
+
+    world_size: int
+    device: str
+    parameters: int
+    comm: str
+    starts: tuple[Start, ...]
+    restarts: int
+    """Starts that the launcher made because ranks had failed."""
+    steps_done: int
+    steps_planned: int
+    steps_redone: int
+    """Executions of steps that a restart made void."""
+    finished: bool
+    """Every rank of the newest start said that it ended well."""
+    began_t: float
+    """First event, seconds since the epoch."""
+    wall_s: float
+    """From the first to the last event; pauses between launches by hand are left out."""
+    useful_s: float
+    """Of that, time in steps that count: no set-up, no evaluation, no restart, no redone step."""
+    tokens: int
+    """Tokens trained on, by all ranks, in steps that count."""
+    median_step_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossCurve:
+    """Training loss as the mean over ranks of every step, and loss on held-out text."""
+
+    steps: tuple[int, ...]
+    train: Series
+    lr: Series
+    grad_norm: Series
+    eval_steps: tuple[int, ...]
+    evaluated: Series
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSplit:
+    """Where every step's wall-clock time went, seconds, mean over ranks. The four parts make up the step.
+
+    ``compute = step - data - communication - checkpoint``: forward, backward, update, and communication that they hid.
+    """
+
+    steps: tuple[int, ...]
+    compute_s: Series
+    data_s: Series
+    communication_s: Series
+    """Not hidden by the backward pass."""
+    checkpoint_s: Series
+
+    def totals_s(self) -> dict[str, float]:
+        """Seconds over all steps, by part."""
+        return {
+            "compute": math.fsum(self.compute_s),
+            "data": math.fsum(self.data_s),
+            "communication": math.fsum(self.communication_s),
+            "checkpoint": math.fsum(self.checkpoint_s),
+        }
+
+    def shares(self) -> dict[str, float]:
+        """Share of all steps' time, by part; zeros for no steps."""
+        totals = self.totals_s()
+        whole = math.fsum(totals.values())
+        return {name: seconds / whole if whole > 0 else 0.0 for name, seconds in totals.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Gradient bytes that all ranks sent in the steps that count."""
+
+    wire_bytes: int
+    dense_bytes: int
+    """What a ring all-reduce in fp32 would have sent."""
+    ratio: float | None
+    """dense / wire; None without traffic."""
+    collective_share: float
+    """Time inside collectives, hidden or not, per step time; mean over ranks."""
+    codec_share: float
+    """Time in compression and decompression, hidden or not, per step time; mean over ranks."""
+    alpha: float | None = None
+    """Measured contraction, the median over ranks and the steps in which it was measured; None without any."""
+    residual: float | None = None
+    """What is held back over what is given, ||e|| / ||g||, likewise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRow:
+    """One checkpoint in one tier: the sum or maximum over the ranks that told of it."""
+
+    step: int
+    attempt: int
+    tier: str
+    """``storage``, ``memory``, ``partner`` or ``local``."""
+    state: str
+    """``committed``, ``copied`` (from memory, by all ranks), ``written`` (by some ranks, not known to be committed
+    or copied by all) or ``failed``."""
+    ranks: int
+    size_bytes: int
+    blocked_s: float
+    """The longest time it held a rank's training thread."""
+    durable_s: float
+    """From the call until the last rank's part was durable and it was committed."""
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """All checkpoints, and what they cost."""
+
+    rows: tuple[CheckpointRow, ...]
+    time_share: float
+    """Share of the steps' time that checkpointing blocked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lateness:
+    """How late each rank was in each step; NaN where it took no part."""
+
+    steps: tuple[int, ...]
+    ranks: tuple[int, ...]
+    hosts: tuple[str, ...]
+    """Of each rank, in the newest start."""
+    late_ms: tuple[Series, ...]
+    """[ranks][steps]: longest time any rank spent inside collectives minus this rank's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that is to be said about a run."""
+
+    name: str
+    run_dir: str
+    verdict: str
+    """Which ranks are stragglers, with numbers, or that there is none, or why that cannot be told."""
+    facts: Facts
+    loss: LossCurve
+    split: TimeSplit
+    traffic: Traffic
+    checkpoints: Checkpoints
+    incidents: tuple[Incident, ...]
+    lateness: Lateness
+    stragglers: tuple[StragglerRow, ...]
+    """Every rank on every host it had; stragglers first, then by median lateness."""
+    thresholds: DiagnosticsConfig
+    """What the verdict on stragglers was made with."""
+    missing: tuple[str, ...]
+    """What the events do not tell, or could not be read."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values; NaN and infinities are None."""
+        plain: dict[str, Any] = _plain(self)
+        plain["split"]["shares"] = self.split.shares()
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {one.name: _plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,157 @@
+"""The report on a terminal, or in a file at 80 columns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from outlast.diagnostics import format as words
+from outlast.diagnostics.report import sentences
+from outlast.diagnostics.report.model import Report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+MOST_RANKS = 10
+MOST_INCIDENTS = 30
+MOST_CHECKPOINTS = 8
+BAR_CHARS = 28
+STATUS = {"bad": "red", "warn": "yellow", "good": "green"}
+
+
+def render_terminal(report: Report, console: Console) -> None:
+    """Print the report: verdict, numbers, where the time went, ranks by lateness, incidents, checkpoints, gaps."""
+    from rich.markup import escape
+    from rich.text import Text
+
+    facts = report.facts
+    hosts = sorted({host for start in facts.starts for host in start.hosts})
+    console.print(Text(report.name, style="bold"))
+    what = [
+        f"{facts.world_size} rank{'s' if facts.world_size != 1 else ''} on {', '.join(hosts) or 'unknown hosts'}",
+        facts.device,
+        f"{words.count(facts.parameters)} parameters" if facts.parameters else "",
+        facts.comm,
+    ]
+    console.print(Text(" · ".join(one for one in what if one), style="dim"))
+    console.print(escape(sentences.course(report)))
+    guilty = any(row.straggler for row in report.stragglers)
+    console.print(Text(report.verdict, style="bold red" if guilty else "bold"))
+    console.print()
+    for table in (_numbers(report), _split(report, console), _ranks(report), _incidents(report), _checkpoints(report)):
+        if table is not None:
+            console.print(table)
+            console.print()
+    for line in report.missing:
+        console.print(Text(f"missing: {line}", style="yellow"))
+
+
+def _table(title: str, *columns: str, right: tuple[int, ...] = ()) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    return table
+
+
+def _numbers(report: Report) -> Table | None:
+    facts, traffic = report.facts, report.traffic
+    table = _table("Numbers", "", "")
+    table.show_header, table.box = False, None
+    if not report.loss.steps:
+        return None
+    table.add_row("training loss", words.first_and_last(report.loss.train))
+    if report.loss.evaluated:
+        table.add_row("held-out loss", words.first_and_last(report.loss.evaluated))
+    if traffic.ratio is not None:
+        table.add_row(
+            "gradients on the wire",
+            f"{words.size(traffic.wire_bytes)}, dense {words.size(traffic.dense_bytes)}: {traffic.ratio:.1f} × less",
+        )
+    table.add_row("compression and decompression", f"{words.share(traffic.codec_share)} of the step, hidden or not")
+    if traffic.alpha is not None and traffic.residual is not None:
+        table.add_row("error feedback", sentences.feedback(traffic.alpha, traffic.residual))
+    table.add_row("checkpointing", f"{words.share(report.checkpoints.time_share)} of the step")
+    useful = facts.useful_s / facts.wall_s if facts.wall_s > 0 else 0.0
+    table.add_row("wall time", f"{words.duration(facts.wall_s)}, {words.share(useful)} in steps that count")
+    if facts.useful_s > 0:
+        table.add_row("tokens", f"{words.count(facts.tokens)}, {words.count(facts.tokens / facts.useful_s)} a second")
+    return table
+
+
+def _split(report: Report, console: Console) -> Table | None:
+    if not report.split.steps:
+        return None
+    block = "#" if console.options.ascii_only else "█"
+    title = f"Where a step's time goes (median step {words.duration(report.facts.median_step_s)})"
+    table = _table(title, "", "share", "mean", "", right=(1, 2))
+    totals = report.split.totals_s()
+    for name, part in report.split.shares().items():
+        mean_s = totals[name] / len(report.split.steps)
+        table.add_row(name, words.share(part), words.duration(mean_s), block * round(part * BAR_CHARS))
+    return table
+
+
+def _ranks(report: Report) -> Table | None:
+    from rich.markup import escape
+
+    if not report.stragglers:
+        return None
+    table = _table("Ranks, the latest first", "rank", "host", "median late", "p90", "latest in", "steps", "verdict")
+    for index in (0, 2, 3, 4, 5):
+        table.columns[index].justify = "right"
+    for row in report.stragglers[:MOST_RANKS]:
+        verdict = f"[bold red]straggler[/], steps {words.share(row.slowdown_share)} longer" if row.straggler else "fine"
+        if row.straggler and row.longer:
+            part, more_ms = row.longer[0]
+            verdict += f" ({part} +{more_ms:.0f} ms)"
+        table.add_row(
+            str(row.rank),
+            escape(row.host),
+            f"{row.median_lateness_ms:.1f} ms",
+            f"{row.p90_lateness_ms:.1f} ms",
+            words.share(row.latest_share),
+            str(row.steps),
+            verdict,
+        )
+    if len(report.stragglers) > MOST_RANKS:
+        table.caption = f"and {len(report.stragglers) - MOST_RANKS} more, less late"
+    return table
+
+
+def _incidents(report: Report) -> Table | None:
+    from rich.markup import escape
+
+    if not report.incidents:
+        return None
+    table = _table("Incidents", "after", "what happened", right=(0,))
+    for one in report.incidents[:MOST_INCIDENTS]:
+        colour = STATUS[one.severity]
+        table.add_row(words.duration(one.at_s), f"[{colour}]{escape(one.title)}[/]\n{escape(one.detail)}")
+    if len(report.incidents) > MOST_INCIDENTS:
+        table.caption = f"and {len(report.incidents) - MOST_INCIDENTS} more"
+    return table
+
+
+def _checkpoints(report: Report) -> Table | None:
+    rows = report.checkpoints.rows
+    if not rows:
+        return None
+    heads = ("step", "tier", "state", "ranks", "size", "blocked", "durable after")
+    table = _table("Checkpoints", *heads, right=(0, 3, 4, 5, 6))
+    for row in rows[-MOST_CHECKPOINTS:]:
+        colour = {"committed": "green", "copied": "green", "failed": "red"}.get(row.state, "yellow")
+        table.add_row(
+            str(row.step),
+            row.tier,
+            f"[{colour}]{row.state}[/]",
+            str(row.ranks),
+            words.size(row.size_bytes),
+            words.duration(row.blocked_s),
+            words.duration(row.durable_s),
+        )
+    if len(rows) > MOST_CHECKPOINTS:
+        table.caption = f"the newest {MOST_CHECKPOINTS} of {len(rows)}"
+    return table

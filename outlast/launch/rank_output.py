@@ -1,0 +1,49 @@
+"""Where the output of ranks goes."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import LogsSpecs
+from torch.distributed.elastic.multiprocessing.api import LogsDest
+
+from outlast.launch.place import GENERATION
+
+
+class RankOutput(LogsSpecs):
+    """Rank 0 writes straight to the launcher's stdout and stderr; of other ranks, stdout goes to a file, and stderr to
+    a file and, with the rank before each line, to the launcher's stderr.
+
+    Files are ``ROOT/UTC_HOST/restart_N/rank_R.out``, ``.err`` and ``.error.json`` (torchelastic's error file).
+    """
+
+    def __init__(self, root: Path, host: str) -> None:
+        # The process id keeps apart launchers of one second on one host.
+        self.folder = root / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}_{host}_{os.getpid()}"
+        super().__init__(log_dir=str(self.folder))
+        self.generation = 0
+        """Of the ranks that are started next; the agent sets it."""
+
+    @property
+    def root_log_dir(self) -> str:
+        """The folder of this launcher's files."""
+        return str(self.folder)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Destinations by local rank; each rank's error file and generation are put into its environment."""
+        folder = self.folder / f"restart_{self.generation}"
+        folder.mkdir(parents=True)
+        out = LogsDest()
+        for local_rank, environ in envs.items():
+            rank = int(environ["RANK"])
+            stem = folder / f"rank_{rank:05d}"
+            out.stdouts[local_rank] = "" if rank == 0 else f"{stem}.out"
+            out.stderrs[local_rank] = "" if rank == 0 else f"{stem}.err"
+            if rank != 0:
+                out.tee_stderrs[local_rank] = f"{stem}.err"
+            out.error_files[local_rank] = f"{stem}.error.json"
+            environ[GENERATION] = str(self.generation)
+            environ["TORCHELASTIC_ERROR_FILE"] = f"{stem}.error.json"
+        return out

@@ -1,0 +1,192 @@
+"""The trainer's own settings, and the join of every room's into one :class:`Config`, a field for each section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from outlast.checkpoint.config import CheckpointConfig
+from outlast.comm.config import UPDATE_BETA1, UPDATE_CLIP_RMS, CommConfig
+from outlast.config import require
+from outlast.diagnostics.config import DiagnosticsConfig
+from outlast.launch.config import LaunchConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """``[run]``: which run this is."""
+
+    name: str = "run"
+    """The run's name; its directory is ``runs/NAME`` unless ``dir`` is set."""
+    dir: str | None = None
+    """The run's directory."""
+    resume: str = "never"
+    """``never``: refuse a used directory. ``auto``: go on from the newest complete checkpoint, or start. ``STEP``: go
+    on from that step's checkpoint; newer ones are set aside. A restart within a job always behaves as ``auto``."""
+    seed: int = 0
+    """Seeds the model's initial weights and the order of the data."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name) and "/" not in self.name, "run.name", self.name, "a name without '/'")
+        ok = self.resume in ("auto", "never") or self.resume.isdecimal()
+        require(ok, "run.resume", self.resume, "auto, never, or the number of a checkpointed step")
+        require(0 <= self.seed < 2**63, "run.seed", self.seed, "0 <= seed < 2**63")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """``[model]``: a byte-level GPT."""
+
+    layers: int = 6
+    """Transformer blocks."""
+    heads: int = 6
+    """Attention heads; divides ``width``."""
+    width: int = 384
+    """Numbers per token in the residual stream."""
+    context: int = 256
+    """Tokens (bytes) per sequence."""
+
+    def __post_init__(self) -> None:
+        for key in ("layers", "heads", "width", "context"):
+            require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "1 or more")
+        require(self.width % self.heads == 0, "model.heads", self.heads, f"a divisor of model.width = {self.width}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """``[data]``: text files, read as bytes."""
+
+    files: tuple[str, ...] = ("{stdlib}/**/*.py",)
+    """Files or globs (``**`` descends). ``{stdlib}`` is the folder of Python's standard library."""
+    exclude: tuple[str, ...] = ("*/site-packages/*", "*/dist-packages/*", "*/__pycache__/*")
+    """Patterns (fnmatch, on the whole path) of files left out."""
+    held_out_share: float = 0.05
+    """Share of the files kept from training, for evaluation; chosen by a hash of the file's name."""
+    batch_size: int = 8
+    """Sequences per rank and micro-batch."""
+
+    def __post_init__(self) -> None:
+        require(len(self.files) > 0, "data.files", self.files, "at least one file or glob")
+        require(0 < self.held_out_share < 1, "data.held_out_share", self.held_out_share, "0 < share < 1")
+        require(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """``[optim]``: AdamW with linear warm-up and cosine decay."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr_share: float = 0.1
+    """The learning rate at the last step, as a share of the peak."""
+    warmup_steps: int = 20
+    """Steps over which the learning rate rises linearly to its peak."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; 1-D parameters have none."""
+    beta1: float | None = None
+    """Decay of the first moment. Unset it is 0.9, or with ``comm.target = "update"``, where what is held back acts as a
+    momentum, 0."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float | None = None
+    """Global norm above which gradients are scaled down, after they were averaged over ranks; 0 clips nothing. Unset it
+    is 1, or with ``comm.target = "update"``, where there are no averaged gradients to clip, 0."""
+    clip_rms: float = UPDATE_CLIP_RMS
+    """With ``comm.target = "update"``: root mean square of a tensor's direction above which it is scaled down; 0 scales
+    nothing down."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optim.lr", self.lr, "lr > 0")
+        require(0 <= self.min_lr_share <= 1, "optim.min_lr_share", self.min_lr_share, "0 <= share <= 1")
+        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        require(self.beta1 is None or 0 <= self.beta1 < 1, "optim.beta1", self.beta1, "0 <= beta1 < 1")
+        require(0 <= self.beta2 < 1, "optim.beta2", self.beta2, "0 <= beta2 < 1")
+        require(self.eps > 0, "optim.eps", self.eps, "eps > 0")
+        require(self.clip_rms >= 0, "optim.clip_rms", self.clip_rms, "0 or more")
+        require(self.clip_norm is None or self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """``[trainer]``: the loop."""
+
+    steps: int = 100
+    """The step at which training ends, counted from 1 over all attempts."""
+    accumulate: int = 1
+    """Micro-batches per rank and step."""
+    eval_every_steps: int = 50
+    """Held-out loss every so many steps, before the first and after the last; 0 only then."""
+    eval_batches: int = 4
+    """Micro-batches of held-out text per rank and evaluation."""
+    log_every_steps: int = 10
+    """A line on rank 0 every so many steps."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """``bf16``: autocast forward and backward; parameters, gradients and optimizer stay fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: CUDA where there is one, else CPU. NCCL serves CUDA, gloo CPU."""
+    engine: Literal["ddp"] = "ddp"
+    """What replicates or shards the model."""
+    bucket_mb: float = 25.0
+    """Size of DDP's gradient buckets in MiB: smaller ones start earlier and hide more of the wire, larger ones cost the
+    codec less. DDP's own default, which is the faster choice where cores are few: see docs/compression.md."""
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of one rank's device, for MFU in the log; without it the log shows achieved GFLOP/s."""
+    timeout_s: float = 600.0
+    """How long a collective of the trainer's may wait for its peers before it raises."""
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "accumulate", "eval_batches", "log_every_steps"):
+            require(getattr(self, key) >= 1, f"trainer.{key}", getattr(self, key), "1 or more")
+        require(self.eval_every_steps >= 0, "trainer.eval_every_steps", self.eval_every_steps, "0 or more")
+        require(self.bucket_mb > 0, "trainer.bucket_mb", self.bucket_mb, "bucket_mb > 0")
+        require(self.peak_tflops is None or self.peak_tflops > 0, "trainer.peak_tflops", self.peak_tflops, "> 0")
+        require(self.timeout_s > 0, "trainer.timeout_s", self.timeout_s, "timeout_s > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run; each field is a section of the TOML file, owned by the room of that name."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Which run this is."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """The loop."""
+    comm: CommConfig = field(default_factory=CommConfig)
+    """Gradient compression."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    """Recording and reports."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """Restarts and hang detection, under ``outlast launch``."""
+
+    def __post_init__(self) -> None:
+        if self.run.resume.isdecimal():
+            step = int(self.run.resume)
+            require(step <= self.trainer.steps, "run.resume", step, f"at most trainer.steps = {self.trainer.steps}")
+        if self.comm.target == "update":
+            rule = 'unset or 0 with comm.target = "update": Adam\'s directions are averaged, and not clipped'
+            require(not self.optim.clip_norm, "optim.clip_norm", self.optim.clip_norm, rule)
+
+    @property
+    def beta1(self) -> float:
+        """``optim.beta1`` where it is set, else what is best for what is averaged."""
+        if self.optim.beta1 is None:
+            return UPDATE_BETA1 if self.comm.target == "update" else 0.9
+        return self.optim.beta1
+
+    @property
+    def clip_norm(self) -> float:
+        """``optim.clip_norm`` where it is set, else what is usual; 0 clips nothing."""
+        if self.optim.clip_norm is None:
+            return 0.0 if self.comm.target == "update" else 1.0
+        return self.optim.clip_norm

@@ -1,0 +1,106 @@
+"""A run's directory: who may write to it, and one numbered folder per start.
+
+::
+
+    runs/NAME/
+      config.toml             as resolved at the first start
+      attempts/0001/          one per start; ``latest`` links to the newest
+        config.toml           as resolved at this start
+        logs/rank_00000.log
+        events/rank_00000.jsonl
+      events/agent_HOST.jsonl what the launcher saw
+      checkpoints/
+      report.html
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from outlast.config import to_toml
+from outlast.errors import RunDirectoryError
+from outlast.trainer.config import Config
+
+
+def run_path(config: Config) -> Path:
+    """Where the run's directory is."""
+    return Path(config.run.dir if config.run.dir is not None else Path("runs") / config.run.name).absolute()
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One start of a run's processes."""
+
+    run: Path
+    number: int
+
+    @property
+    def path(self) -> Path:
+        """``attempts/NNNN``."""
+        return self.run / "attempts" / f"{self.number:04d}"
+
+    def log_path(self, rank: int) -> Path:
+        """A rank's log."""
+        return self.path / "logs" / f"rank_{rank:05d}.log"
+
+    def events_path(self, rank: int) -> Path:
+        """A rank's events."""
+        return self.path / "events" / f"rank_{rank:05d}.jsonl"
+
+    def make_folders(self) -> None:
+        """Create what this attempt writes to; harmless where another rank did it already."""
+        for folder in ("logs", "events"):
+            (self.path / folder).mkdir(parents=True, exist_ok=True)
+
+
+def is_used(run: Path) -> bool:
+    """Whether a start has been made in this directory."""
+    return any((run / name).exists() for name in ("config.toml", "attempts", "checkpoints"))
+
+
+def check_usable(config: Config, *, resuming: bool) -> Path:
+    """The run's directory, made sure to be writable, and unused unless ``resuming``.
+
+    Raises:
+        RunDirectoryError: it is used, or cannot be written.
+    """
+    run = run_path(config)
+    if is_used(run) and not resuming:
+        raise RunDirectoryError(
+            f"{run} already holds a run",
+            "go on with it: --resume auto; start elsewhere: --run.dir OTHER; or start anew: delete the directory",
+        )
+    probe = run / f".writable-{os.getpid()}"
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise RunDirectoryError(
+            f"the run directory {run} cannot be written: {error.strerror} ({error.filename})",
+            "choose another: --run.dir OTHER",
+        ) from error
+    return run
+
+
+def begin_attempt(config: Config, *, resuming: bool) -> Attempt:
+    """Claim the next attempt's folder; called on one rank, which tells the others the number.
+
+    Raises:
+        RunDirectoryError: see :func:`check_usable`.
+    """
+    run = check_usable(config, resuming=resuming)
+    attempts = run / "attempts"
+    attempts.mkdir(exist_ok=True)
+    taken = [int(entry.name) for entry in attempts.iterdir() if entry.name.isdecimal()]
+    attempt = Attempt(run, max(taken, default=0) + 1)
+    attempt.make_folders()
+    (attempt.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    if not (run / "config.toml").exists():
+        (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    link = attempts / f".latest-{os.getpid()}"
+    link.symlink_to(attempt.path.name)
+    link.replace(attempts / "latest")
+    return attempt

@@ -1,0 +1,119 @@
+"""Whom the watch names, by heartbeats and rings that real processes leave in shared memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from outlast.launch import LaunchConfig
+from outlast.launch.hang_watch import HangWatch
+from tests.helpers import wait_for
+
+RULES = LaunchConfig(hang_floor_s=0.4, startup_limit_s=1.6, patience=2.0)
+LIVE = """
+import sys, time
+from pathlib import Path
+from outlast.diagnostics import Heartbeat, Recorder, heartbeat_path, ring_path
+shm, rank, phase, inside = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+heartbeat = Heartbeat(heartbeat_path(shm, rank), rank=rank)
+recorder = Recorder(ring_path(shm, rank), rank=rank, capacity=16)
+for step in range(1, 6):
+    heartbeat.beat("step", step)
+if inside == "inside":
+    recorder.enter("all_reduce", 4, "x")
+heartbeat.beat(phase, 5)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+class Ranks:
+    """Processes that went silent in a given phase, inside a collective or not."""
+
+    def __init__(self, watch: HangWatch, root: Path) -> None:
+        self.watch = watch
+        self.root = root
+        self.processes: dict[int, subprocess.Popen[str]] = {}
+
+    def start(self, *phases: str) -> dict[int, int]:
+        self.watch.begin(tuple(range(len(phases))))
+        for rank, phase in enumerate(phases):
+            name, _, inside = phase.partition(" ")
+            self.processes[rank] = subprocess.Popen(
+                [sys.executable, "-c", LIVE, str(self.watch.shm_dir), str(rank), name, inside],
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=self.root,
+            )
+        for process in self.processes.values():
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        return {rank: process.pid for rank, process in self.processes.items()}
+
+    def end(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.communicate()
+        self.watch.close(tuple(self.processes))
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, root: Path) -> Iterator[Ranks]:
+    made = Ranks(HangWatch(tmp_path, RULES), root)
+    yield made
+    made.end()
+
+
+def test_a_stopped_rank_is_named_even_in_a_slow_phase(ranks: Ranks) -> None:
+    pids = ranks.start("checkpoint")
+    os.kill(pids[0], signal.SIGSTOP)
+    (culprit,) = wait_for(lambda: ranks.watch.look(pids, alone=True))
+    assert (culprit.rank, culprit.pid, culprit.limit_s) == (0, pids[0], 0.4)
+    assert "stopped" in culprit.evidence
+    assert culprit.silent_s < 1.6, "found by the limit of a step, not of a checkpoint"
+
+
+def test_who_waits_is_not_blamed_while_a_peer_writes_a_checkpoint(ranks: Ranks) -> None:
+    pids = ranks.start("step inside", "checkpoint")
+    (culprit,) = wait_for(lambda: ranks.watch.look(pids, alone=True))
+    assert (culprit.rank, culprit.limit_s, culprit.weak) == (1, 1.6, False)
+
+
+def test_when_all_wait_the_launcher_is_patient(ranks: Ranks) -> None:
+    pids = ranks.start("step inside", "step inside")
+    culprits = wait_for(lambda: ranks.watch.look(pids, alone=True))
+    assert all(one.weak and one.silent_s > 0.8 for one in culprits)
+
+
+def test_when_all_wait_for_other_nodes_it_is_more_so(ranks: Ranks) -> None:
+    pids = ranks.start("step inside")
+    (culprit,) = wait_for(lambda: ranks.watch.look(pids, alone=False))
+    assert culprit.weak
+    assert culprit.silent_s > 1.6
+
+
+def test_what_an_earlier_start_left_counts_for_nothing(ranks: Ranks) -> None:
+    pids = ranks.start("step")
+    heartbeat = next(ranks.watch.shm_dir.glob("heartbeat_*"))
+    old = heartbeat.read_bytes()
+    ranks.watch.begin((0,))
+    assert not heartbeat.exists()
+    heartbeat.write_bytes(old)  # as if a rank of another launcher had left it
+    (culprit,) = wait_for(lambda: ranks.watch.look(pids, alone=True))
+    assert "no heartbeat" in culprit.evidence
+    assert culprit.limit_s == 1.6
+
+
+def test_the_folder_goes_with_its_last_rank(ranks: Ranks) -> None:
+    ranks.start("step", "step")
+    ranks.watch.close((0,))
+    assert ranks.watch.shm_dir.exists()
+    ranks.watch.close((1,))
+    assert not ranks.watch.shm_dir.exists()
+    ranks.watch.close((1,))
