@@ -35,7 +35,10 @@ from typing import Any
 import zarr
 
 from benchmarks.namespace import memories, mount_over
-from outlast.diagnostics import heartbeat_path, read_heartbeat
+from outlast.diagnostics.live import (
+    heartbeat_path,
+    read_heartbeat,
+)
 from outlast.diagnostics.live.shm import shm_directory
 from outlast.errors import DiagnosticsError
 from outlast.events import Record, read_events

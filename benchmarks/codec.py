@@ -21,7 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from outlast.comm import EF14, Compressor, make_compressor
+from outlast.comm.compressors import (
+    Compressor,
+    make_compressor,
+)
+from outlast.comm.feedback import (
+    EF14,
+)
 
 ROWS = 384
 COLUMNS = 1536

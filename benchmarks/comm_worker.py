@@ -16,8 +16,14 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from outlast.comm import Adam, CommConfig, GradientReducer
+from outlast.comm import (
+    CommConfig,
+    GradientReducer,
+)
 from outlast.comm.config import UPDATE_BETA1, UPDATE_CLIP_RMS
+from outlast.comm.direction import (
+    Adam,
+)
 from outlast.trainer import GPT, Corpus, Loader
 from outlast.trainer.config import DataConfig, ModelConfig, OptimConfig, TrainerConfig
 from outlast.trainer.data import find_files, split_held_out

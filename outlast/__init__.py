@@ -8,9 +8,29 @@ Each room is a package of its own and usable without the others:
 - :mod:`outlast.launch`       who runs, and where
 - :mod:`outlast.trainer`      the loop that joins them
 
-Importing ``outlast`` imports none of them and does no work.
+``import outlast`` imports none of them, and no torch; a room is imported when it is first used, as in
+``outlast.comm.attach(...)``.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from outlast.lazy import lazy_modules
+
+if TYPE_CHECKING:
+    from outlast import checkpoint as checkpoint
+    from outlast import comm as comm
+    from outlast import diagnostics as diagnostics
+    from outlast import launch as launch
+    from outlast import trainer as trainer
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "checkpoint", "comm", "diagnostics", "launch", "trainer"]
+
+__getattr__ = lazy_modules("outlast", __all__[1:])
+
+
+def __dir__() -> list[str]:
+    return __all__

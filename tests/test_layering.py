@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+import outlast
+
 FLOORS = [
     {"cli"},
     {"trainer"},
     {"launch"},
     {"comm", "checkpoint", "diagnostics"},
-    {"config", "events", "errors"},
+    {"config", "events", "errors", "lazy"},
 ]
 """Top to bottom. A room imports from lower floors; on the ground floor also from its neighbours."""
 
@@ -144,7 +147,7 @@ def test_a_room_imports_only_downwards(path: Path) -> None:
     name = name_of(path)
     others = {module.split(".")[1] for module in GRAPH[name]}
     if name == "outlast":
-        assert others == set()  # the rooms are imported when they are asked for
+        assert others == {"lazy"}  # the rooms are imported when they are asked for
         return
     room = name.split(".")[1]
     for other in others - {room}:
@@ -167,7 +170,7 @@ def test_inside_a_room_imports_go_downwards(room: str) -> None:
 
 def test_the_ground_floor_leans_on_errors_alone() -> None:
     ground = {name: GRAPH[f"outlast.{name}"] for name in FLOORS[-1]}
-    assert ground == {"config": {"outlast.errors"}, "events": {"outlast.errors"}, "errors": set()}
+    assert ground == {"config": {"outlast.errors"}, "events": {"outlast.errors"}, "errors": set(), "lazy": set()}
 
 
 UNTRUSTED = PACKAGE / "checkpoint" / "convert" / "safe_unpickle.py"
@@ -207,10 +210,79 @@ def test_nothing_is_pickled_and_nothing_swallowed(path: Path) -> None:
             assert body or not broad, f"{path}:{node.lineno}: swallows everything"
 
 
+def run(code: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def test_importing_outlast_imports_no_room_and_no_torch() -> None:
-    code = "import sys, outlast; print([m for m in sys.modules if m.startswith('outlast.') or m == 'torch'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    loaded = "[m for m in sys.modules if m.startswith('outlast.') or m == 'torch']"
+    assert run(f"import sys, outlast; dir(outlast); print({loaded})") == "['outlast.lazy']"
+
+
+def test_a_room_is_imported_when_it_is_used() -> None:
+    assert run("import outlast; print(outlast.comm.attach.__name__, outlast.checkpoint.tools.verify.__name__)") == (
+        "attach verify"
+    )
+    with pytest.raises(AttributeError, match="'outlast' has no attribute 'chekpoint'"):
+        outlast.chekpoint  # noqa: B018
+    assert set(outlast.__all__) == {"__version__", *FLOORS[1], *FLOORS[2], *FLOORS[3]}
+
+
+FACES = {
+    "comm": {
+        "Choice",
+        "CollectiveObserver",
+        "CommConfig",
+        "Communicator",
+        "GradientReducer",
+        "ReduceStats",
+        "attach",
+    },
+    "checkpoint": {
+        "CheckpointConfig",
+        "Checkpointer",
+        "Interval",
+        "Pace",
+        "Restored",
+        "attach",
+        "check_like",
+        "expected_mtbf_s",
+        "optimal_interval_s",
+    },
+    "diagnostics": {
+        "DiagnosticsConfig",
+        "Heartbeat",
+        "Recorder",
+        "Report",
+        "build_report",
+        "render_html",
+        "render_terminal",
+    },
+    "launch": {"LaunchConfig", "LaunchFlags", "LaunchSpec", "Place", "dry_run", "find_place", "launch"},
+    "trainer": {
+        "GPT",
+        "Config",
+        "Corpus",
+        "DDPEngine",
+        "Engine",
+        "EngineState",
+        "Loader",
+        "Run",
+        "resolve",
+        "run_rank",
+        "train",
+    },
+}
+"""What each room shows at its front door."""
+
+
+@pytest.mark.parametrize("room", FACES)
+def test_a_room_shows_what_is_listed(room: str) -> None:
+    face = importlib.import_module(f"outlast.{room}")
+    assert set(face.__all__) == FACES[room]
+    assert len(face.__all__) == len(FACES[room]) <= 12
+    assert all(hasattr(face, name) for name in face.__all__)
 
 
 def test_files_are_short() -> None:

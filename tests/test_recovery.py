@@ -11,7 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from outlast.diagnostics import heartbeat_path, read_heartbeat, shm_directory
+from outlast.diagnostics.live import (
+    heartbeat_path,
+    read_heartbeat,
+    shm_directory,
+)
 from outlast.errors import DiagnosticsError
 from tests.helpers import arrays, events, outlast, start_outlast, steps_saved, tiny_config, values, wait_for
 

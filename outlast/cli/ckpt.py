@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from outlast import checkpoint
+from outlast.checkpoint import convert, tools
 from outlast.cli.ckpt_args import Diff, Export, Import, Ls, Memory, Prune, Show, Verify
 from outlast.cli.progress import Verifying, size
 from outlast.errors import CheckpointNotFound, ConfigError
@@ -29,7 +29,7 @@ def diff(verb: Diff, console: Console) -> int:
     """
     if verb.other is None and verb.other_step is None:
         raise ConfigError("there is nothing to compare with", "give a second URL, or --other-step, or both")
-    found = checkpoint.diff(verb.url, verb.url if verb.other is None else verb.other, verb.step, verb.other_step)
+    found = tools.diff(verb.url, verb.url if verb.other is None else verb.other, verb.step, verb.other_step)
     if verb.json:
         print_json({"equal": found.equal, **_strict(dataclasses.asdict(found))})
         return 0 if found.equal else 1
@@ -73,7 +73,7 @@ def prune(verb: Prune, console: Console) -> int:
         CheckpointError: there is no committed step that verifies, or something cannot be removed.
     """
     with Verifying(console, json=verb.json) as progress:
-        found = checkpoint.prune(verb.url, verb.keep_last, aside=verb.aside, dry_run=verb.dry_run, progress=progress)
+        found = tools.prune(verb.url, verb.keep_last, aside=verb.aside, dry_run=verb.dry_run, progress=progress)
     if verb.json:
         print_json({"size_bytes": found.size_bytes, **dataclasses.asdict(found)})
         return 0
@@ -99,7 +99,7 @@ def memory(verb: Memory, console: Console) -> int:
     Raises:
         CheckpointError: a run uses what is to be given back, or it cannot be read or removed.
     """
-    found = checkpoint.remove_memory(verb.url) if verb.remove else checkpoint.list_memory(verb.url)
+    found = tools.remove_memory(verb.url) if verb.remove else tools.list_memory(verb.url)
     if verb.json:
         print_json({"removed": verb.remove, **dataclasses.asdict(found)})
         return 0
@@ -134,7 +134,7 @@ def export(verb: Export, console: Console) -> int:
     Raises:
         OutlastError: it could not be done; nothing is left of it.
     """
-    done = checkpoint.export_step(verb.url, verb.target, verb.format, step=verb.step, part=verb.part, force=verb.force)
+    done = convert.export_step(verb.url, verb.target, verb.format, step=verb.step, part=verb.part, force=verb.force)
     if verb.json:
         print_json(dataclasses.asdict(done))
         return 0
@@ -152,7 +152,7 @@ def import_(verb: Import, console: Console) -> int:
     Raises:
         OutlastError: it could not be done; there is no such step then.
     """
-    done = checkpoint.import_step(verb.source, verb.url, verb.format, step=verb.step, part=verb.part)
+    done = convert.import_step(verb.source, verb.url, verb.format, step=verb.step, part=verb.part)
     if verb.json:
         print_json(dataclasses.asdict(done))
         return 0
@@ -219,7 +219,7 @@ def _when(t: float | None) -> str:
 
 
 def _ls(url: str, step: int | None, as_json: bool, console: Console) -> int:
-    found = [info for info in checkpoint.list_steps(url) if step is None or info.step == step]
+    found = [info for info in tools.list_steps(url) if step is None or info.step == step]
     if not found:
         raise CheckpointNotFound(f"no checkpoints at {url}", "give the folder that holds step_… folders")
     if as_json:
@@ -235,7 +235,7 @@ def _ls(url: str, step: int | None, as_json: bool, console: Console) -> int:
 
 
 def _show(url: str, step: int | None, as_json: bool, console: Console) -> int:
-    found = checkpoint.describe(url, step)
+    found = tools.describe(url, step)
     if as_json:
         print_json(dataclasses.asdict(found))
         return 0
@@ -251,14 +251,14 @@ def _show(url: str, step: int | None, as_json: bool, console: Console) -> int:
 
 
 def _verify(url: str, step: int | None, as_json: bool, console: Console) -> int:
-    steps = [step] if step is not None else [i.step for i in checkpoint.list_steps(url) if i.status != "aside"]
+    steps = [step] if step is not None else [i.step for i in tools.list_steps(url) if i.status != "aside"]
     if not steps:
         raise CheckpointNotFound(f"no checkpoints at {url}", "give the folder that holds step_… folders")
     results, rates = [], []
     with Verifying(console, json=as_json) as progress:
         for number in steps:
             progress.begin(number)
-            results.append(checkpoint.verify(url, number, partial(progress, number)))
+            results.append(tools.verify(url, number, partial(progress, number)))
             rates.append(progress.rate(results[-1].size_bytes))
     if as_json:
         print_json([dataclasses.asdict(result) for result in results])

@@ -18,7 +18,10 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
-from outlast.diagnostics import Culprit, process_state
+from outlast.diagnostics.live import (
+    Culprit,
+    process_state,
+)
 from outlast.events import EventLog, HangFound, WorkersFailed, WorkersStarted
 from outlast.launch.config import LaunchConfig
 from outlast.launch.failures import NO_RESTART_STATUS, RankFailure, is_torn, last_words

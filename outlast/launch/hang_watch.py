@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from outlast.diagnostics import (
+from outlast.diagnostics.live import (
     Culprit,
     Observation,
     StallRules,

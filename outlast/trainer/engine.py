@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from outlast.checkpoint import check_like
-from outlast.comm import Adam, Choice, CollectiveObserver, GradientReducer, ReduceStats
+from outlast.comm import (
+    Choice,
+    CollectiveObserver,
+    GradientReducer,
+    ReduceStats,
+)
+from outlast.comm.direction import (
+    Adam,
+)
 from outlast.errors import StateMismatch, TrainingDiverged
 from outlast.trainer.config import Config
 from outlast.trainer.optim import (

@@ -26,14 +26,23 @@ from outlast.diagnostics import (
     Heartbeat,
     Recorder,
     build_report,
-    heartbeat_path,
     render_html,
+)
+from outlast.diagnostics.live import (
+    heartbeat_path,
     ring_path,
     shm_directory,
 )
 from outlast.errors import ConfigError, DataError, OutlastError, RunDirectoryError
 from outlast.events import CommChosen, Event, EventLog, RunEnded, RunStarted
-from outlast.launch import NO_RESTART_STATUS, WATCHED, Place, find_place
+from outlast.launch import (
+    Place,
+    find_place,
+)
+from outlast.launch.failures import (
+    NO_RESTART_STATUS,
+    WATCHED,
+)
 from outlast.trainer import logs, process_group
 from outlast.trainer.checkpoint_schedule import Schedule
 from outlast.trainer.config import Config

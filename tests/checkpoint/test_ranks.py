@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpoint import list_steps
+from outlast.checkpoint.tools import (
+    list_steps,
+)
 from tests.checkpoint.helpers import flip, save_by_ranks, steps_at
 from tests.checkpoint.ranks import Orders, Outcome, run
 

@@ -9,9 +9,22 @@ from typing import Any
 import pytest
 import torch
 
-from outlast.comm import EF21SGDM, CommConfig, EControl, TopK, make_feedback
+from outlast.comm import (
+    CommConfig,
+)
 from outlast.comm import config as settings_module
-from outlast.comm.compressors import COMPRESSORS, VALUES
+from outlast.comm.compressors import (
+    COMPRESSORS,
+    VALUES,
+    TopK,
+)
+from outlast.comm.feedback import (
+    EF21SGDM,
+    EControl,
+)
+from outlast.comm.feedback.from_config import (
+    make_feedback,
+)
 from outlast.errors import ConfigError, OutOfRange, UnknownCompressor
 
 

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from outlast.comm import CommConfig, Feedback, GradientReducer, make_feedback
+from outlast.comm import (
+    CommConfig,
+    GradientReducer,
+)
+from outlast.comm.feedback import (
+    Feedback,
+)
+from outlast.comm.feedback.from_config import (
+    make_feedback,
+)
 
 SHAPES = {"wide": (300, 303), "bias": (50,), "small": (7, 11), "mid": (40, 50), "scale": (301,), "tall": (131, 20)}
 """``wide`` takes more than 65 536 entries: sampled selection, and blocks in the payload."""

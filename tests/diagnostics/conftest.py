@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from outlast.diagnostics import clear, shm_directory
+from outlast.diagnostics.live import (
+    clear,
+    shm_directory,
+)
 
 Spawn = Callable[..., "subprocess.Popen[str]"]
 

@@ -18,7 +18,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from outlast.diagnostics import Heartbeat, Recorder, heartbeat_path, ring_path, shm_directory
+from outlast.diagnostics import (
+    Heartbeat,
+    Recorder,
+)
+from outlast.diagnostics.live import (
+    heartbeat_path,
+    ring_path,
+    shm_directory,
+)
 from outlast.launch import find_place
 
 

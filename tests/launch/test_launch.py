@@ -16,7 +16,10 @@ from typing import Any
 import psutil
 import pytest
 
-from outlast.diagnostics import clear, shm_directory
+from outlast.diagnostics.live import (
+    clear,
+    shm_directory,
+)
 from outlast.errors import LaunchError, PortInUse, RanksFailed
 from outlast.launch import LaunchConfig, LaunchFlags, LaunchSpec, launch
 from tests.forked import Job

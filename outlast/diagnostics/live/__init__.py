@@ -1,1 +1,29 @@
-"""What every process leaves in shared memory: its collectives and its heartbeat."""
+"""What every process leaves in shared memory, its collectives and its heartbeat; and who holds the others up."""
+
+from outlast.diagnostics.live.heartbeat import PHASES, Beat, Heartbeat, Phase, read_heartbeat
+from outlast.diagnostics.live.recorder import Collective, Recorder, Ring, read_ring
+from outlast.diagnostics.live.shm import clear, heartbeat_path, ring_path, shm_directory
+from outlast.diagnostics.live.stall import Culprit, Observation, StallRules, StallVerdict, judge, observe, process_state
+
+__all__ = [
+    "PHASES",
+    "Beat",
+    "Collective",
+    "Culprit",
+    "Heartbeat",
+    "Observation",
+    "Phase",
+    "Recorder",
+    "Ring",
+    "StallRules",
+    "StallVerdict",
+    "clear",
+    "heartbeat_path",
+    "judge",
+    "observe",
+    "process_state",
+    "read_heartbeat",
+    "read_ring",
+    "ring_path",
+    "shm_directory",
+]

@@ -32,7 +32,7 @@ def render_html(report: Report) -> str:
     first, rest = sentences.headline(report)
     guilty = any(row.straggler for row in report.stragglers)
     judged = any(row.steps >= config.straggler_min_steps for row in report.stragglers)
-    assets = files("outlast.diagnostics") / "assets"
+    assets = files("outlast.diagnostics.report") / "assets"
     parts = {
         "title": escape(f"{report.name} – outlast report"),
         "css": (assets / "report.css").read_text(encoding="utf-8"),

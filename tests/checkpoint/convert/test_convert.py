@@ -14,7 +14,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from outlast.checkpoint import describe, diff, export_step, import_step, list_steps, verify
+from outlast.checkpoint.convert import (
+    export_step,
+    import_step,
+)
+from outlast.checkpoint.tools import (
+    describe,
+    diff,
+    list_steps,
+    verify,
+)
 from outlast.cli.main import main
 from outlast.errors import (
     CheckpointError,

@@ -14,7 +14,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from outlast.checkpoint import export_step, import_step, list_steps
+from outlast.checkpoint.convert import (
+    export_step,
+    import_step,
+)
+from outlast.checkpoint.tools import (
+    list_steps,
+)
 from outlast.errors import (
     CheckpointError,
     CheckpointNotFound,

@@ -18,12 +18,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from outlast.checkpoint import CheckpointConfig, list_steps, verify
+from outlast.checkpoint import (
+    CheckpointConfig,
+)
 from outlast.checkpoint.deepspeed import attach
 from outlast.checkpoint.deepspeed.containers import put_together, take_apart
 from outlast.checkpoint.deepspeed.files import kinds_of_deepspeed
 from outlast.checkpoint.save.snapshot import Snapshot
 from outlast.checkpoint.storage.local import LocalStore
+from outlast.checkpoint.tools import (
+    list_steps,
+    verify,
+)
 from outlast.errors import CheckpointError, CheckpointNotFound, MissingDependency, SnapshotMutated
 from outlast.events import CheckpointRejected, CheckpointSaved, Event
 from tests.comm.deepspeed.test_deepspeed import engine_of, load

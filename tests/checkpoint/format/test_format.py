@@ -15,10 +15,15 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from outlast.checkpoint import Checkpointer, describe
+from outlast.checkpoint import (
+    Checkpointer,
+)
 from outlast.checkpoint.format.dtypes import DISGUISED, NATIVE
 from outlast.checkpoint.format.json_values import from_json, to_json
 from outlast.checkpoint.format.names import decode_key, encode_key, parse_step
+from outlast.checkpoint.tools import (
+    describe,
+)
 from outlast.errors import CheckpointError
 from tests.checkpoint.helpers import QUICK, checkpointer, local, same, save_steps, state
 

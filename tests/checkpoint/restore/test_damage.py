@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpoint import list_steps, verify
 from outlast.checkpoint.format.records import Fault, crc_hex, unseal_commit, unseal_vote
+from outlast.checkpoint.tools import (
+    list_steps,
+    verify,
+)
 from outlast.errors import (
     CheckpointNotFound,
     CorruptCheckpoint,

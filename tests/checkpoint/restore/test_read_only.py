@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpoint import list_steps, verify
+from outlast.checkpoint.tools import (
+    list_steps,
+    verify,
+)
 from outlast.errors import CheckpointError, CheckpointNotFound
 from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.helpers import (

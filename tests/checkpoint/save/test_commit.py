@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from outlast.checkpoint import list_steps, verify
 from outlast.checkpoint.format.names import vote_path
 from outlast.checkpoint.format.records import Vote, seal, unseal_vote
 from outlast.checkpoint.storage.local import LocalStore
+from outlast.checkpoint.tools import (
+    list_steps,
+    verify,
+)
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.helpers import (

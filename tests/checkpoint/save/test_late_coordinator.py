@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpoint import verify
 from outlast.checkpoint.storage.fsspec import FsspecStore
 from outlast.checkpoint.storage.local import LocalStore
+from outlast.checkpoint.tools import (
+    verify,
+)
 from outlast.events import Event
 from tests.checkpoint.helpers import before, checkpointer, failed, local, same, save_and_join, state
 from tests.checkpoint.s3 import BUCKET

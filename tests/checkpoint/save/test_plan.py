@@ -16,12 +16,18 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from outlast.checkpoint import CheckpointConfig, list_steps, verify
+from outlast.checkpoint import (
+    CheckpointConfig,
+)
 from outlast.checkpoint.memory.arena import PAGE_BYTES, Arena, room
 from outlast.checkpoint.save.chunk_grid import chunk_shape
 from outlast.checkpoint.save.plan import share_of
 from outlast.checkpoint.state.tree import Plan, lay_out
 from outlast.checkpoint.storage.local import LocalStore
+from outlast.checkpoint.tools import (
+    list_steps,
+    verify,
+)
 from outlast.errors import ConfigError, StateMismatch
 from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.helpers import checkpointer, failed, of, same, save_by_ranks, state

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpoint import list_steps, verify
 from outlast.checkpoint.storage import retry
 from outlast.checkpoint.storage.open import open_store
+from outlast.checkpoint.tools import (
+    list_steps,
+    verify,
+)
 from outlast.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint
 from outlast.events import CheckpointRejected, CheckpointSaved, Event
 from tests.checkpoint.crash import Expected

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from outlast.checkpoint import list_steps, verify
+from outlast.checkpoint.tools import (
+    list_steps,
+    verify,
+)
 from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.helpers import checkpointer, failed, files_of, flip, of, same, small_disk, steps_at
 

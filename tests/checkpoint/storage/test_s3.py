@@ -11,10 +11,14 @@ import pytest
 import torch
 from obstore.fsspec import register
 
-from outlast.checkpoint import list_steps, prune, verify
 from outlast.checkpoint.storage import fsspec as fsspec_store
 from outlast.checkpoint.storage import retry
 from outlast.checkpoint.storage.fsspec import FsspecStore
+from outlast.checkpoint.tools import (
+    list_steps,
+    prune,
+    verify,
+)
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.helpers import before, checkpointer, failed, local, of, rejected, same, save_and_join, state

@@ -12,10 +12,13 @@ import fsspec
 import pytest
 import torch
 
-from outlast.checkpoint import list_steps, verify
 from outlast.checkpoint.storage.base import Store
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.checkpoint.storage.open import open_store
+from outlast.checkpoint.tools import (
+    list_steps,
+    verify,
+)
 from outlast.errors import CheckpointError, ConfigError, CorruptCheckpoint, MissingDependency
 from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.helpers import (

@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from outlast.checkpoint import Comparison, TensorDifference, ValueDifference, diff
+from outlast.checkpoint.tools import (
+    Comparison,
+    TensorDifference,
+    ValueDifference,
+    diff,
+)
 from outlast.cli.main import main
 from outlast.errors import CheckpointNotFound, CorruptCheckpoint
 from tests.checkpoint.helpers import checkpointer, files_of, flip, save_by_ranks, save_steps

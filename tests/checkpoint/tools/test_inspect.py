@@ -10,7 +10,16 @@ import pytest
 import torch
 
 import outlast.checkpoint as room
-from outlast.checkpoint import CheckpointConfig, TensorInfo, check_like, describe, list_steps, verify
+from outlast.checkpoint import (
+    CheckpointConfig,
+    check_like,
+)
+from outlast.checkpoint.tools import (
+    TensorInfo,
+    describe,
+    list_steps,
+    verify,
+)
 from outlast.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, OutOfRange, StateMismatch
 from tests.checkpoint.helpers import checkpointer, files_of, flip, save_by_ranks, save_steps
 

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpoint import list_memory, remove_memory
 from outlast.checkpoint.tiers.run_lock import Use, alone, is_used
 from outlast.checkpoint.tiers.slots import memory_path
+from outlast.checkpoint.tools import (
+    list_memory,
+    remove_memory,
+)
 from outlast.cli.main import main
 from outlast.errors import CheckpointError
 from tests.checkpoint.helpers import checkpointer, files_of, local, state

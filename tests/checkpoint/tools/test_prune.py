@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpoint import list_steps, prune, verify
+from outlast.checkpoint.tools import (
+    list_steps,
+    prune,
+    verify,
+)
 from outlast.cli.main import main
 from outlast.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, OutOfRange
 from tests.checkpoint.helpers import checkpointer, files_of, flip, save_by_ranks, save_steps, steps_at

@@ -15,9 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from outlast.comm import CommConfig, make_feedback
+from outlast.comm import (
+    CommConfig,
+)
 from outlast.comm.deepspeed import attach
 from outlast.comm.direction import default_direction
+from outlast.comm.feedback.from_config import (
+    make_feedback,
+)
 from outlast.errors import CommError, CommStateMismatch, MissingDependency, NonFiniteGradient
 from tests.comm.ranks import Ranks
 from tests.comm.tiny_gpt import GRADIENT, STEPS, UPDATE, batch, cloned, digest, final, optimizer_of, tiny_gpt

@@ -9,8 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from outlast.comm import Adam, CommConfig, GradientReducer, make_feedback
-from outlast.comm.direction import default_direction
+from outlast.comm import (
+    CommConfig,
+    GradientReducer,
+)
+from outlast.comm.direction import (
+    Adam,
+    default_direction,
+)
+from outlast.comm.feedback.from_config import (
+    make_feedback,
+)
 from outlast.comm.slices import slices
 from outlast.errors import CommError, CommStateMismatch
 from tests.comm.ranks import Ranks

@@ -14,8 +14,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from outlast.comm import CommConfig, make_feedback
+from outlast.comm import (
+    CommConfig,
+)
 from outlast.comm.direction import default_direction
+from outlast.comm.feedback.from_config import (
+    make_feedback,
+)
 from outlast.comm.fsdp import ShardedReducer, attach_fsdp
 from outlast.errors import CommError, CommStateMismatch, NonFiniteGradient
 from tests.comm.ranks import Ranks

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from outlast.diagnostics import Heartbeat, heartbeat_path, read_heartbeat
+from outlast.diagnostics import (
+    Heartbeat,
+)
+from outlast.diagnostics.live import (
+    heartbeat_path,
+    read_heartbeat,
+)
 from outlast.diagnostics.live.heartbeat import WINDOW_STEPS
 from outlast.errors import DiagnosticsError
 from tests.diagnostics.conftest import Spawn

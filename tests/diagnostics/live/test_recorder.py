@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outlast.diagnostics import Recorder, clear, read_ring, ring_path, shm_directory
+from outlast.diagnostics import (
+    Recorder,
+)
+from outlast.diagnostics.live import (
+    clear,
+    read_ring,
+    ring_path,
+    shm_directory,
+)
 from outlast.diagnostics.live.recorder import HEADER_BYTES, LABEL_BYTES, OP_BYTES, RECORD_BYTES, VERSION
 from outlast.errors import DiagnosticsError
 from tests.diagnostics.conftest import Spawn

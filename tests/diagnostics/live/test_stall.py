@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outlast.diagnostics import (
+    Heartbeat,
+    Recorder,
+)
+from outlast.diagnostics.live import (
     Beat,
     Collective,
-    Heartbeat,
     Observation,
-    Recorder,
     Ring,
     StallRules,
     heartbeat_path,
