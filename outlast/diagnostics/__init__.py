@@ -1,8 +1,9 @@
 """What is wrong, and with whom.
 
-While a run goes on, each rank keeps a :class:`Recorder` of its collectives and a :class:`Heartbeat` in shared memory, and
-the launcher asks :func:`outlast.diagnostics.live.judge` which rank holds the others up. Afterwards :func:`build_report`
-makes a :class:`Report` from the events alone: loss, where the time went, what broke, and which rank is a straggler.
+While a run goes on, each rank keeps a :class:`Recorder` of its collectives and a :class:`Heartbeat` in shared memory,
+and the launcher asks :func:`outlast.diagnostics.live.judge` which rank holds the others up. Afterwards
+:func:`build_report` makes a :class:`Report` from the events alone: loss, where the time went, what broke, and which
+rank is a straggler.
 """
 
 from outlast.diagnostics.config import DiagnosticsConfig

@@ -19,7 +19,7 @@ RULES = LaunchConfig(hang_floor_s=0.4, startup_limit_s=1.6, patience=2.0)
 LIVE = """
 import sys, time
 from pathlib import Path
-from outlast.diagnostics import Heartbeat, Recorder, heartbeat_path, ring_path
+from outlast.diagnostics.live import Heartbeat, Recorder, heartbeat_path, ring_path
 shm, rank, phase, inside = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 heartbeat = Heartbeat(heartbeat_path(shm, rank), rank=rank)
 recorder = Recorder(ring_path(shm, rank), rank=rank, capacity=16)

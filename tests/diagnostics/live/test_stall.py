@@ -34,7 +34,7 @@ NOW_S = 1000.0
 RANK = """
 import sys, time
 from pathlib import Path
-from outlast.diagnostics import Heartbeat, Recorder, heartbeat_path, ring_path
+from outlast.diagnostics.live import Heartbeat, Recorder, heartbeat_path, ring_path
 shm, rank, hang = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 heartbeat = Heartbeat(heartbeat_path(shm, rank), rank=rank)
 recorder = Recorder(ring_path(shm, rank), rank=rank)
