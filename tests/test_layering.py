@@ -243,7 +243,7 @@ FACES = {
         "CheckpointConfig",
         "Checkpointer",
         "Interval",
-        "Pace",
+        "AutoInterval",
         "Restored",
         "attach",
         "check_like",

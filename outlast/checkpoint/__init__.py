@@ -13,7 +13,7 @@ Looking at checkpoints needs no ranks: :mod:`outlast.checkpoint.tools`. Other fo
 """
 
 from outlast.checkpoint.attach import attach
-from outlast.checkpoint.auto_interval import Interval, Pace, expected_mtbf_s, optimal_interval_s
+from outlast.checkpoint.auto_interval import AutoInterval, Interval, expected_mtbf_s, optimal_interval_s
 from outlast.checkpoint.checkpointer import Checkpointer
 from outlast.checkpoint.config import CheckpointConfig
 from outlast.checkpoint.restore.restore import Restored
@@ -21,10 +21,10 @@ from outlast.checkpoint.state.tree import check_like
 from outlast.lazy import lazy_modules
 
 __all__ = [
+    "AutoInterval",
     "CheckpointConfig",
     "Checkpointer",
     "Interval",
-    "Pace",
     "Restored",
     "attach",
     "check_like",

@@ -39,7 +39,7 @@ def attach(
     rank, world_size = 0, 1
     if dist.is_initialized():
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    token = Agreement(group, rank, world_size).from_coordinator(secrets.randbits(62))
+    token = Agreement(group, rank, world_size).broadcast_int(secrets.randbits(62))
     return Checkpointer(
         url,
         config if config is not None else CheckpointConfig(),

@@ -35,7 +35,7 @@ class Interval:
     """In one line."""
 
 
-class Pace:
+class AutoInterval:
     """Measures what saves cost and decides when one is due. On one rank, from its training thread.
 
     The cost of a save is the time for which it held the training thread, and what the steps beside it took longer than

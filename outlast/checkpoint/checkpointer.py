@@ -26,15 +26,15 @@ from outlast.checkpoint.restore.heal import is_thin, survey_of
 from outlast.checkpoint.restore.restore import Restored, Restoring
 from outlast.checkpoint.restore.survey import Survey
 from outlast.checkpoint.save.hooks import Hooks
-from outlast.checkpoint.save.job import Running, raise_error
+from outlast.checkpoint.save.job import SaveJob, raise_error
 from outlast.checkpoint.save.plan import share_of
-from outlast.checkpoint.save.request import Place
+from outlast.checkpoint.save.request import SaveContext
 from outlast.checkpoint.save.snapshot import Snapshot
 from outlast.checkpoint.save.source import TensorSource
 from outlast.checkpoint.save.stall_forecast import StallForecast
-from outlast.checkpoint.save.storage_save import Saving
+from outlast.checkpoint.save.storage_save import StorageSave
 from outlast.checkpoint.state.dtensor import Meshes
-from outlast.checkpoint.state.tree import Plan, lay_out
+from outlast.checkpoint.state.tree import StateTree, lay_out
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.checkpoint.storage.open import open_store
 from outlast.checkpoint.tiers.manager import Tiers
@@ -110,14 +110,14 @@ class Checkpointer:
                 "choose another place with checkpoint.url, or see to its permissions",
             ) from error
         self._io = ThreadPoolExecutor(config.io_threads, thread_name_prefix="outlast-checkpoint")
-        self._place = Place(self._store, config, rank, world_size, epoch, emit, self._io)
+        self._place = SaveContext(self._store, config, rank, world_size, epoch, emit, self._io)
         self._group = group
         self._arena = Arena(int(config.host_memory_mb * 1e6))
         self._tiers: Tiers | None = None
         if config.memory_every_steps:
             self._tiers = Tiers(self._place, Agreement(group, rank, world_size), host)
-        self._saving: Running | None = None
-        self._awaited: Running | None = None
+        self._saving: SaveJob | None = None
+        self._awaited: SaveJob | None = None
         """The save for whose copy the training thread has waited."""
         self._hooks = Hooks(self.wait_copied, self._confirm_early)
         self._stall = StallForecast()
@@ -140,7 +140,7 @@ class Checkpointer:
         """Whether a save to storage is under way on this rank; rank 0's is until all ranks have ended theirs."""
         if self._tiers is not None and self._tiers.storing:
             return True
-        return isinstance(self._saving, Saving) and not self._saving.done.is_set()
+        return isinstance(self._saving, StorageSave) and not self._saving.done.is_set()
 
     def save(
         self,
@@ -185,7 +185,7 @@ class Checkpointer:
             )
         self._finish()
         rank, config = self._place.rank, self._place.config
-        of_all, own = Plan(), Plan()
+        of_all, own = StateTree(), StateTree()
         lay_out(of_all, replicated, "", eager, Meshes(self._group, self._place.world_size))
         lay_out(own, local, rank_name(rank), eager)
         share = share_of(
@@ -198,7 +198,7 @@ class Checkpointer:
         )
         snapshot = Snapshot(share.parts)
         root = of_all.groups[""]
-        saving: Running | None = None
+        saving: SaveJob | None = None
         if self._tiers is not None:
             if not self._begun:
                 self._tiers.start_anew()
@@ -213,7 +213,7 @@ class Checkpointer:
         if saving is None:
             self._arena.reserve([part.nbytes + CRC_BYTES for part in share.parts], pinned=snapshot.pinned)
             source = TensorSource(share, snapshot, self._arena)
-            saving = Saving(self._place, step, self._serial, root, share, source, snapshot, began)
+            saving = StorageSave(self._place, step, self._serial, root, share, source, snapshot, began)
         self._saving = saving
         saving.predicted_stall_s = self._stall.begin(sum(part.nbytes for part in share.parts), time.monotonic())
         saving.start()
@@ -319,7 +319,7 @@ class Checkpointer:
         wanted = agree_on(like, into, Meshes(self._group, place.world_size), agreement)
         self._begun = True
         # On one node a local disk is read once in any case: by the page cache.
-        one_node = len(set(agreement.texts(node_name()))) == 1
+        one_node = len(set(agreement.all_gather_text(node_name()))) == 1
         survey = survey_of(self._tiers, self._place.rank, agreement, self._io) if self._tiers is not None else None
         restoring = Restoring(
             self._store,

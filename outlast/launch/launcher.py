@@ -25,7 +25,7 @@ from outlast.launch.spec import LaunchSpec
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
-TETHER = Path(__file__).with_name("_tether.py")
+TETHER = Path(__file__).with_name("parent_death.py")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 TORCHELASTIC_NOISE = "torch.distributed.elastic.multiprocessing.api"

@@ -1,4 +1,4 @@
-"""Runs a command that the kernel kills when its launcher dies: ``python _tether.py LAUNCHER_PID COMMAND…``.
+"""Runs a command that the kernel kills when its launcher dies: ``python parent_death.py LAUNCHER_PID COMMAND…``.
 
 A launcher that is killed with SIGKILL cannot end its ranks, and ranks that live on would hold devices and ports and
 write checkpoints beside the next attempt's. ``prctl(PR_SET_PDEATHSIG)`` outlives ``execve``, so it is set here and the

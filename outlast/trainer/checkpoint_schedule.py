@@ -7,7 +7,7 @@ import logging
 import torch
 import torch.distributed as dist
 
-from outlast.checkpoint import CheckpointConfig, Pace
+from outlast.checkpoint import AutoInterval, CheckpointConfig
 from outlast.diagnostics import Recorder
 from outlast.events import CheckpointFailed, CheckpointInterval, Event, EventLog, StepDone
 from outlast.launch import Place
@@ -44,11 +44,11 @@ class Schedule:
         self._device = device
         self._recorder = recorder
         self._events = events
-        self._look_in = Pace.FIRST_LOOK_STEPS
-        self._pace: Pace | None = None
+        self._look_in = AutoInterval.FIRST_LOOK_STEPS
+        self._pace: AutoInterval | None = None
         if self._every_steps is None and place.rank == 0:
             trained_s = history.trained_rank_s / place.world_size
-            self._pace = Pace(config, place.world_size, failures=history.failures, trained_s=trained_s)
+            self._pace = AutoInterval(config, place.world_size, failures=history.failures, trained_s=trained_s)
 
     def due(self, step: int, *, saving: bool) -> bool:
         """Whether to save after ``step``; called for each step but the last. With ``auto`` it may be collective.
@@ -83,7 +83,7 @@ class Schedule:
         if self._pace is not None and isinstance(event, CheckpointFailed) and event.tier == "storage":
             self._pace.failed()
 
-    def _tell(self, step: int, pace: Pace) -> None:
+    def _tell(self, step: int, pace: AutoInterval) -> None:
         news = pace.news()
         if news is not None:
             _LOG.info("a checkpoint every %d steps: %s", news.every_steps, news.why)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outlast.checkpoint import CheckpointConfig, Pace, expected_mtbf_s, optimal_interval_s
+from outlast.checkpoint import AutoInterval, CheckpointConfig, expected_mtbf_s, optimal_interval_s
 from outlast.checkpoint.auto_interval import PRIOR_LIMIT_S
 from outlast.checkpoint.save.stall_forecast import StallForecast
 from outlast.errors import OutOfRange
@@ -109,7 +109,7 @@ def test_what_a_run_shows_is_soon_believed() -> None:
 class Training:
     """Steps of a second, beside a save half a second longer; a save holds the thread for 0.25 s and lasts 4 steps."""
 
-    def __init__(self, pace: Pace, fails: Callable[[int], bool] = lambda step: False, every: int = 0) -> None:
+    def __init__(self, pace: AutoInterval, fails: Callable[[int], bool] = lambda step: False, every: int = 0) -> None:
         self.durable = 0  # the newest step that a restart finds
         self.saved: list[int] = []
         self.asked: list[int] = []
@@ -146,9 +146,9 @@ class Training:
         return step_s
 
 
-def pace(mtbf_s: float, *, limit_s: float = 1e9, failures: int = 0, trained_s: float = 0.0) -> Pace:
+def pace(mtbf_s: float, *, limit_s: float = 1e9, failures: int = 0, trained_s: float = 0.0) -> AutoInterval:
     config = CheckpointConfig(every_steps="auto", rank_mtbf_h=2 * mtbf_s / 3600, interval_limit_s=limit_s)
-    return Pace(config, 2, failures=failures, trained_s=trained_s)
+    return AutoInterval(config, 2, failures=failures, trained_s=trained_s)
 
 
 def test_the_pace_is_dalys_for_what_saves_were_measured_to_cost() -> None:
@@ -161,7 +161,7 @@ def test_the_pace_is_dalys_for_what_saves_were_measured_to_cost() -> None:
     assert found.every_steps == round(optimal_interval_s(found.cost_s, found.mtbf_s))
     assert "a save costs 2.25 s" in found.why
     assert "0 seen" in found.why
-    assert training.saved[0] == Pace.FIRST_LOOK_STEPS
+    assert training.saved[0] == AutoInterval.FIRST_LOOK_STEPS
     gaps = np.diff(training.saved)
     assert len(gaps) >= 3
     assert set(gaps) <= set(range(found.every_steps - 5, found.every_steps + 6))
@@ -220,7 +220,7 @@ def test_a_run_that_failed_once_keeps_nearly_what_the_best_number_of_steps_would
 
 def test_a_failed_save_says_nothing_of_the_cost_and_is_made_up_for() -> None:
     mine = pace(20_000.0)
-    training = Training(mine, fails=lambda step: step == Pace.FIRST_LOOK_STEPS)
+    training = Training(mine, fails=lambda step: step == AutoInterval.FIRST_LOOK_STEPS)
     training.run(1, 100)
     assert training.saved[:2] == [7, 37]
     assert mine.interval().cost_s == pytest.approx(2.25)

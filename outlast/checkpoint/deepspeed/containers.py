@@ -35,7 +35,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Taken:
+class TakenApart:
     """A state taken apart."""
 
     skeleton: Any
@@ -77,7 +77,7 @@ _DICTIONARIES: dict[str, type] = {"dict": dict, "OrderedDict": OrderedDict, "Cou
 
 def take_apart(
     state: Any, where: str, kinds: Iterable[Kind], stays: Callable[[tuple[str, ...], torch.Tensor], bool]
-) -> Taken:
+) -> TakenApart:
     """Take a state apart; the tensors are not copied.
 
     Args:
@@ -90,7 +90,7 @@ def take_apart(
         CheckpointError: something that cannot be stored; names the keys that lead to it.
     """
     taking = _Taking(where, (*PLAIN, *kinds), stays)
-    return Taken(taking.value(state, ()), taking.tensors, taking.changing)
+    return TakenApart(taking.value(state, ()), taking.tensors, taking.changing)
 
 
 def put_together(

@@ -240,7 +240,7 @@ class DeepSpeedCheckpointEngine:
             problem = [error.what, error.fix]
         owners: dict[str, int] = {}
         # Not before this may a rank raise: DeepSpeed's own part ends with a barrier.
-        for rank, text in enumerate(self._agreement.texts(json.dumps([sorted(collected), problem]))):
+        for rank, text in enumerate(self._agreement.all_gather_text(json.dumps([sorted(collected), problem]))):
             files, bad = json.loads(text)
             if bad is None and not owners.keys().isdisjoint(files):
                 twice = min(owners.keys() & set(files))
@@ -340,9 +340,9 @@ class DeepSpeedCheckpointEngine:
                 found = step_of(self._folder, tag)
             except CheckpointError as error:
                 problem = [error.what, error.fix]
-        found = self._agreement.from_coordinator(found)
+        found = self._agreement.broadcast_int(found)
         if found < 0:
-            what, fix = json.loads(self._agreement.texts(json.dumps(problem))[0])
+            what, fix = json.loads(self._agreement.all_gather_text(json.dumps(problem))[0])
             raise CheckpointNotFound(what, fix)
         return found
 

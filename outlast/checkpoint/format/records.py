@@ -93,7 +93,7 @@ class Commit:
 
 
 @dataclass(frozen=True)
-class Placed:
+class SlotIndex:
     """What lies in one slot of shared memory."""
 
     vote: Vote
@@ -109,7 +109,7 @@ def crc_hex(*parts: bytes | memoryview) -> str:
     return f"{value:08x}"
 
 
-class Seen:
+class RunningChecksum:
     """Bytes that came piece by piece: how many, and their CRC32C."""
 
     def __init__(self) -> None:
@@ -126,12 +126,12 @@ def check_file(entry: FileEntry, data: memoryview) -> None:
     """Compare a file's bytes with what was voted for; raises :class:`Fault`."""
     if len(data) != entry.size_bytes:
         raise _wrong_size(entry, len(data))
-    seen = Seen()
+    seen = RunningChecksum()
     seen(data[: entry.body_bytes])
     check_pieces(entry, seen, bytes(data[entry.body_bytes :]))
 
 
-def check_pieces(entry: FileEntry, seen: Seen, end: bytes) -> None:
+def check_pieces(entry: FileEntry, seen: RunningChecksum, end: bytes) -> None:
     """As :func:`check_file`, of a file of which all but a chunk's checksum at its end was read in pieces."""
     if seen.nbytes + len(end) != entry.size_bytes:
         raise _wrong_size(entry, seen.nbytes + len(end))
@@ -146,7 +146,7 @@ def _wrong_size(entry: FileEntry, nbytes: int) -> Fault:
     return Fault(CorruptCheckpoint, entry.path, f"has {nbytes} bytes, {entry.size_bytes} were written")
 
 
-def seal(record: Vote | Commit | Placed) -> bytes:
+def seal(record: Vote | Commit | SlotIndex) -> bytes:
     """The file of a record."""
     body = {"format_version": FORMAT_VERSION, "kind": type(record).__name__.lower(), **asdict(record)}
     text = json.dumps(body, indent=1, allow_nan=False).encode()[:-1].rstrip(b"\n")
@@ -163,14 +163,14 @@ def unseal_vote(data: bytes, file: str) -> Vote:
         raise Fault(CorruptCheckpoint, file, f"is not a vote: {error}") from error
 
 
-def unseal_placed(data: bytes, file: str) -> Placed:
+def unseal_placed(data: bytes, file: str) -> SlotIndex:
     """What lies in a slot, from its index's bytes; raises :class:`Fault`."""
     body = _unseal(data, file, "placed")
     try:
         vote = body["vote"]
         files = tuple(FileEntry(**entry) for entry in vote.pop("files"))
         places = {entry.path: int(body["places"][entry.path]) for entry in files}
-        return Placed(Vote(files=files, **vote), places)
+        return SlotIndex(Vote(files=files, **vote), places)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Fault(CorruptCheckpoint, file, f"is not the index of a slot: {error}") from error
 

@@ -23,7 +23,7 @@ _POPULATE_WRITE = 23
 """``MADV_POPULATE_WRITE`` of Linux 5.14, which Python 3.11 does not name."""
 
 
-def fresh(nbytes: int) -> npt.NDArray[np.uint8]:
+def allocate(nbytes: int) -> npt.NDArray[np.uint8]:
     """New memory, about to be filled; (nbytes,), its content undefined. It goes when the last array over it does."""
     if nbytes < _LEAST_BYTES:
         return np.empty(nbytes, np.uint8)

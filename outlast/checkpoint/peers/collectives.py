@@ -50,7 +50,7 @@ class Agreement:
         """Ranks that agree."""
         return self._world_size
 
-    def from_coordinator(self, value: int) -> int:
+    def broadcast_int(self, value: int) -> int:
         """Rank 0's value, on all ranks."""
         if self._world_size == 1:
             return value
@@ -58,7 +58,7 @@ class Agreement:
         dist.broadcast(box, group=self._group, group_src=0)
         return int(box.item())
 
-    def texts(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """Every rank's text, by rank. Where all are empty (the common case), this is one all-reduce."""
         if self._world_size == 1:
             return [text]

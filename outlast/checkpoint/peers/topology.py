@@ -86,7 +86,7 @@ def meet(
     """
     if world_size == 1:
         return Meeting(Nodes((node_name(),), (("", 0),)), b"", None)
-    secret = bytes.fromhex(agreement.texts(secrets.token_hex(32) if rank == 0 else "")[0])
+    secret = bytes.fromhex(agreement.all_gather_text(secrets.token_hex(32) if rank == 0 else "")[0])
     chosen = host is not None or interface is not None
     found, problem = "", ""
     try:
@@ -111,7 +111,7 @@ def meet(
 
 def _told(agreement: Agreement, problem: str, words: list[str]) -> tuple[tuple[str, ...], ...]:
     """What each rank says, by word; raises what problems there are on all ranks."""
-    every = [json.loads(text) for text in agreement.texts(json.dumps([problem, *words]))]
+    every = [json.loads(text) for text in agreement.all_gather_text(json.dumps([problem, *words]))]
     problems, *rest = zip(*every, strict=True)
     if any(problems):
         raise CheckpointError("; ".join(filter(None, problems)), CHOOSE)

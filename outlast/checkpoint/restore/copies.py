@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from outlast.checkpoint.format.names import LOCAL_DISK, MEMORY, PARTNER, parse_local, parse_pack
-from outlast.checkpoint.format.records import Commit, Fault, FileEntry, Seen, check_file, check_pieces
+from outlast.checkpoint.format.records import Commit, Fault, FileEntry, RunningChecksum, check_file, check_pieces
 from outlast.checkpoint.memory.pages import Buffer
-from outlast.checkpoint.restore.slot_files import Lying
+from outlast.checkpoint.restore.slot_files import SlotFiles
 from outlast.errors import CorruptCheckpoint, IncompleteCheckpoint
 
 _log = logging.getLogger("outlast.checkpoint")
 
 
 @dataclass(frozen=True)
-class MemorySave:
+class SurveyedSave:
     """One committed save, as far as some node has parts of it; equal on all ranks."""
 
     commit: Commit
@@ -40,7 +40,7 @@ class MemorySave:
 
 
 @dataclass
-class Taken:
+class BytesByTier:
     """How many bytes came from which tier; may be added to from several threads."""
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -53,10 +53,10 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class Gathered:
+class AvailableCopies:
     """What one rank has at hand of a save that lies in the nodes' memory, or on their disks."""
 
-    lying: Lying
+    lying: SlotFiles
     """On this node."""
     good: set[str]
     """What of it is not known to be damaged."""
@@ -66,7 +66,7 @@ class Gathered:
     """From other nodes, not yet verified."""
     damaged: dict[tuple[str, str, str], str]
     """By node, file and tier: what is wrong with it; equal on all ranks."""
-    taken: Taken
+    taken: BytesByTier
     given: set[str] = field(default_factory=set)
     """Files of which tensors were made: what is read again gets memory of its own."""
 
@@ -101,7 +101,7 @@ class Gathered:
             if found is not None:
                 np.copyto(out, found[: len(out)])
             return found is not None
-        seen = Seen()
+        seen = RunningChecksum()
         try:
             check_pieces(entry, seen, self.lying.read_into(entry.path, out.data, seen))
         except Fault as fault:
@@ -113,13 +113,13 @@ class Gathered:
         return True
 
 
-def missing_fault(save: MemorySave) -> Fault:
+def missing_fault(save: SurveyedSave) -> Fault:
     """Of a save that the nodes have in part."""
     ranks = ", ".join(map(str, save.missing))
     return Fault(IncompleteCheckpoint, "", f"the parts of ranks {ranks} are in no node's memory")
 
 
-def bad_faults(gathered: Gathered) -> list[Fault]:
+def bad_faults(gathered: AvailableCopies) -> list[Fault]:
     """What was found damaged, one a file, node and tier."""
     where = {
         MEMORY: "in a node's memory",

@@ -82,7 +82,7 @@ def read_once(
         said = _digest(entries)
     except (Fault, OSError) as error:
         said = f"rank {rank}: {error}"
-    if len(set(agreement.texts(said))) > 1 or not entries:
+    if len(set(agreement.all_gather_text(said))) > 1 or not entries:
         return None
     received: dict[str, Buffer] = {}
     for entry, owner in zip(entries, owners, strict=True):

@@ -18,10 +18,10 @@ from outlast.checkpoint.format.names import COMMIT, STORAGE, step_name
 from outlast.checkpoint.format.records import Fault, FileEntry, Vote
 from outlast.checkpoint.memory.pages import Buffer
 from outlast.checkpoint.peers.collectives import Agreement
-from outlast.checkpoint.restore.copies import Gathered, MemorySave, Taken, bad_faults, missing_fault
+from outlast.checkpoint.restore.copies import AvailableCopies, BytesByTier, SurveyedSave, bad_faults, missing_fault
 from outlast.checkpoint.restore.read_once import Shared, read_once
 from outlast.checkpoint.restore.survey import Survey
-from outlast.checkpoint.state.target import Wanted
+from outlast.checkpoint.state.target import RestoreTarget
 from outlast.checkpoint.steps.catalog import Scan, bring_back, clear_leftover, only_readable, scan, set_aside
 from outlast.checkpoint.steps.commit import read_commit
 from outlast.checkpoint.steps.reader import StepReader, as_error
@@ -61,17 +61,17 @@ class Restored:
 @dataclass(frozen=True)
 class _Candidate:
     step: int
-    save: MemorySave | None
+    save: SurveyedSave | None
     """None: it lies in storage."""
 
 
 @dataclass(frozen=True)
-class _Faster:
+class _CopySource:
     """Memory first, then what another rank has read."""
 
-    gathered: Gathered | None
+    gathered: AvailableCopies | None
     shared: Shared | None
-    taken: Taken
+    taken: BytesByTier
 
     def __call__(self, entry: FileEntry) -> Buffer | None:
         found = self.gathered(entry) if self.gathered is not None else None
@@ -101,7 +101,7 @@ class Restoring:
     emit: Callable[[Event], None]
     io: ThreadPoolExecutor
     any_world_size: bool = False
-    wanted: Wanted | None = None
+    wanted: RestoreTarget | None = None
     """What the running job needs of which tensors; None: all of all."""
     read_once: bool = False
     """Whether what all ranks need of storage is read by one and sent to the others."""
@@ -145,7 +145,7 @@ class Restoring:
                     self._forget(step)
                     return result
                 self._report_faults(step, result)
-        have = self.agreement.from_coordinator(2 if step in found.committed else 1 if step in found.uncommitted else 0)
+        have = self.agreement.broadcast_int(2 if step in found.committed else 1 if step in found.uncommitted else 0)
         if have == 0:
             raise self._not_found(step)
         if have == 1:
@@ -173,7 +173,7 @@ class Restoring:
     def _try_once(self, candidate: _Candidate, verify: bool) -> Restored | list[Fault]:
         began = time.monotonic()
         problem, result, step = "", None, candidate.step
-        taken = Taken()
+        taken = BytesByTier()
         gathered, votes = self._gather(candidate, taken, verify)
         shared = self._share(candidate)
         try:
@@ -184,7 +184,7 @@ class Restoring:
             problem = _pack(StateMismatch, error.fix, error.what)
         except OSError as error:
             problem = _pack(CheckpointError, "", f"{type(error).__name__}: {error}")
-        texts = self.agreement.texts(problem)
+        texts = self.agreement.all_gather_text(problem)
         found = [(rank, _unpack(text)) for rank, text in enumerate(texts) if text]
         faults = list({other.file: other for _, other in reversed(found)}.values())[::-1]
         if result is not None and not faults:
@@ -203,7 +203,9 @@ class Restoring:
                 raise as_error(Fault(other.kind, other.file, note), self.store, step)
         return faults
 
-    def _gather(self, candidate: _Candidate, taken: Taken, verify: bool) -> tuple[Gathered | None, dict[int, Vote]]:
+    def _gather(
+        self, candidate: _Candidate, taken: BytesByTier, verify: bool
+    ) -> tuple[AvailableCopies | None, dict[int, Vote]]:
         """What memory has of a candidate; collective."""
         save = candidate.save
         if save is None or self.survey is None:
@@ -227,10 +229,10 @@ class Restoring:
     def _load(
         self,
         candidate: _Candidate,
-        gathered: Gathered | None,
+        gathered: AvailableCopies | None,
         votes: dict[int, Vote],
         shared: Shared | None,
-        taken: Taken,
+        taken: BytesByTier,
     ) -> Restored:
         step, save = candidate.step, candidate.save
         commit = None
@@ -239,7 +241,7 @@ class Restoring:
             if save.missing and not self._in_store(save):
                 raise missing_fault(save)
 
-        reader = StepReader(self.store, step, self.io, _Faster(gathered, shared, taken), commit, votes)
+        reader = StepReader(self.store, step, self.io, _CopySource(gathered, shared, taken), commit, votes)
         saved_by = reader.commit.world_size
         # Replicated state by every rank, shards by those that need them (together the ranks need all of a tensor), and
         # local state by its owner: together the ranks verify every file.
@@ -266,7 +268,7 @@ class Restoring:
 
         return Restored(step, reader.load(None, self.wanted), local, saved_by, read_local)
 
-    def _in_store(self, save: MemorySave) -> bool:
+    def _in_store(self, save: SurveyedSave) -> bool:
         """Whether storage has this very save too."""
         try:
             commit = read_commit(self.store, save.commit.step)
@@ -274,7 +276,7 @@ class Restoring:
             return False
         return (commit.epoch, commit.serial) == save.key and commit.votes == save.commit.votes
 
-    def _memory_saves(self) -> list[MemorySave]:
+    def _memory_saves(self) -> list[SurveyedSave]:
         return self.survey.saves() if self.survey is not None else []
 
     def _forget(self, step: int) -> None:
@@ -302,14 +304,14 @@ class Restoring:
         """Saves in memory, which all ranks know, and committed steps in storage, as rank 0 knows them, on all ranks."""
         saves = self._memory_saves()
         stored = iter((*reversed(found.committed), _NONE) if self.rank == 0 else repeat(_NONE))
-        step = self.agreement.from_coordinator(next(stored))
+        step = self.agreement.broadcast_int(next(stored))
         while saves or step != _NONE:
             if saves and saves[0].commit.step >= step:
                 yield _Candidate(saves[0].commit.step, saves[0])
                 del saves[0]
             else:
                 yield _Candidate(step, None)
-                step = self.agreement.from_coordinator(next(stored))
+                step = self.agreement.broadcast_int(next(stored))
 
     def _report_faults(self, step: int, faults: list[Fault]) -> None:
         if self.rank == 0:
@@ -366,12 +368,12 @@ class Restoring:
                 problem = "there are steps " + ", ".join(map(str, committed)) if committed else "there is no checkpoint"
             except OSError as error:
                 problem = f"it cannot be listed any more: {error}"
-        hint = self.agreement.texts(problem)[0]
+        hint = self.agreement.all_gather_text(problem)[0]
         return CheckpointNotFound(f"no checkpoint of step {step} at {self.store.url}", hint)
 
     def _raise_if(self, problem: str) -> None:
         """Raise on all ranks if there is one on any; without one, no rank goes on before all are here."""
-        for text in self.agreement.texts(problem):
+        for text in self.agreement.all_gather_text(problem):
             if text:
                 raise CheckpointError(text, "see to the storage's state and permissions")
 

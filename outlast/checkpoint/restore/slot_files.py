@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from outlast.checkpoint.format.names import LOCAL_DISK
-from outlast.checkpoint.format.records import Fault, FileEntry, Seen, check_pieces
-from outlast.checkpoint.memory.pages import CACHED_BYTES, Buffer, fresh
+from outlast.checkpoint.format.records import Fault, FileEntry, RunningChecksum, check_pieces
+from outlast.checkpoint.memory.pages import CACHED_BYTES, Buffer, allocate
 from outlast.errors import CorruptCheckpoint
 
 
@@ -34,7 +34,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Lying:
+class SlotFiles:
     """Files by path relative to the step, each in one place or several, of which the first is taken.
 
     But for :meth:`drop`, the methods may be called from several threads. They raise :class:`Fault` where a file cannot
@@ -60,8 +60,8 @@ class Lying:
         """A file's bytes, fewer where what it lies in is gone; writes to them stay in this process."""
         span = self.spans[path][0]
         if span.tier == LOCAL_DISK:
-            data = fresh(span.size_bytes)
-            seen = Seen()
+            data = allocate(span.size_bytes)
+            seen = RunningChecksum()
             end = self.read_into(path, data.data, seen)
             return data[: seen.nbytes + len(end)]
         with self._lock:
@@ -81,7 +81,7 @@ class Lying:
     def check(self, entry: FileEntry) -> None:
         """Verify a file where it lies; raises :class:`Fault`."""
         span, scratch = self.spans[entry.path][0], memoryview(bytearray(CACHED_BYTES))
-        seen = Seen()
+        seen = RunningChecksum()
         pieces = (scratch[: entry.body_bytes - at] for at in range(0, entry.body_bytes, CACHED_BYTES))
         with _opened(span.within, entry.path) as fd:
             done = _read(fd, span.at, pieces, seen)

@@ -17,11 +17,11 @@ from outlast.checkpoint.memory.pages import Buffer
 from outlast.checkpoint.peers.collectives import Agreement
 from outlast.checkpoint.peers.topology import Nodes
 from outlast.checkpoint.restore.chunk_needs import who_needs
-from outlast.checkpoint.restore.copies import Gathered, MemorySave, Taken
-from outlast.checkpoint.restore.slot_files import Lying, Span
-from outlast.checkpoint.state.target import Wanted
+from outlast.checkpoint.restore.copies import AvailableCopies, BytesByTier, SurveyedSave
+from outlast.checkpoint.restore.slot_files import SlotFiles, Span
+from outlast.checkpoint.state.target import RestoreTarget
 from outlast.checkpoint.storage.local import sync_dir
-from outlast.checkpoint.tiers.slots import OWN, Holding, commits, holdings
+from outlast.checkpoint.tiers.slots import OWN, SlotContents, commits, holdings
 
 _ORDER = (MEMORY, PARTNER, LOCAL_DISK)
 """The tiers of a node, the fastest first."""
@@ -64,7 +64,7 @@ class Survey:
         self._peers = nodes.ranks_with(rank)
         self._agreement = agreement
         self._io = io
-        self._local: dict[tuple[str, int], dict[int, list[Holding]]] = {}
+        self._local: dict[tuple[str, int], dict[int, list[SlotContents]]] = {}
         """By save and rank: what this node has of it, the fastest first."""
 
     @property
@@ -72,7 +72,7 @@ class Survey:
         """Whether this rank speaks for its node."""
         return self._peers[0] == self._rank
 
-    def saves(self) -> list[MemorySave]:
+    def saves(self) -> list[SurveyedSave]:
         """Committed saves of which nodes have parts, newest first."""
         self._local = {}
         for holding in self._holdings():
@@ -92,7 +92,7 @@ class Survey:
         known: dict[tuple[str, int], Commit] = {}
         holders: dict[tuple[str, int], dict[int, list[str]]] = {}
         fast: dict[tuple[str, int], dict[int, list[str]]] = {}
-        for rank, text in enumerate(self._agreement.texts(told)):
+        for rank, text in enumerate(self._agreement.all_gather_text(told)):
             if not text:
                 continue
             said = json.loads(text)
@@ -104,20 +104,20 @@ class Survey:
                     for saved in some:
                         table.setdefault((epoch, serial), {}).setdefault(saved, []).append(self._nodes.names[rank])
         saves = [
-            MemorySave(commit, *(_by_rank(table.get(key, {})) for table in (holders, fast)))
+            SurveyedSave(commit, *(_by_rank(table.get(key, {})) for table in (holders, fast)))
             for key, commit in known.items()
             if key in holders
         ]
         return sorted(saves, key=lambda save: (save.commit.step, save.commit.saved_at, save.key), reverse=True)
 
-    def votes(self, save: MemorySave) -> dict[int, Vote]:
+    def votes(self, save: SurveyedSave) -> dict[int, Vote]:
         """The votes of a save's parts that nodes have."""
         told = ""
         mine = self._local.get(save.key, {})
         if self.leads and mine:
             told = json.dumps({rank: seal(found[0].placed.vote).decode() for rank, found in mine.items()})
         votes: dict[int, Vote] = {}
-        for text in self._agreement.texts(told):
+        for text in self._agreement.all_gather_text(told):
             for name, sealed in (json.loads(text) if text else {}).items():
                 rank, data = int(name), sealed.encode()
                 entry = save.commit.votes[rank]
@@ -127,14 +127,14 @@ class Survey:
 
     def gather(
         self,
-        save: MemorySave,
+        save: SurveyedSave,
         votes: dict[int, Vote],
         same_ranks: bool,
-        wanted: Wanted | None,
-        taken: Taken,
+        wanted: RestoreTarget | None,
+        taken: BytesByTier,
         *,
         verify: bool,
-    ) -> Gathered:
+    ) -> AvailableCopies:
         """Verify what this node has of a save, and have what its ranks need and it lacks sent by nodes that have it.
 
         Every byte is verified: where it lies, by one of the ranks that share it; what is sent, by its receiver.
@@ -162,9 +162,9 @@ class Survey:
             for route in chunks
         ]
         sent |= self._send(chunks, lying)
-        return Gathered(lying, good, verify, sent, damaged, taken)
+        return AvailableCopies(lying, good, verify, sent, damaged, taken)
 
-    def quarantine(self, save: MemorySave, gathered: Gathered) -> None:
+    def quarantine(self, save: SurveyedSave, gathered: AvailableCopies) -> None:
         """See that copies with damage are never taken again. Not collective."""
         for holding in self._held(save):
             if any((self._node, path, holding.tier) in gathered.damaged for path in holding.placed.places):
@@ -184,24 +184,26 @@ class Survey:
         for folder in self._folders:
             sync_dir(str(folder / OWN))
 
-    def _holdings(self) -> Iterator[Holding]:
+    def _holdings(self) -> Iterator[SlotContents]:
         for folder, own in zip(self._folders, (MEMORY, LOCAL_DISK), strict=False):
             yield from holdings(folder, own)
 
-    def _held(self, save: MemorySave) -> list[Holding]:
+    def _held(self, save: SurveyedSave) -> list[SlotContents]:
         """What this node has of a save, the fastest first."""
         held = [holding for found in self._local.get(save.key, {}).values() for holding in found]
         return sorted(held, key=lambda holding: _ORDER.index(holding.tier))
 
-    def _lying(self, save: MemorySave) -> Lying:
+    def _lying(self, save: SurveyedSave) -> SlotFiles:
         spans: dict[str, list[Span]] = {}
         for holding in self._held(save):
             for entry in holding.placed.vote.files:
                 at = holding.placed.places[entry.path]
                 spans.setdefault(entry.path, []).append(Span(holding.data, at, entry.size_bytes, holding.tier))
-        return Lying(spans)
+        return SlotFiles(spans)
 
-    def _verify(self, lying: Lying, save: MemorySave) -> tuple[set[tuple[str, str]], dict[tuple[str, str, str], str]]:
+    def _verify(
+        self, lying: SlotFiles, save: SurveyedSave
+    ) -> tuple[set[tuple[str, str]], dict[tuple[str, str, str], str]]:
         """Have each node verify what it has, and take what it has besides in place of what is damaged.
 
         Returns:
@@ -214,7 +216,7 @@ class Survey:
             found = self._faults(lying, list(files.values()))
             news = [
                 (self._nodes.names[rank], *fault)
-                for rank, text in enumerate(self._agreement.texts(json.dumps(found) if found else ""))
+                for rank, text in enumerate(self._agreement.all_gather_text(json.dumps(found) if found else ""))
                 for fault in (json.loads(text) if text else [])
             ]
             if not news:
@@ -223,7 +225,7 @@ class Survey:
             # The ranks of a node know of the same faults, and do the same; the others hear of it.
             again = {path for node, path, *_ in news if node == self._node and lying.drop(path)}
             files = {path: files[path] for path in again}
-            texts = self._agreement.texts(json.dumps(sorted(again)) if self.leads and again else "")
+            texts = self._agreement.all_gather_text(json.dumps(sorted(again)) if self.leads and again else "")
             replaced = {
                 (self._nodes.names[rank], path)
                 for rank, text in enumerate(texts)
@@ -231,7 +233,7 @@ class Survey:
             }
             bad |= {(node, path) for node, path, *_ in news} - replaced
 
-    def _faults(self, lying: Lying, entries: list[FileEntry]) -> list[tuple[str, str, str]]:
+    def _faults(self, lying: SlotFiles, entries: list[FileEntry]) -> list[tuple[str, str, str]]:
         """File, tier and reason, of this rank's portion of what its node has."""
         entries.sort(key=lambda entry: (entry.size_bytes, entry.path))  # equal shares by dealing them out in turn
         mine = entries[self._peers.index(self._rank) :: len(self._peers)]
@@ -246,7 +248,7 @@ class Survey:
         return [found for found in self._io.map(fault, mine) if found is not None]
 
     def _routes(
-        self, save: MemorySave, votes: dict[int, Vote], same_ranks: bool, bad: set[tuple[str, str]]
+        self, save: SurveyedSave, votes: dict[int, Vote], same_ranks: bool, bad: set[tuple[str, str]]
     ) -> list[Route]:
         """The files that some rank's node lacks and another's has; the same list on all ranks."""
         names, routes = self._nodes.names, []
@@ -263,7 +265,7 @@ class Survey:
                     routes.append(Route(entry, able[saved % len(able)], without))
         return routes
 
-    def _send(self, routes: list[Route], lying: Lying) -> dict[str, Buffer]:
+    def _send(self, routes: list[Route], lying: SlotFiles) -> dict[str, Buffer]:
         """Have each file sent to its receivers; all ranks walk one list. What this rank got."""
         sent: dict[str, Buffer] = {}
         for route in routes:
@@ -277,7 +279,7 @@ class Survey:
         return sent
 
 
-def _sent(lying: Lying, entry: FileEntry) -> Buffer:
+def _sent(lying: SlotFiles, entry: FileEntry) -> Buffer:
     """As many bytes of a file as its receivers wait for, which find out if they are not the right ones."""
     try:
         data = lying.view(entry.path)

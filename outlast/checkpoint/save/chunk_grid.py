@@ -6,7 +6,7 @@ import itertools
 import math
 from functools import lru_cache
 
-from outlast.checkpoint.state.boxes import Spread, divisors
+from outlast.checkpoint.state.boxes import ShardLayout, divisors
 
 _FRAGMENTS = 16
 """A grid with more chunks than so many times what the bytes and the shards ask for is refused."""
@@ -27,7 +27,7 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int, chunk_bytes: int) -> tupl
     return shape
 
 
-def shard_chunk_shape(spread: Spread, itemsize: int, chunk_bytes: int) -> tuple[int, ...]:
+def shard_chunk_shape(spread: ShardLayout, itemsize: int, chunk_bytes: int) -> tuple[int, ...]:
     """The chunk of a tensor that lies in shards, no chunk of which may lie in two of them.
 
     Of all grids whose lines include the shards' boundaries it has the fewest chunks of at most ``chunk_bytes``; of

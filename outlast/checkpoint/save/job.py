@@ -16,7 +16,7 @@ from outlast.events import CheckpointFailed, Event
 _log = logging.getLogger("outlast.checkpoint")
 
 
-class Running:
+class SaveJob:
     """A save in a thread of its own. Public methods are for the training thread.
 
     Attributes:

@@ -22,7 +22,7 @@ from outlast.checkpoint.format.zarr import Packed, array_document, chunk_name, g
 from outlast.checkpoint.save.chunk_grid import chunk_shape, shard_chunk_shape
 from outlast.checkpoint.state.boxes import whole
 from outlast.checkpoint.state.shares import owner_of
-from outlast.checkpoint.state.tree import Item, Plan
+from outlast.checkpoint.state.tree import StateTree, TensorEntry
 from outlast.errors import CheckpointError
 
 _PACK_ALIGNMENT_BYTES = 64
@@ -32,7 +32,7 @@ _PACK_ALIGNMENT_BYTES = 64
 class Content:
     """Some rows of a tensor, and where in a part they lie."""
 
-    item: Item
+    item: TensorEntry
     source: torch.Tensor
     """A view of the item's tensor."""
     offset: int
@@ -58,7 +58,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankPlan:
     """What one rank writes."""
 
     documents: dict[str, bytes]
@@ -75,8 +75,8 @@ class Share:
 
 
 def share_of(
-    replicated: Plan, local: Plan, rank: int, world_size: int, *, chunk_bytes: int, pack_below_bytes: int
-) -> Share:
+    replicated: StateTree, local: StateTree, rank: int, world_size: int, *, chunk_bytes: int, pack_below_bytes: int
+) -> RankPlan:
     """What ``rank`` writes of a replicated and its own local state.
 
     Args:
@@ -92,7 +92,7 @@ def share_of(
     """
     documents: dict[str, bytes] = {}
     parts: list[Part] = []
-    small: list[Item] = []
+    small: list[TensorEntry] = []
     # By path, not in the order of the dictionaries, which a restore need not keep.
     of_all, own = (sorted(plan.items, key=lambda item: item.path) for plan in (replicated, local))
     everyone = tuple(range(world_size))
@@ -141,10 +141,10 @@ def share_of(
         documents[node_path(PACKS)] = group_document({})
     parts.sort(key=lambda part: not part.eager)
     local_bytes = sum(item.tensor.nbytes for item in own)
-    return Share(documents, tuple(parts), sum(item.nbytes for item in of_all), local_bytes, _digest(of_all))
+    return RankPlan(documents, tuple(parts), sum(item.nbytes for item in of_all), local_bytes, _digest(of_all))
 
 
-def _chunk(item: Item, chunk_bytes: int) -> tuple[int, ...]:
+def _chunk(item: TensorEntry, chunk_bytes: int) -> tuple[int, ...]:
     if item.spread is None:
         return chunk_shape(item.shape, item.tensor.itemsize, chunk_bytes)
     try:
@@ -153,11 +153,11 @@ def _chunk(item: Item, chunk_bytes: int) -> tuple[int, ...]:
         raise CheckpointError(f"the shards of {item.name!r} {item.shape} fit no grid of chunks", str(error)) from error
 
 
-def _document(item: Item, chunk: tuple[int, ...]) -> dict[str, bytes]:
+def _document(item: TensorEntry, chunk: tuple[int, ...]) -> dict[str, bytes]:
     return {node_path(item.path): array_document(item.shape, chunk, item.tensor.dtype)}
 
 
-def _cut(item: Item, chunk: tuple[int, ...]) -> Iterator[Part]:
+def _cut(item: TensorEntry, chunk: tuple[int, ...]) -> Iterator[Part]:
     """What this rank holds, in chunks, in the order of elements; none where there are no elements."""
     box = item.spread.box if item.spread else whole(item.shape)
     nbytes = math.prod(chunk) * item.tensor.itemsize
@@ -177,7 +177,7 @@ def _is_prefix(corner: tuple[int, ...], block: tuple[int, ...]) -> bool:
     return not short or math.prod(corner[: short[-1]]) == 1
 
 
-def _pack(items: Sequence[Item], chunk_bytes: int) -> Iterator[tuple[tuple[Content, ...], dict[str, Packed]]]:
+def _pack(items: Sequence[TensorEntry], chunk_bytes: int) -> Iterator[tuple[tuple[Content, ...], dict[str, Packed]]]:
     """Small tensors, end to end, in packs of at most ``chunk_bytes`` (or one tensor); eager ones by themselves."""
     for eager in (True, False):
         contents: list[Content] = []
@@ -201,6 +201,6 @@ def _room(nbytes: int) -> int:
     return -(-nbytes // _PACK_ALIGNMENT_BYTES) * _PACK_ALIGNMENT_BYTES
 
 
-def _digest(items: Sequence[Item]) -> str:
+def _digest(items: Sequence[TensorEntry]) -> str:
     lines = [f"{i.path} {i.shape} {i.tensor.dtype} {i.spread.placed if i.spread else ''}\n" for i in items]
     return crc_hex("".join(lines).encode())

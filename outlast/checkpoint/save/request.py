@@ -12,7 +12,7 @@ from outlast.events import Event
 
 
 @dataclass(frozen=True)
-class Place:
+class SaveContext:
     """Who saves what, and where to."""
 
     store: Store

@@ -20,7 +20,7 @@ import torch
 
 from outlast.checkpoint.format.records import CRC_BYTES
 from outlast.checkpoint.save.plan import Content, Part
-from outlast.checkpoint.state.tree import Item
+from outlast.checkpoint.state.tree import TensorEntry
 from outlast.errors import CheckpointError, SnapshotMutated
 
 _SAMPLES = 16
@@ -151,7 +151,7 @@ def _zero(target: torch.Tensor, crc: int) -> int:
 class _Mark:
     """What a tensor was when the snapshot began."""
 
-    def __init__(self, item: Item) -> None:
+    def __init__(self, item: TensorEntry) -> None:
         if item.tensor.is_inference():
             raise CheckpointError(
                 f"the tensor {item.name!r} was made in inference mode, so changes of it cannot be told",

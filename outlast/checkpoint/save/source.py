@@ -13,7 +13,7 @@ import torch
 
 from outlast.checkpoint.format.records import CRC_BYTES
 from outlast.checkpoint.memory.arena import Region
-from outlast.checkpoint.save.plan import Share
+from outlast.checkpoint.save.plan import RankPlan
 from outlast.checkpoint.save.snapshot import Snapshot
 
 _LOOK_S = 0.1
@@ -77,7 +77,7 @@ class TensorSource:
             copy next does so.
     """
 
-    def __init__(self, share: Share, snapshot: Snapshot, arena: Room, *, verify: bool = False) -> None:
+    def __init__(self, share: RankPlan, snapshot: Snapshot, arena: Room, *, verify: bool = False) -> None:
         self.eager_copied = threading.Event()
         self.copied = threading.Event()
         self.copied_at: float | None = None

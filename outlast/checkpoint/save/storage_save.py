@@ -25,9 +25,9 @@ from typing import Any
 from outlast.checkpoint.format.names import COMMIT, STORAGE, failed_name, parse_failed, step_name, vote_path
 from outlast.checkpoint.format.records import Commit, Fault, FileEntry, Vote, crc_hex, seal, unseal_vote
 from outlast.checkpoint.format.zarr import node_path, root_document
-from outlast.checkpoint.save.job import Running
-from outlast.checkpoint.save.plan import Share
-from outlast.checkpoint.save.request import Place
+from outlast.checkpoint.save.job import SaveJob
+from outlast.checkpoint.save.plan import RankPlan
+from outlast.checkpoint.save.request import SaveContext
 from outlast.checkpoint.save.snapshot import Snapshot
 from outlast.checkpoint.save.source import Source
 from outlast.checkpoint.save.writer import Writing
@@ -45,7 +45,7 @@ _PER_FILE_BYTES = 12_288
 """What a file takes of a disk besides its bytes, at most: its directory, its entry, and the rest of its last block."""
 
 
-class Saving(Running):
+class StorageSave(SaveJob):
     """One save of one rank into the store. It runs from :meth:`start` on.
 
     Args:
@@ -61,11 +61,11 @@ class Saving(Running):
 
     def __init__(
         self,
-        place: Place,
+        place: SaveContext,
         step: int,
         serial: int,
         root: dict[str, Any],
-        share: Share,
+        share: RankPlan,
         source: Source,
         snapshot: Snapshot | None,
         began: float,

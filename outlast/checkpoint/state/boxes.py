@@ -50,7 +50,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Spread:
+class ShardLayout:
     """A tensor over ranks, as one of them sees it."""
 
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ def spread_over(
     ranks: Sequence[int],
     place: Sequence[int],
     splits: Sequence[Split],
-) -> Spread:
+) -> ShardLayout:
     """How a tensor lies on a mesh.
 
     Args:
@@ -100,7 +100,7 @@ def spread_over(
     holders = [ranks[sum(map(int.__mul__, at, strides))] for at in itertools.product(*alike)]
     words = ["copy" if s.dim is None else f"split {s.dim}" + (f" after {s.after}" * (s.after > 1)) for s in splits]
     numbers = "in order" if list(ranks) == sorted(ranks) else str(list(ranks))
-    return Spread(
+    return ShardLayout(
         shape,
         Box(tuple(start), tuple(size)),
         tuple(sorted(holders)),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 import torch.distributed as dist
 
-from outlast.checkpoint.state.boxes import Split, Spread, spread_over
+from outlast.checkpoint.state.boxes import ShardLayout, Split, spread_over
 from outlast.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ class Meshes:
         self._group = group
         self._world_size = world_size
         self._known: dict[DeviceMesh, tuple[list[int], list[int]]] = {}
-        self._spreads: dict[Any, Spread] = {}
+        self._spreads: dict[Any, ShardLayout] = {}
 
-    def spread(self, tensor: DTensor, name: str) -> Spread:
+    def spread(self, tensor: DTensor, name: str) -> ShardLayout:
         """Where this rank's part lies, and who else holds it.
 
         Raises:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-class Wanted:
+class RestoreTarget:
     """The tensors of a running state.
 
     Args:

@@ -12,13 +12,13 @@ import torch
 from outlast.checkpoint.format.dtypes import check_storable
 from outlast.checkpoint.format.json_values import to_json
 from outlast.checkpoint.format.names import HEADER, encode_key
-from outlast.checkpoint.state.boxes import Spread
+from outlast.checkpoint.state.boxes import ShardLayout
 from outlast.checkpoint.state.dtensor import Meshes, is_dtensor, local_part
 from outlast.errors import CheckpointError, StateMismatch
 
 
 @dataclass(frozen=True)
-class Item:
+class TensorEntry:
     """One tensor of the state."""
 
     path: str
@@ -28,7 +28,7 @@ class Item:
     tensor: torch.Tensor
     """All of it, or this rank's part of a DTensor."""
     eager: bool
-    spread: Spread | None = None
+    spread: ShardLayout | None = None
     """Of a DTensor: where its parts lie."""
     dtensor: torch.Tensor | None = None
     """It itself: what changes it raises its ``_version``, and not that of the part."""
@@ -45,16 +45,16 @@ class Item:
 
 
 @dataclass
-class Plan:
+class StateTree:
     """All of one rank's state."""
 
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Attributes (JSON) by the group's path relative to the step; the root is ``""``."""
-    items: list[Item] = field(default_factory=list)
+    items: list[TensorEntry] = field(default_factory=list)
 
 
 def lay_out(
-    plan: Plan, state: Mapping[str, Any], prefix: str, eager: Collection[str], meshes: Meshes | None = None
+    plan: StateTree, state: Mapping[str, Any], prefix: str, eager: Collection[str], meshes: Meshes | None = None
 ) -> None:
     """Add a nested state to a plan, under the group ``prefix``.
 
@@ -76,7 +76,7 @@ def lay_out(
 
 
 def _group(
-    plan: Plan,
+    plan: StateTree,
     state: Mapping[Any, Any],
     path: str,
     name: str,
@@ -106,10 +106,12 @@ def _group(
         elif is_dtensor(value) and meshes is not None:
             part = local_part(value, child_name)
             check_storable(part, child_name)
-            plan.items.append(Item(child, child_name, part, child_eager, meshes.spread(value, child_name), value))
+            plan.items.append(
+                TensorEntry(child, child_name, part, child_eager, meshes.spread(value, child_name), value)
+            )
         else:
             check_storable(value, child_name)
-            plan.items.append(Item(child, child_name, value.detach(), child_eager))
+            plan.items.append(TensorEntry(child, child_name, value.detach(), child_eager))
 
 
 def child_path(path: str, key: str | int) -> str:

@@ -25,7 +25,7 @@ from outlast.checkpoint.format.records import (
     Commit,
     Fault,
     FileEntry,
-    Seen,
+    RunningChecksum,
     Vote,
     check_file,
     check_pieces,
@@ -43,9 +43,9 @@ from outlast.checkpoint.format.zarr import (
     room_for,
     unpack,
 )
-from outlast.checkpoint.memory.pages import Buffer, fresh
+from outlast.checkpoint.memory.pages import Buffer, allocate
 from outlast.checkpoint.state.boxes import Box, whole
-from outlast.checkpoint.state.target import Wanted, part_of
+from outlast.checkpoint.state.target import RestoreTarget, part_of
 from outlast.checkpoint.steps.commit import read_commit
 from outlast.checkpoint.storage.base import Store
 from outlast.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion
@@ -67,7 +67,7 @@ def as_error(fault: Fault, store: Store, step: int) -> CheckpointError:
     return fault.kind(f"{where}: {fault.reason}", fix)
 
 
-class Faster(Protocol):
+class FileSource(Protocol):
     """A place from which files come faster than from the store. It may be called from several threads."""
 
     def __call__(self, entry: FileEntry) -> Buffer | None:
@@ -97,7 +97,7 @@ class StepReader:
         store: Store,
         step: int,
         io: ThreadPoolExecutor,
-        faster: Faster | None = None,
+        faster: FileSource | None = None,
         commit: Commit | None = None,
         votes: Mapping[int, Vote] = MappingProxyType({}),
     ) -> None:
@@ -129,7 +129,7 @@ class StepReader:
                 progress(done, total)
         return faults
 
-    def load(self, rank: int | None, wanted: Wanted | None = None) -> dict[str, Any]:
+    def load(self, rank: int | None, wanted: RestoreTarget | None = None) -> dict[str, Any]:
         """The local state of a rank, or (None) the replicated state; tensors on the CPU.
 
         Args:
@@ -194,7 +194,7 @@ class StepReader:
         rank: int | None,
         nodes: dict[str, ArrayInfo | dict[str, Any]],
         entries: Iterable[FileEntry],
-        wanted: Wanted | None,
+        wanted: RestoreTarget | None,
     ) -> dict[str, torch.Tensor]:
         """By path, whole or (where a part is wanted) a part of it.
 
@@ -219,7 +219,7 @@ class StepReader:
             if target is not None:
                 found[path] = target
             elif info.packed is None and not is_chunk:
-                found[path] = as_tensor(fresh(math.prod(box.size) * info.dtype.itemsize), box.size, info.dtype)
+                found[path] = as_tensor(allocate(math.prod(box.size) * info.dtype.itemsize), box.size, info.dtype)
 
         def read(task: tuple[str, ArrayInfo, tuple[int, ...], FileEntry]) -> dict[str, torch.Tensor]:
             path, info, place, entry = task
@@ -261,7 +261,7 @@ class StepReader:
         check_size(info, entry.size_bytes, entry.path)
         if self._faster is not None and self._faster.fill(entry, room):
             return
-        seen = Seen()
+        seen = RunningChecksum()
         end = self._stored(entry, lambda path: self._store.read_into(path, room.data, seen))
         check_pieces(entry, seen, end)
 

@@ -19,7 +19,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from outlast.checkpoint.format.names import COMMIT
-from outlast.checkpoint.storage.retry import persist
+from outlast.checkpoint.storage.retry import retry
 
 if TYPE_CHECKING:
     from outlast.checkpoint.memory.pages import Buffer
@@ -235,7 +235,7 @@ class FsspecStore:
         return {"timeout": ANSWER_S + size_bytes / _LEAST_BYTES_PER_S} if self._has_limits else {}
 
     def _do(self, path: str, call: Callable[[], T]) -> T:
-        return persist(f"{self.url}/{path}" if path else self.url, call)
+        return retry(f"{self.url}/{path}" if path else self.url, call)
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root

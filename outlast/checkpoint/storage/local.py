@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from outlast.checkpoint.format.names import COMMIT
-from outlast.checkpoint.memory.pages import CACHED_BYTES, Buffer, fresh
+from outlast.checkpoint.memory.pages import CACHED_BYTES, Buffer, allocate
 from outlast.checkpoint.storage.base import Bytes
 
 DIRECT_FROM_BYTES = 1 << 20
@@ -97,7 +97,7 @@ class LocalStore:
 
     def read(self, path: str) -> Buffer:
         with open(self._at(path), "rb", buffering=0) as file:
-            data = fresh(os.fstat(file.fileno()).st_size)
+            data = allocate(os.fstat(file.fileno()).st_size)
             view, done = data.data, 0
             while done < len(view):
                 count = file.readinto(view[done:])

@@ -40,7 +40,7 @@ _PASSING = {
 }
 
 
-def persist(where: str, call: Callable[[], T]) -> T:
+def retry(where: str, call: Callable[[], T]) -> T:
     """The result of a call that may be made again after any failure.
 
     Args:
@@ -60,7 +60,7 @@ def persist(where: str, call: Callable[[], T]) -> T:
         except Exception as error:  # libraries raise errors of their own; callers know OSError
             if "NoSuchBucket" in _codes(error):
                 raise ConnectionError(f"{where}: there is no such bucket: {error}") from error
-            if not passing(error):
+            if not is_transient(error):
                 raise _permanent(where, error) from error
             took_s = time.monotonic() - began
             if tried == TRIES or took_s + pause_s > RETRY_FOR_S:
@@ -72,7 +72,7 @@ def persist(where: str, call: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
-def passing(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether the same call may succeed later. Errors of libraries' own count as such: trying again is bounded."""
     if isinstance(error, _PERMANENT) or "PreconditionFailed" in _codes(error):
         return False

@@ -19,10 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from outlast.checkpoint.format.names import LOCAL_DISK, encode_key, rank_name
-from outlast.checkpoint.format.records import Commit, Fault, Placed, check_file, seal
+from outlast.checkpoint.format.records import Commit, Fault, SlotIndex, check_file, seal
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.checkpoint.tiers import slots
-from outlast.checkpoint.tiers.replication import Onward
+from outlast.checkpoint.tiers.replication import Replication
 from outlast.checkpoint.tiers.slots import OWN, Slot
 from outlast.errors import CheckpointError
 from outlast.events import Event
@@ -88,8 +88,8 @@ class LocalDisk:
             self.store.remove(f"{self.name(serial)}{ending}")
 
 
-class LocalCopy(Onward):
-    """See :class:`Onward`.
+class DiskReplication(Replication):
+    """See :class:`Replication`.
 
     Args:
         disk: where to.
@@ -100,7 +100,7 @@ class LocalCopy(Onward):
     where = "the local disk"
 
     def __init__(
-        self, disk: LocalDisk, slot: Slot, placed: Placed, commit: Commit, emit: Callable[[Event], None]
+        self, disk: LocalDisk, slot: Slot, placed: SlotIndex, commit: Commit, emit: Callable[[Event], None]
     ) -> None:
         super().__init__(slot, placed, commit, emit)
         self._disk = disk

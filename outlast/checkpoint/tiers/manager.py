@@ -18,16 +18,16 @@ from outlast.checkpoint.peers.collectives import Agreement
 from outlast.checkpoint.peers.commit_protocol import Control
 from outlast.checkpoint.peers.topology import CHOOSE, meet
 from outlast.checkpoint.save.job import raise_error
-from outlast.checkpoint.save.plan import Share
-from outlast.checkpoint.save.request import Place
+from outlast.checkpoint.save.plan import RankPlan
+from outlast.checkpoint.save.request import SaveContext
 from outlast.checkpoint.save.snapshot import Snapshot
 from outlast.checkpoint.save.source import HeldSource
-from outlast.checkpoint.save.storage_save import Saving
+from outlast.checkpoint.save.storage_save import StorageSave
 from outlast.checkpoint.tiers import slots
-from outlast.checkpoint.tiers.local_disk import LocalCopy, LocalDisk
-from outlast.checkpoint.tiers.memory_save import Held, Memory, MemorySaving, all_documents, slot_bytes
-from outlast.checkpoint.tiers.partner import Keeper, Partner, Sending
-from outlast.checkpoint.tiers.replication import Onward
+from outlast.checkpoint.tiers.local_disk import DiskReplication, LocalDisk
+from outlast.checkpoint.tiers.memory_save import Held, Memory, MemorySave, all_documents, slot_bytes
+from outlast.checkpoint.tiers.partner import Partner, PartnerReceiver, PartnerReplication
+from outlast.checkpoint.tiers.replication import Replication
 from outlast.checkpoint.tiers.run_lock import Use
 from outlast.checkpoint.tiers.slots import OWN, Slots
 from outlast.errors import CheckpointError
@@ -49,12 +49,12 @@ class Tiers:
         CheckpointError: no shared memory, or the ranks cannot listen.
     """
 
-    def __init__(self, place: Place, agreement: Agreement, host: str | None) -> None:
+    def __init__(self, place: SaveContext, agreement: Agreement, host: str | None) -> None:
         config, rank = place.config, place.rank
         self._use = Use(place.store.url)
         self.folder = self._use.folder
         self._place = place
-        self._keeper = Keeper(self.folder, place.epoch, max(2, config.memory_keep_last))
+        self._keeper = PartnerReceiver(self.folder, place.epoch, max(2, config.memory_keep_last))
         # There before anybody can dial.
         self._control = Control(rank, place.world_size, config.commit_timeout_s)
         self.meeting = meet(
@@ -96,14 +96,14 @@ class Tiers:
             place.emit(CheckpointFailed(step=0, tier=PARTNER, reason="there is one node: nobody to keep copies"))
         elif config.partner_every_steps and partner is not None:
             self._partner = Partner(rank, partner, self.meeting, config.commit_timeout_s)
-        self._storage: Saving | None = None
-        self._before_storage: MemorySaving | None = None
+        self._storage: StorageSave | None = None
+        self._before_storage: MemorySave | None = None
         """The newest save that is to reach storage, while it is on its way to memory."""
-        self._sending: Sending | None = None
-        self._to_disk: LocalCopy | None = None
+        self._sending: PartnerReplication | None = None
+        self._to_disk: DiskReplication | None = None
 
     @property
-    def _under_way(self) -> list[Saving | Onward]:
+    def _under_way(self) -> list[StorageSave | Replication]:
         """The newest copy to each tier that memory feeds."""
         return [copy for copy in (self._storage, self._sending, self._to_disk) if copy is not None]
 
@@ -112,18 +112,18 @@ class Tiers:
         step: int,
         serial: int,
         root: dict[str, Any],
-        share: Share,
+        share: RankPlan,
         snapshot: Snapshot,
         began: float,
         durable: bool,
         partner_too: bool,
-    ) -> MemorySaving | None:
+    ) -> MemorySave | None:
         """Begin to save into memory, and from there into what else is due.
 
         Waits for the copy before to arrive in each tier that is due again, and says so.
 
         Args:
-            step, serial, share, snapshot, began: see :class:`MemorySaving`.
+            step, serial, share, snapshot, began: see :class:`MemorySave`.
             root: attributes of the root group.
             durable: to storage too.
             partner_too: to the partner, whether it is due or not.
@@ -156,19 +156,19 @@ class Tiers:
                 self._store(step, serial, root, light, held, began, behind_s)
             if not isinstance(held, Held) or held.commit is None:
                 return
-            copies: list[Onward] = []
+            copies: list[Replication] = []
             if partner is not None:
-                self._sending = Sending(partner.channel, slot, held.placed, held.commit, self._place.emit)
+                self._sending = PartnerReplication(partner.channel, slot, held.placed, held.commit, self._place.emit)
                 slot.sent = True
                 copies.append(self._sending)
             if disk is not None:
-                self._to_disk = LocalCopy(disk, slot, held.placed, held.commit, self._place.emit)
+                self._to_disk = DiskReplication(disk, slot, held.placed, held.commit, self._place.emit)
                 copies.append(self._to_disk)
             for copy in copies:
                 slot.readers.append(copy.done)
                 copy.start()
 
-        saving = MemorySaving(self._memory, step, serial, documents, share, snapshot, slot, began, then)
+        saving = MemorySave(self._memory, step, serial, documents, share, snapshot, slot, began, then)
         if durable:
             self._before_storage = saving
         return saving
@@ -282,13 +282,13 @@ class Tiers:
         step: int,
         serial: int,
         root: dict[str, Any],
-        share: Share,
+        share: RankPlan,
         held: Held | Exception,
         began: float,
         behind_s: float,
     ) -> None:
         parts = held.parts if isinstance(held, Held) else ()
-        storage = Saving(self._place, step, serial, root, share, HeldSource(parts), None, began)
+        storage = StorageSave(self._place, step, serial, root, share, HeldSource(parts), None, began)
         storage.blocked_s = behind_s
         self._storage = storage
         if isinstance(held, Held):
@@ -297,7 +297,7 @@ class Tiers:
             storage.give_up(held)  # it tells the other ranks, which wait for this one
         storage.start()
 
-    def _wait(self, copy: Saving | Onward | None, tier: str, step: int) -> float:
+    def _wait(self, copy: StorageSave | Replication | None, tier: str, step: int) -> float:
         if copy is None:
             return 0.0
         began = time.monotonic()

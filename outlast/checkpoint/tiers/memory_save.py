@@ -24,7 +24,7 @@ from outlast.checkpoint.format.records import (
     CRC_BYTES,
     Commit,
     FileEntry,
-    Placed,
+    SlotIndex,
     Vote,
     crc_hex,
     seal,
@@ -34,8 +34,8 @@ from outlast.checkpoint.format.records import (
 from outlast.checkpoint.format.zarr import node_path, root_document
 from outlast.checkpoint.memory.arena import room
 from outlast.checkpoint.peers.commit_protocol import Control
-from outlast.checkpoint.save.job import Running, in_words
-from outlast.checkpoint.save.plan import Share
+from outlast.checkpoint.save.job import SaveJob, in_words
+from outlast.checkpoint.save.plan import RankPlan
 from outlast.checkpoint.save.snapshot import Snapshot
 from outlast.checkpoint.save.source import Copied, TensorSource
 from outlast.checkpoint.tiers import slots
@@ -71,12 +71,12 @@ class Held:
 
     slot: Slot
     parts: tuple[Copied, ...]
-    placed: Placed
+    placed: SlotIndex
     commit: Commit | None
     """None: it does not count, some rank has failed."""
 
 
-class MemorySaving(Running):
+class MemorySave(SaveJob):
     """See the module. It runs from :meth:`start` on.
 
     Args:
@@ -97,7 +97,7 @@ class MemorySaving(Running):
         step: int,
         serial: int,
         documents: dict[str, bytes],
-        share: Share,
+        share: RankPlan,
         snapshot: Snapshot,
         slot: Slot,
         began: float,
@@ -176,7 +176,7 @@ class MemorySaving(Running):
     def _copy(self) -> tuple[Copied, ...]:
         return tuple(copied for copied in self._source.copies(self._look) if copied is not None)
 
-    def _place(self, parts: tuple[Copied, ...]) -> Placed:
+    def _place(self, parts: tuple[Copied, ...]) -> SlotIndex:
         entries, places = [], {}
         base = self._slot.memory.data_ptr()
         for part in parts:
@@ -190,7 +190,7 @@ class MemorySaving(Running):
         memory = self._memory
         files = tuple(sorted(entries, key=lambda entry: entry.path))
         vote = Vote(self.step, memory.rank, memory.world_size, memory.epoch, self._serial, self._digest, files)
-        placed = Placed(vote, places)
+        placed = SlotIndex(vote, places)
         self._slot.publish(placed)
         return placed
 
@@ -230,7 +230,7 @@ def _on_disk(memory: Memory) -> list[int]:
     return list(memory.disk.held) if memory.disk is not None else []
 
 
-def all_documents(share: Share, memory: Memory, step: int, serial: int, root: dict[str, Any]) -> dict[str, bytes]:
+def all_documents(share: RankPlan, memory: Memory, step: int, serial: int, root: dict[str, Any]) -> dict[str, bytes]:
     """What a rank saves besides chunks; rank 0 has the root group's document."""
     if memory.rank != 0:
         return share.documents
@@ -238,7 +238,7 @@ def all_documents(share: Share, memory: Memory, step: int, serial: int, root: di
     return {node_path(""): top, **share.documents}
 
 
-def slot_bytes(share: Share, documents: dict[str, bytes]) -> int:
+def slot_bytes(share: RankPlan, documents: dict[str, bytes]) -> int:
     """Memory that a rank's part takes."""
     return sum(room(part.nbytes + CRC_BYTES) for part in share.parts) + sum(map(room, map(len, documents.values())))
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from outlast.checkpoint.format.names import PARTNER
-from outlast.checkpoint.format.records import Commit, Fault, Placed, check_file, seal, unseal_commit, unseal_placed
+from outlast.checkpoint.format.records import Commit, Fault, SlotIndex, check_file, seal, unseal_commit, unseal_placed
 from outlast.checkpoint.peers.channel import Channel, Header
 from outlast.checkpoint.peers.topology import Meeting
-from outlast.checkpoint.tiers.replication import Onward
+from outlast.checkpoint.tiers.replication import Replication
 from outlast.checkpoint.tiers.slots import Slot, Slots, put_commit
 from outlast.errors import CheckpointError
 from outlast.events import Event
@@ -22,8 +22,8 @@ from outlast.events import Event
 _log = logging.getLogger("outlast.checkpoint")
 
 
-class Sending(Onward):
-    """See :class:`Onward`.
+class PartnerReplication(Replication):
+    """See :class:`Replication`.
 
     Args:
         channel: opens the connection to the partner, or gives the one that is open.
@@ -37,7 +37,7 @@ class Sending(Onward):
         self,
         channel: Callable[[], Channel],
         slot: Slot,
-        placed: Placed,
+        placed: SlotIndex,
         commit: Commit,
         emit: Callable[[Event], None],
     ) -> None:
@@ -94,7 +94,7 @@ class Partner:
             self._channel.close()
 
 
-class Keeper:
+class PartnerReceiver:
     """Keeps what other nodes' ranks send to this one.
 
     Args:

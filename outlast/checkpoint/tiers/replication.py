@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from outlast.checkpoint.format.records import Commit, Placed
+from outlast.checkpoint.format.records import Commit, SlotIndex
 from outlast.checkpoint.tiers.slots import Slot
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointFailed, CheckpointSaved, Event
@@ -15,7 +15,7 @@ from outlast.events import CheckpointFailed, CheckpointSaved, Event
 _log = logging.getLogger("outlast.checkpoint")
 
 
-class Onward:
+class Replication:
     """One copy, in a thread of its own. A failure is an event; training goes on.
 
     Args:
@@ -33,7 +33,7 @@ class Onward:
     where = ""
     """In words, for the log."""
 
-    def __init__(self, slot: Slot, placed: Placed, commit: Commit, emit: Callable[[Event], None]) -> None:
+    def __init__(self, slot: Slot, placed: SlotIndex, commit: Commit, emit: Callable[[Event], None]) -> None:
         self.done = threading.Event()
         self.error: Exception | None = None
         self._slot = slot

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from outlast.checkpoint.format.names import MEMORY, PARTNER, encode_key, rank_name
-from outlast.checkpoint.format.records import Commit, Fault, Placed, seal, unseal_commit, unseal_placed
+from outlast.checkpoint.format.records import Commit, Fault, SlotIndex, seal, unseal_commit, unseal_placed
 from outlast.checkpoint.memory.arena import Region, room
 from outlast.checkpoint.memory.pages import map_all
 from outlast.checkpoint.storage.local import sync_dir
@@ -137,7 +137,7 @@ class Slot:
     def wait(self, limit_s: float) -> None:
         """Never needed: a slot has room for all."""
 
-    def publish(self, placed: Placed) -> None:
+    def publish(self, placed: SlotIndex) -> None:
         """Say what is in it; from here on a restore finds it, once there is a commit record."""
         _put(self.index, seal(placed))
 
@@ -263,10 +263,10 @@ def commit_name(epoch: str, serial: int) -> str:
 
 
 @dataclass(frozen=True)
-class Holding:
+class SlotContents:
     """One rank's part of one save, as it lies in this node's memory, or on its disk."""
 
-    placed: Placed
+    placed: SlotIndex
     data: Path
     tier: str
     """In which it lies; a partner's copy in this node's memory is in that tier."""
@@ -288,7 +288,7 @@ class Holding:
         sync_dir(str(self.index.parent))
 
 
-def holdings(folder: Path, own: str = MEMORY) -> Iterator[Holding]:
+def holdings(folder: Path, own: str = MEMORY) -> Iterator[SlotContents]:
     """What lies in a folder, whether it is committed or not; what cannot be read is passed over.
 
     Args:
@@ -299,7 +299,7 @@ def holdings(folder: Path, own: str = MEMORY) -> Iterator[Holding]:
         for path in sorted((folder / lies).glob(f"*{INDEX}")):
             try:
                 placed = unseal_placed(path.read_bytes(), path.name)
-                yield Holding(placed, path.with_suffix(DATA), PARTNER if lies == PARTNER else own)
+                yield SlotContents(placed, path.with_suffix(DATA), PARTNER if lies == PARTNER else own)
             except (Fault, FileNotFoundError):
                 continue  # torn, of another version, or removed meanwhile: it is no copy
 

@@ -18,18 +18,18 @@ from outlast.comm.auto.policy import DENSE_STEPS, Choice
 from outlast.comm.config import UPDATE_CLIP_RMS, CommConfig
 from outlast.comm.ddp.hook import Bucket, at_end_of_backward, hook
 from outlast.comm.direction import Adam, Direction, default_direction
-from outlast.comm.exchange.bucket import Running, complete, pass_error
+from outlast.comm.exchange.bucket import BucketExchange, complete, pass_error
 from outlast.comm.exchange.item import Stage
-from outlast.comm.exchange.method import Plan
+from outlast.comm.exchange.method import ExchangeMethod
 from outlast.comm.exchange.overflow import OverflowVote, make_infinite
 from outlast.comm.exchange.pipeline import Pipeline
 from outlast.comm.exchange.resync import resync_all
 from outlast.comm.exchange.stats import Meter, ReduceStats
 from outlast.comm.exchange.topology import Network
 from outlast.comm.feedback import Feedback, Probe
-from outlast.comm.state.parameters import Store
+from outlast.comm.state.parameters import ParameterStates
 from outlast.comm.transport.communicator import CollectiveObserver
-from outlast.comm.transport.stream import Lane
+from outlast.comm.transport.stream import DeviceStream
 from outlast.comm.transport.worker import OrderedWorker
 from outlast.errors import CommError
 
@@ -91,7 +91,7 @@ class GradientReducer:
         self.config = config
         auto = config.compressor == "auto"
         parameters = list(named_parameters)
-        self._lane = Lane(next((param.device for _, param in parameters), torch.device("cpu")))
+        self._lane = DeviceStream(next((param.device for _, param in parameters), torch.device("cpu")))
         self._network = Network(
             group,
             config.ranks_per_node,
@@ -99,7 +99,7 @@ class GradientReducer:
             observer=observer,
             stream=self._lane.work,
         )
-        self._plan = Plan(
+        self._plan = ExchangeMethod(
             replace(config, compressor="dense") if auto else config,
             self._network,
             (direction or default_direction()) if config.target == "update" else None,
@@ -107,7 +107,7 @@ class GradientReducer:
             feedback,
             self._lane.device,
         )
-        self._store = Store(
+        self._store = ParameterStates(
             parameters,
             self._plan.config,
             self._plan.feedback,
@@ -132,7 +132,7 @@ class GradientReducer:
         self._loss_scale: float | None = None
         self._backward_done = True
         self._seen: set[int] = set()
-        self._running: list[Running] = []
+        self._running: list[BucketExchange] = []
 
     @property
     def world_size(self) -> int:
@@ -362,10 +362,10 @@ class GradientReducer:
         params: list[Tensor],
         grads: list[Tensor],
         finished: Callable[[], None] = lambda: None,
-    ) -> Running:
+    ) -> BucketExchange:
         """Send one bucket on its way through the two threads; with a loss scale, only once all gradients are known."""
         states = [self._store.of(param) for param in params]
-        running = Running(label, states, grads, finished, self._lane.mark())
+        running = BucketExchange(label, states, grads, finished, self._lane.mark())
         self._running.append(running)
         self._meter.ready(sum(grad.numel() for grad in grads))
         if self._loss_scale is None:
@@ -374,7 +374,7 @@ class GradientReducer:
             self._vote.look(grads).add_done_callback(partial(pass_error, target=running.done))
         return running
 
-    def _begin(self, running: Running) -> None:
+    def _begin(self, running: BucketExchange) -> None:
         *others, last = self._plan.stages(running, self._step, self._loss_scale or 1.0, self._meter.probe)
 
         def finish() -> None:

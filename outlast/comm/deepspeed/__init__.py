@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from outlast.comm.config import CommConfig
-from outlast.comm.deepspeed.seams import Partitions, Seam, WholeGradients
+from outlast.comm.deepspeed.seams import Integration, Partitions, WholeGradients
 from outlast.comm.direction import Direction
 from outlast.comm.exchange.stats import ReduceStats
 from outlast.comm.transport.communicator import CollectiveObserver
@@ -40,7 +40,7 @@ class DeepSpeedReducer:
     Failure: as :class:`GradientReducer`: what goes wrong is raised by ``engine.backward()`` and by every later call.
     """
 
-    def __init__(self, seam: Seam, config: CommConfig, world_size: int) -> None:
+    def __init__(self, seam: Integration, config: CommConfig, world_size: int) -> None:
         self._seam = seam
         self.config = config
         self.world_size = world_size
@@ -153,7 +153,7 @@ def attach(
             "gradient, to be clipped",
             "set gradient_clipping = 0, or target = 'gradient'",
         )
-    seam: Seam
+    seam: Integration
     if type(optimizer) is partitioned:
         _known(optimizer, "average_tensor", ("tensor", "communication_data_type"))
         seam = Partitions(engine, config, observer, direction)

@@ -21,7 +21,7 @@ from outlast.comm.transport.communicator import CollectiveObserver
 from outlast.errors import CommError
 
 
-class Seam(Protocol):
+class Integration(Protocol):
     """One of them."""
 
     def end_step(self) -> ReduceStats: ...

@@ -14,7 +14,7 @@ from outlast.comm.state.parameters import ParamState
 
 
 @dataclass(slots=True, eq=False)
-class Running:
+class BucketExchange:
     """A bucket on its way."""
 
     label: str

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from outlast.comm.config import CommConfig, two_phase
 from outlast.comm.direction import Direction
-from outlast.comm.exchange.bucket import Running
+from outlast.comm.exchange.bucket import BucketExchange
 from outlast.comm.exchange.exchange import Exchange
 from outlast.comm.exchange.hierarchical import NodeExchange
 from outlast.comm.exchange.item import Item, Stage
@@ -16,7 +16,7 @@ from outlast.comm.feedback import Feedback, Probe
 from outlast.comm.feedback.from_config import make_feedback
 
 
-class Plan:
+class ExchangeMethod:
     """Settings, feedback and transport, and the buffers they use.
 
     Args:
@@ -57,7 +57,7 @@ class Plan:
         """In how many slices tensors are compressed."""
         self._buffers: dict[str, Tensor] = {}
 
-    def stages(self, running: Running, step: int, scale: float, probe: Probe | None) -> list[Stage]:
+    def stages(self, running: BucketExchange, step: int, scale: float, probe: Probe | None) -> list[Stage]:
         """Everything that is to be done with one bucket, in order; the last stage is the codec's."""
 
         def buffer(name: str, nbytes: int) -> Tensor:

@@ -18,7 +18,7 @@ from outlast.comm.exchange.item import Stage
 from outlast.comm.transport.worker import OrderedWorker
 
 
-class Run:
+class PipelinedExchange:
     """One exchange under way.
 
     Args:
@@ -84,11 +84,11 @@ class Pipeline:
     def __init__(self, codec: OrderedWorker, submit: Callable[[Callable[[], None]], Future[None]]) -> None:
         self._codec = codec
         self._submit = submit
-        self._runs: list[tuple[Run, list[Callable[[], None]]]] = []
+        self._runs: list[tuple[PipelinedExchange, list[Callable[[], None]]]] = []
 
-    def start(self, stages: list[Stage]) -> Run:
+    def start(self, stages: list[Stage]) -> PipelinedExchange:
         """Begin an exchange; all ranks begin the same ones in the same order."""
-        run = Run(stages, self._codec)
+        run = PipelinedExchange(stages, self._codec)
         self._runs.append((run, run.on_wire()))
         self._diagonal(len(self._runs) - 1)
         return run

@@ -7,12 +7,12 @@ from functools import partial
 from outlast.comm.exchange.topology import Network
 from outlast.comm.feedback import Feedback
 from outlast.comm.slices import slices
-from outlast.comm.state.parameters import Store
+from outlast.comm.state.parameters import ParameterStates
 from outlast.comm.state.reshard import resync, tracked
 from outlast.comm.transport.communicator import slowest
 
 
-def resync_all(store: Store, feedback: Feedback | None, network: Network, two_phase: bool) -> float:
+def resync_all(store: ParameterStates, feedback: Feedback | None, network: Network, two_phase: bool) -> float:
     """Of every tensor; a collective call. Returns the largest relative drift there was, the same on every rank.
 
     Raises:

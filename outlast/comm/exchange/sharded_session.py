@@ -25,7 +25,7 @@ from outlast.comm.feedback.probe import Probe
 from outlast.comm.state.reshard import resync, tracked
 from outlast.comm.state.shards import Shards, of_slice
 from outlast.comm.transport.communicator import CollectiveObserver, Communicator
-from outlast.comm.transport.stream import Lane
+from outlast.comm.transport.stream import DeviceStream
 from outlast.errors import CommError, CommStateMismatch
 
 VERSION = 1
@@ -78,7 +78,7 @@ class ShardSession:
         feedback = make_feedback(config)
         self._direction = (direction or default_direction()) if config.target == "update" else None
         self._dense_share = dense_share
-        self._lane = Lane(device)
+        self._lane = DeviceStream(device)
         self._communicator = Communicator(
             group=group, timeout_s=config.timeout_s, observer=observer, stream=self._lane.work
         )

@@ -11,7 +11,7 @@ import torch
 
 from outlast.comm.feedback import Probe
 from outlast.comm.transport.communicator import Traffic
-from outlast.comm.transport.stream import Lane
+from outlast.comm.transport.stream import DeviceStream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Meter:
         lane: where codec work runs.
     """
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: DeviceStream) -> None:
         self._lane = lane
         self.reset()
 

@@ -96,7 +96,7 @@ class ParamState:
         return torch.zeros(shape, dtype=self.dtype, device=self.param.device)
 
 
-class Store:
+class ParameterStates:
     """All parameters, found by identity, with the state that a checkpoint holds.
 
     Args:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Lane:
+class DeviceStream:
     """One device's lane; used by all threads of one reducer."""
 
     def __init__(self, device: torch.device) -> None:

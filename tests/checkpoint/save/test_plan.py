@@ -22,7 +22,7 @@ from outlast.checkpoint import (
 from outlast.checkpoint.memory.arena import PAGE_BYTES, Arena, room
 from outlast.checkpoint.save.chunk_grid import chunk_shape
 from outlast.checkpoint.save.plan import share_of
-from outlast.checkpoint.state.tree import Plan, lay_out
+from outlast.checkpoint.state.tree import StateTree, lay_out
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.checkpoint.tools import (
     list_steps,
@@ -58,13 +58,13 @@ def test_chunks_are_whole_rows_of_at_most_so_many_bytes(shape: tuple[int, ...], 
 def test_every_byte_is_written_once_in_equal_shares(
     tensors: list[tuple[tuple[int, ...], bool]], ranks: int, chunk_bytes: int, pack_below: int
 ) -> None:
-    plan = Plan()
+    plan = StateTree()
     groups: dict[str, dict[str, torch.Tensor]] = {"a": {}, "b": {}}
     for index, (shape, eager) in enumerate(tensors):
         groups["a" if eager else "b"][str(index)] = torch.randn(shape)
     lay_out(plan, groups, "", eager={"a"})
     shares = [
-        share_of(plan, Plan(), rank, ranks, chunk_bytes=chunk_bytes, pack_below_bytes=pack_below)
+        share_of(plan, StateTree(), rank, ranks, chunk_bytes=chunk_bytes, pack_below_bytes=pack_below)
         for rank in range(ranks)
     ]
     files = [part.path for share in shares for part in share.parts] + [d for share in shares for d in share.documents]

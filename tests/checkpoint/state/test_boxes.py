@@ -18,11 +18,11 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from outlast.checkpoint.format.zarr import CRC_BYTES, ArrayInfo, chunk_name, parse_node, payload, put_chunk
 from outlast.checkpoint.save.chunk_grid import shard_chunk_shape
-from outlast.checkpoint.save.plan import Share, share_of
+from outlast.checkpoint.save.plan import RankPlan, share_of
 from outlast.checkpoint.save.snapshot import Snapshot
-from outlast.checkpoint.state.boxes import Box, Split, Spread, divisors, spread_over
+from outlast.checkpoint.state.boxes import Box, ShardLayout, Split, divisors, spread_over
 from outlast.checkpoint.state.target import part_of
-from outlast.checkpoint.state.tree import Item, Plan
+from outlast.checkpoint.state.tree import StateTree, TensorEntry
 from outlast.errors import CheckpointError
 
 Layout = tuple[tuple[int, ...], tuple[Split, ...]]
@@ -50,7 +50,7 @@ def tensors(draw: st.DrawFn, count: int) -> tuple[tuple[int, ...], tuple[Layout,
     return shape, tuple(draw(layouts(len(shape))) for _ in range(count))
 
 
-def spreads(shape: tuple[int, ...], layout: Layout) -> list[Spread]:
+def spreads(shape: tuple[int, ...], layout: Layout) -> list[ShardLayout]:
     """By rank; ranks are numbered backwards, so that their order is not the mesh's."""
     mesh, splits = layout
     ranks = list(reversed(range(math.prod(mesh))))
@@ -109,7 +109,7 @@ def test_no_chunk_is_in_two_shards(
 
 def shares(
     state: dict[str, torch.Tensor], layouts: dict[str, Layout], ranks: int, chunk_bytes: int
-) -> tuple[list[Share], list[dict[str, np.ndarray]]]:
+) -> tuple[list[RankPlan], list[dict[str, np.ndarray]]]:
     """What each rank writes, and its files' bytes. Tensors without a layout are whole on all ranks."""
     placed = {name: spreads(tuple(state[name].shape), layout) for name, layout in layouts.items()}
     found, files = [], []
@@ -118,8 +118,8 @@ def shares(
         for name, tensor in state.items():
             spread = placed[name][rank] if name in placed else None
             part = part_of(tensor, spread.box) if spread else tensor
-            items.append(Item(name, name, part, False, spread))
-        share = share_of(Plan(items=items), Plan(), rank, ranks, chunk_bytes=chunk_bytes, pack_below_bytes=0)
+            items.append(TensorEntry(name, name, part, False, spread))
+        share = share_of(StateTree(items=items), StateTree(), rank, ranks, chunk_bytes=chunk_bytes, pack_below_bytes=0)
         snapshot, written = Snapshot(share.parts), {}
         for index, part in enumerate(share.parts):
             memory = torch.full((part.nbytes + CRC_BYTES,), 7, dtype=torch.uint8)
@@ -202,9 +202,9 @@ def test_shards_that_fit_no_grid_are_refused() -> None:
     twice = spreads((20_009,), ((2, 2), (Split(0), Split(0))))[0]
     with pytest.raises(ValueError, match="20009 of them"):
         shard_chunk_shape(twice, 4, 10_000_000)
-    item = Item("w", "model/w", torch.zeros(twice.box.size), False, twice)
+    item = TensorEntry("w", "model/w", torch.zeros(twice.box.size), False, twice)
     with pytest.raises(CheckpointError, match="'model/w'"):
-        share_of(Plan(items=[item]), Plan(), 0, 4, chunk_bytes=10_000_000, pack_below_bytes=0)
+        share_of(StateTree(items=[item]), StateTree(), 0, 4, chunk_bytes=10_000_000, pack_below_bytes=0)
 
 
 def test_ranks_that_place_a_tensor_differently_disagree() -> None:

@@ -131,4 +131,4 @@ def test_more_entries_than_an_int32_counts() -> None:
     out = torch.zeros(form.nbytes, dtype=torch.uint8)
     encode(indices, numel, out)
     assert torch.equal(decode(out, 5, numel), indices)
-    assert indices.indices_nbytes(5, numel) < 5 * 8
+    assert indices_nbytes(5, numel) < 5 * 8

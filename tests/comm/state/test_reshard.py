@@ -16,7 +16,7 @@ from outlast.comm.compressors import LowRank, RandK, Slots, TopK
 from outlast.comm.config import CommConfig
 from outlast.comm.feedback import EF14, EF21, EF21BC, EF21SGDM, EF21W, EControl, Feedback
 from outlast.comm.feedback.layout import unit
-from outlast.comm.state.parameters import ParamState, Store
+from outlast.comm.state.parameters import ParameterStates, ParamState
 from outlast.comm.state.reshard import (
     OWNED,
     Layout,
@@ -299,7 +299,7 @@ def test_it_is_what_a_reducer_loads(name: str, transport: str) -> None:
 
     def state(method: Feedback, rank: int, n: int) -> ParamState:
         units = n if transport == "two-phase" else 1
-        return Store([("p", torch.zeros(SHAPE))], config, method, units=units, rank=rank).params["p"]
+        return ParameterStates([("p", torch.zeros(SHAPE))], config, method, units=units, rank=rank).params["p"]
 
     old: list[dict[str, Slots]] = []
     for rank in range(4):
