@@ -66,7 +66,6 @@ class WatchedAgent(LocalElasticAgent):
             spec,
             output,
             exit_barrier_timeout=config.exit_barrier_s,
-            shutdown_timeout=int(config.stop_grace_s),
             log_line_prefix_template="[rank ${rank}] ",
         )
         self.failures: list[RankFailure] = []
@@ -172,7 +171,7 @@ class WatchedAgent(LocalElasticAgent):
         SIGTERM whatever ended the launcher: a rank that gets SIGINT prints a KeyboardInterrupt's traceback.
         """
         self._kill_stopped()
-        super()._shutdown(signal.SIGTERM, min(timeout, int(self._config.stop_grace_s)))
+        super()._shutdown(signal.SIGTERM, int(self._config.stop_grace_s))
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -123,7 +123,7 @@ class GradientReducer:
         self._tell = tell
         self._codec = OrderedWorker("outlast-codec")
         self._pipeline = Pipeline(self._codec, self._network.whole.submit)
-        self._vote = OverflowVote(self._codec, self._network.whole, self._lane.device)
+        self._vote = OverflowVote(self._codec, self._network.whole, self._lane)
         self._meter = Meter(self._lane)
         self._failure: BaseException | None = None
         self._closed = False
@@ -371,7 +371,7 @@ class GradientReducer:
         if self._loss_scale is None:
             self._begin(running)
         else:
-            self._vote.look(grads).add_done_callback(partial(pass_error, target=running.done))
+            self._vote.look(grads, running.ready).add_done_callback(partial(pass_error, target=running.done))
         return running
 
     def _begin(self, running: BucketExchange) -> None:
@@ -431,6 +431,7 @@ class GradientReducer:
                 one.done.result()
             except Exception as error:
                 self._failure = self._failure or error
+        self._lane.join()  # what was written is read in the caller's stream
         self._check()
 
     def _check(self) -> None:

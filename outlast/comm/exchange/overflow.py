@@ -10,6 +10,7 @@ from torch import Tensor
 
 from outlast.comm.compressors.base import finite
 from outlast.comm.transport.communicator import Communicator
+from outlast.comm.transport.stream import DeviceStream
 from outlast.comm.transport.worker import OrderedWorker
 
 
@@ -19,20 +20,20 @@ class OverflowVote:
     Args:
         codec: the thread that looks.
         communicator: all ranks.
-        device: of the gradients.
+        lane: where the gradients are looked at.
     """
 
-    def __init__(self, codec: OrderedWorker, communicator: Communicator, device: torch.device) -> None:
+    def __init__(self, codec: OrderedWorker, communicator: Communicator, lane: DeviceStream) -> None:
         self._codec = codec
         self._communicator = communicator
-        self._device = device
+        self._lane = lane
         self._all_finite = True
 
-    def look(self, grads: list[Tensor]) -> Future[None]:
-        """Take one bucket's gradients into account."""
+    def look(self, grads: list[Tensor], ready: torch.cuda.Event | None) -> Future[None]:
+        """Take one bucket's gradients into account, once they are ``ready``."""
 
         def job() -> None:
-            with torch.no_grad():
+            with torch.no_grad(), self._lane.work(ready):
                 self._all_finite = self._all_finite and all(finite(grad) for grad in grads)
 
         return self._codec.submit(job)
@@ -42,21 +43,25 @@ class OverflowVote:
 
         Args:
             use: called in the communicator's thread where no rank's gradients overflowed.
-            skip: called in the codec's thread otherwise.
+            skip: called in the codec's thread, in the lane, otherwise.
             failed: told of each job's future, as a callback.
         """
-        vote = torch.zeros(8, dtype=torch.uint8, device=self._device)
 
         def say() -> None:
-            vote.fill_(not self._all_finite)
+            with self._lane.work():
+                vote = torch.full((8,), not self._all_finite, dtype=torch.uint8, device=self._lane.device)
             self._all_finite = True
-            self._communicator.submit(hear).add_done_callback(failed)
+            self._communicator.submit(lambda: hear(vote)).add_done_callback(failed)
 
-        def hear() -> None:
+        def hear(vote: Tensor) -> None:
             if bool(self._communicator.all_gather(vote, "overflow").any()):
-                self._codec.submit(skip).add_done_callback(failed)
+                self._codec.submit(skip_in_lane).add_done_callback(failed)
             else:
                 use()
+
+        def skip_in_lane() -> None:
+            with self._lane.work():
+                skip()
 
         self._codec.submit(say).add_done_callback(failed)
 

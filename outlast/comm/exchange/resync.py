@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
+from torch import Tensor
+
 from outlast.comm.exchange.topology import Network
 from outlast.comm.feedback import Feedback
 from outlast.comm.slices import slices
 from outlast.comm.state.parameters import ParameterStates
 from outlast.comm.state.reshard import resync, tracked
-from outlast.comm.transport.communicator import slowest
+from outlast.comm.transport.communicator import Communicator, settle, slowest
 
 
 def resync_all(store: ParameterStates, feedback: Feedback | None, network: Network, two_phase: bool) -> float:
@@ -26,9 +28,16 @@ def resync_all(store: ParameterStates, feedback: Feedback | None, network: Netwo
         if mine is None:
             continue
         flat, rail = mine.reshape(-1), network.rail
-        mean = rail.submit(partial(rail.mean, flat, f"resync of {state.name}")).result().view(mine.shape)
+        settle(flat.device)  # the communicator has a stream of its own
+        mean = rail.submit(partial(_settled_mean, rail, flat, state.name)).result().view(mine.shape)
         aggregates = state.replicated
         if two_phase:
             aggregates, mean = state.held(feedback), slices(mean, state.units)[state.rank]
         worst = max(worst, resync(aggregates, mean))
     return slowest(network.whole, worst, store.device)
+
+
+def _settled_mean(rail: Communicator, flat: Tensor, name: str) -> Tensor:
+    mean = rail.mean(flat, f"resync of {name}")
+    settle(mean.device)
+    return mean
