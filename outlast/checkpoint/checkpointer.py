@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -25,6 +26,7 @@ from outlast.checkpoint.restore.agree import agree_on
 from outlast.checkpoint.restore.heal import is_thin, survey_of
 from outlast.checkpoint.restore.restore import Restored, Restoring
 from outlast.checkpoint.restore.survey import Survey
+from outlast.checkpoint.save.device import DeviceRoom
 from outlast.checkpoint.save.hooks import Hooks
 from outlast.checkpoint.save.job import SaveJob, raise_error
 from outlast.checkpoint.save.plan import share_of
@@ -113,6 +115,7 @@ class Checkpointer:
         self._place = SaveContext(self._store, config, rank, world_size, epoch, emit, self._io)
         self._group = group
         self._arena = Arena(int(config.host_memory_mb * 1e6))
+        self._device_room = DeviceRoom()
         self._tiers: Tiers | None = None
         if config.memory_every_steps:
             self._tiers = Tiers(self._place, Agreement(group, rank, world_size), host)
@@ -196,7 +199,7 @@ class Checkpointer:
             chunk_bytes=int(config.chunk_mb * 1e6),
             pack_below_bytes=int(config.pack_below_kb * 1e3),
         )
-        snapshot = Snapshot(share.parts)
+        snapshot = Snapshot(share.parts, self._device_room)
         root = of_all.groups[""]
         saving: SaveJob | None = None
         if self._tiers is not None:
@@ -211,8 +214,13 @@ class Checkpointer:
             if saving is None and not durable:
                 return
         if saving is None:
-            self._arena.reserve([part.nbytes + CRC_BYTES for part in share.parts], pinned=snapshot.pinned)
-            source = TensorSource(share, snapshot, self._arena)
+            sizes = [part.nbytes + CRC_BYTES for part in share.parts]
+            source = TensorSource(
+                share,
+                snapshot,
+                self._arena,
+                prepare=partial(self._arena.reserve, sizes, pinned=snapshot.pinned),
+            )
             saving = StorageSave(self._place, step, self._serial, root, share, source, snapshot, began)
         self._saving = saving
         saving.predicted_stall_s = self._stall.begin(sum(part.nbytes for part in share.parts), time.monotonic())
@@ -396,6 +404,8 @@ class Checkpointer:
         if self._tiers is not None:
             self._tiers.close()
         self._io.shutdown()
+        self._arena.clear()
+        self._device_room.clear()
         atexit.unregister(self.abort)
 
     def _finish(self) -> None:

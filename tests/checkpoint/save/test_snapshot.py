@@ -148,5 +148,5 @@ def test_host_memory_is_used_again(tmp_path: Path) -> None:
         for step in (1, 2, 3):
             saver.save(step, replicated={"model": net.state_dict()}, local={"rng": {"s": torch.ones(step)}})
             saver.wait_copied()
-            places.add(saver._arena._buffer.data_ptr())
+            places.add(saver._arena._pages.data_ptr())
     assert len(places) == 1
