@@ -171,7 +171,9 @@ class WatchedAgent(LocalElasticAgent):
         SIGTERM whatever ended the launcher: a rank that gets SIGINT prints a KeyboardInterrupt's traceback.
         """
         self._kill_stopped()
-        super()._shutdown(signal.SIGTERM, int(self._config.stop_grace_s))
+        if self._pcontext is not None:
+            self._pcontext.close(signal.SIGTERM, int(self._config.stop_grace_s))
+        super()._shutdown(signal.SIGTERM)  # up to torch 2.11 it takes no time limit
 
     @property
     def ranks(self) -> tuple[int, ...]:
