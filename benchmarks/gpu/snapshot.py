@@ -97,6 +97,12 @@ class Saver:
     def wait(self) -> None:
         self.waited_s.append(self.checkpointer.wait_copied())
 
+    def settle(self) -> None:
+        """Wait until nothing is on its way to storage."""
+        self.checkpointer.wait_copied()
+        while self.checkpointer.running:
+            time.sleep(0.02)
+
     def failures(self) -> list[str]:
         return [str(event) for event in self.events if "Failed" in type(event).__name__][:2]
 
@@ -128,8 +134,7 @@ def ours(report: Report, trainer: Trainer, folder: Path, none_s: list[float], ra
     try:
         first = trainer.timed(lambda number: saver.save(trainer, 1, durable=not memory), 1)
         first += trainer.timed(lambda number: None, 1)
-        while saver.checkpointer.running:
-            time.sleep(0.02)
+        saver.settle()
         if memory:  # the second slot is made meanwhile
             saver.save(trainer, 2, durable=False)
             saver.checkpointer.wait_copied()
@@ -139,8 +144,6 @@ def ours(report: Report, trainer: Trainer, folder: Path, none_s: list[float], ra
         used = before - free_GB()
         count = 10 if every > 1 else 6
         times = trainer.timed(lambda n: saver.save(trainer, 10 + n, durable=not memory) if n % every == 1 % every else None, count)
-        copy_s = saver.checkpointer._saving.copied_at if saver.checkpointer._saving is not None else None
-        print("copied at", copy_s)
         called, waited = saver.called_s, saver.waited_s
         blocked = [one + other for one, other in zip(called, waited[1:] if every == 1 else waited[1:2], strict=False)]
         ratio = statistics.mean(times) / statistics.median(none_s)
@@ -172,8 +175,7 @@ def ours(report: Report, trainer: Trainer, folder: Path, none_s: list[float], ra
 
 def copy_rate(report: Report, trainer: Trainer, saver: Saver, rate: float, nbytes: int, *, durable: bool) -> None:
     """How fast a snapshot is copied when nothing else runs."""
-    while saver.checkpointer.running:
-        time.sleep(0.02)
+    saver.settle()
     sync(trainer.settings.device)
     began = time.perf_counter()
     saver.save(trainer, 100, durable=durable)
