@@ -204,7 +204,7 @@ def torch_save(report: Report, trainer: Trainer, folder: Path, none_s: list[floa
     folder.mkdir(exist_ok=True)
     sync(trainer.settings.device)
     began = time.perf_counter()
-    torch.save(trainer.state(), folder / "state.pt")
+    torch.save(trainer.tensors(), folder / "state.pt")
     report.add("torch.save", None, blocked_ms=1e3 * (time.perf_counter() - began))
     shutil.rmtree(folder)
 
@@ -220,7 +220,7 @@ def dcp_async(report: Report, trainer: Trainer, folder: Path, none_s: list[float
     for number in range(2):
         sync(trainer.settings.device)
         began = time.perf_counter()
-        answer: Any = dcp.async_save(trainer.state(), checkpoint_id=folder / str(number), async_stager=stager)
+        answer: Any = dcp.async_save(trainer.tensors(), checkpoint_id=folder / str(number), async_stager=stager)
         called.append(time.perf_counter() - began)
         done = getattr(answer, "upload_completion", answer)
         if number:

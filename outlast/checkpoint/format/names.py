@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from urllib.parse import quote, unquote
 
 from outlast.errors import CheckpointError
@@ -113,6 +114,7 @@ def parse_failed(name: str) -> tuple[str, int] | None:
     return (unquote(match[2]), int(match[3])) if match else None
 
 
+@lru_cache(maxsize=65_536, typed=True)
 def encode_key(key: str | int, *, at_root: bool = False) -> str:
     """A key of the state as one path component; :func:`decode_key` is its inverse.
 
