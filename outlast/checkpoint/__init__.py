@@ -16,7 +16,7 @@ from outlast.checkpoint.attach import attach
 from outlast.checkpoint.auto_interval import AutoInterval, Interval, expected_mtbf_s, optimal_interval_s
 from outlast.checkpoint.checkpointer import Checkpointer
 from outlast.checkpoint.config import CheckpointConfig
-from outlast.checkpoint.restore.restore import Restored
+from outlast.checkpoint.restore.load import Restored
 from outlast.checkpoint.state.tree import check_like
 from outlast.lazy import lazy_modules
 
