@@ -347,13 +347,13 @@ def refused(rank: int) -> list[str]:
 @needs_deepspeed
 def test_what_cannot_be_right_is_refused(two_ranks: Ranks) -> None:
     expected = [
-        "no DeepSpeedEngine",
+        "is not a DeepSpeedEngine",
         "overlap_comm",
         "contiguous_gradients",
         "gradient_clipping = 1",
         "compressor = 'auto'",
         "managed_gradient_accumulation = false",
-        "was replaced before",
+        "is already replaced",
         "was saved with version",
         "were accumulated and not exchanged",
         "takes ('tensor',), expected",
