@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -104,3 +105,18 @@ def test_the_project_names_no_machine() -> None:
     pages = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "pyproject.toml", *(ROOT / "outlast").rglob("*.py")]
     for page in pages:
         assert not re.search(r"/(root|home|work|tmp)/", page.read_text()), page
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pictures of the docs, drawn anew."""
+    folder = tmp_path_factory.mktemp("pictures")
+    subprocess.run([sys.executable, ROOT / "docs" / "make_pictures.py", folder], check=True, timeout=60)
+    return folder
+
+
+@pytest.mark.parametrize("picture", ["rooms.svg", "step.svg", "time_to_loss.svg"])
+def test_pictures_show_what_is_there(pictures: Path, picture: str) -> None:
+    drawn = (pictures / picture).read_text(encoding="utf-8")
+    assert drawn == (ROOT / "docs" / picture).read_text(encoding="utf-8"), "run python docs/make_pictures.py"
+    assert ElementTree.fromstring(drawn).get("viewBox")
