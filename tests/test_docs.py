@@ -85,10 +85,32 @@ def test_nothing_is_listed_that_is_not_there() -> None:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
+def anchors(page: Path) -> set[str]:
+    """What links to a page's headings say after the ``#``, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+            if "://" in target:
+                continue
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(there), f"{page.name}: {target}#{anchor}"
+
+
+def test_every_room_and_folder_is_named() -> None:
+    """docs/architecture.md has a place for each folder, and for none that is gone."""
+    package = ROOT / "outlast"
+    folders = {str(path.parent.relative_to(package)) for path in package.glob("*/__init__.py")}
+    folders |= {str(path.parent.relative_to(package)) for path in package.glob("*/*/__init__.py")}
+    cells = re.findall(r"^\| (`[^|]*`) \|", (ROOT / "docs" / "architecture.md").read_text(), flags=re.M)
+    named = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    assert folders <= named
+    missing = {name for name in named if not any((package / f"{name}{end}").exists() for end in ("", ".py"))}
+    assert not missing
 
 
 def test_make_check_is_what_it_says() -> None:
