@@ -101,6 +101,14 @@ def test_links_lead_somewhere() -> None:
             assert not anchor or anchor in anchors(there), f"{page.name}: {target}#{anchor}"
 
 
+def test_paths_lead_somewhere() -> None:
+    """``NAME`` stands for a file that a reader adds."""
+    tops = "outlast|tests|docs|benchmarks|examples|slurm"
+    for page in PAGES:
+        for path in re.findall(rf"`((?:{tops})/[\w./-]*)(?:::\w+)?`", page.read_text()):
+            assert "NAME" in path or (ROOT / path).exists(), f"{page.name}: {path}"
+
+
 def test_every_room_and_folder_is_named() -> None:
     """docs/architecture.md has a place for each folder, and for none that is gone."""
     package = ROOT / "outlast"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import outlast
+from tests.diagnostics.report.synthetic import SyntheticRun
 
 Names = dict[str, Any]
 
@@ -100,6 +102,16 @@ def saved_run() -> Names:
     with outlast.checkpoint.attach("runs/stdlib_gpt/checkpoints") as checkpointer:
         checkpointer.save(200, replicated={"model": tensors}, local={})
     return {"zarr": import_module("zarr")}
+
+
+def reported_run() -> Names:
+    """The events of a run of two ranks that was started twice, in ``runs/stdlib_gpt``."""
+    run = SyntheticRun(run_dir=Path("runs/stdlib_gpt"), ranks=2, steps=20)
+    run.start()
+    run.train(1, 10)
+    run.start(generation=1, first_step=11)
+    run.train(11, 20)
+    return {}
 
 
 SHARED: Names = {"torch": torch, "nn": nn, "outlast": outlast}

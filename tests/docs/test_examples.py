@@ -22,12 +22,14 @@ from tests.docs.blocks import Block, all_blocks, looks_like_python
 PRELUDES = {
     "docs/checkpointing.md: Sharded state": "sharded",
     "docs/checkpointing.md: The format (2)": "saved_run",
+    "docs/extending.md: A verb": "reported_run",
+    "docs/extending.md: A report section": "reported_run",
     "outlast.checkpoint": "saved_run",
 }
 """What comes before a block, where it is neither ``loop`` nor seen from the block itself."""
 
 ONE_RANK = ("docs/extending.md", "outlast.comm.testing")
-"""Pages and modules whose examples need no ranks: the first runs them, the second waits."""
+"""Pages and modules whose examples need no second rank."""
 
 NOT_RUN: dict[str, str] = {}
 """Examples that cannot run here, and why."""
@@ -49,42 +51,41 @@ def prelude_of(block: Block) -> str:
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(2)
+def worlds() -> Iterator[dict[int, Ranks]]:
+    """One rank, and two."""
+    ranks = {size: Ranks(size) for size in (1, 2)}
     yield ranks
-    ranks.close()
+    for world in ranks.values():
+        world.close()
 
 
-def run(rank: int, block: Block, prelude: str | None, folder: str) -> list[str]:
-    """Run an example, and end what it began; the names that it made."""
-    if prelude is None and rank:
-        return []
+def run(rank: int, block: Block, prelude: str, folder: str) -> None:
+    """Run an example, the tests that it defines, and end what it began."""
     os.chdir(folder)
     names = dict(vars(import_module(block.module))) if block.module else {}
-    names |= {"__name__": "example"}
-    if prelude is not None:
-        names |= getattr(import_module("tests.docs.preludes"), prelude)()
+    names |= {"__name__": "example"} | getattr(import_module("tests.docs.preludes"), prelude)()
     given = set(names)
     code = re.sub(r"\b10[_,]?0[01]\b|\b1000[01]\b", "25", block.code)
     try:
-        exec(compile(code, block.name, "exec"), names)
+        exec(compile(code, block.name, "exec", dont_inherit=True), names)
+        for name in [name for name in names if name.startswith("test_")]:
+            names[name]()
     finally:
         for name in ("checkpointer", "reducer"):
             if name in names and name not in given:
                 with suppress(Exception):
                     names[name].close()
-    return sorted(set(names) - given)
 
 
 @pytest.mark.parametrize(
     "name", sorted(set(EXAMPLES) - set(NOT_RUN), key=lambda name: "deepspeed" in BLOCKS[name].code)
 )
-def test_it_runs(two_ranks: Ranks, tmp_path: Path, name: str) -> None:
+def test_it_runs(worlds: dict[int, Ranks], tmp_path: Path, name: str) -> None:
     block = BLOCKS[name]
-    prelude = None if name.startswith(ONE_RANK) else prelude_of(block)
+    prelude = prelude_of(block)
     if prelude == "deepspeed" and util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: pip install 'outlast[deepspeed]'")
-    two_ranks.run(run, block, prelude, str(tmp_path))
+    worlds[1 if name.startswith(ONE_RANK) else 2].run(run, block, prelude, str(tmp_path))
 
 
 @pytest.mark.parametrize("name", [name for name, block in BLOCKS.items() if block.language == "toml"])
