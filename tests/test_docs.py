@@ -23,7 +23,8 @@ ELSEWHERE = {
     "make train": "tests/test_first_run.py",
     "make test": "this very suite",
     "make check": "tests/test_docs.py::test_make_check_is_what_it_says and .ci/run",
-    "mpirun -n 2 outlast train configs/stdlib_gpt.toml": "tests/launch/test_environments.py, with flags for root",
+    "pip install .": "tests/test_first_run.py, as a wheel in an empty environment",
+    "mpirun -n 2 outlast train configs/stdlib_gpt.toml": "tests/launch/test_place.py, with flags for root",
     "sbatch slurm/train.sbatch configs/stdlib_gpt.toml": "tests/launch/test_slurm.py, on a real Slurm",
     "torchrun --nproc-per-node 2 examples/own_loop.py runs/own_loop": "tests/test_own_loop.py",
 }

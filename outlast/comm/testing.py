@@ -1,4 +1,4 @@
-"""Checks anybody's compressor against the contract of :class:`outlast.comm.Compressor`, in one call::
+"""Checks anybody's compressor against the contract of :class:`outlast.comm.compressors.Compressor`, in one call::
 
     from outlast.comm.compressors import TopK
     from outlast.comm.testing import check_compressor
