@@ -101,6 +101,10 @@ class SlotIndex:
     """Where each of the vote's files begins, in bytes; what follows is as long as the vote says."""
 
 
+_KINDS: dict[type, str] = {Vote: "vote", Commit: "commit", SlotIndex: "placed"}
+"""What a record calls itself in its file, whatever its class is called here."""
+
+
 def crc_hex(*parts: bytes | memoryview) -> str:
     """CRC32C of the concatenation, as 8 hex digits."""
     value = 0
@@ -148,14 +152,14 @@ def _wrong_size(entry: FileEntry, nbytes: int) -> Fault:
 
 def seal(record: Vote | Commit | SlotIndex) -> bytes:
     """The file of a record."""
-    body = {"format_version": FORMAT_VERSION, "kind": type(record).__name__.lower(), **asdict(record)}
+    body = {"format_version": FORMAT_VERSION, "kind": _KINDS[type(record)], **asdict(record)}
     text = json.dumps(body, indent=1, allow_nan=False).encode()[:-1].rstrip(b"\n")
     return text + b',"crc32c":"' + crc_hex(text).encode() + b'"}\n'
 
 
 def unseal_vote(data: bytes, file: str) -> Vote:
     """A vote from its file's bytes; raises :class:`Fault`."""
-    body = _unseal(data, file, "vote")
+    body = _unseal(data, file, _KINDS[Vote])
     try:
         files = tuple(FileEntry(**entry) for entry in body.pop("files"))
         return Vote(files=files, **body)
@@ -165,7 +169,7 @@ def unseal_vote(data: bytes, file: str) -> Vote:
 
 def unseal_placed(data: bytes, file: str) -> SlotIndex:
     """What lies in a slot, from its index's bytes; raises :class:`Fault`."""
-    body = _unseal(data, file, "placed")
+    body = _unseal(data, file, _KINDS[SlotIndex])
     try:
         vote = body["vote"]
         files = tuple(FileEntry(**entry) for entry in vote.pop("files"))
@@ -177,7 +181,7 @@ def unseal_placed(data: bytes, file: str) -> SlotIndex:
 
 def unseal_commit(data: bytes) -> Commit:
     """A commit record from its file's bytes; raises :class:`Fault`."""
-    body = _unseal(data, COMMIT, "commit")
+    body = _unseal(data, COMMIT, _KINDS[Commit])
     try:
         votes = tuple(FileEntry(**entry) for entry in body.pop("votes"))
         return Commit(votes=votes, **body)
