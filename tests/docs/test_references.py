@@ -49,3 +49,14 @@ def test_what_is_not_there_is_found() -> None:
     assert is_there("outlast.comm.deepspeed")
     assert not is_there("outlast.comm.TopK")
     assert not is_there("outlast.chekpoint")
+
+
+def test_what_moved_is_where_the_changelog_says() -> None:
+    rows = re.findall(r"^\| (.*`.*) \| (`outlast.*) \|$", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    assert len(rows) > 10
+    for before, now in rows:
+        places = re.findall(r"`(outlast[.\w]*)`", now)
+        assert all(map(is_there, places)), now
+        if before.startswith("from "):
+            names = re.findall(r"`(\w+)`", before.split(":", 1)[1])
+            assert all(is_there(f"{places[0]}.{name}") for name in names if name != "Report"), now
