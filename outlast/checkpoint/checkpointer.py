@@ -45,16 +45,17 @@ _log = logging.getLogger("outlast.checkpoint")
 class Checkpointer:
     """Saves state while training goes on, and restores it; one per rank.
 
-    ::
+    :func:`outlast.checkpoint.attach` makes one for the ranks of a process group::
 
-        with Checkpointer(url, config, rank=rank, world_size=world_size, epoch=token, emit=log.write) as checkpointer:
-            restored = checkpointer.restore("auto")
-            for step in ...:
-                loss.backward()
+        with outlast.checkpoint.attach("runs/mine/checkpoints") as checkpointer:
+            restored = checkpointer.restore("auto", into={"model": model.state_dict()})
+            for step in range(restored.step + 1 if restored else 1, 1001):
+                loss(model, step).backward()
                 checkpointer.wait_copied()  # or, once and before the loop: checkpointer.watch(model, optimizer)
                 optimizer.step()
+                optimizer.zero_grad()
                 if step % 10 == 0:
-                    checkpointer.save(step, replicated={"model": model.state_dict(), ...}, local={"rng": ...})
+                    checkpointer.save(step, replicated={"model": model.state_dict()}, local={})
 
     Failure contract. What the environment does (a full disk, a timeout, another rank's death) makes a save fail: a
     ``CheckpointFailed`` event and a log line tell, training goes on, and the checkpoints before it are untouched. What

@@ -22,12 +22,14 @@ def attach(
 ) -> GradientReducer:
     """Compress what ``ddp`` averages, from the next backward on; a collective call.
 
-    ::
+    Adam's directions, with Adam in the reducer::
 
         reducer = attach(ddp, target="update", density=0.01)
-        optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3, weight_decay=0.1)      # Adam is in the reducer
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3, weight_decay=0.1)
 
-        reducer = attach(ddp, target="gradient", feedback="ef21", density=0.05)       # with any optimizer
+    Gradients, with any optimizer::
+
+        reducer = attach(ddp, target="gradient", feedback="ef21", density=0.05)
 
     Args:
         ddp: the model; the ranks are those of its process group.

@@ -188,7 +188,7 @@ def attach_fsdp(
         for block in model.blocks:
             fully_shard(block)
         fully_shard(model)
-        reducer = outlast.comm.attach_fsdp(model, config=CommConfig(target="update", density=0.02))
+        reducer = outlast.comm.fsdp.attach_fsdp(model, config=CommConfig(target="update", density=0.02))
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=0.1)
 
     Over a one-dimensional mesh what is compressed is the reduce-scatter (``FSDPModule.set_custom_reduce_scatter``):
