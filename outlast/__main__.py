@@ -1,4 +1,4 @@
-"""``python -m outlast.cli``: the command line where no entry point is installed."""
+"""``python -m outlast VERB``: the command line where the ``outlast`` script is not on the PATH."""
 
 import sys
 
