@@ -37,9 +37,10 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"config"},
     ],
     "comm": [
+        {"attach"},
         {"deepspeed", "fsdp"},
         {"ddp"},
-        {"auto"},
+        {"auto", "reducer"},
         {"exchange"},
         {"state"},
         {"direction", "analysis", "testing"},
@@ -237,6 +238,7 @@ FACES = {
         "Communicator",
         "GradientReducer",
         "ReduceStats",
+        "Reducer",
         "attach",
     },
     "checkpoint": {

@@ -27,6 +27,7 @@ from outlast.comm.exchange.resync import resync_all
 from outlast.comm.exchange.stats import Meter, ReduceStats
 from outlast.comm.exchange.topology import Network
 from outlast.comm.feedback import Feedback, Probe
+from outlast.comm.reducer import Reducer
 from outlast.comm.state.parameters import ParameterStates
 from outlast.comm.transport.communicator import CollectiveObserver
 from outlast.comm.transport.stream import DeviceStream
@@ -36,7 +37,7 @@ from outlast.errors import CommError
 _REDUCE_BYTES = 8 << 20
 
 
-class GradientReducer:
+class GradientReducer(Reducer):
     """Replaces every gradient by an estimate of its mean over ranks, bit-identical on all of them.
 
     Under DDP (:meth:`attach`) each bucket is compressed and exchanged while backward goes on, in two threads: one
@@ -69,7 +70,7 @@ class GradientReducer:
             when it stays dense); None takes ``direction``, or if that is None too Adam with beta1 = 0.9, beta2 = 0.95,
             clip_rms = 1.
         feedback: a method that settings cannot name (EF21-W's weights, a compressor of one's own), in place of theirs.
-        tell: told what ``config.compressor = "auto"`` became, in the training thread.
+        on_choice: called with what ``config.compressor = "auto"`` became, in the training thread.
 
     Raises:
         CommError: no default process group; parameters on several devices; a parameter that comes twice; ranks that are
@@ -86,7 +87,7 @@ class GradientReducer:
         direction: Direction | None = None,
         dense_direction: Direction | None = None,
         feedback: Feedback | None = None,
-        tell: Callable[[Choice], None] | None = None,
+        on_choice: Callable[[Choice], None] | None = None,
     ) -> None:
         self.config = config
         auto = config.compressor == "auto"
@@ -99,6 +100,7 @@ class GradientReducer:
             observer=observer,
             stream=self._lane.work,
         )
+        self.world_size = self._network.whole.world_size
         self._plan = ExchangeMethod(
             replace(config, compressor="dense") if auto else config,
             self._network,
@@ -120,7 +122,7 @@ class GradientReducer:
         self._auto = Auto(config, self._network, states, self._lane.device) if auto else None
         self.choice: Choice | None = None
         """What ``compressor = "auto"`` became, and why; None before it was chosen."""
-        self._tell = tell
+        self._on_choice = on_choice
         self._codec = OrderedWorker("outlast-codec")
         self._pipeline = Pipeline(self._codec, self._network.whole.submit)
         self._vote = OverflowVote(self._codec, self._network.whole, self._lane.device)
@@ -133,11 +135,6 @@ class GradientReducer:
         self._backward_done = True
         self._seen: set[int] = set()
         self._running: list[BucketExchange] = []
-
-    @property
-    def world_size(self) -> int:
-        """How many ranks are averaged over."""
-        return self._network.whole.world_size
 
     def attach(self, ddp: DistributedDataParallel) -> None:
         """Become ``ddp``'s communication hook; to be called once, before the first backward.
@@ -308,7 +305,7 @@ class GradientReducer:
 
     def _next_backward(self, bucket: int) -> bool:
         """Note that ``bucket`` is ready; whether it is the first of its backward pass."""
-        self._check()
+        self.check()
         if self._step_is_given:
             if bucket in self._seen:
                 raise CommError(
@@ -330,8 +327,8 @@ class GradientReducer:
             if self.choice is not None:
                 self._auto = None
                 self._adopt(self.choice.config)
-                if self._tell is not None:
-                    self._tell(self.choice)
+                if self._on_choice is not None:
+                    self._on_choice(self.choice)
         self._network.take_traffic()
         self._meter.reset()
         every = self.config.probe_every_steps
@@ -424,16 +421,21 @@ class GradientReducer:
 
     def _finish(self) -> None:
         """Wait for all exchanges; raise the first error there was."""
-        self._check()
+        self.check()
         running, self._running = self._running, []
         for one in running:
             try:
                 one.done.result()
             except Exception as error:
                 self._failure = self._failure or error
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise what has gone wrong before, if anything has.
+
+        Raises:
+            CommError: an exchange has failed, or the reducer was closed.
+        """
         if self._failure is not None:
             raise self._failure
         if self._closed:

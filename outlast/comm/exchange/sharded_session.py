@@ -377,6 +377,15 @@ class ShardSession:
         return held[:nbytes]
 
 
+def cannot_reshard(what: str, saved: int, ranks: int) -> CommStateMismatch:
+    """The refusal of state that another number of ranks saved."""
+    return CommStateMismatch(
+        f"error-feedback state of {saved} ranks cannot be redistributed over {ranks} ranks: {what} cuts gradients into "
+        "shards",
+        f"continue with {saved} ranks, or leave the error-feedback state out, which begins anew",
+    )
+
+
 def _forms(slots: Slots) -> Forms:
     return {slot: (tuple(tensor.shape), tensor.dtype) for slot, tensor in slots.items()}
 
