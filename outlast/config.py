@@ -23,6 +23,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -71,8 +72,9 @@ def load(
     joined = {}
     for section, cls in sections.items():
         hints = get_type_hints(cls)
+        unknown = {field.name: _unknown(field) for field in dataclasses.fields(cls)}
         values = {
-            key: _convert(value, hints[key], f"{section}.{key}", where[f"{section}.{key}"])
+            key: _convert(value, hints[key], f"{section}.{key}", where[f"{section}.{key}"], unknown[key])
             for key, value in raw[section].items()
         }
         missing = [f.name for f in dataclasses.fields(cls) if _required(f) and f.name not in values]
@@ -91,10 +93,26 @@ def override(config: T, arguments: Sequence[str], prog: str) -> T:
     process exits with status 2, as command-line programs do.
 
     Raises:
-        ConfigError: a value its dataclass refuses.
+        ConfigError: a value that its Literal does not list, or that its dataclass refuses.
     """
     kind = type(config)
+    _check_choices(kind, arguments)
     return tyro.cli(kind, prog=prog, default=config, args=list(arguments), config=(tyro.conf.FlagConversionOff,))
+
+
+def _check_choices(kind: type, arguments: Sequence[str]) -> None:
+    """Refuse what a Literal does not list and name the nearest choice, where tyro would name all of them.
+
+    Raises:
+        ConfigError: the first of them.
+    """
+    sections = get_type_hints(kind)
+    for flag, value in pairwise(arguments):
+        section, _, key = flag.removeprefix("--").replace("-", "_").partition(".")
+        for field in dataclasses.fields(sections[section]) if section in sections else ():
+            hint = get_type_hints(sections[section])[field.name]
+            if field.name == key and get_origin(hint) is typing.Literal:
+                _convert(value, hint, f"{section}.{key}", "command line", _unknown(field))
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -138,6 +156,12 @@ def to_toml(config: object) -> str:
 
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _unknown(field: dataclasses.Field[Any]) -> type[ConfigError]:
+    """The error of a value that the field's Literal does not list; a field may name its own in its metadata."""
+    error: type[ConfigError] = field.metadata.get("unknown", OutOfRange)
+    return error
 
 
 def _toml_value(value: object) -> str:
@@ -204,8 +228,12 @@ def _words(hint: Any) -> str:
     return ", ".join(map(repr, get_args(hint))) if get_origin(hint) is typing.Literal else str(hint.__name__)
 
 
-def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
-    """``value`` as the type ``hint``; text from the environment is parsed, TOML values must already fit."""
+def _convert(value: Any, hint: Any, name: str, source: str, unknown: type[ConfigError] = OutOfRange) -> Any:
+    """``value`` as the type ``hint``; text from the environment is parsed, TOML values must already fit.
+
+    Raises:
+        ConfigError: it does not fit; ``unknown`` where a Literal does not list it.
+    """
     origin = get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         inner = [arm for arm in get_args(hint) if arm is not type(None)]
@@ -214,7 +242,7 @@ def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
         refusals = []
         for arm in inner:
             try:
-                return _convert(value, arm, name, source)
+                return _convert(value, arm, name, source, unknown)
             except ConfigError as error:
                 refusals.append(error)
         if len(inner) == 1:
@@ -223,7 +251,7 @@ def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
     if origin is typing.Literal:
         if value not in get_args(hint):
             options = [str(option) for option in get_args(hint)]
-            raise OutOfRange(
+            raise unknown(
                 f"{source}: {name} = {value!r} is not one of {', '.join(options)}", nearest(str(value), options)
             )
         return value

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from outlast.comm.compressors import (
     VALUES,
     TopK,
 )
+from outlast.comm.config import FEEDBACKS
 from outlast.comm.feedback import (
     EF21SGDM,
     EControl,
@@ -25,6 +28,7 @@ from outlast.comm.feedback import (
 from outlast.comm.feedback.from_config import (
     make_feedback,
 )
+from outlast.config import load, override
 from outlast.errors import ConfigError, OutOfRange, UnknownCompressor
 
 
@@ -78,6 +82,49 @@ def test_out_of_range(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(OutOfRange) as caught:
         CommConfig(**settings)
     assert said in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Joined:
+    comm: CommConfig = field(default_factory=CommConfig)
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "said"),
+    [
+        ('compressor = "topkk"', UnknownCompressor, "did you mean 'topk'"),
+        ('compressor = "powersgd"', UnknownCompressor, "known are: auto, block-topk, dense, gear"),
+        ('feedback = "ef21_sgdm"', UnknownCompressor, "did you mean 'ef21-sgdm'"),
+        ('target = "momentum"', OutOfRange, "known are: auto, gradient, update"),
+        ('values = "int2"', OutOfRange, "did you mean 'int"),
+        ('feedback = "none"', OutOfRange, "compressor = 'dense'"),
+    ],
+)
+def test_wrong_choices_in_a_file_and_on_the_command_line(
+    tmp_path: Path, setting: str, error: type[ConfigError], said: str
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(f"[comm]\n{setting}\n")
+    key, value = setting.split(" = ")
+    for read, source in (
+        (lambda: load(Joined, file, {}), str(file)),
+        (lambda: load(Joined, None, {f"OUTLAST_COMM_{key}".upper(): value.strip('"')}), f"OUTLAST_COMM_{key.upper()}"),
+        (lambda: override(Joined(), [f"--comm.{key}", value.strip('"')], "test"), "command line"),
+    ):
+        with pytest.raises(error) as caught:
+            read()
+        assert type(caught.value) is error
+        assert said in caught.value.fix
+        assert f"comm.{key} = {value}".replace('"', "'") in caught.value.what
+        assert value == '"none"' or caught.value.what.startswith(f"{source}: ")
+
+
+def test_help_lists_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        override(Joined(), ["--help"], "test")
+    said = "".join(capsys.readouterr().out.split()).replace("│", "")
+    for choices in (("auto", *COMPRESSORS), FEEDBACKS, VALUES):
+        assert f"{{{','.join(choices)}}}" in said
 
 
 def test_defaults_of_eta() -> None:
