@@ -26,7 +26,7 @@ from outlast.comm.feedback import (
     EControl,
 )
 from outlast.comm.feedback.from_config import (
-    make_feedback,
+    feedback_from_config,
 )
 from outlast.config import load, override
 from outlast.errors import ConfigError, OutOfRange, UnknownCompressor
@@ -128,10 +128,10 @@ def test_help_lists_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_defaults_of_eta() -> None:
-    econtrol = make_feedback(CommConfig(feedback="econtrol", density=0.01, values="fp32"))
+    econtrol = feedback_from_config(CommConfig(feedback="econtrol", density=0.01, values="fp32"))
     assert isinstance(econtrol, EControl)
     assert econtrol.strength((10_000,)) == pytest.approx(0.01)
-    momentum = make_feedback(CommConfig(feedback="ef21-sgdm"))
+    momentum = feedback_from_config(CommConfig(feedback="ef21-sgdm"))
     assert isinstance(momentum, EF21SGDM)
     assert momentum.eta == 0.1
     assert EControl(TopK(0.9)).strength((1000,)) == 0.5
@@ -151,14 +151,14 @@ def test_in_words() -> None:
     assert CommConfig(compressor="auto").target == "update" == CommConfig().target
     assert CommConfig().describe() == "ef14 topk 1% int8 of updates"
     assert several.describe() == "ef14 lowrank 4 int8 of updates, two-phase, 8 ranks a node"
-    assert make_feedback(CommConfig(compressor="dense", feedback="none")) is None
+    assert feedback_from_config(CommConfig(compressor="dense", feedback="none")) is None
 
 
 def test_every_name_is_known_to_both() -> None:
     assert settings_module.COMPRESSORS == COMPRESSORS
     assert tuple(VALUES) == settings_module.VALUES
     for name in COMPRESSORS:
-        feedback = make_feedback(CommConfig(compressor=name))
+        feedback = feedback_from_config(CommConfig(compressor=name))
         assert (feedback is None) == (name == "dense")
         assert feedback is None or feedback.compressor.name == name
 

@@ -21,7 +21,7 @@ from outlast.comm import (
 from outlast.comm.deepspeed import attach_deepspeed
 from outlast.comm.direction import default_direction
 from outlast.comm.feedback.from_config import (
-    make_feedback,
+    feedback_from_config,
 )
 from outlast.errors import CommError, CommStateMismatch, MissingDependency, NonFiniteGradient
 from tests.comm.ranks import Ranks
@@ -116,7 +116,7 @@ def owners_of(name: str) -> list[tuple[int, int]]:
 def simulate(settings: dict[str, Any], steps: int) -> dict[str, Tensor]:
     """The same in one process, part by part."""
     config = CommConfig(**{**TOY, **settings})
-    method, direction = make_feedback(config), default_direction() if config.target == "update" else None
+    method, direction = feedback_from_config(config), default_direction() if config.target == "update" else None
     assert method is not None
     found = {}
     for name, shape in SHAPES.items():

@@ -19,7 +19,7 @@ from outlast.comm import (
 )
 from outlast.comm.direction import default_direction
 from outlast.comm.feedback.from_config import (
-    make_feedback,
+    feedback_from_config,
 )
 from outlast.comm.fsdp import ShardedReducer, attach_fsdp
 from outlast.errors import CommError, CommStateMismatch, NonFiniteGradient
@@ -109,7 +109,7 @@ def slices_of(name: str, x: Tensor, n: int) -> list[Tensor]:
 def simulate(settings: dict[str, Any], steps: list[list[dict[str, Tensor]]]) -> list[list[dict[str, bytes]]]:
     """``[step][rank][name]``: what each shard's gradient must become, through the feedback classes alone."""
     config = CommConfig(**{**TOY, **settings})
-    method, direction = make_feedback(config), default_direction() if config.target == "update" else None
+    method, direction = feedback_from_config(config), default_direction() if config.target == "update" else None
     n = len(steps[0])
     slots: dict[Any, Any] = {}
     result = []
