@@ -38,9 +38,10 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"config"},
     ],
     "comm": [
+        {"attach"},
         {"deepspeed", "fsdp"},
         {"ddp"},
-        {"auto"},
+        {"auto", "reducer"},
         {"exchange"},
         {"state"},
         {"direction", "analysis", "testing"},
@@ -239,6 +240,7 @@ FACES = {
         "Communicator",
         "GradientReducer",
         "ReduceStats",
+        "Reducer",
         "attach",
     },
     "checkpoint": {
