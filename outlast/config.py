@@ -89,8 +89,9 @@ def load(
     joined = {}
     for section, cls in sections.items():
         hints = get_type_hints(cls)
+        unknown = {field.name: _unknown(field) for field in dataclasses.fields(cls)}
         values = {
-            key: _convert(one.value, hints[key], f"{section}.{key}", one.source)
+            key: _convert(one.value, hints[key], f"{section}.{key}", one.source, unknown[key])
             for (owner, key), one in chosen.items()
             if owner == section
         }
@@ -175,6 +176,12 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
+def _unknown(field: dataclasses.Field[Any]) -> type[ConfigError]:
+    """The error of a value that the field's Literal does not list; a field may name its own in its metadata."""
+    error: type[ConfigError] = field.metadata.get("unknown", OutOfRange)
+    return error
+
+
 def _toml_value(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -248,8 +255,12 @@ def _type_name(hint: Any) -> str:
     return str(hint.__name__)
 
 
-def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
-    """``value`` as the type ``hint``; text (from the environment or the command line) is parsed."""
+def _convert(value: Any, hint: Any, name: str, source: str, unknown: type[ConfigError] = OutOfRange) -> Any:
+    """``value`` as the type ``hint``; text (from the environment or the command line) is parsed.
+
+    Raises:
+        ConfigError: it does not fit; ``unknown`` where a Literal does not list it.
+    """
     origin = get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         inner = [arm for arm in get_args(hint) if arm is not type(None)]
@@ -258,7 +269,7 @@ def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
         refusals = []
         for arm in inner:
             try:
-                return _convert(value, arm, name, source)
+                return _convert(value, arm, name, source, unknown)
             except ConfigError as error:
                 refusals.append(error)
         if len(inner) == 1:
@@ -269,7 +280,7 @@ def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
     if origin is typing.Literal:
         if value not in get_args(hint):
             options = [str(option) for option in get_args(hint)]
-            raise OutOfRange(
+            raise unknown(
                 f"{source}: {name} = {value!r} is not one of {', '.join(options)}", nearest(str(value), options)
             )
         return value

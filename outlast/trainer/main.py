@@ -172,7 +172,9 @@ def _join(config: Config, place: Place, device: torch.device, attempt: Attempt, 
         )
     seed_all(config.run.seed, place.rank)
     model = GPT(config.model, seed=config.run.seed).to(device)
-    engine = build_engine(model, config, device, observer=recorder, tell=lambda choice: _say_choice(choice, events))
+    engine = build_engine(
+        model, config, device, observer=recorder, on_choice=lambda choice: _say_choice(choice, events)
+    )
     stack.callback(engine.close)
     auto = config.checkpoint.every_steps == "auto" and place.rank == 0
     history = read_history(attempt) if auto else History()

@@ -141,7 +141,7 @@ class Tiers:
             self._wait(self._to_disk, LOCAL_DISK, step)
         documents = all_documents(share, self._memory, step, serial, root)
         try:
-            slot = self._slots.take(slot_bytes(share, documents), pinned=snapshot.pinned)
+            slot = self._slots.take(slot_bytes(share, documents))
         except OSError as error:
             reason = f"no shared memory for it: {error}"
             _log.warning("checkpoint of step %d failed in memory: %s", step, reason)
