@@ -119,10 +119,10 @@ def test_wrong_choices_in_a_file_and_on_the_command_line(
         assert value == '"none"' or caught.value.what.startswith(f"{source}: ")
 
 
-def test_the_explained_settings_list_the_choices() -> None:
-    said = to_toml(Joined(), explain=True)
+def test_explained_settings_list_the_choices() -> None:
+    lines = to_toml(Joined(), explain=True).splitlines()
     for choices in (("auto", *COMPRESSORS), FEEDBACKS, VALUES):
-        assert f"# values: {', '.join(map(repr, choices))}\n" in said
+        assert any(line.startswith(f"# values: {', '.join(map(repr, choices))}") for line in lines), choices
 
 
 def test_defaults_of_eta() -> None:
