@@ -124,7 +124,7 @@ class TrainerConfig:
     log_every_steps: int = 10
     """Log a line on rank 0 every so many steps. Its ``|g|`` is the norm of the averaged gradient before clipping. With
     ``comm.target = "update"`` it is ``|u|``, the norm of the averaged update (Adam's direction, before the learning
-    rate), which is about the square root of the number of parameters."""
+    rate), of the order of the square root of the number of parameters."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: autocast forward and backward; parameters, gradients and optimizer stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
