@@ -164,7 +164,7 @@ def hybrid(report: Report, settings: Settings) -> None:
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh)
     fully_shard(task.model, mesh=mesh)
-    reducer = outlast.comm.fsdp.attach_fsdp(task.model, config=CommConfig(**HOW))
+    reducer = outlast.comm.attach(task.model, **HOW)
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=5e-3)
     losses = []
     for number in range(STEPS):
@@ -210,7 +210,7 @@ def deepspeed(report: Report, settings: Settings) -> None:
         }
         optimizer = torch.optim.AdamW(task.model.parameters(), lr=5e-3)
         engine, *_ = ds.initialize(model=task.model, optimizer=optimizer, config=plan)
-        reducer = outlast.comm.deepspeed.attach(engine, CommConfig(**HOW))
+        reducer = outlast.comm.attach(engine, **HOW)
         losses = []
         for number in range(STEPS):
             x, y = task.batch(number)

@@ -2,72 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from outlast.comm.compressors.base import finite
+from outlast.comm.exchange.bucket import BucketExchange
+from outlast.comm.exchange.pipeline import Pipeline
+from outlast.comm.exchange.stats import ReduceMeter
 from outlast.comm.transport.communicator import Communicator
 from outlast.comm.transport.stream import DeviceStream
 from outlast.comm.transport.worker import OrderedWorker
 
 
 class OverflowVote:
-    """Looks at gradients as they come, and once all are there agrees on them with the other ranks.
+    """Checks gradients as they come. Once all are there, the ranks vote on whether to use them.
 
     Args:
-        codec: the thread that looks.
+        codec: the thread that checks.
         communicator: all ranks.
-        lane: where the gradients are looked at.
+        pipeline: of the buckets' collectives.
+        meter: notes steps that are skipped.
+        stream: where the gradients are looked at.
     """
 
-    def __init__(self, codec: OrderedWorker, communicator: Communicator, lane: DeviceStream) -> None:
+    def __init__(
+        self,
+        codec: OrderedWorker,
+        communicator: Communicator,
+        pipeline: Pipeline,
+        meter: ReduceMeter,
+        stream: DeviceStream,
+    ) -> None:
         self._codec = codec
         self._communicator = communicator
-        self._lane = lane
+        self._pipeline = pipeline
+        self._meter = meter
+        self._stream = stream
         self._all_finite = True
 
-    def look(self, grads: list[Tensor], ready: torch.cuda.Event | None) -> Future[None]:
-        """Take one bucket's gradients into account, once they are ``ready``."""
+    def look(self, bucket: BucketExchange) -> None:
+        """Take one bucket's gradients into account. Returns at once."""
+        self._codec.submit(partial(self._look, bucket)).add_done_callback(bucket.fail)
 
-        def job() -> None:
-            with torch.no_grad(), self._lane.work(ready):
-                self._all_finite = self._all_finite and all(finite(grad) for grad in grads)
+    def decide(self, buckets: Sequence[BucketExchange]) -> None:
+        """All gradients have been looked at: use all buckets, or, where a rank's gradients overflowed, skip them all.
 
-        return self._codec.submit(job)
-
-    def decide(self, use: Callable[[], None], skip: Callable[[], None], failed: Callable[[Future[None]], None]) -> None:
-        """All gradients have been looked at: on every rank alike, call ``use`` or ``skip``. A collective call.
-
-        Args:
-            use: called in the communicator's thread where no rank's gradients overflowed.
-            skip: called in the codec's thread, in the lane, otherwise.
-            failed: told of each job's future, as a callback.
+        A collective call; returns at once. Failure: every bucket's ``done`` gets the error.
         """
+        self._codec.submit(partial(self._send, buckets)).add_done_callback(partial(_fail, buckets))
 
-        def say() -> None:
-            with self._lane.work():
-                vote = torch.full((8,), not self._all_finite, dtype=torch.uint8, device=self._lane.device)
-            self._all_finite = True
-            self._communicator.submit(lambda: hear(vote)).add_done_callback(failed)
+    def _look(self, bucket: BucketExchange) -> None:
+        with torch.no_grad(), self._stream.work(bucket.is_ready):
+            self._all_finite = self._all_finite and all(finite(grad) for grad in bucket.grads)
 
-        def hear(vote: Tensor) -> None:
-            if bool(self._communicator.all_gather(vote, "overflow").any()):
-                self._codec.submit(skip_in_lane).add_done_callback(failed)
-            else:
-                use()
+    def _send(self, buckets: Sequence[BucketExchange]) -> None:
+        """In the codec's thread, behind the last bucket's look."""
+        with self._stream.work():
+            vote = torch.full((8,), not self._all_finite, dtype=torch.uint8, device=self._stream.device)
+        self._all_finite = True
+        self._communicator.submit(partial(self._count, vote, buckets)).add_done_callback(partial(_fail, buckets))
 
-        def skip_in_lane() -> None:
-            with self._lane.work():
-                skip()
+    def _count(self, vote: Tensor, buckets: Sequence[BucketExchange]) -> None:
+        """In the communicator's thread."""
+        if bool(self._communicator.all_gather(vote, "overflow").any()):
+            self._codec.submit(partial(self._skip, buckets)).add_done_callback(partial(_fail, buckets))
+            return
+        for bucket in buckets:
+            bucket.use()
+        self._pipeline.flush()
 
-        self._codec.submit(say).add_done_callback(failed)
+    def _skip(self, buckets: Sequence[BucketExchange]) -> None:
+        self._meter.skipped = True
+        with self._stream.work():
+            for bucket in buckets:
+                bucket.skip()
 
 
-def make_infinite(grads: list[Tensor]) -> None:
-    """Inf where every scaler finds it."""
-    with torch.no_grad():
-        for grad in grads:
-            grad.view(-1)[:1].fill_(torch.inf)
+def _fail(buckets: Sequence[BucketExchange], source: Future[Any]) -> None:
+    for bucket in buckets:
+        bucket.fail(source)
