@@ -123,7 +123,7 @@ def test_saving_a_step_twice(tmp_path: Path) -> None:
     assert same(back.replicated, state(5))
     assert rejected(events) == [(2, "")]
     assert steps_at(tmp_path) == ["step_00000002", "step_00000002.aside-1"]
-    assert ["saved and committed before" in reason for reason in failed(events)] == [True]
+    assert ["already saved and committed step" in reason for reason in failed(events)] == [True]
 
 
 def test_saving_a_step_again_that_fails_brings_the_old_one_back(tmp_path: Path) -> None:

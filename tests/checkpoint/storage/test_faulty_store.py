@@ -177,7 +177,7 @@ def test_a_store_that_cannot_refuse(place: Place, caplog: pytest.LogCaptureFixtu
     place.conditional = False
     with caplog.at_level(logging.WARNING, "outlast.checkpoint"):
         save_steps(place.url, 1)
-    assert "cannot be told to write a file only if there is none" in caplog.text
+    assert "cannot create a file exclusively" in caplog.text
     store = open_store(place.url)
     store.prepare()
     store.put_new("file", b"one")

@@ -91,9 +91,9 @@ def test_save_restore_save_anew_prune(url: str) -> None:
 
 def test_a_bucket_that_is_not_there(s3_server: Server) -> None:
     with s3_server.used():
-        with pytest.raises(CheckpointError, match=r"s3://bukcet/run.*there is no such bucket"):
+        with pytest.raises(CheckpointError, match=r"s3://bukcet/run.*the bucket does not exist"):
             checkpointer("s3://bukcet/run")
-        with pytest.raises(CheckpointError, match="there is no such bucket"):
+        with pytest.raises(CheckpointError, match="the bucket does not exist"):
             list_steps("s3://bukcet/run")
 
 
@@ -191,7 +191,7 @@ def test_obstore_does_as_well_and_says_what_it_cannot(by_obstore: str, caplog: p
         with checkpointer(by_obstore, epoch=epoch, keep_last=2, **PACKED) as saver:
             for step in steps:
                 saver.save(step, replicated=state(step), local=local(step))
-    assert "cannot be told to write a file only if there is none" in caplog.text
+    assert "cannot create a file exclusively" in caplog.text
     with checkpointer(by_obstore) as reader:
         back = reader.restore("auto")
     assert back is not None
