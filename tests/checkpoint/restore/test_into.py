@@ -111,7 +111,10 @@ def test_what_does_not_fit_is_not_touched(tmp_path: Path) -> None:
     ("tensor", "said"),
     [
         (torch.zeros(4, 6, device="meta"), "'model/w' cannot be restored into: it is on the meta device"),
-        (torch.zeros(4, 1).expand(4, 6), "'model/w' cannot be restored into: it is expanded, so its elements share memory"),
+        (
+            torch.zeros(4, 1).expand(4, 6),
+            "'model/w' cannot be restored into: it is expanded, so its elements share memory",
+        ),
     ],
 )
 def test_what_cannot_be_filled_is_refused(tmp_path: Path, tensor: torch.Tensor, said: str) -> None:

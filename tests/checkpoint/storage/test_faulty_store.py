@@ -88,7 +88,9 @@ def test_but_not_for_ever(place: Place, error: Callable[[], Exception]) -> None:
     assert failing.calls == 5
     assert [event.step for event in of(CheckpointSaved, events)] == [1, 3]
     (reason,) = failed(events)
-    assert reason.startswith(f"ConnectionError: {place.url}/{CHUNK}: given up after 5 of 5 tries in 0.0 s, the last")
+    assert reason.startswith(
+        f"ConnectionError: {place.url}/{CHUNK}: given up after 5 of 5 tries in 0.0 s, last error: "
+    )
     assert type(error()).__name__ in reason
     assert [info.step for info in list_steps(place.url)] == [1, 3]
 

@@ -37,7 +37,7 @@ def test_describe(tmp_path: Path) -> None:
     flip(tmp_path / "step_00000004" / "rank_00001" / "zarr.json")
     with pytest.raises(CorruptCheckpoint, match=r"rank_00001/zarr\.json"):
         describe(tmp_path)
-    with pytest.raises(CheckpointNotFound, match="committed steps there are: 3, 4"):
+    with pytest.raises(CheckpointNotFound, match="committed steps: 3, 4"):
         describe(tmp_path, 5)
 
 
