@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from outlast.comm.config import CommConfig
 from outlast.comm.ddp.reducer import GradientReducer
 from outlast.comm.direction import Direction
 from outlast.comm.exchange.sharded import ShardItem
-from outlast.comm.exchange.sharded_session import ShardSession
+from outlast.comm.exchange.sharded_session import ShardSession, cannot_reshard
 from outlast.comm.exchange.stats import ReduceStats
 from outlast.comm.state.shards import Cut, Shards
 from outlast.comm.transport.communicator import CollectiveObserver
@@ -22,13 +22,18 @@ from outlast.errors import CommError
 
 
 class Integration(Protocol):
-    """One of them."""
+    """One of them. Its methods are those of :class:`outlast.comm.Reducer`."""
+
+    def check(self) -> None:
+        """Raise what has gone wrong before, if anything has."""
 
     def end_step(self) -> ReduceStats: ...
 
     def state_dict(self) -> dict[str, dict[str, Any]]: ...
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None: ...
+
+    def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -65,6 +70,9 @@ class WholeGradients:
         )
         engine.buffered_allreduce_fallback = self._average
 
+    def check(self) -> None:
+        self._reducer.check()
+
     def end_step(self) -> ReduceStats:
         return self._reducer.end_step()
 
@@ -73,6 +81,9 @@ class WholeGradients:
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         self._reducer.load_state_dict(state)
+
+    def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None:
+        self._reducer.load_resharded(read, ranks)
 
     def close(self) -> None:
         vars(self._engine).pop("buffered_allreduce_fallback", None)
@@ -127,6 +138,9 @@ class Partitions:
         self._bucket = 0
         optimizer.average_tensor = self._average
 
+    def check(self) -> None:
+        self._session.check()
+
     def end_step(self) -> ReduceStats:
         self._complete()
         return self._session.end_step()
@@ -138,6 +152,12 @@ class Partitions:
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         self._complete()
         self._session.load_state_dict(state)
+
+    def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None:
+        self._session.check()
+        if ranks != self._session.world_size:
+            raise cannot_reshard("ZeRO", ranks, self._session.world_size)
+        self.load_state_dict(read(self._session.rank))
 
     def close(self) -> None:
         vars(self._optimizer).pop("average_tensor", None)
