@@ -13,13 +13,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from outlast.checkpoint.convert import (
-    export_step,
-    import_step,
-)
-from outlast.checkpoint.tools import (
-    list_steps,
-)
+from outlast.checkpoint.convert import export_step, import_step
+from outlast.checkpoint.tools import list_steps
 from outlast.errors import (
     CheckpointError,
     ConfigError,
@@ -27,7 +22,8 @@ from outlast.errors import (
     MissingDependency,
 )
 from tests.checkpoint.converting import FORMATS, ODD, leftovers, needs_safetensors, restored, save
-from tests.checkpoint.helpers import files_of, flip, same, steps_at
+from tests.checkpoint.damage import files_of, flip, steps_at
+from tests.checkpoint.states import same
 
 
 @contextmanager

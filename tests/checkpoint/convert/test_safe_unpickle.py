@@ -14,13 +14,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from outlast.checkpoint.convert import (
-    export_step,
-    import_step,
-)
-from outlast.checkpoint.tools import (
-    list_steps,
-)
+from outlast.checkpoint.convert import export_step, import_step
+from outlast.checkpoint.tools import list_steps
 from outlast.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -29,7 +24,8 @@ from outlast.errors import (
     OutlastError,
 )
 from tests.checkpoint.converting import FORMATS, save
-from tests.checkpoint.helpers import flip, same
+from tests.checkpoint.damage import flip
+from tests.checkpoint.states import same
 
 
 class Hostile:

@@ -26,10 +26,7 @@ from outlast.checkpoint.deepspeed.containers import put_together, take_apart
 from outlast.checkpoint.deepspeed.files import kinds_of_deepspeed
 from outlast.checkpoint.save.snapshot import Snapshot
 from outlast.checkpoint.storage.local import LocalStore
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import CheckpointError, CheckpointNotFound, MissingDependency, SnapshotMutated
 from outlast.events import CheckpointRejected, CheckpointSaved, Event
 from tests.comm.deepspeed.test_deepspeed import engine_of, load

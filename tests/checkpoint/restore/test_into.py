@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from outlast.errors import CheckpointError, CorruptCheckpoint, StateMismatch
-from tests.checkpoint.helpers import checkpointer, flip, local, same, save_steps, state
+from tests.checkpoint.damage import flip
+from tests.checkpoint.helpers import checkpointer, save_steps
+from tests.checkpoint.states import local, same, state
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
 

@@ -15,16 +15,14 @@ import pytest
 
 from outlast.checkpoint.storage import retry
 from outlast.checkpoint.storage.open import open_store
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint
 from outlast.events import CheckpointRejected, CheckpointSaved, Event
 from tests.checkpoint.crash import Expected
 from tests.checkpoint.faulty import Place
-from tests.checkpoint.helpers import checkpointer, failed, local, of, same, save_by_ranks, save_steps, state
+from tests.checkpoint.helpers import checkpointer, failed, of, save_by_ranks, save_steps
 from tests.checkpoint.recorder import Mark
+from tests.checkpoint.states import local, same, state
 
 CHUNK = "step_00000002/model/blocks.0.norm.bias/c.0"
 PASSING: list[Callable[[], Exception]] = [

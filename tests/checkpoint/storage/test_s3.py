@@ -14,15 +14,12 @@ from obstore.fsspec import register
 from outlast.checkpoint.storage import fsspec as fsspec_store
 from outlast.checkpoint.storage import retry
 from outlast.checkpoint.storage.fsspec import FsspecStore
-from outlast.checkpoint.tools import (
-    list_steps,
-    prune,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, prune, verify
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import before, checkpointer, failed, local, of, rejected, same, save_and_join, state
+from tests.checkpoint.helpers import before, checkpointer, failed, of, rejected, save_and_join
 from tests.checkpoint.s3 import BUCKET, Server
+from tests.checkpoint.states import local, same, state
 
 PACKED = {"pack_below_kb": 16.0}
 """A handful of objects a step."""

@@ -14,14 +14,10 @@ from outlast.checkpoint import (
     CheckpointConfig,
     check_like,
 )
-from outlast.checkpoint.tools import (
-    TensorInfo,
-    describe,
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import TensorInfo, describe, list_steps, verify
 from outlast.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, OutOfRange, StateMismatch
-from tests.checkpoint.helpers import checkpointer, files_of, flip, save_by_ranks, save_steps
+from tests.checkpoint.damage import files_of, flip
+from tests.checkpoint.helpers import checkpointer, save_by_ranks, save_steps
 
 
 def test_describe(tmp_path: Path) -> None:
