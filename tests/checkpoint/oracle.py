@@ -31,8 +31,9 @@ from outlast.checkpoint.storage.local import LocalStore
 from outlast.errors import OutlastError
 from outlast.events import CheckpointFailed, CheckpointSaved, Event
 from tests.checkpoint.crash import Disk, Expected, Recording, State, Version
-from tests.checkpoint.helpers import flip, same
+from tests.checkpoint.damage import flip
 from tests.checkpoint.recorder import Mark, Names, Tree
+from tests.checkpoint.states import same
 
 URL = "run/checkpoints"
 """Below the recorded directory, so that the making of directories is recorded too."""

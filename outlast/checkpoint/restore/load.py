@@ -137,9 +137,9 @@ class Loader:
         return Restored(step, replicated, local, saved_by, partial(_read_local, reader, context.store))
 
     def _faults_of_all(self, step: int, failures: list[Failure]) -> list[Fault]:
-        """What is wrong with files on any rank, once for each file; collective. Raises what no file is at fault for."""
-        found = all_gather_messages(self.context.agreement, Failure, failures)
-        for rank, failure in found:
+        """The faults of files on any rank, one for each file; raises every other failure. Collective."""
+        of_all = all_gather_messages(self.context.agreement, Failure, failures)
+        for rank, failure in of_all:
             if failure.error_type is StateMismatch:
                 raise StateMismatch(failure.reason, failure.fix)
             if failure.error_type not in (CorruptCheckpoint, IncompleteCheckpoint):
@@ -147,7 +147,7 @@ class Loader:
                 reason = f"{fault.reason} (found by rank {rank})"
                 raise as_error(Fault(fault.kind, fault.file, reason), self.context.store, step)
         by_file: dict[str, Fault] = {}
-        for _, failure in found:
+        for _, failure in of_all:
             by_file.setdefault(failure.file, failure.as_fault())
         return list(by_file.values())
 

@@ -1,4 +1,4 @@
-"""What a restore is asked for, and the rank that does its part; all ranks agree before any byte is read."""
+"""What a restore is asked for, which all ranks agree on before any byte is read, and what a rank restores with."""
 
 from __future__ import annotations
 

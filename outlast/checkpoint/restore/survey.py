@@ -135,8 +135,8 @@ class Survey:
         spans: dict[str, list[Span]] = {}
         for part in self.parts(save):
             for entry in part.placed.vote.files:
-                start = part.placed.places[entry.path]
-                spans.setdefault(entry.path, []).append(Span(part.data, start, entry.size_bytes, part.tier))
+                offset = part.placed.places[entry.path]
+                spans.setdefault(entry.path, []).append(Span(part.data, offset, entry.size_bytes, part.tier))
         return SlotFiles(spans)
 
     def parts(self, save: SaveOnNodes) -> list[SlotContents]:

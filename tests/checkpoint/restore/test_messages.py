@@ -46,8 +46,8 @@ class _TwoRanks(Agreement):
 
 
 def test_samples_are_of_every_kind() -> None:
-    assert {type(sample) for sample in SAMPLES} == set(Message.__subclasses__())
-    assert all(kind.__module__ == messages.__name__ for kind in Message.__subclasses__())
+    kinds = {kind for kind in Message.__subclasses__() if kind.__module__ == messages.__name__}
+    assert {type(sample) for sample in SAMPLES} == kinds
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: type(sample).__name__)
