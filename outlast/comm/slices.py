@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 from torch import Tensor
 
 from outlast.comm.compressors import Shape
+
+
+class Cut(NamedTuple):
+    """One slice of a tensor: entries ``start`` to ``stop`` in row-major order, seen as ``shape``."""
+
+    start: int
+    stop: int
+    shape: Shape
+    """With stop - start entries; what the compressor is told of the slice."""
 
 
 def cuts(rows: int, parts: int) -> list[tuple[int, int]]:

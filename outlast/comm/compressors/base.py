@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -172,10 +172,6 @@ class Compressor(ABC):
     def add_to(self, out: Tensor, payload: Tensor, scale: float = 1.0) -> None:
         """``out += scale * C(x)`` for the x behind ``payload``; ``out`` is contiguous, of x's shape and wire type."""
         self.open(payload, tuple(out.shape), out.dtype).add_to(out, scale)
-
-    def memory_of(self, held: Mapping[str, Tensor]) -> Slots:
-        """This compressor's slots among ``held``."""
-        return {slot: held[slot] for slot in self.memory_slots}
 
     def _room(self, x: Tensor, out: Tensor | None) -> Tensor:
         """Where x's payload goes."""

@@ -14,9 +14,11 @@ from outlast.comm.config import CommConfig
 from outlast.comm.ddp.reducer import GradientReducer
 from outlast.comm.direction import Direction
 from outlast.comm.exchange.sharded import ShardItem
-from outlast.comm.exchange.sharded_session import ShardSession, cannot_reshard
+from outlast.comm.exchange.sharded_session import ShardSession
 from outlast.comm.exchange.stats import ReduceStats
-from outlast.comm.state.shards import Cut, Shards
+from outlast.comm.slices import Cut
+from outlast.comm.state.sharded_state import cannot_reshard
+from outlast.comm.state.shards import ShardedParam
 from outlast.comm.transport.communicator import CollectiveObserver
 from outlast.errors import CommError
 
@@ -130,7 +132,7 @@ class Partitions:
                         "optimize the parameters of the model that deepspeed.initialize was given",
                     )
                 self._names[param_id] = name
-                self._session.shards[name] = self._shards(name, param, index, param_id)
+                self._session.states.params[name] = self._sharded(name, param, index, param_id)
         self._kept: dict[str, Tensor] = {}
         """Gradients of micro-batches that are not the step's last, of ZeRO 2, which keeps none: flat, fp32."""
         self._exchanged_at: int | None = None
@@ -176,20 +178,20 @@ class Partitions:
         bucket = optimizer.ipg_buckets[communication_data_type]
         placed, start = [], 0
         for group, _, param_id in bucket.params:
-            shards = session.shards[self._names[param_id]]
-            row = tensor[start : start + numel_of(shards.shape)]
+            sharded = session.states.params[self._names[param_id]]
+            row = tensor[start : start + numel_of(sharded.shape)]
             start += row.numel()
-            placed.append((group, param_id, shards, row))
+            placed.append((group, param_id, sharded, row))
         if start != tensor.numel():
             raise CommError(
                 f"DeepSpeed hands over {tensor.numel()} entries of {start} in its bucket",
                 "outlast does not know this version of DeepSpeed",
             )
         if not optimizer.is_gradient_accumulation_boundary():
-            for _, _, shards, row in placed:
-                kept = self._kept.get(shards.name)
+            for _, _, sharded, row in placed:
+                kept = self._kept.get(sharded.name)
                 if kept is None:
-                    self._kept[shards.name] = row.to(shards.dtype, copy=True)
+                    self._kept[sharded.name] = row.to(sharded.dtype, copy=True)
                 else:
                     kept.add_(row)
             tensor.zero_()  # DeepSpeed adds its mean to the step's sum
@@ -200,19 +202,19 @@ class Partitions:
             self._exchanged_at, self._bucket = micro, 0
             session.at_step(self._engine.global_steps + 1)
         items, sums = [], []
-        for group, param_id, shards, row in placed:
+        for group, param_id, sharded, row in placed:
             whole = row
-            if (kept := self._kept.pop(shards.name, None)) is not None:
+            if (kept := self._kept.pop(sharded.name, None)) is not None:
                 whole = kept.add_(row)
-            cut = shards.cuts[session.rank]
+            cut = sharded.cuts[session.rank]
             total = None
             if cut.stop > cut.start:
                 # Where DeepSpeed sums in fp32 what it exchanges in bf16, it takes the mean from here, not from the row.
                 total = optimizer._get_compact_grad_partition_slice(group, session.rank, param_id, cut.stop - cut.start)
-            out = row[cut.start : cut.stop] if total is None else torch.empty_like(total, dtype=shards.dtype)
+            out = row[cut.start : cut.stop] if total is None else torch.empty_like(total, dtype=sharded.dtype)
             if total is not None:
                 sums.append((total, out))
-            items.append(ShardItem(shards, [whole[one.start : one.stop] for one in shards.cuts], out))
+            items.append(ShardItem(sharded, [whole[one.start : one.stop] for one in sharded.cuts], out))
         session.exchange(f"bucket {self._bucket}", items)
         self._bucket += 1
         for total, out in sums:
@@ -231,7 +233,7 @@ class Partitions:
                 "in its last, as with ZeRO 1",
             )
 
-    def _shards(self, name: str, param: Tensor, group: int, param_id: int) -> Shards:
+    def _sharded(self, name: str, param: Tensor, group: int, param_id: int) -> ShardedParam:
         """How DeepSpeed's partitions cut a parameter: at any entry."""
         optimizer, session = self._optimizer, self._session
         shape, numel = tuple(param.shape), param.numel()
@@ -244,8 +246,8 @@ class Partitions:
         for rank in range(session.world_size):
             start, stop = found.get(rank, (0, 0) if rank < owners[0] else (numel, numel))
             cuts.append(Cut(start, stop, _cut_shape(shape, start, stop)))
-        compress = session.compresses(shape)
-        return Shards(name, shape, wire_dtype(param.dtype), param.device, compress, tuple(cuts), session.rank)
+        compress = session.states.compresses(shape)
+        return ShardedParam(name, shape, wire_dtype(param.dtype), param.device, compress, tuple(cuts), session.rank)
 
 
 def _cut_shape(shape: Shape, start: int, stop: int) -> Shape:

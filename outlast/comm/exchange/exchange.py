@@ -129,7 +129,7 @@ class Exchange:
         state, feedback = item.state, self._feedback
         if feedback is None or not state.compress:
             return item.read()
-        g = item.wanted()
+        g = item.to_compress()
         if state.local is None:
             state.start(feedback, g)
             return g
@@ -176,7 +176,7 @@ class Exchange:
                 out = item.target()
                 feedback.decode_dense(state.aggregate(feedback), piece, out, state.name)
                 if state.units > 1:
-                    feedback.settle(state.held(feedback), slices(piece, state.units)[state.rank])
+                    feedback.settle(state.owner_slots(feedback), slices(piece, state.units)[state.rank])
                 item.write(out)
             else:
-                item.write(piece if item.direction is None else state.direct(item.direction, piece))
+                item.write(piece if item.direction is None else state.direction_of(item.direction, piece))

@@ -43,10 +43,10 @@ class Item:
         g = flat(self.grad).view(self.state.shape)
         return g if self.scale == 1.0 else g / self.scale
 
-    def wanted(self) -> Tensor:
+    def to_compress(self) -> Tensor:
         """What error feedback is fed: the gradient or its direction; valid until the next call in this thread."""
         g = self.read()
-        return g if self.direction is None else self.state.direct(self.direction, g)
+        return g if self.direction is None else self.state.direction_of(self.direction, g)
 
     def target(self) -> Tensor:
         """Where an estimate is written: the gradient itself where its memory is as it must be."""

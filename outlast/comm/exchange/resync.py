@@ -32,7 +32,7 @@ def resync_all(states: ParameterStates, feedback: Feedback | None, network: Netw
         mean = among.submit(partial(_settled_mean, among, flat, state.name)).result().view(own.shape)
         aggregates = state.replicated
         if two_phase:
-            aggregates, mean = state.held(feedback), slices(mean, state.units)[state.rank]
+            aggregates, mean = state.owner_slots(feedback), slices(mean, state.units)[state.rank]
         worst = max(worst, resync(aggregates, mean))
     return slowest(network.all_ranks, worst, states.device)
 

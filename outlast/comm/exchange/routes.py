@@ -34,7 +34,7 @@ class GatheredRoute:
     def encode(self) -> None:
         assert self.payload is not None
         for item, out in zip(self._items, self.payload.split_with_sizes(self._sizes), strict=True):
-            g = item.wanted()
+            g = item.to_compress()
             if item.state.local is None:
                 item.state.start(self._feedback, g)
             assert item.state.local is not None
@@ -77,11 +77,11 @@ class TwoPhaseRoute:
         self._sent = self._buffer("send", sum(sum(sizes) for sizes in self._first))
         outs = self._sent.split_with_sizes([size for sizes in self._first for size in sizes])
         for index, item in enumerate(self._items):
-            g = item.wanted()
+            g = item.to_compress()
             if item.state.local is None:
                 item.state.start(self._feedback, g)
             for owner, part in enumerate(slices(g, self._n)):
-                local = item.state.of_slice(self._feedback, owner)
+                local = item.state.unit(self._feedback, owner)
                 self._feedback.encode(local, part, outs[owner * len(self._items) + index], self._probe)
 
     def to_owners(self, communicator: Communicator, label: str) -> None:
@@ -102,7 +102,7 @@ class TwoPhaseRoute:
             replicated = _cut(state.aggregate(self._feedback), self._rank, self._n)
             like = slices(item.target(), self._n)[self._rank]
             payloads = [row[index] for row in rows]
-            self._feedback.relay(state.held(self._feedback), replicated, payloads, like, outs[index])
+            self._feedback.relay(state.owner_slots(self._feedback), replicated, payloads, like, outs[index])
 
     def to_all(self, communicator: Communicator, label: str) -> None:
         assert self._own is not None

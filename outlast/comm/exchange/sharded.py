@@ -26,7 +26,7 @@ from outlast.comm.compressors.base import aligned, finite, flat, numel_of
 from outlast.comm.direction import Direction
 from outlast.comm.feedback import Feedback
 from outlast.comm.feedback.probe import Probe
-from outlast.comm.state.shards import Shards
+from outlast.comm.state.shards import ShardedParam
 from outlast.comm.transport.communicator import Communicator, mean_in_rank_order
 from outlast.errors import NonFiniteGradient
 
@@ -39,13 +39,13 @@ class ShardItem(NamedTuple):
     """One gradient to exchange.
 
     Attributes:
-        shards: its parameter's.
+        param: its parameter.
         parts: this rank's gradient, a flat contiguous tensor for each cut; read only.
         out: flat, contiguous: where the estimate of this rank's slice is written; may be its part.
         scale: what the mean over ranks is multiplied with before it is written.
     """
 
-    shards: Shards
+    param: ShardedParam
     parts: Sequence[Tensor]
     out: Tensor
     scale: float = 1.0
@@ -86,14 +86,11 @@ class ShardExchange:
         self._buffer = buffer
         self._probe = probe
         self._whole = [
-            feedback is None
-            or not item.shards.compress
-            or whole
-            or (feedback.dense_start and item.shards.local is None)
+            feedback is None or not item.param.compress or whole or (feedback.dense_start and item.param.local is None)
             for item in items
         ]
-        self._owners = max((len(item.shards.cuts) for item in items), default=1)
-        self._mine = items[0].shards.mine if items else 0
+        self._owners = max((len(item.param.cuts) for item in items), default=1)
+        self._mine = items[0].param.own if items else 0
         self._apart: list[int] = []
         """Items (of a gather) that are averaged by themselves, being whole and large."""
         if self._owners == 1 and communicator.world_size > 2:
@@ -144,7 +141,7 @@ class ShardExchange:
         for rank, fault in enumerate(self._received[:, :_HEADER_BYTES].contiguous().view(torch.int64).view(-1)):
             if fault:
                 raise NonFiniteGradient(
-                    f"gradient of {self._items[int(fault) - 1].shards.name} on rank {rank} holds NaN or Inf, or "
+                    f"gradient of {self._items[int(fault) - 1].param.name} on rank {rank} holds NaN or Inf, or "
                     "overflowed the error feedback",
                     "look at that rank's loss and data of this step; lower the learning rate or clip gradients",
                 )
@@ -154,18 +151,18 @@ class ShardExchange:
 
     def _encode_item(self, index: int, item: ShardItem, outs: list[Tensor]) -> bool:
         """Write one tensor's messages; whether they are finite."""
-        shards, feedback = item.shards, self._feedback
-        parts = [flat(part).view(cut.shape) for part, cut in zip(item.parts, shards.cuts, strict=True)]
-        tracked = feedback is not None and shards.compress
-        first = tracked and shards.local is None
+        param, feedback = item.param, self._feedback
+        parts = [flat(part).view(cut.shape) for part, cut in zip(item.parts, param.cuts, strict=True)]
+        tracked = feedback is not None and param.compress
+        first = tracked and param.local is None
         if first:
             assert feedback is not None
             if self._direction is not None:
                 parts = [
-                    shards.direct(self._direction, owner, part).clone() if part.numel() else part
+                    param.direction_of(self._direction, owner, part).clone() if part.numel() else part
                     for owner, part in enumerate(parts)
                 ]
-            shards.start(feedback, parts)
+            param.start(feedback, parts)
         sound = True
         for owner, (part, out) in enumerate(zip(parts, outs, strict=True)):
             if part.numel() == 0:
@@ -176,13 +173,13 @@ class ShardExchange:
             assert feedback is not None
             g = part
             if self._direction is not None and not first:
-                g = shards.direct(self._direction, owner, part)
+                g = param.direction_of(self._direction, owner, part)
             if not self._whole[index]:
-                feedback.encode(shards.unit(feedback, owner), g, out, self._probe)
+                feedback.encode(param.unit(feedback, owner), g, out, self._probe)
                 sound = sound and feedback.compressor.open(out, tuple(g.shape), g.dtype).finite()
                 continue
             if not (first and feedback.dense_start):
-                g = feedback.encode_dense(shards.unit(feedback, owner), g)
+                g = feedback.encode_dense(param.unit(feedback, owner), g)
             sound = sound and finite(g)
             self._put(index, g, out)
         return sound
@@ -195,26 +192,26 @@ class ShardExchange:
             out[: message.numel() * message.dtype.itemsize].view(message.dtype).copy_(message.reshape(-1))
 
     def _decode_item(self, index: int, item: ShardItem, payloads: list[Tensor]) -> None:
-        shards, feedback = item.shards, self._feedback
+        param, feedback = item.param, self._feedback
         numel = item.out.numel()
         if numel == 0:
             return
-        direct = item.out.dtype == shards.dtype
-        estimate = item.out if direct else torch.empty(numel, dtype=shards.dtype, device=item.out.device)
-        estimate = estimate.view(shards.cuts[shards.mine].shape)
+        direct = item.out.dtype == param.dtype
+        estimate = item.out if direct else torch.empty(numel, dtype=param.dtype, device=item.out.device)
+        estimate = estimate.view(param.own_shape)
         if not self._whole[index]:
             assert feedback is not None
-            feedback.decode(shards.held(feedback), payloads, estimate, shards.name)
+            feedback.decode(param.owner_slots(feedback), payloads, estimate, param.name)
         else:
             mean = self._means.pop(index, None)
             if mean is None:
-                nbytes = numel * shards.dtype.itemsize
-                mean = mean_in_rank_order(torch.stack([row[:nbytes] for row in payloads]).view(shards.dtype))
+                nbytes = numel * param.dtype.itemsize
+                mean = mean_in_rank_order(torch.stack([row[:nbytes] for row in payloads]).view(param.dtype))
             mean = mean.view(estimate.shape)
-            if feedback is not None and shards.compress:
-                feedback.decode_dense(shards.held(feedback), mean, estimate, shards.name)
+            if feedback is not None and param.compress:
+                feedback.decode_dense(param.owner_slots(feedback), mean, estimate, param.name)
             elif self._direction is not None:
-                estimate.copy_(shards.direct(self._direction, shards.mine, mean))
+                estimate.copy_(param.direction_of(self._direction, param.own, mean))
             else:
                 estimate.copy_(mean)
         if not direct:
@@ -223,13 +220,13 @@ class ShardExchange:
             item.out.mul_(item.scale)
 
     def _nbytes(self, index: int, owner: int) -> int:
-        shards = self._items[index].shards
+        param = self._items[index].param
         if self._whole[index]:
             return self._whole_nbytes(index, owner)
-        shape = shards.cuts[owner].shape
+        shape = param.cuts[owner].shape
         assert self._feedback is not None
-        return self._feedback.compressor.nbytes(shape, shards.dtype) if numel_of(shape) else 0
+        return self._feedback.compressor.nbytes(shape, param.dtype) if numel_of(shape) else 0
 
     def _whole_nbytes(self, index: int, owner: int) -> int:
-        shards = self._items[index].shards
-        return aligned(numel_of(shards.cuts[owner].shape) * shards.dtype.itemsize)
+        param = self._items[index].param
+        return aligned(numel_of(param.cuts[owner].shape) * param.dtype.itemsize)

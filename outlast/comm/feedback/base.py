@@ -81,16 +81,6 @@ class Feedback(ABC):
         """The slots ``apart_slots`` of a tensor that was never compressed."""
         return self.compressor.new_memory(shape, dtype, device)
 
-    @property
-    def local_slots(self) -> tuple[str, ...]:
-        """Names of the slots that :meth:`start` makes."""
-        return (*self.own_slots, *self.apart_slots)
-
-    @property
-    def owned_slots(self) -> tuple[str, ...]:
-        """Names of the slots that :meth:`new_owned` makes."""
-        return (*self.relay_slots, *self.second.memory_slots)
-
     def start(self, g: Tensor) -> Slots:
         """Local slots of a rank whose first gradient is ``g``; with ``dense_start`` its first message is ``g``."""
         return self._own(g) | self.new_apart(tuple(g.shape), g.dtype, g.device)

@@ -21,6 +21,12 @@ def of_slice(slot: str, index: int) -> str:
     return f"{slot}_{index:05d}"
 
 
+def slice_of(name: str) -> tuple[str, int]:
+    """(slot, index) of a name that :func:`of_slice` made."""
+    slot, _, index = name.rpartition("_")
+    return slot, int(index)
+
+
 def join(feedback: Feedback, units: Sequence[Slots]) -> Slots:
     """One dict from the local slots of all slices (at least one); copies the tensors unless there is one slice."""
     if len(units) == 1:

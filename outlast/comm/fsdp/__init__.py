@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from outlast.comm.config import CommConfig
 from outlast.comm.direction import Direction
 from outlast.comm.exchange.sharded import ShardItem
-from outlast.comm.exchange.sharded_session import ShardSession, cannot_reshard
+from outlast.comm.exchange.sharded_session import ShardSession
 from outlast.comm.exchange.stats import ReduceStats
-from outlast.comm.fsdp.groups import Group, copies_of, find_groups, shards_of, unknown_torch, with_gradient
+from outlast.comm.fsdp.groups import Group, copies_of, find_groups, sharded_param, unknown_torch, with_gradient
 from outlast.comm.reducer import Reducer
+from outlast.comm.state.sharded_state import cannot_reshard
 from outlast.comm.transport.communicator import CollectiveObserver
 from outlast.errors import CommError
 
@@ -138,10 +139,10 @@ class ShardedReducer(Reducer):
         rows = buffer.detach().view(n, -1)
         items, start = [], 0
         for name, _ in with_gradient(group):
-            shards = self._session.shards[name]
-            sizes = [cut.stop - cut.start for cut in shards.cuts]
+            param = self._session.states.params[name]
+            sizes = [cut.stop - cut.start for cut in param.cuts]
             parts = [row[start : start + size] for row, size in zip(rows, sizes, strict=True)]
-            items.append(ShardItem(shards, parts, output[start : start + sizes[self._session.rank]], scale))
+            items.append(ShardItem(param, parts, output[start : start + sizes[self._session.rank]], scale))
             start += max(sizes)
         self._matches(group, start, rows.shape[1])
         output.zero_()  # the padding too
@@ -153,9 +154,9 @@ class ShardedReducer(Reducer):
         self._plain_mean(group, output.dtype)
         items, start = [], 0
         for name, padded in with_gradient(group):
-            shards = self._session.shards[name]
-            mine = output.detach()[start : start + shards.cuts[0].stop]
-            items.append(ShardItem(shards, [mine], mine))
+            param = self._session.states.params[name]
+            row = output.detach()[start : start + param.cuts[0].stop]
+            items.append(ShardItem(param, [row], row))
             start += padded
         self._matches(group, start, output.numel())
         self._session.exchange(group.label, items)
@@ -260,7 +261,7 @@ def attach_fsdp(
     for group in groups:
         for param in group.inner.fsdp_params:
             name = group.names[id(param)]
-            session.shards[name] = shards_of(name, param, session, of_copy=copies is not None)
+            session.states.params[name] = sharded_param(name, param, session, of_copy=copies is not None)
         _install(reducer, group, copies)
     return reducer
 

@@ -18,7 +18,8 @@ from torch import nn
 from outlast.comm.compressors import Shape
 from outlast.comm.compressors.base import numel_of, wire_dtype
 from outlast.comm.exchange.sharded_session import ShardSession
-from outlast.comm.state.shards import Cut, Shards
+from outlast.comm.slices import Cut
+from outlast.comm.state.shards import ShardedParam
 from outlast.errors import CommError
 
 
@@ -117,7 +118,7 @@ def copies_of(groups: Sequence[Group], replicas: dist.ProcessGroup | None) -> di
     return replicas if native[0] is None else native[0]
 
 
-def shards_of(name: str, param: Any, session: ShardSession, *, of_copy: bool) -> Shards:
+def sharded_param(name: str, param: Any, session: ShardSession, *, of_copy: bool) -> ShardedParam:
     """How a parameter's gradient lies in the buffer.
 
     A gradient sharded along dimension d is cut there and its pieces put end to end: with d = 0 that is the gradient.
@@ -125,18 +126,18 @@ def shards_of(name: str, param: Any, session: ShardSession, *, of_copy: bool) ->
     local: Shape = tuple(param.sharded_size)
     orig: Shape = tuple(param._orig_size)
     dim, dtype = param.fsdp_placement.dim, param.sharded_param.dtype
-    compress = session.compresses(orig)
+    compress = session.states.compresses(orig)
     if of_copy:
-        shape, mine = local, 0
+        shape, own = local, 0
         cuts = [Cut(0, numel_of(local), local)]
     else:
-        n, mine = session.world_size, session.rank
+        n, own = session.world_size, session.rank
         shape = orig if dim == 0 else (n * local[0], *local[1:])
         length = -(-shape[0] // n)
         inner = numel_of(shape[1:])
         edges = [min(index * length, shape[0]) for index in range(n + 1)]
         cuts = [Cut(a * inner, b * inner, (b - a, *shape[1:])) for a, b in pairwise(edges)]
-    return Shards(name, shape, wire_dtype(dtype), param.sharded_param.device, compress, tuple(cuts), mine)
+    return ShardedParam(name, shape, wire_dtype(dtype), param.sharded_param.device, compress, tuple(cuts), own)
 
 
 def with_gradient(group: Group) -> list[tuple[str, int]]:

@@ -32,19 +32,9 @@ from outlast.comm.compressors import Shape, Slots
 from outlast.comm.compressors.base import numel_of
 from outlast.comm.feedback import Feedback
 from outlast.comm.feedback.layout import of_slice
-from outlast.comm.slices import cuts, slice_shape
+from outlast.comm.slices import Cut, cuts, slice_shape
+from outlast.comm.state.slots import MOMENT, OWNED
 from outlast.errors import CommStateMismatch
-
-OWNED = "owned_"
-MOMENT = "adam_"
-
-
-class Piece(NamedTuple):
-    """One slice: entries ``start`` to ``stop`` of the tensor in row-major order, seen as ``shape``."""
-
-    start: int
-    stop: int
-    shape: Shape
 
 
 class Layout(NamedTuple):
@@ -58,12 +48,12 @@ class Layout(NamedTuple):
 
     shape: Shape
     dtype: torch.dtype
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Cut, ...]
 
 
 def in_one(shape: Shape, dtype: torch.dtype = torch.float32) -> Layout:
     """The layout of the all-gather transport."""
-    return Layout(tuple(shape), dtype, (Piece(0, numel_of(shape), tuple(shape)),))
+    return Layout(tuple(shape), dtype, (Cut(0, numel_of(shape), tuple(shape)),))
 
 
 def in_rows(shape: Shape, ranks: int, dtype: torch.dtype = torch.float32) -> Layout:
@@ -71,7 +61,7 @@ def in_rows(shape: Shape, ranks: int, dtype: torch.dtype = torch.float32) -> Lay
     rows = shape or (1,)
     row = numel_of(rows[1:])
     pieces = [
-        Piece(start * row, stop * row, slice_shape(shape, index, ranks))
+        Cut(start * row, stop * row, slice_shape(shape, index, ranks))
         for index, (start, stop) in enumerate(cuts(rows[0], ranks))
     ]
     return Layout(tuple(shape), dtype, tuple(pieces))
@@ -267,7 +257,7 @@ class _Moved:
                 result[slot if len(pieces) == 1 else of_slice(slot, index)] = unit[slot]
         return result
 
-    def _memory(self, method: Feedback, index: int, piece: Piece) -> Slots:
+    def _memory(self, method: Feedback, index: int, piece: Cut) -> Slots:
         memory = method.compressor.new_memory(piece.shape, self.after.dtype, self._device())
         old = len(self.before.pieces)
         for slot, fresh in memory.items():

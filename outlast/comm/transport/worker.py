@@ -21,13 +21,11 @@ class OrderedWorker:
 
     Args:
         name: of the thread.
-        setup: run in the thread before the first job.
     """
 
-    def __init__(self, name: str, setup: Callable[[], None] | None = None) -> None:
+    def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Callable[[BaseException], None]] | None]
         self._jobs = queue.SimpleQueue()
-        self._setup = setup
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -54,8 +52,6 @@ class OrderedWorker:
 
     def _run(self) -> None:
         failure: BaseException | None = None
-        if self._setup is not None:
-            self._setup()
         while (item := self._jobs.get()) is not None:
             run, fail = item
             if failure is None:
