@@ -324,8 +324,7 @@ class Checkpointer:
         place, tiers = self._place, self._tiers
         agreement = Agreement(self._group, place.rank, place.world_size)
         context = RestoreContext(place.store, place.rank, place.world_size, agreement, place.emit, self._io)
-        meshes = Meshes(self._group, place.world_size)
-        request = agree_on_request(like, into, meshes, context, any_world_size=any_world_size)
+        request = agree_on_request(like, into, self._group, context, any_world_size=any_world_size)
         self._begun = True
         if tiers is None:
             return restore(which, context, request, None)

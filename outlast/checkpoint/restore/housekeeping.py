@@ -82,7 +82,10 @@ class Housekeeping:
             self.survey.discard(newer_than=restored)
 
     def _bring_back_and_scan(self, step: int | None) -> Scan:
-        left_replaced = bring_back(self.context.store)
+        scanned = scan(self.context.store)
+        if not scanned.replaced:
+            return scanned
+        left_replaced = bring_back(self.context.store, scanned.replaced)
         scanned = scan(self.context.store)
         for replaced, reason in left_replaced:
             self.context.report(replaced, reason)
@@ -114,5 +117,7 @@ class Housekeeping:
                 failures = [Failure(CheckpointError.__name__, what, _FIX)]
             except CheckpointError as error:
                 failures = [Failure.of(error)]
-        self.context.raise_on_all(failures)
+        # No rank goes on before all are here.
+        for _, failure in all_gather_messages(self.context.agreement, Failure, failures):
+            raise failure.as_error()
         return result

@@ -109,7 +109,7 @@ class Survey:
             committed.setdefault(SaveKey(commit.epoch, commit.serial), commit)
         on_nodes: dict[SaveKey, list[PartOnNode]] = {}
         for _, part in all_gather_messages(self.agreement, PartOnNode, parts):
-            on_nodes.setdefault(part.key, []).append(part)
+            on_nodes.setdefault(SaveKey(part.attempt_id, part.save_id), []).append(part)
         saves = [
             SaveOnNodes(commit, _by_rank(on_nodes[key]), _by_rank(part for part in on_nodes[key] if part.in_memory))
             for key, commit in committed.items()

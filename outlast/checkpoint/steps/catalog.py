@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from outlast.checkpoint.format.names import (
@@ -31,13 +32,17 @@ class Scan:
 
     committed: tuple[int, ...]
     uncommitted: tuple[int, ...]
+    replaced: tuple[int, ...] = ()
+    """Steps with an older commit that an overwrite has moved away."""
 
 
 def scan(store: Store) -> Scan:
     """The steps in a store; raises OSError if it cannot be read."""
-    steps = sorted(step for name in store.names("") if (step := parse_step(name)) is not None)
+    names = store.names("")
+    steps = sorted(step for name in names if (step := parse_step(name)) is not None)
+    replaced = sorted(step for name in names if (step := parse_replaced(name)) is not None)
     committed = [step for step in steps if store.exists(f"{step_name(step)}/{COMMIT}")]
-    return Scan(tuple(committed), tuple(step for step in steps if step not in committed))
+    return Scan(tuple(committed), tuple(step for step in steps if step not in committed), tuple(replaced))
 
 
 def opened_by(store: Store, step: int) -> tuple[str, int] | None:
@@ -122,19 +127,21 @@ def only_readable(error: OSError) -> bool:
     return isinstance(error, PermissionError) or error.errno == errno.EROFS
 
 
-def bring_back(store: Store) -> list[tuple[int, str]]:
+def bring_back(store: Store, replaced: Iterable[int]) -> list[tuple[int, str]]:
     """Undo interrupted overwrites of committed steps, and complete those that were committed.
 
     No rank may be saving: a late one would write into a committed step.
+
+    Args:
+        store: of the steps.
+        replaced: the steps, see :class:`Scan`.
 
     Returns:
         The steps that cannot be brought back because the storage is read-only, each with the reason.
     """
     left_replaced: list[tuple[int, str]] = []
-    for name in store.names(""):
-        step = parse_replaced(name)
-        if step is None:
-            continue
+    for step in replaced:
+        name = replaced_name(step)
         if store.exists(f"{step_name(step)}/{COMMIT}"):
             retire(store, step)
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -106,6 +107,9 @@ class StepReader:
         commit: the commit record, if it is known; None reads it from the store.
         votes: those that are known, by rank.
 
+    Attributes:
+        stored_bytes: how much was read from the store, the commit record apart.
+
     Raises:
         Fault: the commit record or a vote is missing, damaged, or of an unknown version.
     """
@@ -124,6 +128,8 @@ class StepReader:
         self._store = store
         self._io = io
         self._faster = faster
+        self.stored_bytes = 0
+        self._counting = threading.Lock()
         self.votes: tuple[Vote, ...] = tuple(
             votes[rank] if rank in votes else self._vote(rank, entry) for rank, entry in enumerate(self.commit.votes)
         )
@@ -161,11 +167,11 @@ class StepReader:
             StateMismatch: the step does not have the target's tensors; no chunk is read.
         """
         entries = self.files_of(rank)
+        top = "" if rank is None else rank_name(rank)
         nodes = self._nodes(entries)
         arrays = {path: info for path, info in nodes.items() if isinstance(info, ArrayInfo)}
         if target is not None:
             target.check(_described(rank, arrays))
-        top = "" if rank is None else rank_name(rank)
         if top not in nodes:
             raise Fault(IncompleteCheckpoint, node_path(top), "no vote lists this file")
         groups: dict[str, dict[Any, Any]] = {}
@@ -265,6 +271,8 @@ class StepReader:
         check_pieces(entry, seen, end)
 
     def _stored(self, entry: FileEntry, read: Callable[[str], T]) -> T:
+        with self._counting:
+            self.stored_bytes += entry.size_bytes
         try:
             return read(f"{step_name(self.step)}/{entry.path}")
         except FileNotFoundError as error:
