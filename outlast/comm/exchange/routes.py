@@ -86,8 +86,8 @@ class TwoPhaseRoute:
 
     def to_owners(self, communicator: Communicator, label: str) -> None:
         assert self._sent is not None
-        mine = sum(self._first[self._rank])
-        out = self._buffer("receive slice", self._n * mine).view(self._n, mine)
+        own = sum(self._first[self._rank])
+        out = self._buffer("receive slice", self._n * own).view(self._n, own)
         self._received = communicator.all_to_all(self._sent, [sum(sizes) for sizes in self._first], label, out)
 
     def relay(self) -> None:

@@ -21,7 +21,7 @@ class ShardedStates:
     """All parameters of a sharded model, with the state that a checkpoint holds.
 
     Args:
-        layout: what cuts the gradients; state of one layout does not load in another.
+        layout: how gradients are cut; state of one layout does not load in another.
         config: settings.
         feedback: None when nothing is compressed.
         direction: None when gradients themselves are averaged.

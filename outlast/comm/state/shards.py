@@ -1,4 +1,4 @@
-"""Which slice of each parameter a rank owns, and its share of error-feedback state."""
+"""One parameter of a sharded model: how it is cut, and its error-feedback state on this rank."""
 
 from __future__ import annotations
 

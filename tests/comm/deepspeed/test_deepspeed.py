@@ -347,7 +347,7 @@ def refused(rank: int) -> list[str]:
 @needs_deepspeed
 def test_what_cannot_be_right_is_refused(two_ranks: Ranks) -> None:
     expected = [
-        "no DeepSpeedEngine",
+        "is not a DeepSpeedEngine",
         "overlap_comm",
         "contiguous_gradients",
         "gradient_clipping = 1",
