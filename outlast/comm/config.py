@@ -130,7 +130,7 @@ class CommConfig:
                 "use feedback = 'ef21', 'ef21-sgdm', 'econtrol' or 'ef14', or compressor = 'dense'",
             )
         if self.feedback == "ef21-bc":
-            rule = '"two-phase" with feedback = "ef21-bc", which is ef21 with owners that compress anew'
+            rule = '"two-phase" with feedback = "ef21-bc", which is ef21 whose owners compress again'
             require(self.transport == "two-phase", "comm.transport", self.transport, rule)
         if self.residual != "full":
             require(self.feedback == "ef14", "comm.residual", self.residual, '"full", or feedback = "ef14"')

@@ -135,7 +135,7 @@ class GradientReducer(Reducer):
         """Of the backward pass that is under way."""
 
     def attach(self, ddp: DistributedDataParallel) -> None:
-        """Become ``ddp``'s communication hook; to be called once, before the first backward.
+        """Become ``ddp``'s communication hook; call it once, before the first backward.
 
         Raises:
             CommError: ``ddp`` averages over other ranks than this reducer.
@@ -151,7 +151,7 @@ class GradientReducer(Reducer):
         ddp.register_comm_hook(self, hook)
 
     def begin_step(self, step: int, loss_scale: float | None = None) -> None:
-        """Say which step (1-based) the next backward belongs to; the warm-up goes by it.
+        """Say which step (1-based) the next backward belongs to; the warm-up depends on it.
 
         Optional: without it every synchronised backward pass is a step, counted from 1 or from the loaded state. Once
         it has been called it must be called before every step.

@@ -67,7 +67,7 @@ class DeepSpeedReducer(Reducer):
             )
 
     def end_step(self) -> ReduceStats:
-        """What the last step's exchange has cost; to be called, if at all, after ``engine.step()``.
+        """What the last step's exchange has cost; call it, if at all, after ``engine.step()``.
 
         ``dense_bytes`` is what a ring would have sent in fp32: 2 (n - 1) / n x 4 bytes an entry for an all-reduce, half
         of it where only the partition's owner needs the sum.
@@ -78,7 +78,7 @@ class DeepSpeedReducer(Reducer):
         return self._integration.end_step()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Error-feedback state for a checkpoint; to be called between steps.
+        """Error-feedback state for a checkpoint; call it between steps.
 
         Returns:
             As :meth:`Reducer.state_dict`. Where partitions are averaged, nothing is replicated, a parameter's local
@@ -108,7 +108,7 @@ class DeepSpeedReducer(Reducer):
             ranks: how many ranks saved.
 
         Raises:
-            CommStateMismatch: another number of ranks where partitions are averaged, or what :meth:`load_state_dict`
+            CommStateMismatch: another world size where partitions are averaged, or what :meth:`load_state_dict`
                 says; nothing has been loaded then.
             CommError: an exchange has failed.
         """

@@ -103,7 +103,7 @@ class ShardSession:
         return self._meter.stats(self._communicator.take_totals(), dense_bytes)
 
     def enter(self, key: Hashable, name: str, remedy: str) -> None:
-        """Note that the gradients ``key`` are about to be exchanged; opens the step where nobody else does.
+        """Note that the gradients ``key`` are about to be exchanged; opens a step if steps are counted.
 
         Raises:
             CommError: this step has already exchanged them, and steps are given by :meth:`begin_step`.

@@ -41,10 +41,10 @@ class Network:
         whole = Communicator(group=group, timeout_s=timeout_s, observer=observer, stream=stream)
         self.all_ranks = whole
         self.intra_node: Communicator | None = None
-        """This node's ranks; None where every rank compresses by itself."""
+        """This node's ranks; None if every rank compresses its own gradients."""
         self.inter_node = whole
-        """Among whom compressed messages are exchanged: the ranks with this one's local rank, one of each node; where
-        every rank compresses by itself, all ranks."""
+        """Among whom compressed messages are exchanged: the ranks with this one's local rank, one of each node; all
+        ranks if every rank compresses its own gradients."""
         if ranks_per_node == 1:
             return
         if whole.world_size % ranks_per_node:

@@ -58,7 +58,7 @@ class ShardedReducer(Reducer):
         self._ranks, self._rank = saved_by
 
     def begin_step(self, step: int) -> None:
-        """Say which step (1-based) the next backward belongs to; the warm-up goes by it.
+        """Say which step (1-based) the next backward belongs to; the warm-up depends on it.
 
         Optional: without it each synchronised backward is a step, counted from 1 or from the loaded state. Once it has
         been called it must be called before every step.
@@ -81,7 +81,7 @@ class ShardedReducer(Reducer):
         return self._session.end_step()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Error-feedback state for a checkpoint; to be called between steps.
+        """Error-feedback state for a checkpoint; call it between steps.
 
         Returns:
             As :meth:`Reducer.state_dict`, with nothing under ``replicated``. A rank's slots have the shape of the whole
@@ -102,7 +102,7 @@ class ShardedReducer(Reducer):
         self._session.load_state_dict(state)
 
     def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None:
-        """Load the state that as many ranks saved; sharded state is not redistributed over another number of them.
+        """Load the state that ``ranks`` ranks saved, if the world size is the same: sharded state is not redistributed.
 
         Args:
             read: given a rank of the run that saved, its state. Ranks are counted in the group that shards the model,
@@ -110,7 +110,7 @@ class ShardedReducer(Reducer):
             ranks: how many ranks saved.
 
         Raises:
-            CommStateMismatch: another number of ranks, or what :meth:`load_state_dict` says; nothing has been loaded
+            CommStateMismatch: another world size, or what :meth:`load_state_dict` says; nothing has been loaded
                 then.
             CommError: an exchange has failed.
         """

@@ -99,7 +99,7 @@ class ParamState:
         return (local | moments, replicated) if self.compress else (local, replicated | moments)
 
     def load(self, local: Slots, replicated: Slots) -> None:
-        """Take over slots that fit :meth:`schema`."""
+        """Adopt slots that fit :meth:`schema`."""
         own, owned, moments = split(local)
         aggregate, _, moments_of_mean = split(replicated)
         started = self.compress and bool(local or replicated)
@@ -135,7 +135,7 @@ class ParamState:
 
 
 class ParameterStates:
-    """All parameters, found by identity, with the state that a checkpoint holds.
+    """All parameters, looked up by identity, with the state that a checkpoint holds.
 
     Args:
         named_parameters: of the model.

@@ -40,7 +40,7 @@ class DeviceStream:
             yield
 
     def future(self) -> torch.futures.Future[torch.Tensor]:
-        """A future that carries the stream's order to whoever waits for it."""
+        """A future whose waiters are ordered behind the stream."""
         if self._stream is None:
             return torch.futures.Future()
         return torch.futures.Future(devices=[self.device])
