@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from outlast import checkpoint
+from outlast.checkpoint import tools
 from tests.helpers import clean_env, outlast, steps_saved, tiny_config
 
 
@@ -47,12 +47,12 @@ def test_one_flipped_bit_in_any_file_is_found(tmp_path: Path) -> None:
     step = run / "checkpoints" / "step_00000010"
     files = sorted(path for path in step.rglob("*") if path.is_file())
     assert len(files) > 50
-    assert not checkpoint.verify(run / "checkpoints", 10).problems
+    assert not tools.verify(run / "checkpoints", 10).problems
     for number, path in enumerate(files):
         raw = bytearray(path.read_bytes())
         raw[(number * 7919) % len(raw)] ^= 1 << number % 8
         good = path.read_bytes()
         path.write_bytes(raw)
-        problems = checkpoint.verify(run / "checkpoints", 10).problems
+        problems = tools.verify(run / "checkpoints", 10).problems
         assert [p.file for p in problems] == [str(path.relative_to(step))], path
         path.write_bytes(good)

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from tests.helpers import clean_env, events, free_port, wait_for
 
 HERE = Path(__file__).parent
 RANK = str(HERE / "rank.py")
-QUICK = {"hang_floor_s": 2.0, "monitor_interval_s": 0.2}
+QUICK = {"hang_floor_s": 2.0, "hang_factor": 1.0, "monitor_interval_s": 0.2}
 
 
 STARTED: list[Job] = []
@@ -125,7 +124,7 @@ def test_ranks_that_fail_again_and_again_do_not_meet_the_dead_ones(tmp_path: Pat
     job = start(run, RANK, str(run), "9", "--rank", "1", "--at", "2", "--do", "raise", flags={"max_restarts": 1})
     said = finish(job, run, status=1)
     assert [(generation, 1, 2) in steps(run) for generation in range(2)] == [True] * 2
-    assert "RanksFailed: ranks failed, and 1 of 1 restarts were used" in said
+    assert "RanksFailed: ranks failed after 1 of 1 restarts" in said
     assert "exited with status 1: [rank1]: ValueError: the rank was told to raise this" in said
     assert "rank_00001.err" in said
     assert [record["restarting"] for record in events(run, "workers_failed")] == [True, False]
@@ -139,7 +138,7 @@ def test_a_hung_rank_is_found_and_replaced(tmp_path: Path, how: str) -> None:
     (hang,) = events(run, "hang_found")
     assert (hang["culprit"], hang["step"], hang["limit_s"]) == (1, 6, 2.0)
     assert hang["pid"] == events(run, "workers_started")[0]["pids"][1]
-    assert 2.0 < hang["silent_s"] <= 10.0
+    assert hang["silent_s"] > 2.0
     assert "1 peer has been waiting" in hang["evidence"]
     (failed,) = events(run, "workers_failed")
     assert failed["ranks"][0] == 1
@@ -169,7 +168,9 @@ def test_a_command_without_heartbeats_is_left_alone_when_told_so(tmp_path: Path)
 def test_a_rank_that_knows_better_is_not_started_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     code = "import os, sys; print('no such thing', file=sys.stderr); sys.exit(93 if os.environ['RANK'] == '1' else 0)"
-    with pytest.raises(RanksFailed, match=r"(?s)would not mend.*rank 1 .* exited with status 93: no such thing"):
+    with pytest.raises(
+        RanksFailed, match=r"(?s)a restart would not fix it.*rank 1 .* exited with status 93: no such thing"
+    ):
         here(run, sys.executable, "-c", code)
     (failed,) = events(run, "workers_failed")
     assert (failed["ranks"], failed["restarting"]) == ([1], False)
@@ -223,7 +224,7 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
     # they have become the command; between the two the kernel shows an empty command line
     wait_for(lambda: all(psutil.Process(pid).cmdline()[1:2] == ["-c"] for pid in pids))
     job.kill()
-    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids), timeout_s=20)
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
 def ranks_of(run: Path) -> list[int]:
@@ -241,10 +242,8 @@ def test_a_port_that_something_else_has_taken(tmp_path: Path) -> None:
             run_dir=tmp_path / "run",
             flags=LaunchFlags(rdzv_endpoint=f"127.0.0.1:{port}"),
         )
-        began = time.monotonic()
         with pytest.raises(PortInUse, match=rf"port {port} of 127.0.0.1 is taken by .*pid {os.getpid()}") as caught:
             launch(spec)
-        assert time.monotonic() - began < 30, "torch itself would wait for minutes"
         assert "--rdzv-endpoint 127.0.0.1:PORT" in caught.value.fix
 
 

@@ -1,10 +1,11 @@
-"""Reading a committed step: every byte that is used, or looked at, is verified first."""
+"""Reading a committed step: every byte is verified before it is used."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
@@ -52,14 +53,14 @@ from outlast.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpo
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
-"""Called with bytes verified so far and bytes in all."""
+"""Called with the bytes verified so far and in total."""
 
 
 def as_error(fault: Fault, store: Store, step: int) -> CheckpointError:
-    """The public error of a fault, with the file's whole path."""
+    """The public error for a fault, with the file's whole path."""
     where = f"{store.url}/{step_name(step)}" + (f"/{fault.file}" if fault.file else "")
     if fault.kind is UnknownFormatVersion:
-        fix = "read it with the version of outlast that wrote it, or a newer one; it is left as it is"
+        fix = "read it with the version of outlast that wrote it, or a newer one; it is unchanged"
     elif fault.kind in (CorruptCheckpoint, IncompleteCheckpoint):
         fix = "restore an earlier step (`auto` does so); `outlast ckpt verify` lists all damaged files"
     else:
@@ -68,25 +69,42 @@ def as_error(fault: Fault, store: Store, step: int) -> CheckpointError:
 
 
 class FileSource(Protocol):
-    """A place from which files come faster than from the store. It may be called from several threads."""
+    """A source of files that is asked before the store. Several threads may call it at once."""
 
     def __call__(self, entry: FileEntry) -> Buffer | None:
-        """A file's verified bytes, writable, or None if they are not here."""
+        """A file's verified bytes, writable, or None if the source does not have them."""
 
     def fill(self, entry: FileEntry, out: Buffer) -> bool:
-        """Have a chunk's elements where they belong, verified; False if they are not here, whatever lies there then."""
+        """Read a chunk's elements into ``out`` and verify them; False, and any bytes in ``out``, if it has no copy."""
+
+
+@dataclass(frozen=True)
+class ChunkRead:
+    """One chunk to read, and its place."""
+
+    path: str
+    """Of its array."""
+    info: ArrayInfo
+    """Of its array."""
+    index: tuple[int, ...]
+    """In the array's grid of chunks."""
+    entry: FileEntry
+    out: torch.Tensor | None
+    """This rank's part of the tensor, to be filled; None: the tensor, or those of a pack, are made of the chunk."""
+    start: tuple[int, ...] | None
+    """Where in the whole tensor ``out`` begins; None: ``out`` is all of it."""
 
 
 class StepReader:
-    """One committed step. Its commit record and votes are read and verified by the constructor.
+    """One committed step. The constructor reads and verifies its commit record and votes.
 
     Args:
-        store: where it lies.
-        step: which.
+        store: of the step.
+        step: its number.
         io: threads that read and verify.
-        faster: what is asked first.
-        commit: the commit record; None reads the store's.
-        votes: those that are known already, by rank.
+        faster: asked before the store; None: there is no such source.
+        commit: the commit record, if it is known; None reads it from the store.
+        votes: those that are known, by rank.
 
     Raises:
         Fault: the commit record or a vote is missing, damaged, or of an unknown version.
@@ -111,14 +129,14 @@ class StepReader:
         )
 
     def files_of(self, rank: int | None) -> list[FileEntry]:
-        """The files of a rank's local state, or (None) of the replicated state. Packs may hold some of either."""
+        """The files of a rank's local state, or (None) of the replicated state. A pack may hold parts of both."""
         if rank is None:
             files = (entry for vote in self.votes for entry in vote.files)
             return [entry for entry in files if parse_local(entry.path) is None]
         return [entry for entry in self.votes[rank].files if rank in (parse_local(entry.path), parse_pack(entry.path))]
 
     def verify(self, entries: Iterable[FileEntry], progress: Progress | None = None) -> list[Fault]:
-        """Verify files; returns what is wrong with which."""
+        """Verify files; returns what is wrong with them, in their order."""
         entries = list(entries)
         total, done, faults = sum(entry.size_bytes for entry in entries), 0, []
         for entry, fault in zip(entries, self._io.map(self._fault, entries), strict=True):
@@ -129,39 +147,40 @@ class StepReader:
                 progress(done, total)
         return faults
 
-    def load(self, rank: int | None, wanted: RestoreTarget | None = None) -> dict[str, Any]:
+    def load(self, rank: int | None, target: RestoreTarget | None = None) -> dict[str, Any]:
         """The local state of a rank, or (None) the replicated state; tensors on the CPU.
 
         Args:
             rank: whose state.
-            wanted: of which tensors this rank needs a part, and where they are to be read to; chunks that lie in no
-                such part are not read.
+            target: of which tensors this rank needs a part, and which are to be filled; chunks outside of these parts
+                are not read.
 
         Raises:
-            Fault: a file is missing or damaged; the first in the order of the votes. Where tensors are read to, some
-                may have been overwritten.
-            StateMismatch: the step has other tensors than are wanted; no chunk is read.
+            Fault: a file is missing or damaged; the first in the order of the votes. Some of the tensors to be filled
+                may be overwritten.
+            StateMismatch: the step does not have the target's tensors; no chunk is read.
         """
         entries = self.files_of(rank)
         nodes = self._nodes(entries)
-        if wanted is not None:
-            wanted.check(_described(rank, nodes))
+        arrays = {path: info for path, info in nodes.items() if isinstance(info, ArrayInfo)}
+        if target is not None:
+            target.check(_described(rank, arrays))
         top = "" if rank is None else rank_name(rank)
         if top not in nodes:
             raise Fault(IncompleteCheckpoint, node_path(top), "no vote lists this file")
         groups: dict[str, dict[Any, Any]] = {}
         # A parent's path is shorter than its children's, so parents come first.
-        for path in sorted((path for path in nodes if not isinstance(nodes[path], ArrayInfo)), key=len):
+        for path in sorted((path for path in nodes if path not in arrays), key=len):
             values: Any = nodes[path]
             groups[path] = {key: from_json(item) for key, item in values.items() if path or key != HEADER}
             if path != top:
                 _put(groups, path, groups[path])
-        for path, tensor in self._tensors(rank, nodes, entries, wanted).items():
-            _put(groups, path, tensor if wanted is None else wanted.placed(path, tensor))
+        for path, tensor in self._tensors(rank, arrays, entries, target).items():
+            _put(groups, path, tensor if target is None else target.placed(path, tensor))
         return groups[top]
 
     def describe(self, rank: int | None) -> tuple[dict[str, ArrayInfo], dict[str, dict[str, Any]]]:
-        """Arrays, and attributes of groups, by path relative to the step; chunks are not read.
+        """The arrays, and the attributes of groups, by path relative to the step; chunks are not read.
 
         Raises:
             Fault: a metadata file is missing or damaged.
@@ -180,84 +199,64 @@ class StepReader:
         return arrays, values
 
     def _nodes(self, entries: Iterable[FileEntry]) -> dict[str, ArrayInfo | dict[str, Any]]:
-        """Arrays, and groups' attributes, by path."""
+        """Arrays and attributes of groups, by path."""
         documents = [entry for entry in entries if not entry.chunk]
         nodes = {
             entry.path.removesuffix(NODE).rstrip("/"): parse_node(bytes(data), entry.path)
             for entry, data in zip(documents, self._io.map(self.read, documents), strict=True)
         }
-        nodes.pop(PACKS, None)  # a group of the format's, not of the state's
+        nodes.pop(PACKS, None)  # a group of the format, not of the state
         return nodes
 
     def _tensors(
         self,
         rank: int | None,
-        nodes: dict[str, ArrayInfo | dict[str, Any]],
+        arrays: Mapping[str, ArrayInfo],
         entries: Iterable[FileEntry],
-        wanted: RestoreTarget | None,
+        target: RestoreTarget | None,
     ) -> dict[str, torch.Tensor]:
-        """By path, whole or (where a part is wanted) a part of it.
+        """By path, whole or (where a part is needed) a part of it.
 
-        A chunk's memory becomes its tensor's, or is let go of once it was copied to its place there.
+        A chunk's memory becomes its tensor's, or is freed once it is copied to its place there.
         """
-        boxes: Mapping[str, Box] = wanted.boxes if wanted is not None else {}
-        chunks = {entry.path: entry for entry in entries if entry.chunk}
-        work: list[tuple[str, ArrayInfo, tuple[int, ...], FileEntry]] = []
-        found: dict[str, torch.Tensor] = {}
-        for path, info in nodes.items():
-            if not isinstance(info, ArrayInfo):
-                continue
-            box = boxes.get(path) or whole(info.shape)
-            target = wanted.target(path) if wanted is not None else None
-            places = box.places(info.chunk)
-            for place in places:
-                file = f"{path}/{chunk_name(place)}"
-                if file not in chunks:
-                    raise Fault(IncompleteCheckpoint, file, "no vote lists this chunk, though its array has elements")
-                work.append((path, info, place, chunks[file]))
-            is_chunk = box.size == info.chunk and len(places) == 1
-            if target is not None:
-                found[path] = target
-            elif info.packed is None and not is_chunk:
-                found[path] = as_tensor(allocate(math.prod(box.size) * info.dtype.itemsize), box.size, info.dtype)
+        boxes = target.boxes if target is not None else {}
+        tensors = _memory_to_fill(arrays, target)
+        reads = _chunk_reads(arrays, boxes, tensors, [entry for entry in entries if entry.chunk])
+        for made in list(self._io.map(lambda chunk: self._read_chunk(chunk, rank, boxes), reads)):
+            for path, tensor in made.items():
+                place = target.target(path) if target is not None else None
+                tensors[path] = tensor if place is None else place.copy_(tensor)
+        return tensors
 
-        def read(task: tuple[str, ArrayInfo, tuple[int, ...], FileEntry]) -> dict[str, torch.Tensor]:
-            path, info, place, entry = task
-            start = boxes[path].start if path in boxes else None
-            if path in found and (room := room_for(info, place, found[path], start)) is not None:
-                self._read_to(room, info, entry)
-                return {}
-            data = payload(info, self.read(entry), entry.path)
-            if info.packed is not None:
-                tensors = unpack(info, data, entry.path)
-                return {
-                    name: part_of(tensor, boxes[name]) if name in boxes else tensor
-                    for name, tensor in tensors.items()
-                    if parse_local(name) == rank
-                }
-            if path not in found:
-                return {path: as_tensor(data, info.chunk, info.dtype)}
-            put_chunk(info, data, place, found[path], start)
+    def _read_chunk(self, chunk: ChunkRead, rank: int | None, boxes: Mapping[str, Box]) -> dict[str, torch.Tensor]:
+        """Read one chunk to its place, or else return what is made of it: its tensor, or those of a pack, by path."""
+        info, out = chunk.info, chunk.out
+        if out is not None and (room := room_for(info, chunk.index, out, chunk.start)) is not None:
+            self._read_to(room, info, chunk.entry)
             return {}
-
-        order = {entry.path: number for number, entry in enumerate(chunks.values())}
-        work.sort(key=lambda task: order[task[3].path])
-        for some in list(self._io.map(read, work)):
-            for name, tensor in some.items():
-                target = wanted.target(name) if wanted is not None else None
-                found[name] = tensor if target is None else target.copy_(tensor)
-        return found
+        data = payload(info, self.read(chunk.entry), chunk.entry.path)
+        if info.packed is not None:
+            tensors = unpack(info, data, chunk.entry.path)
+            return {
+                path: part_of(tensor, boxes[path]) if path in boxes else tensor
+                for path, tensor in tensors.items()
+                if parse_local(path) == rank
+            }
+        if out is None:
+            return {chunk.path: as_tensor(data, info.chunk, info.dtype)}
+        put_chunk(info, data, chunk.index, out, chunk.start)
+        return {}
 
     def read(self, entry: FileEntry) -> Buffer:
         """A file's bytes, verified against the vote; raises :class:`Fault`."""
-        if self._faster is not None and (found := self._faster(entry)) is not None:
-            return found
+        if self._faster is not None and (copy := self._faster(entry)) is not None:
+            return copy
         data = self._stored(entry, self._store.read)
         check_file(entry, data.data)
         return data
 
     def _read_to(self, room: Buffer, info: ArrayInfo, entry: FileEntry) -> None:
-        """A chunk's elements, verified, to where they belong; raises :class:`Fault`, and then something lies there."""
+        """Read a chunk's elements to their place and verify them; raises :class:`Fault`, with any bytes there then."""
         check_size(info, entry.size_bytes, entry.path)
         if self._faster is not None and self._faster.fill(entry, room):
             return
@@ -290,20 +289,61 @@ class StepReader:
         vote = unseal_vote(bytes(self.read(entry)), entry.path)
         commit = self.commit
         if (vote.rank, vote.step, vote.epoch, vote.serial) != (rank, commit.step, commit.epoch, commit.serial):
-            raise Fault(CorruptCheckpoint, entry.path, f"is the vote of rank {vote.rank} for another save")
+            raise Fault(CorruptCheckpoint, entry.path, f"is rank {vote.rank}'s vote for another save")
         return vote
 
 
-def _described(rank: int | None, nodes: dict[str, ArrayInfo | dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
+def _described(rank: int | None, arrays: Mapping[str, ArrayInfo]) -> dict[str, tuple[Any, ...]]:
     """Shape and dtype of a state's tensors, by path."""
-    arrays = {path: info for path, info in nodes.items() if isinstance(info, ArrayInfo)}
-    found: dict[str, tuple[Any, ...]] = {
+    described: dict[str, tuple[Any, ...]] = {
         path: (info.shape, info.dtype) for path, info in arrays.items() if info.packed is None
     }
     for info in arrays.values():
         packed = info.packed or {}
-        found |= {path: (at.shape, at.dtype) for path, at in packed.items() if parse_local(path) == rank}
-    return found
+        described |= {path: (at.shape, at.dtype) for path, at in packed.items() if parse_local(path) == rank}
+    return described
+
+
+def _memory_to_fill(arrays: Mapping[str, ArrayInfo], target: RestoreTarget | None) -> dict[str, torch.Tensor]:
+    """What chunks are read or copied to, by path: the running job's tensors, or new ones.
+
+    There is none for packs, and none for a tensor of one chunk, which is made of the chunk's own memory.
+    """
+    memory: dict[str, torch.Tensor] = {}
+    for path, info in arrays.items():
+        box = _box_of(path, info, target.boxes if target is not None else {})
+        running = target.target(path) if target is not None else None
+        is_one_chunk = box.size == info.chunk and len(box.places(info.chunk)) == 1
+        if running is not None:
+            memory[path] = running
+        elif info.packed is None and not is_one_chunk:
+            memory[path] = as_tensor(allocate(math.prod(box.size) * info.dtype.itemsize), box.size, info.dtype)
+    return memory
+
+
+def _chunk_reads(
+    arrays: Mapping[str, ArrayInfo],
+    boxes: Mapping[str, Box],
+    memory: Mapping[str, torch.Tensor],
+    entries: Sequence[FileEntry],
+) -> list[ChunkRead]:
+    """The chunks that hold this rank's parts, in the order of the votes; raises :class:`Fault` if one is missing."""
+    by_path = {entry.path: entry for entry in entries}
+    reads = []
+    for path, info in arrays.items():
+        start = boxes[path].start if path in boxes else None
+        for index in _box_of(path, info, boxes).places(info.chunk):
+            file = f"{path}/{chunk_name(index)}"
+            if file not in by_path:
+                raise Fault(IncompleteCheckpoint, file, "no vote lists this chunk, though its array has elements")
+            reads.append(ChunkRead(path, info, index, by_path[file], memory.get(path), start))
+    order = {path: number for number, path in enumerate(by_path)}
+    return sorted(reads, key=lambda chunk: order[chunk.entry.path])
+
+
+def _box_of(path: str, info: ArrayInfo, boxes: Mapping[str, Box]) -> Box:
+    """This rank's part of a tensor."""
+    return boxes.get(path) or whole(info.shape)
 
 
 def _put(groups: dict[str, dict[Any, Any]], path: str, value: Any) -> None:

@@ -103,7 +103,7 @@ class MemorySave(SaveJob):
         began: float,
         then: Callable[[Held | Exception], None],
     ) -> None:
-        source = TensorSource(share, snapshot, slot, verify=True)
+        source = TensorSource(share, snapshot, slot, prepare=slot.pin if snapshot.pinned else lambda: None, verify=True)
         super().__init__(step, source, snapshot)
         self._memory = memory
         self._serial = serial
@@ -159,7 +159,7 @@ class MemorySave(SaveJob):
                 raise
         self._then(Held(self._slot, parts, placed, commit))
         with suppress(OSError):  # no memory for it: said when it is needed
-            memory.slots.prepare(self._slot.memory.numel())
+            memory.slots.prepare(self._slot.memory.numel(), pinned=self._slot.pinned)
 
     def _clear_up(self) -> None:
         """What attempts before left goes with this attempt's first commits, and old commit records with each."""

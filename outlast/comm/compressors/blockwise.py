@@ -14,7 +14,13 @@ from outlast.comm.buffers import scratch
 from outlast.comm.compressors import host
 from outlast.comm.compressors.bits import Bytes
 from outlast.comm.compressors.codecs import Scaled
-from outlast.comm.compressors.power_scale import HEADER_BYTES, read_header, write_header
+from outlast.comm.compressors.power_scale import (
+    HEADER_BYTES,
+    NOT_FINITE,
+    read_header,
+    times_power,
+    write_header,
+)
 
 CHUNK = 262_144
 """Entries per pass, so that intermediate results stay in the processor's cache."""
@@ -110,11 +116,13 @@ class Blocks(Scaled):
             super().write(x, out)
             return
         out[-8:].zero_()  # padding
-        maxima = kernels.quantise_blocks(x, self.bits, self.block, out[HEADER_BYTES:])
-        if self._exponent(float(maxima.max()), x.dtype):
-            super().write(x, out)
-        else:
-            write_header(out, 0)
+        body = out[HEADER_BYTES:]
+        exponent = self._exponent(float(kernels.quantise_blocks(x, self.bits, self.block, body).max()), x.dtype)
+        if exponent == NOT_FINITE:
+            body.zero_()
+        elif exponent:
+            kernels.quantise_blocks(times_power(x, -exponent), self.bits, self.block, body)
+        write_header(out, exponent)
 
     def _write(self, x: Tensor, maxima: Tensor, body: Tensor) -> None:
         at = self._units_bytes(len(x))

@@ -375,4 +375,5 @@ class GradientReducer(Reducer):
                 bucket.done.result()
             except Exception as error:
                 self._ledger.fail(error)
+        self._stream.join()  # what was written is read in the caller's stream
         self._ledger.check()

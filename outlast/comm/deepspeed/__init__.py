@@ -13,9 +13,7 @@ Clipping, the optimizer and the all-gather of weights are DeepSpeed's own and fo
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch.distributed as dist
@@ -26,9 +24,8 @@ from outlast.comm.direction import Direction
 from outlast.comm.exchange.stats import ReduceStats
 from outlast.comm.reducer import Reducer
 from outlast.comm.transport.communicator import CollectiveObserver
-from outlast.errors import CommError, MissingDependency
-
-_TESTED = "0.19.8"
+from outlast.deepspeed_compat import check_engine, check_method, import_deepspeed, known_attributes
+from outlast.errors import CommError
 
 
 class DeepSpeedReducer(Reducer):
@@ -156,23 +153,13 @@ def attach_deepspeed(
             ``contiguous_gradients = false``, sums instead of means, an optimizer that communicates itself; or a
             DeepSpeed that is built differently from 0.19.8.
     """
-    try:
-        deepspeed = import_module("deepspeed")
-        partitioned = import_module("deepspeed.runtime.zero.stage_1_and_2").DeepSpeedZeroOptimizer
-        in_bf16 = import_module("deepspeed.runtime.bf16_optimizer").BF16_Optimizer
-    except ImportError as error:
-        raise MissingDependency(f"DeepSpeed cannot be imported: {error}", "pip install 'outlast[deepspeed]'") from error
-    if not isinstance(engine, deepspeed.DeepSpeedEngine):
-        raise CommError(f"{type(engine).__name__} is not a DeepSpeedEngine", "pass what deepspeed.initialize returns")
+    deepspeed, zero, bf16 = import_deepspeed("runtime.zero.stage_1_and_2", "runtime.bf16_optimizer")
+    check_engine(engine, deepspeed, CommError)
     config = config or CommConfig()
     optimizer = engine.optimizer
-    try:
+    with known_attributes(deepspeed, CommError):
+        partitioned, in_bf16 = zero.DeepSpeedZeroOptimizer, bf16.BF16_Optimizer
         _refuse(engine, optimizer)
-    except AttributeError as error:
-        raise CommError(
-            f"deepspeed {deepspeed.__version__} is not built as outlast knows it: {error}",
-            f"use deepspeed {_TESTED}",
-        ) from error
     stage = int(engine.zero_optimization_stage())
     if config.target == "update" and engine.gradient_clipping() > 0:
         raise CommError(
@@ -182,10 +169,10 @@ def attach_deepspeed(
         )
     integration: Integration
     if type(optimizer) is partitioned:
-        _known(optimizer, "average_tensor", ("tensor", "communication_data_type"))
+        check_method(optimizer, "average_tensor", ("tensor", "communication_data_type"), CommError)
         integration = Partitions(engine, config, observer, direction)
     elif stage == 0 or isinstance(optimizer, in_bf16):
-        _known(engine, "buffered_allreduce_fallback", ("grads", "elements_per_buffer"))
+        check_method(engine, "buffered_allreduce_fallback", ("grads", "elements_per_buffer"), CommError)
         integration = WholeGradients(engine, config, observer, direction)
     else:
         raise CommError(f"{type(optimizer).__name__} is not supported", "use ZeRO stage 0, 1 or 2 without offload")
@@ -249,19 +236,3 @@ def _refuse(engine: Any, optimizer: Any) -> None:
     for refused, what, fix in checks:
         if refused:
             raise CommError(f"gradients cannot be compressed with DeepSpeed's {what}", fix)
-
-
-def _known(owner: Any, method: str, arguments: tuple[str, ...]) -> None:
-    """Look whether the method to be replaced is the one that outlast knows.
-
-    Raises:
-        CommError: it is not.
-    """
-    found = getattr(type(owner), method, None)
-    signature = tuple(inspect.signature(found).parameters)[1:] if callable(found) else None
-    if signature != arguments or method in vars(owner):
-        state = "was replaced before" if method in vars(owner) else f"takes {signature}, expected {arguments}"
-        raise CommError(
-            f"DeepSpeed's {type(owner).__name__}.{method} {state}",
-            f"attach once; outlast is tested with deepspeed {_TESTED}",
-        )

@@ -27,7 +27,7 @@ class OverflowVote:
         communicator: all ranks.
         pipeline: of the buckets' collectives.
         meter: notes steps that are skipped.
-        stream: of the gradients' device.
+        stream: where the gradients are checked.
     """
 
     def __init__(
@@ -47,23 +47,23 @@ class OverflowVote:
 
     def check(self, bucket: BucketExchange) -> None:
         """Check one bucket's gradients. Returns at once."""
-        self._codec.submit(partial(self._check, bucket.grads)).add_done_callback(bucket.fail)
+        self._codec.submit(partial(self._check, bucket)).add_done_callback(bucket.fail)
 
     def decide(self, buckets: Sequence[BucketExchange]) -> None:
         """All gradients have been checked: use all buckets, or skip them all if some rank's gradients overflowed.
 
         A collective call; returns at once. Failure: every bucket's ``done`` gets the error.
         """
-        vote = torch.zeros(8, dtype=torch.uint8, device=self._stream.device)
-        self._codec.submit(partial(self._send, vote, buckets)).add_done_callback(partial(_fail, buckets))
+        self._codec.submit(partial(self._send, buckets)).add_done_callback(partial(_fail, buckets))
 
-    def _check(self, grads: list[Tensor]) -> None:
-        with torch.no_grad():
-            self._all_finite = self._all_finite and all(finite(grad) for grad in grads)
+    def _check(self, bucket: BucketExchange) -> None:
+        with torch.no_grad(), self._stream.work(bucket.is_ready):
+            self._all_finite = self._all_finite and all(finite(grad) for grad in bucket.grads)
 
-    def _send(self, vote: Tensor, buckets: Sequence[BucketExchange]) -> None:
+    def _send(self, buckets: Sequence[BucketExchange]) -> None:
         """In the codec's thread, behind the last bucket's check."""
-        vote.fill_(not self._all_finite)
+        with self._stream.work():
+            vote = torch.full((8,), not self._all_finite, dtype=torch.uint8, device=self._stream.device)
         self._all_finite = True
         self._communicator.submit(partial(self._count, vote, buckets)).add_done_callback(partial(_fail, buckets))
 
@@ -78,8 +78,9 @@ class OverflowVote:
 
     def _skip(self, buckets: Sequence[BucketExchange]) -> None:
         self._meter.skipped = True
-        for bucket in buckets:
-            bucket.skip()
+        with self._stream.work():
+            for bucket in buckets:
+                bucket.skip()
 
 
 def _fail(buckets: Sequence[BucketExchange], source: Future[Any]) -> None:

@@ -197,7 +197,7 @@ def attach_fsdp(
         for block in model.blocks:
             fully_shard(block)
         fully_shard(model)
-        reducer = attach_fsdp(model, CommConfig(target="update", density=0.02))
+        reducer = outlast.comm.attach(model, target="update", density=0.02)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=0.1)
 
     Over a one-dimensional mesh the reduce-scatter is compressed (``FSDPModule.set_custom_reduce_scatter``): each rank
@@ -210,8 +210,9 @@ def attach_fsdp(
     *after* its own all-reduce. So until :meth:`ShardedReducer.close`, the model's groups see a mesh that has the shard
     dimension alone.
 
-    Parameters that get no gradient in a backward count as zero and get one (``set_reduce_scatter_unused_params``), for
-    what is handed over does not say whose it is. Frozen parameters take no part. Gradient accumulation:
+    Parameters that get no gradient in a backward count as zero and get one (``set_reduce_scatter_unused_params``; where
+    torch has none, as 2.11, a parameter without a gradient is an error), for what is handed over does not say whose it
+    is. Frozen parameters take no part. Gradient accumulation:
     ``set_requires_gradient_sync(False)`` for all but the last backward of a step; else each is a step of its own.
     Mixed precision: the buffers have ``reduce_dtype``, the sums and the state fp32.
 
@@ -283,9 +284,10 @@ class _ReduceScatter:
 
 def _install(reducer: ShardedReducer, group: Group, copies: dist.ProcessGroup | None) -> None:
     inner, module = group.inner, group.module
-    unused = inner.reduce_scatter_unused_params
-    module.set_reduce_scatter_unused_params(True, recurse=False)
-    group.undo.append(lambda: module.set_reduce_scatter_unused_params(unused, recurse=False))
+    if hasattr(inner, "reduce_scatter_unused_params"):  # torch 2.11 has not
+        unused = inner.reduce_scatter_unused_params
+        module.set_reduce_scatter_unused_params(True, recurse=False)
+        group.undo.append(lambda: module.set_reduce_scatter_unused_params(unused, recurse=False))
     if copies is None:
         before = inner._reduce_scatter_comm
         module.set_custom_reduce_scatter(_ReduceScatter(lambda out, buf, op: reducer._scatter(group, out, buf, op)))
@@ -301,7 +303,8 @@ def _install(reducer: ShardedReducer, group: Group, copies: dist.ProcessGroup | 
         except ImportError as error:
             raise unknown_torch("no FSDPMeshInfo") from error
         sharded = FSDPMeshInfo(mesh=whole.mesh, shard_mesh_dim=whole.shard_mesh_dim)
-        sharded.reduce_scatter_process_group = whole.reduce_scatter_process_group
+        if hasattr(whole, "reduce_scatter_process_group"):
+            sharded.reduce_scatter_process_group = whole.reduce_scatter_process_group
         # FSDP2 compares the two: as long as they are one object, forward and backward use the same shards.
         together = inner.post_forward_mesh_info is whole
         inner.mesh_info = sharded

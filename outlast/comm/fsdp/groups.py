@@ -48,9 +48,7 @@ def find_groups(module: nn.Module) -> list[Group]:
     for path, part in module.named_modules():
         if not isinstance(part, FSDPModule):
             continue
-        inners = getattr(part._get_fsdp_state(), "_fsdp_param_groups", None)
-        if inners is None:
-            raise unknown_torch("FSDPState has no _fsdp_param_groups")
+        inners = _param_groups(part._get_fsdp_state())
         if len(inners) > 1:
             raise CommError(
                 f"fully_shard of {path or 'the model'} made {len(inners)} groups over several meshes",
@@ -68,6 +66,15 @@ def find_groups(module: nn.Module) -> list[Group]:
     if len(shard_ranks) > 1:
         raise CommError(f"parts of the model are sharded over different ranks: {sorted(shard_ranks)}", "use one mesh")
     return list(groups.values())
+
+
+def _param_groups(state: Any) -> Sequence[Any]:
+    found = getattr(state, "_fsdp_param_groups", None)
+    if found is None and hasattr(state, "_fsdp_param_group"):  # one or none, up to torch 2.11
+        found = [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    if found is None:
+        raise unknown_torch("FSDPState has no _fsdp_param_groups")
+    return found  # type: ignore[no-any-return]
 
 
 def _group(label: str, module: Any, inner: Any, names: Mapping[int, str]) -> Group:
@@ -145,5 +152,5 @@ def with_gradient(group: Group) -> list[tuple[str, int]]:
 def unknown_torch(what: str) -> CommError:
     return CommError(
         f"torch {torch.__version__}: FSDP2 is not built as outlast knows it ({what})",
-        "use a torch that outlast is tested with, 2.13",
+        "use a torch that outlast is tested with, 2.11 or 2.13",
     )

@@ -102,7 +102,8 @@ def _sampled(x: Tensor, k: int, plus: Tensor | None, take: bool, count: int, ran
     counts = torch.empty(blocks, dtype=torch.int32, device=x.device)
     with on(x):
         code.sample[(ceil_div(count, 1024),)](x, other, seen, numel // count, count, ADD=add, BLOCK=1024)
-        threshold = torch.kthvalue(seen, count - rank + 1).values
+        # Not kthvalue, which PyTorch refuses on CUDA where deterministic algorithms are asked for.
+        threshold = torch.topk(seen, rank, sorted=False).values.amin()
         code.add_and_count[(blocks,)](x, other, threshold, counts, numel, ADD=add, BLOCK=BLOCK, num_warps=WARPS)
         ends = counts.cumsum(0, dtype=torch.int32)
         found = int(ends[-1])

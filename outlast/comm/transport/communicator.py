@@ -169,6 +169,7 @@ class Communicator:
             payload.numel(),
             (n - 1) * payload.numel(),
             label,
+            payload.device,
             lambda: dist.all_gather(rows, payload, group=self.group, async_op=True),
         )
         return out
@@ -199,6 +200,7 @@ class Communicator:
             payload.numel(),
             payload.numel() - own,
             label,
+            payload.device,
             lambda: dist.all_to_all_single(received, payload, [own] * n, list(sizes), group=self.group, async_op=True),
         )
         return out
@@ -233,6 +235,7 @@ class Communicator:
             n * nbytes,
             (n - 1) * nbytes,
             label,
+            x.device,
             lambda: dist.all_to_all_single(parts, padded, group=self.group, async_op=True),
         )
         own = mean_in_rank_order(parts.view(n, share))
@@ -242,6 +245,7 @@ class Communicator:
             nbytes,
             (n - 1) * nbytes,
             label,
+            x.device,
             lambda: dist.all_gather(rows, own, group=self.group, async_op=True),
         )
         return padded[:numel]
@@ -265,16 +269,24 @@ class Communicator:
         if group is not None and self._disposable and dist.is_initialized():
             dist.destroy_process_group(group)
 
-    def _issue(self, op: str, nbytes: int, wire_bytes: int, label: str, start: Callable[[], dist.Work | None]) -> None:
+    def _issue(
+        self,
+        op: str,
+        nbytes: int,
+        wire_bytes: int,
+        label: str,
+        device: torch.device,
+        start: Callable[[], dist.Work | None],
+    ) -> None:
+        # What is to be sent may still be computed. The others wait for this rank from here on, not from when it queued.
+        settle(device)
         token = self._observer.enter(op, nbytes, label) if self._observer else 0
         started = time.perf_counter()
         try:
             work = start()
             assert work is not None
             work.wait()
-            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-                # NCCL's wait() only orders streams; errors and times are true once the stream has passed.
-                torch.cuda.current_stream().synchronize()
+            settle(device)  # NCCL's wait() only orders streams; errors and times are true once the stream has passed
         except RuntimeError as error:
             elapsed_s = time.perf_counter() - started
             raise CommError(
@@ -289,6 +301,12 @@ class Communicator:
             self._observer.complete(token)
 
 
+def settle(device: torch.device) -> None:
+    """Wait until all that the caller's stream was given is done; on a CPU it is."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def mean_in_rank_order(rows: Tensor) -> Tensor:
     """(n, numel) to a new (numel,): row 0 + row 1 + ..., in exactly that order, then divided by n."""
     total = rows[0].clone()
@@ -300,5 +318,5 @@ def mean_in_rank_order(rows: Tensor) -> Tensor:
 def slowest(communicator: Communicator, seconds: float, device: torch.device) -> float:
     """The largest of all ranks' ``seconds``; a collective call."""
     own = torch.tensor([seconds], dtype=torch.float64).view(torch.uint8).to(device)
-    job = communicator.submit(lambda: communicator.all_gather(own, "figures"))
-    return float(job.result().cpu().view(torch.float64).max())
+    job = communicator.submit(lambda: communicator.all_gather(own, "figures").cpu())
+    return float(job.result().view(torch.float64).max())

@@ -1,8 +1,8 @@
 """Where gradient exchange runs on a device, beside the stream that computes.
 
 On a CPU it is nothing but threads. On CUDA it is one side stream: work on a gradient is ordered behind the event that
-marks the gradient as ready, and whoever waits for the result waits through the future's own event. The CUDA half has
-not been run on hardware.
+marks the gradient as ready, and whoever waits for the result waits through the future's own event, or by
+:meth:`DeviceStream.join`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class DeviceStream:
             if after is not None:
                 self._stream.wait_event(after)
             yield
+
+    def join(self) -> None:
+        """Order what the caller's stream does next behind all that the lane was given so far."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def future(self) -> torch.futures.Future[torch.Tensor]:
         """A future whose waiters are ordered behind the stream."""

@@ -8,26 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import CheckpointError, CheckpointNotFound
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import (
-    checkpointer,
-    failed,
-    files_of,
-    flip,
-    local,
-    of,
-    rejected,
-    same,
-    save_by_ranks,
-    save_steps,
-    state,
-    steps_at,
-)
+from tests.checkpoint.damage import files_of, flip, steps_at
+from tests.checkpoint.helpers import checkpointer, failed, of, rejected, save_by_ranks, save_steps
+from tests.checkpoint.states import local, same, state
 
 pytestmark = pytest.mark.root
 
@@ -124,7 +110,7 @@ def test_restoring_changes_nothing_there_and_says_what_it_would_have(disk: Disk)
             reader.restore(9)
         assert files_of(disk.url) == before
     reasons = [event.reason for event in events if event.kind == "checkpoint_rejected"]
-    stays = "it stays, since the place can only be read: [Errno 30] Read-only file system"
+    stays = "left in place, because the storage is read-only: [Errno 30] Read-only file system"
     assert sum(stays in reason for reason in reasons) == 4
     disk.may_only("rw")
     with checkpointer(disk.url, events, epoch="three") as reader:
@@ -140,9 +126,9 @@ def test_a_step_that_was_to_be_saved_anew_is_not_passed_over(disk: Disk) -> None
     (disk.url / "step_00000002").rename(disk.url / "step_00000002.replaced")
     with checkpointer(disk.url, epoch="two") as reader:
         disk.may_only("ro")
-        with pytest.raises(CheckpointError, match=r"step_00000002 is there to restore, but .*Read-only file system"):
+        with pytest.raises(CheckpointError, match=r"step_00000002 exists, but .*Read-only file system"):
             reader.restore("auto")
-        with pytest.raises(CheckpointError, match=r"step_00000002 is there to restore, but"):
+        with pytest.raises(CheckpointError, match=r"step_00000002 exists, but"):
             reader.restore(2)
         asked_for = reader.restore(1)
         assert asked_for.step == 1

@@ -10,12 +10,11 @@ import pytest
 
 from outlast.checkpoint.storage.fsspec import FsspecStore
 from outlast.checkpoint.storage.local import LocalStore
-from outlast.checkpoint.tools import (
-    verify,
-)
+from outlast.checkpoint.tools import verify
 from outlast.events import Event
-from tests.checkpoint.helpers import before, checkpointer, failed, local, same, save_and_join, state
+from tests.checkpoint.helpers import before, checkpointer, failed, save_and_join
 from tests.checkpoint.s3 import BUCKET
+from tests.checkpoint.states import local, same, state
 
 Place = tuple[str, type]
 

@@ -17,9 +17,9 @@ from outlast.checkpoint.format.names import COMMIT
 from outlast.checkpoint.storage.fsspec import FsspecStore
 from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.crash import Expected
-from tests.checkpoint.faulty import CHANGES, SaveContext
-from tests.checkpoint.helpers import local, same, state
+from tests.checkpoint.faulty import CHANGES, Place
 from tests.checkpoint.recorder import Mark
+from tests.checkpoint.states import local, same, state
 
 CONFIG = CheckpointConfig(keep_last=2, io_threads=2)
 """Everything packed: a handful of objects a step."""
@@ -30,7 +30,7 @@ Files = dict[str, bytes]
 class Record:
     """What lay at a place after each of the operations on it, and what might be restored then."""
 
-    def __init__(self, place: SaveContext, expected: Expected | None = None) -> None:
+    def __init__(self, place: Place, expected: Expected | None = None) -> None:
         self.states: list[tuple[Files, Expected]] = []
         self.expected = expected or Expected()
         self._place = place
@@ -54,7 +54,7 @@ def content(step: int, version: str) -> dict[str, Any]:
     return {**state(step), "version": version}
 
 
-def attempt(place: SaveContext, record: Record | None, epoch: str) -> Checkpointer:
+def attempt(place: Place, record: Record | None, epoch: str) -> Checkpointer:
     def emit(event: Event) -> None:
         if record is not None and isinstance(event, CheckpointSaved):
             record.mark("acked", event.step, epoch)
@@ -70,7 +70,7 @@ def save(saver: Checkpointer, record: Record, step: int, version: str) -> None:
     saver._saving.join()
 
 
-def restored(place: SaveContext) -> tuple[int, str] | None:
+def restored(place: Place) -> tuple[int, str] | None:
     """What a fresh process finds."""
     with attempt(place, None, "judge") as reader:
         back = reader.restore("auto")
@@ -82,7 +82,7 @@ def restored(place: SaveContext) -> tuple[int, str] | None:
     return back.step, version
 
 
-def violation(place: SaveContext, files: Files, expected: Expected) -> str | None:
+def violation(place: Place, files: Files, expected: Expected) -> str | None:
     place.around = lambda name, path, do: do()
     place.fill(files)
     found = restored(place)
@@ -92,13 +92,13 @@ def violation(place: SaveContext, files: Files, expected: Expected) -> str | Non
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[SaveContext]:
-    place = SaveContext(tmp_path.name)
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path.name)
     yield place
     place.clear()
 
 
-def run(place: SaveContext) -> list[tuple[Files, Expected]]:
+def run(place: Place) -> list[tuple[Files, Expected]]:
     record = Record(place)
     with attempt(place, record, "one") as saver:
         save(saver, record, 1, "one")
@@ -117,7 +117,7 @@ def run(place: SaveContext) -> list[tuple[Files, Expected]]:
     return record.states
 
 
-def test_no_step_is_lost_between_two_operations(place: SaveContext) -> None:
+def test_no_step_is_lost_between_two_operations(place: Place) -> None:
     states = run(place)
     assert len(states) > 80
     wrong = [
@@ -126,7 +126,7 @@ def test_no_step_is_lost_between_two_operations(place: SaveContext) -> None:
     assert wrong == []
 
 
-def test_nor_between_two_operations_of_the_restore_after(place: SaveContext) -> None:
+def test_nor_between_two_operations_of_the_restore_after(place: Place) -> None:
     states = [(files, expected) for files, expected in run(place) if any(".replaced/" in path for path in files)]
     seen = 0
     for files, expected in states[::6]:
@@ -140,7 +140,7 @@ def test_nor_between_two_operations_of_the_restore_after(place: SaveContext) -> 
 
 
 def test_moving_one_object_after_the_other_is_found_to_lose_steps(
-    place: SaveContext, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def one_by_one(store: FsspecStore, old: str, new: str) -> None:
         record = bytes(store.read(f"{old}/{COMMIT}"))

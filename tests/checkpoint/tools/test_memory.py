@@ -14,14 +14,13 @@ import pytest
 
 from outlast.checkpoint.tiers.run_lock import Use, alone, is_used
 from outlast.checkpoint.tiers.slots import memory_path
-from outlast.checkpoint.tools import (
-    list_memory,
-    remove_memory,
-)
+from outlast.checkpoint.tools import list_memory, remove_memory
 from outlast.cli.main import main
 from outlast.errors import CheckpointError
-from tests.checkpoint.helpers import checkpointer, files_of, local, state
+from tests.checkpoint.damage import files_of
+from tests.checkpoint.helpers import checkpointer
 from tests.checkpoint.ranks import Orders, run
+from tests.checkpoint.states import local, state
 
 MEMORY = {"memory_every_steps": 1}
 
@@ -140,7 +139,7 @@ def test_command(url: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out.splitlines()
     assert said[1].split()[:6] == ["1", "first", "committed", "3", "0-2", "-"]
     assert said[3].startswith(str(memory_path(str(url))))
-    assert said[3].endswith("no run uses it; --remove gives it back")
+    assert said[3].endswith("no run uses it; --remove frees it")
     assert main(["ckpt", "memory", str(url), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["removed"], told["in_use"], [one["step"] for one in told["steps"]]) == (False, False, [1, 2])

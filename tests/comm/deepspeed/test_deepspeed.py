@@ -353,7 +353,7 @@ def test_what_cannot_be_right_is_refused(two_ranks: Ranks) -> None:
         "gradient_clipping = 1",
         "compressor = 'auto'",
         "managed_gradient_accumulation = false",
-        "was replaced before",
+        "is already replaced",
         "was saved with version",
         "were accumulated and not exchanged",
         "takes ('tensor',), expected",

@@ -249,7 +249,7 @@ class TestProbe:
 
 
 class TestPacked:
-    @settings(max_examples=30, deadline=None, derandomize=True)
+    @settings(max_examples=30)
     @given(
         numel=st.integers(0, 700),
         magnitude=st.sampled_from([1e-30, 1e-3, 1.0, 1e30]),

@@ -1,4 +1,4 @@
-"""How far verifying is: a bar with rate and time left on a terminal, a line now and then elsewhere."""
+"""Progress of a verification: a bar with rate and time left on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -19,26 +19,19 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-_EVERY_S = 10.0
+from outlast.cli.ckpt.output import size
 
-
-def size(count: float) -> str:
-    """Bytes for people: ``17.5 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
+LINE_EVERY_S = 10.0
 
 
 class Verifying:
-    """Called with a step, its bytes verified so far and in all; for a ``with``, which takes the bar away.
+    """Call it with a step, the bytes verified so far and the total; leaving its ``with`` block removes the bar.
 
     Args:
-        console: gets the bar, if it is a terminal.
-        json: what the console gets is for programs: no bar.
-        lines: gets lines where there is no bar, at most one in ten seconds, so none for a step that is quickly done.
-        clock: seconds.
+        console: shows the bar, if it is a terminal.
+        json: the output is for programs: show no bar.
+        lines: takes the lines that replace a bar, at most one every ten seconds; None takes stderr.
+        clock: the time in seconds.
     """
 
     def __init__(
@@ -57,11 +50,11 @@ class Verifying:
         self._clock = clock
         self._tasks: dict[int, TaskID] = {}
         self._step: int | None = None
-        self._began_s = self._told_s = 0.0
+        self._began_s = self._printed_s = 0.0
 
     def begin(self, step: int) -> None:
-        """Before the first byte of a step is read."""
-        self._step, self._began_s, self._told_s = step, self._clock(), self._clock()
+        """Start timing a step, before its first byte is read."""
+        self._step, self._began_s, self._printed_s = step, self._clock(), self._clock()
         if self._bar is not None:
             self._tasks[step] = self._bar.add_task(f"verifying step {step}", total=None)
 
@@ -72,8 +65,8 @@ class Verifying:
             self._bar.update(self._tasks[step], completed=done_bytes, total=total_bytes)
             return
         now_s = self._clock()
-        if now_s - self._told_s >= _EVERY_S and 0 < done_bytes < total_bytes:
-            self._told_s = now_s
+        if now_s - self._printed_s >= LINE_EVERY_S and 0 < done_bytes < total_bytes:
+            self._printed_s = now_s
             rate = done_bytes / (now_s - self._began_s)
             print(
                 f"step {step}: {size(done_bytes)} of {size(total_bytes)} verified ({done_bytes / total_bytes:.0%}), "
@@ -83,7 +76,7 @@ class Verifying:
             )
 
     def rate(self, done_bytes: int) -> str:
-        """Of the step that was just verified: ``in 0.70 s, 1.1 GB/s``."""
+        """The time and rate of the step that was just verified: ``in 0.70 s, 1.1 GB/s``."""
         seconds = self._clock() - self._began_s
         return f"in {seconds:.2f} s, {size(done_bytes / max(seconds, 1e-9))}/s"
 
