@@ -16,11 +16,11 @@ class Cut(NamedTuple):
     start: int
     stop: int
     shape: Shape
-    """With stop - start entries; what the compressor is told of the slice."""
+    """Has stop - start entries; the compressor gets the slice in this shape."""
 
 
 def cuts(rows: int, parts: int) -> list[tuple[int, int]]:
-    """(first row, end) of each of ``parts`` slices, as equal as can be; some are empty where rows < parts."""
+    """(first row, end) of each of ``parts`` slices, as equal as possible; some are empty if rows < parts."""
     return list(pairwise(rows * part // parts for part in range(parts + 1)))
 
 

@@ -1,4 +1,4 @@
-"""Exact means in the place of the running means that rounding lets drift."""
+"""Replaces the running means, which drift by rounding, by exact ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from outlast.comm.transport.communicator import Communicator, settle, slowest
 
 
 def resync_all(states: ParameterStates, feedback: Feedback | None, network: Network, two_phase: bool) -> float:
-    """Of every tensor; a collective call. Returns the largest relative drift there was, the same on every rank.
+    """For every tensor; a collective call. Returns the largest relative drift found, the same on every rank.
 
     Raises:
         CommError: a peer failed.

@@ -51,7 +51,7 @@ class GatheredRoute:
 
 
 class TwoPhaseRoute:
-    """Every rank's payload of slice j to rank j, which sums, and the sum, compressed anew, to every rank."""
+    """Every rank's payload of slice j to rank j, which sums them; then the sum, compressed again, to every rank."""
 
     def __init__(
         self, items: Sequence[Item], feedback: Feedback, rank: int, n: int, buffer: Buffer, probe: Probe | None
@@ -86,12 +86,12 @@ class TwoPhaseRoute:
 
     def to_owners(self, communicator: Communicator, label: str) -> None:
         assert self._sent is not None
-        mine = sum(self._first[self._rank])
-        out = self._buffer("receive slice", self._n * mine).view(self._n, mine)
+        own = sum(self._first[self._rank])
+        out = self._buffer("receive slice", self._n * own).view(self._n, own)
         self._received = communicator.all_to_all(self._sent, [sum(sizes) for sizes in self._first], label, out)
 
     def relay(self) -> None:
-        """As owner of a slice of each tensor: sum, and compress anew."""
+        """As owner of a slice of each tensor: sum, and compress again."""
         assert self._received is not None
         largest = max(sum(sizes) for sizes in self._second)
         self._own = self._buffer("relay", largest)

@@ -35,7 +35,7 @@ class ShardSession:
     belong to one thread.
 
     Args:
-        layout: what cuts the gradients; state of one layout does not load in another.
+        layout: ``fsdp``, ``hsdp`` or ``zero``: how gradients are cut; state of one layout does not load in another.
         config: see :class:`CommConfig`.
         group: the ranks to average over.
         device: of the gradients.
@@ -103,10 +103,10 @@ class ShardSession:
         return self._meter.stats(self._communicator.take_totals(), dense_bytes)
 
     def enter(self, key: Hashable, name: str, remedy: str) -> None:
-        """Note that the gradients ``key`` are about to be exchanged; opens the step where nobody else does.
+        """Note that the gradients ``key`` are about to be exchanged; opens a step if steps are counted.
 
         Raises:
-            CommError: they have been in this step already, and steps are given by :meth:`begin_step`.
+            CommError: this step has already exchanged them, and steps are given by :meth:`begin_step`.
         """
         self._ledger.enter(key, name, remedy)
 
@@ -198,10 +198,10 @@ class ShardSession:
             raise
 
     def _resync(self, param: ShardedParam) -> float:
-        """The exact mean in the place of the running one that rounding lets drift; a collective call.
+        """Replace the running mean, which drifts by rounding, by the exact one; a collective call.
 
         Returns:
-            The drift that there was.
+            The relative drift found.
         """
         feedback = self._feedback
         assert feedback is not None
@@ -220,6 +220,6 @@ class ShardSession:
         return ShardExchange(label, [item], self._communicator, None, None, True, buffer)
 
     def _settle(self) -> None:
-        """On CUDA: what was queued is done before another thread, or stream, reads it."""
+        """On CUDA, wait until queued work is done, because another thread or stream reads its result."""
         if self._stream.device.type == "cuda":
             torch.cuda.synchronize(self._stream.device)

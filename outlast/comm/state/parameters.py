@@ -43,25 +43,25 @@ class ParamState:
     name: str
     param: Tensor
     may_compress: bool
-    """Whether it is compressed if anything is: a matrix that is large enough."""
+    """Whether it is compressed if anything is: it is a matrix, and large enough."""
     compress: bool
     """Whether it is compressed outside warm-up; if not it has no slots."""
     shape: Shape
-    """Of what this rank exchanges: the parameter's, or with transport = hierarchical a slice's."""
+    """Of what this rank exchanges: the parameter, or with ``ranks_per_node`` a slice of it."""
     units: int
-    """In how many slices it is compressed, each by itself: one, or in the two-phase transport one for each rank."""
+    """In how many slices it is compressed separately: one, or in the two-phase transport one for each rank."""
     rank: int
     """Which slice this rank owns in the two-phase transport."""
     local: Slots | None = None
-    """This rank's slots; None until the first gradient. The compressor's memory is apart for each slice."""
+    """This rank's slots; None until the first gradient. Each slice has its own compressor memory."""
     replicated: Slots | None = None
     owned: Slots | None = None
     moments: Slots | None = None
-    """The direction's slots: of this rank's gradients where they are compressed, else of the mean, on every rank."""
+    """The direction's slots: of this rank's gradients if they are compressed, else of the mean, on every rank."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which it is summed and its slots are kept: float64 for itself, float32 for all else."""
+        """In which it is summed and its slots are kept: float64 for float64, float32 for all else."""
         return torch.float64 if self.param.dtype == torch.float64 else torch.float32
 
     def start(self, feedback: Feedback, g: Tensor) -> None:
@@ -99,7 +99,7 @@ class ParamState:
         return (local | moments, replicated) if self.compress else (local, replicated | moments)
 
     def load(self, local: Slots, replicated: Slots) -> None:
-        """Take over slots that fit :meth:`schema`."""
+        """Adopt slots that fit :meth:`schema`."""
         own, owned, moments = split(local)
         aggregate, _, moments_of_mean = split(replicated)
         started = self.compress and bool(local or replicated)
@@ -135,7 +135,7 @@ class ParamState:
 
 
 class ParameterStates:
-    """All parameters, found by identity, with the state that a checkpoint holds.
+    """All parameters, looked up by identity, with the state that a checkpoint holds.
 
     Args:
         named_parameters: of the model.
@@ -143,11 +143,11 @@ class ParameterStates:
         feedback: None when nothing is compressed.
         direction: None when gradients themselves are averaged.
         shape_of: what this rank exchanges of a parameter.
-        units: slices that are compressed by themselves.
+        units: in how many slices a tensor is compressed separately.
         rank: which of them this rank owns.
 
     Raises:
-        CommError: a name or a parameter that comes twice, or parameters on several devices.
+        CommError: a duplicate name or parameter, or parameters on several devices.
     """
 
     def __init__(
@@ -168,18 +168,18 @@ class ParameterStates:
         self._by_id: dict[int, ParamState] = {}
         for name, param in named_parameters:
             if name in self.params or id(param) in self._by_id:
-                raise CommError(f"parameter {name!r} comes twice", "pass module.named_parameters()")
+                raise CommError(f"parameter {name!r} is given twice", "pass module.named_parameters()")
             may = param.dim() > 1 and param.numel() >= max(config.dense_below, 1)
             state = ParamState(name, param, may, may and feedback is not None, shape_of(param), units, rank)
             self.params[name] = self._by_id[id(param)] = state
         devices = {str(state.param.device) for state in self.params.values()}
         if len(devices) > 1:
             raise CommError(
-                f"parameters lie on several devices: {', '.join(sorted(devices))}", "use one device per rank"
+                f"parameters are on several devices: {', '.join(sorted(devices))}", "use one device per rank"
             )
 
     def adopt(self, config: CommConfig, feedback: Feedback | None, direction: Direction | None, units: int) -> None:
-        """Compress differently from now on; what was dense so far starts anew, the moments it needs are kept."""
+        """Change the method. Error feedback starts afresh; the moments that the new direction has too are kept."""
         self._config, self.feedback, self.direction = config, feedback, direction
         for state in self.params.values():
             state.compress = state.may_compress and feedback is not None
@@ -191,20 +191,20 @@ class ParameterStates:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters lie."""
+        """Where the parameters are."""
         return next((state.param.device for state in self.params.values()), torch.device("cpu"))
 
     def of(self, param: Tensor) -> ParamState:
         """The state of a parameter.
 
         Raises:
-            CommError: the reducer was made without it.
+            CommError: the reducer does not know the parameter.
         """
         state = self._by_id.get(id(param))
         if state is None:
             raise CommError(
                 f"a gradient of shape {tuple(param.shape)} belongs to none of the {len(self.params)} parameters",
-                "make the reducer with the named_parameters() of the module that is trained, once it is complete",
+                "make the reducer with the named_parameters() of the trained module, once it is complete",
             )
         return state
 
@@ -225,7 +225,7 @@ class ParameterStates:
             CommStateMismatch: names the setting, parameter, slot, shape or type that does not fit.
         """
         keys = ["version", "compressor", "feedback", "target"]
-        if self.feedback is not None:  # without slots nothing depends on how many ranks there were, or how they talked
+        if self.feedback is not None:  # without slots, the ranks and the transport do not matter
             keys += ["transport", "ranks_per_node", "world_size"]
         check_meta(state["meta"], self._meta(0, world_size), keys)
         step = int(state["meta"]["step"])
@@ -246,10 +246,10 @@ class ParameterStates:
 
         Args:
             read: an old rank's state dict.
-            n: old number of ranks.
-            m: new number of ranks, this job's.
-            rank: this one.
-            feedback: the method as made from settings, before ``of_rank``.
+            n: the world size that saved.
+            m: this job's world size.
+            rank: of this process.
+            feedback: the method, not bound to a rank.
 
         Raises:
             CommStateMismatch: state that depends on nodes, or slots that are missing.

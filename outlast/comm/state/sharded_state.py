@@ -21,7 +21,7 @@ class ShardedStates:
     """All parameters of a sharded model, with the state that a checkpoint holds.
 
     Args:
-        layout: what cuts the gradients; state of one layout does not load in another.
+        layout: how gradients are cut; state of one layout does not load in another.
         config: settings.
         feedback: None when nothing is compressed.
         direction: None when gradients themselves are averaged.
@@ -37,7 +37,7 @@ class ShardedStates:
         world_size: int,
     ) -> None:
         self.params: dict[str, ShardedParam] = {}
-        """By name; filled by whoever knows how they are cut."""
+        """By name; the adapter fills it, because it knows how they are cut."""
         self._layout = layout
         self._config = config
         self._feedback = feedback
@@ -82,9 +82,9 @@ class ShardedStates:
 
 
 def cannot_reshard(what: str, saved: int, ranks: int) -> CommStateMismatch:
-    """The refusal of state that another number of ranks saved."""
+    """The refusal of state that another world size saved."""
     return CommStateMismatch(
         f"error-feedback state of {saved} ranks cannot be redistributed over {ranks} ranks: {what} cuts gradients into "
         "shards",
-        f"continue with {saved} ranks, or do not load the error-feedback state: it then starts anew",
+        f"continue with {saved} ranks, or start without the saved error-feedback state",
     )

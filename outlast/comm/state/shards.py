@@ -1,4 +1,4 @@
-"""Which slice of each parameter a rank owns, and its share of error-feedback state."""
+"""One parameter of a sharded model: how it is cut, and its error-feedback state on this rank."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class ShardedParam:
         return slots
 
     def load(self, slots: Slots) -> None:
-        """Take over slots that fit :meth:`schema`."""
+        """Adopt slots that fit :meth:`schema`."""
         own, owned, moments = split(slots)
         self.local, self.owned, self.moments = own or None, owned or None, {}
         for name, tensor in moments.items():

@@ -2,11 +2,11 @@
 
 A state dict has two parts, ``local`` and ``replicated``. In each a parameter has a dict of slots, named ::
 
-    h_i, e, ...    by the method and its compressor, for the slots that they keep
-    owned_s        the slot s that the owner of a slice keeps of it
-    adam_v         the slot v of the direction
+    h_i, e, ...    slots of the method and its compressor, under their own names
+    owned_s        slot s that the owner of a slice keeps for it
+    adam_v         slot v of the direction
 
-A slot that every slice has for itself ends in the slice's number; see :mod:`outlast.comm.feedback.layout`.
+The name of a slot that exists once for each slice ends in the slice's number; see :mod:`outlast.comm.feedback.layout`.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class SlotSchema(NamedTuple):
     local: Forms
     replicated: Forms
     required: bool
-    """Whether they must be there once a step has been made: not those of a parameter without gradients."""
+    """Whether they must be there after the first step: not for a parameter without gradients."""
     late: frozenset[str] = frozenset()
-    """Those of the local ones that are all missing before an owner has sent its slice on for the first time."""
+    """Local slots that are all missing before an owner relays its slice for the first time."""
 
 
 def forms_of(slots: Slots) -> Forms:
@@ -64,10 +64,10 @@ def prefixed(prefix: str, slots: Mapping[str, T] | None) -> dict[str, T]:
 
 
 class SplitSlots(NamedTuple):
-    """One parameter's slots of one part, under the names of those who keep them."""
+    """One parameter's slots of one part, without prefixes."""
 
     own: Slots
-    """The method's and its compressor's."""
+    """Of the method and its compressor."""
     owned: Slots
     moments: Slots
 
@@ -86,7 +86,7 @@ def split(slots: Slots) -> SplitSlots:
 
 
 def check_meta(saved: Mapping[str, Any], expected: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Compare what a state says of itself with what this run would say.
+    """Compare the ``meta`` of a state with this run's.
 
     Raises:
         CommStateMismatch: names the first of ``keys`` that differs, and both values.
@@ -100,7 +100,7 @@ def check_meta(saved: Mapping[str, Any], expected: Mapping[str, Any], keys: Iter
 
 
 def read_slots(state: State, schemas: Mapping[str, SlotSchema], step: int) -> dict[str, tuple[Slots, Slots]]:
-    """Copies of every parameter's (local, replicated) slots; empty where there are none, and none are due.
+    """Copies of every parameter's (local, replicated) slots; empty if there are none and none are required.
 
     Args:
         state: a state dict.

@@ -16,8 +16,8 @@ T = TypeVar("T")
 class OrderedWorker:
     """Runs jobs one at a time, first in, first out, in a daemon thread of its own.
 
-    After a job has raised, the jobs behind it do not run: their futures get the same error. So a broken order of
-    collectives is never carried on.
+    After a job has raised, the jobs behind it do not run; their futures get the same error. So no collective is issued
+    after the order is broken.
 
     Args:
         name: of the thread.
@@ -31,7 +31,7 @@ class OrderedWorker:
         self._thread.start()
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
-        """Queue ``job``; its result or error comes in the future.
+        """Queue ``job``; the future gets its result or error.
 
         Raises:
             CommError: the worker was closed.
@@ -43,7 +43,7 @@ class OrderedWorker:
         return future
 
     def close(self, timeout_s: float) -> bool:
-        """Let the queued jobs finish and end the thread; whether it ended within ``timeout_s`` seconds."""
+        """Let the queued jobs finish, and end the thread; returns whether it ended within ``timeout_s`` seconds."""
         if not self._closed:
             self._closed = True
             self._jobs.put(None)
@@ -61,4 +61,4 @@ class OrderedWorker:
                     failure = error
             if failure is not None:
                 fail(failure)
-            del item, run, fail  # holds no job's tensors while it waits for the next
+            del item, run, fail  # keeps no job's tensors alive while it waits for the next
