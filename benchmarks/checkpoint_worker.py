@@ -236,7 +236,7 @@ class Outlast(Method):
 
     def __post_init__(self) -> None:
         self._events: list[Event] = []
-        self._checkpointer: Checkpointer = attach(self.folder, self.config, emit=self._events.append)
+        self._checkpointer: Checkpointer = attach(self.folder, self.config, on_event=self._events.append)
 
         self._begun = 0
 

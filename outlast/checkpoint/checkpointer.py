@@ -49,7 +49,9 @@ class Checkpointer:
 
     ::
 
-        with Checkpointer(url, config, rank=rank, world_size=world_size, epoch=token, emit=log.write) as checkpointer:
+        with Checkpointer(
+            url, config, rank=rank, world_size=world_size, attempt_id=token, on_event=log.write
+        ) as checkpointer:
             restored = checkpointer.restore("auto")
             for step in ...:
                 loss.backward()
@@ -72,9 +74,9 @@ class Checkpointer:
         config: see :class:`CheckpointConfig`; its ``url`` and ``every_steps`` are not looked at.
         rank: of this process; rank 0 coordinates.
         world_size: number of ranks.
-        epoch: random text, equal on all ranks of this attempt and never used before; votes of others never count.
+        attempt_id: random text, equal on all ranks of this attempt and never used before; votes of others never count.
         group: for :meth:`restore`; None takes the default group. Saves use no collectives.
-        emit: takes events, from the training thread and from the background thread.
+        on_event: takes events, from the training thread and from the background thread.
         host: with a memory tier, the address of this node at which the other ranks reach this one; None takes that of
             ``config.interface``, or the one by which this node reaches ``MASTER_ADDR``. Construction is collective
             then.
@@ -92,14 +94,15 @@ class Checkpointer:
         *,
         rank: int,
         world_size: int,
-        epoch: str,
+        attempt_id: str,
         group: dist.ProcessGroup | None = None,
-        emit: Callable[[Event], None],
+        on_event: Callable[[Event], None],
         host: str | None = None,
     ) -> None:
-        if not 0 <= rank < world_size or not epoch:
+        if not 0 <= rank < world_size or not attempt_id:
             raise CheckpointError(
-                f"rank {rank} of {world_size}, epoch {epoch!r}", "0 <= rank < world_size, epoch not empty"
+                f"rank {rank} of {world_size}, attempt_id {attempt_id!r}",
+                "0 <= rank < world_size, and an attempt_id that is not empty",
             )
         self._store = open_store(url)
         try:
@@ -110,18 +113,18 @@ class Checkpointer:
                 "choose another place with checkpoint.url, or see to its permissions",
             ) from error
         self._io = ThreadPoolExecutor(config.io_threads, thread_name_prefix="outlast-checkpoint")
-        self._place = SaveContext(self._store, config, rank, world_size, epoch, emit, self._io)
+        self._context = SaveContext(self._store, config, rank, world_size, attempt_id, on_event, self._io)
         self._group = group
         self._arena = Arena(int(config.host_memory_mb * 1e6))
         self._tiers: Tiers | None = None
         if config.memory_every_steps:
-            self._tiers = Tiers(self._place, Agreement(group, rank, world_size), host)
+            self._tiers = Tiers(self._context, Agreement(group, rank, world_size), host)
         self._saving: SaveJob | None = None
         self._awaited: SaveJob | None = None
         """The save for whose copy the training thread has waited."""
         self._hooks = Hooks(self.wait_copied, self._confirm_early)
         self._stall = StallForecast()
-        self._serial = 0
+        self._save_id = 0
         self._begun = False
         """Whether it is decided what this run goes on from."""
         self._copied_once = False
@@ -175,7 +178,7 @@ class Checkpointer:
         """
         began = time.monotonic()
         # Counted before anything can fail, so that all ranks number their saves alike.
-        self._serial += 1
+        self._save_id += 1
         if self._closed or step < 0:
             raise CheckpointError(f"save of step {step} on a {'closed' if self._closed else 'running'} Checkpointer")
         if not durable and self._tiers is None:
@@ -184,15 +187,15 @@ class Checkpointer:
                 "set checkpoint.memory_every_steps",
             )
         self._finish()
-        rank, config = self._place.rank, self._place.config
+        rank, config = self._context.rank, self._context.config
         of_all, own = StateTree(), StateTree()
-        lay_out(of_all, replicated, "", eager, Meshes(self._group, self._place.world_size))
+        lay_out(of_all, replicated, "", eager, Meshes(self._group, self._context.world_size))
         lay_out(own, local, rank_name(rank), eager)
         share = share_of(
             of_all,
             own,
             rank,
-            self._place.world_size,
+            self._context.world_size,
             chunk_bytes=int(config.chunk_mb * 1e6),
             pack_below_bytes=int(config.pack_below_kb * 1e3),
         )
@@ -205,7 +208,7 @@ class Checkpointer:
             self._begun = True
             # The first one at once: what a restart went on from may lie in one place alone.
             saving = self._tiers.begin(
-                step, self._serial, root, share, snapshot, began, durable, partner_too=not self._copied_once
+                step, self._save_id, root, share, snapshot, began, durable, partner_too=not self._copied_once
             )
             self._copied_once = True
             if saving is None and not durable:
@@ -213,7 +216,7 @@ class Checkpointer:
         if saving is None:
             self._arena.reserve([part.nbytes + CRC_BYTES for part in share.parts], pinned=snapshot.pinned)
             source = TensorSource(share, snapshot, self._arena)
-            saving = StorageSave(self._place, step, self._serial, root, share, source, snapshot, began)
+            saving = StorageSave(self._context, step, self._save_id, root, share, source, snapshot, began)
         self._saving = saving
         saving.predicted_stall_s = self._stall.begin(sum(part.nbytes for part in share.parts), time.monotonic())
         saving.start()
@@ -314,19 +317,19 @@ class Checkpointer:
         if self._closed:
             raise CheckpointError("restore on a closed Checkpointer")
         self._finish()
-        agreement = Agreement(self._group, self._place.rank, self._place.world_size)
-        place = self._place
-        wanted = agree_on(like, into, Meshes(self._group, place.world_size), agreement)
+        agreement = Agreement(self._group, self._context.rank, self._context.world_size)
+        context = self._context
+        wanted = agree_on(like, into, Meshes(self._group, context.world_size), agreement)
         self._begun = True
         # On one node a local disk is read once in any case: by the page cache.
         one_node = len(set(agreement.all_gather_text(node_name()))) == 1
-        survey = survey_of(self._tiers, self._place.rank, agreement, self._io) if self._tiers is not None else None
+        survey = survey_of(self._tiers, self._context.rank, agreement, self._io) if self._tiers is not None else None
         restoring = Restoring(
             self._store,
-            place.rank,
-            place.world_size,
+            context.rank,
+            context.world_size,
             agreement,
-            place.emit,
+            context.on_event,
             self._io,
             any_world_size,
             wanted,
@@ -340,7 +343,9 @@ class Checkpointer:
 
     def _heal(self, restored: Restored, survey: Survey, tiers: Tiers) -> None:
         """A step that lies in fewer nodes' memory than it should be is copied again before training goes on."""
-        if restored.world_size != self._place.world_size or not is_thin(survey, restored.step, tiers.copies_in_memory):
+        if restored.world_size != self._context.world_size or not is_thin(
+            survey, restored.step, tiers.copies_in_memory
+        ):
             return
         _log.info("step %d lies in too few nodes' memory; copied again", restored.step)
         self.save(restored.step, replicated=restored.replicated, local=restored.local, durable=False)
@@ -360,7 +365,7 @@ class Checkpointer:
         try:
             self._finish()
             if self._tiers is not None:
-                self._tiers.finish(self._serial + 1)
+                self._tiers.finish(self._save_id + 1)
         finally:
             self._end()
 

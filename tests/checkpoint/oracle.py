@@ -87,7 +87,7 @@ class Program:
         """An attempt that saves these steps; all are committed."""
         failed: list[Event] = []
 
-        def emit(event: Event) -> None:
+        def on_event(event: Event) -> None:
             if isinstance(event, CheckpointSaved) and event.committed:
                 self._recording.recorder.mark("acked", event.step, version)
             if isinstance(event, CheckpointFailed):
@@ -99,8 +99,8 @@ class Program:
                 self._config,
                 rank=rank,
                 world_size=self._world_size,
-                epoch=version,
-                emit=emit,
+                attempt_id=version,
+                on_event=on_event,
             )
             for rank in range(self._world_size)
         ]
@@ -136,12 +136,14 @@ class Program:
 def restore(root: Path, world_size: int, step: int | None = None) -> Restored | None:
     """As the program would: a ``Checkpointer``, or all ranks' parts of a restore without a process group."""
     config = CheckpointConfig(io_threads=1)
-    with Checkpointer(root / URL, config, rank=0, world_size=1, epoch="r", emit=lambda event: None) as checkpointer:
+    with Checkpointer(
+        root / URL, config, rank=0, world_size=1, attempt_id="r", on_event=lambda event: None
+    ) as checkpointer:
         checkpointer._io = _Inline(1)
         if world_size == 1:
             return checkpointer.restore("auto" if step is None else step)
-        place, agreement = checkpointer._place, Agreement(None, 0, 1)
-        ranks = _AllRanks(place.store, 0, world_size, agreement, place.emit, checkpointer._io)
+        context, agreement = checkpointer._context, Agreement(None, 0, 1)
+        ranks = _AllRanks(context.store, 0, world_size, agreement, context.on_event, checkpointer._io)
         return ranks.newest() if step is None else ranks.exactly(step)
 
 

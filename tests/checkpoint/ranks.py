@@ -31,7 +31,7 @@ class Orders:
     """What one rank does; all the ranks of a job get the same but ``die_at``."""
 
     urls: tuple[str, ...]
-    epoch: str
+    attempt_id: str
     save: tuple[int, ...] = ()
     restore: bool = False
     any_world_size: bool = False
@@ -110,7 +110,7 @@ def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: 
     events: list[Event] = []
     restored: list[int | str | None] = []
 
-    def emit(event: Event) -> None:
+    def on_event(event: Event) -> None:
         events.append(event)
         if orders.acked and isinstance(event, CheckpointSaved) and event.committed:
             with open(orders.acked, "a") as file:
@@ -122,8 +122,8 @@ def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: 
             replace(QUICK, commit_timeout_s=orders.commit_timeout_s, keep_last=orders.keep_last, **orders.settings),
             rank=rank,
             world_size=world_size,
-            epoch=orders.epoch,
-            emit=emit,
+            attempt_id=orders.attempt_id,
+            on_event=on_event,
         )
         with checkpointer:
             if orders.restore:

@@ -70,10 +70,10 @@ class Control:
                     self._news.notify_all()
             raise
 
-    def collect(self, serial: int, look: Callable[[], None]) -> dict[int, Header]:
+    def collect(self, save_id: int, check_cancelled: Callable[[], None]) -> dict[int, Header]:
         """Rank 0: the votes of all other ranks for a save.
 
-        ``look`` is called meanwhile, and raises if the save was given up.
+        ``check_cancelled`` is called meanwhile, and raises if the save was given up.
 
         Raises:
             CheckpointError: a rank has failed, is gone, or does not vote in time.
@@ -82,13 +82,13 @@ class Control:
         deadline = began + self._timeout_s
         with self._news:
             while True:
-                votes = self._votes.get(serial, {})
+                votes = self._votes.get(save_id, {})
                 for rank, vote in votes.items():
                     if "failed" in vote:
                         raise CheckpointError(f"rank {rank} gave up: {vote['failed']}")
                 absent = [rank for rank in range(1, self._world_size) if rank not in votes]
                 if not absent:
-                    self._forget(serial)
+                    self._forget(save_id)
                     return votes
                 for rank in absent:
                     why, lost_at = self._lost.get(rank, ("", math.inf))
@@ -98,7 +98,7 @@ class Control:
                 if left_s <= 0:
                     names = ", ".join(map(str, absent))
                     raise CheckpointError(f"no vote within {self._timeout_s:g} s from rank {names}")
-                look()
+                check_cancelled()
                 self._news.wait(min(left_s, _LOOK_S))
 
     def tell(self, decision: Header) -> None:
@@ -138,9 +138,9 @@ class Control:
             with suppress(OSError):  # whoever listens there connects again, and says it again
                 channel.send(said)
 
-    def say_failed(self, serial: int, reason: str) -> None:
+    def say_failed(self, save_id: int, reason: str) -> None:
         """Tell the others that this rank gives a save up; those who cannot be told find the connection broken."""
-        header: Header = {"serial": serial, "failed": reason}
+        header: Header = {"serial": save_id, "failed": reason}
         if self._rank == 0:
             self.tell(header)
             return
@@ -165,8 +165,8 @@ class Control:
                 channel.send(header)
         return not lost
 
-    def decision(self, serial: int, look: Callable[[], None]) -> Header:
-        """Other ranks: what rank 0 decided of a save; ``look`` as in :meth:`collect`.
+    def decision(self, save_id: int, check_cancelled: Callable[[], None]) -> Header:
+        """Other ranks: what rank 0 decided of a save; ``check_cancelled`` as in :meth:`collect`.
 
         Raises:
             CheckpointError: rank 0 is gone, or does not decide in time.
@@ -175,16 +175,16 @@ class Control:
         limit_s = 2 * self._timeout_s
         deadline = time.monotonic() + limit_s
         with self._news:
-            while serial not in self._decisions:
+            while save_id not in self._decisions:
                 if 0 in self._lost:
                     raise CheckpointError(f"the connection to rank 0 is lost: {self._lost[0][0]}")
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise CheckpointError(f"no decision within {limit_s:g} s from rank 0")
-                look()
+                check_cancelled()
                 self._news.wait(min(left_s, _LOOK_S))
-            decision = self._decisions[serial]
-            self._forget(serial)
+            decision = self._decisions[save_id]
+            self._forget(save_id)
             return decision
 
     def close(self) -> None:
@@ -214,8 +214,8 @@ class Control:
                 self._lost[0] = f"{broken}; connecting again: {error}", time.monotonic()
                 self._news.notify_all()
 
-    def _forget(self, serial: int) -> None:
+    def _forget(self, save_id: int) -> None:
         """Saves up to this one are over."""
         for kept in (self._votes, self._decisions):
-            for old in [number for number in kept if number <= serial]:
+            for old in [number for number in kept if number <= save_id]:
                 del kept[old]

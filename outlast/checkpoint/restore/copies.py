@@ -31,7 +31,7 @@ class SurveyedSave:
     @property
     def key(self) -> tuple[str, int]:
         """Which save of which attempt."""
-        return self.commit.epoch, self.commit.serial
+        return self.commit.attempt_id, self.commit.save_id
 
     @property
     def missing(self) -> list[int]:

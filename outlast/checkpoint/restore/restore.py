@@ -98,7 +98,7 @@ class Restoring:
     rank: int
     world_size: int
     agreement: Agreement
-    emit: Callable[[Event], None]
+    on_event: Callable[[Event], None]
     io: ThreadPoolExecutor
     any_world_size: bool = False
     wanted: RestoreTarget | None = None
@@ -193,7 +193,7 @@ class Restoring:
                 self.survey.quarantine(candidate.save, gathered)
             seconds = time.monotonic() - began
             tiers = dict(taken.counts)
-            self.emit(CheckpointRestored(step=step, url=self.store.url, seconds=seconds, tiers=tiers))
+            self.on_event(CheckpointRestored(step=step, url=self.store.url, seconds=seconds, tiers=tiers))
             return result
         for rank, other in found:
             if other.kind is StateMismatch:
@@ -274,7 +274,7 @@ class Restoring:
             commit = read_commit(self.store, save.commit.step)
         except Fault:
             return False
-        return (commit.epoch, commit.serial) == save.key and commit.votes == save.commit.votes
+        return (commit.attempt_id, commit.save_id) == save.key and commit.votes == save.commit.votes
 
     def _memory_saves(self) -> list[SurveyedSave]:
         return self.survey.saves() if self.survey is not None else []
@@ -358,7 +358,7 @@ class Restoring:
 
     def _report(self, step: int, reason: str, file: str) -> None:
         _log.warning("%s/%s: %s", step_name(step), file, reason)
-        self.emit(CheckpointRejected(step=step, reason=reason, file=file))
+        self.on_event(CheckpointRejected(step=step, reason=reason, file=file))
 
     def _not_found(self, step: int) -> CheckpointNotFound:
         problem = ""

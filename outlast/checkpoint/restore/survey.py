@@ -68,7 +68,7 @@ class Survey:
         """By save and rank: what this node has of it, the fastest first."""
 
     @property
-    def leads(self) -> bool:
+    def is_node_leader(self) -> bool:
         """Whether this rank speaks for its node."""
         return self._peers[0] == self._rank
 
@@ -77,12 +77,12 @@ class Survey:
         self._local = {}
         for holding in self._holdings():
             vote = holding.placed.vote
-            self._local.setdefault((vote.epoch, vote.serial), {}).setdefault(vote.rank, []).append(holding)
+            self._local.setdefault((vote.attempt_id, vote.save_id), {}).setdefault(vote.rank, []).append(holding)
         for ranks in self._local.values():
             for found in ranks.values():
                 found.sort(key=lambda holding: _ORDER.index(holding.tier))
         told = ""
-        if self.leads and self._local:
+        if self.is_node_leader and self._local:
             records = [seal(commit).decode() for folder in self._folders for commit in commits(folder).values()]
             has = []
             for key, ranks in self._local.items():
@@ -98,11 +98,13 @@ class Survey:
             said = json.loads(text)
             for record in said["commits"]:
                 commit = unseal_commit(record.encode())
-                known.setdefault((commit.epoch, commit.serial), commit)
-            for epoch, serial, *both in said["has"]:
+                known.setdefault((commit.attempt_id, commit.save_id), commit)
+            for attempt_id, save_id, *both in said["has"]:
                 for table, some in zip((holders, fast), both, strict=True):
                     for saved in some:
-                        table.setdefault((epoch, serial), {}).setdefault(saved, []).append(self._nodes.names[rank])
+                        table.setdefault((attempt_id, save_id), {}).setdefault(saved, []).append(
+                            self._nodes.names[rank]
+                        )
         saves = [
             SurveyedSave(commit, *(_by_rank(table.get(key, {})) for table in (holders, fast)))
             for key, commit in known.items()
@@ -114,7 +116,7 @@ class Survey:
         """The votes of a save's parts that nodes have."""
         told = ""
         mine = self._local.get(save.key, {})
-        if self.leads and mine:
+        if self.is_node_leader and mine:
             told = json.dumps({rank: seal(found[0].placed.vote).decode() for rank, found in mine.items()})
         votes: dict[int, Vote] = {}
         for text in self._agreement.all_gather_text(told):
@@ -172,7 +174,7 @@ class Survey:
 
     def discard(self, newer_than: int) -> None:
         """Remove what this node has of steps newer than the one gone back to. Not collective."""
-        if not self.leads:
+        if not self.is_node_leader:
             return
         for folder in self._folders:
             for path, commit in commits(folder).items():
@@ -225,7 +227,7 @@ class Survey:
             # The ranks of a node know of the same faults, and do the same; the others hear of it.
             again = {path for node, path, *_ in news if node == self._node and lying.drop(path)}
             files = {path: files[path] for path in again}
-            texts = self._agreement.all_gather_text(json.dumps(sorted(again)) if self.leads and again else "")
+            texts = self._agreement.all_gather_text(json.dumps(sorted(again)) if self.is_node_leader and again else "")
             replaced = {
                 (self._nodes.names[rank], path)
                 for rank, text in enumerate(texts)

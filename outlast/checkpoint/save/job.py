@@ -90,7 +90,7 @@ class SaveJob:
     def _run(self) -> None:
         raise NotImplementedError
 
-    def _look(self) -> None:
+    def _check_cancelled(self) -> None:
         """Raise if this save was given up."""
         if self._stop is not None:
             raise self._stop
@@ -104,13 +104,13 @@ class SaveJob:
             self._snapshot.release()
         self.done.set()
 
-    def _report(self, reason: Exception, tier: str, emit: Callable[[Event], None]) -> None:
+    def _report(self, reason: Exception, tier: str, on_event: Callable[[Event], None]) -> None:
         """Say that the save failed, or have the reason raised in the training thread."""
         if must_be_raised(reason) and reason is not self._stop:
             self.error = reason
         _log.warning("checkpoint of step %d failed%s: %s", self.step, "" if tier == STORAGE else f" in {tier}", reason)
         try:
-            emit(CheckpointFailed(step=self.step, reason=in_words(reason), tier=tier))
+            on_event(CheckpointFailed(step=self.step, reason=in_words(reason), tier=tier))
         except Exception as error:
             # The event sink is broken, so the training thread must hear of it.
             self.error = error

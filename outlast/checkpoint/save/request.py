@@ -19,6 +19,6 @@ class SaveContext:
     config: CheckpointConfig
     rank: int
     world_size: int
-    epoch: str
-    emit: Callable[[Event], None]
+    attempt_id: str
+    on_event: Callable[[Event], None]
     io: ThreadPoolExecutor

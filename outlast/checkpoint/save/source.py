@@ -59,11 +59,11 @@ class Source(Protocol):
     copied_at: float | None
     """When all were copied, on the monotonic clock; None until then."""
 
-    def copies(self, look: Callable[[], None]) -> Generator[Copied | None]:
+    def copies(self, check_cancelled: Callable[[], None]) -> Generator[Copied | None]:
         """The parts; None: there is no room for the next one until some are released.
 
         Args:
-            look: called between parts; raises if the save was given up.
+            check_cancelled: called between parts; raises if the save was given up.
         """
 
 
@@ -89,7 +89,7 @@ class TensorSource:
         self._arena = arena
         self._verify = verify
 
-    def copies(self, look: Callable[[], None]) -> Generator[Copied | None]:
+    def copies(self, check_cancelled: Callable[[], None]) -> Generator[Copied | None]:
         """See :class:`Source`.
 
         Raises:
@@ -101,11 +101,11 @@ class TensorSource:
             ahead: deque[Region] = deque()
             """Regions of the parts that are next, into which a GPU's tensors are on their way."""
             for index, (path, nbytes) in enumerate(self._parts):
-                look()
+                check_cancelled()
                 while not self._fill(index, ahead):
                     yield None
                     self._arena.wait(_LOOK_S)
-                    look()
+                    check_cancelled()
                 region = ahead.popleft()
                 crc = self._snapshot.copy(index, region.memory, verify=self._verify)
                 if index + 1 == self._eager:
@@ -145,8 +145,8 @@ class HeldSource:
         self.copied.set()
         self._parts = parts
 
-    def copies(self, look: Callable[[], None]) -> Generator[Copied | None]:
+    def copies(self, check_cancelled: Callable[[], None]) -> Generator[Copied | None]:
         """See :class:`Source`."""
         for part in self._parts:
-            look()
+            check_cancelled()
             yield part

@@ -3,7 +3,7 @@
 Two phases, through the store alone; no collective is issued, nobody listens on the network:
 
 1. The coordinator (rank 0) *opens* the save: it clears away what saves that were cut off left, and writes the root
-   group's document, which names the attempt's epoch and the save's number. The other ranks write nothing before.
+   group's document, which names the attempt and the save. The other ranks write nothing before.
 2. Each rank writes its share of the files and fsyncs them, then the directories, then it writes its *vote*: files,
    sizes, checksums.
 3. The coordinator waits for all votes of this very save, checks that all ranks mean the same replicated state and that
@@ -49,9 +49,9 @@ class StorageSave(SaveJob):
     """One save of one rank into the store. It runs from :meth:`start` on.
 
     Args:
-        place: who saves, and where to.
+        context: who saves, and where to.
         step: of the state.
-        serial: number of the save.
+        save_id: number of the save.
         root: attributes of the root group.
         share: what this rank writes.
         source: of the share's parts.
@@ -61,9 +61,9 @@ class StorageSave(SaveJob):
 
     def __init__(
         self,
-        place: SaveContext,
+        context: SaveContext,
         step: int,
-        serial: int,
+        save_id: int,
         root: dict[str, Any],
         share: RankPlan,
         source: Source,
@@ -71,16 +71,16 @@ class StorageSave(SaveJob):
         began: float,
     ) -> None:
         super().__init__(step, source, snapshot)
-        self._place = place
-        self._serial = serial
-        self._save = place.epoch, serial
+        self._context = context
+        self._save_id = save_id
+        self._save = context.attempt_id, save_id
         self._root = root
         self._digest = share.digest
         # Of all ranks, with what names and ends of blocks take: as if each had as many files as this one.
         files = 1 + len(share.documents) + len(share.parts)
-        self._total_bytes = share.replicated_bytes + (share.local_bytes + files * _PER_FILE_BYTES) * place.world_size
+        self._total_bytes = share.replicated_bytes + (share.local_bytes + files * _PER_FILE_BYTES) * context.world_size
         self._writing = Writing(
-            place.store, step_name(step), share.documents, source, place.io, self._look, self.give_up
+            context.store, step_name(step), share.documents, source, context.io, self._check_cancelled, self.give_up
         )
         self._began = began
         self._voted = False
@@ -93,22 +93,22 @@ class StorageSave(SaveJob):
         finished = False
         try:
             size_bytes = self._write_and_vote()
-            if self._place.rank == 0:
+            if self._context.rank == 0:
                 self._commit()
             finished = self.committed = True
-            self._place.emit(
+            self._context.on_event(
                 CheckpointSaved(
                     step=self.step,
-                    committed=self._place.rank == 0,
+                    committed=self._context.rank == 0,
                     size_bytes=size_bytes,
                     blocked_s=self.blocked_s,
                     predicted_stall_s=self.predicted_stall_s,
                     durable_s=time.monotonic() - self._began,
                 )
             )
-            if self._place.rank == 0:
-                catalog.retire(self._place.store, self.step)
-                retention.prune(self._place.store, self.step, self._place.config.keep_last)
+            if self._context.rank == 0:
+                catalog.retire(self._context.store, self.step)
+                retention.prune(self._context.store, self.step, self._context.config.keep_last)
         except Exception as error:
             # The thread ends here: the error becomes an event, or is raised in the training thread.
             if finished:
@@ -120,56 +120,56 @@ class StorageSave(SaveJob):
 
     def _fail(self, reason: Exception) -> None:
         self._clean_up()
-        self._report(reason, STORAGE, self._place.emit)
+        self._report(reason, STORAGE, self._context.on_event)
 
     def _write_and_vote(self) -> int:
-        place = self._place
+        context = self._context
         # Waiting is done in daemon threads alone: the pool's threads hold up the interpreter's exit.
         opened: Future[list[FileEntry]] = Future()
         threading.Thread(target=self._open, args=(opened,), name=f"outlast-open-{self.step}", daemon=True).start()
         entries = self._writing.run(opened)
-        place.store.sync_dirs(f"{step_name(self.step)}/{entry.path}" for entry in entries)
+        context.store.sync_dirs(f"{step_name(self.step)}/{entry.path}" for entry in entries)
         self._confirmed.wait()
-        self._look()
+        self._check_cancelled()
         vote = Vote(
             step=self.step,
-            rank=place.rank,
-            world_size=place.world_size,
-            epoch=place.epoch,
-            serial=self._serial,
+            rank=context.rank,
+            world_size=context.world_size,
+            attempt_id=context.attempt_id,
+            save_id=self._save_id,
             layout=self._digest,
             files=tuple(sorted(entries, key=lambda entry: entry.path)),
         )
         self._voted = True
-        place.store.put_new(vote_path(self.step, place.rank), seal(vote))
+        context.store.put_new(vote_path(self.step, context.rank), seal(vote))
         return sum(entry.size_bytes for entry in entries)
 
     def _open(self, opened: Future[list[FileEntry]]) -> None:
         try:
-            opened.set_result(self._open_for_all() if self._place.rank == 0 else self._wait_opened())
+            opened.set_result(self._open_for_all() if self._context.rank == 0 else self._wait_opened())
         except Exception as error:  # whoever asks for the result gets it
             opened.set_exception(error)
 
     def _open_for_all(self) -> list[FileEntry]:
-        place = self._place
-        for name in place.store.names(""):
+        context = self._context
+        for name in context.store.names(""):
             flag = parse_failed(name)
-            if flag is not None and (flag[0] != place.epoch or flag[1] < self._serial - 1):
-                place.store.remove(name)
-        for old in catalog.clear_for(place.store, self.step, place.epoch):
+            if flag is not None and (flag[0] != context.attempt_id or flag[1] < self._save_id - 1):
+                context.store.remove(name)
+        for old in catalog.clear_for(context.store, self.step, context.attempt_id):
             reason = f"saved anew; until that is committed the old one is kept as {old}, then set aside"
-            place.emit(CheckpointRejected(step=self.step, reason=reason))
+            context.on_event(CheckpointRejected(step=self.step, reason=reason))
         self._make_room()
-        data = root_document(self._root, self.step, place.world_size, place.epoch, self._serial)
+        data = root_document(self._root, self.step, context.world_size, context.attempt_id, self._save_id)
         self._writing.files.add(node_path(""))
-        place.store.put_new(f"{step_name(self.step)}/{node_path('')}", data)
+        context.store.put_new(f"{step_name(self.step)}/{node_path('')}", data)
         return [FileEntry(node_path(""), len(data), crc_hex(data), False)]
 
     def _wait_opened(self) -> list[FileEntry]:
-        poll = Poll(self._place.config.commit_timeout_s)
+        poll = Poll(self._context.config.commit_timeout_s)
         while True:
-            self._look(others=True)
-            if catalog.opened_by(self._place.store, self.step) == self._save:
+            self._check_cancelled(others=True)
+            if catalog.opened_by(self._context.store, self.step) == self._save:
                 return []
             if not poll.wait():
                 raise CheckpointError(
@@ -183,11 +183,11 @@ class StorageSave(SaveJob):
         Raises:
             OSError: there is not enough even so.
         """
-        store = self._place.store
+        store = self._context.store
         free_bytes = store.free_bytes()
         if free_bytes is None or free_bytes >= self._total_bytes:
             return
-        retention.prune_all_but_newest_valid(store, self._place.io)
+        retention.prune_all_but_newest_valid(store, self._context.io)
         free_bytes = store.free_bytes() or 0
         if free_bytes < self._total_bytes:
             raise OSError(
@@ -198,7 +198,7 @@ class StorageSave(SaveJob):
             )
 
     def _commit(self) -> None:
-        place = self._place
+        context = self._context
         votes, entries = self._collect()
         for vote in votes:
             if vote.layout != self._digest:
@@ -207,7 +207,7 @@ class StorageSave(SaveJob):
                     "pass the same keys on all ranks; what differs belongs into local",
                 )
         folder = step_name(self.step)
-        sizes = place.store.sizes(folder)
+        sizes = context.store.sizes(folder)
         for vote in votes:
             for entry in vote.files:
                 if sizes.get(entry.path) != entry.size_bytes:
@@ -217,56 +217,58 @@ class StorageSave(SaveJob):
                     )
         commit = Commit(
             step=self.step,
-            world_size=place.world_size,
-            epoch=place.epoch,
-            serial=self._serial,
+            world_size=context.world_size,
+            attempt_id=context.attempt_id,
+            save_id=self._save_id,
             saved_at=time.time(),
             size_bytes=sum(entry.size_bytes for vote in votes for entry in vote.files),
             votes=tuple(entries),
         )
         # The ranks made the names of their votes durable in votes/, but not that of votes/ itself.
-        place.store.sync_dirs([vote_path(self.step, 0)])
-        opened = catalog.opened_by(place.store, self.step)
+        context.store.sync_dirs([vote_path(self.step, 0)])
+        opened = catalog.opened_by(context.store, self.step)
         if opened != self._save:
             raise CheckpointError(f"step {self.step} was opened anew meanwhile, by {opened}: this attempt is over")
-        place.store.put_new(f"{folder}/{COMMIT}", seal(commit))
+        context.store.put_new(f"{folder}/{COMMIT}", seal(commit))
 
     def _collect(self) -> tuple[list[Vote], list[FileEntry]]:
-        place = self._place
+        context = self._context
         votes: dict[int, tuple[Vote, FileEntry]] = {}
         strange: dict[int, str] = {}
-        poll = Poll(place.config.commit_timeout_s)
+        poll = Poll(context.config.commit_timeout_s)
         while True:
-            for rank in range(place.world_size):
+            for rank in range(context.world_size):
                 if rank in votes:
                     continue
                 path = vote_path(self.step, rank)
                 file = path.partition("/")[2]
                 try:
-                    data = bytes(place.store.read(path))
+                    data = bytes(context.store.read(path))
                     vote = unseal_vote(data, file)
                 except FileNotFoundError:
                     continue
                 except Fault as fault:
                     strange[rank] = str(fault)
                     continue
-                if (vote.epoch, vote.serial) != (place.epoch, self._serial):
-                    strange[rank] = f"a vote of another save (epoch {vote.epoch}, save {vote.serial}) does not count"
-                elif (vote.step, vote.rank, vote.world_size) != (self.step, rank, place.world_size):
+                if (vote.attempt_id, vote.save_id) != (context.attempt_id, self._save_id):
+                    strange[rank] = (
+                        f"a vote of another save (attempt {vote.attempt_id}, save {vote.save_id}) does not count"
+                    )
+                elif (vote.step, vote.rank, vote.world_size) != (self.step, rank, context.world_size):
                     raise CheckpointError(
                         f"{file} is rank {vote.rank}'s of {vote.world_size} for step {vote.step}, "
-                        f"expected rank {rank}'s of {place.world_size} for step {self.step}"
+                        f"expected rank {rank}'s of {context.world_size} for step {self.step}"
                     )
                 else:
                     votes[rank] = vote, FileEntry(file, len(data), crc_hex(data), False)
-            if len(votes) == place.world_size:
-                ordered = [votes[rank] for rank in range(place.world_size)]
+            if len(votes) == context.world_size:
+                ordered = [votes[rank] for rank in range(context.world_size)]
                 return [vote for vote, _ in ordered], [entry for _, entry in ordered]
-            self._look(others=True)
+            self._check_cancelled(others=True)
             if not poll.wait():
                 absent = [
                     f"rank {rank}" + (f" ({strange[rank]})" if rank in strange else "")
-                    for rank in range(place.world_size)
+                    for rank in range(context.world_size)
                     if rank not in votes
                 ]
                 raise CheckpointError(
@@ -274,14 +276,14 @@ class StorageSave(SaveJob):
                     "see their events; on slow storage raise checkpoint.commit_timeout_s",
                 )
 
-    def _look(self, *, others: bool = False) -> None:
+    def _check_cancelled(self, *, others: bool = False) -> None:
         """Raise if this save was given up, here or (``others``) by another rank."""
-        super()._look()
-        if others and self._place.store.exists(self._flag()):
+        super()._check_cancelled()
+        if others and self._context.store.exists(self._flag()):
             raise CheckpointError(f"another rank gave up the save of step {self.step}", "its events tell why")
 
     def _flag(self) -> str:
-        return failed_name(self.step, self._place.epoch, self._serial)
+        return failed_name(self.step, self._context.attempt_id, self._save_id)
 
     def _clean_up(self) -> None:
         """Remove what this rank wrote, whatever makes it count first, and tell the others."""
@@ -289,14 +291,14 @@ class StorageSave(SaveJob):
             self._remove_own()
         except OSError as error:
             _log.warning("left-overs of the failed save of step %d stay for now: %s", self.step, error)
-        if self._place.world_size > 1:
+        if self._context.world_size > 1:
             try:
-                self._place.store.put(self._flag(), [])
+                self._context.store.put(self._flag(), [])
             except OSError as error:
                 _log.warning("the other ranks cannot be told that step %d failed: %s", self.step, error)
 
     def _remove_own(self) -> None:
-        store, folder, rank = self._place.store, step_name(self.step), self._place.rank
+        store, folder, rank = self._context.store, step_name(self.step), self._context.rank
         if not self._writing.files or (self._voted and rank != 0):
             # Rank 0 may have counted the vote: its files stay until rank 0 clears the step away.
             return

@@ -22,7 +22,7 @@ class Writing:
         documents: small files, by path relative to the folder.
         source: of the chunks.
         io: threads that write.
-        look: called between steps of the work; raises if the save was given up.
+        check_cancelled: called between steps of the work; raises if the save was given up.
         give_up: called with an error that ends the save.
 
     Attributes:
@@ -36,7 +36,7 @@ class Writing:
         documents: Mapping[str, bytes],
         source: Source,
         io: ThreadPoolExecutor,
-        look: Callable[[], None],
+        check_cancelled: Callable[[], None],
         give_up: Callable[[Exception], None],
     ) -> None:
         self.files: set[str] = set()
@@ -45,7 +45,7 @@ class Writing:
         self._documents = dict(documents)
         self._source = source
         self._io = io
-        self._look = look
+        self._check_cancelled = check_cancelled
         self._give_up = give_up
         self._waiting: deque[Copied] = deque()
         self._futures: list[Future[FileEntry]] = []
@@ -61,7 +61,7 @@ class Writing:
             SnapshotMutated: see :class:`Snapshot`.
         """
         try:
-            with closing(self._source.copies(self._look)) as copies:
+            with closing(self._source.copies(self._check_cancelled)) as copies:
                 for copied in copies:
                     if copied is not None:
                         self._waiting.append(copied)
@@ -85,7 +85,7 @@ class Writing:
 
     def _put_part(self, part: Copied) -> FileEntry:
         try:
-            self._look()
+            self._check_cancelled()
             block = part.memory.numpy().data
             checksum = f"{part.crc:08x}"
             found = crc_hex(block[: part.nbytes])
@@ -104,7 +104,7 @@ class Writing:
             part.release()
 
     def _put_document(self, path: str, data: bytes) -> FileEntry:
-        self._look()
+        self._check_cancelled()
         self.files.add(path)
         self._store.put(f"{self._folder}/{path}", [data])
         return FileEntry(path, len(data), crc_hex(data), False)

@@ -70,7 +70,7 @@ def clear_leftover(store: Store, step: int) -> str:
     return "what was written of it was removed"
 
 
-def clear_for(store: Store, step: int, epoch: str) -> list[str]:
+def clear_for(store: Store, step: int, attempt_id: str) -> list[str]:
     """Make room for saving ``step``: left-overs of all saves that were cut off go, an older commit of it is moved.
 
     It is not lost before the new one is committed: until :func:`retire`, :func:`bring_back` makes it the step again.
@@ -87,10 +87,10 @@ def clear_for(store: Store, step: int, epoch: str) -> list[str]:
     if step not in found.committed:
         return []
     try:
-        committed_by = read_commit(store, step).epoch
+        committed_by = read_commit(store, step).attempt_id
     except Fault:
         committed_by = ""
-    if committed_by == epoch:
+    if committed_by == attempt_id:
         raise CheckpointError(f"step {step} was saved and committed before in this attempt", "save each step once")
     retire(store, step)
     store.move_tree(step_name(step), replaced_name(step))

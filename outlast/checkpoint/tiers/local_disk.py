@@ -2,10 +2,10 @@
 
 ::
 
-    LOCAL_DIR/outlast-UID-ckpt-HASH/       HASH: of the URL of the checkpoints; mode 0700
-      own/  EPOCH.rank_00001.7.data        save 7 of rank 1, as it lay in its slot
-            EPOCH.rank_00001.7.json        what is in it, and where; written, and synced, after the data
-            EPOCH.7.commit                 the commit record of the save, after that
+    LOCAL_DIR/outlast-UID-ckpt-HASH/         HASH: of the URL of the checkpoints; mode 0700
+      own/  ATTEMPT.rank_00001.7.data        save 7 of rank 1, as it lay in its slot
+            ATTEMPT.rank_00001.7.json        what is in it, and where; written, and synced, after the data
+            ATTEMPT.7.commit                 the commit record of the save, after that
 
 The copies need no votes: what they are of was committed before, in memory. A step that lies on disks counts where some
 node has its commit record, and all ranks' parts are somewhere.
@@ -33,10 +33,10 @@ class LocalDisk:
 
     Args:
         folder: from :func:`local_folder`.
-        epoch: of the attempt.
+        attempt_id: of the attempt.
         rank: whose part.
         keep: newest copies that stay.
-        leads: whether this rank clears up on its node.
+        is_node_leader: whether this rank clears up on its node.
 
     Attributes:
         held: serials of the saves of this attempt that this rank has here, oldest first.
@@ -44,23 +44,23 @@ class LocalDisk:
             removed, however many newer ones this rank has.
     """
 
-    def __init__(self, folder: Path, epoch: str, rank: int, keep: int, leads: bool) -> None:
+    def __init__(self, folder: Path, attempt_id: str, rank: int, keep: int, is_node_leader: bool) -> None:
         self.folder = folder
         self.held: tuple[int, ...] = ()
         self.everywhere = 0
         self.store = LocalStore(str(folder / OWN))
-        self._epoch = epoch
+        self._attempt_id = attempt_id
         self._rank = rank
         self._keep = keep
-        self._leads = leads
+        self._is_node_leader = is_node_leader
 
-    def name(self, serial: int) -> str:
+    def name(self, save_id: int) -> str:
         """Of a copy's files, without their endings."""
-        return f"{encode_key(self._epoch)}.{rank_name(self._rank)}.{serial}"
+        return f"{encode_key(self._attempt_id)}.{rank_name(self._rank)}.{save_id}"
 
-    def added(self, serial: int) -> None:
+    def added(self, save_id: int) -> None:
         """A copy counts; older ones that nobody needs go."""
-        self.held = (*self.held, serial)
+        self.held = (*self.held, save_id)
         self.prune()
 
     def prune(self) -> None:
@@ -68,24 +68,24 @@ class LocalDisk:
         # Some rank may still be writing the newest.
         for old in [old for old in self.held[: -max(2, self._keep)] if old != self.everywhere]:
             self._remove(old)
-            if self._leads:
-                slots.drop_commit(self.folder, self._epoch, old)
-        if self._leads and self.everywhere:
-            slots.clear(self.folder, self._keep, self._epoch)
+            if self._is_node_leader:
+                slots.drop_commit(self.folder, self._attempt_id, old)
+        if self._is_node_leader and self.everywhere:
+            slots.clear(self.folder, self._keep, self._attempt_id)
 
     def remove(self) -> None:
         """All copies of this attempt."""
-        for serial in self.held:
-            self._remove(serial)
+        for save_id in self.held:
+            self._remove(save_id)
 
-    def _remove(self, serial: int) -> None:
-        self.held = tuple(other for other in self.held if other != serial)
-        self.discard(serial)
+    def _remove(self, save_id: int) -> None:
+        self.held = tuple(other for other in self.held if other != save_id)
+        self.discard(save_id)
 
-    def discard(self, serial: int) -> None:
+    def discard(self, save_id: int) -> None:
         """Remove the files of a copy, as far as there are any; what says what is in it first."""
         for ending in (slots.INDEX, slots.DATA):
-            self.store.remove(f"{self.name(serial)}{ending}")
+            self.store.remove(f"{self.name(save_id)}{ending}")
 
 
 class DiskReplication(Replication):
@@ -93,21 +93,21 @@ class DiskReplication(Replication):
 
     Args:
         disk: where to.
-        slot, placed, commit, emit: as there.
+        slot, placed, commit, on_event: as there.
     """
 
     tier = LOCAL_DISK
     where = "the local disk"
 
     def __init__(
-        self, disk: LocalDisk, slot: Slot, placed: SlotIndex, commit: Commit, emit: Callable[[Event], None]
+        self, disk: LocalDisk, slot: Slot, placed: SlotIndex, commit: Commit, on_event: Callable[[Event], None]
     ) -> None:
-        super().__init__(slot, placed, commit, emit)
+        super().__init__(slot, placed, commit, on_event)
         self._disk = disk
 
     def _copy(self) -> None:
-        disk, serial = self._disk, self._commit.serial
-        store, name, nbytes = disk.store, disk.name(serial), self._slot.used
+        disk, save_id = self._disk, self._commit.save_id
+        store, name, nbytes = disk.store, disk.name(save_id), self._slot.used
         memory = self._slot.memory.numpy().data
         disk.prune()
         free_bytes = store.free_bytes()
@@ -120,11 +120,11 @@ class DiskReplication(Replication):
             store.put_block(f"{name}{slots.DATA}", memory[:nbytes], nbytes)
             store.sync_dirs([f"{name}{slots.DATA}"])
             store.put_atomic(f"{name}{slots.INDEX}", seal(self._placed))
-            store.put_atomic(slots.commit_name(self._commit.epoch, serial), seal(self._commit))
+            store.put_atomic(slots.commit_name(self._commit.attempt_id, save_id), seal(self._commit))
         except Fault as fault:
             raise CheckpointError(f"damaged in memory: {fault}") from fault
         except OSError:
             with suppress(OSError):
-                disk.discard(serial)
+                disk.discard(save_id)
             raise
-        disk.added(serial)
+        disk.added(save_id)

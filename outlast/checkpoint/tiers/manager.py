@@ -41,7 +41,7 @@ class Tiers:
     """Memory and what is fed from it; construction is collective. Methods are for the training thread.
 
     Args:
-        place: who saves; its store is the tier of storage.
+        context: who saves; its store is the tier of storage.
         agreement: over the training's ranks; used while constructing, never for saves.
         host: address to listen on; None: that of ``checkpoint.interface``, or the one that leads to the others.
 
@@ -49,16 +49,16 @@ class Tiers:
         CheckpointError: no shared memory, or the ranks cannot listen.
     """
 
-    def __init__(self, place: SaveContext, agreement: Agreement, host: str | None) -> None:
-        config, rank = place.config, place.rank
-        self._use = Use(place.store.url)
+    def __init__(self, context: SaveContext, agreement: Agreement, host: str | None) -> None:
+        config, rank = context.config, context.rank
+        self._use = Use(context.store.url)
         self.folder = self._use.folder
-        self._place = place
-        self._keeper = PartnerReceiver(self.folder, place.epoch, max(2, config.memory_keep_last))
+        self._context = context
+        self._keeper = PartnerReceiver(self.folder, context.attempt_id, max(2, config.memory_keep_last))
         # There before anybody can dial.
-        self._control = Control(rank, place.world_size, config.commit_timeout_s)
+        self._control = Control(rank, context.world_size, config.commit_timeout_s)
         self.meeting = meet(
-            agreement, rank, place.world_size, host, config.interface, self._serve, config.commit_timeout_s
+            agreement, rank, context.world_size, host, config.interface, self._serve, config.commit_timeout_s
         )
         nodes = self.meeting.nodes
         try:
@@ -70,30 +70,30 @@ class Tiers:
                 f"rank {rank} cannot reach rank 0 at {address}:{port}: {error}",
                 f"see to the network between the nodes; {CHOOSE}",
             ) from error
-        self._slots = Slots(self.folder / OWN, place.epoch, rank, config.memory_keep_last)
-        leads = nodes.ranks_with(rank)[0] == rank
+        self._slots = Slots(self.folder / OWN, context.attempt_id, rank, config.memory_keep_last)
+        is_node_leader = nodes.ranks_with(rank)[0] == rank
         self._disk: LocalDisk | None = None
         if config.local_every_steps:
             assert config.local_dir is not None
-            there = slots.local_folder(place.store.url, Path(config.local_dir))
-            self._disk = LocalDisk(there, place.epoch, rank, config.local_keep_last, leads)
+            there = slots.local_folder(context.store.url, Path(config.local_dir))
+            self._disk = LocalDisk(there, context.attempt_id, rank, config.local_keep_last, is_node_leader)
         self._memory = Memory(
             folder=self.folder,
             rank=rank,
-            world_size=place.world_size,
-            epoch=place.epoch,
+            world_size=context.world_size,
+            attempt_id=context.attempt_id,
             keep=config.memory_keep_last,
             slots=self._slots,
-            leads=leads,
+            is_node_leader=is_node_leader,
             control=self._control,
             disk=self._disk,
-            emit=place.emit,
+            on_event=context.on_event,
         )
         partner = nodes.partner_of(rank)
         self._partner = None
         if config.partner_every_steps and partner is None:
             _log.warning("checkpoint.partner_every_steps: there is one node, so nobody keeps copies of its memory")
-            place.emit(CheckpointFailed(step=0, tier=PARTNER, reason="there is one node: nobody to keep copies"))
+            context.on_event(CheckpointFailed(step=0, tier=PARTNER, reason="there is one node: nobody to keep copies"))
         elif config.partner_every_steps and partner is not None:
             self._partner = Partner(rank, partner, self.meeting, config.commit_timeout_s)
         self._storage: StorageSave | None = None
@@ -110,7 +110,7 @@ class Tiers:
     def begin(
         self,
         step: int,
-        serial: int,
+        save_id: int,
         root: dict[str, Any],
         share: RankPlan,
         snapshot: Snapshot,
@@ -123,7 +123,7 @@ class Tiers:
         Waits for the copy before to arrive in each tier that is due again, and says so.
 
         Args:
-            step, serial, share, snapshot, began: see :class:`MemorySave`.
+            step, save_id, share, snapshot, began: see :class:`MemorySave`.
             root: attributes of the root group.
             durable: to storage too.
             partner_too: to the partner, whether it is due or not.
@@ -135,40 +135,42 @@ class Tiers:
         partner = self._partner if partner_too or self._partner_due(step) else None
         if partner is not None:
             self._wait(self._sending, PARTNER, step)
-        every = self._place.config.local_every_steps
+        every = self._context.config.local_every_steps
         disk = self._disk if every and step % every == 0 else None
         if disk is not None:
             self._wait(self._to_disk, LOCAL_DISK, step)
-        documents = all_documents(share, self._memory, step, serial, root)
+        documents = all_documents(share, self._memory, step, save_id, root)
         try:
             slot = self._slots.take(slot_bytes(share, documents), pinned=snapshot.pinned)
         except OSError as error:
             reason = f"no shared memory for it: {error}"
             _log.warning("checkpoint of step %d failed in memory: %s", step, reason)
-            self._place.emit(CheckpointFailed(step=step, reason=reason, tier=MEMORY))
-            self._control.say_failed(serial, reason)
+            self._context.on_event(CheckpointFailed(step=step, reason=reason, tier=MEMORY))
+            self._control.say_failed(save_id, reason)
             return None
         # Without the tensors, which must be let go of once they are copied.
         light = replace(share, parts=tuple(replace(part, contents=()) for part in share.parts))
 
         def then(held: Held | Exception) -> None:
             if durable:
-                self._store(step, serial, root, light, held, began, behind_s)
+                self._store(step, save_id, root, light, held, began, behind_s)
             if not isinstance(held, Held) or held.commit is None:
                 return
             copies: list[Replication] = []
             if partner is not None:
-                self._sending = PartnerReplication(partner.channel, slot, held.placed, held.commit, self._place.emit)
+                self._sending = PartnerReplication(
+                    partner.channel, slot, held.placed, held.commit, self._context.on_event
+                )
                 slot.sent = True
                 copies.append(self._sending)
             if disk is not None:
-                self._to_disk = DiskReplication(disk, slot, held.placed, held.commit, self._place.emit)
+                self._to_disk = DiskReplication(disk, slot, held.placed, held.commit, self._context.on_event)
                 copies.append(self._to_disk)
             for copy in copies:
                 slot.readers.append(copy.done)
                 copy.start()
 
-        saving = MemorySave(self._memory, step, serial, documents, share, snapshot, slot, began, then)
+        saving = MemorySave(self._memory, step, save_id, documents, share, snapshot, slot, began, then)
         if durable:
             self._before_storage = saving
         return saving
@@ -190,22 +192,22 @@ class Tiers:
 
     def start_anew(self) -> None:
         """This run goes on from nothing that memory or disk holds: remove it on this node."""
-        if self._memory.leads:
+        if self._memory.is_node_leader:
             for folder in self._folders:
-                slots.clear(folder, 0, self._place.epoch)
+                slots.clear(folder, 0, self._context.attempt_id)
 
     @property
     def _folders(self) -> list[Path]:
         return [self.folder] if self._disk is None else [self.folder, self._disk.folder]
 
-    def finish(self, serial: int) -> None:
+    def finish(self, save_id: int) -> None:
         """Wait until all tiers have what is on its way to them, and raise what must be raised.
 
         Memory, and the room on the disk, is given back if storage has all that it holds; else it stays for the next
         attempt, which is logged.
 
         Args:
-            serial: of no save; the ranks part with it, so that none is gone while another still sends to it.
+            save_id: of no save; the ranks part with it, so that none is gone while another still sends to it.
         """
         for copy in self._under_way:
             copy.done.wait()
@@ -213,7 +215,7 @@ class Tiers:
         newest = self._slots.newest
         stored = self._storage is not None and self._storage.committed and self._storage.step == newest
         try:
-            stored = self._part(serial, stored)
+            stored = self._part(save_id, stored)
         except (OSError, CheckpointError) as error:
             _log.warning("the other ranks were not waited for: %s", error)
             stored = False
@@ -223,27 +225,27 @@ class Tiers:
             if self._disk is not None:
                 self._disk.remove()
             self.start_anew()  # what attempts before left is of no more use than what this one did
-            if self._memory.leads:
+            if self._memory.is_node_leader:
                 for folder in self._folders:
-                    slots.remove_records(folder, self._place.epoch)
-        elif newest is not None and self._memory.leads:
+                    slots.remove_records(folder, self._context.attempt_id)
+        elif newest is not None and self._memory.is_node_leader:
             _log.warning(
                 "step %d lies in shared memory alone, in %s; it stays there; `outlast ckpt memory` can give it back",
                 newest,
                 self.folder,
             )
 
-    def _part(self, serial: int, stored: bool) -> bool:
+    def _part(self, save_id: int, stored: bool) -> bool:
         """Wait for all ranks to come here; whether the newest step is stored, as all of them see it."""
-        if self._place.world_size == 1:
+        if self._context.world_size == 1:
             return stored
-        if self._place.rank == 0:
-            votes = self._control.collect(serial, _never)
+        if self._context.rank == 0:
+            votes = self._control.collect(save_id, _never)
             stored = stored and all(vote["stored"] for vote in votes.values())
-            self._control.tell({"serial": serial, "stored": stored})
+            self._control.tell({"serial": save_id, "stored": stored})
             return stored
-        self._control.vote({"serial": serial, "stored": stored})
-        return bool(self._control.decision(serial, _never)["stored"])
+        self._control.vote({"serial": save_id, "stored": stored})
+        return bool(self._control.decision(save_id, _never)["stored"])
 
     def wait_partner(self) -> None:
         """Wait until the copy that is on its way to the partner is there, or has failed."""
@@ -275,12 +277,12 @@ class Tiers:
         self._use.close()
 
     def _partner_due(self, step: int) -> bool:
-        return self._partner is not None and step % self._place.config.partner_every_steps == 0
+        return self._partner is not None and step % self._context.config.partner_every_steps == 0
 
     def _store(
         self,
         step: int,
-        serial: int,
+        save_id: int,
         root: dict[str, Any],
         share: RankPlan,
         held: Held | Exception,
@@ -288,7 +290,7 @@ class Tiers:
         behind_s: float,
     ) -> None:
         parts = held.parts if isinstance(held, Held) else ()
-        storage = StorageSave(self._place, step, serial, root, share, HeldSource(parts), None, began)
+        storage = StorageSave(self._context, step, save_id, root, share, HeldSource(parts), None, began)
         storage.blocked_s = behind_s
         self._storage = storage
         if isinstance(held, Held):

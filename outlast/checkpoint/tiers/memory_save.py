@@ -52,15 +52,15 @@ class Memory:
     folder: Path
     rank: int
     world_size: int
-    epoch: str
+    attempt_id: str
     keep: int
     slots: Slots
-    leads: bool
+    is_node_leader: bool
     """Whether this rank clears up on its node."""
     control: Control
     disk: LocalDisk | None
     """This node's own; None: there is no such tier."""
-    emit: Callable[[Event], None]
+    on_event: Callable[[Event], None]
     committed: deque[int] = field(default_factory=deque)
     """Serials of the newest committed saves, by the rank that leads."""
 
@@ -82,7 +82,7 @@ class MemorySave(SaveJob):
     Args:
         memory: who, and where.
         step: of the state.
-        serial: number of the save.
+        save_id: number of the save.
         share: what this rank saves.
         snapshot: of the share's parts.
         documents: what this rank saves besides chunks.
@@ -95,7 +95,7 @@ class MemorySave(SaveJob):
         self,
         memory: Memory,
         step: int,
-        serial: int,
+        save_id: int,
         documents: dict[str, bytes],
         share: RankPlan,
         snapshot: Snapshot,
@@ -106,7 +106,7 @@ class MemorySave(SaveJob):
         source = TensorSource(share, snapshot, slot, verify=True)
         super().__init__(step, source, snapshot)
         self._memory = memory
-        self._serial = serial
+        self._save_id = save_id
         self._documents = documents
         self._digest = share.digest
         self._source = source
@@ -129,13 +129,13 @@ class MemorySave(SaveJob):
         try:
             parts = self._copy()
             self._confirmed.wait()
-            self._look()
+            self._check_cancelled()
             placed = self._place(parts)
             commit = self._agree(placed.vote)
             slots.put_commit(memory.folder, commit, seal(commit))
-            self._slot.step, self._slot.serial = self.step, self._serial
+            self._slot.step, self._slot.save_id = self.step, self._save_id
             size_bytes = sum(entry.size_bytes for entry in placed.vote.files)
-            memory.emit(
+            memory.on_event(
                 CheckpointSaved(
                     step=self.step,
                     committed=memory.rank == 0,
@@ -150,8 +150,8 @@ class MemorySave(SaveJob):
         except Exception as error:
             reason = self._stop or error
             if commit is None:
-                memory.control.say_failed(self._serial, in_words(reason))
-                self._report(reason, MEMORY, memory.emit)
+                memory.control.say_failed(self._save_id, in_words(reason))
+                self._report(reason, MEMORY, memory.on_event)
             if placed is None:
                 self._then(reason)
                 return
@@ -164,17 +164,17 @@ class MemorySave(SaveJob):
     def _clear_up(self) -> None:
         """What attempts before left goes with this attempt's first commits, and old commit records with each."""
         memory = self._memory
-        if not memory.leads:
+        if not memory.is_node_leader:
             return
-        memory.committed.append(self._serial)
-        if self._serial <= memory.keep + 1:
-            slots.clear(memory.folder, memory.keep, memory.epoch)
-        for serial in [serial for serial in memory.committed if serial not in memory.slots.serials]:
-            slots.drop_commit(memory.folder, memory.epoch, serial)
-            memory.committed.remove(serial)
+        memory.committed.append(self._save_id)
+        if self._save_id <= memory.keep + 1:
+            slots.clear(memory.folder, memory.keep, memory.attempt_id)
+        for save_id in [save_id for save_id in memory.committed if save_id not in memory.slots.save_ids]:
+            slots.drop_commit(memory.folder, memory.attempt_id, save_id)
+            memory.committed.remove(save_id)
 
     def _copy(self) -> tuple[Copied, ...]:
-        return tuple(copied for copied in self._source.copies(self._look) if copied is not None)
+        return tuple(copied for copied in self._source.copies(self._check_cancelled) if copied is not None)
 
     def _place(self, parts: tuple[Copied, ...]) -> SlotIndex:
         entries, places = [], {}
@@ -189,7 +189,7 @@ class MemorySave(SaveJob):
             places[path] = region.offset
         memory = self._memory
         files = tuple(sorted(entries, key=lambda entry: entry.path))
-        vote = Vote(self.step, memory.rank, memory.world_size, memory.epoch, self._serial, self._digest, files)
+        vote = Vote(self.step, memory.rank, memory.world_size, memory.attempt_id, self._save_id, self._digest, files)
         placed = SlotIndex(vote, places)
         self._slot.publish(placed)
         return placed
@@ -197,19 +197,19 @@ class MemorySave(SaveJob):
     def _agree(self, vote: Vote) -> Commit:
         memory, text = self._memory, seal(vote)
         if memory.rank != 0:
-            memory.control.vote({"serial": self._serial, "vote": text.decode(), "local": _on_disk(memory)})
-            decision = memory.control.decision(self._serial, self._look)
+            memory.control.vote({"serial": self._save_id, "vote": text.decode(), "local": _on_disk(memory)})
+            decision = memory.control.decision(self._save_id, self._check_cancelled)
             if "failed" in decision:
                 raise CheckpointError(f"rank 0 gave up: {decision['failed']}")
             if memory.disk is not None:
                 memory.disk.everywhere = decision["local"]
             return unseal_commit(decision["commit"].encode())
         votes = [text]
-        headers = memory.control.collect(self._serial, self._look)
+        headers = memory.control.collect(self._save_id, self._check_cancelled)
         for rank in range(1, memory.world_size):
             votes.append(headers[rank]["vote"].encode())
             other = unseal_vote(votes[rank], vote_path(self.step, rank))
-            if (other.step, other.rank, other.epoch) != (self.step, rank, memory.epoch):
+            if (other.step, other.rank, other.attempt_id) != (self.step, rank, memory.attempt_id):
                 raise CheckpointError(f"rank {rank} votes for step {other.step}, not for step {self.step}")
             if other.layout != self._digest:
                 raise StateMismatch(
@@ -219,7 +219,7 @@ class MemorySave(SaveJob):
         commit = commit_of(votes)
         held = [_on_disk(memory), *(header["local"] for header in headers.values())]
         everywhere = max(set.intersection(*map(set, held)), default=0)
-        memory.control.tell({"serial": self._serial, "commit": seal(commit).decode(), "local": everywhere})
+        memory.control.tell({"serial": self._save_id, "commit": seal(commit).decode(), "local": everywhere})
         if memory.disk is not None:
             memory.disk.everywhere = everywhere
         return commit
@@ -230,11 +230,11 @@ def _on_disk(memory: Memory) -> list[int]:
     return list(memory.disk.held) if memory.disk is not None else []
 
 
-def all_documents(share: RankPlan, memory: Memory, step: int, serial: int, root: dict[str, Any]) -> dict[str, bytes]:
+def all_documents(share: RankPlan, memory: Memory, step: int, save_id: int, root: dict[str, Any]) -> dict[str, bytes]:
     """What a rank saves besides chunks; rank 0 has the root group's document."""
     if memory.rank != 0:
         return share.documents
-    top = root_document(root, step, memory.world_size, memory.epoch, serial)
+    top = root_document(root, step, memory.world_size, memory.attempt_id, save_id)
     return {node_path(""): top, **share.documents}
 
 
@@ -252,4 +252,4 @@ def commit_of(votes: list[bytes]) -> Commit:
         for rank, data in enumerate(votes)
     )
     size_bytes = sum(entry.size_bytes for vote in parsed for entry in vote.files)
-    return Commit(first.step, first.world_size, first.epoch, first.serial, time.time(), size_bytes, entries)
+    return Commit(first.step, first.world_size, first.attempt_id, first.save_id, time.time(), size_bytes, entries)

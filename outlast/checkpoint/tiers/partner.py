@@ -27,7 +27,7 @@ class PartnerReplication(Replication):
 
     Args:
         channel: opens the connection to the partner, or gives the one that is open.
-        slot, placed, commit, emit: as there.
+        slot, placed, commit, on_event: as there.
     """
 
     tier = PARTNER
@@ -39,15 +39,15 @@ class PartnerReplication(Replication):
         slot: Slot,
         placed: SlotIndex,
         commit: Commit,
-        emit: Callable[[Event], None],
+        on_event: Callable[[Event], None],
     ) -> None:
-        super().__init__(slot, placed, commit, emit)
+        super().__init__(slot, placed, commit, on_event)
         self._channel = channel
 
     def _copy(self) -> None:
         channel = self._channel()
         vote = self._placed.vote
-        channel.send({"begin": vote.serial, "nbytes": self._slot.used})
+        channel.send({"begin": vote.save_id, "nbytes": self._slot.used})
         _expect_ok(channel.receive())
         memory = self._slot.memory.numpy().data
         for entry in vote.files:
@@ -99,20 +99,20 @@ class PartnerReceiver:
 
     Args:
         folder: of this node's memory.
-        epoch: of the attempt.
+        attempt_id: of the attempt.
         keep: newest copies of each rank that are not overwritten.
     """
 
-    def __init__(self, folder: Path, epoch: str, keep: int) -> None:
+    def __init__(self, folder: Path, attempt_id: str, keep: int) -> None:
         self._folder = folder
-        self._epoch = epoch
+        self._attempt_id = attempt_id
         self._keep = keep
         self._slots: dict[int, Slots] = {}
 
     def serve(self, rank: int, channel: Channel) -> None:
         """Take one copy from ``rank``."""
         begin = channel.receive()
-        slots = self._slots.setdefault(rank, Slots(self._folder / PARTNER, self._epoch, rank, self._keep))
+        slots = self._slots.setdefault(rank, Slots(self._folder / PARTNER, self._attempt_id, rank, self._keep))
         problem = ""
         try:
             slot = slots.take(int(begin["nbytes"]))
@@ -145,8 +145,10 @@ class PartnerReceiver:
         while "index" not in (header := channel.receive(place)):
             continue
         placed = unseal_placed(header["index"].encode(), "index")
-        if placed.vote.rank != rank or placed.vote.epoch != self._epoch:
-            raise CheckpointError(f"a copy of rank {placed.vote.rank}, epoch {placed.vote.epoch}, from rank {rank}")
+        if placed.vote.rank != rank or placed.vote.attempt_id != self._attempt_id:
+            raise CheckpointError(
+                f"a copy of rank {placed.vote.rank}, attempt {placed.vote.attempt_id}, from rank {rank}"
+            )
         for entry in placed.vote.files:
             at = placed.places[entry.path]
             check_file(entry, memory[at : at + entry.size_bytes])

@@ -22,7 +22,7 @@ class Replication:
         slot: what to copy; it is not written meanwhile.
         placed: what is in it.
         commit: of the save.
-        emit: takes events.
+        on_event: takes events.
 
     Attributes:
         done: set once the copy counts, or has failed.
@@ -33,13 +33,13 @@ class Replication:
     where = ""
     """In words, for the log."""
 
-    def __init__(self, slot: Slot, placed: SlotIndex, commit: Commit, emit: Callable[[Event], None]) -> None:
+    def __init__(self, slot: Slot, placed: SlotIndex, commit: Commit, on_event: Callable[[Event], None]) -> None:
         self.done = threading.Event()
         self.error: Exception | None = None
         self._slot = slot
         self._placed = placed
         self._commit = commit
-        self._emit = emit
+        self._on_event = on_event
         self._thread = threading.Thread(target=self._run, name=f"outlast-{self.tier}", daemon=True)
 
     def start(self) -> None:
@@ -72,7 +72,7 @@ class Replication:
             except (OSError, CheckpointError) as error:
                 _log.warning("step %d could not be copied to %s: %s", vote.step, self.where, error)
                 event = CheckpointFailed(step=vote.step, reason=f"{type(error).__name__}: {error}", tier=self.tier)
-            self._emit(event)
+            self._on_event(event)
         except Exception as error:  # a bug, or the event sink's: raised in the training thread
             self.error = error
         finally:

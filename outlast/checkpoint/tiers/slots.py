@@ -3,10 +3,10 @@
 ::
 
     /dev/shm/outlast-UID-ckpt-HASH/         HASH: of the URL of the checkpoints; mode 0700
-      own/      EPOCH.rank_00001.0.data     slot 0 of rank 1: chunks with their CRC32C and documents, page by page
-                EPOCH.rank_00001.0.json     what is in it: the rank's vote, and where each file lies; sealed
-                EPOCH.SERIAL.commit         the commit record of a save: it counts on this node too
-      partner/  EPOCH.rank_00000.0.data     copies that another node's rank sent here
+      own/      ATTEMPT.rank_00001.0.data   slot 0 of rank 1: chunks with their CRC32C and documents, page by page
+                ATTEMPT.rank_00001.0.json   what is in it: the rank's vote, and where each file lies; sealed
+                ATTEMPT.SAVE.commit         the commit record of a save: it counts on this node too
+      partner/  ATTEMPT.rank_00000.0.data   copies that another node's rank sent here
                 …
 
 A slot is written again only by the attempt that made it, and never while it holds one of the newest committed steps:
@@ -104,7 +104,7 @@ class Slot:
     used: int = 0
     step: int | None = None
     """The committed step in it; None while there is none."""
-    serial: int = 0
+    save_id: int = 0
     """Of the save in it, once it is committed."""
     sent: bool = False
     """Whether it was sent to the partner, or is on its way."""
@@ -147,13 +147,13 @@ class Slots:
 
     Args:
         folder: of own slots, or of a partner's.
-        epoch: of the attempt.
+        attempt_id: of the attempt.
         rank: whose part.
         keep: newest committed steps that are not overwritten.
     """
 
-    def __init__(self, folder: Path, epoch: str, rank: int, keep: int) -> None:
-        self._stem = str(folder / f"{encode_key(epoch)}.{rank_name(rank)}.")
+    def __init__(self, folder: Path, attempt_id: str, rank: int, keep: int) -> None:
+        self._stem = str(folder / f"{encode_key(attempt_id)}.{rank_name(rank)}.")
         self._keep = keep
         self._pinned = False
         self._slots: list[Slot] = []
@@ -183,7 +183,7 @@ class Slots:
         else:
             slot = self._add()
         slot.index.unlink(missing_ok=True)
-        slot.step, slot.used, slot.serial, slot.sent = None, 0, 0, False
+        slot.step, slot.used, slot.save_id, slot.sent = None, 0, 0, False
         if slot.memory.numel() < nbytes:
             self._allocate(slot, nbytes)
         return slot
@@ -213,9 +213,9 @@ class Slots:
         return max((slot.step for slot in self._slots if slot.step is not None), default=None)
 
     @property
-    def serials(self) -> set[int]:
+    def save_ids(self) -> set[int]:
         """The committed saves in them."""
-        return {slot.serial for slot in self._slots if slot.step is not None}
+        return {slot.save_id for slot in self._slots if slot.step is not None}
 
     def remove(self) -> None:
         """Give the memory back."""
@@ -245,30 +245,30 @@ def _shared(path: Path, nbytes: int, *, pinned: bool) -> torch.Tensor:
 
 def put_commit(folder: Path, commit: Commit, record: bytes) -> None:
     """Have a save count on this node."""
-    _put(_commit_path(folder, commit.epoch, commit.serial), record)
+    _put(_commit_path(folder, commit.attempt_id, commit.save_id), record)
 
 
-def drop_commit(folder: Path, epoch: str, serial: int) -> None:
+def drop_commit(folder: Path, attempt_id: str, save_id: int) -> None:
     """Remove a commit record of which no slot has anything any more."""
-    _commit_path(folder, epoch, serial).unlink(missing_ok=True)
+    _commit_path(folder, attempt_id, save_id).unlink(missing_ok=True)
 
 
-def remove_records(folder: Path, epoch: str) -> None:
+def remove_records(folder: Path, attempt_id: str) -> None:
     """Remove all commit records of an attempt, of which no slot has anything any more, and folders that are empty."""
-    for path in (folder / OWN).glob(f"{encode_key(epoch)}.*{_COMMIT}"):
+    for path in (folder / OWN).glob(f"{encode_key(attempt_id)}.*{_COMMIT}"):
         path.unlink(missing_ok=True)
     for path in (folder / OWN, folder / PARTNER, folder):
         with suppress(OSError):  # another rank's part, or another attempt's, lies there
             path.rmdir()
 
 
-def _commit_path(folder: Path, epoch: str, serial: int) -> Path:
-    return folder / OWN / commit_name(epoch, serial)
+def _commit_path(folder: Path, attempt_id: str, save_id: int) -> Path:
+    return folder / OWN / commit_name(attempt_id, save_id)
 
 
-def commit_name(epoch: str, serial: int) -> str:
+def commit_name(attempt_id: str, save_id: int) -> str:
     """The file of a commit record."""
-    return f"{encode_key(epoch)}.{serial}{_COMMIT}"
+    return f"{encode_key(attempt_id)}.{save_id}{_COMMIT}"
 
 
 @dataclass(frozen=True)
@@ -324,27 +324,27 @@ def commits(folder: Path) -> dict[Path, Commit]:
     return found
 
 
-def clear(folder: Path, keep: int, epoch: str) -> None:
-    """Remove what attempts before ``epoch`` left, unless it belongs to one of the ``keep`` newest committed steps.
+def clear(folder: Path, keep: int, attempt_id: str) -> None:
+    """Remove what attempts before ``attempt_id`` left, unless it belongs to one of the ``keep`` newest committed steps.
 
     For one rank of a node, after a commit.
     """
     records = commits(folder)
     newest = sorted(records.values(), key=lambda commit: (commit.step, commit.saved_at), reverse=True)
-    kept = {(commit.epoch, commit.serial) for commit in newest[:keep]}
+    kept = {(commit.attempt_id, commit.save_id) for commit in newest[:keep]}
     in_use, known = set(kept), set()
     for holding in list(holdings(folder)):
         vote = holding.placed.vote
-        if vote.epoch == epoch or (vote.epoch, vote.serial) in kept:
-            in_use.add((vote.epoch, vote.serial))
+        if vote.attempt_id == attempt_id or (vote.attempt_id, vote.save_id) in kept:
+            in_use.add((vote.attempt_id, vote.save_id))
             known.add(holding.data)
         else:
             holding.remove()
     for path, commit in records.items():
-        if (commit.epoch, commit.serial) not in in_use:
+        if (commit.attempt_id, commit.save_id) not in in_use:
             path.unlink(missing_ok=True)
     for path in folder.glob(f"*/*{DATA}"):
-        if path not in known and not path.name.startswith(f"{encode_key(epoch)}."):
+        if path not in known and not path.name.startswith(f"{encode_key(attempt_id)}."):
             path.unlink(missing_ok=True)  # data without an index, of an attempt that is over
     sync_dir(str(folder / OWN))  # on a disk, what was removed is not to come back
 

@@ -50,11 +50,11 @@ def two() -> Iterator[tuple[Control, Control]]:
 
 def test_a_vote_and_a_decision(two: tuple[Control, Control]) -> None:
     first, second = two
-    for serial in (1, 2):
-        second.vote({"serial": serial, "vote": f"mine of {serial}"})
-        assert first.collect(serial, keep_on)[1]["vote"] == f"mine of {serial}"
-        first.tell({"serial": serial, "commit": "yes"})
-        assert second.decision(serial, keep_on)["commit"] == "yes"
+    for save_id in (1, 2):
+        second.vote({"serial": save_id, "vote": f"mine of {save_id}"})
+        assert first.collect(save_id, keep_on)[1]["vote"] == f"mine of {save_id}"
+        first.tell({"serial": save_id, "commit": "yes"})
+        assert second.decision(save_id, keep_on)["commit"] == "yes"
 
 
 def test_a_rank_that_gives_up_ends_the_wait(two: tuple[Control, Control]) -> None:
@@ -85,15 +85,15 @@ def test_the_first_rank_gone_ends_the_wait_of_the_others(two: tuple[Control, Con
 @pytest.mark.parametrize("end", [0, 1])
 def test_a_connection_that_breaks_is_made_again_and_no_word_is_lost(two: tuple[Control, Control], end: int) -> None:
     first, second = two
-    for serial in range(1, 20):
+    for save_id in range(1, 20):
         break_connection(two[end])
-        second.vote({"serial": serial, "vote": f"mine of {serial}"})
+        second.vote({"serial": save_id, "vote": f"mine of {save_id}"})
         break_connection(two[end])
-        assert first.collect(serial, keep_on)[1]["vote"] == f"mine of {serial}"
+        assert first.collect(save_id, keep_on)[1]["vote"] == f"mine of {save_id}"
         break_connection(two[end])
-        first.tell({"serial": serial, "commit": f"yes to {serial}"})
+        first.tell({"serial": save_id, "commit": f"yes to {save_id}"})
         break_connection(two[end])
-        assert second.decision(serial, keep_on)["commit"] == f"yes to {serial}"
+        assert second.decision(save_id, keep_on)["commit"] == f"yes to {save_id}"
 
 
 def test_a_rank_that_was_lost_is_heard_when_it_comes_back(two: tuple[Control, Control]) -> None:

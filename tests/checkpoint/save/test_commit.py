@@ -60,7 +60,7 @@ def test_three_ranks_commit(tmp_path: Path) -> None:
 def test_a_rank_that_does_not_vote(tmp_path: Path) -> None:
     save_by_ranks(tmp_path, 1, world_size=2)
     events: list[Event] = []
-    with checkpointer(tmp_path, events, world_size=2, epoch="two", commit_timeout_s=0.3) as alone:
+    with checkpointer(tmp_path, events, world_size=2, attempt_id="two", commit_timeout_s=0.3) as alone:
         alone.save(2, replicated=state(2), local=local(2))
         alone.wait_copied()
     assert len(failed(events)) == 1
@@ -106,7 +106,7 @@ def test_saving_a_step_again_after_a_cut_off_save(tmp_path: Path) -> None:
     for path in ("model/stale/c.0", "rank_00001/stale/zarr.json", "votes/rank_00001.json", "zarr.json"):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(b"{}")
-    save_by_ranks(tmp_path, 2, world_size=2, epoch="two")
+    save_by_ranks(tmp_path, 2, world_size=2, attempt_id="two")
     assert not [file for file in files_of(folder) if "stale" in file or "left over" in file]
     assert verify(tmp_path, 2).ok
 
@@ -114,7 +114,7 @@ def test_saving_a_step_again_after_a_cut_off_save(tmp_path: Path) -> None:
 def test_saving_a_step_twice(tmp_path: Path) -> None:
     save_steps(tmp_path, 2)
     events: list[Event] = []
-    with checkpointer(tmp_path, events, epoch="two") as saver:
+    with checkpointer(tmp_path, events, attempt_id="two") as saver:
         saver.save(2, replicated=state(5), local=local(2))
         saver.wait_copied()
         saver.save(2, replicated=state(6), local=local(2))
@@ -128,10 +128,10 @@ def test_saving_a_step_twice(tmp_path: Path) -> None:
 
 def test_saving_a_step_again_that_fails_brings_the_old_one_back(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2)
-    with checkpointer(tmp_path, [], world_size=2, epoch="two", commit_timeout_s=0.1) as alone:
+    with checkpointer(tmp_path, [], world_size=2, attempt_id="two", commit_timeout_s=0.1) as alone:
         alone.save(2, replicated=state(5), local=local(2))
     assert [info.status for info in list_steps(tmp_path)] == ["committed", "uncommitted", "aside"]
-    with checkpointer(tmp_path, [], epoch="three") as saver:
+    with checkpointer(tmp_path, [], attempt_id="three") as saver:
         back = saver.restore("auto")
         assert back is not None
         assert back.step == 2
@@ -193,9 +193,9 @@ def test_a_file_that_vanishes_before_the_commit(tmp_path: Path, monkeypatch: pyt
 def test_retention(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2, 3, 4, keep_last=2)
     assert steps_at(tmp_path) == ["step_00000003", "step_00000004"]
-    save_steps(tmp_path, 5, epoch="two", keep_last=1)
+    save_steps(tmp_path, 5, attempt_id="two", keep_last=1)
     assert steps_at(tmp_path) == ["step_00000005"]
-    save_steps(tmp_path, 6, 7, epoch="three", keep_last=0)
+    save_steps(tmp_path, 6, 7, attempt_id="three", keep_last=0)
     assert steps_at(tmp_path) == ["step_00000005", "step_00000006", "step_00000007"]
 
 
@@ -211,7 +211,7 @@ def test_pruning_that_is_cut_off_leaves_nothing_that_looks_complete(
 
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", stopped)
-        save_steps(tmp_path, 2, epoch="two", keep_last=1)
+        save_steps(tmp_path, 2, attempt_id="two", keep_last=1)
     assert gone == [True]
     assert [info.status for info in list_steps(tmp_path)] == ["uncommitted", "committed"]
 

@@ -134,7 +134,7 @@ def test_chunked_and_packed_state_comes_back(
     sizes = [event.size_bytes for seen in events for event in of(CheckpointSaved, seen)]
     assert sum(sizes) == list_steps(tmp_path)[0].size_bytes
     if ranks == 1:
-        back = checkpointer(tmp_path, epoch="two").restore(1)
+        back = checkpointer(tmp_path, attempt_id="two").restore(1)
         assert back is not None
         assert same(back.replicated, large(1))
         assert same(back.local, own)

@@ -57,7 +57,7 @@ def test_steps_are_listed_and_given_back(url: Path) -> None:
     assert remove_memory(url) == found
     assert not folder.exists()
     assert list_memory(url).steps == ()
-    with checkpointer(url, [], epoch="second", **MEMORY) as one:
+    with checkpointer(url, [], attempt_id="second", **MEMORY) as one:
         assert one.restore("auto") is None
 
 
@@ -144,7 +144,7 @@ def test_command(url: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ckpt", "memory", str(url), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["removed"], told["in_use"], [one["step"] for one in told["steps"]]) == (False, False, [1, 2])
-    with checkpointer(url, [], epoch="second", **MEMORY) as one:
+    with checkpointer(url, [], attempt_id="second", **MEMORY) as one:
         assert main(["ckpt", "memory", str(url)]) == 0
         assert "in use by a run" in capsys.readouterr().out
         assert main(["ckpt", "memory", str(url), "--remove"]) == 1
