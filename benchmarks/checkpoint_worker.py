@@ -242,7 +242,7 @@ class Outlast(Method):
 
     def save(self, step: int, state: State) -> None:
         self._begun += 1
-        self._checkpointer.save(step, replicated=state, local={}, durable=self.tier == "storage")
+        self._checkpointer.save(step, replicated=state, durable=self.tier == "storage")
 
     def settle(self) -> None:
         while len(self._saved()) < self._begun:

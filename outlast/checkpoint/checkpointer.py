@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -16,7 +15,6 @@ import torch.distributed as dist
 from torch import nn
 
 from outlast.checkpoint.config import CheckpointConfig
-from outlast.checkpoint.format.names import rank_name
 from outlast.checkpoint.format.records import CRC_BYTES
 from outlast.checkpoint.memory.arena import Arena
 from outlast.checkpoint.peers.collectives import Agreement
@@ -26,15 +24,14 @@ from outlast.checkpoint.restore.heal import is_thin, survey_of
 from outlast.checkpoint.restore.restore import Restored, Restoring
 from outlast.checkpoint.restore.survey import Survey
 from outlast.checkpoint.save.hooks import Hooks
+from outlast.checkpoint.save.io_threads import IoThreads, process_ended
 from outlast.checkpoint.save.job import SaveJob, raise_error
-from outlast.checkpoint.save.plan import share_of
-from outlast.checkpoint.save.request import SaveContext
-from outlast.checkpoint.save.snapshot import Snapshot
+from outlast.checkpoint.save.prepare import make_request
+from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import TensorSource
 from outlast.checkpoint.save.stall_forecast import StallForecast
 from outlast.checkpoint.save.storage_save import StorageSave
 from outlast.checkpoint.state.dtensor import Meshes
-from outlast.checkpoint.state.tree import StateTree, lay_out
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.checkpoint.storage.open import open_store
 from outlast.checkpoint.tiers.manager import Tiers
@@ -112,7 +109,7 @@ class Checkpointer:
                 f"checkpoints cannot be written to {self._store.url}: {error}",
                 "choose another place with checkpoint.url, or see to its permissions",
             ) from error
-        self._io = ThreadPoolExecutor(config.io_threads, thread_name_prefix="outlast-checkpoint")
+        self._io = IoThreads(config.io_threads, thread_name_prefix="outlast-checkpoint")
         self._context = SaveContext(self._store, config, rank, world_size, attempt_id, on_event, self._io)
         self._group = group
         self._arena = Arena(int(config.host_memory_mb * 1e6))
@@ -131,7 +128,7 @@ class Checkpointer:
         """Whether the partner has a copy of this attempt."""
         self._closed = False
         # A thread that is inside PyTorch while the interpreter is taken down would abort the process.
-        atexit.register(self.abort)
+        atexit.register(self._abort_at_exit)
 
     @property
     def url(self) -> str:
@@ -149,8 +146,8 @@ class Checkpointer:
         self,
         step: int,
         *,
-        replicated: Mapping[str, Any],
-        local: Mapping[str, Any],
+        replicated: Mapping[str, Any] | None = None,
+        local: Mapping[str, Any] | None = None,
         eager: Collection[str] = (),
         durable: bool = True,
     ) -> None:
@@ -158,21 +155,23 @@ class Checkpointer:
 
         One save runs at a time: while the one before is still being written, this call waits for it, and the wait
         counts as ``blocked_s`` of the new save's ``CheckpointSaved`` event. (Save less often if that happens.) With a
-        memory tier the one before need only be in memory, and in those of the other tiers that are due again.
+        memory tier, this call waits only until the save before is in memory, and in the other tiers for which the new
+        one is due.
 
         Args:
             step: number of the step just done, >= 0.
-            replicated: equal on all ranks, each of which writes an equal share of it. Nested: keys to tensors, JSON
-                values, or dictionaries. DTensors on meshes of all ranks may be among the tensors: each rank writes its
-                part, or where several hold the same a share of it.
-            local: this rank's own.
+            replicated: state that is equal on all ranks, each of which writes an equal share of it. Nested: keys to
+                tensors, JSON values, or dictionaries. DTensors on meshes of all ranks may be among the tensors: each
+                rank writes its part, or a share of it where several ranks hold the same part.
+            local: this rank's own state, nested in the same way, without DTensors. Either may be left out, but not
+                both.
             eager: top-level keys (of either) whose tensors may change at once; they are copied before this returns. All
                 other tensors must not be changed until :meth:`wait_copied` has returned. JSON values are always copied.
             durable: save to storage; False: to memory alone (and to the partner's, if that is due).
 
         Raises:
-            CheckpointError: a key, value, dtype or DTensor's placement that cannot be stored; names it. Or: not
-                durable, and no memory tier.
+            CheckpointError: there is nothing to save; a key, value, dtype or DTensor's placement cannot be stored
+                (named in the message); or the save is not durable, and there is no memory tier.
             SnapshotMutated: a tensor of the save before was changed too early.
             StateMismatch: in the save before, the replicated state of some rank was laid out differently (on rank 0).
         """
@@ -181,47 +180,55 @@ class Checkpointer:
         self._save_id += 1
         if self._closed or step < 0:
             raise CheckpointError(f"save of step {step} on a {'closed' if self._closed else 'running'} Checkpointer")
+        if replicated is None and local is None:
+            raise CheckpointError(
+                f"the save of step {step} was given nothing to save", "pass replicated=, local=, or both"
+            )
         if not durable and self._tiers is None:
             raise CheckpointError(
                 f"step {step} is to be saved to memory alone, and there is no memory tier",
                 "set checkpoint.memory_every_steps",
             )
         self._finish()
-        rank, config = self._context.rank, self._context.config
-        of_all, own = StateTree(), StateTree()
-        lay_out(of_all, replicated, "", eager, Meshes(self._group, self._context.world_size))
-        lay_out(own, local, rank_name(rank), eager)
-        share = share_of(
-            of_all,
-            own,
-            rank,
-            self._context.world_size,
-            chunk_bytes=int(config.chunk_mb * 1e6),
-            pack_below_bytes=int(config.pack_below_kb * 1e3),
+        request = make_request(
+            self._context,
+            self._group,
+            step,
+            self._save_id,
+            replicated=replicated or {},
+            local=local or {},
+            eager=eager,
+            began=began,
+            durable=durable,
+            # The partner gets the first save at once: what a restart went on from may be in one place alone.
+            replicate_now=not self._copied_once,
         )
-        snapshot = Snapshot(share.parts)
-        root = of_all.groups[""]
-        saving: SaveJob | None = None
-        if self._tiers is not None:
-            if not self._begun:
-                self._tiers.start_anew()
-            self._begun = True
-            # The first one at once: what a restart went on from may lie in one place alone.
-            saving = self._tiers.begin(
-                step, self._save_id, root, share, snapshot, began, durable, partner_too=not self._copied_once
-            )
-            self._copied_once = True
-            if saving is None and not durable:
-                return
+        saving = self._tiers_save(request) if self._tiers is not None else None
         if saving is None:
-            self._arena.reserve([part.nbytes + CRC_BYTES for part in share.parts], pinned=snapshot.pinned)
-            source = TensorSource(share, snapshot, self._arena)
-            saving = StorageSave(self._context, step, self._save_id, root, share, source, snapshot, began)
+            if not durable:
+                return
+            saving = self._storage_save(request)
         self._saving = saving
-        saving.predicted_stall_s = self._stall.begin(sum(part.nbytes for part in share.parts), time.monotonic())
+        copied_bytes = sum(part.nbytes for part in request.plan.parts)
+        saving.predicted_stall_s = self._stall.begin(copied_bytes, time.monotonic())
         saving.start()
         saving.eager_copied.wait()
         saving.blocked_s += time.monotonic() - began
+
+    def _tiers_save(self, request: SaveRequest) -> SaveJob | None:
+        assert self._tiers is not None
+        if not self._begun:
+            self._tiers.start_anew()
+        self._begun = True
+        saving = self._tiers.begin(request)
+        self._copied_once = True
+        return saving
+
+    def _storage_save(self, request: SaveRequest) -> SaveJob:
+        assert request.snapshot is not None
+        sizes = [part.nbytes + CRC_BYTES for part in request.plan.parts]
+        self._arena.reserve(sizes, pinned=request.snapshot.pinned)
+        return StorageSave(self._context, request, TensorSource(request.plan, request.snapshot, self._arena))
 
     def wait_copied(self) -> float:
         """Wait until no tensor of the running save is needed any more; call right before anything changes them.
@@ -373,12 +380,17 @@ class Checkpointer:
         """Give the running save up, report it as failed, and end the threads; for a training that ends with an error.
 
         What the save has committed by now stays. Raises nothing that the save ran into. A process that ends without
-        :meth:`close` does this by itself.
+        :meth:`close` does the same by itself.
         """
+        self._abort(CheckpointError("training ended with an error before the checkpoint was committed"))
+
+    def _abort_at_exit(self) -> None:
+        self._abort(process_ended())
+
+    def _abort(self, reason: CheckpointError) -> None:
         if self._closed:
             return
         self._closed = True
-        reason = CheckpointError("training ended with an error before the checkpoint was committed")
         if self._saving is not None:
             self._saving.give_up(reason)
         if self._tiers is not None:
@@ -401,7 +413,7 @@ class Checkpointer:
         if self._tiers is not None:
             self._tiers.close()
         self._io.shutdown()
-        atexit.unregister(self.abort)
+        atexit.unregister(self._abort_at_exit)
 
     def _finish(self) -> None:
         """Confirm and await the running save."""

@@ -212,7 +212,7 @@ def _save(url: str | os.PathLike[str], step: int, replicated: dict[str, Any]) ->
     config = CheckpointConfig(keep_last=0)
     attempt_id = f"import-{uuid.uuid4().hex}"
     with Checkpointer(url, config, rank=0, world_size=1, attempt_id=attempt_id, on_event=events.append) as saver:
-        saver.save(step, replicated=replicated, local={})
+        saver.save(step, replicated=replicated)
     for event in events:
         if isinstance(event, CheckpointFailed):
             with contextlib.suppress(OSError):  # an empty folder would be in the way of the next try

@@ -74,7 +74,7 @@ class RankPlan:
     checkpoint."""
 
 
-def share_of(
+def plan_rank(
     replicated: StateTree, local: StateTree, rank: int, world_size: int, *, chunk_bytes: int, pack_below_bytes: int
 ) -> RankPlan:
     """What ``rank`` writes of a replicated and its own local state.

@@ -20,72 +20,63 @@ import logging
 import threading
 import time
 from concurrent.futures import Future
-from typing import Any
 
 from outlast.checkpoint.format.names import COMMIT, STORAGE, failed_name, parse_failed, step_name, vote_path
-from outlast.checkpoint.format.records import Commit, Fault, FileEntry, Vote, crc_hex, seal, unseal_vote
-from outlast.checkpoint.format.zarr import node_path, root_document
+from outlast.checkpoint.format.records import Fault, FileEntry, crc_hex, seal
+from outlast.checkpoint.format.zarr import node_path
+from outlast.checkpoint.save.commit import ReceivedVote, build_commit, make_vote, read_vote
+from outlast.checkpoint.save.io_threads import process_ended
 from outlast.checkpoint.save.job import SaveJob
-from outlast.checkpoint.save.plan import RankPlan
-from outlast.checkpoint.save.request import SaveContext
-from outlast.checkpoint.save.snapshot import Snapshot
+from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import Source
 from outlast.checkpoint.save.writer import Writing
 from outlast.checkpoint.steps import catalog, retention
-from outlast.errors import CheckpointError, StateMismatch
+from outlast.errors import CheckpointError
 from outlast.events import CheckpointRejected, CheckpointSaved
 
-_FIRST_POLL_S = 0.005
-
-_LAST_POLL_S = 0.25
-
-
 _log = logging.getLogger("outlast.checkpoint")
+_FIRST_POLL_S, _LAST_POLL_S = 0.005, 0.25
 _PER_FILE_BYTES = 12_288
 """What a file takes of a disk besides its bytes, at most: its directory, its entry, and the rest of its last block."""
 
 
 class StorageSave(SaveJob):
-    """One save of one rank into the store. It runs from :meth:`start` on.
+    """One save of one rank into the store.
 
     Args:
         context: who saves, and where to.
-        step: of the state.
-        save_id: number of the save.
-        root: attributes of the root group.
-        share: what this rank writes.
-        source: of the share's parts.
-        snapshot: that the source copies; None: they were copied before, and the training thread has confirmed it.
-        began: when ``save`` was called, by ``time.monotonic``.
+        request: what to save.
+        source: of the plan's parts.
     """
 
-    def __init__(
-        self,
-        context: SaveContext,
-        step: int,
-        save_id: int,
-        root: dict[str, Any],
-        share: RankPlan,
-        source: Source,
-        snapshot: Snapshot | None,
-        began: float,
-    ) -> None:
-        super().__init__(step, source, snapshot)
+    def __init__(self, context: SaveContext, request: SaveRequest, source: Source) -> None:
+        super().__init__(request, source)
+        plan = request.plan
         self._context = context
-        self._save_id = save_id
-        self._save = context.attempt_id, save_id
-        self._root = root
-        self._digest = share.digest
+        self._save = context.attempt_id, request.save_id
         # Of all ranks, with what names and ends of blocks take: as if each had as many files as this one.
-        files = 1 + len(share.documents) + len(share.parts)
-        self._total_bytes = share.replicated_bytes + (share.local_bytes + files * _PER_FILE_BYTES) * context.world_size
+        files = 1 + len(plan.documents) + len(plan.parts)
+        self._total_bytes = plan.replicated_bytes + (plan.local_bytes + files * _PER_FILE_BYTES) * context.world_size
         self._writing = Writing(
-            context.store, step_name(step), share.documents, source, context.io, self._check_cancelled, self.give_up
+            context.store,
+            step_name(self.step),
+            plan.documents,
+            source,
+            context.io,
+            self._check_cancelled,
+            self.give_up,
         )
-        self._began = began
         self._voted = False
         self.committed = False
         """Whether the step is committed (coordinator) or this rank's part is durable (others); final once done."""
+
+    def give_up(self, reason: Exception) -> None:
+        """See :class:`SaveJob`."""
+        super().give_up(self._cause(reason))
+
+    def _cause(self, error: Exception) -> Exception:
+        """The error, or that the process is ending: a storage client's own threads refuse work then, like ours."""
+        return process_ended() if isinstance(error, RuntimeError) and self._context.io.refuse else error
 
     # The save's own thread from here on.
 
@@ -103,7 +94,7 @@ class StorageSave(SaveJob):
                     size_bytes=size_bytes,
                     blocked_s=self.blocked_s,
                     predicted_stall_s=self.predicted_stall_s,
-                    durable_s=time.monotonic() - self._began,
+                    durable_s=time.monotonic() - self._request.began,
                 )
             )
             if self._context.rank == 0:
@@ -114,7 +105,7 @@ class StorageSave(SaveJob):
             if finished:
                 self.error = error
             else:
-                self._fail(self._stop or error)
+                self._fail(self._stop or self._cause(error))
         finally:
             self._end()
 
@@ -131,15 +122,7 @@ class StorageSave(SaveJob):
         context.store.sync_dirs(f"{step_name(self.step)}/{entry.path}" for entry in entries)
         self._confirmed.wait()
         self._check_cancelled()
-        vote = Vote(
-            step=self.step,
-            rank=context.rank,
-            world_size=context.world_size,
-            attempt_id=context.attempt_id,
-            save_id=self._save_id,
-            layout=self._digest,
-            files=tuple(sorted(entries, key=lambda entry: entry.path)),
-        )
+        vote = make_vote(context, self._request, entries)
         self._voted = True
         context.store.put_new(vote_path(self.step, context.rank), seal(vote))
         return sum(entry.size_bytes for entry in entries)
@@ -154,13 +137,13 @@ class StorageSave(SaveJob):
         context = self._context
         for name in context.store.names(""):
             flag = parse_failed(name)
-            if flag is not None and (flag[0] != context.attempt_id or flag[1] < self._save_id - 1):
+            if flag is not None and (flag[0] != context.attempt_id or flag[1] < self._request.save_id - 1):
                 context.store.remove(name)
         for old in catalog.clear_for(context.store, self.step, context.attempt_id):
             reason = f"saved anew; until that is committed the old one is kept as {old}, then set aside"
             context.on_event(CheckpointRejected(step=self.step, reason=reason))
         self._make_room()
-        data = root_document(self._root, self.step, context.world_size, context.attempt_id, self._save_id)
+        data = self._request.root_document(context)
         self._writing.files.add(node_path(""))
         context.store.put_new(f"{step_name(self.step)}/{node_path('')}", data)
         return [FileEntry(node_path(""), len(data), crc_hex(data), False)]
@@ -198,77 +181,46 @@ class StorageSave(SaveJob):
             )
 
     def _commit(self) -> None:
-        context = self._context
-        votes, entries = self._collect()
-        for vote in votes:
-            if vote.layout != self._digest:
-                raise StateMismatch(
-                    f"the replicated state of rank {vote.rank} has other names, shapes or types than rank 0's",
-                    "pass the same keys on all ranks; what differs belongs into local",
-                )
-        folder = step_name(self.step)
-        sizes = context.store.sizes(folder)
-        for vote in votes:
+        store, folder = self._context.store, step_name(self.step)
+        votes = self._collect()
+        commit = build_commit(votes, self._request.plan.digest)
+        sizes = store.sizes(folder)
+        for vote in [received.vote for received in votes]:
             for entry in vote.files:
                 if sizes.get(entry.path) != entry.size_bytes:
                     raise CheckpointError(
                         f"rank {vote.rank} voted for {folder}/{entry.path} with {entry.size_bytes} bytes, "
                         f"the store has {sizes.get(entry.path, 'no such file')}"
                     )
-        commit = Commit(
-            step=self.step,
-            world_size=context.world_size,
-            attempt_id=context.attempt_id,
-            save_id=self._save_id,
-            saved_at=time.time(),
-            size_bytes=sum(entry.size_bytes for vote in votes for entry in vote.files),
-            votes=tuple(entries),
-        )
         # The ranks made the names of their votes durable in votes/, but not that of votes/ itself.
-        context.store.sync_dirs([vote_path(self.step, 0)])
-        opened = catalog.opened_by(context.store, self.step)
+        store.sync_dirs([vote_path(self.step, 0)])
+        opened = catalog.opened_by(store, self.step)
         if opened != self._save:
             raise CheckpointError(f"step {self.step} was opened anew meanwhile, by {opened}: this attempt is over")
-        context.store.put_new(f"{folder}/{COMMIT}", seal(commit))
+        store.put_new(f"{folder}/{COMMIT}", seal(commit))
 
-    def _collect(self) -> tuple[list[Vote], list[FileEntry]]:
-        context = self._context
-        votes: dict[int, tuple[Vote, FileEntry]] = {}
-        strange: dict[int, str] = {}
-        poll = Poll(context.config.commit_timeout_s)
+    def _collect(self) -> list[ReceivedVote]:
+        """All ranks' votes, by rank."""
+        ranks = range(self._context.world_size)
+        votes: dict[int, ReceivedVote] = {}
+        refused: dict[int, str] = {}
+        poll = Poll(self._context.config.commit_timeout_s)
         while True:
-            for rank in range(context.world_size):
-                if rank in votes:
-                    continue
-                path = vote_path(self.step, rank)
-                file = path.partition("/")[2]
+            for rank in [rank for rank in ranks if rank not in votes]:
                 try:
-                    data = bytes(context.store.read(path))
-                    vote = unseal_vote(data, file)
+                    data = bytes(self._context.store.read(vote_path(self.step, rank)))
+                    votes[rank] = read_vote(data, rank, self._context, self._request)
                 except FileNotFoundError:
                     continue
                 except Fault as fault:
-                    strange[rank] = str(fault)
-                    continue
-                if (vote.attempt_id, vote.save_id) != (context.attempt_id, self._save_id):
-                    strange[rank] = (
-                        f"a vote of another save (attempt {vote.attempt_id}, save {vote.save_id}) does not count"
-                    )
-                elif (vote.step, vote.rank, vote.world_size) != (self.step, rank, context.world_size):
-                    raise CheckpointError(
-                        f"{file} is rank {vote.rank}'s of {vote.world_size} for step {vote.step}, "
-                        f"expected rank {rank}'s of {context.world_size} for step {self.step}"
-                    )
-                else:
-                    votes[rank] = vote, FileEntry(file, len(data), crc_hex(data), False)
-            if len(votes) == context.world_size:
-                ordered = [votes[rank] for rank in range(context.world_size)]
-                return [vote for vote, _ in ordered], [entry for _, entry in ordered]
+                    refused[rank] = str(fault)
+            if len(votes) == len(ranks):
+                return [votes[rank] for rank in ranks]
             self._check_cancelled(others=True)
             if not poll.wait():
                 absent = [
-                    f"rank {rank}" + (f" ({strange[rank]})" if rank in strange else "")
-                    for rank in range(context.world_size)
+                    f"rank {rank}" + (f" ({refused[rank]})" if rank in refused else "")
+                    for rank in ranks
                     if rank not in votes
                 ]
                 raise CheckpointError(
@@ -283,7 +235,7 @@ class StorageSave(SaveJob):
             raise CheckpointError(f"another rank gave up the save of step {self.step}", "its events tell why")
 
     def _flag(self) -> str:
-        return failed_name(self.step, self._context.attempt_id, self._save_id)
+        return failed_name(self.step, self._context.attempt_id, self._request.save_id)
 
     def _clean_up(self) -> None:
         """Remove what this rank wrote, whatever makes it count first, and tell the others."""

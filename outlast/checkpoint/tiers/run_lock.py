@@ -19,7 +19,7 @@ _LOCKS = Path("/proc/locks")
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Use:
+class RunLock:
     """A run's use of the memory for the checkpoints at ``url``, until it is closed or let go of, or its process dies.
 
     Args:

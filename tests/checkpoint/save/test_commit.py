@@ -328,6 +328,17 @@ def test_a_vote_that_may_have_been_counted_keeps_its_files(tmp_path: Path, monke
     assert all(verify(tmp_path, step).ok for step in committed)
 
 
+def end_without_closing(code: str, *arguments: str) -> str:
+    """What a process prints to stderr that ends by itself, with a Checkpointer that was not closed."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, timeout=60, cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+PROCESS_ENDED = "checkpoint of step 1 failed: the process ended before the checkpoint was committed\n"
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_ends_without_closing_ends(tmp_path: Path, rank: int) -> None:
     code = (
@@ -336,9 +347,58 @@ def test_a_process_that_ends_without_closing_ends(tmp_path: Path, rank: int) -> 
         "big = {str(n): torch.ones(100_000) for n in range(300)}; "
         "c.save(1, replicated={'model': big}, local={})"
     )
-    root = Path(__file__).parents[3]
-    command = [sys.executable, "-c", code, str(tmp_path), str(rank)]
-    done = subprocess.run(command, timeout=60, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "training ended" in done.stderr
+    said = end_without_closing(code, str(tmp_path), str(rank))
+    assert said.startswith(PROCESS_ENDED)
+    assert said.count("failed") == 1
     assert [info.status for info in list_steps(tmp_path)] in ([], ["uncommitted"])
+
+
+REFUSED = """
+import atexit, sys, threading, torch
+from outlast.checkpoint.storage.local import LocalStore
+from tests.checkpoint.helpers import checkpointer
+
+exiting, put_new = threading.Event(), LocalStore.put_new
+
+
+def late(store, path, data):
+    exiting.wait()
+    if sys.argv[2] == "the client's":
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+    put_new(store, path, data)
+
+
+LocalStore.put_new = late
+saver = checkpointer(sys.argv[1])
+# Called before the Checkpointer's own callback, and after threads of concurrent.futures were shut down.
+atexit.register(lambda: (exiting.set(), saver._saving.join()))
+saver.save(1, replicated={"model": {"w": torch.ones(100_000)}})
+"""
+
+
+@pytest.mark.parametrize("threads", ["ours", "the client's"])
+def test_threads_that_refuse_work_at_exit_are_no_fault_of_the_save(tmp_path: Path, threads: str) -> None:
+    said = end_without_closing(REFUSED, str(tmp_path), threads)
+    assert said.startswith(PROCESS_ENDED)
+    assert said.count("failed") == 1
+    assert [info.status for info in list_steps(tmp_path)] in ([], ["uncommitted"])
+
+
+@pytest.mark.parametrize("only", ["replicated", "local"])
+def test_either_kind_of_state_is_enough(tmp_path: Path, only: str) -> None:
+    with checkpointer(tmp_path) as saver:
+        if only == "replicated":
+            saver.save(1, replicated=state(1))
+        else:
+            saver.save(1, local=local(1))
+        saver.wait_copied()
+        back = saver.restore(1)
+    assert back is not None
+    assert same(back.replicated, state(1) if only == "replicated" else {})
+    assert same(back.local, local(1) if only == "local" else {})
+
+
+def test_a_save_of_nothing_is_an_error(tmp_path: Path) -> None:
+    with checkpointer(tmp_path) as saver, pytest.raises(CheckpointError, match="step 3 was given nothing to save"):
+        saver.save(3)
+    assert list_steps(tmp_path) == []

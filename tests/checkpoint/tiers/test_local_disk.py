@@ -193,8 +193,8 @@ def test_what_attempts_before_left_makes_room(url: Path) -> None:
                 one.wait_copied()
             one._finish()
             assert one._tiers is not None
-            assert one._tiers._to_disk is not None
-            one._tiers._to_disk.join()
+            assert one._tiers._disk is not None
+            one._tiers._disk.close()
             one.abort()
             saved = [event.step for event in of(CheckpointSaved, events) if event.tier == "local"]
             assert saved == list(range(first, first + 8)), of(CheckpointFailed, events)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpoint.tiers.run_lock import Use, alone, is_used
+from outlast.checkpoint.tiers.run_lock import RunLock, alone, is_used
 from outlast.checkpoint.tiers.slots import memory_path
 from outlast.checkpoint.tools import (
     list_memory,
@@ -77,7 +77,7 @@ def test_not_while_a_run_uses_it(url: Path) -> None:
 def test_several_use_it_until_they_are_let_go_of(tmp_path: Path) -> None:
     folder = memory_path("somewhere", tmp_path)
     assert not is_used(folder)
-    one, other = Use("somewhere", tmp_path), Use("somewhere", tmp_path)
+    one, other = RunLock("somewhere", tmp_path), RunLock("somewhere", tmp_path)
     one.close()
     one.close()
     assert is_used(folder)
@@ -87,9 +87,9 @@ def test_several_use_it_until_they_are_let_go_of(tmp_path: Path) -> None:
 
 def test_a_run_that_begins_meanwhile_waits(tmp_path: Path) -> None:
     folder = memory_path("somewhere", tmp_path)
-    Use("somewhere", tmp_path).close()
+    RunLock("somewhere", tmp_path).close()
     found: list[Any] = []
-    begins = threading.Thread(target=lambda: found.append(Use("somewhere", tmp_path)))
+    begins = threading.Thread(target=lambda: found.append(RunLock("somewhere", tmp_path)))
     with alone(folder):
         begins.start()
         begins.join(0.2)
