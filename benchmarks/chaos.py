@@ -350,11 +350,12 @@ def _rank(config: str, place: Place, mounts: dict[str, str], log: str) -> None:
     os.environ.update(OMP_NUM_THREADS="1", **place.environ())
     import torch
 
-    from outlast.trainer.main import resolve, run_rank
+    from outlast.config import load
+    from outlast.trainer import Config, run_rank
 
     torch.set_num_threads(1)
     with suppress(KeyboardInterrupt):
-        run_rank(resolve([config]), place)
+        run_rank(load(Config, config), place)
 
 
 if __name__ == "__main__":

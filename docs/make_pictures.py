@@ -1,118 +1,63 @@
-"""Draws the pictures beside it, one of them from ``comm_benchmark.json``: ``python docs/make_pictures.py``."""
+"""Draws the pictures of the docs: ``python docs/make_pictures.py [FOLDER]``, without a folder beside this file.
+
+The rooms are drawn from the tree, the curves from ``comm_benchmark.json``.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from html import escape
+import sys
 from pathlib import Path
 
-STYLE = """
-  text { font: 14px system-ui, sans-serif; fill: #1c2733 }
-  .small { font-size: 12px; fill: #51606f }
-  .head { font-weight: 600 }
-  .box { fill: #f6f8fa; stroke: #9fb0c0; stroke-width: 1.2; rx: 8 }
-  .comm { fill: #e3f0fd; stroke: #4a90d9 } .ckpt { fill: #e5f6e8; stroke: #4aa564 }
-  .diag { fill: #fdf0dd; stroke: #d9963a } .run { fill: #efe9fb; stroke: #8465c9 }
-  .line { stroke: #6b7c8d; stroke-width: 1.4; fill: none; marker-end: url(#tip) }
-  .dash { stroke-dasharray: 5 4 }
-"""
-TIP = (
-    '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto-start-reverse">'
-    '<path d="M0 0 L8 4 L0 8 z" fill="#6b7c8d"/></marker>'
+from rooms_picture import rooms
+from svg import box, line, svg, text
+
+EVERY_STEP = (
+    "every step, every collective that outlast issues, and the phase each rank is in: readable after the process dies"
 )
 
 
-def box(x: int, y: int, w: int, h: int, title: str, lines: list[str], kind: str = "") -> str:
-    """A labelled box; ``lines`` stand under its title."""
-    out = [f'<rect class="box {kind}" x="{x}" y="{y}" width="{w}" height="{h}" rx="8"/>']
-    out.append(f'<text class="head" x="{x + 12}" y="{y + 24}">{escape(title)}</text>')
-    out += [f'<text class="small" x="{x + 12}" y="{y + 44 + 17 * i}">{escape(t)}</text>' for i, t in enumerate(lines)]
-    return "\n".join(out)
-
-
-def line(points: str, label: str = "", at: tuple[int, int] = (0, 0), dash: bool = False) -> str:
-    """An arrow through ``points``, with a label at ``at``."""
-    text = f'<text class="small" x="{at[0]}" y="{at[1]}">{escape(label)}</text>' if label else ""
-    return f'<polyline class="line{" dash" if dash else ""}" points="{points}"/>{text}'
-
-
-def svg(width: int, height: int, title: str, parts: list[str]) -> str:
-    """A picture on white, so that it reads on dark pages too."""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n<defs>{TIP}</defs>\n"
-        f'<rect width="{width}" height="{height}" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
-    )
-
-
-def rooms() -> str:
-    """The floors; arrows point the way imports go, dashed ones the way processes and files are used."""
-    return svg(
-        860,
-        520,
-        "The rooms of outlast and who imports whom",
-        [
-            box(330, 14, 200, 56, "cli", ["outlast VERB"]),
-            box(150, 110, 400, 76, "trainer", ["model · data · engine · the loop", "joins the rooms; usable in parts"], "run"),
-            box(590, 156, 256, 76, "launch", ["environments · torchelastic agent", "hang watch · restarts"], "run"),
-            box(14, 280, 262, 92, "comm", ["compressor × feedback × transport", "DDP adapter", "state by parameter name"], "comm"),
-            box(296, 280, 262, 92, "checkpoint", ["lazy snapshot · Zarr v3 writer", "two-phase commit", "verified restore"], "ckpt"),
-            box(578, 280, 268, 92, "diagnostics", ["recorder ring · heartbeat", "stall verdict · report", "doctor"], "diag"),
-            box(14, 432, 832, 66, "config · events · errors", ["the ground floor: settings, typed records, one tree of errors"]),
-            line("400,70 380,110"),
-            line("530,50 700,50 718,156"),
-            line("550,160 590,176"),
-            line("230,186 160,280"),
-            line("400,186 420,280"),
-            line("500,186 660,280"),
-            line("720,232 720,280"),
-            line("145,372 145,432"),
-            line("427,372 427,432"),
-            line("712,372 712,432"),
-            line("590,216 568,216 568,240 350,240 350,186", "starts ranks as processes", (384, 258), dash=True),
-        ],
-    )
-
-
 def step() -> str:
-    """One step's way through the rooms, left to right."""
+    """One step's way through the rooms, left to right; a row for each thread."""
     return svg(
-        980,
-        400,
+        1060,
+        496,
         "One training step through the rooms",
         [
-            '<text class="head" x="14" y="28">training thread</text>',
-            box(14, 44, 90, 56, "batch", ["by step"], "run"),
-            box(128, 44, 110, 56, "forward", [], "run"),
-            box(262, 44, 170, 56, "backward", ["buckets get ready"], "run"),
-            box(560, 44, 110, 56, "wait copied", [], "ckpt"),
-            box(694, 44, 110, 56, "update", ["clip, AdamW"], "run"),
-            box(828, 44, 138, 56, "save, if due", ["returns at once"], "ckpt"),
-            line("104,72 128,72"),
-            line("238,72 262,72"),
-            line("432,72 560,72", "gradients", (470, 64)),
-            line("670,72 694,72"),
-            line("804,72 828,72"),
-            '<text class="head" x="14" y="196">comm thread</text>',
-            '<text class="small" x="14" y="216">its own process group,</text>',
-            '<text class="small" x="14" y="233">one fixed order on every rank</text>',
-            box(262, 172, 120, 72, "compress", ["C(g − h)", "by parameter"], "comm"),
-            box(400, 172, 120, 72, "exchange", ["all-gather of", "messages"], "comm"),
-            box(538, 172, 132, 72, "aggregate", ["sum in rank order", "h += mean"], "comm"),
-            line("330,100 320,172", "bucket", (272, 140)),
-            line("382,208 400,208"),
-            line("520,208 538,208"),
-            line("604,172 604,140 500,140 500,76", dash=True),
-            '<text class="head" x="14" y="300">checkpoint thread</text>',
-            box(14, 316, 220, 64, "copy what stays still", ["while the next backward runs"], "ckpt"),
-            box(258, 316, 200, 64, "write arrays + CRC32C", ["fsync, then vote"], "ckpt"),
-            box(482, 316, 200, 64, "commit record", ["when all votes are there"], "ckpt"),
-            box(706, 316, 260, 64, "events · ring · heartbeat", ["readable after the process is dead"], "diag"),
-            line("234,348 258,348"),
-            line("458,348 482,348"),
-            line("897,100 897,280 200,280 200,316", dash=True),
+            text(20, 34, "training thread", "head"),
+            box(20, 50, 96, 60, "batch", ["of this step"], "run"),
+            box(140, 50, 100, 60, "forward", [], "run"),
+            box(264, 50, 180, 60, "backward", ["buckets get ready"], "run"),
+            box(596, 50, 128, 60, "wait copied", ["by the optimizer"], "checkpoint"),
+            box(748, 50, 112, 60, "update", ["x −= lr · d"], "run"),
+            box(884, 50, 156, 60, "save, if due", ["returns at once"], "checkpoint"),
+            line("116,80 140,80"),
+            line("240,80 264,80"),
+            line("444,80 596,80", "averages", (494, 72)),
+            line("724,80 748,80"),
+            line("860,80 884,80"),
+            text(20, 186, "comm's threads", "head"),
+            text(20, 206, "a process group of their own,", "small"),
+            text(20, 223, "one order on every rank", "small"),
+            box(264, 164, 128, 76, "compress", ["g or Adam's d,", "by parameter"], "comm"),
+            box(416, 164, 128, 76, "exchange", ["messages of all", "ranks"], "comm"),
+            box(568, 164, 156, 76, "aggregate", ["sum in rank order:", "same on every rank"], "comm"),
+            line("320,110 320,164", "bucket", (328, 142)),
+            line("392,202 416,202"),
+            line("544,202 568,202"),
+            line("646,164 646,138 520,138 520,84", dash=True),
+            text(20, 306, "checkpoint's threads", "head"),
+            box(20, 322, 240, 64, "copy, with CRC32C", ["while forward and backward run"], "checkpoint"),
+            box(290, 322, 210, 64, "write each tier due", ["synced, past the page cache"], "checkpoint"),
+            box(530, 322, 210, 64, "vote once durable", ["files, sizes, checksums"], "checkpoint"),
+            box(770, 322, 270, 64, "commit record", ["rank 0, when all votes are there"], "checkpoint"),
+            line("260,354 290,354"),
+            line("500,354 530,354"),
+            line("740,354 770,354"),
+            line("962,110 962,282 220,282 220,322", dash=True),
+            box(20, 412, 1020, 64, "events · recorder ring · heartbeat", [EVERY_STEP], "diagnostics"),
         ],
     )
 
@@ -141,8 +86,12 @@ def learning(link: str) -> str:
 
     parts = [f'<text class="head" x="{left}" y="24">Held-out loss against seconds, links of 200 Mbit/s</text>']
     for seconds in (5, 10, 20, 50, 100, 200, 500):
-        parts.append(f'<line x1="{x(seconds):.1f}" x2="{x(seconds):.1f}" y1="{top}" y2="{top + height}" stroke="#e3e8ed"/>')
-        parts.append(f'<text class="small" text-anchor="middle" x="{x(seconds):.1f}" y="{top + height + 18}">{seconds} s</text>')
+        parts.append(
+            f'<line x1="{x(seconds):.1f}" x2="{x(seconds):.1f}" y1="{top}" y2="{top + height}" stroke="#e3e8ed"/>'
+        )
+        parts.append(
+            f'<text class="small" text-anchor="middle" x="{x(seconds):.1f}" y="{top + height + 18}">{seconds} s</text>'
+        )
     for loss in (2.4, 2.6, 2.8, 3.0, 3.2, 3.4):
         stroke = 'stroke="#c0392b" stroke-dasharray="5 4"' if loss == found["target"] else 'stroke="#e3e8ed"'
         parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y(loss):.1f}" y2="{y(loss):.1f}" {stroke}/>')
@@ -153,14 +102,14 @@ def learning(link: str) -> str:
         curve = [(seeds[0][i][0] * step_s, statistics.mean(s[i][1] for s in seeds)) for i in range(len(seeds[0]))]
         points = " ".join(f"{x(t):.1f},{y(loss):.1f}" for t, loss in curve if loss <= high and t >= least_s)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.2"/>')
-        at = top + 14 + 20 * row
-        parts.append(f'<line x1="{left + width + 16}" x2="{left + width + 40}" y1="{at - 4}" y2="{at - 4}" stroke="{colour}" stroke-width="3"/>')
-        parts.append(f'<text class="small" x="{left + width + 48}" y="{at}">{escape(label)}</text>')
+        at, right = top + 14 + 20 * row, left + width + 16
+        parts.append(f'<path d="M{right} {at - 4} h24" stroke="{colour}" stroke-width="3"/>')
+        parts.append(text(right + 32, at, label, "small"))
     return svg(860, 410, "Held-out loss against seconds on links of 200 Mbit/s, by method", parts)
 
 
 if __name__ == "__main__":
-    here = Path(__file__).parent
-    (here / "rooms.svg").write_text(rooms(), encoding="utf-8")
-    (here / "step.svg").write_text(step(), encoding="utf-8")
-    (here / "time_to_loss.svg").write_text(learning("200mbit"), encoding="utf-8")
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    (folder / "rooms.svg").write_text(rooms(), encoding="utf-8")
+    (folder / "step.svg").write_text(step(), encoding="utf-8")
+    (folder / "time_to_loss.svg").write_text(learning("200mbit"), encoding="utf-8")

@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import outlast.comm.deepspeed
-from outlast.comm import CommConfig
+import outlast.comm
 
 STEPS = 100
 SETTINGS = {
@@ -42,8 +41,8 @@ def main() -> None:
     model = nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=0.01)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=SETTINGS)
-    config = CommConfig(target="update", density=0.05, dense_below=1024, warmup_steps=10)
-    with outlast.comm.deepspeed.attach(engine, config) as reducer:
+    # What is averaged is the direction that Adam would take, so the optimizer is SGD.
+    with outlast.comm.attach(engine, target="update", density=0.05, dense_below=1024, warmup_steps=10) as reducer:
         for step in range(1, STEPS + 1):
             for micro in range(engine.gradient_accumulation_steps()):
                 x, y = batch(step, micro, rank)

@@ -15,8 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import outlast.checkpoint
-from outlast.comm import CommConfig
-from outlast.comm.fsdp import attach_fsdp
+import outlast.comm
 
 STEPS = 200
 
@@ -38,8 +37,7 @@ def main(folder: str) -> None:
         fully_shard(layer)
     fully_shard(model)
     # What is averaged is the direction that Adam would take, so the optimizer is SGD, and has no state to save.
-    config = CommConfig(target="update", density=0.05, dense_below=1024, warmup_steps=10)
-    reducer = attach_fsdp(model, config=config)
+    reducer = outlast.comm.attach(model, target="update", density=0.05, dense_below=1024, warmup_steps=10)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=0.01)
 
     with outlast.checkpoint.attach(folder) as checkpointer:

@@ -3,34 +3,40 @@
 Each room owns the dataclass of its own settings; the trainer joins them into one whose fields are the sections of the
 TOML file. A value is taken from the first of these that has one:
 
-1. the command line, ``--section.key VALUE`` (dashes and underscores are alike), read by tyro,
+1. the command line, ``--section.key VALUE`` (dashes and underscores are alike),
 2. the TOML file, ``key = value`` under ``[section]``,
 3. the environment, ``OUTLAST_SECTION_KEY=value``,
 4. the dataclass's default.
 
-A dataclass checks its own ranges in ``__post_init__`` and raises :class:`~outlast.errors.OutOfRange`
-(:func:`require` says it in one line).
+The command line is parsed once, by :func:`split_overrides`; :func:`load` then joins all four and builds each dataclass
+once. A dataclass checks its own ranges in ``__post_init__`` and raises :class:`~outlast.errors.OutOfRange`
+(:func:`require` does it in one line).
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import json
 import math
 import os
+import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
-
-import tyro
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from outlast.errors import ConfigError, OutOfRange, UnknownKey
 
 T = TypeVar("T")
+
+Overrides = Mapping[str, str]
+"""Settings from the command line: ``section.key`` to the text of its value; commas separate the items of a list."""
 
 
 def require(ok: bool, key: str, value: object, allowed: str) -> None:
@@ -45,17 +51,28 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(sorted(known))}"
 
 
+class _Setting(NamedTuple):
+    """One value before it is converted, and where it comes from."""
+
+    section: str
+    key: str
+    value: Any
+    source: str
+
+
 def load(
     kind: type[T],
     file: Path | str | None = None,
     environ: Mapping[str, str] | None = None,
+    overrides: Overrides | None = None,
 ) -> T:
-    """Resolve settings of ``kind``, whose fields are sections (themselves dataclasses), from file and environment.
+    """Resolve settings of ``kind``, whose fields are sections (themselves dataclasses), from every source.
 
     Args:
         kind: the joined dataclass.
         file: a TOML file, or None for none.
         environ: where ``OUTLAST_SECTION_KEY`` is looked up; None takes ``os.environ``.
+        overrides: from the command line, as :func:`split_overrides` returns them.
 
     Raises:
         UnknownKey: a section or key that does not exist, with the nearest one that does.
@@ -63,17 +80,20 @@ def load(
         ConfigError: the file cannot be read or parsed, or a value is of the wrong type.
     """
     sections = get_type_hints(kind)
-    raw: dict[str, dict[str, Any]] = {section: {} for section in sections}
-    where: dict[str, str] = {}
-    _merge(raw, where, _from_environment(sections, os.environ if environ is None else environ), sections)
-    if file is not None:
-        _merge(raw, where, [(s, k, v, str(file)) for s, k, v in _from_file(Path(file), sections)], sections)
+    settings = [
+        *_from_environment(sections, os.environ if environ is None else environ),
+        *(_from_file(Path(file), sections) if file is not None else ()),
+        *_from_command_line(overrides or {}, sections),
+    ]
+    chosen = {(one.section, one.key): one for one in settings}  # the last source wins
     joined = {}
     for section, cls in sections.items():
         hints = get_type_hints(cls)
+        unknown = {field.name: _unknown(field) for field in dataclasses.fields(cls)}
         values = {
-            key: _convert(value, hints[key], f"{section}.{key}", where[f"{section}.{key}"])
-            for key, value in raw[section].items()
+            key: _convert(one.value, hints[key], f"{section}.{key}", one.source, unknown[key])
+            for (owner, key), one in chosen.items()
+            if owner == section
         }
         missing = [f.name for f in dataclasses.fields(cls) if _required(f) and f.name not in values]
         if missing:
@@ -84,60 +104,82 @@ def load(
     return kind(**joined)
 
 
-def override(config: T, arguments: Sequence[str], prog: str) -> T:
-    """``config`` with ``--section.key VALUE`` arguments put over it; ``--help`` among them lists every setting.
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Separate ``--section.key VALUE`` and ``--section.key=VALUE`` from all other arguments.
 
-    An argument that tyro cannot take (unknown, or of the wrong type) is printed with the nearest right one, and the
-    process exits with status 2, as command-line programs do.
-
-    Raises:
-        ConfigError: a value its dataclass refuses.
-    """
-    kind = type(config)
-    return tyro.cli(kind, prog=prog, default=config, args=list(arguments), config=(tyro.conf.FlagConversionOff,))
-
-
-def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """All arguments but ``--section.key VALUE`` and ``--section.key=VALUE``; and those, each value a word of its own.
-
-    A value with commas is a list's items: ``--data.files a.txt,b.txt``.
+    Returns:
+        The other arguments, in order; and the settings, as :func:`load` takes them. The last of a repeated one wins.
 
     Raises:
         ConfigError: a setting without a value.
     """
     rest: list[str] = []
-    overrides: list[str] = []
-    queue = list(arguments)
-    while queue:
-        flag, equals, value = queue[0].partition("=")
+    overrides: dict[str, str] = {}
+    queue = iter(arguments)
+    for argument in queue:
+        flag, equals, value = argument.partition("=")
         if not flag.startswith("--") or "." not in flag:
-            rest.append(queue.pop(0))
+            rest.append(argument)
             continue
-        queue.pop(0)
         if not equals:
-            if not queue:
+            following = next(queue, None)
+            if following is None:
                 raise ConfigError(f"{flag} has no value", f"give one: {flag} VALUE")
-            value = queue.pop(0)
-        overrides += [flag, *value.split(",")]
+            value = following
+        overrides[flag[2:].replace("-", "_")] = value
     return rest, overrides
 
 
-def to_toml(config: object) -> str:
-    """The joined dataclass as TOML that :func:`load` reads back to an equal one; a key that is None is left out."""
+def override_arguments(overrides: Overrides) -> list[str]:
+    """``--section.key=VALUE`` for each setting, for the command line of a child process."""
+    return [f"{_flag(name)}={value}" for name, value in overrides.items()]
+
+
+def to_toml(config: object, *, explain: bool = False) -> str:
+    """The joined dataclass as TOML that :func:`load` reads back to an equal one; a key that is None is left out.
+
+    Args:
+        config: the joined dataclass.
+        explain: also write, as comments, what each setting means, its type or choices, and the keys that are None.
+    """
     out: list[str] = []
     for section in dataclasses.fields(config):  # type: ignore[arg-type]
         part = getattr(config, section.name)
+        hints, docs = get_type_hints(type(part)), _field_docs(type(part)) if explain else {}
         out.append(f"[{section.name}]")
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
+            if explain:
+                out += ["", *textwrap.wrap(docs[field.name], 100, initial_indent="# ", subsequent_indent="# ")]
+                out.append(f"# values: {_type_name(hints[field.name])}")
             if value is not None:
                 out.append(f"{field.name} = {_toml_value(value)}")
+            elif explain:
+                out.append(f"# {field.name} is not set")
         out.append("")
     return "\n".join(out)
 
 
+def _field_docs(cls: type) -> dict[str, str]:
+    """The string below each field of a dataclass, which Python itself does not keep; without reST's backticks."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(node, ast.ClassDef)
+    docs = {}
+    for field, after in itertools.pairwise(node.body):
+        match field, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.replace("``", "").split())
+    return docs
+
+
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _unknown(field: dataclasses.Field[Any]) -> type[ConfigError]:
+    """The error of a value that the field's Literal does not list; a field may name its own in its metadata."""
+    error: type[ConfigError] = field.metadata.get("unknown", OutOfRange)
+    return error
 
 
 def _toml_value(value: object) -> str:
@@ -154,7 +196,7 @@ def _toml_value(value: object) -> str:
     raise ConfigError(f"{value!r} of type {type(value).__name__} cannot be written as TOML")
 
 
-def _from_file(path: Path, sections: Mapping[str, type]) -> list[tuple[str, str, Any]]:
+def _from_file(path: Path, sections: Mapping[str, type]) -> Iterator[_Setting]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -163,49 +205,62 @@ def _from_file(path: Path, sections: Mapping[str, type]) -> list[tuple[str, str,
         raise ConfigError(f"{path} cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    found = []
     for section, keys in table.items():
         if not isinstance(keys, dict):
-            raise UnknownKey(f"{path}: {section!r} stands outside a section", f"sections are: {', '.join(sections)}")
+            raise UnknownKey(f"{path}: {section!r} is outside any section", f"sections are: {', '.join(sections)}")
         if section not in sections:
             raise UnknownKey(f"{path}: no section [{section}]", nearest(section, list(sections)))
-        found += [(section, key, value) for key, value in keys.items()]
-    return found
+        known = [field.name for field in dataclasses.fields(sections[section])]
+        for key, value in keys.items():
+            if key not in known:
+                owners = {f.name: s for s, cls in sections.items() for f in dataclasses.fields(cls)}
+                hint = f"did you mean {owners[key]}.{key}?" if key in owners else nearest(key, known)
+                raise UnknownKey(f"{path}: no setting {section}.{key}", hint)
+            yield _Setting(section, key, value, str(path))
 
 
-def _from_environment(sections: Mapping[str, type], environ: Mapping[str, str]) -> list[tuple[str, str, Any, str]]:
-    found = []
+def _from_environment(sections: Mapping[str, type], environ: Mapping[str, str]) -> Iterator[_Setting]:
     for section, cls in sections.items():
         for field in dataclasses.fields(cls):
             name = f"OUTLAST_{section}_{field.name}".upper()
             if name in environ:
-                found.append((section, field.name, environ[name], name))
-    return found
+                yield _Setting(section, field.name, environ[name], name)
 
 
-def _merge(
-    raw: dict[str, dict[str, Any]],
-    where: dict[str, str],
-    found: Sequence[tuple[str, str, Any, str]],
-    sections: Mapping[str, type],
-) -> None:
-    for section, key, value, source in found:
-        known = [field.name for field in dataclasses.fields(sections[section])]
-        if key not in known:
-            every = {f.name: s for s, cls in sections.items() for f in dataclasses.fields(cls)}
-            hint = f"did you mean {every[key]}.{key}?" if key in every else nearest(key, known)
-            raise UnknownKey(f"{source}: no setting {section}.{key}", hint)
-        raw[section][key] = value
-        where[f"{section}.{key}"] = source
+def _from_command_line(overrides: Overrides, sections: Mapping[str, type]) -> Iterator[_Setting]:
+    known = [f"{section}.{field.name}" for section, cls in sections.items() for field in dataclasses.fields(cls)]
+    for name, value in overrides.items():
+        section, _, key = name.partition(".")
+        if name not in known:
+            namesakes = [one for one in known if one.endswith(f".{key}")]
+            close = namesakes or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {_flag(close[0])}?" if close else f"sections are: {', '.join(sections)}"
+            raise UnknownKey(f"no setting {_flag(name)}", hint)
+        yield _Setting(section, key, value, _flag(name))
 
 
-def _words(hint: Any) -> str:
-    """A type for people: ``int``, or the values of a Literal."""
-    return ", ".join(map(repr, get_args(hint))) if get_origin(hint) is typing.Literal else str(hint.__name__)
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
-def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
-    """``value`` as the type ``hint``; text from the environment is parsed, TOML values must already fit."""
+def _type_name(hint: Any) -> str:
+    """A type as people write it: ``int``, ``list of str``, the values of a Literal, or alternatives of these."""
+    origin, arms = get_origin(hint), get_args(hint)
+    if origin is typing.Literal:
+        return ", ".join(map(repr, arms))
+    if origin is tuple:
+        return f"list of {_type_name(arms[0])}"
+    if origin in (typing.Union, types.UnionType):
+        return ", ".join("not set" if arm is type(None) else _type_name(arm) for arm in arms)
+    return str(hint.__name__)
+
+
+def _convert(value: Any, hint: Any, name: str, source: str, unknown: type[ConfigError] = OutOfRange) -> Any:
+    """``value`` as the type ``hint``; text (from the environment or the command line) is parsed.
+
+    Raises:
+        ConfigError: it does not fit; ``unknown`` where a Literal does not list it.
+    """
     origin = get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         inner = [arm for arm in get_args(hint) if arm is not type(None)]
@@ -214,16 +269,18 @@ def _convert(value: Any, hint: Any, name: str, source: str) -> Any:
         refusals = []
         for arm in inner:
             try:
-                return _convert(value, arm, name, source)
+                return _convert(value, arm, name, source, unknown)
             except ConfigError as error:
                 refusals.append(error)
         if len(inner) == 1:
             raise refusals[0]
-        raise ConfigError(f"{source}: {name} = {value!r} is none of: {', '.join(map(_words, inner))}") from refusals[-1]
+        raise ConfigError(
+            f"{source}: {name} = {value!r} is none of: {', '.join(map(_type_name, inner))}"
+        ) from refusals[-1]
     if origin is typing.Literal:
         if value not in get_args(hint):
             options = [str(option) for option in get_args(hint)]
-            raise OutOfRange(
+            raise unknown(
                 f"{source}: {name} = {value!r} is not one of {', '.join(options)}", nearest(str(value), options)
             )
         return value

@@ -10,6 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run, and no limit on how long one takes: no test depends on the load of the machine.
+settings.register_profile("outlast", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("outlast")
 
 # Ranks under test share two cores with each other and with the test itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

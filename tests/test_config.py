@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outlast.config import load, override, split_overrides, to_toml
+from outlast.config import _field_docs, load, override_arguments, split_overrides, to_toml
 from outlast.errors import ConfigError, OutOfRange, UnknownKey
 from outlast.trainer.config import Config
 
@@ -22,7 +24,7 @@ def write(tmp_path: Path, text: str) -> Path:
 def test_command_line_beats_file_beats_environment_beats_default(tmp_path: Path) -> None:
     path = write(tmp_path, "[model]\nlayers = 3\nheads = 2\nwidth = 32\n")
     environ = {"OUTLAST_MODEL_LAYERS": "9", "OUTLAST_OPTIM_LR": "0.5", "OUTLAST_MODEL_CONTEXT": "7"}
-    config = override(load(Config, path, environ), ["--model.context", "64", "--optim.lr", "0.25"], "test")
+    config = load(Config, path, environ, {"model.context": "64", "optim.lr": "0.25"})
     assert (config.model.layers, config.model.context, config.optim.lr) == (3, 64, 0.25)
     assert load(Config, path, environ).optim.lr == 0.5
     assert load(Config, path, {}).optim.lr == Config().optim.lr
@@ -34,7 +36,7 @@ def test_command_line_beats_file_beats_environment_beats_default(tmp_path: Path)
         ("[model]\nlayer = 3\n", UnknownKey, "did you mean 'layers'?"),
         ("[modle]\nlayers = 3\n", UnknownKey, "did you mean 'model'?"),
         ("[model]\nlr = 3\n", UnknownKey, "did you mean optim.lr?"),
-        ("layers = 3\n", UnknownKey, "outside a section"),
+        ("layers = 3\n", UnknownKey, "outside any section"),
         ("[model]\nlayers = 'three'\n", ConfigError, "model.layers = 'three' is not of type int"),
         ("[model]\nlayers = 1.5\n", ConfigError, "not of type int"),
         ("[model]\nlayers = true\n", ConfigError, "not of type int"),
@@ -69,7 +71,7 @@ def test_a_wrong_value_in_the_environment_names_the_variable() -> None:
 def test_a_number_or_a_word_is_taken_from_everywhere(tmp_path: Path, word: str, value: object) -> None:
     for config in (
         load(Config, None, {"OUTLAST_CHECKPOINT_EVERY_STEPS": word}),
-        override(Config(), ["--checkpoint.every-steps", word], "test"),
+        load(Config, None, {}, {"checkpoint.every_steps": word}),
         load(Config, write(tmp_path, f"[checkpoint]\nevery_steps = {value!r}\n"), {}),
     ):
         assert config.checkpoint.every_steps == value
@@ -81,28 +83,52 @@ def test_no_file(tmp_path: Path) -> None:
         load(Config, tmp_path / "none.toml", {})
 
 
-def test_a_mistyped_option_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        override(Config(), ["--comm.densty", "0.1"], "test")
-    assert caught.value.code == 2
-    assert "--comm.density" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        ("--comm.densty", "did you mean --comm.density?"),
+        ("--model.lr", "did you mean --optim.lr?"),
+        ("--data.batch-sise", "did you mean --data.batch-size?"),
+        ("--modle.layers", "did you mean --model.layers?"),
+        ("--x.y", "sections are: run, model"),
+    ],
+)
+def test_a_mistyped_option_names_the_nearest(flag: str, hint: str) -> None:
+    _, overrides = split_overrides([flag, "0.1"])
+    with pytest.raises(UnknownKey) as caught:
+        load(Config, None, {}, overrides)
+    assert f"no setting {flag}" in str(caught.value)
+    assert hint in str(caught.value)
 
 
-def test_a_value_out_of_range_on_the_command_line() -> None:
-    with pytest.raises(
-        OutOfRange, match=r"comm\.density = 7\.0 is out of range\n  what to do: allowed: 0 < density <= 1"
-    ):
-        override(Config(), ["--comm.density", "7"], "test")
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("comm.density", "7", "comm.density = 7.0 is out of range\n  what to do: allowed: 0 < density <= 1"),
+        ("model.layers", "three", "--model.layers: model.layers = 'three' is not of type int"),
+        ("trainer.precision", "fp61", "is not one of fp32, bf16"),
+    ],
+)
+def test_a_wrong_value_on_the_command_line(name: str, value: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(Config, None, {}, {name: value})
+    assert says in str(caught.value)
 
 
-def test_overrides_are_told_from_flags_wherever_they_stand() -> None:
+def test_overrides_are_separated_from_flags_wherever_they_are() -> None:
     words = ["--nproc-per-node", "2", "--comm.density", "0.1", "c.toml", "--data.files=a,b", "--dry-run"]
-    rest, overrides = split_overrides(words)
+    rest, overrides = split_overrides([*words, "--data.batch-size", "3", "--data.batch_size", "4", "--run.dir=a=b"])
     assert rest == ["--nproc-per-node", "2", "c.toml", "--dry-run"]
-    assert overrides == ["--comm.density", "0.1", "--data.files", "a", "b"]
-    assert override(Config(), overrides, "test").data.files == ("a", "b")
+    assert overrides == {"comm.density": "0.1", "data.files": "a,b", "data.batch_size": "4", "run.dir": "a=b"}
+    config = load(Config, None, {}, overrides)
+    assert (config.data.files, config.data.batch_size, config.run.dir) == (("a", "b"), 4, "a=b")
     with pytest.raises(ConfigError, match="has no value"):
         split_overrides(["--a.b"])
+
+
+def test_a_child_process_is_given_the_same_settings() -> None:
+    _, overrides = split_overrides(["--data.files", "a b,c,--d", "--optim.clip-norm", "none", "--comm.density=0.1"])
+    assert split_overrides(override_arguments(overrides)) == ([], overrides)
 
 
 @given(
@@ -113,8 +139,6 @@ def test_overrides_are_told_from_flags_wherever_they_stand() -> None:
 def test_what_is_written_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, name: str, lr: float, files: tuple[str, ...]
 ) -> None:
-    import dataclasses
-
     config = Config()
     config = dataclasses.replace(
         config,
@@ -123,21 +147,28 @@ def test_what_is_written_reads_back_equal(
         data=dataclasses.replace(config.data, files=files),
     )
     path = tmp_path_factory.mktemp("toml") / "c.toml"
-    path.write_text(to_toml(config), encoding="utf-8")
-    assert load(Config, path, {}) == config
+    for explain in (False, True):
+        path.write_text(to_toml(config, explain=explain), encoding="utf-8")
+        assert load(Config, path, {}) == config
 
 
-def test_every_setting_is_documented_and_every_shipped_config_is_valid(root: Path) -> None:
-    import ast
+def test_explained_toml_gives_meaning_and_choices_of_every_setting() -> None:
+    lines = to_toml(Config(), explain=True).splitlines()
+    at = lines.index('precision = "fp32"')
+    assert lines[at - 2 : at] == [
+        "# bf16: autocast forward and backward; parameters, gradients and optimizer stay fp32.",
+        "# values: 'fp32', 'bf16'",
+    ]
+    assert "# dir is not set" in lines
+    assert "``" not in "".join(lines)
 
-    for settings in sorted((root / "outlast").glob("*/settings.py")):
-        for node in ast.walk(ast.parse(settings.read_text())):
-            if not isinstance(node, ast.ClassDef):
-                continue
-            for field, after in zip(node.body, node.body[1:], strict=False):
-                if isinstance(field, ast.AnnAssign):
-                    documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-                    assert documented, f"{settings}:{field.lineno} has no docstring"
+
+def test_every_setting_is_documented() -> None:
+    for section in typing.get_type_hints(Config).values():
+        assert set(_field_docs(section)) == {field.name for field in dataclasses.fields(section)}, section
+
+
+def test_every_shipped_config_is_valid(root: Path) -> None:
     shipped = sorted((root / "configs").glob("*.toml"))
     assert shipped
     for path in shipped:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -22,7 +23,8 @@ ELSEWHERE = {
     "make train": "tests/test_first_run.py",
     "make test": "this very suite",
     "make check": "tests/test_docs.py::test_make_check_is_what_it_says and .ci/run",
-    "mpirun -n 2 outlast train configs/stdlib_gpt.toml": "tests/launch/test_environments.py, with flags for root",
+    "pip install .": "tests/test_first_run.py, as a wheel in an empty environment",
+    "mpirun -n 2 outlast train configs/stdlib_gpt.toml": "tests/launch/test_place.py, with flags for root",
     "sbatch slurm/train.sbatch configs/stdlib_gpt.toml": "tests/launch/test_slurm.py, on a real Slurm",
     "torchrun --nproc-per-node 2 examples/own_loop.py runs/own_loop": "tests/test_own_loop.py",
 }
@@ -84,10 +86,40 @@ def test_nothing_is_listed_that_is_not_there() -> None:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M)
 
 
+def anchors(page: Path) -> set[str]:
+    """What links to a page's headings say after the ``#``, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere() -> None:
+    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+            if "://" in target:
+                continue
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(there), f"{page.name}: {target}#{anchor}"
+
+
+def test_paths_lead_somewhere() -> None:
+    """``NAME`` stands for a file that a reader adds."""
+    tops = "outlast|tests|docs|benchmarks|examples|slurm"
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+        for path in re.findall(rf"`((?:{tops})/[\w./-]*)(?:::\w+)?`", page.read_text()):
+            assert "NAME" in path or (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_every_room_and_folder_is_named() -> None:
+    """docs/architecture.md has a place for each folder, and for none that is gone."""
+    package = ROOT / "outlast"
+    folders = {str(path.parent.relative_to(package)) for path in package.glob("*/__init__.py")}
+    folders |= {str(path.parent.relative_to(package)) for path in package.glob("*/*/__init__.py")}
+    cells = re.findall(r"^\| (`[^|]*`) \|", (ROOT / "docs" / "architecture.md").read_text(), flags=re.M)
+    named = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    assert folders <= named
+    missing = {name for name in named if not any((package / f"{name}{end}").exists() for end in ("", ".py"))}
+    assert not missing
 
 
 def test_make_check_is_what_it_says() -> None:
@@ -104,3 +136,18 @@ def test_the_project_names_no_machine() -> None:
     pages = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "pyproject.toml", *(ROOT / "outlast").rglob("*.py")]
     for page in pages:
         assert not re.search(r"/(root|home|work|tmp)/", page.read_text()), page
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pictures of the docs, drawn anew."""
+    folder = tmp_path_factory.mktemp("pictures")
+    subprocess.run([sys.executable, ROOT / "docs" / "make_pictures.py", folder], check=True, timeout=60)
+    return folder
+
+
+@pytest.mark.parametrize("picture", ["rooms.svg", "step.svg", "time_to_loss.svg"])
+def test_pictures_show_what_is_there(pictures: Path, picture: str) -> None:
+    drawn = (pictures / picture).read_text(encoding="utf-8")
+    assert drawn == (ROOT / "docs" / picture).read_text(encoding="utf-8"), "run python docs/make_pictures.py"
+    assert ElementTree.fromstring(drawn).get("viewBox")

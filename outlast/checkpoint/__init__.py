@@ -2,7 +2,7 @@
 
 A checkpoint is a Zarr v3 group that stock ``zarr`` opens::
 
-    zarr.open_group("runs/NAME/checkpoints/step_00000040", mode="r")["model"]["blocks.0.attn.qkv.weight"]
+    zarr.open_group("runs/stdlib_gpt/checkpoints/step_00000200", mode="r")["model"]["token.weight"]
 
 One array a tensor, but for small ones, which lie packed in arrays of bytes with an index; CRC32C in every chunk and in
 the votes, JSON for everything else, no pickle. A step is a checkpoint if and only if it has a valid commit record;
@@ -16,7 +16,7 @@ from outlast.checkpoint.attach import attach
 from outlast.checkpoint.auto_interval import AutoInterval, Interval, expected_mtbf_s, optimal_interval_s
 from outlast.checkpoint.checkpointer import Checkpointer
 from outlast.checkpoint.config import CheckpointConfig
-from outlast.checkpoint.restore.restore import Restored
+from outlast.checkpoint.restore.load import Restored
 from outlast.checkpoint.state.tree import check_like
 from outlast.lazy import lazy_modules
 

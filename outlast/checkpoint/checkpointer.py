@@ -18,10 +18,9 @@ from outlast.checkpoint.config import CheckpointConfig
 from outlast.checkpoint.format.records import CRC_BYTES
 from outlast.checkpoint.memory.arena import Arena
 from outlast.checkpoint.peers.collectives import Agreement
-from outlast.checkpoint.peers.topology import node_name
-from outlast.checkpoint.restore.agree import agree_on
-from outlast.checkpoint.restore.heal import is_thin, survey_of
-from outlast.checkpoint.restore.restore import Restored, Restoring
+from outlast.checkpoint.restore.load import Restored
+from outlast.checkpoint.restore.request import RestoreContext, agree_on_request
+from outlast.checkpoint.restore.restore import restore
 from outlast.checkpoint.restore.survey import Survey
 from outlast.checkpoint.save.hooks import Hooks
 from outlast.checkpoint.save.io_threads import IoThreads, process_ended
@@ -32,7 +31,6 @@ from outlast.checkpoint.save.source import TensorSource
 from outlast.checkpoint.save.stall_forecast import StallForecast
 from outlast.checkpoint.save.storage_save import StorageSave
 from outlast.checkpoint.state.dtensor import Meshes
-from outlast.checkpoint.storage.local import LocalStore
 from outlast.checkpoint.storage.open import open_store
 from outlast.checkpoint.tiers.manager import Tiers
 from outlast.errors import CheckpointError
@@ -44,18 +42,17 @@ _log = logging.getLogger("outlast.checkpoint")
 class Checkpointer:
     """Saves state while training goes on, and restores it; one per rank.
 
-    ::
+    :func:`outlast.checkpoint.attach` makes one for the ranks of a process group::
 
-        with Checkpointer(
-            url, config, rank=rank, world_size=world_size, attempt_id=token, on_event=log.write
-        ) as checkpointer:
-            restored = checkpointer.restore("auto")
-            for step in ...:
-                loss.backward()
+        with outlast.checkpoint.attach("runs/mine/checkpoints") as checkpointer:
+            restored = checkpointer.restore("auto", into={"model": model.state_dict()})
+            for step in range(restored.step + 1 if restored else 1, 1001):
+                loss(model, step).backward()
                 checkpointer.wait_copied()  # or, once and before the loop: checkpointer.watch(model, optimizer)
                 optimizer.step()
+                optimizer.zero_grad()
                 if step % 10 == 0:
-                    checkpointer.save(step, replicated={"model": model.state_dict(), ...}, local={"rng": ...})
+                    checkpointer.save(step, replicated={"model": model.state_dict()})
 
     Failure contract. What the environment does (a full disk, a timeout, another rank's death) makes a save fail: a
     ``CheckpointFailed`` event and a log line tell, training goes on, and the checkpoints before it are untouched. What
@@ -324,37 +321,26 @@ class Checkpointer:
         if self._closed:
             raise CheckpointError("restore on a closed Checkpointer")
         self._finish()
-        agreement = Agreement(self._group, self._context.rank, self._context.world_size)
-        context = self._context
-        wanted = agree_on(like, into, Meshes(self._group, context.world_size), agreement)
+        saver, tiers = self._context, self._tiers
+        agreement = Agreement(self._group, saver.rank, saver.world_size)
+        context = RestoreContext(saver.store, saver.rank, saver.world_size, agreement, saver.on_event, self._io)
+        meshes = Meshes(self._group, saver.world_size)
+        request = agree_on_request(like, into, meshes, context, any_world_size=any_world_size)
         self._begun = True
-        # On one node a local disk is read once in any case: by the page cache.
-        one_node = len(set(agreement.all_gather_text(node_name()))) == 1
-        survey = survey_of(self._tiers, self._context.rank, agreement, self._io) if self._tiers is not None else None
-        restoring = Restoring(
-            self._store,
-            context.rank,
-            context.world_size,
-            agreement,
-            context.on_event,
-            self._io,
-            any_world_size,
-            wanted,
-            not (one_node and isinstance(self._store, LocalStore)),
-            survey,
-        )
-        restored = restoring.newest() if which == "auto" else restoring.exactly(which)
-        if restored is not None and survey is not None and self._tiers is not None:
-            self._heal(restored, survey, self._tiers)
+        if tiers is None:
+            return restore(which, context, request, None)
+        survey = Survey(tiers.folder, tiers.disk_folder, tiers.meeting.nodes, saver.rank, agreement, self._io)
+        restored = restore(which, context, request, survey)
+        if restored is not None:
+            self._heal(restored, survey, tiers)
         return restored
 
     def _heal(self, restored: Restored, survey: Survey, tiers: Tiers) -> None:
-        """A step that lies in fewer nodes' memory than it should be is copied again before training goes on."""
-        if restored.world_size != self._context.world_size or not is_thin(
-            survey, restored.step, tiers.copies_in_memory
-        ):
+        """A step that fewer nodes hold in memory than should is copied again before training goes on."""
+        same_world_size = restored.world_size == self._context.world_size
+        if not same_world_size or not survey.lacks_copies(restored.step, tiers.copies_in_memory):
             return
-        _log.info("step %d lies in too few nodes' memory; copied again", restored.step)
+        _log.info("step %d is in the memory of too few nodes; it is copied again", restored.step)
         self.save(restored.step, replicated=restored.replicated, local=restored.local, durable=False)
         self._finish()
         tiers.wait_partner()

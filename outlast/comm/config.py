@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from outlast.config import nearest, require
 from outlast.errors import OutOfRange, UnknownCompressor
 
-COMPRESSORS = ("topk", "block-topk", "randk", "sign", "int8", "int4", "natural", "lowrank", "gear", "dense")
-FEEDBACKS = ("ef14", "ef21", "ef21-sgdm", "ef21-bc", "econtrol", "none")
-RESIDUALS = ("full", "int8")
-AUTO = "auto"
-VALUES = ("fp32", "fp16", "bf16", "int8", "int4", "natural", "sign")
-SELECTIONS = ("auto", "exact", "sampled")
-TARGETS = ("auto", "gradient", "update")
-TRANSPORTS = ("auto", "all-gather", "two-phase")
+CompressorName = Literal["topk", "block-topk", "randk", "sign", "int8", "int4", "natural", "lowrank", "gear", "dense"]
+FeedbackName = Literal["ef14", "ef21", "ef21-sgdm", "ef21-bc", "econtrol", "none"]
+Values = Literal["fp32", "fp16", "bf16", "int8", "int4", "natural", "sign"]
+Selection = Literal["auto", "exact", "sampled"]
+Target = Literal["auto", "gradient", "update"]
+Residual = Literal["full", "int8"]
+Transport = Literal["auto", "all-gather", "two-phase"]
+
+COMPRESSORS: tuple[CompressorName, ...] = get_args(CompressorName)
+FEEDBACKS: tuple[FeedbackName, ...] = get_args(FeedbackName)
+"""The methods that a config can name; :data:`outlast.comm.feedback.METHODS` has more."""
+VALUES: tuple[Values, ...] = get_args(Values)
+SELECTIONS: tuple[Selection, ...] = get_args(Selection)
+RESIDUALS: tuple[Residual, ...] = get_args(Residual)
 
 UPDATE_BETA1 = 0.0
 """Adam's beta1 where its direction is compressed. What error feedback holds back acts as a momentum, so that a second
@@ -34,20 +41,20 @@ class CommConfig:
         OutOfRange: a number or combination that is not allowed.
     """
 
-    compressor: str = "topk"
+    compressor: Literal["auto", CompressorName] = field(default="topk", metadata={"unknown": UnknownCompressor})
     """``topk`` sends the largest entries of each tensor, ``block-topk`` the largest of each block of it, ``randk``
     random ones; ``sign``, ``int8``, ``int4`` and ``natural`` all of them in few bits; ``lowrank`` a product of two thin
     matrices; ``gear`` few bits, low rank and outliers; ``dense`` everything.
     ``auto`` sends a few steps dense, measures links and codecs, and takes what it predicts to be fastest of dense and
     some whose cost in loss is small."""
-    feedback: str = "ef14"
+    feedback: FeedbackName = field(default="ef14", metadata={"unknown": UnknownCompressor})
     """What becomes of what is not sent: ``ef14``, ``ef21``, ``ef21-sgdm``, ``econtrol``, or ``ef21-bc``, which is ef21
     in the two-phase transport. Unused when dense.
     ``none`` drops them, which diverges, and is refused."""
     density: float = 0.01
     """Share of a tensor's entries that topk, block-topk, randk and gear's outliers send, 0 < density <= 1:
     k = ceil(density * numel)."""
-    values: str = "int8"
+    values: Values = "int8"
     """How the numbers that topk, block-topk, randk, lowrank and gear send are written: ``fp32``, ``fp16``, ``bf16``,
     ``int8``, ``int4``, ``natural`` (powers of two) or ``sign``. Rounding is fed back, as all that is not sent."""
     rank: int = 4
@@ -55,7 +62,7 @@ class CommConfig:
     block: int = 0
     """Entries of a block: of block-topk (0: 256), and those that share a scale in int8 (0: 256), int4 and gear (0: 32)
     and sign (0: the whole tensor)."""
-    selection: str = "auto"
+    selection: Selection = "auto"
     """How the k largest entries are found. All three send the same bytes: ``exact`` ranks the whole tensor,
     ``sampled`` ranks only the entries above a threshold estimated from a sample, ``auto`` samples large tensors."""
     warmup_steps: int = 0
@@ -65,18 +72,18 @@ class CommConfig:
     """Strength of the method. ef21-sgdm: weight of the new gradient in the momentum, 0 < eta <= 1, default 0.1.
     econtrol: weight of the accumulated error, 0 < eta <= min(2 * density, 0.5), default min(density, 0.5).
     ef14 and ef21 have none."""
-    target: str = "auto"
+    target: Target = "auto"
     """What is averaged: ``update``, the direction in which Adam would take this rank's gradient, or ``gradient``. With
     ``update`` the optimizer is ``torch.optim.SGD``; with ``gradient`` any, but Adam lags behind compressed gradients.
     ``auto`` becomes ``update``, or with ``compressor = "dense"`` ``gradient``."""
-    residual: str = "full"
+    residual: Residual = "full"
     """How ef14 keeps what was not sent: ``full``, in fp32, or ``int8``, in a quarter of the memory."""
     probe_every_steps: int = 10
     """Steps between measurements of what compression loses (some passes over the gradients); 0 measures nothing."""
     resync_every_steps: int = 1000
     """Steps between exact means of what ranks track (ef21, econtrol), a dense exchange, which replace the running ones
     that rounding lets drift; 0: never."""
-    transport: str = "all-gather"
+    transport: Transport = "all-gather"
     """How messages become a mean. ``all-gather``: every rank's message to every rank, (n - 1) messages sent by each.
     ``two-phase``: each rank sums one slice and sends it on compressed anew, 2 (n - 1) / n messages sent by each.
     ``auto`` takes what sends fewer bytes."""
@@ -89,22 +96,21 @@ class CommConfig:
     """A collective that has not finished after this many seconds fails."""
 
     def __post_init__(self) -> None:
-        methods: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-            ("compressor", self.compressor, (AUTO, *COMPRESSORS)),
+        choices: list[tuple[str, str, tuple[str, ...]]] = [
+            ("compressor", self.compressor, ("auto", *COMPRESSORS)),
             ("feedback", self.feedback, FEEDBACKS),
-        )
-        for key, value, known in methods:
-            if value not in known:
-                raise UnknownCompressor(f"comm.{key} = {value!r}: there is no such {key}", nearest(value, known))
-        choices: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-            ("target", self.target, TARGETS),
-            ("transport", self.transport, TRANSPORTS),
+            ("target", self.target, get_args(Target)),
+            ("transport", self.transport, get_args(Transport)),
             ("values", self.values, VALUES),
+            ("selection", self.selection, SELECTIONS),
             ("residual", self.residual, RESIDUALS),
-        )
+        ]
         for key, value, known in choices:
-            if value not in known:
-                raise OutOfRange(f"comm.{key} = {value!r} is not known", nearest(value, known))
+            if value in known:
+                continue
+            if key in ("compressor", "feedback"):
+                raise UnknownCompressor(f"comm.{key} = {value!r}: there is no such {key}", nearest(value, known))
+            raise OutOfRange(f"comm.{key} = {value!r} is not known", nearest(value, known))
         if self.target == "auto":
             object.__setattr__(self, "target", "gradient" if self.compressor == "dense" else "update")
         require(self.rank >= 1, "comm.rank", self.rank, "rank >= 1")
@@ -112,8 +118,6 @@ class CommConfig:
         require(self.resync_every_steps >= 0, "comm.resync_every_steps", self.resync_every_steps, "0 or more")
         require(self.block >= 0, "comm.block", self.block, "block >= 0")
         require(self.ranks_per_node >= 1, "comm.ranks_per_node", self.ranks_per_node, "ranks_per_node >= 1")
-        if self.selection not in SELECTIONS:
-            raise OutOfRange(f"comm.selection = {self.selection!r} is not known", nearest(self.selection, SELECTIONS))
         require(0 < self.density <= 1, "comm.density", self.density, "0 < density <= 1")
         require(self.warmup_steps >= 0, "comm.warmup_steps", self.warmup_steps, "warmup_steps >= 0")
         require(self.dense_below >= 0, "comm.dense_below", self.dense_below, "dense_below >= 0")
@@ -151,10 +155,10 @@ class CommConfig:
         """The method in words, e.g. ``ef21 topk 5%``; ``dense`` when nothing is compressed."""
         if self.compressor == "dense":
             return "dense" if self.target == "gradient" else "dense updates"
-        if self.compressor == AUTO:
+        if self.compressor == "auto":
             return f"auto of {self.target}s"
         amounts = {"topk": self.density, "block-topk": self.density, "randk": self.density}
-        what = self.compressor
+        what: str = self.compressor
         if what in amounts:
             what += f" {100 * amounts[what]:g}%"
         if what in ("lowrank", "gear"):

@@ -1,9 +1,10 @@
-"""Checks anybody's compressor against the contract of :class:`outlast.comm.Compressor`, in one call::
+"""Checks anybody's compressor against the contract of :class:`outlast.comm.compressors.Compressor`, in one call::
 
+    from outlast.comm.compressors import TopK
     from outlast.comm.testing import check_compressor
 
-    def test_mine():
-        check_compressor(MyCompressor(0.01))
+    def test_top_k():
+        check_compressor(TopK(0.01))
 
 What breaks the contract raises :class:`ContractViolation`, which names the clause, the input and the values.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
 import os
@@ -63,16 +62,12 @@ class WatchedAgent(LocalElasticAgent):
     def __init__(
         self, spec: WorkerSpec, output: RankOutput, config: LaunchConfig, run_dir: Path, events: EventLog, host: str
     ) -> None:
-        more: dict[str, Any] = {}
-        # Before torch 2.12 the agent has no such argument; _shutdown() below gives the time itself in any case.
-        if "shutdown_timeout" in inspect.signature(LocalElasticAgent.__init__).parameters:
-            more["shutdown_timeout"] = int(config.stop_grace_s)
         super().__init__(
             spec,
             output,
             exit_barrier_timeout=config.exit_barrier_s,
+            shutdown_timeout=int(config.stop_grace_s),
             log_line_prefix_template="[rank ${rank}] ",
-            **more,
         )
         self.failures: list[RankFailure] = []
         """Ranks that failed in the newest failure, root causes only."""

@@ -1,4 +1,4 @@
-"""The launcher's flags. Those that torchrun has too have its names and meanings."""
+"""The launcher's flags; those that torchrun has too keep its names and meanings."""
 
 from __future__ import annotations
 
@@ -20,32 +20,31 @@ class LaunchFlags:
     nproc_per_node: str = "1"
     """Ranks on this node: a number, cpu, gpu, or auto (accelerators where there are any, else CPUs)."""
     rdzv_backend: Literal["c10d", "static"] = "c10d"
-    """static: the nodes are numbered with node-rank and meet once, so it goes with max-restarts 0 only."""
+    """static: nodes are numbered by --node-rank and meet only once, so it requires --max-restarts 0."""
     rdzv_endpoint: str = ""
-    """HOST:PORT, the same on all nodes. May be left out on a single node (a free port is taken) and under srun with one
-    launcher per node (the step's first node and a port made from the job's id)."""
+    """HOST:PORT, the same on all nodes. Not needed on a single node, or under srun with one launcher per node."""
     rdzv_id: str = ""
-    """Tells jobs apart at one endpoint; the same on all nodes."""
+    """Job id, the same on all nodes; it separates jobs that share an endpoint."""
     rdzv_conf: str = ""
-    """key=value,… for the rendezvous backend."""
+    """Options of the rendezvous backend: key=value,key=value"""
     standalone: bool = False
-    """A single node, whatever the rendezvous flags say."""
+    """Run on a single node and ignore the other rendezvous flags."""
     node_rank: int = 0
-    """Number of this node; only for the static backend."""
+    """Rank of this node; only for the static backend."""
     master_addr: str = ""
-    """Host of node 0; with master-port it stands for rdzv-endpoint."""
+    """Host of node 0; together with --master-port an alternative to --rdzv-endpoint."""
     master_port: int = DEFAULT_PORT
     """Port on node 0."""
     local_addr: str | None = None
-    """Address under which other nodes reach this one; without it, its host name."""
+    """Address at which other nodes reach this one; by default its host name."""
     max_restarts: int | None = None
-    """Stands for --launch.max-restarts."""
+    """Short for --launch.max-restarts."""
     monitor_interval: float | None = None
-    """Seconds; stands for --launch.monitor-interval-s."""
+    """Seconds; short for --launch.monitor-interval-s."""
     log_dir: Path | None = None
-    """Where output that is not passed to the terminal is kept; without it, launcher/ in the run's directory."""
+    """Where the output of ranks goes that is not shown here; by default launcher/ in the run's directory."""
     role: str = "trainer"
-    """Name of the ranks' role, for torchelastic."""
+    """torchelastic's name for the ranks' role."""
 
     def __post_init__(self) -> None:
         self.node_range()

@@ -10,7 +10,6 @@ from outlast.trainer.engine import DDPEngine as DDPEngine
 from outlast.trainer.engine import Engine as Engine
 from outlast.trainer.engine import EngineState as EngineState
 from outlast.trainer.loop import train as train
-from outlast.trainer.main import resolve as resolve
 from outlast.trainer.main import run_rank as run_rank
 from outlast.trainer.model import GPT as GPT
 from outlast.trainer.run import Run as Run
@@ -24,7 +23,6 @@ __all__ = [
     "EngineState",
     "Loader",
     "Run",
-    "resolve",
     "run_rank",
     "train",
 ]

@@ -94,7 +94,7 @@ class DDPEngine:
         config: all settings.
         device: where ``model`` is.
         observer: told of every collective that reduces gradients.
-        tell: told what ``comm.compressor = "auto"`` became.
+        on_choice: called with what ``comm.compressor = "auto"`` became.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class DDPEngine:
         config: Config,
         device: torch.device,
         observer: CollectiveObserver | None = None,
-        tell: Callable[[Choice], None] | None = None,
+        on_choice: Callable[[Choice], None] | None = None,
     ) -> None:
         self.model = model
         self.device = device
@@ -122,7 +122,7 @@ class DDPEngine:
             observer=observer,
             direction=Adam(config.beta1, optim.beta2, optim.eps, optim.clip_rms),
             dense_direction=Adam(0.9 if optim.beta1 is None else optim.beta1, optim.beta2, optim.eps, optim.clip_rms),
-            tell=tell,
+            on_choice=on_choice,
         )
         self._reducer.attach(self._ddp)
         self._optimizer = build_optimizer(model, optim, directed=config.comm.target == "update")
@@ -215,7 +215,7 @@ def build_engine(
     config: Config,
     device: torch.device,
     observer: CollectiveObserver | None = None,
-    tell: Callable[[Choice], None] | None = None,
+    on_choice: Callable[[Choice], None] | None = None,
 ) -> Engine:
     """The engine that ``trainer.engine`` names; ``ddp`` is the one there is."""
-    return DDPEngine(model, config, device, observer, tell)
+    return DDPEngine(model, config, device, observer, on_choice)

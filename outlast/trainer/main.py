@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from outlast.checkpoint import Checkpointer
 from outlast.comm import Choice
-from outlast.config import load, override, split_overrides
+from outlast.config import Overrides, load, split_overrides
 from outlast.diagnostics import (
     Heartbeat,
     Recorder,
@@ -60,39 +61,41 @@ from outlast.trainer.summary import render_summary
 _LOG = logging.getLogger("outlast")
 
 
-def resolve(arguments: Sequence[str], prog: str = "outlast train CONFIG") -> Config:
-    """Settings from ``CONFIG [--resume R] [--section.key VALUE …]``.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m outlast.trainer CONFIG [--resume R] [--section.key VALUE …]``; returns the exit status."""
+    try:
+        file, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+    except ConfigError as error:
+        return _report_failure(error)
+    return start_rank(file, overrides)
 
-    Raises:
-        ConfigError: there is no config file among the arguments, or a value is refused.
+
+def start_rank(file: Path, overrides: Overrides) -> int:
+    """Train on this rank with the settings of a file; returns the exit status.
+
+    0: the last step was done. 1: it failed. 2: a setting is wrong. ``NO_RESTART_STATUS`` (under a launcher, in place of
+    1 and 2): it failed, and would fail again if it were restarted.
     """
+    get_error_handler().initialize()
+    try:
+        run_rank(load(Config, file, overrides=overrides), find_place())
+    except Exception as error:
+        return _report_failure(error)
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> tuple[Path, dict[str, str]]:
     rest, overrides = split_overrides(arguments)
     if "--resume" in rest and rest.index("--resume") + 1 < len(rest):
         at = rest.index("--resume")
-        overrides += ["--run.resume", rest[at + 1]]
+        overrides = {"run.resume": rest[at + 1]} | overrides
         del rest[at : at + 2]
     if len(rest) != 1 or rest[0].startswith("-"):
         raise ConfigError(
-            f"expected one CONFIG file, got {rest}", f"usage: {prog} [--resume R] [--section.key VALUE …]"
+            f"expected one CONFIG file, got {rest}",
+            "usage: python -m outlast.trainer CONFIG [--resume R] [--section.key VALUE …]",
         )
-    return override(load(Config, rest[0]), overrides, prog)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train on this rank; returns the exit status.
-
-    0: the last step was done. 1: it failed. 2: a setting is wrong. ``NO_RESTART_STATUS`` (under a launcher, in place of
-    1 and 2): it failed in a way that starting again cannot mend.
-    """
-    handler = get_error_handler()
-    handler.initialize()
-    try:
-        config = resolve(sys.argv[1:] if arguments is None else arguments)
-        run_rank(config, find_place())
-    except Exception as error:
-        handler.record_exception(error)
-        return _report_failure(error)
-    return 0
+    return Path(rest[0]), overrides
 
 
 def run_rank(config: Config, place: Place) -> None:
@@ -169,7 +172,9 @@ def _join(config: Config, place: Place, device: torch.device, attempt: Attempt, 
         )
     seed_all(config.run.seed, place.rank)
     model = GPT(config.model, seed=config.run.seed).to(device)
-    engine = build_engine(model, config, device, observer=recorder, tell=lambda choice: _say_choice(choice, events))
+    engine = build_engine(
+        model, config, device, observer=recorder, on_choice=lambda choice: _say_choice(choice, events)
+    )
     stack.callback(engine.close)
     auto = config.checkpoint.every_steps == "auto" and place.rank == 0
     history = read_history(attempt) if auto else History()
@@ -287,7 +292,8 @@ def _write_report(run: Run) -> None:
 
 
 def _report_failure(error: Exception) -> int:
-    """Print what happened (with a traceback only for what outlast did not raise on purpose); the exit status for it."""
+    """Tell the launcher and the user (with a traceback only for what outlast did not raise); return the exit status."""
+    get_error_handler().record_exception(error)
     print(f"outlast: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     if not isinstance(error, OutlastError):
         sys.excepthook(type(error), error, error.__traceback__)

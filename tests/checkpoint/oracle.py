@@ -20,7 +20,12 @@ from outlast.checkpoint import CheckpointConfig, Checkpointer, Restored
 from outlast.checkpoint.format.names import COMMIT, parse_step, rank_name
 from outlast.checkpoint.format.records import Fault
 from outlast.checkpoint.peers.collectives import Agreement
-from outlast.checkpoint.restore.restore import Restoring
+from outlast.checkpoint.restore.candidates import Candidate
+from outlast.checkpoint.restore.copies import FastestCopies
+from outlast.checkpoint.restore.housekeeping import Housekeeping
+from outlast.checkpoint.restore.load import Loader
+from outlast.checkpoint.restore.request import RestoreContext, RestoreRequest
+from outlast.checkpoint.restore.restore import restore_newest, restore_step
 from outlast.checkpoint.steps.reader import StepReader
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.errors import OutlastError
@@ -47,12 +52,13 @@ def local(step: int, version: str, rank: int) -> dict[str, Any]:
     return {"rng": torch.arange(150) + 1000 * (8 * step + ord(version) % 8) + 200 * rank, "rank": [rank, step, version]}
 
 
-class _AllRanks(Restoring):
+class _AllRanks(Loader):
     """The part of every rank of a restore, in one process."""
 
-    def _load(self, candidate: Any, *rest: Any) -> Restored:
-        first, reader = super()._load(candidate, *rest), StepReader(self.store, candidate.step, self.io)
-        others = {rank_name(rank): reader.load(rank) for rank in range(1, self.world_size)}
+    def _read(self, candidate: Candidate, source: FastestCopies) -> Restored:
+        context = self.context
+        first, reader = super()._read(candidate, source), StepReader(context.store, candidate.step, context.io)
+        others = {rank_name(rank): reader.load(rank) for rank in range(1, context.world_size)}
         return replace(first, local={rank_name(0): first.local, **others})
 
 
@@ -142,9 +148,11 @@ def restore(root: Path, world_size: int, step: int | None = None) -> Restored | 
         checkpointer._io = _Inline(1)
         if world_size == 1:
             return checkpointer.restore("auto" if step is None else step)
-        context, agreement = checkpointer._context, Agreement(None, 0, 1)
-        ranks = _AllRanks(context.store, 0, world_size, agreement, context.on_event, checkpointer._io)
-        return ranks.newest() if step is None else ranks.exactly(step)
+        saver, agreement = checkpointer._context, Agreement(None, 0, 1)
+        context = RestoreContext(saver.store, 0, world_size, agreement, saver.on_event, checkpointer._io)
+        loader = _AllRanks(context, RestoreRequest(None, any_world_size=False, read_once=False), None)
+        housekeeping = Housekeeping(context, None)
+        return restore_newest(loader, housekeeping) if step is None else restore_step(step, loader, housekeeping)
 
 
 def version_of(found: Restored, world_size: int) -> Version:

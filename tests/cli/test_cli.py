@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from outlast.cli.main import main
 from outlast.config import load
 from outlast.trainer.config import Config
 from tests.helpers import events, outlast, tiny_config
+
+VERBS = ("train", "launch", "report", "ckpt", "doctor", "config")
 
 
 def test_dry_runs_run_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,11 +36,36 @@ def test_dry_runs_run_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"outlast {__version__}\n"
-    for verb in ("train", "launch", "report", "ckpt", "doctor", "config"):
+    for verb in VERBS:
         with pytest.raises(SystemExit) as stopped:
             main([verb, "--help"])
         assert stopped.value.code == 0
         assert f"usage: outlast {verb}" in capsys.readouterr().out
+
+
+def test_help_of_every_verb_and_action_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """No markup of docstrings, and no line broken in the middle of a sentence."""
+    actions = ("ls", "show", "verify", "diff", "prune", "memory", "export", "import")
+    for words in ([], *[[verb] for verb in VERBS], *[["ckpt", action] for action in actions]):
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        text = capsys.readouterr().out
+        assert "``" not in text, words
+        assert "::" not in text, words
+
+
+def test_reading_a_command_line_imports_no_torch() -> None:
+    code = (
+        "import sys; from outlast.cli import main\n"
+        "assert main(['ckpt', 'ls', '--run.name', 'x', 'URL']) == 2\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_python_m_outlast_is_the_command_line() -> None:
+    done = subprocess.run([sys.executable, "-m", "outlast", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"outlast {__version__}\n"
 
 
 @pytest.mark.slow

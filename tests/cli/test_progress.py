@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from outlast.cli.ckpt.progress import Verifying
 from outlast.cli.main import main
-from outlast.cli.progress import Verifying
 from tests.checkpoint.helpers import save_steps
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,13 +20,15 @@ from outlast.comm.compressors import (
     VALUES,
     TopK,
 )
+from outlast.comm.config import FEEDBACKS
 from outlast.comm.feedback import (
     EF21SGDM,
     EControl,
 )
 from outlast.comm.feedback.from_config import (
-    make_feedback,
+    feedback_from_config,
 )
+from outlast.config import load, override
 from outlast.errors import ConfigError, OutOfRange, UnknownCompressor
 
 
@@ -80,11 +84,54 @@ def test_out_of_range(settings: dict[str, Any], said: str) -> None:
     assert said in str(caught.value)
 
 
+@dataclass(frozen=True)
+class Joined:
+    comm: CommConfig = field(default_factory=CommConfig)
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "said"),
+    [
+        ('compressor = "topkk"', UnknownCompressor, "did you mean 'topk'"),
+        ('compressor = "powersgd"', UnknownCompressor, "known are: auto, block-topk, dense, gear"),
+        ('feedback = "ef21_sgdm"', UnknownCompressor, "did you mean 'ef21-sgdm'"),
+        ('target = "momentum"', OutOfRange, "known are: auto, gradient, update"),
+        ('values = "int2"', OutOfRange, "did you mean 'int"),
+        ('feedback = "none"', OutOfRange, "compressor = 'dense'"),
+    ],
+)
+def test_wrong_choices_in_a_file_and_on_the_command_line(
+    tmp_path: Path, setting: str, error: type[ConfigError], said: str
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(f"[comm]\n{setting}\n")
+    key, value = setting.split(" = ")
+    for read, source in (
+        (lambda: load(Joined, file, {}), str(file)),
+        (lambda: load(Joined, None, {f"OUTLAST_COMM_{key}".upper(): value.strip('"')}), f"OUTLAST_COMM_{key.upper()}"),
+        (lambda: override(Joined(), [f"--comm.{key}", value.strip('"')], "test"), "command line"),
+    ):
+        with pytest.raises(error) as caught:
+            read()
+        assert type(caught.value) is error
+        assert said in caught.value.fix
+        assert f"comm.{key} = {value}".replace('"', "'") in caught.value.what
+        assert value == '"none"' or caught.value.what.startswith(f"{source}: ")
+
+
+def test_help_lists_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        override(Joined(), ["--help"], "test")
+    said = "".join(capsys.readouterr().out.split()).replace("│", "")
+    for choices in (("auto", *COMPRESSORS), FEEDBACKS, VALUES):
+        assert f"{{{','.join(choices)}}}" in said
+
+
 def test_defaults_of_eta() -> None:
-    econtrol = make_feedback(CommConfig(feedback="econtrol", density=0.01, values="fp32"))
+    econtrol = feedback_from_config(CommConfig(feedback="econtrol", density=0.01, values="fp32"))
     assert isinstance(econtrol, EControl)
     assert econtrol.strength((10_000,)) == pytest.approx(0.01)
-    momentum = make_feedback(CommConfig(feedback="ef21-sgdm"))
+    momentum = feedback_from_config(CommConfig(feedback="ef21-sgdm"))
     assert isinstance(momentum, EF21SGDM)
     assert momentum.eta == 0.1
     assert EControl(TopK(0.9)).strength((1000,)) == 0.5
@@ -104,14 +151,14 @@ def test_in_words() -> None:
     assert CommConfig(compressor="auto").target == "update" == CommConfig().target
     assert CommConfig().describe() == "ef14 topk 1% int8 of updates"
     assert several.describe() == "ef14 lowrank 4 int8 of updates, two-phase, 8 ranks a node"
-    assert make_feedback(CommConfig(compressor="dense", feedback="none")) is None
+    assert feedback_from_config(CommConfig(compressor="dense", feedback="none")) is None
 
 
 def test_every_name_is_known_to_both() -> None:
     assert settings_module.COMPRESSORS == COMPRESSORS
     assert tuple(VALUES) == settings_module.VALUES
     for name in COMPRESSORS:
-        feedback = make_feedback(CommConfig(compressor=name))
+        feedback = feedback_from_config(CommConfig(compressor=name))
         assert (feedback is None) == (name == "dense")
         assert feedback is None or feedback.compressor.name == name
 

@@ -16,7 +16,7 @@ from outlast.comm.feedback import (
     Feedback,
 )
 from outlast.comm.feedback.from_config import (
-    make_feedback,
+    feedback_from_config,
 )
 
 SHAPES = {"wide": (300, 303), "bias": (50,), "small": (7, 11), "mid": (40, 50), "scale": (301,), "tall": (131, 20)}
@@ -96,7 +96,7 @@ def simulate(settings: dict[str, Any], per_step: list[list[dict[str, Tensor]]]) 
         found = {}
         for name, shape in SHAPES.items():
             gs = [rank[name] for rank in ranks]
-            method = make_feedback(config)
+            method = feedback_from_config(config)
             if method is None or len(shape) < 2 or gs[0].numel() < config.dense_below:
                 estimate = rank_order_mean(gs)
             else:

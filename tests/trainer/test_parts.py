@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from outlast.config import load, override
+from outlast.config import load, split_overrides
 from outlast.errors import RunDirectoryError
 from outlast.trainer.config import Config, ModelConfig, OptimConfig
 from outlast.trainer.model import GPT
@@ -86,7 +86,7 @@ def test_generators_go_on_where_they_were() -> None:
 
 
 def settings(run: Path, *words: str) -> Config:
-    return override(load(Config, None, {}), ["--run.dir", str(run), *words], "test")
+    return load(Config, None, {}, split_overrides(["--run.dir", str(run), *words])[1])
 
 
 def test_attempts_are_numbered_and_latest_links_to_the_newest(tmp_path: Path) -> None:

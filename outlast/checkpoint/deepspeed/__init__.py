@@ -16,20 +16,18 @@ before it updates anything.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 from outlast.checkpoint.config import CheckpointConfig
 from outlast.checkpoint.deepspeed.engine import SEAMS
 from outlast.checkpoint.deepspeed.engine import DeepSpeedCheckpointEngine as DeepSpeedCheckpointEngine
-from outlast.errors import CheckpointError, MissingDependency
+from outlast.deepspeed_compat import TESTED_VERSION, check_engine, check_method, import_deepspeed, known_attributes
+from outlast.errors import CheckpointError
 from outlast.events import Event
 
 __all__ = ["DeepSpeedCheckpointEngine", "attach"]
 
-_TESTED = "0.19.8"
 _CALLED = {
     "_get_ckpt_name": ("checkpoints_path", "tag", "mp_placeholder", "pp_placeholder"),
     "_commit_decoupled_checkpoint": (),
@@ -72,29 +70,18 @@ def attach(
             SuperOffload, node-local storage, universal checkpoints, checkpoint writers of its own; or a DeepSpeed that
             is built otherwise than 0.19.8.
     """
-    try:
-        deepspeed = import_module("deepspeed")
-        base = import_module("deepspeed.runtime.checkpoint_engine.checkpoint_engine").CheckpointEngine
-    except ImportError as error:
-        raise MissingDependency(f"DeepSpeed cannot be imported: {error}", "pip install 'outlast[deepspeed]'") from error
-    if not isinstance(engine, deepspeed.DeepSpeedEngine):
-        raise CheckpointError(
-            f"{type(engine).__name__} is no DeepSpeedEngine", "hand over what deepspeed.initialize returns"
-        )
-    try:
+    deepspeed, base_module = import_deepspeed("runtime.checkpoint_engine.checkpoint_engine")
+    check_engine(engine, deepspeed, CheckpointError)
+    with known_attributes(deepspeed, CheckpointError):
+        base = base_module.CheckpointEngine
         _refuse(engine)
-    except AttributeError as error:
-        raise CheckpointError(
-            f"deepspeed {deepspeed.__version__} is not built as outlast knows it: {error}",
-            f"use deepspeed {_TESTED}",
-        ) from error
     for method, arguments in (SEAMS | _CALLED).items():
-        _known(engine, method, arguments)
+        check_method(engine, method, arguments, CheckpointError)
     unknown = [name for name in dir(base) if name[0] != "_" and not hasattr(DeepSpeedCheckpointEngine, name)]
     if unknown:
         raise CheckpointError(
             f"deepspeed {deepspeed.__version__}'s CheckpointEngine has methods outlast does not: {', '.join(unknown)}",
-            f"use deepspeed {_TESTED}",
+            f"use deepspeed {TESTED_VERSION}",
         )
     base.register(DeepSpeedCheckpointEngine)
     return DeepSpeedCheckpointEngine(engine, config or CheckpointConfig(), on_event)
@@ -130,19 +117,3 @@ def _refuse(engine: Any) -> None:
     for refused, what, fix in checks:
         if refused:
             raise CheckpointError(f"checkpoints cannot be saved by outlast with DeepSpeed's {what}", fix)
-
-
-def _known(engine: Any, method: str, arguments: tuple[str, ...]) -> None:
-    """Look whether a method is the one that outlast knows.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    found = getattr(type(engine), method, None)
-    signature = tuple(inspect.signature(found).parameters)[1:] if callable(found) else None
-    if signature != arguments or method in vars(engine):
-        state = "was replaced before" if method in vars(engine) else f"takes {signature}, expected {arguments}"
-        raise CheckpointError(
-            f"DeepSpeed's {type(engine).__name__}.{method} {state}",
-            f"attach once; outlast is tested with deepspeed {_TESTED}",
-        )

@@ -1,4 +1,4 @@
-"""What a restore finds in the memory of the nodes and on their disks, and how it is handed out."""
+"""The copies of a save that one rank can use without the storage, and how they are handed to the reader."""
 
 from __future__ import annotations
 
@@ -9,124 +9,130 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from outlast.checkpoint.format.names import LOCAL_DISK, MEMORY, PARTNER, parse_local, parse_pack
-from outlast.checkpoint.format.records import Commit, Fault, FileEntry, RunningChecksum, check_file, check_pieces
+from outlast.checkpoint.format.names import LOCAL_DISK, MEMORY, PARTNER, STORAGE, parse_local, parse_pack
+from outlast.checkpoint.format.records import Fault, FileEntry, RunningChecksum, Vote, check_file, check_pieces
 from outlast.checkpoint.memory.pages import Buffer
+from outlast.checkpoint.restore.messages import DamagedCopy
+from outlast.checkpoint.restore.read_once import SharedFiles
 from outlast.checkpoint.restore.slot_files import SlotFiles
-from outlast.errors import CorruptCheckpoint, IncompleteCheckpoint
+from outlast.errors import CorruptCheckpoint
 
 _log = logging.getLogger("outlast.checkpoint")
-
-
-@dataclass(frozen=True)
-class SurveyedSave:
-    """One committed save, as far as some node has parts of it; equal on all ranks."""
-
-    commit: Commit
-    holders: dict[int, tuple[str, ...]]
-    """By rank that saved: the nodes that have its part."""
-    in_memory: dict[int, tuple[str, ...]]
-    """The same, of those that have it in memory."""
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """Which save of which attempt."""
-        return self.commit.attempt_id, self.commit.save_id
-
-    @property
-    def missing(self) -> list[int]:
-        """Ranks whose parts no node has."""
-        return [rank for rank in range(self.commit.world_size) if rank not in self.holders]
+_WHERE = {
+    MEMORY: "in a node's memory",
+    PARTNER: "in the copy in a partner node's memory",
+    LOCAL_DISK: "on a node's disk",
+}
 
 
 @dataclass
 class BytesByTier:
-    """How many bytes came from which tier; may be added to from several threads."""
+    """How many bytes came from which tier. Several threads may count at once."""
 
     counts: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, tier: str, nbytes: int) -> None:
-        """Count."""
+        """Count bytes from a tier."""
         with self._lock:
             self.counts[tier] += nbytes
 
 
 @dataclass(frozen=True)
 class AvailableCopies:
-    """What one rank has at hand of a save that lies in the nodes' memory, or on their disks."""
+    """What one rank has of a save: its node's copies, and what other nodes sent. A :class:`FileSource`."""
 
-    lying: SlotFiles
-    """On this node."""
+    files: SlotFiles
+    """Of this node."""
     good: set[str]
-    """What of it is not known to be damaged."""
+    """The paths of those that are not known to be damaged."""
     verified: bool
-    """Whether that was looked at; else reading it is what finds damage, and raises :class:`Fault`."""
-    sent: dict[str, Buffer]
+    """Whether they were verified; if not, reading a damaged one raises :class:`Fault`."""
+    received: dict[str, Buffer]
     """From other nodes, not yet verified."""
-    damaged: dict[tuple[str, str, str], str]
-    """By node, file and tier: what is wrong with it; equal on all ranks."""
-    taken: BytesByTier
-    given: set[str] = field(default_factory=set)
-    """Files of which tensors were made: what is read again gets memory of its own."""
+    damaged: list[DamagedCopy]
+    """On any node; equal on all ranks."""
+    votes: dict[int, Vote]
+    """By rank; of those parts that nodes have."""
+    bytes_by_tier: BytesByTier
+    handed_out: set[str] = field(default_factory=set)
+    """Paths of the files whose memory tensors share: who reads one again gets a copy."""
 
     def __call__(self, entry: FileEntry) -> Buffer | None:
-        """A file's verified bytes, or None if memory has none."""
-        again = entry.path in self.given
-        view = None
-        if entry.path in self.good:
-            view = self.lying.view(entry.path)
-            if not self.verified:
-                check_file(entry, view.data)
-            self.taken.add(self.lying.tier(entry.path), entry.size_bytes)
-        elif entry.path in self.sent:
-            view = self.sent[entry.path]
-            try:
-                check_file(entry, view.data)
-            except Fault as fault:
-                _log.warning("%s was damaged on its way from another node's memory: %s", entry.path, fault.reason)
-                return None
-            self.taken.add(PARTNER, entry.size_bytes)
-            if parse_local(entry.path) is None and parse_pack(entry.path) is None:
-                del self.sent[entry.path]  # read once, into its tensor
-        if view is None:
+        """A file's verified bytes, or None if there is no good copy."""
+        again = entry.path in self.handed_out
+        data = self._own(entry) if entry.path in self.good else self._received(entry)
+        if data is None:
             return None
-        self.given.add(entry.path)
-        return view.copy() if again else view
+        self.handed_out.add(entry.path)
+        return data.copy() if again else data
 
     def fill(self, entry: FileEntry, out: Buffer) -> bool:
-        """Have a chunk's elements where they belong, verified; False if memory has none."""
+        """Read a chunk's elements into their place and verify them; False if there is no good copy."""
         if entry.path not in self.good:
-            found = self(entry)
-            if found is not None:
-                np.copyto(out, found[: len(out)])
-            return found is not None
-        seen = RunningChecksum()
+            data = self(entry)
+            if data is not None:
+                np.copyto(out, data[: len(out)])
+            return data is not None
+        checksum = RunningChecksum()
         try:
-            check_pieces(entry, seen, self.lying.read_into(entry.path, out.data, seen))
+            check_pieces(entry, checksum, self.files.read_into(entry.path, out.data, checksum))
         except Fault as fault:
             if not self.verified:
                 raise
-            _log.warning("%s was whole in this node's memory a moment ago: %s", entry.path, fault.reason)
+            _log.warning("%s on this node was verified, and is damaged now: %s", entry.path, fault.reason)
             return False
-        self.taken.add(self.lying.tier(entry.path), entry.size_bytes)
+        self.bytes_by_tier.add(self.files.tier(entry.path), entry.size_bytes)
         return True
 
+    def damage_faults(self) -> list[Fault]:
+        """The damaged copies as faults, one for each file, node and tier."""
+        return [Fault(CorruptCheckpoint, copy.path, f"{copy.reason} ({_WHERE[copy.tier]})") for copy in self.damaged]
 
-def missing_fault(save: SurveyedSave) -> Fault:
-    """Of a save that the nodes have in part."""
-    ranks = ", ".join(map(str, save.missing))
-    return Fault(IncompleteCheckpoint, "", f"the parts of ranks {ranks} are in no node's memory")
+    def _own(self, entry: FileEntry) -> Buffer:
+        data = self.files.view(entry.path)
+        if not self.verified:
+            check_file(entry, data.data)
+        self.bytes_by_tier.add(self.files.tier(entry.path), entry.size_bytes)
+        return data
+
+    def _received(self, entry: FileEntry) -> Buffer | None:
+        data = self.received.get(entry.path)
+        if data is None:
+            return None
+        try:
+            check_file(entry, data.data)
+        except Fault as fault:
+            _log.warning("%s was damaged on its way from another node: %s", entry.path, fault.reason)
+            return None
+        self.bytes_by_tier.add(PARTNER, entry.size_bytes)
+        if parse_local(entry.path) is None and parse_pack(entry.path) is None:
+            del self.received[entry.path]  # read once, into its tensor
+        return data
 
 
-def bad_faults(gathered: AvailableCopies) -> list[Fault]:
-    """What was found damaged, one a file, node and tier."""
-    where = {
-        MEMORY: "in a node's memory",
-        PARTNER: "a partner's copy in a node's memory",
-        LOCAL_DISK: "on a node's disk",
-    }
-    return [
-        Fault(CorruptCheckpoint, path, f"{reason} ({where[tier]})")
-        for (_, path, tier), reason in gathered.damaged.items()
-    ]
+@dataclass(frozen=True)
+class FastestCopies:
+    """First the nodes' copies, then what another rank has read from storage. A :class:`FileSource`."""
+
+    copies: AvailableCopies | None
+    shared: SharedFiles | None
+    bytes_by_tier: BytesByTier
+
+    def __call__(self, entry: FileEntry) -> Buffer | None:
+        """A file's verified bytes, or None: then it is read from storage, and counted as such."""
+        data = self.copies(entry) if self.copies is not None else None
+        return data if data is not None else self._from_storage(entry)
+
+    def fill(self, entry: FileEntry, out: Buffer) -> bool:
+        """Read a chunk's elements into their place; False: then they are read from storage, and counted as such."""
+        if self.copies is not None and self.copies.fill(entry, out):
+            return True
+        data = self._from_storage(entry)
+        if data is not None:
+            np.copyto(out, data[: len(out)])
+        return data is not None
+
+    def _from_storage(self, entry: FileEntry) -> Buffer | None:
+        self.bytes_by_tier.add(STORAGE, entry.size_bytes)
+        return self.shared(entry) if self.shared is not None else None

@@ -1,14 +1,13 @@
-"""Storage is read once, however many ranks need what lies there: one reader a file, then a broadcast.
+"""Storage is read once, however many ranks need a file: one rank reads it and sends it to the others.
 
-(As MegaScale does, https://arxiv.org/abs/2402.15627, section 4.4: that every data-parallel replica read for itself was
-what made its restarts slow.) Ranks of one node that read a local disk have the page cache for that, and read for
-themselves.
+As in MegaScale (https://arxiv.org/abs/2402.15627, section 4.4), where restarts were slow because every data-parallel
+replica read for itself. Ranks of one node that read a local disk share the page cache, and read for themselves.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ import torch
 from outlast.checkpoint.format.names import parse_pack
 from outlast.checkpoint.format.records import Fault, FileEntry, check_file, crc_hex
 from outlast.checkpoint.memory.pages import Buffer
-from outlast.checkpoint.peers.collectives import Agreement
+from outlast.checkpoint.restore.request import RestoreContext
 from outlast.checkpoint.state.shares import share_out
 from outlast.checkpoint.steps.reader import StepReader
 
@@ -24,76 +23,72 @@ _log = logging.getLogger("outlast.checkpoint")
 
 
 @dataclass(frozen=True)
-class Shared:
-    """What was read or received; each file is given once, but for packs."""
+class SharedFiles:
+    """Files of one step that this rank read or received. Each is handed out once, except packs."""
 
     read: dict[str, Buffer]
-    """Verified when it was read."""
+    """By path; verified when they were read."""
     received: dict[str, Buffer]
+    """By path; verified when they are handed out."""
 
     def __call__(self, entry: FileEntry) -> Buffer | None:
-        """A file's verified bytes, or None if they are not here."""
-        if parse_pack(entry.path) is not None:  # read for replicated and for local state
-            return self._packed(entry)
+        """A file's verified bytes, or None if there is no good copy here."""
+        if parse_pack(entry.path) is not None:  # needed for the replicated and for the local state
+            data = self.read.get(entry.path)
+            data = data if data is not None else _verified(entry, self.received.get(entry.path))
+            return data.copy() if data is not None else None
         data = self.read.pop(entry.path, None)
-        return data if data is not None else self._checked(entry, self.received.pop(entry.path, None))
-
-    def _packed(self, entry: FileEntry) -> Buffer | None:
-        data = self.read.get(entry.path)
-        data = data if data is not None else self._checked(entry, self.received.get(entry.path))
-        return data.copy() if data is not None else None
-
-    def _checked(self, entry: FileEntry, data: Buffer | None) -> Buffer | None:
-        if data is None:
-            return None
-        try:
-            check_file(entry, data.data)
-        except Fault as fault:
-            _log.warning("%s was damaged on its way from its reader: %s", entry.path, fault.reason)
-            return None
-        return data
+        return data if data is not None else _verified(entry, self.received.pop(entry.path, None))
 
 
-def read_once(
-    read: Callable[[], tuple[StepReader, Sequence[FileEntry]]],
-    rank: int,
-    world_size: int,
-    agreement: Agreement,
-) -> Shared | None:
-    """Have each file read by one rank and sent to the others; collective.
+def read_once(context: RestoreContext, step: int, parted: Collection[str]) -> SharedFiles | None:
+    """Have each file that all ranks need read by one of them and sent to the others; collective.
+
+    Fails as :class:`Agreement` does. No buffer is shared with other ranks once this returns.
 
     Args:
-        read: opens the step; its reader, and the files that all ranks need.
-        rank: of this process.
-        world_size: ranks of the group.
-        agreement: over them.
+        context: of this rank.
+        step: in storage.
+        parted: paths of the tensors of which each rank needs a part; their chunks are not read here.
 
     Returns:
-        None on all ranks: some rank cannot read some file, and each is to find out for itself.
+        None on all ranks if any of them cannot read its share: each rank then reads, and finds out, for itself.
     """
-    mine: dict[str, Buffer] = {}
-    entries: Sequence[FileEntry] = ()
+    files: list[FileEntry] = []
     owners: list[int] = []
+    read: dict[str, Buffer] = {}
     try:
-        reader, entries = read()
-        owners = share_out([entry.size_bytes for entry in entries], world_size)
-        own = [entry for entry, owner in zip(entries, owners, strict=True) if owner == rank]
-        mine = dict(zip((entry.path for entry in own), reader.read_all(own), strict=True))
-        said = _digest(entries)
+        reader = StepReader(context.store, step, context.io)
+        files = [entry for entry in reader.files_of(None) if entry.path.rpartition("/")[0] not in parted]
+        owners = share_out([entry.size_bytes for entry in files], context.world_size)
+        own = [entry for entry, owner in zip(files, owners, strict=True) if owner == context.rank]
+        read = dict(zip((entry.path for entry in own), reader.read_all(own), strict=True))
+        digest = _digest(files)
     except (Fault, OSError) as error:
-        said = f"rank {rank}: {error}"
-    if len(set(agreement.all_gather_text(said))) > 1 or not entries:
+        digest = f"rank {context.rank}: {error}"  # unlike every other rank's
+    if len(set(context.agreement.all_gather_text(digest))) > 1 or not files:
         return None
     received: dict[str, Buffer] = {}
-    for entry, owner in zip(entries, owners, strict=True):
-        data = torch.from_numpy(mine[entry.path]) if owner == rank else None
-        others = [other for other in range(world_size) if other != owner]
-        got = agreement.transfer(data, entry.size_bytes, owner, others)
-        if got is not None and owner != rank:
-            received[entry.path] = got.numpy()
-    return Shared(mine, received)
+    for entry, owner in zip(files, owners, strict=True):
+        data = torch.from_numpy(read[entry.path]) if owner == context.rank else None
+        receivers = [rank for rank in range(context.world_size) if rank != owner]
+        copy = context.agreement.transfer(data, entry.size_bytes, owner, receivers)
+        if copy is not None and owner != context.rank:
+            received[entry.path] = copy.numpy()
+    return SharedFiles(read, received)
+
+
+def _verified(entry: FileEntry, data: Buffer | None) -> Buffer | None:
+    if data is None:
+        return None
+    try:
+        check_file(entry, data.data)
+    except Fault as fault:
+        _log.warning("%s was damaged on its way from the rank that read it: %s", entry.path, fault.reason)
+        return None
+    return data
 
 
 def _digest(entries: Sequence[FileEntry]) -> str:
-    """The same on ranks that walk the same list."""
+    """Equal on ranks that have the same list of files."""
     return crc_hex("".join(f"{entry.path} {entry.size_bytes} {entry.crc32c}\n" for entry in entries).encode())

@@ -70,7 +70,7 @@ class SlotFiles:
             return self._maps[span.within][span.at : span.at + span.size_bytes]
 
     def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object]) -> bytes:
-        """As :meth:`outlast.checkpoint.storage.local.Store.read_into`."""
+        """As :meth:`outlast.checkpoint.storage.base.Store.read_into`."""
         span = self.spans[path][0]
         wanted = min(len(out), span.size_bytes)
         pieces = (out[at : min(at + CACHED_BYTES, wanted)] for at in range(0, wanted, CACHED_BYTES))

@@ -5,13 +5,9 @@ has to wait for it. That nothing was changed before then is checked, not believe
 
 - ``Tensor._version``, which every in-place operation of PyTorch raises, and the address, recorded when the snapshot
   begins, are compared after each tensor's copy and again when the training thread asks to go on;
-- fused optimizers, foreach optimizers of DTensors, compiled optimizer steps, CUDA graphs, and writes through ``.data``
-  or NumPy do not raise ``_version``. So a few elements spread over each tensor are recorded and compared too: no proof,
-  but an update changes nearly all elements. Of tensors on a GPU they are gathered in the training thread's stream when
-  the snapshot begins, and in the copying stream behind the last copy; neither holds the training thread up.
-
-From a GPU the copies run ahead of the checksums: as many are queued as there is host memory for, and the tensors are
-let go of when the last has arrived, whatever is left to checksum.
+- fused optimizers, foreach optimizers of DTensors, and writes through ``.data`` or NumPy do not raise ``_version``. For
+  tensors in host memory, a few elements spread over the tensor are recorded and compared too: no proof, but an update
+  changes nearly all elements.
 """
 
 from __future__ import annotations
@@ -23,11 +19,11 @@ import crc32c
 import torch
 
 from outlast.checkpoint.format.records import CRC_BYTES
-from outlast.checkpoint.save.device_sample import SAMPLES, DeviceSample, mutated
 from outlast.checkpoint.save.plan import Content, Part
 from outlast.checkpoint.state.tree import TensorEntry
-from outlast.errors import CheckpointError
+from outlast.errors import CheckpointError, SnapshotMutated
 
+_SAMPLES = 16
 _STRIDE_BYTES = 512 << 10
 """Copied and checksummed at a time, so that what is checksummed is in the processor's cache."""
 
@@ -50,73 +46,18 @@ class Snapshot:
                 if not part.eager and id(content.item) not in self._marks:
                     self._marks[id(content.item)] = _Mark(content.item)
         devices = {content.source.device for part in parts for content in part.contents}
-        accelerated = sorted({device for device in devices if device.type == "cuda"}, key=str)
-        items = {id(mark.item): mark.item for mark in self._marks.values()}.values()
-        self._samples = {
-            device: DeviceSample([item for item in items if item.tensor.device == device]) for device in accelerated
-        }
+        accelerated = {device for device in devices if device.type == "cuda"}
         # Copies on the side stream wait for what the training thread has queued so far, and for nothing later.
         self._queued = {device: torch.cuda.current_stream(device).record_event() for device in accelerated}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._arrived: dict[int, list[torch.cuda.Event]] = {}
-        """By part: when its copies from GPUs are there."""
-        self._behind: list[torch.cuda.Event] | None = None
-        """When the last copies, and the samples behind them, are there; None before they are queued."""
 
     @property
     def pinned(self) -> bool:
         """Whether copies come from an accelerator, and their target should be page-locked."""
         return bool(self._queued)
 
-    def queue(self, index: int, target: torch.Tensor) -> None:
-        """Begin to copy what one part has of GPUs' tensors; returns at once. For the thread that calls :meth:`copy`.
-
-        Args:
-            index: of the part; all parts in order.
-            target: as for :meth:`copy`, page-locked; not to be read before :meth:`copy` has returned.
-        """
-        part = self._parts[index]
-        assert part is not None
-        used = []
-        with torch.no_grad():
-            for content in part.contents:
-                device = content.source.device
-                if device not in self._queued or not content.source.numel():
-                    continue
-                with torch.cuda.stream(self._stream(device)):
-                    corner = _corner(content, target[content.offset : content.offset + content.nbytes])
-                    corner.copy_(content.source, non_blocking=not content.block)  # a corner goes through another buffer
-                if device not in used:
-                    used.append(device)
-        self._arrived[index] = [self._stream(device).record_event() for device in used]
-        if index + 1 == len(self._parts):
-            for sample in self._samples.values():
-                sample.take_again(self._stream(sample.device))
-            self._behind = [self._stream(device).record_event() for device in self._queued]
-
-    def let_go(self, *, wait: bool = False) -> bool:
-        """Whether all copies from GPUs have arrived, so that the tensors may change.
-
-        Args:
-            wait: until they have.
-
-        Raises:
-            SnapshotMutated: a tensor was changed since the snapshot began.
-        """
-        if self._behind is None:
-            return False
-        for event in self._behind:
-            if wait:
-                event.synchronize()
-            elif not event.query():  # type: ignore[no-untyped-call]
-                return False
-        for sample in self._samples.values():
-            sample.check()
-        self.check()
-        return True
-
     def copy(self, index: int, target: torch.Tensor, *, verify: bool = False) -> int:
-        """Copy one part, or wait for what :meth:`queue` began to copy; checksum it, and let go of its tensors.
+        """Copy one part, and let go of its tensors.
 
         Args:
             index: of the part.
@@ -135,8 +76,6 @@ class Snapshot:
         assert part is not None
         payload = target[: part.nbytes]
         crc, at = 0, 0
-        for event in self._arrived.pop(index, []):
-            event.synchronize()
         with torch.no_grad():
             for content in part.contents:
                 if content.offset > at:
@@ -167,21 +106,25 @@ class Snapshot:
         self._marks = {}
         self._parts = [None] * len(self._parts)
 
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        stream = self._streams.get(device)
-        if stream is None:
-            stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            stream.wait_event(self._queued[device])
-        return stream
-
     def _copy(self, content: Content, target: torch.Tensor, crc: int, verify: bool) -> int:
         source = content.source
         if not source.numel():
             return crc
+        if content.block:
+            corner = target.zero_().view(source.dtype).view(content.block)
+            for d, size in enumerate(source.shape):
+                corner = corner.narrow(d, 0, size)
+        else:
+            corner = target.view(source.dtype).view(source.shape)
         if source.device in self._queued:
-            return crc32c.crc32c(target.numpy().data, crc)  # it is there: see queue()
-        corner = _corner(content, target)
-        if not content.block and source.is_contiguous() and not source.is_conj() and not source.is_neg():
+            stream = self._streams.get(source.device)
+            if stream is None:
+                stream = self._streams[source.device] = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
+                stream.wait_event(self._queued[source.device])
+            with torch.cuda.stream(stream):
+                corner.copy_(source, non_blocking=not content.block)  # into a corner it goes through another buffer
+            stream.synchronize()
+        elif not content.block and source.is_contiguous() and not source.is_conj() and not source.is_neg():
             raw = source.reshape(-1).view(torch.uint8)
             data, copy = raw.numpy().data, target.numpy().data
             for at in range(0, len(data), _STRIDE_BYTES):
@@ -200,17 +143,6 @@ class Snapshot:
         return crc32c.crc32c(target.numpy().data, crc)
 
 
-def _corner(content: Content, target: torch.Tensor) -> torch.Tensor:
-    """The place of some content in its target: all of it, or a corner of a block whose rest becomes zero."""
-    source = content.source
-    if not content.block:
-        return target.view(source.dtype).view(source.shape)
-    corner = target.zero_().view(source.dtype).view(content.block)
-    for d, size in enumerate(source.shape):
-        corner = corner.narrow(d, 0, size)
-    return corner
-
-
 def _zero(target: torch.Tensor, crc: int) -> int:
     """Zero some memory, and go on with the checksum."""
     return crc32c.crc32c(target.zero_().numpy().data, crc) if target.numel() else crc
@@ -225,7 +157,7 @@ class _Mark:
                 f"the tensor {item.name!r} was made in inference mode, so changes of it cannot be told",
                 "name its top-level key in `eager`",
             )
-        self.item = item
+        self._item = item
         self._watched = [item.tensor] if item.dtensor is None else [item.tensor, item.dtensor]
         self._versions = [tensor._version for tensor in self._watched]
         self._address = item.tensor.data_ptr()
@@ -233,7 +165,7 @@ class _Mark:
         self._sample = self._read()
 
     def check(self) -> None:
-        tensor = self.item.tensor
+        tensor = self._item.tensor
         if tensor.data_ptr() != self._address:
             self._fail("its storage was replaced")
         versions = [tensor._version for tensor in self._watched]
@@ -243,17 +175,21 @@ class _Mark:
             self._fail("its elements differ, though its _version does not")
 
     def _read(self) -> list[bytes]:
-        width = self.item.tensor.itemsize
+        width = self._item.tensor.itemsize
         return [ctypes.string_at(self._address + place, width) for place in self._places]
 
     def _fail(self, evidence: str) -> None:
-        raise mutated(self.item.name, evidence)
+        raise SnapshotMutated(
+            f"the tensor {self._item.name!r} was changed before wait_copied() returned ({evidence})",
+            "call wait_copied() before the optimizer's update and whatever else changes saved tensors, or name the "
+            "top-level key of tensors that change earlier in `eager`",
+        )
 
 
 def _places(tensor: torch.Tensor) -> list[int]:
     """Byte offsets from ``data_ptr()`` of a few elements, evenly spread over the tensor, first and last included."""
     count = tensor.numel()
-    samples = min(SAMPLES, count)
+    samples = min(_SAMPLES, count)
     places = []
     for sample in range(samples):
         index = sample * (count - 1) // max(1, samples - 1)

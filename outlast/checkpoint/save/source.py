@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -98,39 +97,21 @@ class TensorSource:
         try:
             if not self._eager:
                 self.eager_copied.set()
-            ahead: deque[Region] = deque()
-            """Regions of the parts that are next, into which a GPU's tensors are on their way."""
             for index, (path, nbytes) in enumerate(self._parts):
                 check_cancelled()
-                while not self._fill(index, ahead):
+                while (region := self._arena.take(nbytes + CRC_BYTES)) is None:
                     yield None
                     self._arena.wait(_LOOK_S)
                     check_cancelled()
-                region = ahead.popleft()
                 crc = self._snapshot.copy(index, region.memory, verify=self._verify)
                 if index + 1 == self._eager:
                     self.eager_copied.set()
-                self._let_go(last=index + 1 == len(self._parts))
+                if index + 1 == len(self._parts):
+                    self.copied_at = time.monotonic()
+                    self.copied.set()
                 yield Copied(path, nbytes, region.memory, crc, partial(self._arena.give_back, region))
         finally:
             self.eager_copied.set()
-            self.copied.set()
-
-    def _fill(self, index: int, ahead: deque[Region]) -> bool:
-        """Have the copies of part ``index`` under way; from GPUs also of those after it, as far as memory goes."""
-        far = len(self._parts) if self._snapshot.pinned else index + 1
-        for each in range(index + len(ahead), far):
-            region = self._arena.take(self._parts[each][1] + CRC_BYTES)
-            if region is None:
-                break
-            self._snapshot.queue(each, region.memory)
-            ahead.append(region)
-        return bool(ahead)
-
-    def _let_go(self, *, last: bool) -> None:
-        """Note that all tensors have been copied, as soon as they have."""
-        if not self.copied.is_set() and (self._snapshot.let_go(wait=last) if self._snapshot.pinned else last):
-            self.copied_at = time.monotonic()
             self.copied.set()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
@@ -77,6 +78,23 @@ class FileSource(Protocol):
         """Have a chunk's elements where they belong, verified; False if they are not here, whatever lies there then."""
 
 
+@dataclass(frozen=True)
+class ChunkRead:
+    """One chunk to read, and its place."""
+
+    path: str
+    """Of its array."""
+    info: ArrayInfo
+    """Of its array."""
+    index: tuple[int, ...]
+    """In the array's grid of chunks."""
+    entry: FileEntry
+    out: torch.Tensor | None
+    """This rank's part of the tensor, to be filled; None: the tensor, or those of a pack, are made of the chunk."""
+    start: tuple[int, ...] | None
+    """Where in the whole tensor ``out`` begins; None: ``out`` is all of it."""
+
+
 class StepReader:
     """One committed step. Its commit record and votes are read and verified by the constructor.
 
@@ -129,13 +147,13 @@ class StepReader:
                 progress(done, total)
         return faults
 
-    def load(self, rank: int | None, wanted: RestoreTarget | None = None) -> dict[str, Any]:
+    def load(self, rank: int | None, target: RestoreTarget | None = None) -> dict[str, Any]:
         """The local state of a rank, or (None) the replicated state; tensors on the CPU.
 
         Args:
             rank: whose state.
-            wanted: of which tensors this rank needs a part, and where they are to be read to; chunks that lie in no
-                such part are not read.
+            target: of which tensors this rank needs a part, and which are to be filled; chunks outside of these parts
+                are not read.
 
         Raises:
             Fault: a file is missing or damaged; the first in the order of the votes. Where tensors are read to, some
@@ -144,20 +162,21 @@ class StepReader:
         """
         entries = self.files_of(rank)
         nodes = self._nodes(entries)
-        if wanted is not None:
-            wanted.check(_described(rank, nodes))
+        arrays = {path: info for path, info in nodes.items() if isinstance(info, ArrayInfo)}
+        if target is not None:
+            target.check(_described(rank, arrays))
         top = "" if rank is None else rank_name(rank)
         if top not in nodes:
             raise Fault(IncompleteCheckpoint, node_path(top), "no vote lists this file")
         groups: dict[str, dict[Any, Any]] = {}
         # A parent's path is shorter than its children's, so parents come first.
-        for path in sorted((path for path in nodes if not isinstance(nodes[path], ArrayInfo)), key=len):
+        for path in sorted((path for path in nodes if path not in arrays), key=len):
             values: Any = nodes[path]
             groups[path] = {key: from_json(item) for key, item in values.items() if path or key != HEADER}
             if path != top:
                 _put(groups, path, groups[path])
-        for path, tensor in self._tensors(rank, nodes, entries, wanted).items():
-            _put(groups, path, tensor if wanted is None else wanted.placed(path, tensor))
+        for path, tensor in self._tensors(rank, arrays, entries, target).items():
+            _put(groups, path, tensor if target is None else target.placed(path, tensor))
         return groups[top]
 
     def describe(self, rank: int | None) -> tuple[dict[str, ArrayInfo], dict[str, dict[str, Any]]]:
@@ -192,61 +211,41 @@ class StepReader:
     def _tensors(
         self,
         rank: int | None,
-        nodes: dict[str, ArrayInfo | dict[str, Any]],
+        arrays: Mapping[str, ArrayInfo],
         entries: Iterable[FileEntry],
-        wanted: RestoreTarget | None,
+        target: RestoreTarget | None,
     ) -> dict[str, torch.Tensor]:
-        """By path, whole or (where a part is wanted) a part of it.
+        """By path, whole or (where a part is needed) a part of it.
 
-        A chunk's memory becomes its tensor's, or is let go of once it was copied to its place there.
+        A chunk's memory becomes its tensor's, or is freed once it is copied to its place there.
         """
-        boxes: Mapping[str, Box] = wanted.boxes if wanted is not None else {}
-        chunks = {entry.path: entry for entry in entries if entry.chunk}
-        work: list[tuple[str, ArrayInfo, tuple[int, ...], FileEntry]] = []
-        found: dict[str, torch.Tensor] = {}
-        for path, info in nodes.items():
-            if not isinstance(info, ArrayInfo):
-                continue
-            box = boxes.get(path) or whole(info.shape)
-            target = wanted.target(path) if wanted is not None else None
-            places = box.places(info.chunk)
-            for place in places:
-                file = f"{path}/{chunk_name(place)}"
-                if file not in chunks:
-                    raise Fault(IncompleteCheckpoint, file, "no vote lists this chunk, though its array has elements")
-                work.append((path, info, place, chunks[file]))
-            is_chunk = box.size == info.chunk and len(places) == 1
-            if target is not None:
-                found[path] = target
-            elif info.packed is None and not is_chunk:
-                found[path] = as_tensor(allocate(math.prod(box.size) * info.dtype.itemsize), box.size, info.dtype)
+        boxes = target.boxes if target is not None else {}
+        tensors = _memory_to_fill(arrays, target)
+        reads = _chunk_reads(arrays, boxes, tensors, [entry for entry in entries if entry.chunk])
+        for made in list(self._io.map(lambda chunk: self._read_chunk(chunk, rank, boxes), reads)):
+            for path, tensor in made.items():
+                place = target.target(path) if target is not None else None
+                tensors[path] = tensor if place is None else place.copy_(tensor)
+        return tensors
 
-        def read(task: tuple[str, ArrayInfo, tuple[int, ...], FileEntry]) -> dict[str, torch.Tensor]:
-            path, info, place, entry = task
-            start = boxes[path].start if path in boxes else None
-            if path in found and (room := room_for(info, place, found[path], start)) is not None:
-                self._read_to(room, info, entry)
-                return {}
-            data = payload(info, self.read(entry), entry.path)
-            if info.packed is not None:
-                tensors = unpack(info, data, entry.path)
-                return {
-                    name: part_of(tensor, boxes[name]) if name in boxes else tensor
-                    for name, tensor in tensors.items()
-                    if parse_local(name) == rank
-                }
-            if path not in found:
-                return {path: as_tensor(data, info.chunk, info.dtype)}
-            put_chunk(info, data, place, found[path], start)
+    def _read_chunk(self, chunk: ChunkRead, rank: int | None, boxes: Mapping[str, Box]) -> dict[str, torch.Tensor]:
+        """Read one chunk to its place, or else return what is made of it: its tensor, or those of a pack, by path."""
+        info, out = chunk.info, chunk.out
+        if out is not None and (room := room_for(info, chunk.index, out, chunk.start)) is not None:
+            self._read_to(room, info, chunk.entry)
             return {}
-
-        order = {entry.path: number for number, entry in enumerate(chunks.values())}
-        work.sort(key=lambda task: order[task[3].path])
-        for some in list(self._io.map(read, work)):
-            for name, tensor in some.items():
-                target = wanted.target(name) if wanted is not None else None
-                found[name] = tensor if target is None else target.copy_(tensor)
-        return found
+        data = payload(info, self.read(chunk.entry), chunk.entry.path)
+        if info.packed is not None:
+            tensors = unpack(info, data, chunk.entry.path)
+            return {
+                path: part_of(tensor, boxes[path]) if path in boxes else tensor
+                for path, tensor in tensors.items()
+                if parse_local(path) == rank
+            }
+        if out is None:
+            return {chunk.path: as_tensor(data, info.chunk, info.dtype)}
+        put_chunk(info, data, chunk.index, out, chunk.start)
+        return {}
 
     def read(self, entry: FileEntry) -> Buffer:
         """A file's bytes, verified against the vote; raises :class:`Fault`."""
@@ -299,16 +298,57 @@ class StepReader:
         return vote
 
 
-def _described(rank: int | None, nodes: dict[str, ArrayInfo | dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
+def _described(rank: int | None, arrays: Mapping[str, ArrayInfo]) -> dict[str, tuple[Any, ...]]:
     """Shape and dtype of a state's tensors, by path."""
-    arrays = {path: info for path, info in nodes.items() if isinstance(info, ArrayInfo)}
-    found: dict[str, tuple[Any, ...]] = {
+    described: dict[str, tuple[Any, ...]] = {
         path: (info.shape, info.dtype) for path, info in arrays.items() if info.packed is None
     }
     for info in arrays.values():
         packed = info.packed or {}
-        found |= {path: (at.shape, at.dtype) for path, at in packed.items() if parse_local(path) == rank}
-    return found
+        described |= {path: (at.shape, at.dtype) for path, at in packed.items() if parse_local(path) == rank}
+    return described
+
+
+def _memory_to_fill(arrays: Mapping[str, ArrayInfo], target: RestoreTarget | None) -> dict[str, torch.Tensor]:
+    """What chunks are read or copied to, by path: the running job's tensors, or new ones.
+
+    There is none for packs, and none for a tensor of one chunk, which is made of the chunk's own memory.
+    """
+    memory: dict[str, torch.Tensor] = {}
+    for path, info in arrays.items():
+        box = _box_of(path, info, target.boxes if target is not None else {})
+        running = target.target(path) if target is not None else None
+        is_one_chunk = box.size == info.chunk and len(box.places(info.chunk)) == 1
+        if running is not None:
+            memory[path] = running
+        elif info.packed is None and not is_one_chunk:
+            memory[path] = as_tensor(allocate(math.prod(box.size) * info.dtype.itemsize), box.size, info.dtype)
+    return memory
+
+
+def _chunk_reads(
+    arrays: Mapping[str, ArrayInfo],
+    boxes: Mapping[str, Box],
+    memory: Mapping[str, torch.Tensor],
+    entries: Sequence[FileEntry],
+) -> list[ChunkRead]:
+    """The chunks that hold this rank's parts, in the order of the votes; raises :class:`Fault` if one is missing."""
+    by_path = {entry.path: entry for entry in entries}
+    reads = []
+    for path, info in arrays.items():
+        start = boxes[path].start if path in boxes else None
+        for index in _box_of(path, info, boxes).places(info.chunk):
+            file = f"{path}/{chunk_name(index)}"
+            if file not in by_path:
+                raise Fault(IncompleteCheckpoint, file, "no vote lists this chunk, though its array has elements")
+            reads.append(ChunkRead(path, info, index, by_path[file], memory.get(path), start))
+    order = {path: number for number, path in enumerate(by_path)}
+    return sorted(reads, key=lambda chunk: order[chunk.entry.path])
+
+
+def _box_of(path: str, info: ArrayInfo, boxes: Mapping[str, Box]) -> Box:
+    """This rank's part of a tensor."""
+    return boxes.get(path) or whole(info.shape)
 
 
 def _put(groups: dict[str, dict[Any, Any]], path: str, value: Any) -> None:

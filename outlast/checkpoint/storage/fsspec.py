@@ -61,7 +61,7 @@ def open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
 
 
 class FsspecStore:
-    """See :class:`outlast.checkpoint.storage.local.Store`.
+    """See :class:`outlast.checkpoint.storage.base.Store`.
 
     Raises:
         ConnectionError: (all methods) the store does not answer, or not with what was asked for, each time.

@@ -91,9 +91,8 @@ class Tiers:
         due = [tier for tier in self._fed if tier.due(request)]
         for tier in due:
             tier.wait(request.step)
-        assert request.snapshot is not None
         try:
-            slot = self._memory.slots.take(slot_bytes(self._context, request), pinned=request.snapshot.pinned)
+            slot = self._memory.slots.take(slot_bytes(self._context, request))
         except OSError as error:
             reason = f"no shared memory for it: {error}"
             _log.warning("checkpoint of step %d failed in memory: %s", request.step, reason)

@@ -16,6 +16,7 @@ what a restore has mapped stays as it was. Nothing is fsynced: this memory survi
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import stat
 import threading
@@ -29,7 +30,6 @@ import torch
 from outlast.checkpoint.format.names import MEMORY, PARTNER, encode_key, rank_name
 from outlast.checkpoint.format.records import Commit, Fault, SlotIndex, seal, unseal_commit, unseal_placed
 from outlast.checkpoint.memory.arena import Region, room
-from outlast.checkpoint.memory.page_lock import SharedMapping
 from outlast.checkpoint.memory.pages import map_all
 from outlast.checkpoint.storage.local import sync_dir
 from outlast.errors import CheckpointError
@@ -155,20 +155,14 @@ class Slots:
     def __init__(self, folder: Path, attempt_id: str, rank: int, keep: int) -> None:
         self._stem = str(folder / f"{encode_key(attempt_id)}.{rank_name(rank)}.")
         self._keep = keep
-        self._pinned = False
         self._slots: list[Slot] = []
 
-    def take(self, nbytes: int, *, pinned: bool = False) -> Slot:
+    def take(self, nbytes: int) -> Slot:
         """A slot of at least ``nbytes`` that holds nothing that is kept or read; its memory is reserved.
-
-        Args:
-            nbytes: how much will be taken of it.
-            pinned: page-lock the memory of slots made from now on, for copies from a GPU.
 
         Raises:
             OSError: there is not that much shared memory.
         """
-        self._pinned |= pinned
         full = [slot for slot in self._slots if slot.step is not None]
         # What the partner has of this rank is worth as much as what this rank has beside it: of the two newest steps
         # that were sent, one may still be on its way from some rank.
@@ -205,7 +199,7 @@ class Slots:
     def _allocate(self, slot: Slot, nbytes: int) -> None:
         slot.memory = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
         slot.data.unlink(missing_ok=True)
-        slot.memory = _shared(slot.data, room(nbytes), pinned=self._pinned)
+        slot.memory = _shared(slot.data, room(nbytes))
 
     @property
     def newest(self) -> int | None:
@@ -225,17 +219,14 @@ class Slots:
         self._slots = []
 
 
-def _shared(path: Path, nbytes: int, *, pinned: bool) -> torch.Tensor:
+def _shared(path: Path, nbytes: int) -> torch.Tensor:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         # Reserved now: a write into a full tmpfs would end the process with SIGBUS.
         os.posix_fallocate(fd, 0, nbytes)
-        memory = SharedMapping(fd, nbytes)
+        memory = mmap.mmap(fd, nbytes)
         map_all(memory)
-        tensor = torch.frombuffer(memory, dtype=torch.uint8)
-        if pinned:
-            memory.page_lock(tensor.data_ptr())
-        return tensor
+        return torch.frombuffer(memory, dtype=torch.uint8)
     except OSError:
         path.unlink(missing_ok=True)
         raise

@@ -20,7 +20,7 @@ from outlast.comm.auto.policy import (
     wire_bytes,
 )
 from outlast.comm.config import CommConfig
-from outlast.comm.exchange.stats import Meter
+from outlast.comm.exchange.stats import ReduceMeter
 from outlast.comm.exchange.topology import Network
 from outlast.comm.state.parameters import ParamState
 
@@ -45,7 +45,7 @@ class Auto:
         self._opened_s: float | None = None
         self._steps: list[tuple[float, float]] = []
 
-    def next_step(self, meter: Meter) -> Choice | None:
+    def next_step(self, meter: ReduceMeter) -> Choice | None:
         """A step begins, the meter still has the one before; the choice, once enough steps have been seen.
 
         The call that chooses is a collective one, of some seconds on a slow link.
@@ -55,15 +55,14 @@ class Auto:
         """
         now = time.perf_counter()
         if self._opened_s is not None and meter.numel:
-            exposed_s = max(0.0, meter.last_done_s - meter.last_ready_s)
-            self._steps.append((now - self._opened_s - exposed_s, meter.last_ready_s - meter.first_ready_s))
+            self._steps.append((now - self._opened_s - meter.exposed_s, meter.hiding_s))
         self._opened_s = now
         if len(self._steps) < DENSE_STEPS:
             return None
         return self._choose(max(1, meter.buckets))
 
     def _choose(self, buckets: int) -> Choice:
-        communicator = self._network.rail
+        communicator = self._network.inter_node
         timing = timing_of(self._steps[1:], communicator, self._device)
         link = measure_link(communicator, self._device)
         compressed = [state for state in self._states if state.may_compress and state.param.requires_grad]

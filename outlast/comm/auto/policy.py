@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from outlast.comm.config import CommConfig, two_phase
-from outlast.comm.feedback.from_config import make_feedback
+from outlast.comm.feedback.from_config import feedback_from_config
 from outlast.comm.transport.communicator import Communicator, slowest
 
 DENSE_STEPS = 4
@@ -146,7 +146,7 @@ def measure_codec(config: CommConfig, communicator: Communicator, device: torch.
     Raises:
         CommError: a peer died or the limit passed.
     """
-    feedback = make_feedback(config)
+    feedback = feedback_from_config(config)
     if feedback is None:
         return 0.0
     n = communicator.world_size
@@ -175,7 +175,7 @@ def wire_bytes(config: CommConfig, tensors: Mapping[tuple[int, ...], int], whole
         whole_numel: entries of tensors that never are.
         n: ranks.
     """
-    feedback = make_feedback(config)
+    feedback = feedback_from_config(config)
     dense = 2 * (n - 1) * 4 * whole_numel // n
     if feedback is None:
         numel = sum(count * torch.Size(shape).numel() for shape, count in tensors.items())

@@ -1,51 +1,59 @@
-"""The one-liner for people with their own loop."""
+"""Compression under DistributedDataParallel."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from torch.nn.parallel import DistributedDataParallel
 
+from outlast.comm.auto.policy import Choice
 from outlast.comm.config import CommConfig
 from outlast.comm.ddp.reducer import GradientReducer
 from outlast.comm.direction import Direction
 from outlast.comm.transport.communicator import CollectiveObserver
 
 
-def attach(
+def attach_ddp(
     ddp: DistributedDataParallel,
+    config: CommConfig | None = None,
     *,
-    target: str,
     observer: CollectiveObserver | None = None,
     direction: Direction | None = None,
-    **settings: Any,
+    dense_direction: Direction | None = None,
+    on_choice: Callable[[Choice], None] | None = None,
 ) -> GradientReducer:
     """Compress what ``ddp`` averages, from the next backward on; a collective call.
 
-    ::
+    Adam's directions, with Adam in the reducer::
 
         reducer = attach(ddp, target="update", density=0.01)
-        optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3, weight_decay=0.1)      # Adam is in the reducer
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3, weight_decay=0.1)
 
-        reducer = attach(ddp, target="gradient", feedback="ef21", density=0.05)       # with any optimizer
+    Gradients, with any optimizer::
+
+        reducer = attach(ddp, target="gradient", feedback="ef21", density=0.05)
 
     Args:
-        ddp: the model; the ranks are those of its process group.
-        target: ``update``, and the optimizer is SGD, or ``gradient``; see :class:`CommConfig`.
-        observer: told of every collective.
-        direction: of ``target = "update"``; None takes Adam with beta1 = 0, beta2 = 0.95.
-        settings: other fields of :class:`CommConfig`.
-
-    Returns:
-        The reducer: save its ``state_dict()`` with every checkpoint of every rank.
+        ddp: the model, before its first backward; the ranks are those of its process group.
+        config: see :class:`CommConfig`; None takes its defaults. With ``target = "update"`` the optimizer is
+            ``torch.optim.SGD``.
+        observer: see :class:`GradientReducer`.
+        direction: see :class:`GradientReducer`.
+        dense_direction: see :class:`GradientReducer`.
+        on_choice: see :class:`GradientReducer`.
 
     Raises:
-        UnknownCompressor, OutOfRange: a setting is wrong.
-        TypeError: there is no such setting.
+        CommError: no default process group; parameters on several devices; a number of ranks that is no multiple of
+            ``config.ranks_per_node``.
     """
-    config = CommConfig(target=target, **settings)
     reducer = GradientReducer(
-        ddp.module.named_parameters(), config, group=ddp.process_group, observer=observer, direction=direction
+        ddp.module.named_parameters(),
+        config or CommConfig(),
+        group=ddp.process_group,
+        observer=observer,
+        direction=direction,
+        dense_direction=dense_direction,
+        on_choice=on_choice,
     )
     reducer.attach(ddp)
     return reducer

@@ -1,6 +1,6 @@
 """DeepSpeed, ZeRO stages 0, 1 and 2: gradients averaged by outlast where DeepSpeed would all-reduce or reduce them.
 
-There is no public seam for it, so one method of one *object* is replaced, after a look at its signature:
+DeepSpeed has no public hook for it, so one method of one *object* is replaced, once its signature has been checked:
 
 * ZeRO 0, and ZeRO 1 in bf16 with fp32 accumulation: ``engine.buffered_allreduce_fallback``, which is called once a
   step, when all its gradients are summed up. They are averaged whole, on every rank, by a :class:`GradientReducer`.
@@ -13,71 +13,103 @@ Clipping, the optimizer and the all-gather of weights are DeepSpeed's own, and c
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from importlib import import_module
-from types import TracebackType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
 
 from outlast.comm.config import CommConfig
-from outlast.comm.deepspeed.seams import Integration, Partitions, WholeGradients
+from outlast.comm.deepspeed.integrations import Integration, Partitions, WholeGradients
 from outlast.comm.direction import Direction
 from outlast.comm.exchange.stats import ReduceStats
+from outlast.comm.reducer import Reducer
 from outlast.comm.transport.communicator import CollectiveObserver
-from outlast.errors import CommError, MissingDependency
+from outlast.deepspeed_compat import check_engine, check_method, import_deepspeed, known_attributes
+from outlast.errors import CommError
 
-_TESTED = "0.19.8"
 
-
-class DeepSpeedReducer:
-    """Averages a DeepSpeed engine's gradients, compressed; made by :func:`attach`.
+class DeepSpeedReducer(Reducer):
+    """Averages a DeepSpeed engine's gradients, compressed; made by :func:`attach_deepspeed`.
 
     It acts inside ``engine.backward()`` of a step's last micro-batch (``engine.step()`` with
     ``managed_gradient_accumulation = false``). A step is DeepSpeed's: ``engine.global_steps + 1``.
 
-    Failure: as :class:`GradientReducer`: what goes wrong is raised by ``engine.backward()`` and by every later call.
+    Failure: as :class:`Reducer` says; what goes wrong is raised by ``engine.backward()``.
+
+    Args:
+        engine: DeepSpeed's.
+        config: the settings.
+        integration: what was put in the place of DeepSpeed's averaging.
     """
 
-    def __init__(self, seam: Integration, config: CommConfig, world_size: int) -> None:
-        self._seam = seam
+    def __init__(self, engine: Any, config: CommConfig, integration: Integration) -> None:
         self.config = config
-        self.world_size = world_size
+        self.world_size = dist.get_world_size(engine.data_parallel_group)
+        self._engine = engine
+        self._integration = integration
+
+    def begin_step(self, step: int) -> None:
+        """Check that the next backward belongs to ``step``. DeepSpeed counts the steps, so this only compares.
+
+        Raises:
+            CommError: an exchange has failed before, or DeepSpeed's next step is another one.
+        """
+        self._integration.check()
+        expected = self._engine.global_steps + 1
+        if step != expected:
+            raise CommError(
+                f"begin_step({step}), but the next step of the DeepSpeed engine is {expected}",
+                "count as engine.global_steps does, from the checkpoint that the engine has loaded; or leave out "
+                "begin_step()",
+            )
 
     def end_step(self) -> ReduceStats:
         """What the last step's exchange has cost; to be called, if at all, after ``engine.step()``.
 
-        ``dense_bytes`` is what a ring would have sent in fp32: 2 (n - 1) / n x 4 bytes an entry of an all-reduce, half
+        ``dense_bytes`` is what a ring would have sent in fp32: 2 (n - 1) / n x 4 bytes an entry for an all-reduce, half
         of it where only the partition's owner needs the sum.
 
         Raises:
             CommError: an exchange has failed.
         """
-        return self._seam.end_step()
+        return self._integration.end_step()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Error-feedback state, for a checkpoint; to be called between steps.
+        """Error-feedback state for a checkpoint; to be called between steps.
 
         Returns:
-            As :meth:`GradientReducer.state_dict`. Where partitions are averaged nothing is replicated, a parameter's
-            local slots have its shape, and ``owned_...`` that of this rank's part of it. The tensors are live. It is
-            no part of ``engine.save_checkpoint``: save it on each rank, beside.
+            As :meth:`Reducer.state_dict`. Where partitions are averaged, nothing is replicated, a parameter's local
+            slots have its shape, and ``owned_...`` that of this rank's part of it. ``engine.save_checkpoint`` does not
+            save it: save it beside, on each rank.
 
         Raises:
             CommError: an exchange has failed, or the step is not complete.
         """
-        return self._seam.state_dict()
+        return self._integration.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over a copy of what :meth:`state_dict` gave on the same rank; training goes on bit for bit.
+        """See :meth:`Reducer.load_state_dict`.
 
         Raises:
-            CommStateMismatch: names what does not fit (also: another number of ranks, another ZeRO stage, another
-                assignment of parameters to ranks); nothing was taken over then.
+            CommStateMismatch: names what does not fit (also: another world size, another ZeRO stage, another assignment
+                of parameters to ranks); nothing has been loaded then.
             CommError: an exchange has failed.
         """
-        self._seam.load_state_dict(state)
+        self._integration.load_state_dict(state)
+
+    def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None:
+        """See :meth:`Reducer.load_resharded`. Where whole gradients are averaged, the number of ranks may change.
+
+        Args:
+            read: given a rank of the run that saved, in its data-parallel group, its state.
+            ranks: how many ranks saved.
+
+        Raises:
+            CommStateMismatch: another number of ranks where partitions are averaged, or what :meth:`load_state_dict`
+                says; nothing has been loaded then.
+            CommError: an exchange has failed.
+        """
+        self._integration.load_resharded(read, ranks)
 
     def close(self) -> None:
         """Give the engine its own averaging back, and end the threads. Closing twice is harmless.
@@ -85,18 +117,10 @@ class DeepSpeedReducer:
         Raises:
             CommError: a collective did not end within the limit.
         """
-        self._seam.close()
-
-    def __enter__(self) -> DeepSpeedReducer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        self._integration.close()
 
 
-def attach(
+def attach_deepspeed(
     engine: Any,
     config: CommConfig | None = None,
     *,
@@ -108,7 +132,7 @@ def attach(
     ::
 
         engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
-        reducer = outlast.comm.deepspeed.attach(engine, CommConfig(target="gradient", feedback="ef21", density=0.05))
+        reducer = attach_deepspeed(engine, CommConfig(target="gradient", feedback="ef21", density=0.05))
 
     With gradient accumulation only the sum of a step's micro-batches is exchanged, with ZeRO 2 too: where DeepSpeed
     would reduce each micro-batch, they are added up on each rank, in fp32 (memory: one gradient more). With ZeRO 1 and
@@ -129,23 +153,13 @@ def attach(
             ``contiguous_gradients = false``, sums instead of means, an optimizer that communicates itself; or a
             DeepSpeed that is built otherwise than 0.19.8.
     """
-    try:
-        deepspeed = import_module("deepspeed")
-        partitioned = import_module("deepspeed.runtime.zero.stage_1_and_2").DeepSpeedZeroOptimizer
-        in_bf16 = import_module("deepspeed.runtime.bf16_optimizer").BF16_Optimizer
-    except ImportError as error:
-        raise MissingDependency(f"DeepSpeed cannot be imported: {error}", "pip install 'outlast[deepspeed]'") from error
-    if not isinstance(engine, deepspeed.DeepSpeedEngine):
-        raise CommError(f"{type(engine).__name__} is no DeepSpeedEngine", "hand over what deepspeed.initialize returns")
+    deepspeed, zero, bf16 = import_deepspeed("runtime.zero.stage_1_and_2", "runtime.bf16_optimizer")
+    check_engine(engine, deepspeed, CommError)
     config = config or CommConfig()
     optimizer = engine.optimizer
-    try:
+    with known_attributes(deepspeed, CommError):
+        partitioned, in_bf16 = zero.DeepSpeedZeroOptimizer, bf16.BF16_Optimizer
         _refuse(engine, optimizer)
-    except AttributeError as error:
-        raise CommError(
-            f"deepspeed {deepspeed.__version__} is not built as outlast knows it: {error}",
-            f"use deepspeed {_TESTED}",
-        ) from error
     stage = int(engine.zero_optimization_stage())
     if config.target == "update" and engine.gradient_clipping() > 0:
         raise CommError(
@@ -153,27 +167,27 @@ def attach(
             "gradient, to be clipped",
             "set gradient_clipping = 0, or target = 'gradient'",
         )
-    seam: Integration
+    integration: Integration
     if type(optimizer) is partitioned:
-        _known(optimizer, "average_tensor", ("tensor", "communication_data_type"))
-        seam = Partitions(engine, config, observer, direction)
+        check_method(optimizer, "average_tensor", ("tensor", "communication_data_type"), CommError)
+        integration = Partitions(engine, config, observer, direction)
     elif stage == 0 or isinstance(optimizer, in_bf16):
-        _known(engine, "buffered_allreduce_fallback", ("grads", "elements_per_buffer"))
-        seam = WholeGradients(engine, config, observer, direction)
+        check_method(engine, "buffered_allreduce_fallback", ("grads", "elements_per_buffer"), CommError)
+        integration = WholeGradients(engine, config, observer, direction)
     else:
         raise CommError(f"{type(optimizer).__name__} is not supported", "use ZeRO stage 0, 1 or 2 without offload")
-    return DeepSpeedReducer(seam, config, dist.get_world_size(engine.data_parallel_group))
+    return DeepSpeedReducer(engine, config, integration)
 
 
 def _refuse(engine: Any, optimizer: Any) -> None:
     """What cannot be right is an error.
 
     Raises:
-        CommError: see :func:`attach`.
+        CommError: see :func:`attach_deepspeed`.
     """
     stage = int(engine.zero_optimization_stage())
     checks: list[tuple[bool, str, str]] = [
-        (stage > 2, f"ZeRO stage {stage}", "use stage 0, 1 or 2, or FSDP2 and attach_fsdp()"),
+        (stage > 2, f"ZeRO stage {stage}", "use stage 0, 1 or 2, or FSDP2"),
         (engine.fp16_enabled(), "fp16, whose loss scale error feedback cannot follow here", "use bf16"),
         (engine.pipeline_parallelism, "pipeline parallelism", "use data parallelism alone"),
         (engine.has_moe_layers, "experts (MoE)", "average their gradients densely"),
@@ -222,19 +236,3 @@ def _refuse(engine: Any, optimizer: Any) -> None:
     for refused, what, fix in checks:
         if refused:
             raise CommError(f"gradients cannot be compressed with DeepSpeed's {what}", fix)
-
-
-def _known(owner: Any, method: str, arguments: tuple[str, ...]) -> None:
-    """Look whether the method to be replaced is the one that outlast knows.
-
-    Raises:
-        CommError: it is not.
-    """
-    found = getattr(type(owner), method, None)
-    signature = tuple(inspect.signature(found).parameters)[1:] if callable(found) else None
-    if signature != arguments or method in vars(owner):
-        state = "was replaced before" if method in vars(owner) else f"takes {signature}, expected {arguments}"
-        raise CommError(
-            f"DeepSpeed's {type(owner).__name__}.{method} {state}",
-            f"attach once; outlast is tested with deepspeed {_TESTED}",
-        )

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from outlast.comm.buffers import Buffer
 from outlast.comm.compressors.base import aligned
-from outlast.comm.exchange.item import Buffer, Item, Stage
+from outlast.comm.exchange.item import Item, Stage
 from outlast.comm.exchange.routes import GatheredRoute, TwoPhaseRoute
 from outlast.comm.feedback import Feedback, Probe
 from outlast.comm.slices import slices

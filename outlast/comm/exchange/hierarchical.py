@@ -1,9 +1,9 @@
 """Dense inside a node, compressed between nodes.
 
-The ranks of a node share links that need no compression. Each takes one slice of rows of every tensor: the node's mean
-of it arrives by an all-to-all, is averaged with the same slices of the other nodes in the way that settings say (a
-*rail*: the ranks of all nodes with the same place in theirs), and the result goes to the node by an all-gather. So a
-node sends each gradient over its network link once, and error feedback is spread over the node's ranks.
+The ranks of a node share links that need no compression. Each takes one slice of rows of every tensor. It gets the
+node's mean of the slice by an all-to-all, averages it over the inter-node group (the ranks of all nodes with its local
+rank) in the way that settings say, and hands the result to its node by an all-gather. So a node sends each gradient
+over its network link once, and error feedback is spread over the node's ranks.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from outlast.comm.buffers import Buffer
 from outlast.comm.compressors.base import flat
 from outlast.comm.direction import Direction
 from outlast.comm.exchange.exchange import Exchange
-from outlast.comm.exchange.item import Buffer, Item, Stage
+from outlast.comm.exchange.item import Item, Stage
 from outlast.comm.slices import slices
 from outlast.comm.state.parameters import ParamState
 from outlast.comm.transport.communicator import Communicator, mean_in_rank_order
 
 
-class NodeExchange:
+class HierarchicalExchange:
     """The exchange of some tensors over all nodes.
 
     Args:
@@ -31,7 +32,7 @@ class NodeExchange:
         direction: see :class:`Item`.
         scale: what the gradients were multiplied with before.
         node: the ranks of this node.
-        inner: makes the exchange over the rail, of this rank's slices.
+        inner: makes the exchange over the inter-node group, of this rank's slices.
         buffer: where buffers come from.
     """
 
@@ -117,8 +118,8 @@ def _rows(grad: Tensor) -> Tensor:
     return grad.detach() if grad.dim() else grad.detach().view(1)
 
 
-def rail_of(ranks: Sequence[int], rank: int, ranks_per_node: int) -> tuple[list[int], list[int]]:
-    """(ranks of this rank's node, ranks of its rail), as members of ``ranks``; nodes are runs of neighbours."""
+def node_groups(ranks: Sequence[int], rank: int, ranks_per_node: int) -> tuple[list[int], list[int]]:
+    """(ranks of this rank's node, ranks of its inter-node group), of ``ranks``; nodes are runs of neighbours."""
     place = ranks.index(rank)
     node, local = divmod(place, ranks_per_node)
     first = node * ranks_per_node

@@ -13,9 +13,6 @@ from outlast.comm.compressors.base import flat
 from outlast.comm.direction import Direction
 from outlast.comm.state.parameters import ParamState
 
-Buffer = Callable[[str, int], Tensor]
-"""(use, nbytes) to a uint8 tensor of that size, reused from step to step."""
-
 
 class Stage(NamedTuple):
     """A piece of work and the thread it belongs to."""

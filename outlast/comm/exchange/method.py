@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from outlast.comm.buffers import BufferPool
 from outlast.comm.config import CommConfig, two_phase
 from outlast.comm.direction import Direction
-from outlast.comm.exchange.bucket import BucketExchange
 from outlast.comm.exchange.exchange import Exchange
-from outlast.comm.exchange.hierarchical import NodeExchange
+from outlast.comm.exchange.hierarchical import HierarchicalExchange
 from outlast.comm.exchange.item import Item, Stage
 from outlast.comm.exchange.topology import Network
 from outlast.comm.feedback import Feedback, Probe
-from outlast.comm.feedback.from_config import make_feedback
+from outlast.comm.feedback.from_config import feedback_from_config
+from outlast.comm.state.parameters import ParamState
 
 
 class ExchangeMethod:
@@ -43,31 +46,47 @@ class ExchangeMethod:
         self.use(config, feedback)
 
     def use(self, config: CommConfig, feedback: Feedback | None = None) -> None:
-        """Another method from the next exchange on."""
-        rail = self._network.rail
+        """Use another method from the next exchange on."""
+        among = self._network.inter_node
         self.config = config
-        self.of_all = feedback or make_feedback(config)
+        self.of_all = feedback or feedback_from_config(config)
         """The method before it is that of one rank; None where nothing is compressed."""
-        self.feedback = None if self.of_all is None else self.of_all.of_rank(rail.rank)
+        self.feedback = None if self.of_all is None else self.of_all.of_rank(among.rank)
         """The method as this rank runs it."""
         compressed, dense = self._directions
         self.direction = dense if self.feedback is None else compressed
-        self.two_phase = two_phase(config, rail.world_size)
-        self.units = rail.world_size if self.two_phase else 1
+        self.two_phase = two_phase(config, among.world_size)
+        self.units = among.world_size if self.two_phase else 1
         """In how many slices tensors are compressed."""
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers = BufferPool(self._device)
 
-    def stages(self, running: BucketExchange, step: int, scale: float, probe: Probe | None) -> list[Stage]:
-        """Everything that is to be done with one bucket, in order; the last stage is the codec's."""
+    def stages(
+        self,
+        label: str,
+        states: Sequence[ParamState],
+        grads: Sequence[Tensor],
+        step: int,
+        scale: float,
+        probe: Probe | None,
+    ) -> list[Stage]:
+        """Everything that is to be done with one bucket, in order; the last stage is the codec's.
 
-        def buffer(name: str, nbytes: int) -> Tensor:
-            return self._buffer(f"{running.label}/{name}", nbytes, step)
+        Args:
+            label: what it is, the same on every rank.
+            states: of its parameters.
+            grads: their gradients, overwritten with the estimates.
+            step: the step they belong to.
+            scale: what they were multiplied with before.
+            probe: what is compressed is measured with it.
+        """
+        keep = self.feedback is None or step > max(self.config.warmup_steps, 1)
+        buffer = self._buffers.of(label, keep=keep)
 
         def exchange(items: list[Item]) -> Exchange:
             return Exchange(
-                running.label,
+                label,
                 items,
-                self._network.rail,
+                self._network.inter_node,
                 feedback=self.feedback,
                 whole=step <= self.config.warmup_steps,
                 two_phase=self.two_phase,
@@ -75,17 +94,8 @@ class ExchangeMethod:
                 probe=probe,
             )
 
-        node, states, grads = self._network.node, running.states, running.grads
+        node = self._network.intra_node
         if node is None:
             pairs = zip(states, grads, strict=True)
             return exchange([Item(state, grad, self.direction, scale) for state, grad in pairs]).stages()
-        return NodeExchange(running.label, states, grads, self.direction, scale, node, exchange, buffer).stages()
-
-    def _buffer(self, use: str, nbytes: int, step: int) -> Tensor:
-        """A uint8 tensor, kept for the next step except in a warm-up, whose buffers are as large as the model."""
-        held = self._buffers.get(use)
-        if held is None or held.numel() < nbytes:
-            held = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-            if self.feedback is None or step > max(self.config.warmup_steps, 1):
-                self._buffers[use] = held
-        return held[:nbytes]
+        return HierarchicalExchange(label, states, grads, self.direction, scale, node, exchange, buffer).stages()

@@ -12,23 +12,23 @@ from outlast.comm.state.reshard import resync, tracked
 from outlast.comm.transport.communicator import slowest
 
 
-def resync_all(store: ParameterStates, feedback: Feedback | None, network: Network, two_phase: bool) -> float:
+def resync_all(states: ParameterStates, feedback: Feedback | None, network: Network, two_phase: bool) -> float:
     """Of every tensor; a collective call. Returns the largest relative drift there was, the same on every rank.
 
     Raises:
         CommError: a peer failed.
     """
     worst = 0.0
-    for state in store.params.values():
+    for state in states.params.values():
         if feedback is None or not state.local or not state.replicated:
             continue
-        mine = tracked(feedback, state.local)
-        if mine is None:
+        own = tracked(feedback, state.local)
+        if own is None:
             continue
-        flat, rail = mine.reshape(-1), network.rail
-        mean = rail.submit(partial(rail.mean, flat, f"resync of {state.name}")).result().view(mine.shape)
+        flat, among = own.reshape(-1), network.inter_node
+        mean = among.submit(partial(among.mean, flat, f"resync of {state.name}")).result().view(own.shape)
         aggregates = state.replicated
         if two_phase:
             aggregates, mean = state.held(feedback), slices(mean, state.units)[state.rank]
         worst = max(worst, resync(aggregates, mean))
-    return slowest(network.whole, worst, store.device)
+    return slowest(network.all_ranks, worst, states.device)

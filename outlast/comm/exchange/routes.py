@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from outlast.comm.buffers import Buffer
 from outlast.comm.compressors import Slots
-from outlast.comm.exchange.item import Buffer, Item
+from outlast.comm.exchange.item import Item
 from outlast.comm.feedback import Feedback, Probe
 from outlast.comm.slices import slices
 from outlast.comm.transport.communicator import Communicator

@@ -15,12 +15,13 @@ in the same exchange, and raise alike. Sums are taken in rank order, entry by en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from outlast.comm.buffers import Buffer
 from outlast.comm.compressors.base import aligned, finite, flat, numel_of
 from outlast.comm.direction import Direction
 from outlast.comm.feedback import Feedback
@@ -32,8 +33,6 @@ from outlast.errors import NonFiniteGradient
 GATHER_BELOW_BYTES = 131_072
 """Copies of a shard exchange whole tensors of up to this size together with the compressed ones."""
 _HEADER_BYTES = 8
-
-Buffer = Callable[[str, int], Tensor]
 
 
 class ShardItem(NamedTuple):

@@ -20,7 +20,7 @@ from outlast.comm.direction import Direction, default_direction
 from outlast.comm.exchange.sharded import ShardExchange, ShardItem
 from outlast.comm.exchange.stats import ReduceStats
 from outlast.comm.feedback import Feedback
-from outlast.comm.feedback.from_config import make_feedback
+from outlast.comm.feedback.from_config import feedback_from_config
 from outlast.comm.feedback.probe import Probe
 from outlast.comm.state.reshard import resync, tracked
 from outlast.comm.state.shards import Shards, of_slice
@@ -75,7 +75,7 @@ class ShardSession:
         self.shards: dict[str, Shards] = {}
         self.step = 0
         self._layout = layout
-        feedback = make_feedback(config)
+        feedback = feedback_from_config(config)
         self._direction = (direction or default_direction()) if config.target == "update" else None
         self._dense_share = dense_share
         self._lane = DeviceStream(device)
@@ -128,7 +128,7 @@ class ShardSession:
             CommError: an exchange has failed.
         """
         self.check()
-        traffic = self._communicator.take_traffic()
+        traffic = self._communicator.take_totals()
         probe = self._probe if self._probe is not None and self._probe.gradient_square > 0 else None
         return ReduceStats(
             wire_bytes=traffic.wire_bytes,
@@ -283,7 +283,7 @@ class ShardSession:
         self.step = step
         self._seen = set()
         self._between_steps = False
-        self._communicator.take_traffic()
+        self._communicator.take_totals()
         self._numel = 0
         self._codec_s = self._exposed_s = 0.0
         every = self.config.probe_every_steps
@@ -375,6 +375,15 @@ class ShardSession:
             if self._feedback is None or self.step > max(self.config.warmup_steps, 1):
                 self._buffers[use] = held
         return held[:nbytes]
+
+
+def cannot_reshard(what: str, saved: int, ranks: int) -> CommStateMismatch:
+    """The refusal of state that another number of ranks saved."""
+    return CommStateMismatch(
+        f"error-feedback state of {saved} ranks cannot be redistributed over {ranks} ranks: {what} cuts gradients into "
+        "shards",
+        f"continue with {saved} ranks, or leave the error-feedback state out, which begins anew",
+    )
 
 
 def _forms(slots: Slots) -> Forms:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from outlast.comm.feedback import Probe
-from outlast.comm.transport.communicator import Traffic
+from outlast.comm.transport.communicator import CollectiveTotals
 from outlast.comm.transport.stream import DeviceStream
 
 
@@ -43,55 +43,78 @@ class ReduceStats:
     worst tensor's; None in steps that did not replace it."""
 
 
-class Meter:
-    """Collects the figures of one step, from several threads.
+class ReduceMeter:
+    """Collects one step's :class:`ReduceStats`, from several threads.
 
     Args:
-        lane: where codec work runs.
+        stream: where codec work runs.
     """
 
-    def __init__(self, lane: DeviceStream) -> None:
-        self._lane = lane
+    def __init__(self, stream: DeviceStream) -> None:
+        self._stream = stream
         self.reset()
 
-    def reset(self) -> None:
-        """A new step begins."""
+    def reset(self, probe: Probe | None = None) -> None:
+        """A new step begins, measured with ``probe``."""
         self.numel = self.buckets = 0
         self.skipped = False
-        self.probe: Probe | None = None
+        self.probe = probe
         self.drift: float | None = None
-        self.codec_s = self.first_ready_s = self.last_ready_s = self.last_done_s = 0.0
+        self._codec_s = self._first_ready_s = self._last_ready_s = self._last_done_s = self._blocked_s = 0.0
 
     def ready(self, numel: int) -> None:
         """Another bucket of ``numel`` gradients is ready."""
-        self.last_ready_s = time.perf_counter()
+        self._last_ready_s = time.perf_counter()
         if not self.buckets:
-            self.first_ready_s = self.last_ready_s
+            self._first_ready_s = self._last_ready_s
         self.numel += numel
         self.buckets += 1
 
     def done(self) -> None:
         """Another bucket's estimates are written."""
-        self.last_done_s = time.perf_counter()
+        self._last_done_s = time.perf_counter()
+
+    @contextmanager
+    def blocking(self, numel: int) -> Iterator[None]:
+        """The context for an exchange of ``numel`` gradients that backward waits for."""
+        started = time.perf_counter()
+        yield
+        self.numel += numel
+        self._blocked_s += time.perf_counter() - started
 
     @contextmanager
     def codec(self, after: torch.cuda.Event | None = None) -> Iterator[None]:
-        """The context for work of the codec's thread, in its lane behind ``after``, its time taken."""
+        """The context for compression and decompression, in the stream behind ``after``, its time taken."""
         started = time.perf_counter()
-        with torch.no_grad(), self._lane.work(after):
+        with torch.no_grad(), self._stream.work(after):
             yield
-        self.codec_s += time.perf_counter() - started
+        self._codec_s += time.perf_counter() - started
 
-    def stats(self, traffic: Traffic, n: int) -> ReduceStats:
-        """The step's figures, over ``n`` ranks."""
+    @property
+    def exposed_s(self) -> float:
+        """What backward did not hide."""
+        return self._blocked_s + max(0.0, self._last_done_s - self._last_ready_s)
+
+    @property
+    def hiding_s(self) -> float:
+        """From the first bucket's being ready to the last's: what may hide an exchange."""
+        return self._last_ready_s - self._first_ready_s
+
+    def stats(self, totals: CollectiveTotals, dense_bytes: int) -> ReduceStats:
+        """The step's figures.
+
+        Args:
+            totals: what its collectives have moved.
+            dense_bytes: see :class:`ReduceStats`.
+        """
         probe = self.probe if self.probe is not None and self.probe.gradient_square > 0 else None
         return ReduceStats(
-            wire_bytes=traffic.wire_bytes,
-            dense_bytes=2 * (n - 1) * 4 * self.numel // n,
-            codec_s=self.codec_s,
-            collective_s=traffic.collective_s,
-            exposed_s=max(0.0, self.last_done_s - self.last_ready_s),
-            collectives=traffic.collectives,
+            wire_bytes=totals.wire_bytes,
+            dense_bytes=dense_bytes,
+            codec_s=self._codec_s,
+            collective_s=totals.collective_s,
+            exposed_s=self.exposed_s,
+            collectives=totals.collectives,
             skipped=self.skipped,
             alpha=probe.alpha_hat if probe else None,
             residual=probe.residual_ratio if probe else None,

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from outlast.comm.compressors import Shape
-from outlast.comm.exchange.hierarchical import rail_of
+from outlast.comm.exchange.hierarchical import node_groups
 from outlast.comm.slices import slice_shape
-from outlast.comm.transport.communicator import CollectiveObserver, Communicator, Traffic
+from outlast.comm.transport.communicator import CollectiveObserver, CollectiveTotals, Communicator
 from outlast.errors import CommError
 
 
@@ -39,12 +39,12 @@ class Network:
         stream: Callable[[], AbstractContextManager[object]],
     ) -> None:
         whole = Communicator(group=group, timeout_s=timeout_s, observer=observer, stream=stream)
-        self.whole = whole
-        """All ranks."""
-        self.node: Communicator | None = None
+        self.all_ranks = whole
+        self.intra_node: Communicator | None = None
         """This node's ranks; None where every rank compresses by itself."""
-        self.rail = whole
-        """Among whom messages are exchanged: the ranks of all nodes with the same place in theirs, or all."""
+        self.inter_node = whole
+        """Among whom compressed messages are exchanged: the ranks with this one's local rank, one of each node; where
+        every rank compresses by itself, all ranks."""
         if ranks_per_node == 1:
             return
         if whole.world_size % ranks_per_node:
@@ -57,19 +57,19 @@ class Network:
         def beside(ranks: list[int]) -> Communicator:
             return Communicator(ranks=ranks, timeout_s=timeout_s, observer=observer, stream=stream, beside=whole)
 
-        node, rail = rail_of(members, dist.get_rank(), ranks_per_node)
-        self.node, self.rail = beside(node), beside(rail)
+        intra, inter = node_groups(members, dist.get_rank(), ranks_per_node)
+        self.intra_node, self.inter_node = beside(intra), beside(inter)
 
     def shape_of(self, param: Tensor) -> Shape:
         """What this rank exchanges of a parameter: all of it, or its slice of the node's."""
-        shape = tuple(param.shape)
-        return shape if self.node is None else slice_shape(shape, self.node.rank, self.node.world_size)
+        shape, node = tuple(param.shape), self.intra_node
+        return shape if node is None else slice_shape(shape, node.rank, node.world_size)
 
-    def take_traffic(self) -> Traffic:
+    def take_totals(self) -> CollectiveTotals:
         """What has been moved since the last call; call it while no job runs."""
-        total = self.whole.take_traffic()
+        total = self.all_ranks.take_totals()
         for part in self._parts():
-            total = total.plus(part.take_traffic())
+            total = total.plus(part.take_totals())
         return total
 
     def close(self) -> None:
@@ -78,9 +78,9 @@ class Network:
         Raises:
             CommError: a collective did not end within the limit.
         """
-        self.whole.close()
+        self.all_ranks.close()
         for part in self._parts():
             part.close()
 
     def _parts(self) -> list[Communicator]:
-        return [] if self.node is None else [self.node, self.rail]
+        return [] if self.intra_node is None else [self.intra_node, self.inter_node]

@@ -6,7 +6,7 @@ from outlast.comm.feedback.ef14 import EF14, NoFeedback
 from outlast.comm.feedback.ef21 import EF21, EF21BC, EF21SGDM
 from outlast.comm.feedback.ef21pp import EF21PP
 from outlast.comm.feedback.ef21w import EF21W
-from outlast.comm.feedback.make import FEEDBACKS, make_feedback
+from outlast.comm.feedback.make import METHODS, make_feedback
 from outlast.comm.feedback.probe import Probe
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
     "EF21PP",
     "EF21SGDM",
     "EF21W",
-    "FEEDBACKS",
+    "METHODS",
     "EControl",
     "Feedback",
     "NoFeedback",

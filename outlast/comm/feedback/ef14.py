@@ -10,13 +10,12 @@ from torch import Tensor
 
 from outlast.comm.buffers import scratch
 from outlast.comm.compressors import Compressor, Message, Shape, Slots
+from outlast.comm.config import RESIDUALS
 from outlast.comm.feedback import packed
 from outlast.comm.feedback.base import Compensated, Feedback
 from outlast.comm.feedback.probe import Probe
 from outlast.config import nearest
 from outlast.errors import OutOfRange
-
-RESIDUALS = ("full", "int8")
 
 
 class NoFeedback(Feedback):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from outlast.comm.compressors import make_compressor
 from outlast.comm.config import CommConfig
-from outlast.comm.feedback import Feedback
-from outlast.comm.feedback import make_feedback as by_name
+from outlast.comm.feedback import Feedback, make_feedback
 
 
-def make_feedback(config: CommConfig) -> Feedback | None:
+def feedback_from_config(config: CommConfig) -> Feedback | None:
     """The feedback, with its compressor, that ``config`` asks for; None where everything is sent whole."""
     if config.compressor == "dense":
         return None
@@ -20,4 +19,4 @@ def make_feedback(config: CommConfig) -> Feedback | None:
         values=config.values,
         block=config.block or None,
     )
-    return by_name(config.feedback, compressor, eta=config.eta, residual=config.residual)
+    return make_feedback(config.feedback, compressor, eta=config.eta, residual=config.residual)

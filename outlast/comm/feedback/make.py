@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from outlast.comm.compressors import Compressor
+from outlast.comm.config import FEEDBACKS
 from outlast.comm.feedback.base import Feedback
 from outlast.comm.feedback.econtrol import EControl
 from outlast.comm.feedback.ef14 import EF14, NoFeedback
@@ -14,7 +15,8 @@ from outlast.comm.feedback.ef21w import EF21W
 from outlast.config import nearest
 from outlast.errors import OutOfRange, UnknownCompressor
 
-FEEDBACKS = ("ef14", "ef21", "ef21-sgdm", "ef21-w", "ef21-bc", "ef21-pp", "econtrol", "none")
+METHODS = (*FEEDBACKS, "ef21-w", "ef21-pp")
+"""All there are: those that a config can name, and those that need to be told more than a config can say."""
 
 
 def make_feedback(
@@ -26,7 +28,7 @@ def make_feedback(
     weights: Sequence[float] | None = None,
     residual: str = "full",
 ) -> Feedback:
-    """The method of one of FEEDBACKS. A setting that the method does not have is refused.
+    """The method of one of METHODS. A setting that the method does not have is refused.
 
     Args:
         name: which.
@@ -41,8 +43,8 @@ def make_feedback(
         UnknownCompressor: no such method; names the nearest one that is.
         OutOfRange: a setting out of its range, of another method, or missing.
     """
-    if name not in FEEDBACKS:
-        raise UnknownCompressor(f"comm.feedback = {name!r}: there is no such feedback", nearest(name, FEEDBACKS))
+    if name not in METHODS:
+        raise UnknownCompressor(f"comm.feedback = {name!r}: there is no such feedback", nearest(name, METHODS))
     for setting, given, owners in (
         ("eta", eta is not None, ("ef21-sgdm", "econtrol")),
         ("weights", weights is not None, ("ef21-w",)),

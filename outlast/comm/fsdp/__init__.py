@@ -13,7 +13,6 @@ reduce-scatter then stays as it is, and the mean over the copies is what is comp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -23,9 +22,10 @@ from torch import Tensor, nn
 from outlast.comm.config import CommConfig
 from outlast.comm.direction import Direction
 from outlast.comm.exchange.sharded import ShardItem
-from outlast.comm.exchange.sharded_session import ShardSession
+from outlast.comm.exchange.sharded_session import ShardSession, cannot_reshard
 from outlast.comm.exchange.stats import ReduceStats
 from outlast.comm.fsdp.groups import Group, copies_of, find_groups, shards_of, unknown_torch, with_gradient
+from outlast.comm.reducer import Reducer
 from outlast.comm.transport.communicator import CollectiveObserver
 from outlast.errors import CommError
 
@@ -34,35 +34,33 @@ _ONCE = (
 )
 
 
-class ShardedReducer:
+class ShardedReducer(Reducer):
     """Compresses the gradients of an FSDP2 model; made by :func:`attach_fsdp`.
 
     It acts in ``backward()``, as FSDP2's own reduce-scatter does. :meth:`begin_step` and :meth:`end_step` are optional,
     as they are for :class:`GradientReducer`. After :meth:`close` the model reduces as before.
 
-    Failure: as :class:`GradientReducer`: what goes wrong is raised by ``backward()`` and by every later call, and NaN
-    and Inf in compressed gradients raise on all ranks of the group that exchanges them in the same step.
+    Failure: as :class:`Reducer` says. NaN and Inf in compressed gradients raise on all ranks of the group that
+    exchanges them, in the same step.
+
+    Args:
+        session: exchanges, and holds the state.
+        groups: the model's parameter groups.
+        saved_by: (number of ranks that hold a part of the model, or a copy of one; this rank's place among them).
     """
 
-    def __init__(self, session: ShardSession, groups: Sequence[Group]) -> None:
+    def __init__(self, session: ShardSession, groups: Sequence[Group], saved_by: tuple[int, int]) -> None:
+        self.config = session.config
+        self.world_size = session.world_size
         self._session = session
         self._groups = groups
-
-    @property
-    def config(self) -> CommConfig:
-        """The settings it was made with."""
-        return self._session.config
-
-    @property
-    def world_size(self) -> int:
-        """How many ranks exchange with one another: those of the shard group, or with HSDP the copies of a shard."""
-        return self._session.world_size
+        self._ranks, self._rank = saved_by
 
     def begin_step(self, step: int) -> None:
         """Say which step (1-based) the next backward belongs to; the warm-up goes by it.
 
-        Optional: without it each synchronised backward is a step, counted on from 1 or from the loaded state. Once it
-        has been called it is due before every step.
+        Optional: without it each synchronised backward is a step, counted from 1 or from the loaded state. Once it has
+        been called it must be called before every step.
 
         Raises:
             CommError: an exchange has failed before, or ``step`` < 1.
@@ -72,8 +70,9 @@ class ShardedReducer:
     def end_step(self) -> ReduceStats:
         """What the exchanges since the step began have cost.
 
-        ``dense_bytes`` is what FSDP2's own collective would send: of the reduce-scatter (n - 1) / n x 4 bytes an entry,
-        of HSDP's all-reduce twice that of the shard. On a CPU nothing is hidden: ``exposed_s`` is all of it.
+        ``dense_bytes`` is what FSDP2's own collective would send: (n - 1) / n x 4 bytes an entry for the
+        reduce-scatter, twice that of the shard for HSDP's all-reduce. On a CPU nothing is hidden: ``exposed_s`` is all
+        of it.
 
         Raises:
             CommError: an exchange has failed.
@@ -81,12 +80,11 @@ class ShardedReducer:
         return self._session.end_step()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Error-feedback state, for a checkpoint; to be called between steps.
+        """Error-feedback state for a checkpoint; to be called between steps.
 
         Returns:
-            ``{"local": {parameter: {slot: tensor}}, "replicated": {}, "meta": {...}}``, as
-            :meth:`GradientReducer.state_dict`. Local tensors differ on every rank: this rank's slots have the shape of
-            the parameter (with HSDP of its shard), ``owned_...`` that of its shard. They are live.
+            As :meth:`Reducer.state_dict`, with nothing under ``replicated``. A rank's slots have the shape of the whole
+            parameter (with HSDP of its shard), those named ``owned_...`` that of its shard.
 
         Raises:
             CommError: an exchange has failed.
@@ -94,13 +92,31 @@ class ShardedReducer:
         return self._session.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over a copy of what :meth:`state_dict` gave on the same rank; training goes on bit for bit.
+        """See :meth:`Reducer.load_state_dict`.
 
         Raises:
-            CommStateMismatch: names what does not fit (also: another number of ranks); nothing was taken over then.
+            CommStateMismatch: names what does not fit, another world size included; nothing has been loaded then.
             CommError: an exchange has failed.
         """
         self._session.load_state_dict(state)
+
+    def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None:
+        """Load the state that as many ranks saved; sharded state is not redistributed over another number of them.
+
+        Args:
+            read: given a rank of the run that saved, its state. Ranks are counted in the group that shards the model,
+                with HSDP in the mesh, row by row: copy 0's ranks first.
+            ranks: how many ranks saved.
+
+        Raises:
+            CommStateMismatch: another number of ranks, or what :meth:`load_state_dict` says; nothing has been loaded
+                then.
+            CommError: an exchange has failed.
+        """
+        self._session.check()
+        if ranks != self._ranks:
+            raise cannot_reshard("FSDP2", ranks, self._ranks)
+        self.load_state_dict(read(self._rank))
 
     def close(self) -> None:
         """Give the model its own collectives back, and end the thread. Closing twice is harmless.
@@ -112,14 +128,6 @@ class ShardedReducer:
             while group.undo:
                 group.undo.pop()()
         self._session.close()
-
-    def __enter__(self) -> ShardedReducer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _scatter(self, group: Group, output: Tensor, buffer: Tensor, op: Any) -> None:
         """One reduce-scatter: ``output`` becomes this rank's row of the mean (or sum, as ``op`` says)."""
@@ -175,8 +183,8 @@ class ShardedReducer:
 
 def attach_fsdp(
     module: nn.Module,
-    *,
     config: CommConfig | None = None,
+    *,
     replicas: dist.ProcessGroup | None = None,
     observer: CollectiveObserver | None = None,
     direction: Direction | None = None,
@@ -188,7 +196,7 @@ def attach_fsdp(
         for block in model.blocks:
             fully_shard(block)
         fully_shard(model)
-        reducer = outlast.comm.attach_fsdp(model, config=CommConfig(target="update", density=0.02))
+        reducer = outlast.comm.attach(model, target="update", density=0.02)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=0.1)
 
     Over a one-dimensional mesh what is compressed is the reduce-scatter (``FSDPModule.set_custom_reduce_scatter``):
@@ -244,7 +252,10 @@ def attach_fsdp(
         direction,
         lambda n: (n - 1) / n if copies is None else 2 * (n - 1) / n,
     )
-    reducer = ShardedReducer(session, groups)
+    shard_group = first.mesh_info.shard_process_group
+    shard, shards = dist.get_rank(shard_group), dist.get_world_size(shard_group)
+    saved_by = (shards, shard) if copies is None else (shards * session.world_size, shards * session.rank + shard)
+    reducer = ShardedReducer(session, groups, saved_by)
     for group in groups:
         for param in group.inner.fsdp_params:
             name = group.names[id(param)]

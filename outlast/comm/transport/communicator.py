@@ -38,8 +38,8 @@ class CollectiveObserver(Protocol):
 
 
 @dataclass(slots=True)
-class Traffic:
-    """What a communicator has moved since the counters were last reset."""
+class CollectiveTotals:
+    """What a communicator's collectives have moved since the totals were last taken."""
 
     wire_bytes: int = 0
     """Bytes this rank sent: (n - 1) x its payload for an all-gather; 2 (n - 1) / n x the tensor for a mean."""
@@ -47,9 +47,9 @@ class Traffic:
     """Time inside collectives: transfer, and waiting for the last rank to arrive."""
     collectives: int = 0
 
-    def plus(self, other: Traffic) -> Traffic:
+    def plus(self, other: CollectiveTotals) -> CollectiveTotals:
         """The sum of both."""
-        return Traffic(
+        return CollectiveTotals(
             self.wire_bytes + other.wire_bytes,
             self.collective_s + other.collective_s,
             self.collectives + other.collectives,
@@ -116,7 +116,7 @@ class Communicator:
         self.rank = dist.get_rank(self._group)
         self.world_size = dist.get_world_size(self._group)
         self.timeout_s = timeout_s
-        self.traffic = Traffic()
+        self.totals = CollectiveTotals()
         self._observer = observer
         self._stream = stream
         self._beside = beside
@@ -245,9 +245,9 @@ class Communicator:
         )
         return padded[:numel]
 
-    def take_traffic(self) -> Traffic:
-        """The counters since the last call; call it while no job runs."""
-        taken, self.traffic = self.traffic, Traffic()
+    def take_totals(self) -> CollectiveTotals:
+        """The totals since the last call; call it while no job runs."""
+        taken, self.totals = self.totals, CollectiveTotals()
         return taken
 
     def close(self) -> None:
@@ -281,9 +281,9 @@ class Communicator:
                 f"(limit comm.timeout_s = {self.timeout_s:g}): {error}",
                 "a peer died or does not answer: its own log tells why; raise comm.timeout_s if it is only slow",
             ) from error
-        self.traffic.collective_s += time.perf_counter() - started
-        self.traffic.collectives += 1
-        self.traffic.wire_bytes += wire_bytes
+        self.totals.collective_s += time.perf_counter() - started
+        self.totals.collectives += 1
+        self.totals.wire_bytes += wire_bytes
         if self._observer:
             self._observer.complete(token)
 

@@ -54,7 +54,7 @@ class Heartbeat:
     it does not count if an evaluation or set-up came between. The time that a checkpoint takes counts.
 
     Args:
-        path: where it lies, :func:`outlast.diagnostics.heartbeat_path`; a file that is there is replaced.
+        path: where it lies, :func:`outlast.diagnostics.live.shm.heartbeat_path`; a file that is there is replaced.
         rank: written into the header.
 
     Raises:

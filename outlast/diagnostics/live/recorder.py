@@ -81,7 +81,7 @@ class Recorder:
     number of threads may use one recorder; a process forked from its owner must not.
 
     Args:
-        path: where the ring lies, :func:`outlast.diagnostics.ring_path`.
+        path: where the ring lies, :func:`outlast.diagnostics.live.shm.ring_path`.
         rank: written into the header.
         capacity: collectives kept; the oldest are overwritten.
 

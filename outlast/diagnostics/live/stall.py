@@ -100,7 +100,7 @@ def observe(shm_dir: Path, *, rank: int, pid: int, started_s: float) -> Observat
     """Look at one rank now. What an earlier process of the same rank left in shared memory is not taken for its own.
 
     Args:
-        shm_dir: :func:`outlast.diagnostics.shm_directory` of the run.
+        shm_dir: :func:`outlast.diagnostics.live.shm.shm_directory` of the run.
         rank: which.
         pid: the process that the launcher started for it.
         started_s: when that was, CLOCK_MONOTONIC seconds.

@@ -296,7 +296,7 @@ def refused(rank: int, folder: str) -> list[str]:
 @needs_deepspeed
 def test_what_cannot_be_right_is_refused(two_ranks: Ranks, tmp_path: Path) -> None:
     expected = [
-        "no DeepSpeedEngine",
+        "is not a DeepSpeedEngine",
         "writes by itself",
         "rank 0: mp_rank_00_model_states.pt: args is a argparse.Namespace",
         "save_latest = False",

@@ -170,7 +170,7 @@ trees = st.recursive(tensors | values | numbered, lambda inner: st.dictionaries(
 states = st.dictionaries(keys, trees, max_size=4)
 
 
-@hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis_settings(max_examples=60)
 @given(replicated=states, own=states)
 def test_any_nested_state_comes_back(replicated: dict[str, Any], own: dict[str, Any]) -> None:
     url = "memory://round-trip"
@@ -184,13 +184,11 @@ def test_any_nested_state_comes_back(replicated: dict[str, Any], own: dict[str, 
     assert same(back.local, own)
 
 
-@hypothesis_settings(deadline=None, derandomize=True)
 @given(values)
 def test_json_values_are_exact(value: Any) -> None:
     assert same(from_json(to_json(value, "x")), value)
 
 
-@hypothesis_settings(deadline=None, derandomize=True)
 @given(keys)
 def test_keys_become_one_safe_component(key: str) -> None:
     name = encode_key(key, at_root=True)

@@ -40,7 +40,7 @@ def made(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> torch.Tenso
     chunk_bytes=st.integers(64, 4000),
     pack_below_bytes=st.sampled_from([0, 200]),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_tensor(
     tmp_path_factory: pytest.TempPathFactory, tensors: list[Any], chunk_bytes: int, pack_below_bytes: int
 ) -> None:

@@ -124,7 +124,7 @@ def test_restoring_changes_nothing_there_and_says_what_it_would_have(disk: Disk)
             reader.restore(9)
         assert files_of(disk.url) == before
     reasons = [event.reason for event in events if event.kind == "checkpoint_rejected"]
-    stays = "it stays, since the place can only be read: [Errno 30] Read-only file system"
+    stays = "left in place, because the storage is read-only: [Errno 30] Read-only file system"
     assert sum(stays in reason for reason in reasons) == 4
     disk.may_only("rw")
     with checkpointer(disk.url, events, attempt_id="three") as reader:
@@ -140,9 +140,9 @@ def test_a_step_that_was_to_be_saved_anew_is_not_passed_over(disk: Disk) -> None
     (disk.url / "step_00000002").rename(disk.url / "step_00000002.replaced")
     with checkpointer(disk.url, attempt_id="two") as reader:
         disk.may_only("ro")
-        with pytest.raises(CheckpointError, match=r"step_00000002 is there to restore, but .*Read-only file system"):
+        with pytest.raises(CheckpointError, match=r"step_00000002 exists, but .*Read-only file system"):
             reader.restore("auto")
-        with pytest.raises(CheckpointError, match=r"step_00000002 is there to restore, but"):
+        with pytest.raises(CheckpointError, match=r"step_00000002 exists, but"):
             reader.restore(2)
         asked_for = reader.restore(1)
         assert asked_for.step == 1

@@ -13,7 +13,6 @@ import pytest
 import torch
 import zarr
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from outlast.checkpoint import (
@@ -35,7 +34,6 @@ from tests.checkpoint.helpers import checkpointer, failed, of, same, save_by_ran
 shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
 
 
-@hypothesis_settings(deadline=None, derandomize=True)
 @given(shapes, st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 400))
 def test_chunks_are_whole_rows_of_at_most_so_many_bytes(shape: tuple[int, ...], itemsize: int, limit: int) -> None:
     chunk = chunk_shape(shape, itemsize, limit)
@@ -48,7 +46,6 @@ def test_chunks_are_whole_rows_of_at_most_so_many_bytes(shape: tuple[int, ...], 
         assert not cut or itemsize * math.prod(chunk) * (1 + 1 / chunk[cut[-1]]) * 2 > limit
 
 
-@hypothesis_settings(deadline=None, derandomize=True)
 @given(
     st.lists(st.tuples(shapes, st.booleans()), max_size=8),
     st.integers(1, 5),
@@ -180,7 +177,6 @@ def test_a_share_is_cut_from_large_tensors(tmp_path: Path) -> None:
     assert verify(tmp_path, 1).ok
 
 
-@hypothesis_settings(deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 5 * PAGE_BYTES), min_size=1, max_size=30), st.randoms())
 def test_regions_of_the_arena_are_apart_and_come_back(sizes: list[int], random: Any) -> None:
     limit = 8 * PAGE_BYTES

@@ -64,7 +64,7 @@ def spreads(shape: tuple[int, ...], layout: Layout) -> list[ShardLayout]:
     return [found[rank] for rank in range(len(ranks))]
 
 
-@hypothesis_settings(deadline=None, derandomize=True, max_examples=150)
+@hypothesis_settings(max_examples=150)
 @given(tensors(1))
 def test_boxes_are_those_of_torch(tensor: tuple[tuple[int, ...], tuple[Layout]]) -> None:
     shape, (layout,) = tensor
@@ -86,7 +86,7 @@ def test_boxes_are_those_of_torch(tensor: tuple[tuple[int, ...], tuple[Layout]])
             assert list(found[rank].holders) == alike
 
 
-@hypothesis_settings(deadline=None, derandomize=True, max_examples=150)
+@hypothesis_settings(max_examples=150)
 @given(tensors(1), st.sampled_from([1, 4, 16]), st.integers(1, 400))
 def test_no_chunk_is_in_two_shards(
     tensor: tuple[tuple[int, ...], tuple[Layout]], itemsize: int, chunk_bytes: int
@@ -138,7 +138,7 @@ def read(info: ArrayInfo, name: str, box: Box, files: dict[str, np.ndarray]) -> 
     return out
 
 
-@hypothesis_settings(deadline=None, derandomize=True, max_examples=100)
+@hypothesis_settings(max_examples=100)
 @given(tensors(2), st.integers(1, 200))
 @example(((7, 5), (HSDP, FSDP3)), 24)
 @example(((6, 41), (((2,), (Split(1),)), FSDP3)), 40)  # padded within rows
@@ -168,7 +168,7 @@ def test_shares_tile_a_tensor_and_any_other_layout_reads_it(
         assert torch.equal(read(info, "a", spread.box, every), part_of(values, spread.box))
 
 
-@hypothesis_settings(deadline=None, derandomize=True, max_examples=40)
+@hypothesis_settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=10), st.integers(8, 100))
 def test_copies_of_shards_share_the_writing(tensors: list[tuple[int, bool]], chunk_bytes: int) -> None:
     state = {f"{index:02d}": torch.zeros(rows, 3) for index, (rows, _) in enumerate(tensors)}

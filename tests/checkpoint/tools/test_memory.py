@@ -140,7 +140,7 @@ def test_command(url: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out.splitlines()
     assert said[1].split()[:6] == ["1", "first", "committed", "3", "0-2", "-"]
     assert said[3].startswith(str(memory_path(str(url))))
-    assert said[3].endswith("no run uses it; --remove gives it back")
+    assert said[3].endswith("no run uses it; --remove frees it")
     assert main(["ckpt", "memory", str(url), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["removed"], told["in_use"], [one["step"] for one in told["steps"]]) == (False, False, [1, 2])

@@ -65,7 +65,7 @@ def test_other_rules() -> None:
         ef14_step(0.0, 0.5)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(each=st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, max_size=12))
 def test_weights(each: list[float]) -> None:
     found, n = weights(each), len(each)

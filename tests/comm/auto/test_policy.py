@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.cluster import Cluster
@@ -49,7 +49,6 @@ def test_slow_links_are_compressed_and_fast_ones_are_not() -> None:
     assert fast.why.startswith("staying dense")
 
 
-@settings(deadline=None, derandomize=True, database=None)
 @given(
     st.floats(0.1, 1e4), st.floats(0.01, 1e3), st.floats(0, 1), st.floats(1e5, 1e11), st.floats(1e-6, 0.1),
     st.floats(0.001, 10), st.floats(0, 1), st.integers(1, 100),

@@ -34,7 +34,6 @@ from outlast.comm.compressors import select as select_module
 from outlast.comm.compressors.select import select, select_in_blocks, select_on_device
 from outlast.errors import CommError, OutOfRange, UnknownCompressor
 
-STEADY = settings(derandomize=True, deadline=None, database=None)
 """The same examples in every run, however slow the machine."""
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-40, 1e-38, 3e38, -3e38, 1e37, 65504.0]
 OVERFLOW = 1.5 * 2.0**127
@@ -102,7 +101,7 @@ def relative_error(sent: Tensor, x: Tensor) -> tuple[float, float]:
     return error / (norm or 1.0), 1e-6 + math.sqrt(x.numel()) * (smallest / scale) / (norm or 1.0)
 
 
-@settings(STEADY, max_examples=150)
+@settings(max_examples=150)
 @given(compressors, tensors())
 def test_contraction_and_size(compressor: Compressor, x: Tensor) -> None:
     shape = tuple(x.shape)
@@ -120,7 +119,7 @@ def test_contraction_and_size(compressor: Compressor, x: Tensor) -> None:
     assert error <= math.sqrt(1 - alpha) + rounding
 
 
-@settings(STEADY, max_examples=60)
+@settings(max_examples=60)
 @given(compressors, st.integers(1, 700), st.integers(1, 5), st.sampled_from([0, -140, 120]), st.integers(0, 2**31))
 def test_all_ranks_payloads_opened_at_once_are_each_opened_alone(
     compressor: Compressor, numel: int, ranks: int, power: int, seed: int
@@ -137,7 +136,7 @@ def test_all_ranks_payloads_opened_at_once_are_each_opened_alone(
         assert message.finite()
 
 
-@settings(STEADY, max_examples=40)
+@settings(max_examples=40)
 @given(densities, values, tensors())
 def test_random_entries_come_from_the_tensor(density: float, values: str, x: Tensor) -> None:
     compressor = RandK(density, values=values)
@@ -154,7 +153,6 @@ def test_random_entries_come_from_the_tensor(density: float, values: str, x: Ten
         assert int(drawn.sum()) <= compressor.count(x.numel())
 
 
-@STEADY
 @given(tensors(), st.data())
 def test_always_the_k_largest_and_of_equal_ones_the_first(x: Tensor, data: st.DataObject) -> None:
     x = x.reshape(-1)
@@ -219,7 +217,7 @@ def test_tensors_of_several_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -
             assert relative_error(applied(compressor, x)[row], x[row])[0] < {"int8": 0.02, "int4": 0.15}.get(name, 0.3)
 
 
-@settings(STEADY, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.integers(1, 100_000),
     st.sampled_from([math.nan, math.inf, -math.inf]),

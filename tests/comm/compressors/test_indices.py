@@ -15,8 +15,6 @@ from outlast.comm.compressors.bits import packed_nbytes
 from outlast.comm.compressors.indices import Form, decode, decode_rows, encode, form_of, indices_nbytes
 from outlast.errors import CommError
 
-STEADY = settings(derandomize=True, deadline=None, database=None)
-
 
 @st.composite
 def ascending(draw: st.DrawFn) -> tuple[Tensor, int]:
@@ -39,7 +37,7 @@ def forms(k: int, numel: int) -> list[Form]:
     return result
 
 
-@settings(STEADY, max_examples=60)
+@settings(max_examples=60)
 @given(ascending())
 def test_every_form_gives_back_what_it_was_given(case: tuple[Tensor, int]) -> None:
     indices, numel = case
@@ -54,7 +52,6 @@ def test_every_form_gives_back_what_it_was_given(case: tuple[Tensor, int]) -> No
         assert torch.equal(odd, out), "no byte is left as it was, and any address will do"
 
 
-@STEADY
 @given(st.integers(1, 2**34), st.floats(0, 1))
 def test_the_smallest_form_is_close_to_the_least_there_is(numel: int, share: float) -> None:
     k = min(max(int(numel * share), 1), numel)
@@ -80,7 +77,7 @@ def test_sizes() -> None:
     assert form_of(0, 1000) == Form("all", 0)
 
 
-@settings(STEADY, max_examples=40)
+@settings(max_examples=40)
 @given(ascending(), st.sampled_from([1, 2, 4, 8]), st.integers(0, 2**31))
 def test_torch_and_numpy_pack_alike(case: tuple[Tensor, int], width: int, seed: int) -> None:
     """Other devices take torch operations alone: the same bytes."""

@@ -281,7 +281,7 @@ def run_mismatches(rank: int) -> Any:
     with pytest.raises(CommError, match="comes twice"):
         GradientReducer([("a", torch.zeros(2)), ("a", torch.zeros(2))], CommConfig())
     with pytest.raises(CommError, match="belongs to none"):
-        reducer._store.of(torch.zeros(3))
+        reducer._states.of(torch.zeros(3))
     return True
 
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from outlast.comm import (
     CommConfig,
 )
-from outlast.comm.deepspeed import attach
+from outlast.comm.deepspeed import attach_deepspeed
 from outlast.comm.direction import default_direction
 from outlast.comm.feedback.from_config import (
-    make_feedback,
+    feedback_from_config,
 )
 from outlast.errors import CommError, CommStateMismatch, MissingDependency, NonFiniteGradient
 from tests.comm.ranks import Ranks
@@ -90,7 +90,7 @@ def toy_run(rank: int, stage: int, settings: dict[str, Any], steps: int) -> dict
     """With a learning rate of 1 the weights are minus the sum of all estimates."""
     model = Toy()
     engine = engine_of(model, torch.optim.SGD(model.parameters(), lr=1.0), stage, gradient_accumulation_steps=2)
-    with attach(engine, CommConfig(**{**TOY, **settings})) as reducer:
+    with attach_deepspeed(engine, CommConfig(**{**TOY, **settings})) as reducer:
         for step in range(1, steps + 1):
             for _ in range(2):
                 engine.backward(engine(gradients(step, rank)))
@@ -116,7 +116,7 @@ def owners_of(name: str) -> list[tuple[int, int]]:
 def simulate(settings: dict[str, Any], steps: int) -> dict[str, Tensor]:
     """The same in one process, part by part."""
     config = CommConfig(**{**TOY, **settings})
-    method, direction = make_feedback(config), default_direction() if config.target == "update" else None
+    method, direction = feedback_from_config(config), default_direction() if config.target == "update" else None
     assert method is not None
     found = {}
     for name, shape in SHAPES.items():
@@ -208,7 +208,7 @@ def steps_of(engine: Any, rank: int, first: int, last: int) -> list[float]:
 
 def gpt_run(rank: int, kind: str, settings: dict[str, Any] | None) -> tuple[list[float], str]:
     engine = gpt_engine(kind, settings)
-    reducer = attach(engine, CommConfig(**settings)) if settings else None
+    reducer = attach_deepspeed(engine, CommConfig(**settings)) if settings else None
     losses = steps_of(engine, rank, 1, STEPS)
     if reducer:
         stats = reducer.end_step()
@@ -234,14 +234,14 @@ def test_the_loss_is_that_of_dense_training(two_ranks: Ranks, kind: str) -> None
 def gpt_resumed(rank: int, kind: str, settings: dict[str, Any], folder: str) -> tuple[str, str]:
     settings = {**settings, "warmup_steps": 2}
     engine = gpt_engine(kind, settings)
-    with attach(engine, CommConfig(**settings)) as reducer:
+    with attach_deepspeed(engine, CommConfig(**settings)) as reducer:
         steps_of(engine, rank, 1, 4)
         engine.save_checkpoint(folder, tag="four")
         saved = cloned(reducer.state_dict())
         steps_of(engine, rank, 5, 7)
         straight = digest(weights(engine))
     engine = gpt_engine(kind, settings)
-    with attach(engine, CommConfig(**settings)) as reducer:
+    with attach_deepspeed(engine, CommConfig(**settings)) as reducer:
         engine.load_checkpoint(folder, tag="four")
         reducer.load_state_dict(saved)
         steps_of(engine, rank, 5, 7)
@@ -263,7 +263,7 @@ def closed(rank: int, stage: int) -> bool:
         model = Toy()
         engine = engine_of(model, torch.optim.SGD(model.parameters(), lr=1.0), stage)
         if attached:
-            attach(engine, CommConfig(target="gradient")).close()
+            attach_deepspeed(engine, CommConfig(target="gradient")).close()
         engine.backward(engine(gradients(1, rank)))
         engine.step()
         used.append(weights(engine))
@@ -280,7 +280,7 @@ def test_a_closed_reducer_leaves_deepspeed_as_it_was(two_ranks: Ranks) -> None:
 def with_nan(rank: int, stage: int) -> str:
     model = Toy()
     engine = engine_of(model, torch.optim.SGD(model.parameters(), lr=1.0), stage)
-    with attach(engine, CommConfig(**TOY, target="gradient")) as reducer:
+    with attach_deepspeed(engine, CommConfig(**TOY, target="gradient")) as reducer:
         wanted = gradients(1, rank)
         if rank == 1:
             wanted["wide"][0, 0] = torch.nan
@@ -312,24 +312,24 @@ def refused(rank: int) -> list[str]:
 
     gradient = CommConfig(**TOY, target="gradient")
     found = [
-        error(lambda: attach(Toy(), gradient)),
-        error(lambda: attach(made(2, zero={"overlap_comm": True}), gradient)),
-        error(lambda: attach(made(1, zero={"contiguous_gradients": False}), gradient)),
-        error(lambda: attach(made(2, gradient_clipping=1.0), CommConfig(target="update"))),
-        error(lambda: attach(made(2), CommConfig(compressor="auto"))),
-        error(lambda: attach(made(2, managed_gradient_accumulation=False), gradient)),
+        error(lambda: attach_deepspeed(Toy(), gradient)),
+        error(lambda: attach_deepspeed(made(2, zero={"overlap_comm": True}), gradient)),
+        error(lambda: attach_deepspeed(made(1, zero={"contiguous_gradients": False}), gradient)),
+        error(lambda: attach_deepspeed(made(2, gradient_clipping=1.0), CommConfig(target="update"))),
+        error(lambda: attach_deepspeed(made(2), CommConfig(compressor="auto"))),
+        error(lambda: attach_deepspeed(made(2, managed_gradient_accumulation=False), gradient)),
     ]
     engine = made(1)
-    with attach(engine, gradient) as reducer:
-        found.append(error(lambda: attach(engine, gradient)))
+    with attach_deepspeed(engine, gradient) as reducer:
+        found.append(error(lambda: attach_deepspeed(engine, gradient)))
         engine.backward(engine(gradients(1, rank)))
         engine.step()
         state = cloned(reducer.state_dict())
-    with attach(made(0), gradient) as whole:
+    with attach_deepspeed(made(0), gradient) as whole:
         found.append(error(lambda: whole.load_state_dict(state), CommStateMismatch))
 
     engine = made(2, gradient_accumulation_steps=2)
-    with attach(engine, gradient) as reducer:
+    with attach_deepspeed(engine, gradient) as reducer:
         engine.backward(engine(gradients(1, rank)))
         found.append(error(reducer.state_dict))
     optimizer = made(2).optimizer
@@ -337,7 +337,7 @@ def refused(rank: int) -> list[str]:
     average = cls.average_tensor
     try:
         cls.average_tensor = lambda self, tensor: None
-        found.append(error(lambda: attach(made(2), gradient)))
+        found.append(error(lambda: attach_deepspeed(made(2), gradient)))
     finally:
         cls.average_tensor = average
     return found
@@ -347,13 +347,13 @@ def refused(rank: int) -> list[str]:
 @needs_deepspeed
 def test_what_cannot_be_right_is_refused(two_ranks: Ranks) -> None:
     expected = [
-        "no DeepSpeedEngine",
+        "is not a DeepSpeedEngine",
         "overlap_comm",
         "contiguous_gradients",
         "gradient_clipping = 1",
         "compressor = 'auto'",
         "managed_gradient_accumulation = false",
-        "was replaced before",
+        "is already replaced",
         "was saved with version",
         "were accumulated and not exchanged",
         "takes ('tensor',), expected",
@@ -367,7 +367,7 @@ def test_what_cannot_be_right_is_refused(two_ranks: Ranks) -> None:
 def test_a_missing_deepspeed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "deepspeed", None)
     with pytest.raises(MissingDependency, match=r"outlast\[deepspeed\]"):
-        attach(object())
+        attach_deepspeed(object())
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from outlast.comm.direction import (
     default_direction,
 )
 from outlast.comm.feedback.from_config import (
-    make_feedback,
+    feedback_from_config,
 )
 from outlast.comm.slices import slices
 from outlast.errors import CommError, CommStateMismatch
@@ -41,7 +41,7 @@ def bits(found: dict[str, Tensor]) -> dict[str, bytes]:
 
 def two_phase(settings: dict[str, Any], per_step: list[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
     """What every rank's gradients must become; ``per_step[step][rank][name]``."""
-    feedback = make_feedback(CommConfig(**{**CONFIG, **settings}))
+    feedback = feedback_from_config(CommConfig(**{**CONFIG, **settings}))
     assert feedback is not None
     n = len(per_step[0])
     units: dict[tuple[str, int], dict[str, Any]] = {}
@@ -132,7 +132,7 @@ def test_nodes_average_densely_and_compress_between_them(four_ranks: Ranks, feed
         steps.append([{k: rank_order_mean([ranks[i][k], ranks[i + 1][k]]) for k in SHAPES} for i in (0, 2)])
     expected = []
     alone = {"feedback": feedback}
-    method = make_feedback(CommConfig(**{**CONFIG, **alone}))
+    method = feedback_from_config(CommConfig(**{**CONFIG, **alone}))
     assert method is not None
     states: dict[tuple[str, int], Any] = {}
     for nodes in steps:
@@ -245,7 +245,7 @@ def run_directed(rank: int, settings: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("settings", [{"feedback": "ef14"}, {"feedback": "ef21", "warmup_steps": 2}])
 def test_directions_are_what_is_compressed(three_ranks: Ranks, settings: dict[str, Any]) -> None:
-    feedback = make_feedback(CommConfig(**{**CONFIG, **settings}))
+    feedback = feedback_from_config(CommConfig(**{**CONFIG, **settings}))
     assert feedback is not None
     adam = default_direction()
     slots: dict[Any, Any] = {}

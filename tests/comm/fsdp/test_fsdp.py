@@ -19,7 +19,7 @@ from outlast.comm import (
 )
 from outlast.comm.direction import default_direction
 from outlast.comm.feedback.from_config import (
-    make_feedback,
+    feedback_from_config,
 )
 from outlast.comm.fsdp import ShardedReducer, attach_fsdp
 from outlast.errors import CommError, CommStateMismatch, NonFiniteGradient
@@ -109,7 +109,7 @@ def slices_of(name: str, x: Tensor, n: int) -> list[Tensor]:
 def simulate(settings: dict[str, Any], steps: list[list[dict[str, Tensor]]]) -> list[list[dict[str, bytes]]]:
     """``[step][rank][name]``: what each shard's gradient must become, through the feedback classes alone."""
     config = CommConfig(**{**TOY, **settings})
-    method, direction = make_feedback(config), default_direction() if config.target == "update" else None
+    method, direction = feedback_from_config(config), default_direction() if config.target == "update" else None
     n = len(steps[0])
     slots: dict[Any, Any] = {}
     result = []
@@ -160,7 +160,7 @@ def simulate(settings: dict[str, Any], steps: list[list[dict[str, Tensor]]]) -> 
 
 def toy_run(rank: int, settings: dict[str, Any], steps: int, accumulate: bool) -> list[dict[str, bytes]]:
     model = sharded_toy()
-    reducer = attach_fsdp(model, config=CommConfig(**{**TOY, **settings}))
+    reducer = attach_fsdp(model, CommConfig(**{**TOY, **settings}))
     seen = []
     for step in range(1, steps + 1):
         model.zero_grad()
@@ -211,7 +211,7 @@ def measured(rank: int, shape: tuple[int, ...] | None) -> list[tuple[Any, Any, A
     model = sharded_toy(mesh_of(shape))
     every = {"probe_every_steps": 2, "resync_every_steps": 3}
     found = []
-    with attach_fsdp(model, config=CommConfig(**TOY, **every, feedback="ef21", target="gradient")) as reducer:
+    with attach_fsdp(model, CommConfig(**TOY, **every, feedback="ef21", target="gradient")) as reducer:
         for step in range(1, 5):
             model(gradients(step, rank)).backward()
             stats = reducer.end_step()
@@ -265,7 +265,7 @@ def gpt_run(
 ) -> tuple[list[float], str, float]:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16) if low else None
     model = sharded_gpt(mesh_of(shape), policy)
-    reducer = attach_fsdp(model, config=CommConfig(**settings)) if settings else None
+    reducer = attach_fsdp(model, CommConfig(**settings)) if settings else None
     losses = steps_of(model, optimizer_of(model.parameters(), settings), rank, 1, STEPS)
     share = 1.0
     if reducer:
@@ -300,7 +300,7 @@ def gpt_resumed(rank: int, settings: dict[str, Any], shape: tuple[int, ...] | No
         model = sharded_gpt(mesh_of(shape))
         return (
             model,
-            attach_fsdp(model, config=CommConfig(**{**settings, "warmup_steps": 2})),
+            attach_fsdp(model, CommConfig(**{**settings, "warmup_steps": 2})),
             optimizer_of(model.parameters(), settings),
         )
 
@@ -342,7 +342,7 @@ def closed(rank: int) -> tuple[bool, bool]:
     same = []
     for shape in (None, (2, 1)):
         plain, used = sharded_toy(mesh_of(shape)), sharded_toy(mesh_of(shape))
-        with attach_fsdp(used, config=CommConfig(**TOY, target="gradient")):
+        with attach_fsdp(used, CommConfig(**TOY, target="gradient")):
             used(gradients(1, rank)).backward()
         used.zero_grad()
         for model in (plain, used):
@@ -361,7 +361,7 @@ def test_a_closed_reducer_leaves_fsdp_as_it_was(two_ranks: Ranks) -> None:
 
 def with_nan(rank: int) -> str:
     model = sharded_toy()
-    reducer = attach_fsdp(model, config=CommConfig(**TOY, target="gradient"))
+    reducer = attach_fsdp(model, CommConfig(**TOY, target="gradient"))
     model(gradients(1, rank)).backward()
     wanted = gradients(2, rank)
     if rank == 1:
@@ -390,25 +390,25 @@ def refused(rank: int) -> list[str]:
     gradient = CommConfig(target="gradient")
     half = MixedPrecisionPolicy(param_dtype=torch.float16)
     found = [
-        error(CommError, lambda: attach_fsdp(Toy(), config=gradient)),
-        error(CommError, lambda: attach_fsdp(sharded_gpt(None, half), config=gradient)),
-        error(CommError, lambda: attach_fsdp(sharded_toy(), config=CommConfig(ranks_per_node=2, target="gradient"))),
-        error(CommError, lambda: attach_fsdp(sharded_toy(), config=CommConfig(compressor="auto"))),
+        error(CommError, lambda: attach_fsdp(Toy(), gradient)),
+        error(CommError, lambda: attach_fsdp(sharded_gpt(None, half), gradient)),
+        error(CommError, lambda: attach_fsdp(sharded_toy(), CommConfig(ranks_per_node=2, target="gradient"))),
+        error(CommError, lambda: attach_fsdp(sharded_toy(), CommConfig(compressor="auto"))),
         error(
             CommError,
-            lambda: attach_fsdp(sharded_toy(mesh_of((2, 1))), config=CommConfig(transport="two-phase")),
+            lambda: attach_fsdp(sharded_toy(mesh_of((2, 1))), CommConfig(transport="two-phase")),
         ),
     ]
     model = sharded_toy()
-    with attach_fsdp(model, config=CommConfig(**TOY, target="gradient")) as reducer:
+    with attach_fsdp(model, CommConfig(**TOY, target="gradient")) as reducer:
         reducer.begin_step(1)
         model(gradients(1, rank)).backward()
         found.append(error(CommError, lambda: model(gradients(1, rank)).backward()))
         model.reset_iter_state()
         state = cloned(reducer.state_dict())
-    with attach_fsdp(sharded_toy(), config=CommConfig(**TOY, target="gradient", feedback="ef21")) as other:
+    with attach_fsdp(sharded_toy(), CommConfig(**TOY, target="gradient", feedback="ef21")) as other:
         found.append(error(CommStateMismatch, lambda: other.load_state_dict(state)))
-    with attach_fsdp(sharded_toy(), config=CommConfig(**{**TOY, "dense_below": 10_000}, target="gradient")) as other:
+    with attach_fsdp(sharded_toy(), CommConfig(**{**TOY, "dense_below": 10_000}, target="gradient")) as other:
         found.append(error(CommStateMismatch, lambda: other.load_state_dict(state)))
     return found
 

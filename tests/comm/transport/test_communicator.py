@@ -30,8 +30,8 @@ def run_means(rank: int, sizes: list[int]) -> list[bytes]:
     payload = torch.tensor([rank, 2 * rank], dtype=torch.uint8)
     gathered = communicator.submit(lambda: communicator.all_gather(payload, "payload")).result(60)
     assert gathered.tolist() == [[r, 2 * r] for r in range(communicator.world_size)]
-    assert communicator.take_traffic().collectives == 2 * len(sizes) + 1
-    assert communicator.take_traffic().collectives == 0
+    assert communicator.take_totals().collectives == 2 * len(sizes) + 1
+    assert communicator.take_totals().collectives == 0
     communicator.close()
     return [mean.numpy().tobytes() for mean in means]
 

@@ -59,7 +59,7 @@ def test_what_was_entered_and_completed_is_read_back(shm: Path) -> None:
         read_ring(ring_path(shm, 5))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     capacity=st.integers(1, 9),
     calls=st.lists(

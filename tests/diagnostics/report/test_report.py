@@ -111,7 +111,7 @@ class TestStragglers:
         assert build_report(tmp_path).stragglers[0].straggler
         assert not build_report(tmp_path, DiagnosticsConfig(straggler_min_s=0.1)).stragglers[0].straggler
 
-    @settings(max_examples=10, deadline=None)
+    @settings(max_examples=10)
     @given(late=st.integers(0, 3), late_ms=st.integers(40, 200), seed=st.integers(0, 1000))
     def test_whoever_is_late_is_named(
         self, tmp_path_factory: pytest.TempPathFactory, late: int, late_ms: int, seed: int

@@ -1,0 +1,170 @@
+"""One candidate is loaded: every byte verified, and what any rank finds wrong known to all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from outlast.checkpoint.format.names import step_name
+from outlast.checkpoint.format.records import Fault
+from outlast.checkpoint.restore.candidates import Candidate
+from outlast.checkpoint.restore.copies import AvailableCopies, BytesByTier, FastestCopies
+from outlast.checkpoint.restore.messages import Failure, all_gather_messages
+from outlast.checkpoint.restore.read_once import SharedFiles, read_once
+from outlast.checkpoint.restore.request import RestoreContext, RestoreRequest
+from outlast.checkpoint.restore.survey import SaveOnNodes, Survey
+from outlast.checkpoint.restore.transfer import gather_copies
+from outlast.checkpoint.steps.commit import read_commit
+from outlast.checkpoint.steps.reader import StepReader, as_error
+from outlast.checkpoint.storage.base import Store
+from outlast.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpoint, StateMismatch
+from outlast.events import CheckpointRestored
+
+
+@dataclass(frozen=True)
+class Restored:
+    """State read back: nested dictionaries as they were saved, tensors on the CPU, each with memory of its own.
+
+    Restored into a running job's sharding, a DTensor has this rank's part on the CPU, whatever its mesh's device.
+    """
+
+    step: int
+    replicated: dict[str, Any]
+    local: dict[str, Any]
+    """This rank's; empty where another world size saved the step."""
+    world_size: int
+    """Of the job that saved it."""
+    read_local: Callable[[int], dict[str, Any]]
+    """The local state of any of the ranks that saved it, read and verified anew; until the Checkpointer is closed.
+    (Where the step is in memory alone and the world size is the same: of this rank.) Raises CorruptCheckpoint,
+    IncompleteCheckpoint and their like if it is no longer there as it was."""
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Loads candidates for one rank. Collective."""
+
+    context: RestoreContext
+    request: RestoreRequest
+    survey: Survey | None
+    """Of the nodes; None: there is no tier but storage."""
+
+    def load(self, candidate: Candidate) -> Restored | list[Fault]:
+        """The state, or what makes the candidate invalid; the same answer on all ranks.
+
+        A file that is read straight into the running job's tensors is verified on the way, in one pass. Which copy to
+        take instead is worked out only if one is damaged.
+
+        Raises:
+            StateMismatch: another world size, or other tensors; no file is at fault.
+            CheckpointError: a rank cannot read the storage, or the format version is unknown; names the rank.
+        """
+        target = self.request.target
+        if candidate.on_nodes is not None and target is not None and target.fill:
+            outcome = self._attempt(candidate, verify=False)
+            if isinstance(outcome, Restored):
+                return outcome
+        return self._attempt(candidate, verify=True)
+
+    def _attempt(self, candidate: Candidate, *, verify: bool) -> Restored | list[Fault]:
+        began = time.monotonic()
+        bytes_by_tier = BytesByTier()
+        copies = self._copies(candidate, bytes_by_tier, verify)
+        source = FastestCopies(copies, self._shared(candidate), bytes_by_tier)
+        restored: Restored | None = None
+        failures: list[Failure] = []
+        try:
+            restored = self._read(candidate, source)
+        except (Fault, StateMismatch, OSError) as error:
+            failures = [Failure.of(error)]
+        faults = self._faults_of_all(candidate.step, failures)
+        if restored is None or faults:
+            return faults
+        if copies is not None and candidate.on_nodes is not None and self.survey is not None:
+            self.context.report_faults(candidate.step, copies.damage_faults())
+            self.survey.quarantine(candidate.on_nodes, copies.damaged)
+        self.context.on_event(
+            CheckpointRestored(
+                step=candidate.step,
+                url=self.context.store.url,
+                seconds=time.monotonic() - began,
+                tiers=dict(bytes_by_tier.counts),
+            )
+        )
+        return restored
+
+    def _copies(self, candidate: Candidate, bytes_by_tier: BytesByTier, verify: bool) -> AvailableCopies | None:
+        """What the nodes have of a candidate; collective."""
+        if candidate.on_nodes is None or self.survey is None:
+            return None
+        return gather_copies(self.survey, candidate.on_nodes, self.request.target, bytes_by_tier, verify=verify)
+
+    def _shared(self, candidate: Candidate) -> SharedFiles | None:
+        """What all ranks need of a step in storage; collective."""
+        if candidate.on_nodes is not None or not self.request.read_once or self.context.world_size == 1:
+            return None
+        target = self.request.target
+        return read_once(self.context, candidate.step, target.boxes if target is not None else ())
+
+    def _read(self, candidate: Candidate, source: FastestCopies) -> Restored:
+        """This rank's part of the reading, not collective; raises Fault, StateMismatch and OSError."""
+        context, step, save = self.context, candidate.step, candidate.on_nodes
+        if save is not None and (fault := save.missing_fault()) is not None and not _is_in_storage(context.store, save):
+            raise fault
+        commit = save.commit if save is not None else None
+        votes = source.copies.votes if source.copies is not None else {}
+        reader = StepReader(context.store, step, context.io, source, commit, votes)
+        saved_by = reader.commit.world_size
+        # Every rank reads the replicated state, those ranks a shard that need it (together they need all of a tensor),
+        # and its owner a local state: so together the ranks verify every file.
+        local: dict[str, Any] = {}
+        if saved_by == context.world_size:
+            local = reader.load(context.rank)
+        elif self.request.any_world_size:
+            for rank in range(context.rank, saved_by, context.world_size):
+                for fault in reader.verify(reader.files_of(rank)):
+                    raise fault
+        else:
+            raise StateMismatch(
+                f"{context.store.url}/{step_name(step)} was saved by {saved_by} ranks, "
+                f"this job has {context.world_size}",
+                "start with the world size that saved it",
+            )
+        replicated = reader.load(None, self.request.target)
+        return Restored(step, replicated, local, saved_by, partial(_read_local, reader, context.store))
+
+    def _faults_of_all(self, step: int, failures: list[Failure]) -> list[Fault]:
+        """What is wrong with files on any rank, once for each file; collective. Raises what no file is at fault for."""
+        found = all_gather_messages(self.context.agreement, Failure, failures)
+        for rank, failure in found:
+            if failure.error_type is StateMismatch:
+                raise StateMismatch(failure.reason, failure.fix)
+            if failure.error_type not in (CorruptCheckpoint, IncompleteCheckpoint):
+                fault = failure.as_fault()
+                reason = f"{fault.reason} (found by rank {rank})"
+                raise as_error(Fault(fault.kind, fault.file, reason), self.context.store, step)
+        by_file: dict[str, Fault] = {}
+        for _, failure in found:
+            by_file.setdefault(failure.file, failure.as_fault())
+        return list(by_file.values())
+
+
+def _is_in_storage(store: Store, save: SaveOnNodes) -> bool:
+    """Whether the storage has this very save too."""
+    try:
+        commit = read_commit(store, save.commit.step)
+    except Fault:
+        return False
+    return (commit.attempt_id, commit.save_id) == save.key and commit.votes == save.commit.votes
+
+
+def _read_local(reader: StepReader, store: Store, rank: int) -> dict[str, Any]:
+    try:
+        return reader.load(rank)
+    except Fault as fault:
+        raise as_error(fault, store, reader.step) from fault
+    except OSError as error:
+        raise CheckpointError(f"{store.url} cannot be read: {error}") from error

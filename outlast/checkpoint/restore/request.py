@@ -1,0 +1,107 @@
+"""What a restore is asked for, and the rank that does its part; all ranks agree before any byte is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from outlast.checkpoint.format.names import step_name
+from outlast.checkpoint.format.records import Fault
+from outlast.checkpoint.peers.collectives import Agreement
+from outlast.checkpoint.peers.topology import node_name
+from outlast.checkpoint.restore.messages import Failure, all_gather_messages
+from outlast.checkpoint.state.dtensor import Meshes
+from outlast.checkpoint.state.target import RestoreTarget
+from outlast.checkpoint.storage.base import Store
+from outlast.checkpoint.storage.local import LocalStore
+from outlast.errors import CheckpointError, StateMismatch
+from outlast.events import CheckpointRejected, Event
+
+_log = logging.getLogger("outlast.checkpoint")
+
+
+@dataclass(frozen=True)
+class RestoreContext:
+    """One rank, and what it restores with."""
+
+    store: Store
+    rank: int
+    world_size: int
+    agreement: Agreement
+    on_event: Callable[[Event], None]
+    io: ThreadPoolExecutor
+    """Threads that read and verify."""
+
+    def report(self, step: int, reason: str, file: str = "") -> None:
+        """Log and emit, once for all ranks, why a step or a copy of it is not used."""
+        if self.rank == 0:
+            _log.warning("%s/%s: %s", step_name(step), file, reason)
+            self.on_event(CheckpointRejected(step=step, reason=reason, file=file))
+
+    def report_faults(self, step: int, faults: Iterable[Fault]) -> None:
+        """As :meth:`report`, of damaged and missing files."""
+        for fault in faults:
+            self.report(step, f"{fault.kind.__name__}: {fault.reason}", fault.file)
+
+    def raise_on_all(self, failures: list[Failure]) -> None:
+        """Raise on every rank what failed on any; no rank goes on before all are here. Collective.
+
+        Raises:
+            CheckpointError: the failure of the lowest rank that has one.
+        """
+        for _, failure in all_gather_messages(self.agreement, Failure, failures):
+            raise failure.error_type(failure.reason, failure.fix)
+
+
+@dataclass(frozen=True)
+class RestoreRequest:
+    """What all ranks ask for."""
+
+    target: RestoreTarget | None
+    """The running job's tensors; None: all tensors, whole."""
+    any_world_size: bool
+    """Whether a step saved by another world size may be taken."""
+    read_once: bool
+    """Whether what all ranks need from storage is read by one rank and sent to the others."""
+
+
+def agree_on_request(
+    like: Mapping[str, Any] | None,
+    into: Mapping[str, Any] | None,
+    meshes: Meshes,
+    context: RestoreContext,
+    *,
+    any_world_size: bool,
+) -> RestoreRequest:
+    """Make sure that all ranks ask for the same tensors; collective.
+
+    Ranks that asked for different parts would leave chunks unread, and so unverified, that all rely on.
+
+    Raises:
+        StateMismatch: the tensors or placements differ between ranks.
+        CheckpointError: see :class:`RestoreTarget`; raised on every rank, and names the rank at fault.
+    """
+    target, failures = None, []
+    try:
+        if like is not None and into is not None:
+            raise CheckpointError("restore got both like and into", "pass one of the two")
+        state = into if into is not None else like
+        target = RestoreTarget(state, meshes, fill=into is not None) if state is not None else None
+    except CheckpointError as error:
+        failures = [Failure("CheckpointError", f"rank {context.rank}: {error.what}", error.fix)]
+    context.raise_on_all(failures)
+    agreement = context.agreement
+    digest = -1 if target is None else target.digest
+    differs = "" if agreement.broadcast_int(digest) == digest else "differs"
+    ranks = [rank for rank, text in enumerate(agreement.all_gather_text(differs)) if text]
+    if ranks:
+        raise StateMismatch(
+            f"ranks {ranks} restore into other tensors, shapes, types or placements than rank 0",
+            "pass the same `like`, or `into`, on all ranks",
+        )
+    # Ranks of one node read a local disk once in any case, through the page cache.
+    one_node = len(set(agreement.all_gather_text(node_name()))) == 1
+    return RestoreRequest(target, any_world_size, not (one_node and isinstance(context.store, LocalStore)))

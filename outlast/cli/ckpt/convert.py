@@ -1,0 +1,80 @@
+"""``outlast ckpt export|import``."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from outlast.cli.ckpt.output import Action, Url, print_json, print_line, size
+
+Target = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TARGET")]
+Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Action):
+    """Write a step's replicated state in another format; every byte is verified as it is read."""
+
+    url: Url
+    """The folder or fsspec URL of a run's checkpoints."""
+    target: Target
+    """A local path: a folder for dcp, else a file."""
+    format: Literal["safetensors", "dcp", "torch"]
+    """safetensors; dcp: torch.distributed.checkpoint; torch: a file of torch.save."""
+    step: int | None = None
+    """The step; without it, the newest."""
+    part: str | None = None
+    """Only this part of the state, e.g. model, with the keys of its state_dict."""
+    force: bool = False
+    """Replace the target if it exists."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        """Export it; after an error nothing of it is left."""
+        from outlast.checkpoint import convert
+
+        done = convert.export_step(self.url, self.target, self.format, step=self.step, part=self.part, force=self.force)
+        if self.json:
+            print_json(dataclasses.asdict(done))
+            return 0
+        console = Console()
+        what = f"{done.tensors} tensors and {done.values} values"
+        print_line(console, f"written: {done.target} ({done.format}): {what} of {done.url}, {size(done.size_bytes)}")
+        for name in done.left_out:
+            print_line(console, f"left out: {name}: {done.format} cannot hold an empty dictionary")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import(Action):
+    """Save the contents of another format as a committed step. Code named by a pickle is never run."""
+
+    source: Source
+    """A local path: a folder for dcp, else a file."""
+    url: Url
+    """The folder or fsspec URL for checkpoints; created if it does not exist."""
+    format: Literal["safetensors", "dcp", "torch"]
+    """safetensors; dcp: torch.distributed.checkpoint; torch: a file of torch.save."""
+    step: int = 0
+    """The new step's number; it must not exist yet."""
+    part: str | None = None
+    """Put the contents under this key of the state, e.g. model."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        """Import it; after an error there is no such step."""
+        from outlast.checkpoint import convert
+
+        done = convert.import_step(self.source, self.url, self.format, step=self.step, part=self.part)
+        if self.json:
+            print_json(dataclasses.asdict(done))
+            return 0
+        what = f"{done.tensors} tensors and {done.values} values of {done.source}"
+        print_line(Console(), f"saved: step {done.step} at {done.url}: {what}, {size(done.size_bytes)}")
+        return 0

@@ -1,0 +1,45 @@
+"""``outlast report RUN``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from outlast.cli.verb import Verb
+from outlast.config import Overrides
+from outlast.errors import OutlastError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Verb):
+    """Show what happened in a run and which ranks were late, computed from its events: as text, HTML or JSON."""
+
+    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """The run's directory."""
+    html: Path | None = None
+    """Write one self-contained HTML file here."""
+    json: bool = False
+    """Print the report as JSON instead of tables."""
+
+    def run(self, overrides: Overrides) -> int:
+        """Build the report and show it."""
+        from outlast.diagnostics import build_report, render_html, render_terminal
+
+        report = build_report(self.run_dir)
+        if self.html is not None:
+            try:
+                self.html.write_text(render_html(report), encoding="utf-8")
+            except OSError as error:
+                raise OutlastError(f"{self.html} cannot be written: {error.strerror}", "choose another file") from error
+            print(f"written: {self.html}", file=sys.stderr)
+        if self.json:
+            print(json.dumps(report.to_json()))
+        elif self.html is None:
+            render_terminal(report, Console())
+        return 0

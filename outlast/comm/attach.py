@@ -1,0 +1,129 @@
+"""One call that puts compression under whatever averages a model's gradients."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from outlast.comm.auto.policy import Choice
+from outlast.comm.config import CommConfig
+from outlast.comm.ddp.attach import attach_ddp
+from outlast.comm.deepspeed import attach_deepspeed
+from outlast.comm.direction import Direction
+from outlast.comm.fsdp import attach_fsdp
+from outlast.comm.reducer import Reducer
+from outlast.comm.transport.communicator import CollectiveObserver
+from outlast.config import nearest
+from outlast.errors import CommError, UnknownKey
+
+
+def attach(
+    model_or_engine: Any,
+    config: CommConfig | None = None,
+    *,
+    observer: CollectiveObserver | None = None,
+    direction: Direction | None = None,
+    dense_direction: Direction | None = None,
+    replicas: dist.ProcessGroup | None = None,
+    on_choice: Callable[[Choice], None] | None = None,
+    **settings: Any,
+) -> Reducer:
+    """Compress what a model's ranks average, from the next backward on; a collective call.
+
+    ::
+
+        reducer = outlast.comm.attach(ddp)  # by default updates are averaged: Adam is in the reducer, SGD is left
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3, weight_decay=0.1)
+
+        reducer = outlast.comm.attach(ddp, target="gradient", feedback="ef21", density=0.05)  # with any optimizer
+
+    The same call takes a model that has been through ``fully_shard`` and what ``deepspeed.initialize`` returned. What
+    each of them adds is said in :func:`~outlast.comm.ddp.attach.attach_ddp`, :func:`~outlast.comm.fsdp.attach_fsdp` and
+    :func:`~outlast.comm.deepspeed.attach_deepspeed`.
+
+    Args:
+        model_or_engine: a ``DistributedDataParallel`` model, an FSDP2 model (sharded completely), or a DeepSpeed
+            engine, before its first backward.
+        config: see :class:`CommConfig`; None takes its defaults.
+        observer: notified of every collective.
+        direction: what ``target = "update"`` compresses; None takes Adam with beta1 = 0, beta2 = 0.95, clip_rms = 1.
+        dense_direction: the same for DDP where nothing is compressed; see :class:`GradientReducer`.
+        replicas: for FSDP2 over a one-dimensional mesh: the ranks that hold copies of this rank's shards.
+        on_choice: for DDP: called with what ``compressor = "auto"`` became.
+        settings: fields of :class:`CommConfig`; they override those of ``config``.
+
+    Returns:
+        The reducer. Save its ``state_dict()`` with every checkpoint, on every rank.
+
+    Raises:
+        UnknownKey: there is no such setting; names the nearest one that exists.
+        UnknownCompressor, OutOfRange: a setting is wrong.
+        CommError: nothing averages this model's gradients yet, an argument does not apply to it, or what it is set up
+            to do cannot be compressed.
+    """
+    settled = _settle(config, settings)
+    ddp_only = {"dense_direction": dense_direction, "on_choice": on_choice}
+    if isinstance(model_or_engine, DistributedDataParallel):
+        _refuse("DistributedDataParallel", {"replicas": replicas})
+        return attach_ddp(
+            model_or_engine,
+            settled,
+            observer=observer,
+            direction=direction,
+            dense_direction=dense_direction,
+            on_choice=on_choice,
+        )
+    if _is_deepspeed_engine(model_or_engine):
+        _refuse("a DeepSpeed engine", {"replicas": replicas, **ddp_only})
+        return attach_deepspeed(model_or_engine, settled, observer=observer, direction=direction)
+    if _is_fsdp2(model_or_engine):
+        _refuse("FSDP2", ddp_only)
+        return attach_fsdp(model_or_engine, settled, replicas=replicas, observer=observer, direction=direction)
+    raise CommError(
+        f"nothing averages the gradients of a {type(model_or_engine).__name__} yet",
+        "wrap it in DistributedDataParallel, shard it with torch.distributed.fsdp.fully_shard, or hand over what "
+        "deepspeed.initialize returned; a loop without any of them averages with outlast.comm.GradientReducer.reduce()",
+    )
+
+
+def _settle(config: CommConfig | None, settings: Mapping[str, Any]) -> CommConfig:
+    """``config`` with ``settings`` in place of its own.
+
+    Raises:
+        UnknownKey: there is no such setting.
+        UnknownCompressor, OutOfRange: a setting is wrong.
+    """
+    known = [field.name for field in fields(CommConfig)]
+    for name in settings:
+        if name not in known:
+            raise UnknownKey(f"attach: no setting {name}", nearest(name, known))
+    return CommConfig(**settings) if config is None else replace(config, **settings)
+
+
+def _refuse(what: str, arguments: Mapping[str, object]) -> None:
+    """Arguments that were given and do not apply.
+
+    Raises:
+        CommError: names the first of them.
+    """
+    for name, value in arguments.items():
+        if value is not None:
+            raise CommError(f"attach: {name} does not apply to {what}", f"leave out {name}")
+
+
+def _is_deepspeed_engine(model: Any) -> bool:
+    """Without importing deepspeed: whoever has an engine has imported it."""
+    engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
+    return engine is not None and isinstance(model, engine)
+
+
+def _is_fsdp2(model: Any) -> bool:
+    """Whether some module of ``model`` was given to ``fully_shard``. Whoever has called it has imported its module."""
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return sharded is not None and isinstance(model, nn.Module) and any(isinstance(m, sharded) for m in model.modules())

@@ -1,0 +1,112 @@
+"""Which step gradients belong to, which of them it has had, and whether an exchange has failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+from outlast.errors import CommError
+
+
+class StepLedger:
+    """The steps of one reducer.
+
+    The caller names each step (:meth:`begin`), or steps are counted: then one opens with the first gradients after the
+    last step was complete, and with gradients that the open step has had already.
+
+    Args:
+        on_open: called with the number of a step that opens, before any of its gradients are exchanged.
+    """
+
+    def __init__(self, on_open: Callable[[int], None]) -> None:
+        self.step = 0
+        """The open step, or the last one; 0 before the first."""
+        self._on_open = on_open
+        self._given = False
+        self._complete = True
+        self._seen: set[Hashable] = set()
+        self._failure: BaseException | None = None
+        self._closed = False
+
+    def begin(self, step: int) -> None:
+        """Open ``step``, because the caller says so; from now on every step must be begun.
+
+        Raises:
+            CommError: ``step`` < 1, or what :meth:`check` raises.
+        """
+        if step < 1:
+            raise CommError(f"begin_step({step}): steps count from 1")
+        self.check()
+        self._given = True
+        self._open(step)
+
+    def ensure(self, step: int) -> None:
+        """Open ``step`` unless it is open.
+
+        Raises:
+            CommError: see :meth:`check`.
+        """
+        self.check()
+        if step != self.step or self._complete:
+            self._open(step)
+
+    def enter(self, key: Hashable, name: str, remedy: str) -> bool:
+        """Note that the gradients ``key`` are about to be exchanged; opens the step where nobody else does.
+
+        Args:
+            key: the same in every step.
+            name: of the gradients, for errors.
+            remedy: what to do where they come twice.
+
+        Returns:
+            Whether they are the step's first.
+
+        Raises:
+            CommError: the step has had them, and steps are given by :meth:`begin`; or what :meth:`check` raises.
+        """
+        self.check()
+        if self._given and key in self._seen:
+            raise CommError(f"gradients of {name} were averaged twice in step {self.step}", remedy)
+        if not self._given and (self._complete or key in self._seen):
+            self._open(self.step + 1)
+        first = not self._seen
+        self._seen.add(key)
+        return first
+
+    def complete(self) -> None:
+        """The open step gets no more gradients."""
+        self._complete = True
+
+    def resume_after(self, step: int) -> None:
+        """State that was saved after ``step`` has been loaded."""
+        self.step = step
+        self._complete = True
+
+    def fail(self, error: BaseException) -> None:
+        """Have every later call raise ``error``, unless there was one before."""
+        self._failure = self._failure or error
+
+    def close(self) -> None:
+        """Have every later call raise."""
+        self._closed = True
+
+    def check(self) -> None:
+        """Raise what has gone wrong before, if anything has.
+
+        Raises:
+            CommError: an exchange has failed (whatever it raised), or the reducer was closed.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._closed:
+            raise CommError("the reducer was closed")
+
+    def _open(self, step: int) -> None:
+        self.step = step
+        self._seen = set()
+        self._complete = False
+        self._on_open(step)
+
+
+def due(step: int, every_steps: int) -> bool:
+    """Whether something that happens every so many steps happens in ``step``; 0 is never."""
+    return every_steps > 0 and step % every_steps == 0

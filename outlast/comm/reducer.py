@@ -1,0 +1,103 @@
+"""What every reducer offers, whatever it was attached to."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from outlast.comm.config import CommConfig
+from outlast.comm.exchange.stats import ReduceStats
+
+
+class Reducer(Protocol):
+    """Averages gradients over ranks, compressed. DDP, FSDP2 and DeepSpeed share this interface::
+
+        with outlast.comm.attach(ddp, target="gradient", feedback="ef21", density=0.05) as reducer:
+            for step in range(1, steps + 1):
+                reducer.begin_step(step)
+                loss_of(ddp, step).backward()
+                stats = reducer.end_step()
+                optimizer.step()
+
+    All calls belong to one thread.
+
+    Failure: when a peer dies or stays silent for ``config.timeout_s``, or a gradient that is compressed holds NaN or
+    Inf, ``backward()`` raises, and so does every later call but :meth:`close`. Gradients and state are then undefined:
+    end the process and resume from a checkpoint.
+    """
+
+    config: CommConfig
+    """The settings it was made with."""
+    world_size: int
+    """How many ranks exchange gradients with one another: all of them, or with HSDP the copies of a shard."""
+
+    @abstractmethod
+    def begin_step(self, step: int) -> None:
+        """Say which step (1-based) the next backward belongs to; the warm-up goes by it. Optional.
+
+        Raises:
+            CommError: an exchange has failed, the reducer was closed, or this cannot be the next step.
+        """
+
+    @abstractmethod
+    def end_step(self) -> ReduceStats:
+        """Wait for the step's exchanges and return what they cost.
+
+        Raises:
+            CommError: an exchange has failed, in this step or before.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Error-feedback state for a checkpoint; to be called between steps.
+
+        Returns:
+            ``{"local": {parameter: {slot: tensor}}, "replicated": {parameter: {slot: tensor}}, "meta": {...}}``. Local
+            tensors differ on every rank and must be saved by each; replicated ones are the same on all ranks; ``meta``
+            is plain JSON. The tensors are *live*: the next backward changes them.
+
+        Raises:
+            CommError: an exchange has failed.
+        """
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Load a copy of what :meth:`state_dict` returned on the same rank; training goes on bit for bit.
+
+        Raises:
+            CommStateMismatch: names what does not fit; nothing has been loaded then.
+            CommError: an exchange has failed.
+        """
+
+    @abstractmethod
+    def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None:
+        """Load the state that ``ranks`` ranks saved. With as many ranks as today this is :meth:`load_state_dict`.
+
+        Args:
+            read: returns what :meth:`state_dict` was on a given rank of the run that saved.
+            ranks: how many ranks saved.
+
+        Raises:
+            CommStateMismatch: state of this kind cannot be redistributed over another number of ranks, or does not fit;
+                nothing has been loaded then.
+            CommError: an exchange has failed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the reducer's threads and give the model its own averaging back where that is possible. Not a collective
+        call; closing twice is harmless.
+
+        Raises:
+            CommError: a collective did not end within the limit.
+        """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
