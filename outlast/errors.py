@@ -6,31 +6,30 @@
     ├── ConfigError                  a setting is wrong
     │   ├── UnknownKey               no such setting; names the nearest right one
     │   └── OutOfRange               a value outside what the setting allows
-    ├── TrainingDiverged             the loss or the gradient norm is not a finite number
-    ├── DataError                    no training data, or not the data the checkpoint was made with
-    ├── RunDirectoryError            a run's directory is used, or cannot be written
-    ├── CommError                    gradients could not be exchanged as asked
-    │   ├── UnknownCompressor        no compressor or feedback of that name
-    │   ├── NonFiniteGradient        NaN or Inf in a gradient that is to be compressed
-    │   └── CommStateMismatch        error-feedback state that does not fit the parameters
+    ├── TrainingDiverged             the loss or the gradient norm is NaN or infinite
+    ├── DataError                    no training data, or other data than the checkpoint's
+    ├── RunDirectoryError            the run's directory is in use, or cannot be written
+    ├── CommError                    gradients could not be exchanged
+    │   ├── UnknownCompressor        no compressor or error feedback has this name
+    │   ├── NonFiniteGradient        a gradient to be compressed contains NaN or infinity
+    │   └── CommStateMismatch        error-feedback state does not match the parameters
     ├── CheckpointError              a checkpoint could not be written or read
-    │   ├── CheckpointNotFound       no complete checkpoint where one was asked for
-    │   ├── CorruptCheckpoint        a file's bytes are not those that were written; names the file
+    │   ├── CheckpointNotFound       there is no complete checkpoint
+    │   ├── CorruptCheckpoint        a file does not match its checksum; names the file
     │   ├── IncompleteCheckpoint     a file or the commit record is missing
-    │   ├── UnknownFormatVersion     written by a version of outlast this one cannot read
-    │   ├── StateMismatch            its tensors are not those of the running model
-    │   └── SnapshotMutated          a tensor was changed before its snapshot was copied; names it
-    ├── DiagnosticsError             events or a recorder's ring could not be read
+    │   ├── UnknownFormatVersion     written in a format that this version cannot read
+    │   ├── StateMismatch            the checkpoint's tensors do not match the model's
+    │   └── SnapshotMutated          a tensor changed before its snapshot was copied; names it
+    ├── DiagnosticsError             events or shared memory could not be written or read
     ├── LaunchError                  ranks could not be started or kept running
-    │   ├── PlaceError               the environment does not tell which rank this is
-    │   ├── PortInUse                the rendezvous port is taken
-    │   └── RanksFailed              ranks failed more often than restarts were allowed
-    └── MissingDependency            an optional package or system tool is not installed
+    │   ├── PlaceError               the environment does not define this process's rank
+    │   ├── PortInUse                the rendezvous port is in use
+    │   └── RanksFailed              ranks failed, and no restart is left or would help
+    └── MissingDependency            an optional package or a system tool is not installed
 
-A message has up to three parts: what happened, with the values; and what to do about it.
-``outlast`` on the command line prints them without a traceback and exits with status 1
-(2 for a :class:`ConfigError`). An error whose class is ``hopeless`` cannot be mended by starting the ranks again: the
-launcher does not try.
+A message says what happened, with the values, and on a second line what to do about it. The command line prints it
+without a traceback and exits with status 1 (2 for a :class:`ConfigError`). The launcher does not restart ranks after an
+error whose class is not ``restartable``: the same error would follow.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ from typing import ClassVar
 
 
 class OutlastError(Exception):
-    """Base of all errors raised on purpose.
+    """Base class of the errors that outlast raises on purpose.
 
     Args:
         what: what happened, with the values that matter.
-        fix: what the reader can do about it; shown on a line of its own.
+        fix: what to do about it; printed on a line of its own.
     """
 
-    hopeless: ClassVar[bool] = False
-    """Whether starting the same ranks again would end in the same error."""
+    restartable: ClassVar[bool] = True
+    """Whether the same ranks may succeed after a restart."""
 
     def __init__(self, what: str, fix: str = "") -> None:
         super().__init__(what, fix)
@@ -61,11 +60,11 @@ class OutlastError(Exception):
 class ConfigError(OutlastError):
     """A setting is wrong."""
 
-    hopeless = True
+    restartable = False
 
 
 class UnknownKey(ConfigError):
-    """There is no such setting."""
+    """No such setting."""
 
 
 class OutOfRange(ConfigError):
@@ -73,39 +72,39 @@ class OutOfRange(ConfigError):
 
 
 class TrainingDiverged(OutlastError):
-    """The loss or the gradient norm is not a finite number."""
+    """The loss or the gradient norm is NaN or infinite."""
 
-    hopeless = True
+    restartable = False
 
 
 class DataError(OutlastError):
-    """No training data, or not the data the checkpoint was made with."""
+    """There is no training data, or it is not the data of the checkpoint."""
 
-    hopeless = True
+    restartable = False
 
 
 class RunDirectoryError(OutlastError):
-    """A run's directory is used, or cannot be written."""
+    """The run's directory is in use, or cannot be written."""
 
-    hopeless = True
+    restartable = False
 
 
 class CommError(OutlastError):
-    """Gradients could not be exchanged as asked."""
+    """Gradients could not be exchanged."""
 
 
 class UnknownCompressor(CommError, ConfigError):
-    """No compressor or feedback of that name."""
+    """No compressor or error feedback has this name."""
 
 
 class NonFiniteGradient(CommError):
-    """NaN or Inf in a gradient that is to be compressed."""
+    """A gradient to be compressed contains NaN or infinity."""
 
 
 class CommStateMismatch(CommError):
-    """Error-feedback state that does not fit the parameters."""
+    """Error-feedback state does not match the parameters."""
 
-    hopeless = True
+    restartable = False
 
 
 class CheckpointError(OutlastError):
@@ -113,13 +112,13 @@ class CheckpointError(OutlastError):
 
 
 class CheckpointNotFound(CheckpointError):
-    """No complete checkpoint where one was asked for."""
+    """There is no complete checkpoint."""
 
-    hopeless = True
+    restartable = False
 
 
 class CorruptCheckpoint(CheckpointError):
-    """A file's bytes are not those that were written."""
+    """A file does not match its checksum."""
 
 
 class IncompleteCheckpoint(CheckpointError):
@@ -127,23 +126,23 @@ class IncompleteCheckpoint(CheckpointError):
 
 
 class UnknownFormatVersion(CheckpointError):
-    """Written by a version of outlast that this one cannot read."""
+    """The checkpoint is in a format that this version cannot read."""
 
-    hopeless = True
+    restartable = False
 
 
 class StateMismatch(CheckpointError):
-    """A checkpoint's tensors are not those of the running model."""
+    """The checkpoint's tensors do not match the model's."""
 
-    hopeless = True
+    restartable = False
 
 
 class SnapshotMutated(CheckpointError):
-    """A tensor was changed before its snapshot was copied."""
+    """A tensor changed before its snapshot was copied."""
 
 
 class DiagnosticsError(OutlastError):
-    """Events or a recorder's ring could not be read."""
+    """Events or shared memory could not be written or read."""
 
 
 class LaunchError(OutlastError):
@@ -151,18 +150,18 @@ class LaunchError(OutlastError):
 
 
 class PlaceError(LaunchError):
-    """The environment does not tell which rank this process is."""
+    """The environment does not define this process's rank."""
 
 
 class PortInUse(LaunchError):
-    """The rendezvous port is taken."""
+    """The rendezvous port is in use."""
 
 
 class RanksFailed(LaunchError):
-    """Ranks failed more often than restarts were allowed."""
+    """Ranks failed, and no restart is left or would help."""
 
 
 class MissingDependency(OutlastError):
-    """An optional package or system tool is not installed."""
+    """An optional package or a system tool is not installed."""
 
-    hopeless = True
+    restartable = False

@@ -59,7 +59,15 @@ class StepDone(Event):
     step: int
     loss: float
     """Mean training loss of this rank's micro-batches."""
-    grad_norm: float
+    grad_norm: float | None = None
+    """Norm of the averaged gradient before clipping; None with ``comm.target = "update"``, where ranks average updates
+    and none of them knows the averaged gradient."""
+    update_norm: float | None = None
+    """With ``comm.target = "update"``, the norm of the averaged update before the learning rate; else None.
+
+    The update is Adam's direction. Its elements are about 1, so the norm is of the order of the square root of the
+    number of parameters.
+    """
     lr: float
     tokens: int
     """Tokens this rank processed in this step."""

@@ -55,6 +55,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "launch": [
         {"launcher"},
         {"agent", "spec", "rendezvous"},
+        {"processes"},
         {"hang_watch", "failures", "rank_output"},
         {"place"},
         {"flags", "ports", "slurm", "parent_death", "config"},

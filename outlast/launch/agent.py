@@ -1,13 +1,11 @@
-"""torchelastic's local agent, with a look at the ranks' heartbeats before each of its own looks at their processes."""
+"""torchelastic's local agent, which also checks the ranks' heartbeats each time it polls their processes."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -18,44 +16,39 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
-from outlast.diagnostics.live import (
-    Culprit,
-    process_state,
-)
+from outlast.diagnostics.live import Culprit
 from outlast.events import EventLog, HangFound, WorkersFailed, WorkersStarted
 from outlast.launch.config import LaunchConfig
-from outlast.launch.failures import NO_RESTART_STATUS, RankFailure, is_torn, last_words
+from outlast.launch.failures import NO_RESTART_STATUS, RankFailure
 from outlast.launch.hang_watch import HangWatch
 from outlast.launch.place import requeues
+from outlast.launch.processes import RankProcesses, dump_stacks
 from outlast.launch.rank_output import RankOutput
 
-STACK_DUMP_S = 0.3
-"""How long a hung rank has to write its stacks, after SIGUSR1 and before SIGKILL."""
 STARTS = "outlast/starts"
-REAP_S = 5.0
-"""How long a process may take to die of SIGKILL before the agent goes on without it."""
+"""Key in the rendezvous store that counts how often the job's ranks were started."""
 
 log = logging.getLogger("outlast.launch")
 
 
 class WatchedAgent(LocalElasticAgent):
-    """A LocalElasticAgent that also ends ranks which make no progress.
+    """A LocalElasticAgent that also kills ranks which make no progress.
 
     torchelastic starts, supervises, stops and restarts the processes; this class adds to its hooks:
 
-    - before each look at the processes it asks the :class:`~outlast.launch.hang_watch.HangWatch` and kills who
-      hangs, which torchelastic then sees as a failed process;
-    - where a rank failed, it first kills those of its peers that cannot react to SIGTERM (stopped, or inside a
-      collective that will never end), and gives the others ``stop_grace_s`` in place of torchelastic's 30 s;
-    - each round of the rendezvous gets a fresh store for its ranks;
-    - it writes down what happened.
+    - before each poll of the processes, :class:`~outlast.launch.hang_watch.HangWatch` finds hung ranks, which are
+      killed; torchelastic then sees a failed process;
+    - when a rank has failed, those of its peers that cannot react to SIGTERM (stopped, or inside a collective that will
+      never end) are killed first, and the others get ``stop_grace_s`` instead of torchelastic's 30 s;
+    - the ranks of each rendezvous round get a fresh store;
+    - starts, hangs and failures are written as events.
 
     Args:
         spec: torchelastic's.
         output: where the ranks' output goes.
-        config: of the launcher.
+        config: the launcher's settings.
         run_dir: the run's directory.
-        events: where events are written; its generation is kept at that of the ranks.
+        events: where events are written; the agent keeps its generation equal to the ranks'.
         host: this node's name in events.
     """
 
@@ -70,7 +63,7 @@ class WatchedAgent(LocalElasticAgent):
             log_line_prefix_template="[rank ${rank}] ",
         )
         self.failures: list[RankFailure] = []
-        """Ranks that failed in the newest failure, root causes only."""
+        """Ranks that caused the newest failure; ranks that were ended because of it are left out."""
         self.restarts = 0
         """Failures that led to a restart so far."""
         self._config = config
@@ -78,16 +71,16 @@ class WatchedAgent(LocalElasticAgent):
         self._run_dir = run_dir
         self._events = events
         self._host = host
+        self._processes: RankProcesses | None = None
         self._watch = HangWatch(run_dir, config) if config.watch else None
         self._hung: dict[int, Culprit] = {}
-        self._started_at = time.time()
         self._requeues = requeues(os.environ)
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        """Meet the other nodes, with a store for the ranks that nothing was written to before.
+        """Meet the other nodes, with a fresh store for the ranks. Collective over the agents of the job.
 
-        torchelastic keeps the store of the first round, and ranks that are started again read in it the addresses of
-        their dead predecessors: gloo then fails with "Connection refused". The old ranks have ended by now.
+        torchelastic reuses the store of the first round. Restarted ranks would then read the addresses of their dead
+        predecessors from it, and gloo would fail with "Connection refused". The old ranks have ended by now.
         """
         handler = worker_group.spec.rdzv_handler
         if isinstance(handler, DynamicRendezvousHandler):
@@ -97,8 +90,11 @@ class WatchedAgent(LocalElasticAgent):
         self._output.generation = self._requeues + self._agree_on_starts(worker_group)
 
     def _agree_on_starts(self, worker_group: WorkerGroup) -> int:
-        """How often ranks of this job were started before: counted in the store that outlives a round, by the first
-        node of the round, and told to the others through the round's own store."""
+        """How often the job's ranks were started before.
+
+        Node 0 of the round counts it in the store that outlives rounds, and hands it to the others through the round's
+        own store.
+        """
         store = worker_group.store
         assert isinstance(store, dist.PrefixStore)  # type: ignore[attr-defined]
         if worker_group.group_rank == 0:
@@ -110,8 +106,12 @@ class WatchedAgent(LocalElasticAgent):
         if self._watch is not None:
             self._watch.begin(ranks)
         self._hung = {}
-        self._started_at = time.time() - 1.0  # file times are coarser than clocks
+        started_at = time.time()
         pids: dict[int, Any] = super()._start_workers(worker_group)
+        assert isinstance(self._pcontext, SubprocessContext)  # as always where the entrypoint is a program
+        local_ranks = {worker.global_rank: worker.local_rank for worker in worker_group.workers}
+        logs = self._run_dir / "attempts" / "latest" / "logs"
+        self._processes = RankProcesses(self._pcontext, local_ranks, logs, started_at)
         self.restarts = worker_group.spec.max_restarts - self._remaining_restarts
         self._events.generation = self._output.generation
         self._events.write(
@@ -125,53 +125,48 @@ class WatchedAgent(LocalElasticAgent):
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        processes = self._processes
+        assert processes is not None, "torchelastic polls only after a start"
         if self._watch is not None:
-            for culprit in self._watch.look(self._running(), alone=worker_group.group_world_size == 1):
-                self._end_hung(culprit)
-        self.failures = self._failed()
-        undying = [one for one in self._hung if one in self._running()]
+            alone = worker_group.group_world_size == 1
+            for culprit in self._watch.find_hung(processes.running(), alone=alone):
+                self._kill_hung(processes, culprit)
+        self.failures = processes.failures({rank: culprit.evidence for rank, culprit in self._hung.items()})
+        undying = sorted(self._hung.keys() & processes.running().keys()) if self._hung else []
         if self.failures or undying:
-            self._end_peers()
-        if undying:  # in an uninterruptible sleep: it must not keep the others from going on
+            self._end_peers(processes)
+        if undying:  # in an uninterruptible sleep: it must not keep the others from restarting
             log.error("outlast: ranks %s do not die of SIGKILL; going on without them", undying)
             result = RunResult(state=WorkerState.UNHEALTHY)
         else:
-            result = self._ask_torchelastic(worker_group)
+            result = self._poll(processes, worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
             self._write_failure(result)
         return result
 
-    def _ask_torchelastic(self, worker_group: WorkerGroup) -> RunResult:
-        """Its own look at the processes. A rank that is killed while it writes its error file leaves half of it, which
-        torchelastic cannot read, and would end the launcher: such a file goes, and the rank's log has to tell."""
-        self._drop_torn()
+    def _poll(self, processes: RankProcesses, worker_group: WorkerGroup) -> RunResult:
+        """torchelastic's own poll of the processes.
+
+        A rank that is killed while it writes its error file leaves an incomplete one. torchelastic could not read it,
+        and would end the launcher; so such files are removed first, and the rank's log has to do.
+        """
+        processes.remove_torn_error_files()
         while True:
             try:
                 result: RunResult = super()._monitor_workers(worker_group)
-            except json.JSONDecodeError:  # one that ended just now
-                if not self._drop_torn():
+            except json.JSONDecodeError:  # of a rank that exited just now
+                if not processes.remove_torn_error_files():
                     raise
             else:
                 return result
 
-    def _drop_torn(self) -> bool:
-        """Remove the error files of ended ranks that are not whole; whether there were any."""
-        context = self._pcontext
-        if not isinstance(context, SubprocessContext):
-            return False
-        handlers = context.subprocess_handlers.items()
-        ended = [context.error_files[local] for local, handler in handlers if handler.proc.poll() is not None]
-        torn = [Path(path) for path in ended if is_torn(path)]
-        for path in torn:
-            path.unlink()
-        return bool(torn)
-
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         """End all ranks: those that are stopped at once, the others with SIGTERM and, after ``stop_grace_s``, SIGKILL.
 
-        SIGTERM whatever ended the launcher: a rank that gets SIGINT prints a KeyboardInterrupt's traceback.
+        Always SIGTERM, whatever ended the launcher: a rank that gets SIGINT prints a KeyboardInterrupt's traceback.
         """
-        self._kill_stopped()
+        if self._processes is not None:
+            self._processes.kill_stopped()
         super()._shutdown(signal.SIGTERM, min(timeout, int(self._config.stop_grace_s)))
 
     @property
@@ -179,51 +174,17 @@ class WatchedAgent(LocalElasticAgent):
         """Ranks of this node in the newest start."""
         return tuple(worker.global_rank for worker in self._worker_group.workers)
 
-    def tidy(self) -> None:
-        """Remove what the ranks left in shared memory. Not for after a failure: it tells what they were doing."""
+    def remove_shared_memory(self) -> None:
+        """Remove the ranks' heartbeats and rings. After a failure they stay: they show what the ranks were doing."""
         if self._watch is not None:
             self._watch.close(self.ranks)
 
-    def _processes(self) -> dict[int, subprocess.Popen[bytes]]:
-        """The processes by rank."""
-        context = self._pcontext
-        if not isinstance(context, SubprocessContext):
-            return {}
-        local = {worker.local_rank: worker.global_rank for worker in self._worker_group.workers}
-        return {local[local_rank]: handler.proc for local_rank, handler in context.subprocess_handlers.items()}
-
-    def _running(self) -> dict[int, int]:
-        """Process ids of ranks that have not ended."""
-        return {rank: process.pid for rank, process in self._processes().items() if process.poll() is None}
-
-    def _failed(self) -> list[RankFailure]:
-        """Ranks that ended badly, the likely cause first."""
-        failures = []
-        by_rank = {worker.global_rank: worker.local_rank for worker in self._worker_group.workers}
-        for rank, process in self._processes().items():
-            status = process.poll()
-            if not status:
-                continue
-            name = f"rank_{rank:05d}"
-            context = self._pcontext
-            assert context is not None
-            local_rank = by_rank[rank]
-            logs = [self._run_dir / "attempts" / "latest" / "logs" / f"{name}.log"]
-            logs += [Path(path) for path in (context.stderrs[local_rank], context.stdouts[local_rank]) if path]
-            said, found = last_words(Path(context.error_files[local_rank]), logs, self._started_at)
-            hang = self._hung[rank].evidence if rank in self._hung else ""
-            failures.append(RankFailure(rank=rank, pid=process.pid, status=status, said=said, log=found, hang=hang))
-        return sorted(failures, key=RankFailure.order)
-
-    def _end_hung(self, culprit: Culprit) -> None:
-        """Have a hung rank write its stacks, then kill it and wait until it is gone."""
+    def _kill_hung(self, processes: RankProcesses, culprit: Culprit) -> None:
+        """Have a hung rank write its stacks, then kill it."""
         if culprit.rank in self._hung:
             return
         self._hung[culprit.rank] = culprit
-        if process_state(culprit.pid) == "running" and _catches(culprit.pid, signal.SIGUSR1):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(culprit.pid, signal.SIGUSR1)
-            time.sleep(STACK_DUMP_S)
+        dump_stacks(culprit.pid)
         log.error(
             "outlast: rank %d hangs at step %d (silent for %.1f s, limit %.1f s): %s; killing it",
             culprit.rank,
@@ -242,60 +203,32 @@ class WatchedAgent(LocalElasticAgent):
                 evidence=culprit.evidence,
             )
         )
-        self._kill(culprit.rank)
+        processes.kill(culprit.rank)
 
-    def _end_peers(self) -> None:
-        """A rank failed: end the others, without waiting for those that cannot react."""
-        if self._watch is not None:
-            for one in self._watch.see(self._running()):
-                if one.pending:
-                    self._kill(one.rank)
-        self._kill_stopped()
-        if self._pcontext is not None:
-            self._pcontext.close(signal.SIGTERM, int(self._config.stop_grace_s))
-
-    def _kill_stopped(self) -> None:
-        """SIGKILL those who are stopped; they would notice SIGTERM only when continued."""
-        for rank, pid in self._running().items():
-            if process_state(pid) == "stopped":
-                self._kill(rank)
-
-    def _kill(self, rank: int) -> None:
-        """SIGKILL to a rank and its children: torchelastic makes each rank the leader of a session of its own."""
-        process = self._processes()[rank]
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(REAP_S)
+    def _end_peers(self, processes: RankProcesses) -> None:
+        """A rank has failed: end the others, without waiting for those that are inside a collective."""
+        observed = self._watch.observe(processes.running()) if self._watch is not None else []
+        waiting = [observation.rank for observation in observed if observation.pending]
+        processes.end(waiting, self._config.stop_grace_s)
 
     def _write_failure(self, result: RunResult) -> None:
-        if not self.failures:  # between our look at the processes and torchelastic's
+        if not self.failures:  # a rank failed between our poll and torchelastic's
             self.failures = [
-                RankFailure(rank=rank, pid=one.pid, status=one.exitcode)
-                for rank, one in sorted(result.failures.items())
+                RankFailure(rank=rank, pid=failure.pid, status=failure.exitcode)
+                for rank, failure in sorted(result.failures.items())
             ]
-        if any(one.status == NO_RESTART_STATUS for one in self.failures):
+        if any(failure.status == NO_RESTART_STATUS for failure in self.failures):
             self._remaining_restarts = 0
         restarting = self._remaining_restarts > 0
-        for one in (one for one in self.failures if not one.hang):
-            log.error("outlast: rank %d (pid %d) %s", one.rank, one.pid, one.reason)
+        for failure in (failure for failure in self.failures if not failure.hang):
+            log.error("outlast: rank %d (pid %d) %s", failure.rank, failure.pid, failure.reason)
         if restarting:
-            log.warning("outlast: starting the ranks again; %d restarts left after this", self._remaining_restarts - 1)
+            log.warning("outlast: restarting the ranks; %d restarts left after this", self._remaining_restarts - 1)
         self._events.write(
             WorkersFailed(
                 host=self._host,
-                ranks=tuple(one.rank for one in self.failures),
-                reasons=tuple(one.reason for one in self.failures),
+                ranks=tuple(failure.rank for failure in self.failures),
+                reasons=tuple(failure.reason for failure in self.failures),
                 restarting=restarting,
             )
         )
-
-
-def _catches(pid: int, signum: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal: SIGUSR1 would end one that has none, and leave no stacks."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
-    return bool(int(caught, 16) >> (signum - 1) & 1)

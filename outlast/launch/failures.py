@@ -1,4 +1,4 @@
-"""Why ranks failed, in words."""
+"""Why ranks failed: exit status, last output, and the error that names both."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from outlast.errors import RanksFailed
 
 LAST_LINES = 3
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
-"""How gloo and the store say that another rank has gone."""
+"""Phrases of gloo and the store for a connection that another rank closed."""
 WATCHED = "OUTLAST_WATCHED"
-"""Set in the environment of ranks whose shared memory the launcher reads, and removes when they have ended."""
+"""Set in the environment of ranks whose shared memory the launcher reads, and removes once they have ended."""
 
 NO_RESTART_STATUS = 93
-"""Exit status of a rank that knows that starting it again would end the same way, e.g. for a wrong setting."""
+"""Exit status of a rank whose failure a restart cannot fix, e.g. a wrong setting."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankFailure:
-    """One rank that failed of itself or was killed for hanging; not one that was ended because a peer had failed."""
+    """A rank that failed by itself or was killed because it hung; not one that was ended because a peer had failed."""
 
     rank: int
     pid: int
     status: int
     """Exit status; ``-N`` for signal N."""
-    said: str = ""
-    """What it left in its error file or last wrote, in a few lines."""
+    message: str = ""
+    """The message in its error file, or the last lines of its log."""
     log: Path | None = None
-    """Where more is to be read."""
+    """The log that has more."""
     hang: str = ""
-    """Evidence, where the launcher killed it because it hung."""
+    """The evidence, if the launcher killed it because it hung."""
 
-    def order(self) -> tuple[bool, bool, bool, bool, int]:
-        """Sorts the likely cause first: who hung, then who was killed, and last those who say that they lost a peer."""
-        lost_peer = any(phrase in self.said for phrase in LOST_PEER)
-        return not self.hang, lost_peer, self.status >= 0, not self.said, self.rank
+    def sort_key(self) -> tuple[bool, bool, bool, bool, int]:
+        """Sorts the likely cause first: hung ranks, then killed ones, and last those that report a lost peer."""
+        lost_peer = any(phrase in self.message for phrase in LOST_PEER)
+        return not self.hang, lost_peer, self.status >= 0, not self.message, self.rank
 
     @property
     def reason(self) -> str:
         """One line, e.g. ``killed by SIGKILL``, ``exited with status 1: ValueError: …``."""
         if self.hang:
             return f"hung, killed by the launcher: {self.hang}"
-        lines = self.said.splitlines()
+        lines = self.message.splitlines()
         # An error's own line is not indented; frames of a traceback and advice are.
         telling = [line for line in lines if line and not line[0].isspace()] or lines
         return describe_exit(self.status) + (f": {telling[-1].strip()}" if telling and self.status > 0 else "")
@@ -61,12 +61,12 @@ def describe_exit(status: int) -> str:
         return f"killed by signal {-status}"
 
 
-def last_words(error_file: Path | None, logs: Sequence[Path], since: float) -> tuple[str, Path | None]:
-    """What a rank said last, and where more is to be read.
+def last_output(error_file: Path | None, logs: Sequence[Path], since: float) -> tuple[str, Path | None]:
+    """A rank's last message, and the log that has more.
 
     Args:
-        error_file: torchelastic's, which a rank writes that uses its ``record``; preferred.
-        logs: files the rank may have written, best first; those not written to since are passed over.
+        error_file: torchelastic's, written by ranks that use its ``record``; preferred.
+        logs: files the rank may have written, best first; those not written to since ``since`` are skipped.
         since: seconds since the epoch at which the rank was started.
     """
     found = next((log for log in logs if log.is_file() and log.stat().st_size and log.stat().st_mtime >= since), None)
@@ -83,7 +83,7 @@ def last_words(error_file: Path | None, logs: Sequence[Path], since: float) -> t
 
 
 def is_torn(error_file: str) -> bool:
-    """Whether a rank's error file is there and is not whole: the rank died while it wrote it."""
+    """Whether a rank's error file exists but is incomplete: the rank died while writing it."""
     try:
         json.loads(Path(error_file).read_bytes())
     except FileNotFoundError:
@@ -107,29 +107,29 @@ def _error_message(error_file: Path) -> str:
 def ranks_failed(
     host: str, failures: Sequence[RankFailure], *, restarts: int, allowed: int, run_dir: Path
 ) -> RanksFailed:
-    """The error for ranks that are not started again.
+    """The error for ranks that are not restarted.
 
     Args:
         host: where they ran.
-        failures: the last ones.
-        restarts: how often ranks had been restarted here.
-        allowed: how often they might have been.
+        failures: the newest ones.
+        restarts: how often they were restarted before.
+        allowed: how many restarts were allowed.
         run_dir: the run's directory.
     """
     lines: list[str] = []
     shown: set[str] = set()
     for one in failures:
         lines.append(f"rank {one.rank} on {host} (pid {one.pid}): {one.reason}")
-        lines += [f"    | {line}" for line in one.said.splitlines() if one.said not in shown]
-        shown.add(one.said)
+        lines += [f"    | {line}" for line in one.message.splitlines() if one.message not in shown]
+        shown.add(one.message)
         if one.log is not None:
             lines.append(f"    log: {one.log}")
     if not lines:
-        lines.append(f"the ranks on {host} failed, and none says why")
+        lines.append(f"the ranks on {host} failed without a message")
     if any(one.status == NO_RESTART_STATUS for one in failures):
-        head = "ranks failed in a way that starting them again would not mend"
-        fix = "mend what they say above, then start again"
+        head = "ranks failed, and a restart would not fix it"
+        fix = "fix the errors above, then start again"
     else:
-        head = f"ranks failed, and {restarts} of {allowed} restarts were used"
-        fix = f"read the logs and the events in {run_dir / 'events'}; --max-restarts allows more restarts"
+        head = f"ranks failed after {restarts} of {allowed} restarts"
+        fix = f"read the logs and the events in {run_dir / 'events'}; allow more with --max-restarts"
     return RanksFailed("\n  ".join([head, *lines]), fix)

@@ -1,4 +1,4 @@
-"""Looks for ranks that make no progress, by what they leave in shared memory."""
+"""Finds ranks that make no progress, from the heartbeats and rings they keep in shared memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from outlast.errors import DiagnosticsError
 from outlast.launch.config import LaunchConfig
 
 _NO_TIME_S = 1e-9
-"""Stands for a median that is not known yet, so that the floor is the limit."""
+"""Replaces a median step that is not known yet, so that the floor is the limit."""
 
 
 class HangWatch:
@@ -32,10 +32,10 @@ class HangWatch:
 
     Args:
         run_dir: the run's directory, which names the shared memory.
-        config: when silence is too long.
+        config: how long a rank may be silent.
 
     Raises:
-        DiagnosticsError: there is no shared memory to be had.
+        DiagnosticsError: there is no usable shared memory.
     """
 
     def __init__(self, run_dir: Path, config: LaunchConfig) -> None:
@@ -49,53 +49,55 @@ class HangWatch:
         self._started_s = time.monotonic()
 
     def begin(self, ranks: tuple[int, ...]) -> None:
-        """``ranks`` are about to be started: forget what earlier processes of theirs left."""
-        self.forget(ranks)
+        """``ranks`` are about to be started: remove what their predecessors left."""
+        self._remove_files(ranks)
         self._started_s = time.monotonic()
 
-    def forget(self, ranks: tuple[int, ...]) -> None:
-        """Remove what ``ranks`` left in shared memory."""
-        for rank in ranks:
-            heartbeat_path(self.shm_dir, rank).unlink(missing_ok=True)
-            ring_path(self.shm_dir, rank).unlink(missing_ok=True)
-
     def close(self, ranks: tuple[int, ...]) -> None:
-        """Remove what ``ranks`` left, and the folder unless others of this machine still use it."""
-        self.forget(ranks)
+        """Remove what ``ranks`` left, and the folder unless other processes of this machine still use it."""
+        self._remove_files(ranks)
         try:
             self.shm_dir.rmdir()
-        except OSError as error:  # others of this machine still use it, or one of them was first
+        except OSError as error:  # still in use, or already removed by another process
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                 raise
 
-    def look(self, pids: Mapping[int, int], *, alone: bool) -> tuple[Culprit, ...]:
-        """The ranks to be killed now; mostly none.
+    def find_hung(self, pids: Mapping[int, int], *, alone: bool) -> tuple[Culprit, ...]:
+        """The ranks to kill now; usually none.
 
         Args:
-            pids: the running ranks of this node and the process that was started for each. A rank that ended must not
-                be among them: it would be silent for ever.
+            pids: the running ranks of this node and the process started for each. A rank that has exited must not be
+                among them: it would be silent for ever.
             alone: whether there are no other nodes.
         """
         now_s = time.monotonic()
-        if not any(one.silent_s(now_s) > one.limit_s(self.rules) for one in self._glance(pids)):
+        if not any(one.silent_s(now_s) > one.limit_s(self.rules) for one in self._observe_heartbeats(pids)):
             return ()
-        seen = [_in_no_phase(one) for one in self.see(pids)]
+        seen = [_stopped_in_step(one) for one in self.observe(pids)]
         now_s = time.monotonic()
         verdict = judge(seen, self.rules, now_s)
         return tuple(one for one in verdict.culprits if not one.weak or self._nobody_else_is_busy(seen, now_s, alone))
 
-    def see(self, pids: Mapping[int, int]) -> list[Observation]:
-        """Everything that is to be seen of these ranks now: heartbeats, process states and collectives."""
+    def observe(self, pids: Mapping[int, int]) -> list[Observation]:
+        """Heartbeats, process states and collectives of these ranks now."""
         return [observe(self.shm_dir, rank=rank, pid=pid, started_s=self._started_s) for rank, pid in pids.items()]
 
+    def _remove_files(self, ranks: tuple[int, ...]) -> None:
+        for rank in ranks:
+            heartbeat_path(self.shm_dir, rank).unlink(missing_ok=True)
+            ring_path(self.shm_dir, rank).unlink(missing_ok=True)
+
     def _nobody_else_is_busy(self, seen: list[Observation], now_s: float, alone: bool) -> bool:
-        """Whether ranks that wait for others may be blamed: not while one of those others may be in a slow phase, such
-        as a checkpoint. Of ranks on other nodes that is not known, so they are given the limit of those phases."""
+        """Whether ranks that wait for others may be blamed.
+
+        Not while one of those others may be in a slow phase, such as a checkpoint. The phases of ranks on other nodes
+        are unknown, so these get the limit of slow phases.
+        """
         limits_s = [one.limit_s(self.rules) if alone else self.rules.startup_limit_s for one in seen]
         return all(one.silent_s(now_s) > limit_s for one, limit_s in zip(seen, limits_s, strict=True))
 
-    def _glance(self, pids: Mapping[int, int]) -> list[Observation]:
-        """Heartbeats and process states alone, which is cheap: all that is needed while everybody beats in time."""
+    def _observe_heartbeats(self, pids: Mapping[int, int]) -> list[Observation]:
+        """Heartbeats and process states only, which is cheap, and enough while every rank beats in time."""
         seen = []
         for rank, pid in pids.items():
             try:
@@ -106,13 +108,13 @@ class HangWatch:
                 beat = None
             state = process_state(beat.pid if beat is not None else pid)
             seen.append(
-                _in_no_phase(Observation(rank=rank, pid=pid, state=state, started_s=self._started_s, beat=beat))
+                _stopped_in_step(Observation(rank=rank, pid=pid, state=state, started_s=self._started_s, beat=beat))
             )
         return seen
 
 
-def _in_no_phase(one: Observation) -> Observation:
-    """A stopped process does nothing that takes long, whatever phase it was in: the limit of a step holds for it."""
+def _stopped_in_step(one: Observation) -> Observation:
+    """A stopped process makes no progress in any phase, so the limit of a step applies to it."""
     if one.state != "stopped" or one.beat is None:
         return one
     return replace(one, beat=replace(one.beat, phase="step", median_step_s=one.beat.median_step_s or _NO_TIME_S))

@@ -156,12 +156,12 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
                     allowed=config.max_restarts,
                     run_dir=spec.run_dir,
                 )
-            agent.tidy()
+            agent.remove_shared_memory()
         except (SignalException, KeyboardInterrupt) as error:
             # Closing would keep a launcher that is started again from joining the other nodes.
             close = False
             signum = error.sigval if isinstance(error, SignalException) else signal.SIGINT
-            agent.tidy()
+            agent.remove_shared_memory()
             raise SystemExit(128 + int(signum)) from error
         except RendezvousError as error:
             raise LaunchError(

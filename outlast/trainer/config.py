@@ -122,7 +122,9 @@ class TrainerConfig:
     eval_batches: int = 4
     """Micro-batches of held-out text per rank and evaluation."""
     log_every_steps: int = 10
-    """A line on rank 0 every so many steps."""
+    """Log a line on rank 0 every so many steps. Its ``|g|`` is the norm of the averaged gradient before clipping. With
+    ``comm.target = "update"`` it is ``|u|``, the norm of the averaged update (Adam's direction, before the learning
+    rate), of the order of the square root of the number of parameters."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: autocast forward and backward; parameters, gradients and optimizer stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

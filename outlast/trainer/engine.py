@@ -48,6 +48,17 @@ class EngineState:
     eager: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateStats:
+    """One update of the parameters: its learning rate, and the norm of what the ranks averaged, before clipping."""
+
+    lr: float
+    grad_norm: float | None = None
+    """Norm of the averaged gradient; None where updates are averaged."""
+    update_norm: float | None = None
+    """Norm of the averaged update, Adam's direction; None where gradients are averaged."""
+
+
 class Engine(Protocol):
     """Owns model, optimizer, scheduler and the exchange of gradients.
 
@@ -61,8 +72,8 @@ class Engine(Protocol):
         """Loss of this rank's micro-batches (their mean), and what the exchange cost; leaves averaged gradients."""
         ...
 
-    def update(self, step: int) -> tuple[float, float]:
-        """Clip, update parameters, advance the schedule; norm of what was averaged, unclipped, and learning rate."""
+    def update(self, step: int) -> UpdateStats:
+        """Clip, update parameters, advance the schedule."""
         ...
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
@@ -125,7 +136,8 @@ class DDPEngine:
             on_choice=on_choice,
         )
         self._reducer.attach(self._ddp)
-        self._optimizer = build_optimizer(model, optim, directed=config.comm.target == "update")
+        self._averages_updates = config.comm.target == "update"
+        self._optimizer = build_optimizer(model, optim, directed=self._averages_updates)
         self._scheduler = build_scheduler(self._optimizer, config.optim, config.trainer.steps)
 
     def forward_backward(self, step: int, batches: Sequence[Batch]) -> tuple[float, ReduceStats]:
@@ -142,22 +154,25 @@ class DDPEngine:
         stats = self._reducer.end_step()
         return float(total), stats
 
-    def update(self, step: int) -> tuple[float, float]:
+    def update(self, step: int) -> UpdateStats:
         """See :class:`Engine`.
 
         Raises:
-            TrainingDiverged: the gradient norm is NaN or Inf; parameters and optimizer are as before.
+            TrainingDiverged: the norm is NaN or infinite; parameters and optimizer are as before.
         """
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm))
         if not math.isfinite(norm):
             raise TrainingDiverged(
-                f"step {step}: the gradient norm is {norm}; the update was not made",
+                f"step {step}: the {'update' if self._averages_updates else 'gradient'} norm is {norm}; "
+                "the parameters were not updated",
                 "lower optim.lr, lengthen optim.warmup_steps, or resume from an earlier step with --resume STEP",
             )
         lr = float(self._scheduler.get_last_lr()[0])
         self._optimizer.step()
         self._scheduler.step()
-        return norm, lr
+        if self._averages_updates:
+            return UpdateStats(lr=lr, update_norm=norm)
+        return UpdateStats(lr=lr, grad_norm=norm)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:

@@ -25,7 +25,7 @@ def train(run: Run) -> None:
 
         with clock("checkpoint"):
             run.wait_copied(step)  # the update changes what the last snapshot may still be copying
-        grad_norm, lr = run.engine.update(step)
+        update = run.engine.update(step)
         with clock("checkpoint"):
             if run.checkpoint_due(step):
                 run.save(step)
@@ -33,8 +33,9 @@ def train(run: Run) -> None:
         done = StepDone(
             step=step,
             loss=loss,
-            grad_norm=grad_norm,
-            lr=lr,
+            grad_norm=update.grad_norm,
+            update_norm=update.update_norm,
+            lr=update.lr,
             tokens=sum(tokens.numel() for tokens, _ in batches),
             step_s=clock.elapsed_s,
             data_s=clock.seconds["data"],

@@ -297,7 +297,7 @@ def _report_failure(error: Exception) -> int:
     print(f"outlast: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     if not isinstance(error, OutlastError):
         sys.excepthook(type(error), error, error.__traceback__)
-    hopeless = isinstance(error, OutlastError) and error.hopeless
-    if hopeless and "TORCHELASTIC_RUN_ID" in os.environ:
+    restartable = not isinstance(error, OutlastError) or error.restartable
+    if not restartable and "TORCHELASTIC_RUN_ID" in os.environ:
         return NO_RESTART_STATUS
     return 2 if isinstance(error, ConfigError) else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from datetime import timedelta
 
@@ -66,7 +67,7 @@ class Progress:
         return (
             f"step {done.step:{width}}/{self._last_step}  "
             f"loss {sum(d.loss for d in self._window) / len(self._window):7.4f}  "
-            f"|g| {done.grad_norm:7.3f}  lr {done.lr:.2e}  "
+            f"{_norm(done)}  lr {done.lr:.2e}  "
             f"{seconds / len(self._window) * 1e3:7.1f} ms  {tokens_per_s * self._world_size:9,.0f} tok/s  {speed}  "
             f"comm {sum(d.comm_s for d in self._window) / seconds:4.0%}  "
             f"ckpt {sum(d.checkpoint_s for d in self._window) / seconds:4.0%}  "
@@ -79,3 +80,10 @@ class Progress:
         first, since_s = self._measured_from
         per_step_s = (time.monotonic() - since_s) / (step - first)
         return str(timedelta(seconds=round(per_step_s * (self._last_step - step))))
+
+
+def _norm(done: StepDone) -> str:
+    """``|g|``: norm of the averaged gradient; ``|u|``: of the averaged update, where updates are averaged."""
+    if done.update_norm is not None:
+        return f"|u| {done.update_norm:7.1f}"
+    return f"|g| {math.nan if done.grad_norm is None else done.grad_norm:7.3f}"

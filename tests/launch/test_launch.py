@@ -125,7 +125,7 @@ def test_ranks_that_fail_again_and_again_do_not_meet_the_dead_ones(tmp_path: Pat
     job = start(run, RANK, str(run), "9", "--rank", "1", "--at", "2", "--do", "raise", flags={"max_restarts": 1})
     said = finish(job, run, status=1)
     assert [(generation, 1, 2) in steps(run) for generation in range(2)] == [True] * 2
-    assert "RanksFailed: ranks failed, and 1 of 1 restarts were used" in said
+    assert "RanksFailed: ranks failed after 1 of 1 restarts" in said
     assert "exited with status 1: [rank1]: ValueError: the rank was told to raise this" in said
     assert "rank_00001.err" in said
     assert [record["restarting"] for record in events(run, "workers_failed")] == [True, False]
@@ -169,7 +169,9 @@ def test_a_command_without_heartbeats_is_left_alone_when_told_so(tmp_path: Path)
 def test_a_rank_that_knows_better_is_not_started_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     code = "import os, sys; print('no such thing', file=sys.stderr); sys.exit(93 if os.environ['RANK'] == '1' else 0)"
-    with pytest.raises(RanksFailed, match=r"(?s)would not mend.*rank 1 .* exited with status 93: no such thing"):
+    with pytest.raises(
+        RanksFailed, match=r"(?s)a restart would not fix it.*rank 1 .* exited with status 93: no such thing"
+    ):
         here(run, sys.executable, "-c", code)
     (failed,) = events(run, "workers_failed")
     assert (failed["ranks"], failed["restarting"]) == ([1], False)

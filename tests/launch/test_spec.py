@@ -12,7 +12,7 @@ import pytest
 
 from outlast.errors import ConfigError, LaunchError, OutOfRange
 from outlast.launch import LaunchConfig, LaunchFlags, LaunchSpec, dry_run, launch
-from outlast.launch.failures import RankFailure, describe_exit, last_words
+from outlast.launch.failures import RankFailure, describe_exit, last_output
 from outlast.launch.rendezvous import resolve
 
 SRUN = {
@@ -150,24 +150,24 @@ def test_exits_in_words() -> None:
 
 
 def test_the_likely_cause_comes_first() -> None:
-    lost = RankFailure(rank=0, pid=1, status=1, said="RuntimeError: Connection closed by peer")
+    lost = RankFailure(rank=0, pid=1, status=1, message="RuntimeError: Connection closed by peer")
     mute = RankFailure(rank=1, pid=2, status=1)
-    loud = RankFailure(rank=2, pid=3, status=1, said="ValueError: x")
+    loud = RankFailure(rank=2, pid=3, status=1, message="ValueError: x")
     shot = RankFailure(rank=3, pid=4, status=-9)
     hung = RankFailure(rank=4, pid=5, status=-9, hang="stopped")
-    assert sorted([lost, mute, loud, shot, hung], key=RankFailure.order) == [hung, shot, loud, mute, lost]
+    assert sorted([lost, mute, loud, shot, hung], key=RankFailure.sort_key) == [hung, shot, loud, mute, lost]
 
 
-def test_last_words(tmp_path: Path) -> None:
+def test_last_output(tmp_path: Path) -> None:
     log, stale, error_file = tmp_path / "log", tmp_path / "stale", tmp_path / "error.json"
     log.write_text("one\n\ntwo\nthree\nfour\n")
     stale.write_text("long ago\n")
     since = log.stat().st_mtime - 1
-    assert last_words(None, [tmp_path / "none", log, stale], since) == ("two\nthree\nfour", log)
-    assert last_words(None, [stale], since + 1e6) == ("", None)
+    assert last_output(None, [tmp_path / "none", log, stale], since) == ("two\nthree\nfour", log)
+    assert last_output(None, [stale], since + 1e6) == ("", None)
     error_file.write_text('{"message": {"message": "ValueError: x", "extraInfo": {}}}')
-    assert last_words(error_file, [log], since) == ("ValueError: x", log)
+    assert last_output(error_file, [log], since) == ("ValueError: x", log)
     error_file.write_text('{"message": "SystemExit"}')
-    assert last_words(error_file, [], since) == ("SystemExit", error_file)
+    assert last_output(error_file, [], since) == ("SystemExit", error_file)
     error_file.write_text("{torn")
-    assert re.search("four", last_words(error_file, [log], since)[0])
+    assert re.search("four", last_output(error_file, [log], since)[0])

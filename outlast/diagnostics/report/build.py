@@ -194,6 +194,7 @@ def _loss(loaded: Loaded, steps: Steps) -> LossCurve:
         train=_series(_mean(steps, "loss")),
         lr=_series(_mean(steps, "lr")),
         grad_norm=_series(_mean(steps, "grad_norm")),
+        update_norm=_series(_mean(steps, "update_norm")),
         eval_steps=tuple(sorted(held_out)),
         evaluated=tuple(held_out[step] for step in sorted(held_out)),
     )

@@ -328,6 +328,9 @@ def _facts(report: Report) -> str:
         ("inside collectives", f"{words.share(traffic.collective_share)} of the step, hidden or not"),
         ("compression", f"{words.share(traffic.codec_share)} of the step, hidden or not"),
     ]
+    for name, norms in (("gradient norm", report.loss.grad_norm), ("update norm", report.loss.update_norm)):
+        if any(map(math.isfinite, norms)):
+            pairs.append((name, words.first_and_last(norms)))
     if traffic.alpha is not None and traffic.residual is not None:
         pairs.append(("error feedback", sentences.feedback(traffic.alpha, traffic.residual)))
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs) + "</dl>"

@@ -18,7 +18,6 @@ Floats = npt.NDArray[np.float64]
 
 STEP_FIELDS = (
     "loss",
-    "grad_norm",
     "lr",
     "tokens",
     "step_s",
@@ -30,9 +29,9 @@ STEP_FIELDS = (
     "wire_bytes",
     "dense_bytes",
 )
-PROBED_FIELDS = ("alpha", "residual")
-"""Measured in some steps only; NaN in the others."""
-_COLUMNS = ("attempt", "generation", "rank", "step", "t", *STEP_FIELDS, *PROBED_FIELDS)
+OPTIONAL_FIELDS = ("grad_norm", "update_norm", "alpha", "residual")
+"""Measured in some runs or steps only; NaN in the others."""
+_COLUMNS = ("attempt", "generation", "rank", "step", "t", *STEP_FIELDS, *OPTIONAL_FIELDS)
 
 
 @dataclass(slots=True)
@@ -59,7 +58,7 @@ class Steps:
     """Of each step: the attempt whose execution counts."""
     generation: list[int]
     values: dict[str, Floats] = field(default_factory=dict)
-    """By STEP_FIELDS and PROBED_FIELDS, and ``t``."""
+    """By STEP_FIELDS and OPTIONAL_FIELDS, and ``t``."""
     redone: int = 0
     """Executions that do not count, since the step was executed again later."""
 
@@ -115,8 +114,8 @@ def _read(path: Path, attempt: int, table: array[float], loaded: Loaded, name: P
         if record.kind == StepDone.kind:
             try:
                 fields = [float(record.fields[key]) for key in STEP_FIELDS]
-                probed = [record.fields.get(key) for key in PROBED_FIELDS]
-                fields += [np.nan if value is None else float(value) for value in probed]
+                optional = [record.fields.get(key) for key in OPTIONAL_FIELDS]
+                fields += [np.nan if value is None else float(value) for value in optional]
                 row = [attempt, record.generation, record.rank, record.fields["step"], record.t, *fields]
             except (KeyError, TypeError, ValueError) as error:
                 raise DiagnosticsError(f"{path}:{number}: a step without a usable {error}") from error

@@ -73,6 +73,9 @@ class LossCurve:
     train: Series
     lr: Series
     grad_norm: Series
+    """Norm of the averaged gradient; NaN where updates were averaged."""
+    update_norm: Series
+    """Norm of the averaged update; NaN where gradients were averaged."""
     eval_steps: tuple[int, ...]
     evaluated: Series
 

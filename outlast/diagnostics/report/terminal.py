@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from outlast.diagnostics import format as words
@@ -65,6 +66,9 @@ def _numbers(report: Report) -> Table | None:
     table.add_row("training loss", words.first_and_last(report.loss.train))
     if report.loss.evaluated:
         table.add_row("held-out loss", words.first_and_last(report.loss.evaluated))
+    for name, norms in (("gradient norm", report.loss.grad_norm), ("update norm", report.loss.update_norm)):
+        if any(map(math.isfinite, norms)):
+            table.add_row(name, words.first_and_last(norms))
     if traffic.ratio is not None:
         table.add_row(
             "gradients on the wire",

@@ -262,6 +262,28 @@ class TestContents:
         assert len(plain["lateness"]["late_ms"]) == 4
         assert plain["incidents"]
 
+    def test_norms_of_gradients_and_of_updates_are_told_apart(self, tmp_path: Path) -> None:
+        """Also of events that have no ``update_norm``, as those before it."""
+        clean(tmp_path)
+        report = build_report(tmp_path)
+        assert report.loss.grad_norm[0] == pytest.approx(5.0)
+        assert all(math.isnan(norm) for norm in report.loss.update_norm)
+        assert "gradient norm" in terminal(tmp_path)
+        for path in tmp_path.glob("attempts/*/events/*.jsonl"):
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            for line in lines:
+                if line["kind"] == "step":
+                    line |= {"grad_norm": None, "update_norm": 930.0 + line["step"]}
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        report = build_report(tmp_path)
+        assert report.loss.update_norm[0] == pytest.approx(931.0)
+        assert all(math.isnan(norm) for norm in report.loss.grad_norm)
+        assert report.to_json()["loss"]["grad_norm"][0] is None
+        said = terminal(tmp_path)
+        assert "update norm" in said
+        assert "gradient norm" not in said
+        assert "update norm" in render_html(report)
+
     def test_a_loss_that_is_not_finite_is_an_incident(self, tmp_path: Path) -> None:
         run = SyntheticRun(run_dir=tmp_path, ranks=2, steps=12)
         run.start()
