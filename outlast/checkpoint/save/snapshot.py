@@ -19,7 +19,7 @@ import crc32c
 import torch
 
 from outlast.checkpoint.format.records import CRC_BYTES
-from outlast.checkpoint.save.plan import Content, Part
+from outlast.checkpoint.save.parts import Content, Part
 from outlast.checkpoint.state.tree import TensorEntry
 from outlast.errors import CheckpointError, SnapshotMutated
 

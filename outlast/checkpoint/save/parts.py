@@ -1,0 +1,80 @@
+"""Chunk files: what goes into one, and how a tensor is cut into them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from outlast.checkpoint.format.zarr import chunk_name
+from outlast.checkpoint.save.chunk_grid import chunk_shape, shard_chunk_shape
+from outlast.checkpoint.state.boxes import whole
+from outlast.checkpoint.state.tree import TensorEntry
+from outlast.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Content:
+    """Some rows of a tensor, and where in a part they go."""
+
+    item: TensorEntry
+    source: torch.Tensor
+    """A view of the item's tensor."""
+    offset: int
+    """Bytes from the begin of the part."""
+    block: tuple[int, ...] = ()
+    """Shape of the block of which the rows are a corner, the rest of it being zero. Empty: they are contiguous."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the part that it takes."""
+        return math.prod(self.block) * self.source.itemsize if self.block else self.source.nbytes
+
+
+@dataclass(frozen=True)
+class Part:
+    """One chunk file: rows of one tensor, or several small tensors. Bytes that no content covers are zero."""
+
+    path: str
+    """Relative to the step."""
+    nbytes: int
+    """Of its payload, without the CRC32C after it."""
+    contents: tuple[Content, ...]
+    eager: bool
+    """Whether it is copied before ``save`` returns."""
+
+
+def chunk_of(item: TensorEntry, chunk_bytes: int) -> tuple[int, ...]:
+    """The shape of a tensor's chunks.
+
+    Raises:
+        CheckpointError: it is sharded, and no regular grid of chunks fits its shards; names it.
+    """
+    if item.spread is None:
+        return chunk_shape(item.shape, item.tensor.itemsize, chunk_bytes)
+    try:
+        return shard_chunk_shape(item.spread, item.tensor.itemsize, chunk_bytes)
+    except ValueError as error:
+        raise CheckpointError(f"the shards of {item.name!r} {item.shape} fit no grid of chunks", str(error)) from error
+
+
+def cut(item: TensorEntry, chunk: tuple[int, ...]) -> Iterator[Part]:
+    """The parts of a tensor that this rank holds, one a chunk, in the order of elements; none for an empty tensor."""
+    box = item.spread.box if item.spread else whole(item.shape)
+    nbytes = math.prod(chunk) * item.tensor.itemsize
+    for place in box.places(chunk):
+        view = item.tensor
+        for d, (index, rows) in enumerate(zip(place, chunk, strict=True)):
+            if rows < box.size[d]:
+                start = index * rows - box.start[d]
+                view = view.narrow(d, start, min(rows, box.size[d] - start))
+        contents = (Content(item, view, 0, () if _is_prefix(tuple(view.shape), chunk) else chunk),)
+        yield Part(f"{item.path}/{chunk_name(place)}", nbytes, contents, item.eager)
+
+
+def _is_prefix(corner: tuple[int, ...], block: tuple[int, ...]) -> bool:
+    """Whether the elements of a block's corner are the block's first ones."""
+    short = [d for d, (size, full) in enumerate(zip(corner, block, strict=True)) if size < full]
+    return not short or math.prod(corner[: short[-1]]) == 1
