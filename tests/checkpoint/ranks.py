@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from benchmarks.namespace import mount_over
 from outlast.checkpoint import Checkpointer
-from outlast.checkpoint.peers.commit_protocol import Control
+from outlast.checkpoint.peers.commit_protocol import CommitProtocol
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.errors import OutlastError
 from outlast.events import CheckpointSaved, Event
@@ -231,13 +231,13 @@ def _inject(orders: Orders) -> None:
     LocalStore.put, LocalStore.put_atomic = put_or_die, put_atomic_or_die  # type: ignore[method-assign, assignment]
     LocalStore.read, LocalStore.read_into = read_wrongly, read_wrongly_into  # type: ignore[method-assign]
     if orders.die_voting:
-        vote = Control.vote
+        vote = CommitProtocol.vote
 
-        def vote_or_die(control: Control, header: dict[str, Any]) -> None:
+        def vote_or_die(protocol: CommitProtocol, header: dict[str, Any]) -> None:
             if header.get("serial") == orders.die_voting:
                 os.kill(os.getpid(), signal.SIGKILL)
-            vote(control, header)
+            vote(protocol, header)
 
-        Control.vote = vote_or_die  # type: ignore[method-assign]
+        CommitProtocol.vote = vote_or_die  # type: ignore[method-assign]
     if orders.die_before:
         _inject_death(orders.die_before)

@@ -11,7 +11,7 @@ from pathlib import Path
 from outlast.checkpoint.format.names import MEMORY, PARTNER
 from outlast.checkpoint.peers.channel import Channel
 from outlast.checkpoint.peers.collectives import Agreement
-from outlast.checkpoint.peers.commit_protocol import Control
+from outlast.checkpoint.peers.commit_protocol import CommitProtocol
 from outlast.checkpoint.peers.topology import CHOOSE, Meeting, meet
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.tiers import slots
@@ -50,11 +50,11 @@ class Tiers:
         self.folder = self._lock.folder
         # Both must be there before anybody can dial.
         self._received = PartnerReceiver(self.folder, context.attempt_id, max(2, config.memory_keep_last))
-        self._control = Control(rank, context.world_size, config.commit_timeout_s)
+        self._protocol = CommitProtocol(rank, context.world_size, config.commit_timeout_s)
         self.meeting = meet(
             agreement, rank, context.world_size, host, config.interface, self._answer, config.commit_timeout_s
         )
-        self._join_control()
+        self._connect_protocol()
         is_node_leader = self.meeting.nodes.ranks_with(rank)[0] == rank
         self._storage = StorageTier(context)
         self._partner = _partner_tier(context, self.meeting)
@@ -69,7 +69,7 @@ class Tiers:
             folder=self.folder,
             slots=Slots(self.folder / OWN, context.attempt_id, rank, config.memory_keep_last),
             is_node_leader=is_node_leader,
-            control=self._control,
+            protocol=self._protocol,
             disk=disk,
         )
         fed: list[Tier | None] = [self._storage, self._partner, self._disk]
@@ -97,7 +97,7 @@ class Tiers:
             reason = f"no shared memory for it: {error}"
             _log.warning("checkpoint of step %d failed in memory: %s", request.step, reason)
             self._context.on_event(CheckpointFailed(step=request.step, reason=reason, tier=MEMORY))
-            self._control.say_failed(request.save_id, reason)
+            self._protocol.announce_failure(request.save_id, reason)
             return None
         save = MemorySave(self._memory, request, slot, due)
         if request.durable:
@@ -164,12 +164,12 @@ class Tiers:
         if self._context.world_size == 1:
             return stored
         if self._context.rank == 0:
-            votes = self._control.collect(save_id, _never)
+            votes = self._protocol.collect_votes(save_id, _never)
             stored = stored and all(vote["stored"] for vote in votes.values())
-            self._control.tell({"serial": save_id, "stored": stored})
+            self._protocol.announce({"serial": save_id, "stored": stored})
             return stored
-        self._control.vote({"serial": save_id, "stored": stored})
-        return bool(self._control.decision(save_id, _never)["stored"])
+        self._protocol.vote({"serial": save_id, "stored": stored})
+        return bool(self._protocol.wait_decision(save_id, _never)["stored"])
 
     def _give_back(self) -> None:
         self._memory.slots.remove()
@@ -200,19 +200,19 @@ class Tiers:
         """Wait for the threads, and close the connections."""
         for tier in self._fed:
             tier.close()
-        self._control.close()
+        self._protocol.close()
         self.meeting.close()
         self._lock.close()
 
     def _answer(self, channel: Channel) -> None:
         """Serve a peer that has dialled this rank."""
         hello = channel.receive()
-        serve = self._received.receive if hello["for"] == PARTNER else self._control.serve
+        serve = self._received.receive if hello["for"] == PARTNER else self._protocol.read_votes
         serve(int(hello["rank"]), channel)
 
-    def _join_control(self) -> None:
+    def _connect_protocol(self) -> None:
         try:
-            self._control.join(self.meeting)
+            self._protocol.connect(self.meeting)
         except OSError as error:
             self.meeting.close()
             address, port = self.meeting.nodes.addresses[0]

@@ -32,7 +32,7 @@ from outlast.checkpoint.format.records import (
 )
 from outlast.checkpoint.format.zarr import node_path
 from outlast.checkpoint.memory.arena import room
-from outlast.checkpoint.peers.commit_protocol import Control
+from outlast.checkpoint.peers.commit_protocol import CommitProtocol
 from outlast.checkpoint.save.commit import ReceivedVote, build_commit, make_vote, read_vote
 from outlast.checkpoint.save.job import SaveJob, failure_text
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
@@ -54,7 +54,7 @@ class Memory:
     slots: Slots
     is_node_leader: bool
     """Whether this rank removes on its node what is no longer needed."""
-    control: Control
+    protocol: CommitProtocol
     disk: LocalDisk | None
     """This node's own; None: there is no such tier."""
     committed: deque[int] = field(default_factory=deque)
@@ -115,7 +115,7 @@ class MemorySave(SaveJob):
         except Exception as error:
             reason = self._stop or error
             if commit is None:
-                memory.control.say_failed(self._request.save_id, failure_text(reason))
+                memory.protocol.announce_failure(self._request.save_id, failure_text(reason))
                 self._report(reason, MEMORY, context.on_event)
             if index is None:
                 for tier in self._feeds:
@@ -163,8 +163,8 @@ class MemorySave(SaveJob):
         if self._memory.context.rank == 0:
             return self._commit(seal(vote))
         memory, save_id = self._memory, self._request.save_id
-        memory.control.vote({"serial": save_id, "vote": seal(vote).decode(), "local": _on_disk(memory)})
-        decision = memory.control.decision(save_id, self._check_cancelled)
+        memory.protocol.vote({"serial": save_id, "vote": seal(vote).decode(), "local": _on_disk(memory)})
+        decision = memory.protocol.wait_decision(save_id, self._check_cancelled)
         if "failed" in decision:
             raise CheckpointError(f"rank 0 gave up: {decision['failed']}")
         if memory.disk is not None:
@@ -173,13 +173,13 @@ class MemorySave(SaveJob):
 
     def _commit(self, own: bytes) -> Commit:
         memory, save_id = self._memory, self._request.save_id
-        headers = memory.control.collect(save_id, self._check_cancelled)
+        headers = memory.protocol.collect_votes(save_id, self._check_cancelled)
         votes = [self._read(own, 0)]
         votes += [self._read(headers[rank]["vote"].encode(), rank) for rank in range(1, memory.context.world_size)]
         commit = build_commit(votes, self._request.plan.digest)
         on_disks = [_on_disk(memory), *(header["local"] for header in headers.values())]
         complete_id = max(set.intersection(*map(set, on_disks)), default=0)
-        memory.control.tell({"serial": save_id, "commit": seal(commit).decode(), "local": complete_id})
+        memory.protocol.announce({"serial": save_id, "commit": seal(commit).decode(), "local": complete_id})
         if memory.disk is not None:
             memory.disk.complete_id = complete_id
         return commit
