@@ -1,4 +1,4 @@
-"""The one-liner for people with their own loop."""
+"""A Checkpointer in one call, for people with their own loop."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def attach(
     Args:
         url: a path or any fsspec URL, shared by all ranks.
         config: None takes the defaults.
-        group: whose ranks save together; None takes the default group, or this process alone where there is none.
-        on_event: takes events; without it, failed saves are still told in the log (logger ``outlast``).
+        group: whose ranks save together; None takes the default group, or this process alone if there is none.
+        on_event: takes events, from the training thread and from background threads; without it, failed saves are still
+            logged (logger ``outlast``).
 
     Raises:
         MissingDependency, ConfigError, CheckpointError: see :class:`Checkpointer`.
@@ -47,9 +48,9 @@ def attach(
         world_size=world_size,
         attempt_id=f"{token:016x}",
         group=group,
-        on_event=on_event if on_event is not None else _unheard,
+        on_event=on_event if on_event is not None else _discard,
     )
 
 
-def _unheard(event: Event) -> None:
-    """Nobody asked for events."""
+def _discard(event: Event) -> None:
+    """Discard events."""

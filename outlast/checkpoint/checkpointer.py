@@ -54,31 +54,32 @@ class Checkpointer:
                 if step % 10 == 0:
                     checkpointer.save(step, replicated={"model": model.state_dict()})
 
-    Failure contract. What the environment does (a full disk, a timeout, another rank's death) makes a save fail: a
-    ``CheckpointFailed`` event and a log line tell, training goes on, and the checkpoints before it are untouched. What
-    the program does wrong is raised: bad state by :meth:`save` at once; a changed snapshot, or a bug in the background
-    thread, by the next call of :meth:`wait_copied`, :meth:`save`, :meth:`restore` or :meth:`close`. A save is committed
-    only after the training thread has said that nothing was changed, which each of these calls does; so a save after
-    which none of them is called is never committed.
+    Failure contract. What the environment does (a full disk, a timeout, another rank's death) makes a save fail: it is
+    reported by a ``CheckpointFailed`` event and a log line, training goes on, and earlier checkpoints are untouched.
+    What the program does wrong is raised: bad state by :meth:`save` at once; a changed snapshot, or a bug in the
+    background thread, by the next call of :meth:`wait_copied`, :meth:`save`, :meth:`restore` or :meth:`close`. A save
+    is committed only after the training thread has confirmed that nothing was changed, which each of these calls does;
+    a save after which none of them is called is never committed.
 
-    All methods are for one thread, the training thread.
+    All methods are for one thread, the training thread. Saves issue no collectives.
 
     Args:
         url: a path or any fsspec URL, shared by all ranks.
-        config: see :class:`CheckpointConfig`; its ``url`` and ``every_steps`` are not looked at.
+        config: its ``url`` and ``every_steps`` are not used.
         rank: of this process; rank 0 coordinates.
         world_size: number of ranks.
-        attempt_id: random text, equal on all ranks of this attempt and never used before; votes of others never count.
-        group: for :meth:`restore`; None takes the default group. Saves use no collectives.
-        on_event: takes events, from the training thread and from the background thread.
-        host: with a memory tier, the address of this node at which the other ranks reach this one; None takes that of
-            ``config.interface``, or the one by which this node reaches ``MASTER_ADDR``. Construction is collective
-            then.
+        attempt_id: random text, equal on all ranks of this attempt and never used before; votes of other attempts never
+            count.
+        group: over all ranks, for :meth:`restore`; None takes the default group.
+        on_event: takes events, from the training thread and from background threads.
+        host: with a memory tier, this node's address at which the other ranks reach this one; None takes that of
+            ``config.interface``, or the one on the route to ``MASTER_ADDR``. With a memory tier, construction is
+            collective over ``group``.
 
     Raises:
         MissingDependency: the package for this kind of URL is not installed.
         ConfigError: no such kind of URL.
-        CheckpointError: the place cannot be written.
+        CheckpointError: the URL cannot be written to; or, with a memory tier, a rank cannot reach the others.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Checkpointer:
         except OSError as error:
             raise CheckpointError(
                 f"checkpoints cannot be written to {self._store.url}: {error}",
-                "choose another place with checkpoint.url, or see to its permissions",
+                "choose another place with checkpoint.url, or fix its permissions",
             ) from error
         self._io = IoThreads(config.io_threads, thread_name_prefix="outlast-checkpoint")
         self._context = SaveContext(self._store, config, rank, world_size, attempt_id, on_event, self._io)
@@ -115,26 +116,26 @@ class Checkpointer:
             self._tiers = Tiers(self._context, Agreement(group, rank, world_size), host)
         self._saving: SaveJob | None = None
         self._awaited: SaveJob | None = None
-        """The save for whose copy the training thread has waited."""
+        """The save whose copy the training thread has waited for."""
         self._hooks = Hooks(self.wait_copied, self._confirm_early)
         self._stall = StallForecast()
         self._save_id = 0
-        self._begun = False
-        """Whether it is decided what this run goes on from."""
-        self._copied_once = False
-        """Whether the partner has a copy of this attempt."""
+        self._start_decided = False
+        """Whether it is decided from what this run goes on."""
+        self._replicated = False
+        """Whether a copy was due at the partner in this attempt."""
         self._closed = False
         # A thread that is inside PyTorch while the interpreter is taken down would abort the process.
         atexit.register(self._abort_at_exit)
 
     @property
     def url(self) -> str:
-        """Where checkpoints lie."""
+        """Where checkpoints are saved."""
         return self._store.url
 
     @property
     def running(self) -> bool:
-        """Whether a save to storage is under way on this rank; rank 0's is until all ranks have ended theirs."""
+        """Whether a save to storage is under way on this rank; on rank 0 until all ranks have ended theirs."""
         if self._tiers is not None and self._tiers.storing:
             return True
         return isinstance(self._saving, StorageSave) and not self._saving.done.is_set()
@@ -183,7 +184,7 @@ class Checkpointer:
             )
         if not durable and self._tiers is None:
             raise CheckpointError(
-                f"step {step} is to be saved to memory alone, and there is no memory tier",
+                f"step {step} is to be saved only to memory, but there is no memory tier",
                 "set checkpoint.memory_every_steps",
             )
         self._finish()
@@ -198,13 +199,13 @@ class Checkpointer:
             began=began,
             durable=durable,
             # The partner gets the first save at once: what a restart went on from may be in one place alone.
-            replicate_now=not self._copied_once,
+            replicate_now=not self._replicated,
         )
-        saving = self._tiers_save(request) if self._tiers is not None else None
+        saving = self._save_to_memory(request) if self._tiers is not None else None
         if saving is None:
             if not durable:
                 return
-            saving = self._storage_save(request)
+            saving = self._save_to_storage(request)
         self._saving = saving
         copied_bytes = sum(part.nbytes for part in request.plan.parts)
         saving.predicted_stall_s = self._stall.begin(copied_bytes, time.monotonic())
@@ -212,30 +213,30 @@ class Checkpointer:
         saving.eager_copied.wait()
         saving.blocked_s += time.monotonic() - began
 
-    def _tiers_save(self, request: SaveRequest) -> SaveJob | None:
+    def _save_to_memory(self, request: SaveRequest) -> SaveJob | None:
         assert self._tiers is not None
-        if not self._begun:
+        if not self._start_decided:
             self._tiers.start_anew()
-        self._begun = True
+        self._start_decided = True
         saving = self._tiers.begin(request)
-        self._copied_once = True
+        self._replicated = True
         return saving
 
-    def _storage_save(self, request: SaveRequest) -> SaveJob:
+    def _save_to_storage(self, request: SaveRequest) -> SaveJob:
         assert request.snapshot is not None
         sizes = [part.nbytes + CRC_BYTES for part in request.plan.parts]
         self._arena.reserve(sizes, pinned=request.snapshot.pinned)
         return StorageSave(self._context, request, TensorSource(request.plan, request.snapshot, self._arena))
 
     def wait_copied(self) -> float:
-        """Wait until no tensor of the running save is needed any more; call right before anything changes them.
+        """Wait until the running save needs no tensor any more; call it right before anything changes them.
 
         Returns:
             Seconds this call blocked.
 
         Raises:
             SnapshotMutated: a tensor was changed too early; the save is given up.
-            Exception: a bug that ended the save before, or the event sink's error.
+            Exception: a bug that ended the save before, or an error of ``on_event``.
         """
         saving = self._saving
         if saving is None:
@@ -254,23 +255,22 @@ class Checkpointer:
         return time.monotonic() - began
 
     def watch(self, *watched: nn.Module | torch.optim.Optimizer) -> None:
-        """Hook what trains, until this is closed.
+        """Hook optimizers and modules, until this is closed.
 
-        Of an optimizer, :meth:`wait_copied` is called before each of its steps: the loop need not do so, and cannot
-        forget it. Of a module, whenever backward has accumulated a gradient, a save whose copy has ended by then is
-        confirmed; so it can be committed without waiting for the update, which pays where a step takes longer than
-        writing. Neither blocks, but for what :meth:`wait_copied` waits for.
+        Before each step of an optimizer, :meth:`wait_copied` is called, so the loop need not do it and cannot forget
+        it. Whenever backward has accumulated a gradient of a module, a save whose copy has ended by then is confirmed;
+        it can then be committed without waiting for the update, which helps if a step takes longer than writing.
+        Neither blocks, except in :meth:`wait_copied`.
 
         Args:
-            watched: optimizers whose ``step`` changes what is saved, and modules. Where gradients do not pass through
-                the parameters' own hooks (FSDP2), those of a module never run, and saves are confirmed before the
-                update.
+            watched: optimizers whose ``step`` changes what is saved, and modules. If gradients do not pass through the
+                parameters' own hooks (FSDP2), a module's hooks never run, and saves are confirmed before the update.
         """
         for each in watched:
             self._hooks.set(each)
 
     def _confirm_early(self) -> None:
-        """The training thread is between two operations, so none of them is changing what was copied."""
+        """Confirm a save whose copy has ended: right now the training thread is changing nothing."""
         saving = self._saving
         if saving is not None and not saving.confirmed and saving.copied.is_set():
             saving.confirm()
@@ -283,27 +283,31 @@ class Checkpointer:
         into: Mapping[str, Any] | None = None,
         any_world_size: bool = False,
     ) -> Restored | None:
-        """Read a checkpoint back, every byte verified; collective over the group.
+        """Read a checkpoint back, and verify every byte.
 
-        ``"auto"`` takes the newest step that all ranks find complete and undamaged, file by file from the fastest copy
-        that is: this node's memory, another node's, storage. A run that never calls this begins anew, and what earlier
-        runs left in memory is removed with its first save. Damaged newer ones are reported
-        (``CheckpointRejected``, a log line naming the file) and set aside: renamed to ``step_XXXXXXXX.aside-N``. Saves
-        that were cut off are reported and cleared away. An integer takes that step and sets newer ones aside.
+        Collective over the group: all ranks call it with the same arguments. If a rank is lost, the others raise what
+        the group's backend raises.
+
+        ``"auto"`` takes the newest step that all ranks find complete and undamaged. Each file is read from the fastest
+        undamaged copy: this node's memory, another node's, the local disks, storage. Newer damaged steps are reported
+        (a ``CheckpointRejected`` event, and a log line that names the file) and set aside: renamed to
+        ``step_XXXXXXXX.aside-N``. Interrupted saves are reported and cleared away. An integer takes that step, and sets
+        newer ones aside. A run that never calls this starts from scratch: its first save removes what earlier attempts
+        left in memory.
 
         Args:
             which: ``"auto"``, or a step.
             like: the running replicated state, nested as it is saved. Its DTensors come back as DTensors on the same
-                mesh with the same placements, of which each rank reads, and verifies, no more than the chunks that its
-                part needs; together the ranks verify all. The step must have exactly the tensors of ``like``, in shape
-                and dtype, however they were sharded when it was saved; values that are no tensors are not compared.
-                Without it, every rank reads all tensors whole.
-            into: as ``like``; and what is read goes into these very tensors, on any device, with no second copy of the
-                state in memory. ``Restored.replicated`` has them too. If this raises, some may be overwritten; if it
-                returns None, none is. Values that are no tensors (steps, learning rates) are in
-                ``Restored.replicated`` alone.
-            any_world_size: take a step that another number of ranks saved: ``Restored.local`` is empty then, and
-                ``Restored.read_local`` gives any of those ranks' local state.
+                mesh with the same placements; each rank reads and verifies only the chunks that its part needs, and
+                together the ranks verify all. The step must have exactly the tensors of ``like``, in shape and dtype,
+                however they were sharded when it was saved; values other than tensors are not compared. Without
+                ``like``, every rank reads all tensors whole.
+            into: as ``like``, but what is read goes into these very tensors, on any device, without a second copy of
+                the state in memory. ``Restored.replicated`` has them, too. If this raises, some may be overwritten; if
+                it returns None, none is. Values other than tensors (steps, learning rates) are only in
+                ``Restored.replicated``.
+            any_world_size: accept a step that was saved with another world size: then ``Restored.local`` is empty, and
+                ``Restored.read_local`` gives the local state of any rank that saved it.
 
         Returns:
             The state, or None if ``"auto"`` finds no checkpoint at all.
@@ -313,10 +317,10 @@ class Checkpointer:
             CorruptCheckpoint: the step asked for is damaged, or (``"auto"``) there are checkpoints but none is valid.
             IncompleteCheckpoint: a file or the commit record of the step asked for is missing.
             UnknownFormatVersion: written by another version of outlast; it is left as it is.
-            StateMismatch: saved by another number of ranks, unless ``any_world_size``; other tensors than ``like`` or
-                ``into`` has, of which none was overwritten then; or ranks on which these differ.
-            CheckpointError: the storage cannot be read, there are several ranks without a process group, a DTensor in
-                ``like`` or ``into`` that could not be saved, or both were given.
+            StateMismatch: saved with another world size, without ``any_world_size``; the step has other tensors than
+                ``like`` or ``into``, of which none was overwritten then; or these differ between ranks.
+            CheckpointError: the storage cannot be read; there are several ranks without a process group; ``like`` or
+                ``into`` has a DTensor that could not be saved; or both were given.
         """
         if self._closed:
             raise CheckpointError("restore on a closed Checkpointer")
@@ -326,7 +330,7 @@ class Checkpointer:
         context = RestoreContext(saver.store, saver.rank, saver.world_size, agreement, saver.on_event, self._io)
         meshes = Meshes(self._group, saver.world_size)
         request = agree_on_request(like, into, meshes, context, any_world_size=any_world_size)
-        self._begun = True
+        self._start_decided = True
         if tiers is None:
             return restore(which, context, request, None)
         survey = Survey(tiers.folder, tiers.disk_folder, tiers.meeting.nodes, saver.rank, agreement, self._io)
@@ -350,7 +354,7 @@ class Checkpointer:
 
         Raises:
             SnapshotMutated: a tensor of the running save was changed too early.
-            Exception: a bug that ended the save before, or the event sink's error.
+            Exception: a bug that ended the save before, or an error of ``on_event``.
         """
         if self._closed:
             return
@@ -363,10 +367,10 @@ class Checkpointer:
             self._end()
 
     def abort(self) -> None:
-        """Give the running save up, report it as failed, and end the threads; for a training that ends with an error.
+        """Give the running save up, report it as failed, and end the threads: for training that ends with an error.
 
-        What the save has committed by now stays. Raises nothing that the save ran into. A process that ends without
-        :meth:`close` does the same by itself.
+        What the save has committed by now stays. What the save ran into is not raised. At the exit of a process that
+        did not call :meth:`close`, the same happens by itself.
         """
         self._abort(CheckpointError("training ended with an error before the checkpoint was committed"))
 
@@ -402,7 +406,7 @@ class Checkpointer:
         atexit.unregister(self._abort_at_exit)
 
     def _finish(self) -> None:
-        """Confirm and await the running save."""
+        """Confirm the running save, and wait for its end."""
         if self._saving is not None:
             self.wait_copied()
             self._saving.done.wait()

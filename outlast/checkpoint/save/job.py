@@ -111,14 +111,14 @@ class SaveJob:
         self.done.set()
 
     def _report(self, reason: Exception, tier: str, on_event: Callable[[Event], None]) -> None:
-        """Report that the save failed; what is the program's fault is raised in the training thread, too."""
+        """Report that the save failed; if it is the program's fault, it is raised in the training thread, too."""
         if must_be_raised(reason) and reason is not self._stop:
             self.error = reason
         _log.warning("checkpoint of step %d failed%s: %s", self.step, "" if tier == STORAGE else f" in {tier}", reason)
         try:
             on_event(CheckpointFailed(step=self.step, reason=failure_text(reason), tier=tier))
         except Exception as error:
-            # The event sink is broken, so the training thread must hear of it.
+            # Events get lost, so the training thread must know.
             self.error = error
 
 

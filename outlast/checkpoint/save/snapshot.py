@@ -32,10 +32,10 @@ class Snapshot:
     """Copies of some tensors, part by part.
 
     Args:
-        parts: what to copy. The tensors are held until :meth:`release`.
+        parts: what to copy. The tensors are referenced until :meth:`release`.
 
     Raises:
-        CheckpointError: a lazy tensor of which changes cannot be told.
+        CheckpointError: a lazy tensor whose changes cannot be detected.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -154,7 +154,7 @@ class _Mark:
     def __init__(self, item: TensorEntry) -> None:
         if item.tensor.is_inference():
             raise CheckpointError(
-                f"the tensor {item.name!r} was made in inference mode, so changes of it cannot be told",
+                f"the tensor {item.name!r} was made in inference mode, so changes to it cannot be detected",
                 "name its top-level key in `eager`",
             )
         self._item = item

@@ -1,4 +1,4 @@
-"""Where the bytes of a save come from: tensors, copied one after the other, or a copy that lies in memory already."""
+"""Where the bytes of a save come from: tensors, copied one after the other, or a copy that is in memory already."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""One save, from the snapshot to the commit record, in a thread of its own.
+"""One save into storage, from the snapshot to the commit record, in a thread of its own.
 
-Two phases, through the store alone; no collective is issued, nobody listens on the network:
+It has two phases, through the store alone; no collective is issued, and no port is listened on:
 
-1. The coordinator (rank 0) *opens* the save: it clears away what saves that were cut off left, and writes the root
-   group's document, which names the attempt and the save. The other ranks write nothing before.
-2. Each rank writes its share of the files and fsyncs them, then the directories, then it writes its *vote*: files,
+1. The coordinator (rank 0) *opens* the save: it clears away what interrupted saves left, and writes the root group's
+   document, which names the attempt and the save. The other ranks write nothing before that.
+2. Each rank writes its share of the files and fsyncs them, then the directories, and then writes its *vote*: files,
    sizes, checksums.
-3. The coordinator waits for all votes of this very save, checks that all ranks mean the same replicated state and that
-   every file is there in its size, and writes the commit record. A step is a checkpoint if and only if it has one.
+3. The coordinator waits for all votes of this very save, checks that all ranks have the same replicated state and that
+   every file exists with its size, and writes the commit record. A step is a checkpoint if and only if it has one.
 
-Each rank gives up on any error, or after ``commit_timeout_s`` without news; it removes what it wrote and leaves an
-empty file that tells the others. Nothing in a save touches the checkpoints before it.
+A rank gives up on any error, or after ``commit_timeout_s`` without a sign of the others. It then removes what it wrote,
+and leaves an empty file as a flag for the other ranks. A save never touches the checkpoints before it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from outlast.checkpoint.save.io_threads import process_ended
 from outlast.checkpoint.save.job import SaveJob
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import Source
-from outlast.checkpoint.save.writer import Writing
+from outlast.checkpoint.save.writer import Writer
 from outlast.checkpoint.steps import catalog, retention
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointRejected, CheckpointSaved
@@ -37,7 +37,7 @@ from outlast.events import CheckpointRejected, CheckpointSaved
 _log = logging.getLogger("outlast.checkpoint")
 _FIRST_POLL_S, _LAST_POLL_S = 0.005, 0.25
 _PER_FILE_BYTES = 12_288
-"""What a file takes of a disk besides its bytes, at most: its directory, its entry, and the rest of its last block."""
+"""What a file takes on a disk besides its bytes, at most: its directory, its entry, and the rest of its last block."""
 
 
 class StorageSave(SaveJob):
@@ -54,10 +54,10 @@ class StorageSave(SaveJob):
         plan = request.plan
         self._context = context
         self._save = context.attempt_id, request.save_id
-        # Of all ranks, with what names and ends of blocks take: as if each had as many files as this one.
+        # Of all ranks, with the overhead of files: as if each rank had as many files as this one.
         files = 1 + len(plan.documents) + len(plan.parts)
         self._total_bytes = plan.replicated_bytes + (plan.local_bytes + files * _PER_FILE_BYTES) * context.world_size
-        self._writing = Writing(
+        self._writer = Writer(
             context.store,
             step_name(self.step),
             plan.documents,
@@ -68,7 +68,7 @@ class StorageSave(SaveJob):
         )
         self._voted = False
         self.committed = False
-        """Whether the step is committed (coordinator) or this rank's part is durable (others); final once done."""
+        """Whether the step is committed (coordinator), or this rank's part durable (others); final once done."""
 
     def give_up(self, reason: Exception) -> None:
         """See :class:`SaveJob`."""
@@ -115,10 +115,10 @@ class StorageSave(SaveJob):
 
     def _write_and_vote(self) -> int:
         context = self._context
-        # Waiting is done in daemon threads alone: the pool's threads hold up the interpreter's exit.
+        # Only daemon threads wait: the interpreter does not exit before the pool's threads have ended.
         opened: Future[list[FileEntry]] = Future()
         threading.Thread(target=self._open, args=(opened,), name=f"outlast-open-{self.step}", daemon=True).start()
-        entries = self._writing.run(opened)
+        entries = self._writer.run(opened)
         context.store.sync_dirs(f"{step_name(self.step)}/{entry.path}" for entry in entries)
         self._confirmed.wait()
         self._check_cancelled()
@@ -130,7 +130,7 @@ class StorageSave(SaveJob):
     def _open(self, opened: Future[list[FileEntry]]) -> None:
         try:
             opened.set_result(self._open_for_all() if self._context.rank == 0 else self._wait_opened())
-        except Exception as error:  # whoever asks for the result gets it
+        except Exception as error:  # raised where the result is read
             opened.set_exception(error)
 
     def _open_for_all(self) -> list[FileEntry]:
@@ -140,11 +140,11 @@ class StorageSave(SaveJob):
             if flag is not None and (flag[0] != context.attempt_id or flag[1] < self._request.save_id - 1):
                 context.store.remove(name)
         for old in catalog.clear_for(context.store, self.step, context.attempt_id):
-            reason = f"saved anew; until that is committed the old one is kept as {old}, then set aside"
+            reason = f"saved again; the old one is kept as {old} until the new one is committed, then set aside"
             context.on_event(CheckpointRejected(step=self.step, reason=reason))
         self._make_room()
         data = self._request.root_document(context)
-        self._writing.files.add(node_path(""))
+        self._writer.files.add(node_path(""))
         context.store.put_new(f"{step_name(self.step)}/{node_path('')}", data)
         return [FileEntry(node_path(""), len(data), crc_hex(data), False)]
 
@@ -161,10 +161,10 @@ class StorageSave(SaveJob):
                 )
 
     def _make_room(self) -> None:
-        """Find out before anything is written whether there is room for it; with too little, prune what may go.
+        """Check for enough room before anything is written; if there is too little, prune old steps.
 
         Raises:
-            OSError: there is not enough even so.
+            OSError: there is still too little.
         """
         store = self._context.store
         free_bytes = store.free_bytes()
@@ -192,11 +192,12 @@ class StorageSave(SaveJob):
                         f"rank {vote.rank} voted for {folder}/{entry.path} with {entry.size_bytes} bytes, "
                         f"the store has {sizes.get(entry.path, 'no such file')}"
                     )
-        # The ranks made the names of their votes durable in votes/, but not that of votes/ itself.
+        # The ranks made the entries of their votes in votes/ durable, but not that of votes/ itself.
         store.sync_dirs([vote_path(self.step, 0)])
         opened = catalog.opened_by(store, self.step)
         if opened != self._save:
-            raise CheckpointError(f"step {self.step} was opened anew meanwhile, by {opened}: this attempt is over")
+            other = f"attempt {opened[0]}, save {opened[1]}" if opened is not None else "nobody"
+            raise CheckpointError(f"step {self.step} was opened again meanwhile, by {other}: this save is over")
         store.put_new(f"{folder}/{COMMIT}", seal(commit))
 
     def _collect(self) -> list[ReceivedVote]:
@@ -229,43 +230,43 @@ class StorageSave(SaveJob):
                 )
 
     def _check_cancelled(self, *, others: bool = False) -> None:
-        """Raise if this save was given up, here or (``others``) by another rank."""
+        """Raise if this save was given up, on this rank or (``others``) on another."""
         super()._check_cancelled()
         if others and self._context.store.exists(self._flag()):
-            raise CheckpointError(f"another rank gave up the save of step {self.step}", "its events tell why")
+            raise CheckpointError(f"another rank gave up the save of step {self.step}", "see its events for the reason")
 
     def _flag(self) -> str:
         return failed_name(self.step, self._context.attempt_id, self._request.save_id)
 
     def _clean_up(self) -> None:
-        """Remove what this rank wrote, whatever makes it count first, and tell the others."""
+        """Remove what this rank wrote, beginning with what makes it count, and leave a flag for the other ranks."""
         try:
             self._remove_own()
         except OSError as error:
-            _log.warning("left-overs of the failed save of step %d stay for now: %s", self.step, error)
+            _log.warning("files of the failed save of step %d could not be removed yet: %s", self.step, error)
         if self._context.world_size > 1:
             try:
                 self._context.store.put(self._flag(), [])
             except OSError as error:
-                _log.warning("the other ranks cannot be told that step %d failed: %s", self.step, error)
+                _log.warning("could not flag for the other ranks that step %d failed: %s", self.step, error)
 
     def _remove_own(self) -> None:
         store, folder, rank = self._context.store, step_name(self.step), self._context.rank
-        if not self._writing.files or (self._voted and rank != 0):
-            # Rank 0 may have counted the vote: its files stay until rank 0 clears the step away.
+        if not self._writer.files or (self._voted and rank != 0):
+            # Rank 0 may have counted the vote, so its files stay until rank 0 clears the step away.
             return
         if catalog.opened_by(store, self.step) not in (self._save, None):
-            return  # by now the folder is another attempt's
+            return  # the folder now belongs to another attempt
         if rank == 0:
             store.remove(f"{folder}/{COMMIT}")
         store.remove(vote_path(self.step, rank))
-        # File by file: other ranks write below the same groups. Rank 0 clears empty folders away with its next save.
-        for path in sorted(self._writing.files):
+        # File by file: other ranks write into the same groups. Rank 0 clears empty folders away with its next save.
+        for path in sorted(self._writer.files):
             store.remove(f"{folder}/{path}")
 
 
 class Poll:
-    """Waits with growing pauses, up to a limit."""
+    """Waits with pauses that grow, up to a limit in all."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
@@ -273,7 +274,7 @@ class Poll:
         self._pause_s = _FIRST_POLL_S
 
     def wait(self) -> bool:
-        """Pause; False once the limit is over."""
+        """Pause; False if the limit is reached."""
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             return False

@@ -40,8 +40,8 @@ class LocalDisk:
 
     Attributes:
         save_ids: the saves of this attempt that this rank has here, oldest first.
-        complete_id: the newest save that all ranks have on their disks, as rank 0 said with the last commit; 0: none.
-            It is kept, however many newer ones this rank has.
+        complete_id: the newest save that all ranks have on their disks, as rank 0 found at the last commit; 0: none. It
+            is kept, however many newer ones this rank has.
     """
 
     def __init__(self, folder: Path, context: SaveContext, is_node_leader: bool) -> None:

@@ -86,7 +86,7 @@ class Tiers:
             The save, not started yet. None: there is no shared memory for it, which is reported.
 
         Raises:
-            Exception: a bug that ended a copy before, or the event sink's error.
+            Exception: a bug that ended a copy before, or an error of ``on_event``.
         """
         due = [tier for tier in self._fed if tier.due(request)]
         for tier in due:
@@ -140,7 +140,7 @@ class Tiers:
             save_id: of no save.
 
         Raises:
-            Exception: a bug that ended a copy, or the event sink's error.
+            Exception: a bug that ended a copy, or an error of ``on_event``.
         """
         for tier in self._fed:
             tier.finish()
@@ -176,7 +176,7 @@ class Tiers:
         self._received.remove()
         if self._memory.disk is not None:
             self._memory.disk.remove()
-        self.start_anew()  # what attempts before left is of no more use than what this one did
+        self.start_anew()  # earlier attempts' steps are of no more use than this one's
         if self._memory.is_node_leader:
             for folder in self._folders:
                 slots.remove_records(folder, self._context.attempt_id)
@@ -234,4 +234,4 @@ def _partner_tier(context: SaveContext, meeting: Meeting) -> PartnerTier | None:
 
 
 def _never() -> None:
-    """Parting cannot be given up."""
+    """The end of a run cannot be given up."""

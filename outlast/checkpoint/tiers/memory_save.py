@@ -1,10 +1,10 @@
 """One save of one rank into host memory that outlives the process; the other tiers are fed from there.
 
-1. The rank's part is copied into a slot of shared memory, checksummed as it is read and again as it lies there.
+1. The rank's part is copied into a slot of shared memory, and checksummed both as it is read and in the slot.
 2. Once the training thread has confirmed that nothing changed, the rank publishes the slot's index, and sends its vote
-   to rank 0, over a connection of its own.
-3. Rank 0 has all votes, makes the commit record, and sends it to all; each node keeps it beside its slots. A step in
-   memory counts where a node has its commit record, and all ranks' parts are in some node's memory.
+   to rank 0, over a dedicated connection.
+3. Rank 0 collects all votes, makes the commit record and sends it to all; each node keeps it beside its slots. A step
+   in memory counts if some node has its commit record, and every rank's part is in some node's memory.
 
 Then the copies to the tiers for which one is due begin, from the slot.
 """
@@ -83,7 +83,7 @@ class MemorySave(SaveJob):
     def _run(self) -> None:
         try:
             self._save()
-        except Exception as error:  # a bug, or the event sink's: raised in the training thread
+        except Exception as error:  # a bug, or an error of on_event: raised in the training thread
             self.error = error
         finally:
             self._end()
@@ -125,7 +125,7 @@ class MemorySave(SaveJob):
                 raise
         for tier in self._feeds:
             tier.start(StagedSave(self._request, self._slot, parts, index, commit))
-        with suppress(OSError):  # no memory for it: said when it is needed
+        with suppress(OSError):  # no memory for it: reported when the slot is needed
             memory.slots.prepare(self._slot.memory.numel())
 
     def _clear_up(self) -> None:
@@ -192,7 +192,7 @@ class MemorySave(SaveJob):
 
 
 def _on_disk(memory: Memory) -> list[int]:
-    """The saves that this rank has on its node's disk; with each commit, rank 0 finds which of them all ranks have."""
+    """The saves that this rank has on its node's disk; with each commit, rank 0 finds those that all ranks have."""
     return list(memory.disk.save_ids) if memory.disk is not None else []
 
 

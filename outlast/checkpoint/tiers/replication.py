@@ -27,7 +27,7 @@ class Replication:
 
     Attributes:
         done: set once the copy counts, or has failed.
-        error: what must be raised in the training thread: a bug, or the event sink's error.
+        error: what must be raised in the training thread: a bug, or an error of ``on_event``.
     """
 
     tier: ClassVar[str]
@@ -74,7 +74,7 @@ class Replication:
                 _log.warning("step %d could not be copied to %s: %s", vote.step, self.target, error)
                 event = CheckpointFailed(step=vote.step, reason=f"{type(error).__name__}: {error}", tier=self.tier)
             self._on_event(event)
-        except Exception as error:  # a bug, or the event sink's: raised in the training thread
+        except Exception as error:  # a bug, or an error of on_event: raised in the training thread
             self.error = error
         finally:
             self.done.set()

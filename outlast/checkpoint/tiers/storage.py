@@ -44,7 +44,7 @@ class StorageTier(Tier):
         self._begin(self._save, staged.slot)
 
     def cancel(self, request: SaveRequest, reason: Exception) -> None:
-        """See :class:`Tier`; the other ranks wait for this one's vote, so they are told."""
+        """See :class:`Tier`. The other ranks wait for this one's vote, so it tells them that there is none."""
         self._save = StorageSave(self._context, request, HeldSource(()))
         self._save.blocked_s = self._waited_s
         self._save.give_up(reason)

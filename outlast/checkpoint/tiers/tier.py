@@ -1,4 +1,4 @@
-"""What a tier that memory feeds does: the same for storage, the partner's memory, and the node's own disk."""
+"""The interface of the tiers that memory feeds: storage, the partner's memory, and the node's own disk."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Tier:
         raise NotImplementedError
 
     def cancel(self, request: SaveRequest, reason: Exception) -> None:
-        """A save that was due did not reach memory; the default is that nobody waits for it."""
+        """Called instead of :meth:`start` if a save did not reach memory. By default nothing is to be done."""
 
     def wait(self, step: int) -> float:
         """Wait until the copy before has ended, so that the one of ``step`` can begin.
@@ -80,7 +80,7 @@ class Tier:
             Seconds this call blocked; it is logged if training noticed.
 
         Raises:
-            Exception: a bug that ended that copy, or the event sink's error.
+            Exception: a bug that ended that copy, or an error of ``on_event``.
         """
         began = time.monotonic()
         self.finish()
@@ -101,12 +101,12 @@ class Tier:
             raise_error(self._newest)
 
     def raise_error(self) -> None:
-        """Raise what must be raised of a copy that has ended."""
+        """Raise the error of a copy that has ended, without waiting for one that has not."""
         if self._newest is not None and self._newest.done.is_set():
             raise_error(self._newest)
 
     def abort(self, reason: Exception) -> None:
-        """Give up what is on its way, where that can be done; by default it is left to end."""
+        """Give up the copy on its way, if the tier can; by default the copy runs to its end."""
 
     def close(self) -> None:
         """Wait for the thread of the copy on its way."""

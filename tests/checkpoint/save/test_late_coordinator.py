@@ -82,5 +82,5 @@ def test_a_coordinator_whose_step_was_opened_anew_does_not_commit(
     with checkpointer(url, events, attempt_id="two", pack_below_kb=16.0) as second:
         save_and_join(second, 7, state(2))
     assert failed(events) == []
-    assert "was opened anew meanwhile, by ('two', 1)" in failed(late)[0]
+    assert "was opened again meanwhile, by attempt two, save 1" in failed(late)[0]
     assert verify(url, 7).ok
