@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -22,6 +23,7 @@ from outlast.checkpoint.restore.load import Restored
 from outlast.checkpoint.restore.request import RestoreContext, agree_on_request
 from outlast.checkpoint.restore.restore import restore
 from outlast.checkpoint.restore.survey import Survey
+from outlast.checkpoint.save.device import DeviceRoom
 from outlast.checkpoint.save.hooks import Hooks
 from outlast.checkpoint.save.io_threads import IoThreads, process_ended
 from outlast.checkpoint.save.job import SaveJob, raise_error
@@ -30,7 +32,6 @@ from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import TensorSource
 from outlast.checkpoint.save.stall_forecast import StallForecast
 from outlast.checkpoint.save.storage_save import StorageSave
-from outlast.checkpoint.state.dtensor import Meshes
 from outlast.checkpoint.storage.open import open_store
 from outlast.checkpoint.tiers.manager import Tiers
 from outlast.errors import CheckpointError
@@ -111,6 +112,7 @@ class Checkpointer:
         self._context = SaveContext(self._store, config, rank, world_size, attempt_id, on_event, self._io)
         self._group = group
         self._arena = Arena(int(config.host_memory_mb * 1e6))
+        self._device_room = DeviceRoom()
         self._tiers: Tiers | None = None
         if config.memory_every_steps:
             self._tiers = Tiers(self._context, Agreement(group, rank, world_size), host)
@@ -191,6 +193,7 @@ class Checkpointer:
         request = make_request(
             self._context,
             self._group,
+            self._device_room,
             step,
             self._save_id,
             replicated=replicated or {},
@@ -223,10 +226,11 @@ class Checkpointer:
         return saving
 
     def _save_to_storage(self, request: SaveRequest) -> SaveJob:
-        assert request.snapshot is not None
-        sizes = [part.nbytes + CRC_BYTES for part in request.plan.parts]
-        self._arena.reserve(sizes, pinned=request.snapshot.pinned)
-        return StorageSave(self._context, request, TensorSource(request.plan, request.snapshot, self._arena))
+        plan, snapshot = request.plan, request.snapshot
+        assert snapshot is not None
+        sizes = [part.nbytes + CRC_BYTES for part in plan.parts]
+        reserve = partial(self._arena.reserve, sizes, pinned=snapshot.pinned)
+        return StorageSave(self._context, request, TensorSource(plan, snapshot, self._arena, prepare=reserve))
 
     def wait_copied(self) -> float:
         """Wait until the running save needs no tensor any more; call it right before anything changes them.
@@ -328,8 +332,7 @@ class Checkpointer:
         saver, tiers = self._context, self._tiers
         agreement = Agreement(self._group, saver.rank, saver.world_size)
         context = RestoreContext(saver.store, saver.rank, saver.world_size, agreement, saver.on_event, self._io)
-        meshes = Meshes(self._group, saver.world_size)
-        request = agree_on_request(like, into, meshes, context, any_world_size=any_world_size)
+        request = agree_on_request(like, into, self._group, context, any_world_size=any_world_size)
         self._start_decided = True
         if tiers is None:
             return restore(which, context, request, None)
@@ -403,6 +406,8 @@ class Checkpointer:
         if self._tiers is not None:
             self._tiers.close()
         self._io.shutdown()
+        self._arena.clear()
+        self._device_room.clear()
         atexit.unregister(self._abort_at_exit)
 
     def _finish(self) -> None:

@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from outlast.checkpoint.format.dtypes import DISGUISED, NATIVE
-from outlast.checkpoint.tools import (
-    verify,
-)
+from outlast.checkpoint.tools import verify
 from tests.checkpoint.helpers import checkpointer
 
 ALL_DTYPES = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in (*NATIVE, *DISGUISED)}

@@ -15,7 +15,8 @@ from benchmarks.namespace import mount_over
 from outlast.checkpoint import Checkpointer
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import QUICK, local, state
+from tests.checkpoint.helpers import QUICK
+from tests.checkpoint.states import local, state
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ from outlast.checkpoint.peers.commit_protocol import CommitProtocol
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.errors import OutlastError
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import QUICK, local, same, state
+from tests.checkpoint.helpers import QUICK
+from tests.checkpoint.states import local, same, state
 from tests.forked import context
 
 LIMIT_S = 90.0

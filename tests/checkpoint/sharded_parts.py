@@ -20,7 +20,7 @@ from benchmarks.namespace import mount_over
 from outlast.checkpoint import Checkpointer
 from outlast.errors import OutlastError
 from outlast.events import CheckpointRestored, CheckpointSaved, Event
-from tests.checkpoint.helpers import flip
+from tests.checkpoint.damage import flip
 from tests.checkpoint.sharded import CONFIG, Counting, Sent, checkpointer
 
 SHAPES = {"rows": (401, 64), "columns": (64, 402), "wide": (3, 5000), "copied": (90, 64), "bias": (70,)}

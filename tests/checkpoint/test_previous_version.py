@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from outlast.checkpoint.tools import describe, list_steps, verify
-from tests.checkpoint.helpers import checkpointer, files_of, same
+from tests.checkpoint.damage import files_of
+from tests.checkpoint.helpers import checkpointer
 from tests.checkpoint.small_run import CHECKPOINT, WORLD_SIZE, Run
+from tests.checkpoint.states import same
 from tests.comm.ranks import Ranks
 
 KEPT = Path(__file__).parent.parent / "data" / "checkpoint_v2"

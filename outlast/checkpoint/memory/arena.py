@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from outlast.checkpoint.memory.pages import allocate
+from outlast.checkpoint.memory.pinning import pin, unpin
+
 PAGE_BYTES = 4096
 
 
@@ -33,8 +36,8 @@ class Arena:
 
     def __init__(self, limit_bytes: int = 0) -> None:
         self.limit_bytes = limit_bytes // PAGE_BYTES * PAGE_BYTES
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._pages = self._buffer
+        self._pages = torch.empty(0, dtype=torch.uint8)
+        self._pinned = False
         self._free: list[tuple[int, int]] = []  # (offset, nbytes), ascending, no two of them adjacent
         self._changed = threading.Condition()
 
@@ -53,13 +56,21 @@ class Arena:
         nbytes = sum(map(room, sizes))
         if self.limit_bytes:
             nbytes = max(min(nbytes, self.limit_bytes), max(map(room, sizes), default=0))
-        if self._pages.numel() < nbytes or (pinned and not self._buffer.is_pinned()):
-            self._buffer = self._pages = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            self._buffer = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=pinned)
-            start = -self._buffer.data_ptr() % PAGE_BYTES
-            self._pages = self._buffer[start : start + nbytes]
+        if self._pages.numel() < nbytes:
+            self.clear()  # the old one goes before the new one comes
+            buffer = torch.from_numpy(allocate(nbytes + PAGE_BYTES))
+            start = -buffer.data_ptr() % PAGE_BYTES
+            self._pages = buffer[start : start + nbytes]
+        if pinned and not self._pinned:
+            self._pinned = pin(self._pages)
         with self._changed:
             self._free = [(0, self._pages.numel())]
+
+    def clear(self) -> None:
+        """Give the memory back; only while no region is taken."""
+        if self._pinned:
+            unpin(self._pages)
+        self._pages, self._pinned, self._free = torch.empty(0, dtype=torch.uint8), False, []
 
     def take(self, nbytes: int) -> Region | None:
         """A region for ``nbytes``, or None while none is free."""

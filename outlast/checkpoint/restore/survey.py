@@ -109,7 +109,7 @@ class Survey:
             committed.setdefault(SaveKey(commit.attempt_id, commit.save_id), commit)
         on_nodes: dict[SaveKey, list[PartOnNode]] = {}
         for _, part in all_gather_messages(self.agreement, PartOnNode, parts):
-            on_nodes.setdefault(part.key, []).append(part)
+            on_nodes.setdefault(SaveKey(part.attempt_id, part.save_id), []).append(part)
         saves = [
             SaveOnNodes(commit, _by_rank(on_nodes[key]), _by_rank(part for part in on_nodes[key] if part.in_memory))
             for key, commit in committed.items()
@@ -135,8 +135,8 @@ class Survey:
         spans: dict[str, list[Span]] = {}
         for part in self.parts(save):
             for entry in part.placed.vote.files:
-                start = part.placed.places[entry.path]
-                spans.setdefault(entry.path, []).append(Span(part.data, start, entry.size_bytes, part.tier))
+                offset = part.placed.places[entry.path]
+                spans.setdefault(entry.path, []).append(Span(part.data, offset, entry.size_bytes, part.tier))
         return SlotFiles(spans)
 
     def parts(self, save: SaveOnNodes) -> list[SlotContents]:

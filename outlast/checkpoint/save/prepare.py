@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from outlast.checkpoint.format.names import rank_name
+from outlast.checkpoint.save.device import DeviceRoom
 from outlast.checkpoint.save.plan import plan_rank
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.snapshot import Snapshot
@@ -18,6 +19,7 @@ from outlast.checkpoint.state.tree import StateTree, lay_out
 def make_request(
     context: SaveContext,
     group: dist.ProcessGroup | None,
+    room: DeviceRoom,
     step: int,
     save_id: int,
     *,
@@ -33,6 +35,7 @@ def make_request(
     Args:
         context: who saves.
         group: over all ranks, for the meshes of DTensors; None takes the default group.
+        room: on the devices, for copies of eager tensors.
         step: of the state.
         save_id: number of the save within the attempt.
         replicated: state that is equal on all ranks; nested keys to tensors and JSON values.
@@ -54,5 +57,5 @@ def make_request(
         chunk_bytes=int(context.config.chunk_mb * 1e6),
         pack_below_bytes=int(context.config.pack_below_kb * 1e3),
     )
-    snapshot = Snapshot(plan.parts)
+    snapshot = Snapshot(plan.parts, room)
     return SaveRequest(step, save_id, of_all.groups[""], plan, snapshot, began, durable, replicate_now)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -69,23 +70,34 @@ class Source(Protocol):
 class TensorSource:
     """Copies the parts of a share through an arena.
 
+    From a device, parts are begun as far ahead as there is room, so that the device's copies wait for no checksum.
+
     Args:
         share: what.
         snapshot: of the share's parts.
         arena: or another place to copy to; nobody else takes from it meanwhile.
+        prepare: called first, in the thread that copies: what makes the place ready.
         verify: compare each copy with its source while it is in the processor's cache; without it, whoever reads the
             copy next does so.
     """
 
-    def __init__(self, share: RankPlan, snapshot: Snapshot, arena: Room, *, verify: bool = False) -> None:
+    def __init__(
+        self,
+        share: RankPlan,
+        snapshot: Snapshot,
+        arena: Room,
+        *,
+        prepare: Callable[[], object] = lambda: None,
+        verify: bool = False,
+    ) -> None:
         self.eager_copied = threading.Event()
         self.copied = threading.Event()
         self.copied_at: float | None = None
         # What is needed once the tensors have been let go of.
         self._parts = [(part.path, part.nbytes) for part in share.parts]
-        self._eager = sum(part.eager for part in share.parts)
         self._snapshot = snapshot
         self._arena = arena
+        self._prepare = prepare
         self._verify = verify
 
     def copies(self, check_cancelled: Callable[[], None]) -> Generator[Copied | None]:
@@ -95,24 +107,43 @@ class TensorSource:
             SnapshotMutated: see :class:`Snapshot`.
         """
         try:
-            if not self._eager:
+            snapshot, order = self._snapshot, self._snapshot.order
+            if not snapshot.urgent:
                 self.eager_copied.set()
-            for index, (path, nbytes) in enumerate(self._parts):
+            self._prepare()
+            begun: deque[tuple[int, Region]] = deque()
+            begin_next = 0
+            for taken in range(1, len(order) + 1):
                 check_cancelled()
-                while (region := self._arena.take(nbytes + CRC_BYTES)) is None:
-                    yield None
-                    self._arena.wait(_LOOK_S)
-                    check_cancelled()
-                crc = self._snapshot.copy(index, region.memory, verify=self._verify)
-                if index + 1 == self._eager:
+                while begin_next < len(order) and (snapshot.runs_ahead or not begun):
+                    index = order[begin_next]
+                    region = self._arena.take(self._parts[index][1] + CRC_BYTES)
+                    if region is not None:
+                        snapshot.start(index, region.memory)
+                        begun.append((index, region))
+                        begin_next += 1
+                    elif begun:
+                        break
+                    else:
+                        yield None
+                        self._arena.wait(_LOOK_S)
+                        check_cancelled()
+                index, region = begun.popleft()
+                crc = snapshot.copy(index, region.memory, verify=self._verify)
+                if taken == snapshot.urgent:
                     self.eager_copied.set()
-                if index + 1 == len(self._parts):
-                    self.copied_at = time.monotonic()
-                    self.copied.set()
+                if taken == len(order) or snapshot.read:
+                    self._set_copied()
+                path, nbytes = self._parts[index]
                 yield Copied(path, nbytes, region.memory, crc, partial(self._arena.give_back, region))
         finally:
             self.eager_copied.set()
             self.copied.set()
+
+    def _set_copied(self) -> None:
+        if self.copied_at is None:
+            self.copied_at = time.monotonic()
+        self.copied.set()
 
 
 class HeldSource:

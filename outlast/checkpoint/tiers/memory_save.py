@@ -73,7 +73,8 @@ class MemorySave(SaveJob):
 
     def __init__(self, memory: Memory, request: SaveRequest, slot: Slot, feeds: Sequence[Tier]) -> None:
         assert request.snapshot is not None
-        super().__init__(request, TensorSource(request.plan, request.snapshot, slot, verify=True))
+        prepare = slot.pin if request.snapshot.pinned else lambda: None
+        super().__init__(request, TensorSource(request.plan, request.snapshot, slot, prepare=prepare, verify=True))
         self._memory = memory
         self._slot = slot
         self._feeds = feeds
@@ -126,7 +127,7 @@ class MemorySave(SaveJob):
         for tier in self._feeds:
             tier.start(StagedSave(self._request, self._slot, parts, index, commit))
         with suppress(OSError):  # no memory for it: reported when the slot is needed
-            memory.slots.prepare(self._slot.memory.numel())
+            memory.slots.prepare(self._slot.memory.numel(), pinned=self._slot.pinned)
 
     def _clear_up(self) -> None:
         """Remove old commit records; with this attempt's first commits, also what attempts before left."""

@@ -31,6 +31,7 @@ from outlast.checkpoint.format.names import MEMORY, PARTNER, encode_key, rank_na
 from outlast.checkpoint.format.records import Commit, Fault, SlotIndex, seal, unseal_commit, unseal_placed
 from outlast.checkpoint.memory.arena import Region, room
 from outlast.checkpoint.memory.pages import map_all
+from outlast.checkpoint.memory.pinning import pin, unpin
 from outlast.checkpoint.storage.local import sync_dir
 from outlast.errors import CheckpointError
 
@@ -101,6 +102,7 @@ class Slot:
     data: Path
     memory: torch.Tensor
     """(nbytes,) uint8, shared."""
+    pinned: bool = False
     used: int = 0
     step: int | None = None
     """The committed step in it; None: there is none."""
@@ -136,6 +138,17 @@ class Slot:
 
     def wait(self, limit_s: float) -> None:
         """Do nothing: a slot has room for all its regions."""
+
+    def pin(self) -> None:
+        """Page-lock the memory, for copies from a device; once."""
+        if not self.pinned:
+            self.pinned = pin(self.memory)
+
+    def unpin(self) -> None:
+        """Before the memory goes."""
+        if self.pinned:
+            unpin(self.memory)
+        self.pinned = False
 
     def publish(self, index: SlotIndex) -> None:
         """Write its index: a restore finds what is in it as soon as there is a commit record, too."""
@@ -182,14 +195,17 @@ class Slots:
             self._allocate(slot, nbytes)
         return slot
 
-    def prepare(self, nbytes: int) -> None:
+    def prepare(self, nbytes: int, *, pinned: bool = False) -> None:
         """Add a slot of that size if one will be needed: what is done here delays no later :meth:`take`.
 
         Raises:
             OSError: there is too little shared memory.
         """
         if len(self._slots) <= self._keep:
-            self._allocate(self._add(), nbytes)
+            slot = self._add()
+            self._allocate(slot, nbytes)
+            if pinned:
+                slot.pin()
 
     def _add(self) -> Slot:
         slot = Slot(Path(f"{self._stem}{len(self._slots)}{DATA}"), torch.empty(0, dtype=torch.uint8))
@@ -197,6 +213,7 @@ class Slots:
         return slot
 
     def _allocate(self, slot: Slot, nbytes: int) -> None:
+        slot.unpin()
         slot.memory = torch.empty(0, dtype=torch.uint8)  # the old memory is freed before the new is reserved
         slot.data.unlink(missing_ok=True)
         slot.memory = _shared(slot.data, room(nbytes))
@@ -214,6 +231,7 @@ class Slots:
     def remove(self) -> None:
         """Give the memory back."""
         for slot in self._slots:
+            slot.unpin()
             slot.index.unlink(missing_ok=True)
             slot.data.unlink(missing_ok=True)
         self._slots = []

@@ -1,7 +1,7 @@
 """The codec's passes over GPU memory, as Triton kernels: fewer passes than torch operations take, and the CPU's bits.
 
-Whoever holds a tensor asks :func:`handles` and takes its torch operations otherwise; they give the same result, except
-where CUDA's own operations round or order differently from the CPU's (each function says where).
+Callers ask :func:`handles`, and use torch operations for other tensors. Both give the same result, except where CUDA's
+own operations round or order differently from the CPU's (each function says where).
 
 ========================  ============================================  =====================================
 function                  in place of                                   memory it goes through, entries of 4 bytes
@@ -14,7 +14,7 @@ function                  in place of                                   memory i
 :func:`add_blocks`        convert, multiply, add                        2.25 numel for 8 bits
 ========================  ============================================  =====================================
 
-Indices are packed in torch operations: they are as many as the selected entries, one in a hundred of the tensor.
+Indices are packed in torch operations: there are only as many as selected entries, one in a hundred of the tensor.
 
 **Not run on a GPU yet.** They are checked in Triton's interpreter (``TRITON_INTERPRET=1``, on tensors in the host's
 memory) against the CPU codec, bit for bit; and in what they compile to for Hopper GPUs, which needs none: products and

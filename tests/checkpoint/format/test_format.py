@@ -21,11 +21,10 @@ from outlast.checkpoint import (
 from outlast.checkpoint.format.dtypes import DISGUISED, NATIVE
 from outlast.checkpoint.format.json_values import from_json, to_json
 from outlast.checkpoint.format.names import decode_key, encode_key, parse_step
-from outlast.checkpoint.tools import (
-    describe,
-)
+from outlast.checkpoint.tools import describe
 from outlast.errors import CheckpointError
-from tests.checkpoint.helpers import QUICK, checkpointer, local, same, save_steps, state
+from tests.checkpoint.helpers import QUICK, checkpointer, save_steps
+from tests.checkpoint.states import local, same, state
 
 DTYPES = [*NATIVE, *DISGUISED]
 

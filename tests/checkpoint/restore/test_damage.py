@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 
 from outlast.checkpoint.format.records import Fault, crc_hex, unseal_commit, unseal_vote
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import (
     CheckpointNotFound,
     CorruptCheckpoint,
@@ -21,20 +18,9 @@ from outlast.errors import (
     UnknownFormatVersion,
 )
 from outlast.events import CheckpointRestored, Event
-from tests.checkpoint.helpers import (
-    DAMAGES,
-    checkpointer,
-    files_of,
-    flip,
-    local,
-    of,
-    rejected,
-    same,
-    save_by_ranks,
-    save_steps,
-    state,
-    steps_at,
-)
+from tests.checkpoint.damage import DAMAGES, files_of, flip, steps_at
+from tests.checkpoint.helpers import checkpointer, of, rejected, save_by_ranks, save_steps
+from tests.checkpoint.states import local, same, state
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import zarr
 
-from outlast.checkpoint.tools import (
-    verify,
-)
+from outlast.checkpoint.tools import verify
 from tests.checkpoint.sharded import run
 from tests.checkpoint.sharded_parts import SHAPES, damaged, memory, parts, refused, some_ranks
 from tests.checkpoint.sharded_training import Leg, Sharding, arrays, documented, train

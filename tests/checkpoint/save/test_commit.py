@@ -16,25 +16,12 @@ import torch
 from outlast.checkpoint.format.names import vote_path
 from outlast.checkpoint.format.records import Vote, seal, unseal_vote
 from outlast.checkpoint.storage.local import LocalStore
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import (
-    checkpointer,
-    failed,
-    files_of,
-    local,
-    of,
-    rejected,
-    same,
-    save_by_ranks,
-    save_steps,
-    state,
-    steps_at,
-)
+from tests.checkpoint.damage import files_of, steps_at
+from tests.checkpoint.helpers import checkpointer, failed, of, rejected, save_by_ranks, save_steps
+from tests.checkpoint.states import local, same, state
 
 
 def test_three_ranks_commit(tmp_path: Path) -> None:
@@ -123,7 +110,7 @@ def test_saving_a_step_twice(tmp_path: Path) -> None:
     assert same(back.replicated, state(5))
     assert rejected(events) == [(2, "")]
     assert steps_at(tmp_path) == ["step_00000002", "step_00000002.aside-1"]
-    assert ["saved and committed before" in reason for reason in failed(events)] == [True]
+    assert ["already saved and committed step" in reason for reason in failed(events)] == [True]
 
 
 def test_saving_a_step_again_that_fails_brings_the_old_one_back(tmp_path: Path) -> None:

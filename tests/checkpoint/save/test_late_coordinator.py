@@ -10,12 +10,11 @@ import pytest
 
 from outlast.checkpoint.storage.fsspec import FsspecStore
 from outlast.checkpoint.storage.local import LocalStore
-from outlast.checkpoint.tools import (
-    verify,
-)
+from outlast.checkpoint.tools import verify
 from outlast.events import Event
-from tests.checkpoint.helpers import before, checkpointer, failed, local, same, save_and_join, state
+from tests.checkpoint.helpers import before, checkpointer, failed, save_and_join
 from tests.checkpoint.s3 import BUCKET
+from tests.checkpoint.states import local, same, state
 
 Place = tuple[str, type]
 
@@ -51,7 +50,7 @@ def test_the_second_commit_of_a_step_is_refused(place: Place, monkeypatch: pytes
         first.close()
         (reason,) = failed(late)
         assert "FileExistsError" in reason
-        assert "written by another attempt" in reason
+        assert "another attempt, or a late rank of one, wrote" in reason
         assert f"{url}/step_00000007/commit.json" in reason
         back = second.restore("auto")
     assert back is not None

@@ -23,13 +23,11 @@ from outlast.checkpoint.save.chunk_grid import chunk_shape
 from outlast.checkpoint.save.plan import plan_rank
 from outlast.checkpoint.state.tree import StateTree, lay_out
 from outlast.checkpoint.storage.local import LocalStore
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import ConfigError, StateMismatch
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import checkpointer, failed, of, same, save_by_ranks, state
+from tests.checkpoint.helpers import checkpointer, failed, of, save_by_ranks
+from tests.checkpoint.states import same, state
 
 shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
 

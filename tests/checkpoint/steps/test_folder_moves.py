@@ -18,8 +18,8 @@ from outlast.checkpoint.storage.fsspec import FsspecStore
 from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.crash import Expected
 from tests.checkpoint.faulty import CHANGES, Place
-from tests.checkpoint.helpers import local, same, state
 from tests.checkpoint.recorder import Mark
+from tests.checkpoint.states import local, same, state
 
 CONFIG = CheckpointConfig(keep_last=2, io_threads=2)
 """Everything packed: a handful of objects a step."""

@@ -15,16 +15,14 @@ import pytest
 
 from outlast.checkpoint.storage import retry
 from outlast.checkpoint.storage.open import open_store
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint
 from outlast.events import CheckpointRejected, CheckpointSaved, Event
 from tests.checkpoint.crash import Expected
 from tests.checkpoint.faulty import Place
-from tests.checkpoint.helpers import checkpointer, failed, local, of, same, save_by_ranks, save_steps, state
+from tests.checkpoint.helpers import checkpointer, failed, of, save_by_ranks, save_steps
 from tests.checkpoint.recorder import Mark
+from tests.checkpoint.states import local, same, state
 
 CHUNK = "step_00000002/model/blocks.0.norm.bias/c.0"
 PASSING: list[Callable[[], Exception]] = [
@@ -88,7 +86,9 @@ def test_but_not_for_ever(place: Place, error: Callable[[], Exception]) -> None:
     assert failing.calls == 5
     assert [event.step for event in of(CheckpointSaved, events)] == [1, 3]
     (reason,) = failed(events)
-    assert reason.startswith(f"ConnectionError: {place.url}/{CHUNK}: given up after 5 of 5 tries in 0.0 s, the last")
+    assert reason.startswith(
+        f"ConnectionError: {place.url}/{CHUNK}: given up after 5 of 5 tries in 0.0 s, last error: "
+    )
     assert type(error()).__name__ in reason
     assert [info.step for info in list_steps(place.url)] == [1, 3]
 
@@ -177,7 +177,7 @@ def test_a_store_that_cannot_refuse(place: Place, caplog: pytest.LogCaptureFixtu
     place.conditional = False
     with caplog.at_level(logging.WARNING, "outlast.checkpoint"):
         save_steps(place.url, 1)
-    assert "cannot be told to write a file only if there is none" in caplog.text
+    assert "cannot create a file exclusively" in caplog.text
     store = open_store(place.url)
     store.prepare()
     store.put_new("file", b"one")

@@ -15,26 +15,13 @@ import torch
 from outlast.checkpoint.storage.base import Store
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.checkpoint.storage.open import open_store
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import CheckpointError, ConfigError, CorruptCheckpoint, MissingDependency
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import (
-    checkpointer,
-    failed,
-    files_of,
-    local,
-    of,
-    rejected,
-    same,
-    save_by_ranks,
-    save_steps,
-    state,
-    steps_at,
-)
+from tests.checkpoint.damage import files_of, steps_at
+from tests.checkpoint.helpers import checkpointer, failed, of, rejected, save_by_ranks, save_steps
 from tests.checkpoint.s3 import BUCKET
+from tests.checkpoint.states import local, same, state
 
 
 @pytest.fixture(params=["path", "file", "memory"])

@@ -16,8 +16,10 @@ from outlast.checkpoint import CheckpointConfig
 from outlast.checkpoint.tiers.slots import local_folder, memory_folder
 from outlast.errors import CheckpointError, ConfigError
 from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
-from tests.checkpoint.helpers import checkpointer, flip, local, of, restored_by_one, small_disk, state, tiers_taken
+from tests.checkpoint.damage import flip
+from tests.checkpoint.helpers import checkpointer, of, restored_by_one, small_disk, tiers_taken
 from tests.checkpoint.ranks import Orders, Outcome, run
+from tests.checkpoint.states import local, state
 
 LOCAL = {"memory_every_steps": 1, "local_every_steps": 2}
 

@@ -15,8 +15,10 @@ from outlast.checkpoint import CheckpointConfig
 from outlast.checkpoint.tiers.slots import memory_folder
 from outlast.errors import CheckpointError, ConfigError
 from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
-from tests.checkpoint.helpers import checkpointer, flip, local, of, restored_by_one, state, tiers_taken
+from tests.checkpoint.damage import flip
+from tests.checkpoint.helpers import checkpointer, of, restored_by_one, tiers_taken
 from tests.checkpoint.ranks import Orders, run
+from tests.checkpoint.states import local, state
 
 MEMORY = {"memory_every_steps": 1}
 

@@ -10,15 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from outlast.checkpoint.tools import (
-    Comparison,
-    TensorDifference,
-    ValueDifference,
-    diff,
-)
+from outlast.checkpoint.tools import Comparison, TensorDifference, ValueDifference, diff
 from outlast.cli.main import main
 from outlast.errors import CheckpointNotFound, CorruptCheckpoint
-from tests.checkpoint.helpers import checkpointer, files_of, flip, save_by_ranks, save_steps
+from tests.checkpoint.damage import files_of, flip
+from tests.checkpoint.helpers import checkpointer, save_by_ranks, save_steps
 
 
 def save(url: Path, replicated: dict[str, Any], local: dict[str, Any] | None = None, step: int = 1) -> None:

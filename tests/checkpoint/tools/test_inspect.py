@@ -14,14 +14,10 @@ from outlast.checkpoint import (
     CheckpointConfig,
     check_like,
 )
-from outlast.checkpoint.tools import (
-    TensorInfo,
-    describe,
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import TensorInfo, describe, list_steps, verify
 from outlast.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, OutOfRange, StateMismatch
-from tests.checkpoint.helpers import checkpointer, files_of, flip, save_by_ranks, save_steps
+from tests.checkpoint.damage import files_of, flip
+from tests.checkpoint.helpers import checkpointer, save_by_ranks, save_steps
 
 
 def test_describe(tmp_path: Path) -> None:
@@ -37,7 +33,7 @@ def test_describe(tmp_path: Path) -> None:
     flip(tmp_path / "step_00000004" / "rank_00001" / "zarr.json")
     with pytest.raises(CorruptCheckpoint, match=r"rank_00001/zarr\.json"):
         describe(tmp_path)
-    with pytest.raises(CheckpointNotFound, match="committed steps there are: 3, 4"):
+    with pytest.raises(CheckpointNotFound, match="committed steps: 3, 4"):
         describe(tmp_path, 5)
 
 

@@ -14,14 +14,13 @@ import pytest
 
 from outlast.checkpoint.tiers.run_lock import RunLock, alone, is_used
 from outlast.checkpoint.tiers.slots import memory_path
-from outlast.checkpoint.tools import (
-    list_memory,
-    remove_memory,
-)
+from outlast.checkpoint.tools import list_memory, remove_memory
 from outlast.cli.main import main
 from outlast.errors import CheckpointError
-from tests.checkpoint.helpers import checkpointer, files_of, local, state
+from tests.checkpoint.damage import files_of
+from tests.checkpoint.helpers import checkpointer
 from tests.checkpoint.ranks import Orders, run
+from tests.checkpoint.states import local, state
 
 MEMORY = {"memory_every_steps": 1}
 
