@@ -86,7 +86,7 @@ class Saver:
         self.called_s: list[float] = []
         self.waited_s: list[float] = []
         self.checkpointer = Checkpointer(
-            url, config, rank=0, world_size=1, epoch="snapshot", emit=self.events.append
+            url, config, rank=0, world_size=1, attempt_id="snapshot", on_event=self.events.append
         )
 
     def save(self, trainer: Trainer, number: int, durable: bool = True) -> None:
@@ -191,7 +191,7 @@ def restored(report: Report, trainer: Trainer, folder: Path) -> None:
         for tensor in trainer.tensors().values():
             tensor.fill_(0.5)
     began = time.perf_counter()
-    with Checkpointer(folder, CheckpointConfig(io_threads=8), rank=0, world_size=1, epoch="restore", emit=lambda event: None) as one:
+    with Checkpointer(folder, CheckpointConfig(io_threads=8), rank=0, world_size=1, attempt_id="restore", on_event=lambda event: None) as one:
         found = one.restore("auto", into=trainer.state())
     sync(trainer.settings.device)
     taken = time.perf_counter() - began

@@ -44,7 +44,7 @@ class Schedule:
         self._device = device
         self._recorder = recorder
         self._events = events
-        self._look_in = AutoInterval.FIRST_LOOK_STEPS
+        self._look_in = AutoInterval.FIRST_DECISION_STEPS
         self._pace: AutoInterval | None = None
         if self._every_steps is None and place.rank == 0:
             trained_s = history.trained_rank_s / place.world_size

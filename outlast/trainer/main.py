@@ -196,9 +196,9 @@ def _join(config: Config, place: Place, device: torch.device, attempt: Attempt, 
             config.checkpoint,
             rank=place.rank,
             world_size=place.world_size,
-            epoch=epoch,
+            attempt_id=epoch,
             group=dist.group.WORLD,
-            emit=emit,
+            on_event=emit,
         )
     )
     checkpointer.watch(model)

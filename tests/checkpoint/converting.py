@@ -41,7 +41,7 @@ def save(url: Path, replicated: dict[str, Any], step: int = 4) -> None:
 
 
 def restored(url: Path | str) -> tuple[int, dict[str, Any]]:
-    with checkpointer(url, epoch="reader") as reader:
+    with checkpointer(url, attempt_id="reader") as reader:
         found = reader.restore("auto")
     assert found is not None
     return found.step, found.replicated

@@ -27,19 +27,19 @@ def checkpointer(
     *,
     rank: int = 0,
     world_size: int = 1,
-    epoch: str = "one",
+    attempt_id: str = "one",
     **settings: Any,
 ) -> Checkpointer:
     """A Checkpointer without a process group."""
-    emit = (lambda event: None) if events is None else events.append
+    on_event = (lambda event: None) if events is None else events.append
     config = replace(QUICK, **settings)
-    return Checkpointer(url, config, rank=rank, world_size=world_size, epoch=epoch, emit=emit)
+    return Checkpointer(url, config, rank=rank, world_size=world_size, attempt_id=attempt_id, on_event=on_event)
 
 
-def save_steps(url: Path | str, *steps: int, epoch: str = "one", **settings: Any) -> list[Event]:
+def save_steps(url: Path | str, *steps: int, attempt_id: str = "one", **settings: Any) -> list[Event]:
     """Save some steps by one rank; all must be committed."""
     events: list[Event] = []
-    with checkpointer(url, events, epoch=epoch, **settings) as saver:
+    with checkpointer(url, events, attempt_id=attempt_id, **settings) as saver:
         for step in steps:
             saver.save(step, replicated=state(step), local=local(step))
     assert [event.step for event in of(CheckpointSaved, events)] == list(steps)
@@ -47,12 +47,12 @@ def save_steps(url: Path | str, *steps: int, epoch: str = "one", **settings: Any
 
 
 def save_by_ranks(
-    url: Path | str, *steps: int, world_size: int, epoch: str = "one", **settings: Any
+    url: Path | str, *steps: int, world_size: int, attempt_id: str = "one", **settings: Any
 ) -> list[list[Event]]:
     """Save some steps by several ranks in this one process; the events of each, by rank."""
     events: list[list[Event]] = [[] for _ in range(world_size)]
     ranks = [
-        checkpointer(url, events[rank], rank=rank, world_size=world_size, epoch=epoch, **settings)
+        checkpointer(url, events[rank], rank=rank, world_size=world_size, attempt_id=attempt_id, **settings)
         for rank in range(world_size)
     ]
     for step in steps:
@@ -93,11 +93,11 @@ def before(
 
 
 def restored_by_one(
-    url: Path, settings: dict[str, Any], *, which: Any = "auto", epoch: str = "second", into: bool = False
+    url: Path, settings: dict[str, Any], *, which: Any = "auto", attempt_id: str = "second", into: bool = False
 ) -> tuple[int | None, list[Event]]:
     """What one rank finds, in tensors of its own or in those that are there; its state must be right."""
     events: list[Event] = []
-    with checkpointer(url, events, epoch=epoch, **settings) as one:
+    with checkpointer(url, events, attempt_id=attempt_id, **settings) as one:
         back = one.restore(which, into=state(99) if into else None)
         if back is None:
             return None, events

@@ -39,7 +39,7 @@ def case(rank: int, url: str, settings: dict[str, Any]) -> dict[str, Any]:
     events: list[Event] = []
     config = replace(QUICK, memory_every_steps=1, partner_every_steps=1, **settings)
     try:
-        saver = Checkpointer(url, config, rank=rank, world_size=2, epoch="one", emit=events.append)
+        saver = Checkpointer(url, config, rank=rank, world_size=2, attempt_id="one", on_event=events.append)
     except CheckpointError as error:
         return {"error": str(error)}
     assert saver._tiers is not None

@@ -95,7 +95,7 @@ class Program:
         """An attempt that saves these steps; all are committed."""
         failed: list[Event] = []
 
-        def emit(event: Event) -> None:
+        def on_event(event: Event) -> None:
             if isinstance(event, CheckpointSaved) and event.committed:
                 self._recording.recorder.mark("acked", event.step, version)
             if isinstance(event, CheckpointFailed):
@@ -107,8 +107,8 @@ class Program:
                 self._config,
                 rank=rank,
                 world_size=self._world_size,
-                epoch=version,
-                emit=emit,
+                attempt_id=version,
+                on_event=on_event,
             )
             for rank in range(self._world_size)
         ]
@@ -144,12 +144,14 @@ class Program:
 def restore(root: Path, world_size: int, step: int | None = None) -> Restored | None:
     """As the program would: a ``Checkpointer``, or all ranks' parts of a restore without a process group."""
     config = CheckpointConfig(io_threads=1)
-    with Checkpointer(root / URL, config, rank=0, world_size=1, epoch="r", emit=lambda event: None) as checkpointer:
+    with Checkpointer(
+        root / URL, config, rank=0, world_size=1, attempt_id="r", on_event=lambda event: None
+    ) as checkpointer:
         checkpointer._io = _Inline(1)
         if world_size == 1:
             return checkpointer.restore("auto" if step is None else step)
-        place, agreement = checkpointer._place, Agreement(None, 0, 1)
-        context = RestoreContext(place.store, 0, world_size, agreement, place.emit, checkpointer._io)
+        saver, agreement = checkpointer._context, Agreement(None, 0, 1)
+        context = RestoreContext(saver.store, 0, world_size, agreement, saver.on_event, checkpointer._io)
         loader = _AllRanks(context, RestoreRequest(None, any_world_size=False, read_once=False), None)
         housekeeping = Housekeeping(context, None)
         return restore_newest(loader, housekeeping) if step is None else restore_step(step, loader, housekeeping)

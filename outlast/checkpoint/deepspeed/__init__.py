@@ -38,7 +38,7 @@ def attach(
     engine: Any,
     config: CheckpointConfig | None = None,
     *,
-    emit: Callable[[Event], None] | None = None,
+    on_event: Callable[[Event], None] | None = None,
 ) -> DeepSpeedCheckpointEngine:
     """Have a DeepSpeed engine save and load through outlast from now on.
 
@@ -61,7 +61,7 @@ def attach(
         engine: what ``deepspeed.initialize`` returned.
         config: None takes the defaults; ``every_steps`` and ``url`` are ignored. ``keep_last`` counts steps, whatever
             their tags.
-        emit: takes events, from the training thread and from the background thread; without it, failed saves are still
+        on_event: takes events, from the training thread and from background threads; without it, failed saves are still
             logged (logger ``outlast``).
 
     Raises:
@@ -85,7 +85,7 @@ def attach(
             f"use deepspeed {TESTED_VERSION}",
         )
     base.register(DeepSpeedCheckpointEngine)
-    return DeepSpeedCheckpointEngine(engine, config or CheckpointConfig(), emit)
+    return DeepSpeedCheckpointEngine(engine, config or CheckpointConfig(), on_event)
 
 
 def _refuse(engine: Any) -> None:

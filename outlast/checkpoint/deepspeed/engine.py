@@ -69,10 +69,10 @@ class DeepSpeedCheckpointEngine:
 
     name = "outlast"
 
-    def __init__(self, engine: Any, config: CheckpointConfig, emit: Callable[[Event], None] | None) -> None:
+    def __init__(self, engine: Any, config: CheckpointConfig, on_event: Callable[[Event], None] | None) -> None:
         self._engine = engine
         self._config = config
-        self._emit = emit
+        self._on_event = on_event
         self._kinds = kinds_of_deepspeed()
         self._former = engine.checkpoint_engine
         self._originals = {name: getattr(engine, name) for name in SEAMS}
@@ -377,7 +377,7 @@ class DeepSpeedCheckpointEngine:
         name = os.path.abspath(name)
         if self._checkpointer is None or name != self._folder:
             self._leave()
-            self._checkpointer = attach(name, self._config, emit=self._emit)
+            self._checkpointer = attach(name, self._config, on_event=self._on_event)
             if name != self._folder:
                 self._folder, self._tags = name, {}
         return self._checkpointer

@@ -101,9 +101,9 @@ def vote_path(step: int, rank: int) -> str:
     return f"{step_name(step)}/votes/{rank_name(rank)}.json"
 
 
-def failed_name(step: int, epoch: str, serial: int) -> str:
+def failed_name(step: int, attempt_id: str, save_id: int) -> str:
     """The empty file by which a rank tells the others that it gave up this save."""
-    return f"{step_name(step)}.failed-{encode_key(epoch)}-{serial}"
+    return f"{step_name(step)}.failed-{encode_key(attempt_id)}-{save_id}"
 
 
 def parse_failed(name: str) -> tuple[str, int] | None:

@@ -67,9 +67,9 @@ class Vote:
     step: int
     rank: int
     world_size: int
-    epoch: str
+    attempt_id: str
     """The attempt it belongs to; a vote of another attempt never counts."""
-    serial: int
+    save_id: int
     """Number of the save within the attempt, so that a late vote for an abandoned save does not count either."""
     layout: str
     """Checksum of the names, shapes and types of the replicated state, which must be equal on all ranks."""
@@ -82,8 +82,8 @@ class Commit:
 
     step: int
     world_size: int
-    epoch: str
-    serial: int
+    attempt_id: str
+    save_id: int
     saved_at: float
     """Unix time, in seconds."""
     size_bytes: int
@@ -103,6 +103,8 @@ class SlotIndex:
 
 _KINDS: dict[type, str] = {Vote: "vote", Commit: "commit", SlotIndex: "placed"}
 """What a record calls itself in its file, whatever its class is called here."""
+_KEYS = {"attempt_id": "epoch", "save_id": "serial"}
+"""The keys in the file of fields that are called otherwise here."""
 
 
 def crc_hex(*parts: bytes | memoryview) -> str:
@@ -162,7 +164,8 @@ def _wrong_size(entry: FileEntry, nbytes: int) -> Fault:
 
 def seal(record: Vote | Commit | SlotIndex) -> bytes:
     """The bytes of a record's file."""
-    body = {"format_version": FORMAT_VERSION, "kind": _KINDS[type(record)], **asdict(record)}
+    fields = {"vote": _keyed(record.vote), "places": record.places} if isinstance(record, SlotIndex) else _keyed(record)
+    body = {"format_version": FORMAT_VERSION, "kind": _KINDS[type(record)], **fields}
     text = json.dumps(body, indent=1, allow_nan=False).encode()[:-1].rstrip(b"\n")
     return text + b',"crc32c":"' + crc_hex(text).encode() + b'"}\n'
 
@@ -171,8 +174,7 @@ def unseal_vote(data: bytes, file: str) -> Vote:
     """The vote in a file's bytes; raises :class:`Fault`."""
     body = _unseal(data, file, _KINDS[Vote])
     try:
-        files = tuple(FileEntry(**entry) for entry in body.pop("files"))
-        return Vote(files=files, **body)
+        return _vote(body)
     except (KeyError, TypeError) as error:
         raise Fault(CorruptCheckpoint, file, f"is not a vote: {error}") from error
 
@@ -181,10 +183,8 @@ def unseal_placed(data: bytes, file: str) -> SlotIndex:
     """The index in a file's bytes; raises :class:`Fault`."""
     body = _unseal(data, file, _KINDS[SlotIndex])
     try:
-        vote = body["vote"]
-        files = tuple(FileEntry(**entry) for entry in vote.pop("files"))
-        places = {entry.path: int(body["places"][entry.path]) for entry in files}
-        return SlotIndex(Vote(files=files, **vote), places)
+        vote = _vote(body["vote"])
+        return SlotIndex(vote, {entry.path: int(body["places"][entry.path]) for entry in vote.files})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Fault(CorruptCheckpoint, file, f"is not the index of a slot: {error}") from error
 
@@ -194,9 +194,18 @@ def unseal_commit(data: bytes) -> Commit:
     body = _unseal(data, COMMIT, _KINDS[Commit])
     try:
         votes = tuple(FileEntry(**entry) for entry in body.pop("votes"))
-        return Commit(votes=votes, **body)
+        return Commit(attempt_id=body.pop("epoch"), save_id=body.pop("serial"), votes=votes, **body)
     except (KeyError, TypeError) as error:
         raise Fault(CorruptCheckpoint, COMMIT, f"is not a commit record: {error}") from error
+
+
+def _keyed(record: Vote | Commit) -> dict[str, Any]:
+    return {_KEYS.get(name, name): value for name, value in asdict(record).items()}
+
+
+def _vote(body: dict[str, Any]) -> Vote:
+    files = tuple(FileEntry(**entry) for entry in body.pop("files"))
+    return Vote(attempt_id=body.pop("epoch"), save_id=body.pop("serial"), files=files, **body)
 
 
 def _unseal(data: bytes, file: str, kind: str) -> dict[str, Any]:

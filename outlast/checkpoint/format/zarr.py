@@ -34,14 +34,14 @@ def group_document(attributes: dict[str, Any]) -> bytes:
     return _dump({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
-def root_document(attributes: dict[str, Any], step: int, world_size: int, epoch: str, serial: int) -> bytes:
+def root_document(attributes: dict[str, Any], step: int, world_size: int, attempt_id: str, save_id: int) -> bytes:
     """The root group's ``zarr.json``, which says to which save it belongs."""
     header = {
         "format_version": FORMAT_VERSION,
         "step": step,
         "world_size": world_size,
-        "epoch": epoch,
-        "serial": serial,
+        "epoch": attempt_id,
+        "serial": save_id,
     }
     return group_document({**attributes, HEADER: header})
 

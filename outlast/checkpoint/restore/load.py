@@ -170,7 +170,7 @@ def _is_in_storage(store: Store, save: SaveOnNodes) -> bool:
         commit = read_commit(store, save.commit.step)
     except Fault:
         return False
-    return (commit.epoch, commit.serial) == save.key and commit.votes == save.commit.votes
+    return (commit.attempt_id, commit.save_id) == save.key and commit.votes == save.commit.votes
 
 
 def _read_local(reader: StepReader, store: Store, rank: int) -> dict[str, Any]:

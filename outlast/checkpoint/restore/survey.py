@@ -41,7 +41,7 @@ class SaveOnNodes:
     @property
     def key(self) -> SaveKey:
         """Which save of which attempt."""
-        return SaveKey(self.commit.epoch, self.commit.serial)
+        return SaveKey(self.commit.attempt_id, self.commit.save_id)
 
     def missing_fault(self) -> Fault | None:
         """What makes the save incomplete on the nodes; None if together they have every rank's part."""
@@ -106,7 +106,7 @@ class Survey:
         committed: dict[SaveKey, Commit] = {}
         for _, record in all_gather_messages(self.agreement, SealedCommit, records):
             commit = unseal_commit(record.text.encode())
-            committed.setdefault(SaveKey(commit.epoch, commit.serial), commit)
+            committed.setdefault(SaveKey(commit.attempt_id, commit.save_id), commit)
         on_nodes: dict[SaveKey, list[PartOnNode]] = {}
         for _, part in all_gather_messages(self.agreement, PartOnNode, parts):
             on_nodes.setdefault(SaveKey(part.attempt_id, part.save_id), []).append(part)
@@ -175,7 +175,7 @@ class Survey:
         parts: dict[SaveKey, dict[int, list[SlotContents]]] = {}
         for part in sorted(self._contents(), key=_speed):
             vote = part.placed.vote
-            parts.setdefault(SaveKey(vote.epoch, vote.serial), {}).setdefault(vote.rank, []).append(part)
+            parts.setdefault(SaveKey(vote.attempt_id, vote.save_id), {}).setdefault(vote.rank, []).append(part)
         return parts
 
     def _commits(self) -> list[tuple[Path, Commit]]:

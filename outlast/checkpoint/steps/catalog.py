@@ -81,7 +81,7 @@ def clear_leftover(store: Store, step: int) -> str:
     return "its files are removed"
 
 
-def clear_for(store: Store, step: int, epoch: str) -> list[str]:
+def clear_for(store: Store, step: int, attempt_id: str) -> list[str]:
     """Make room for saving ``step``: remove what interrupted saves left, and move an older commit of the step away.
 
     The older commit is not lost: until :func:`retire` is called, :func:`bring_back` makes it the step again.
@@ -98,10 +98,10 @@ def clear_for(store: Store, step: int, epoch: str) -> list[str]:
     if step not in scanned.committed:
         return []
     try:
-        committed_by = read_commit(store, step).epoch
+        committed_by = read_commit(store, step).attempt_id
     except Fault:
         committed_by = ""
-    if committed_by == epoch:
+    if committed_by == attempt_id:
         raise CheckpointError(f"this attempt has already saved and committed step {step}", "save each step once")
     retire(store, step)
     store.move_tree(step_name(step), replaced_name(step))

@@ -35,4 +35,4 @@ def has_all_votes(store: Store, step: int) -> bool:
         votes = [unseal_vote(bytes(store.read(vote_path(step, rank))), "") for rank in range(first.world_size)]
     except (Fault, FileNotFoundError):
         return False
-    return all((vote.epoch, vote.serial) == (first.epoch, first.serial) for vote in votes)
+    return all((vote.attempt_id, vote.save_id) == (first.attempt_id, first.save_id) for vote in votes)

@@ -296,7 +296,12 @@ class StepReader:
     def _vote(self, rank: int, entry: FileEntry) -> Vote:
         vote = unseal_vote(bytes(self.read(entry)), entry.path)
         commit = self.commit
-        if (vote.rank, vote.step, vote.epoch, vote.serial) != (rank, commit.step, commit.epoch, commit.serial):
+        if (vote.rank, vote.step, vote.attempt_id, vote.save_id) != (
+            rank,
+            commit.step,
+            commit.attempt_id,
+            commit.save_id,
+        ):
             raise Fault(CorruptCheckpoint, entry.path, f"is rank {vote.rank}'s vote for another save")
         return vote
 

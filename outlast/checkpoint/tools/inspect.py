@@ -153,7 +153,7 @@ def describe(url: str | os.PathLike[str], step: int | None = None) -> StepDescri
             opened.url,
             opened.step,
             commit.world_size,
-            commit.epoch,
+            commit.attempt_id,
             FORMAT_VERSION,
             commit.saved_at,
             commit.size_bytes,

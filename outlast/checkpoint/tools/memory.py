@@ -96,17 +96,17 @@ def _contents(url: str, folder: Path, in_use: bool) -> InMemory:
         return InMemory(url, str(folder), False, (), 0)
     check_ours(folder)
     parts = list(holdings(folder))
-    committed = {(commit.epoch, commit.serial) for commit in commits(folder).values()}
-    saves = {(part.placed.vote.epoch, part.placed.vote.serial) for part in parts}
+    committed = {(commit.attempt_id, commit.save_id) for commit in commits(folder).values()}
+    saves = {(part.placed.vote.attempt_id, part.placed.vote.save_id) for part in parts}
     steps = []
     for key in saves:
-        of_save = [part for part in parts if (part.placed.vote.epoch, part.placed.vote.serial) == key]
+        of_save = [part for part in parts if (part.placed.vote.attempt_id, part.placed.vote.save_id) == key]
         first = of_save[0].placed.vote
         steps.append(
             StepInMemory(
                 first.step,
-                first.epoch,
-                first.serial,
+                first.attempt_id,
+                first.save_id,
                 key in committed,
                 first.world_size,
                 tuple(sorted(part.placed.vote.rank for part in of_save if part.tier != PARTNER)),

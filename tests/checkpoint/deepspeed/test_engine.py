@@ -136,7 +136,7 @@ def held_copies() -> Iterator[threading.Event]:
 
 def resumed(rank: int, kind: str, folder: str) -> dict[str, Any]:
     engine, events = made(kind), list[Event]()
-    with attach(engine, CONFIG, emit=events.append) as own:
+    with attach(engine, CONFIG, on_event=events.append) as own:
         assert engine.load_checkpoint(folder) == (None, None)
         train(engine, rank, 4)
         with held_copies() as go:
@@ -212,7 +212,7 @@ def killed_in_the_commit(rank: int, folder: str) -> None:
 
 def loaded(rank: int, folder: str) -> tuple[int, list[str]]:
     engine, events = made("zero2"), list[Event]()
-    with attach(engine, CONFIG, emit=events.append):
+    with attach(engine, CONFIG, on_event=events.append):
         path, _ = engine.load_checkpoint(folder)
         assert f"step_{engine.global_steps:08d}" in path
         train(engine, rank, 1)

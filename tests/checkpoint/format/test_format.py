@@ -173,7 +173,7 @@ states = st.dictionaries(keys, trees, max_size=4)
 @given(replicated=states, own=states)
 def test_any_nested_state_comes_back(replicated: dict[str, Any], own: dict[str, Any]) -> None:
     url = "memory://round-trip"
-    saver = Checkpointer(url, QUICK, rank=0, world_size=1, epoch=f"{id(replicated)}", emit=lambda event: None)
+    saver = Checkpointer(url, QUICK, rank=0, world_size=1, attempt_id=f"{id(replicated)}", on_event=lambda event: None)
     with saver:
         saver._store.remove_tree("step_00000001")  # type: ignore[attr-defined]
         saver.save(1, replicated=replicated, local=own)

@@ -133,7 +133,7 @@ def test_an_error_is_not_taken_for_a_missing_record(place: Place) -> None:
     """fsspec's ``isfile`` would: and a step without a record is cleared away."""
     save_steps(place.url, 1, 2)
     events: list[Event] = []
-    with checkpointer(place.url, events, epoch="two") as reader:
+    with checkpointer(place.url, events, attempt_id="two") as reader:
         place.around = Failing("info", "step_00000002/commit.json", ConnectionResetError, 5)
         with pytest.raises(CheckpointError, match=r"cannot be listed.*step_00000002/commit\.json: given up"):
             reader.restore("auto")
@@ -160,7 +160,7 @@ def test_an_error_is_not_taken_for_an_empty_folder(place: Place) -> None:
 def test_an_error_is_not_taken_for_damage(place: Place, error: Callable[[], Exception]) -> None:
     save_steps(place.url, 1, 2)
     events: list[Event] = []
-    with checkpointer(place.url, events, epoch="two") as reader:
+    with checkpointer(place.url, events, attempt_id="two") as reader:
         for end in ("model/blocks.0.norm.bias/c.0", "step_00000002/zarr.json", "votes/rank_00000.json", "commit.json"):
             place.around = Failing("cat_file", end, error, 5)
             with pytest.raises(CheckpointError, match=rf"step_00000002.*{error.__name__}"):
@@ -225,22 +225,22 @@ class Weather:
         return do()
 
 
-def _attempt(place: Place, epoch: str, expected: Expected) -> Expected:
+def _attempt(place: Place, attempt_id: str, expected: Expected) -> Expected:
     """One process: restores what it can, saves that step anew and two more."""
     events: list[Event] = []
     try:
-        with checkpointer(place.url, events, epoch=epoch, keep_last=2, pack_below_kb=16.0) as saver:
+        with checkpointer(place.url, events, attempt_id=attempt_id, keep_last=2, pack_below_kb=16.0) as saver:
             back = saver.restore("auto")
             expected = _judge(back, expected)
             first = 1 if back is None else back.step
             for step in (first, first + 1, first + 2):
-                expected = expected.after(Mark("begin", step, epoch))
-                saver.save(step, replicated={**state(step), "version": epoch}, local=local(step))
+                expected = expected.after(Mark("begin", step, attempt_id))
+                saver.save(step, replicated={**state(step), "version": attempt_id}, local=local(step))
                 saver.wait_copied()
                 assert saver._saving is not None
                 saver._saving.join()
                 if [event.step for event in of(CheckpointSaved, events)][-1:] == [step]:
-                    expected = expected.after(Mark("acked", step, epoch))
+                    expected = expected.after(Mark("acked", step, attempt_id))
                 else:
                     assert place.url in failed(events)[-1]
     except (CorruptCheckpoint, CheckpointNotFound) as error:
@@ -271,7 +271,7 @@ def _sweep(place: Place, seeds: range) -> None:
             for number in range(4):
                 expected = _attempt(place, f"attempt-{number}", expected)
             place.around = lambda name, path, do: do()
-            with checkpointer(place.url, epoch="judge") as reader:
+            with checkpointer(place.url, attempt_id="judge") as reader:
                 _judge(reader.restore("auto"), expected)
             for info in list_steps(place.url):
                 if info.status == "committed":

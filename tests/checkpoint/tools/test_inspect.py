@@ -111,8 +111,8 @@ def test_settings_out_of_range(key: str, value: float) -> None:
 def test_ranks_and_epochs_that_make_no_sense(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="rank 2 of 2"):
         checkpointer(tmp_path, rank=2, world_size=2)
-    with pytest.raises(CheckpointError, match="epoch ''"):
-        checkpointer(tmp_path, epoch="")
+    with pytest.raises(CheckpointError, match="attempt_id ''"):
+        checkpointer(tmp_path, attempt_id="")
     with checkpointer(tmp_path, world_size=2) as saver, pytest.raises(CheckpointError, match="without a process group"):
         saver.restore("auto")
 
