@@ -161,7 +161,7 @@ def start(settings: Settings, root: Path, backend: str, ranks: int, fault: signa
         backend=backend if settings.cuda else "auto", comm=COMM[backend],
     )  # fmt: skip
     config.write_text(text)
-    words = [sys.executable, "-m", "outlast.cli", "launch", str(config), "--nproc-per-node", str(ranks)]
+    words = [sys.executable, "-m", "outlast", "launch", str(config), "--nproc-per-node", str(ranks)]
     with (root / f"{label}.log").open("wb") as log:
         process = subprocess.Popen(
             words, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}

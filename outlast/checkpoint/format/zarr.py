@@ -46,6 +46,7 @@ def root_document(attributes: dict[str, Any], step: int, world_size: int, epoch:
     return group_document({**attributes, HEADER: header})
 
 
+@lru_cache(maxsize=16_384)
 def array_document(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: torch.dtype) -> bytes:
     """A tensor's ``zarr.json``."""
     return _array(shape, chunk, dtype, {})

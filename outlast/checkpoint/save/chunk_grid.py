@@ -12,6 +12,7 @@ _FRAGMENTS = 16
 """A grid with more chunks than so many times what the bytes and the shards ask for is refused."""
 
 
+@lru_cache(maxsize=4096)
 def chunk_shape(shape: tuple[int, ...], itemsize: int, chunk_bytes: int) -> tuple[int, ...]:
     """The largest chunk of whole rows of at most ``chunk_bytes``, with rows spread evenly over chunks.
 

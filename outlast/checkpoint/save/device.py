@@ -82,7 +82,9 @@ class DeviceCopier:
 
     def event(self) -> torch.cuda.Event:
         """Is reached when all copies so far are done."""
-        return self._lane().record_event()
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(self._lane())
+        return event
 
     def end(self) -> None:
         """No more copies come."""
@@ -108,7 +110,7 @@ class DeviceCopier:
     def wait(self) -> None:
         """Wait for all copies that have begun."""
         if self._stream is not None:
-            self._stream.synchronize()
+            self.event().synchronize()
 
     def _lane(self) -> torch.cuda.Stream:
         if self._stream is None:

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -20,7 +21,7 @@ from outlast.checkpoint.format.names import PACKS, pack_path
 from outlast.checkpoint.format.records import crc_hex
 from outlast.checkpoint.format.zarr import Packed, array_document, chunk_name, group_document, node_path, pack_document
 from outlast.checkpoint.save.chunk_grid import chunk_shape, shard_chunk_shape
-from outlast.checkpoint.state.boxes import whole
+from outlast.checkpoint.state.boxes import Box, whole
 from outlast.checkpoint.state.shares import owner_of
 from outlast.checkpoint.state.tree import StateTree, TensorEntry
 from outlast.errors import CheckpointError
@@ -159,16 +160,32 @@ def _document(item: TensorEntry, chunk: tuple[int, ...]) -> dict[str, bytes]:
 
 def _cut(item: TensorEntry, chunk: tuple[int, ...]) -> Iterator[Part]:
     """What this rank holds, in chunks, in the order of elements; none where there are no elements."""
+    tensor, path, eager = item.tensor, item.path, item.eager
     box = item.spread.box if item.spread else whole(item.shape)
-    nbytes = math.prod(chunk) * item.tensor.itemsize
+    nbytes = math.prod(chunk) * tensor.itemsize
+    for name, cuts, block in _cuts(box, chunk):
+        view = tensor
+        for cut in cuts:
+            view = view.narrow(*cut)
+        yield Part(f"{path}/{name}", nbytes, (Content(item, view, 0, block),), eager)
+
+
+@lru_cache(maxsize=4096)
+def _cuts(
+    box: Box, chunk: tuple[int, ...]
+) -> list[tuple[str, list[tuple[int, int, int]], tuple[int, ...]]]:
+    """Of each chunk its name, (dimension, first row, rows) of what is to be narrowed, and its block; kept from save to
+    save, since tensors keep their shapes."""
+    found = []
     for place in box.places(chunk):
-        view = item.tensor
+        shape, cuts = list(box.size), []
         for d, (index, rows) in enumerate(zip(place, chunk, strict=True)):
             if rows < box.size[d]:
                 start = index * rows - box.start[d]
-                view = view.narrow(d, start, min(rows, box.size[d] - start))
-        contents = (Content(item, view, 0, () if _is_prefix(tuple(view.shape), chunk) else chunk),)
-        yield Part(f"{item.path}/{chunk_name(place)}", nbytes, contents, item.eager)
+                shape[d] = min(rows, box.size[d] - start)
+                cuts.append((d, start, shape[d]))
+        found.append((chunk_name(place), cuts, () if _is_prefix(tuple(shape), chunk) else chunk))
+    return found
 
 
 def _is_prefix(corner: tuple[int, ...], block: tuple[int, ...]) -> bool:

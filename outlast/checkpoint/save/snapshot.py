@@ -80,14 +80,16 @@ class Snapshot:
         """Whether further parts should be begun while one is taken."""
         return bool(self._devices)
 
-    @property
-    def read(self) -> bool:
-        """Whether no tensor is read any more, whatever is still to be done with the copies.
+    def wait_read(self) -> bool:
+        """Wait until all that was begun has left its device; whether no tensor is read any more then. The checksums may
+        still be to come.
 
         Raises:
             SnapshotMutated: a tensor on a device was changed since the snapshot began.
         """
-        if self._left or not all(copier.ended for copier in self._devices.values()):
+        for copier in self._devices.values():
+            copier.wait()
+        if self._left:
             return False
         self._check_devices()
         return not any(self._layouts[index].on_host for index, part in enumerate(self._parts) if part is not None)

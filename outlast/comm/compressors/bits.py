@@ -86,6 +86,12 @@ def unpack_array(packed: Bytes, width: int, count: int) -> Bytes:
 def pack_on_device(values: Tensor, width: int, out: Tensor) -> None:
     """As :func:`pack_small`, in torch operations alone."""
     per_byte = 8 // width
+    if width == 1:
+        padded = torch.zeros(out.numel() * 8, dtype=torch.uint8, device=values.device)
+        padded[: values.numel()] = values
+        # The product of eight bytes, each 0 or 1, with this number has their bits, first one low, as its highest byte.
+        out.copy_(padded.view(torch.int64).mul_(0x0102040810204080).bitwise_right_shift_(56).bitwise_and_(0xFF))
+        return
     padded = torch.zeros(out.numel() * per_byte, dtype=torch.uint8, device=values.device)
     padded[: values.numel()] = values
     weights = torch.tensor([1 << (place * width) for place in range(per_byte)], dtype=torch.uint8, device=values.device)

@@ -44,7 +44,7 @@ def write_header(payload: Tensor, exponent: int) -> None:
     if host.numpy_sees(payload):
         payload.numpy()[:HEADER_BYTES].view(np.int32)[:] = exponent, 0
     else:
-        payload[:HEADER_BYTES].view(torch.int32).copy_(torch.tensor([exponent, 0], dtype=torch.int32))
+        payload[:HEADER_BYTES].view(torch.int64).fill_(exponent % 2**32)  # little-endian: the exponent, then 0
 
 
 def read_header(payload: Tensor) -> int:

@@ -6,11 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from outlast.comm import kernels
 from outlast.comm.buffers import scratch
 from outlast.comm.compressors import host
 from outlast.comm.compressors.bits import pack_bits, packed_nbytes, unpack_bits
 from outlast.comm.compressors.blockwise import CHUNK, rows_of
 from outlast.comm.compressors.codecs import Scaled
+from outlast.comm.compressors.power_scale import HEADER_BYTES, write_header
+
+_DEVICE_CHUNK = 1 << 25
 
 
 class Signs(Scaled):
@@ -34,6 +38,21 @@ class Signs(Scaled):
 
     def alpha(self, n: int) -> float:
         return 1 / max(min(n, self.block or n), 1)
+
+    def write(self, x: Tensor, out: Tensor) -> None:
+        n = len(x)
+        if not n or self.block is not None or not kernels.handles(x):
+            super().write(x, out)
+            return
+        sums, largest = kernels.absolute_sums(x)
+        if self._exponent(float(largest), x.dtype):
+            super().write(x, out)
+            return
+        out[-8:].zero_()  # padding
+        write_header(out, 0)
+        body = out[HEADER_BYTES:]
+        body[:4].view(torch.float32).copy_(sums.to(torch.float64).sum().div_(n))
+        kernels.pack_signs(x, body[4 : 4 + packed_nbytes(n)])
 
     def _blocks(self, n: int) -> int:
         return -(-n // (self.block or n))
@@ -64,6 +83,9 @@ class Signs(Scaled):
 
     def _add(self, body: Tensor, out: Tensor, scale: float) -> None:
         n, at = len(out), 4 * self._blocks(len(out))
+        if self.block is None and kernels.handles(out):
+            kernels.add_signs(body[at : at + packed_nbytes(n)], body[:at].view(torch.float32), out, scale)
+            return
         means = body[:at].view(torch.float32) * scale
         packed = body[at : at + packed_nbytes(n)]
         if self.block is None:
@@ -102,9 +124,10 @@ class Powers(Scaled):
 
     def _write(self, x: Tensor, maxima: Tensor, body: Tensor) -> None:
         n = len(x)
-        room = scratch("exponents", CHUNK, torch.int32, x.device)
-        for start in range(0, n, CHUNK):
-            stop = min(start + CHUNK, n)
+        piece = _piece(x)
+        room = scratch("exponents", min(piece, n), torch.int32, x.device)
+        for start in range(0, n, piece):
+            stop = min(start + piece, n)
             bits = torch.bitwise_and(x[start:stop].view(torch.int32), 0x7FFFFFFF, out=room[: stop - start])
             # Adding half of the mantissa's range carries over into the exponent if m >= 3/2.
             body[start:stop].copy_(bits.add_(0x400000).bitwise_right_shift_(23))
@@ -113,14 +136,20 @@ class Powers(Scaled):
     def _add(self, body: Tensor, out: Tensor, scale: float) -> None:
         n = len(out)
         signs = body[n : n + packed_nbytes(n)]
-        room = scratch("exponents", CHUNK, torch.int32, out.device)
-        for start in range(0, n, CHUNK):
-            stop = min(start + CHUNK, n)
+        piece = _piece(out)
+        room = scratch("exponents", min(piece, n), torch.int32, out.device)
+        for start in range(0, n, piece):
+            stop = min(start + piece, n)
             bits = room[: stop - start]
             bits.copy_(body[start:stop])
             powers = bits.bitwise_left_shift_(23).view(torch.float32)
             powers.mul_(_signed(signs[start // 8 : -(-stop // 8)], stop - start))
             out[start:stop].add_(powers if scale == 1.0 else powers.mul_(scale))
+
+
+def _piece(x: Tensor) -> int:
+    """Entries handled at a time: what stays in a processor's cache, or what a device needs to be busy."""
+    return CHUNK if host.numpy_sees(x) else _DEVICE_CHUNK
 
 
 def _negative(x: Tensor) -> Tensor:
