@@ -177,13 +177,13 @@ def hybrid(report: Report, settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = dict(task.model.named_parameters())
         comm = reducer.state_dict()["local"]
-        with Checkpointer(folder, CheckpointConfig(), rank=0, world_size=1, attempt_id="h", group=dist.group.WORLD, on_event=lambda event: None) as saver:
+        with Checkpointer(folder, CheckpointConfig(), rank=0, world_size=1, epoch="h", group=dist.group.WORLD, emit=lambda event: None) as saver:
             saver.save(STEPS, replicated={"model": model}, local={"comm": comm}, eager={"comm"})
         held = {name: p.detach().to_local().clone() for name, p in model.items()}  # type: ignore[attr-defined]
         with torch.no_grad():
             for parameter in model.values():
                 parameter.fill_(0.0)
-        with Checkpointer(folder, CheckpointConfig(), rank=0, world_size=1, attempt_id="i", group=dist.group.WORLD, on_event=lambda event: None) as saver:
+        with Checkpointer(folder, CheckpointConfig(), rank=0, world_size=1, epoch="i", group=dist.group.WORLD, emit=lambda event: None) as saver:
             found = saver.restore("auto", into={"model": model})
         same = found is not None and all(torch.equal(p.detach().to_local(), held[name]) for name, p in model.items())  # type: ignore[attr-defined]
     reducer.close()

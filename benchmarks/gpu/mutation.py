@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.harness import Report, Settings, sync
+from benchmarks.gpu.harness import Report, Settings, run, sync
 from outlast.checkpoint import CheckpointConfig, Checkpointer
 from outlast.errors import SnapshotMutated
 
@@ -43,7 +43,7 @@ def found_when_changed_too_early(report: Report, settings: Settings) -> None:
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         checkpointer = Checkpointer(
-            folder, CheckpointConfig(keep_last=1), rank=0, world_size=1, attempt_id="mutation", on_event=lambda event: None
+            folder, CheckpointConfig(keep_last=1), rank=0, world_size=1, epoch="mutation", emit=lambda event: None
         )
         state = {"weights": {str(number): weight for number, weight in enumerate(weights)}}
         for step, (kind, update) in enumerate(kinds.items()):
@@ -63,6 +63,4 @@ def found_when_changed_too_early(report: Report, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    from benchmarks.gpu.harness import run
-
     run("mutation", found_when_changed_too_early)

@@ -120,7 +120,7 @@ def encode_key(key: str | int, *, at_root: bool = False) -> str:
     could misread becomes ``%XX``. The integer 5 becomes ``~5``, which no string does.
 
     Raises:
-        CheckpointError: the key is empty or no string or integer, or its encoded form is longer than file systems
+        CheckpointError: the key is empty, or not a string or integer, or its encoded form is longer than file systems
             allow.
     """
     if type(key) is int:

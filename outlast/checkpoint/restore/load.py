@@ -39,7 +39,7 @@ class Restored:
     world_size: int
     """Of the job that saved it."""
     read_local: Callable[[int], dict[str, Any]]
-    """The local state of any of the ranks that saved it, read and verified anew; until the Checkpointer is closed.
+    """The local state of any rank that saved it, read and verified again; until the Checkpointer is closed.
     (Where the step is in memory alone and the world size is the same: of this rank.) Raises CorruptCheckpoint,
     IncompleteCheckpoint and their like if it is no longer there as it was."""
 

@@ -1,4 +1,4 @@
-"""Which node holds which parts of which saves, in its memory and on its disk."""
+"""The parts of saves that each node holds in its memory and on its disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FASTEST_FIRST = (MEMORY, PARTNER, LOCAL_DISK)
 
 @dataclass(frozen=True)
 class SaveOnNodes:
-    """One committed save of which some node has a part; equal on all ranks."""
+    """A committed save, parts of which are on nodes; equal on all ranks."""
 
     commit: Commit
     holders: dict[int, tuple[str, ...]]
@@ -92,7 +92,7 @@ class Survey:
         return self.ranks_here[0] == self.rank
 
     def saves(self) -> list[SaveOnNodes]:
-        """The committed saves of which nodes have parts, newest first."""
+        """The committed saves that are on nodes, in whole or in part; newest first."""
         self._parts = self._scan()
         parts: list[PartOnNode] = []
         records: list[SealedCommit] = []

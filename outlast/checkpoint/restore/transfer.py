@@ -38,7 +38,7 @@ def gather_copies(survey: Survey, save: SaveOnNodes, target: RestoreTarget | Non
     Args:
         survey: of the nodes.
         save: which.
-        target: of which tensors this rank needs a part; chunks outside of these parts are not sent to it.
+        target: this rank's tensors; chunks outside of its parts are not sent to it. None: it needs all chunks.
         verify: False leaves this node's copies to be verified by whoever reads them.
     """
     votes = survey.votes(save)
@@ -46,7 +46,7 @@ def gather_copies(survey: Survey, save: SaveOnNodes, target: RestoreTarget | Non
     verification = verify_copies(survey, save, files) if verify else Verification()
     good = {path for path in files.spans if FileOnNode(survey.node, path) not in verification.lost}
     routes = _routes(survey, save, votes, verification.lost)
-    # Documents first: they say in which chunks a part of a tensor lies.
+    # Documents first: they say which chunks hold a part of a tensor.
     received = _send(survey, [route for route in routes if not route.entry.chunk], files)
     chunks = [route for route in routes if route.entry.chunk]
     if chunks:

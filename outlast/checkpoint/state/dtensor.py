@@ -52,7 +52,9 @@ class Meshes:
             try:
                 splits = [_split(placement) for placement in tensor.placements]
                 if any(list(dims) != sorted(dims) for dims in _order(tensor)) and all(s.after == 1 for s in splits):
-                    raise ValueError(f"the dimensions of its mesh split it in the order {_order(tensor)}")
+                    raise ValueError(
+                        f"the dimensions of its mesh split it in the order {_order(tensor)}, not in their own"
+                    )
                 spread = spread_over(shape, tuple(mesh.shape), ranks, place, splits)
             except ValueError as error:
                 raise CheckpointError(f"the shards of {name!r} cannot be stored: {error}") from error

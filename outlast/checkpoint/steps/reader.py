@@ -158,8 +158,8 @@ class StepReader:
 
         Args:
             rank: whose state.
-            target: of which tensors this rank needs a part, and which are to be filled; chunks outside of these parts
-                are not read.
+            target: this rank's tensors, and whether to fill them; chunks outside of its parts are not read. None: all
+                tensors, whole, in new memory.
 
         Raises:
             Fault: a file is missing or damaged; the first in the order of the votes. Some of the tensors to be filled

@@ -124,7 +124,7 @@ class FsspecStore:
             # If only the answer to a write is lost, the write is retried and rejected because of itself.
             if bytes(self.read(path)) != data:
                 raise FileExistsError(
-                    errno.EEXIST, f"another attempt, or a late rank of one, wrote {self.url}/{path}"
+                    errno.EEXIST, f"{self.url}/{path} was written by another attempt, or a late rank of one"
                 ) from error
 
     def sync_dirs(self, paths: Iterable[str]) -> None:

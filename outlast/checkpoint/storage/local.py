@@ -80,7 +80,7 @@ class LocalStore:
     def put_new(self, path: str, data: bytes) -> None:
         final = self._at(path)
         if os.path.isfile(final) and bytes(self.read(path)) != data:
-            raise FileExistsError(errno.EEXIST, "another attempt, or a late rank of one, wrote it", final)
+            raise FileExistsError(errno.EEXIST, "written by another attempt, or a late rank of one", final)
         self.put_atomic(path, data)
 
     def sync_dirs(self, paths: Iterable[str]) -> None:
