@@ -52,4 +52,4 @@ def attach(
 
 
 def _unheard(event: Event) -> None:
-    """Nobody asked for events."""
+    """Discard events."""
