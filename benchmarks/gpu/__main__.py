@@ -141,7 +141,9 @@ def main(words: Sequence[str] | None = None) -> int:
                 log.flush()
                 (given.out / "results.json").write_text(json.dumps(results, indent=1))
     checks = [check for found in results["sections"].values() for check in found["checks"]]
-    print(f"{sum(check['passed'] is True for check in checks)} passed, {failed} failed, on one GPU at most: nothing here")
+    print(
+        f"{sum(check['passed'] is True for check in checks)} passed, {failed} failed, on one GPU at most: nothing here"
+    )
     print("shows NCCL between ranks, NVLink, RDMA or several nodes")
     return 1 if failed else 0
 

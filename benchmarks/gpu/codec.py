@@ -73,7 +73,10 @@ def speed(report: Report, settings: Settings, rows: int) -> None:
     holds: dict[str, Any] = {}
     for label, kind in COMPRESSORS.items():
         compressor = make_compressor(**kind)
-        feedback, payload = EF14(compressor), torch.empty(compressor.nbytes((rows, rows)), dtype=torch.uint8, device=settings.device)
+        feedback, payload = (
+            EF14(compressor),
+            torch.empty(compressor.nbytes((rows, rows)), dtype=torch.uint8, device=settings.device),
+        )
         state = feedback.start(g)
         holds[label] = payload.numel()
 
@@ -101,7 +104,9 @@ def speed(report: Report, settings: Settings, rows: int) -> None:
         for label, job in peers(copied).items():
             found = interleaved({"copy": jobs["copy"], label: job}, settings.device, rounds=3 if settings.tiny else 5)
             middle, least, most = ratios(found[label], found["copy"])
-            report.add(f"{label}, {numel / 1e6:.0f} M", None, step_ms=ms(found[label]), step_x_copy=[middle, least, most])
+            report.add(
+                f"{label}, {numel / 1e6:.0f} M", None, step_ms=ms(found[label]), step_x_copy=[middle, least, most]
+            )
 
 
 def overlap(report: Report, settings: Settings) -> None:

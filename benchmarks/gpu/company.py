@@ -33,7 +33,11 @@ class Task:
         self.width = settings.size(256, 32)
         self.device = settings.device
         self.model = nn.Sequential(
-            nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, 8)
+            nn.Linear(self.width, self.width),
+            nn.GELU(),
+            nn.Linear(self.width, self.width),
+            nn.GELU(),
+            nn.Linear(self.width, 8),
         ).to(settings.device)
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
@@ -102,7 +106,13 @@ def scaler(report: Report, settings: Settings) -> None:
         losses.append(float(loss.detach()))
     reducer.close()
     right = skipped[10] and not moved[10] and sum(skipped) == 1 and all(moved[11:])
-    report.add("GradScaler, an overflow", bool(right) and learned(losses), scale=scaler.get_scale(), skipped=skipped.index(True) if any(skipped) else -1, losses=[losses[0], losses[-1]])
+    report.add(
+        "GradScaler, an overflow",
+        bool(right) and learned(losses),
+        scale=scaler.get_scale(),
+        skipped=skipped.index(True) if any(skipped) else -1,
+        losses=[losses[0], losses[-1]],
+    )
 
 
 def accumulation(report: Report, settings: Settings) -> None:
@@ -133,7 +143,12 @@ def accumulation(report: Report, settings: Settings) -> None:
         reducer.close()
         ends.append([p.detach().clone() for p in task.model.parameters()])
     off = max(float((a - b).abs().max()) for a, b in zip(*ends, strict=True))
-    report.add("accumulation: DDP and a bare loop", learned(losses) and off == 0.0, losses=[losses[0], losses[-1]], differ_by=off)
+    report.add(
+        "accumulation: DDP and a bare loop",
+        learned(losses) and off == 0.0,
+        losses=[losses[0], losses[-1]],
+        differ_by=off,
+    )
 
 
 def compiled(report: Report, settings: Settings) -> None:
@@ -177,13 +192,17 @@ def hybrid(report: Report, settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = dict(task.model.named_parameters())
         comm = reducer.state_dict()["local"]
-        with Checkpointer(folder, CheckpointConfig(), rank=0, world_size=1, epoch="h", group=dist.group.WORLD, emit=lambda event: None) as saver:
+        with Checkpointer(
+            folder, CheckpointConfig(), rank=0, world_size=1, epoch="h", group=dist.group.WORLD, emit=lambda event: None
+        ) as saver:
             saver.save(STEPS, replicated={"model": model}, local={"comm": comm}, eager={"comm"})
         held = {name: p.detach().to_local().clone() for name, p in model.items()}  # type: ignore[attr-defined]
         with torch.no_grad():
             for parameter in model.values():
                 parameter.fill_(0.0)
-        with Checkpointer(folder, CheckpointConfig(), rank=0, world_size=1, epoch="i", group=dist.group.WORLD, emit=lambda event: None) as saver:
+        with Checkpointer(
+            folder, CheckpointConfig(), rank=0, world_size=1, epoch="i", group=dist.group.WORLD, emit=lambda event: None
+        ) as saver:
             found = saver.restore("auto", into={"model": model})
         same = found is not None and all(torch.equal(p.detach().to_local(), held[name]) for name, p in model.items())  # type: ignore[attr-defined]
     reducer.close()
@@ -196,7 +215,13 @@ def deepspeed(report: Report, settings: Settings) -> None:
         report.add("DeepSpeed", None, left_out="no deepspeed, or no GPU")
         return
     os.environ.setdefault("DS_BUILD_OPS", "0")
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29571",
+    }
     import deepspeed as ds
 
     for stage in (0, 1, 2):

@@ -62,7 +62,9 @@ def durations(report: Report, settings: Settings, folder: Path) -> None:
     with torch.profiler.profile(activities=activities) as profile:
         step()
         sync(settings.device)
-    told = [r.completed_s - r.entered_s for r in read_ring(folder / "ring").records[-COUNT:] if r.completed_s is not None]
+    told = [
+        r.completed_s - r.entered_s for r in read_ring(folder / "ring").records[-COUNT:] if r.completed_s is not None
+    ]
     names = ("nccl", "memcpy dtod")
     kernels = [event for event in profile.events() if any(name in event.name.lower() for name in names)]  # type: ignore[union-attr]
     seen = [getattr(event, "device_time_total", 0.0) / 1e6 for event in kernels]
@@ -70,7 +72,11 @@ def durations(report: Report, settings: Settings, folder: Path) -> None:
     figures: dict[str, Any] = {"recorder_ms": ms(told), "recorder_range_ms": [1e3 * min(told), 1e3 * max(told)]}
     passed: bool | None = None
     if settings.cuda and seen:
-        figures |= {"profiler_ms": ms(seen), "collectives_in_profile": len(seen), "kinds": sorted({e.name[:40] for e in kernels})[:3]}
+        figures |= {
+            "profiler_ms": ms(seen),
+            "collectives_in_profile": len(seen),
+            "kinds": sorted({e.name[:40] for e in kernels})[:3],
+        }
         off = statistics.median(told) - statistics.median(seen)
         figures["recorder_more_us"] = 1e6 * off
         passed = len(told) == COUNT and len(seen) == COUNT and -2e-5 <= off <= 2e-4

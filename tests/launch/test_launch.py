@@ -242,7 +242,7 @@ def test_a_port_that_something_else_has_taken(tmp_path: Path) -> None:
             run_dir=tmp_path / "run",
             flags=LaunchFlags(rdzv_endpoint=f"127.0.0.1:{port}"),
         )
-        with pytest.raises(PortInUse, match=rf"port {port} of 127.0.0.1 is taken by .*pid {os.getpid()}") as caught:
+        with pytest.raises(PortInUse, match=rf"port {port} of 127.0.0.1 is in use by .*pid {os.getpid()}") as caught:
             launch(spec)
         assert "--rdzv-endpoint 127.0.0.1:PORT" in caught.value.fix
 

@@ -45,7 +45,7 @@ def test_the_live_all_reduce_says_how_long_it_took(checks: list[Check]) -> None:
     )
 
 
-def test_whatever_is_not_ok_says_how_to_mend_it(checks: list[Check]) -> None:
+def test_whatever_is_not_ok_says_how_to_fix_it(checks: list[Check]) -> None:
     assert all(check.fix for check in checks if check.status != "OK")
     assert all(check.detail for check in checks)
 
@@ -57,7 +57,7 @@ def test_it_is_printed_and_can_be_json(checks: list[Check]) -> None:
     )
     text = out.getvalue()
     assert "[/] broken" in text
-    assert "mend: do [this]" in text
+    assert "fix: do [this]" in text
     assert "1 FAIL" in text
     assert json.loads(json.dumps([dataclasses.asdict(check) for check in checks]))[0]["name"] == "python"
 

@@ -192,13 +192,16 @@ def test_a_closed_recorder_refuses(shm: Path) -> None:
     ("content", "message"),
     [
         (b"", "0 bytes"),
-        (b"x" * 4096, "is no ring"),
+        (b"x" * 4096, "is not a recorder ring"),
         (b"OUTLRING" + (VERSION + 1).to_bytes(8, "little") + bytes(4080), f"version {VERSION + 1}"),
         (b"OUTLRING" + VERSION.to_bytes(8, "little") + (9).to_bytes(8, "little") + bytes(400), "for a capacity of 9"),
-        (b"OUTLRING" + VERSION.to_bytes(8, "little") + (9).to_bytes(8, "little") + bytes(401), "is no ring"),
+        (
+            b"OUTLRING" + VERSION.to_bytes(8, "little") + (9).to_bytes(8, "little") + bytes(401),
+            "is not a recorder ring",
+        ),
     ],
 )
-def test_a_file_that_is_no_ring_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_file_that_is_not_a_ring_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "ring"
     path.write_bytes(content)
     with pytest.raises(DiagnosticsError, match=message):
@@ -206,7 +209,7 @@ def test_a_file_that_is_no_ring_is_refused(tmp_path: Path, content: bytes, messa
 
 
 def test_full_shared_memory_is_an_error_not_a_bus_error(shm: Path) -> None:
-    with pytest.raises(DiagnosticsError, match=r"cannot be had.*\n.*ring_capacity"):
+    with pytest.raises(DiagnosticsError, match=r"cannot allocate.*\n.*ring_capacity"):
         Recorder(ring_path(shm, 0), rank=0, capacity=2**40)
     assert list(shm.iterdir()) == []
 
