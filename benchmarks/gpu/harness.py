@@ -177,7 +177,10 @@ def run(name: str, section: Callable[[Report, Settings], None]) -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--after", type=Path)
     given = parser.parse_args()
+    while given.after is not None and not given.after.exists():
+        time.sleep(0.05)  # what is imported is imported by now; the device is another section's
     device = torch.device(given.device, 0) if given.device == "cuda" else torch.device(given.device)
     settings = Settings(given.out, given.seconds, device, given.tiny)
     report = Report(name, settings)

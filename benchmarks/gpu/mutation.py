@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.harness import Report, Settings, sync
+from benchmarks.gpu.harness import Report, Settings, run, sync
 from outlast.checkpoint import CheckpointConfig, Checkpointer
 from outlast.errors import SnapshotMutated
 
@@ -63,6 +63,4 @@ def found_when_changed_too_early(report: Report, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    from benchmarks.gpu.harness import run
-
     run("mutation", found_when_changed_too_early)

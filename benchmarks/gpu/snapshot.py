@@ -22,7 +22,6 @@ from torch import Tensor
 
 from benchmarks.gpu.harness import Report, Settings, ms, one_rank, run, seconds, sync
 from benchmarks.gpu.model import batches, build, loss_of
-from benchmarks.gpu.mutation import found_when_changed_too_early
 from outlast.checkpoint import CheckpointConfig, Checkpointer
 from outlast.events import CheckpointSaved, Event
 
@@ -168,7 +167,7 @@ def ours(report: Report, trainer: Trainer, folder: Path, none_s: list[float], ra
     finally:
         trainer.before_update = lambda: None
         saver.checkpointer.abort() if memory else saver.checkpointer.close()
-        if not memory and every == 1:
+        if not memory:
             restored(report, trainer, folder / f"ours-{memory}-{every}")
         shutil.rmtree(folder / f"ours-{memory}-{every}", ignore_errors=True)
 
@@ -239,11 +238,7 @@ def dcp_async(report: Report, trainer: Trainer, folder: Path, none_s: list[float
 
 
 def section(report: Report, settings: Settings) -> None:
-    """What is found first, then what it costs."""
-    report.attempt("changed too early", lambda: found_when_changed_too_early(report, settings))
-    gc.collect()
-    if settings.cuda:
-        torch.cuda.empty_cache()
+    """What it costs, beside other ways."""
     one_rank(settings, "cpu:gloo,cuda:nccl" if settings.cuda else "gloo")
     rate = pinned_rate(settings)
     report.add("copy into page-locked memory", None, GB_a_s=rate / 1e9)
@@ -258,7 +253,6 @@ def section(report: Report, settings: Settings) -> None:
         for what, job in (
             ("outlast to storage, every 10 steps", lambda: ours(report, trainer, folder, none_s, rate, memory=False, every=10)),
             ("outlast to memory, every step", lambda: ours(report, trainer, folder, none_s, rate, memory=True, every=1)),
-            ("outlast to storage, every step", lambda: ours(report, trainer, folder, none_s, rate, memory=False, every=1)),
             ("torch.save", lambda: torch_save(report, trainer, folder / "torch", none_s)),
             ("DCP async, pinned staging", lambda: dcp_async(report, trainer, folder, none_s, pinned=True)),
             ("DCP async, as it comes", lambda: dcp_async(report, trainer, folder, none_s, pinned=False)),
