@@ -183,6 +183,8 @@ def run(name: str, section: Callable[[Report, Settings], None]) -> None:
         time.sleep(0.05)  # what is imported is imported by now; the device is another section's
     device = torch.device(given.device, 0) if given.device == "cuda" else torch.device(given.device)
     settings = Settings(given.out, given.seconds, device, given.tiny)
+    if given.tiny:
+        torch.set_num_threads(1)
     report = Report(name, settings)
     try:
         section(report, settings)
