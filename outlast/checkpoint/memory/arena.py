@@ -58,7 +58,7 @@ class Arena:
             nbytes = max(min(nbytes, self.limit_bytes), max(map(room, sizes), default=0))
         if self._pages.numel() < nbytes:
             self.clear()  # the old one goes before the new one comes
-            buffer = torch.from_numpy(allocate(nbytes + PAGE_BYTES))
+            buffer = torch.from_numpy(allocate(nbytes + PAGE_BYTES, huge=pinned))
             start = -buffer.data_ptr() % PAGE_BYTES
             self._pages = buffer[start : start + nbytes]
         if pinned and not self._pinned:

@@ -8,6 +8,7 @@ tables avoids most of that. (There, pages of 2 MiB were slower than small ones w
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +24,19 @@ _POPULATE_WRITE = 23
 """``MADV_POPULATE_WRITE`` of Linux 5.14, which Python 3.11 does not name."""
 
 
-def allocate(nbytes: int) -> npt.NDArray[np.uint8]:
-    """New memory that is about to be filled: (nbytes,) uint8, its content undefined. It is freed with its last view."""
+def allocate(nbytes: int, *, huge: bool = False) -> npt.NDArray[np.uint8]:
+    """New memory that is about to be filled: (nbytes,) uint8, its content undefined. It is freed with its last view.
+
+    Args:
+        nbytes: how much.
+        huge: in pages of 2 MiB where the system has them; they are quicker to page-lock.
+    """
     if nbytes < _LEAST_BYTES:
         return np.empty(nbytes, np.uint8)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge:
+        with suppress(OSError):  # a kernel without
+            memory.madvise(mmap.MADV_HUGEPAGE)
     map_all(memory)
     return np.frombuffer(memory, np.uint8)
 

@@ -110,7 +110,7 @@ class TensorSource:
         Raises:
             SnapshotMutated: see :class:`Snapshot`.
         """
-        pool: ThreadPoolExecutor | None = None
+        pool = watcher = None
         try:
             snapshot, order = self._snapshot, self._snapshot.order
             if not snapshot.urgent:
@@ -119,7 +119,8 @@ class TensorSource:
             begun: deque[tuple[int, Region, Future[int] | None]] = deque()
             begin_next, all_read = 0, None
             if snapshot.runs_ahead:
-                pool = ThreadPoolExecutor(_CHECKSUMS + 1, thread_name_prefix="outlast-checksum")
+                pool = ThreadPoolExecutor(_CHECKSUMS, thread_name_prefix="outlast-checksum")
+                watcher = ThreadPoolExecutor(1, thread_name_prefix="outlast-copied")
             for taken in range(1, len(order) + 1):
                 check_cancelled()
                 while begin_next < len(order) and (snapshot.runs_ahead or not begun):
@@ -130,8 +131,8 @@ class TensorSource:
                         take = partial(snapshot.copy, index, region.memory, verify=self._verify)
                         begun.append((index, region, None if pool is None else pool.submit(take)))
                         begin_next += 1
-                        if begin_next == len(order) and pool is not None:
-                            all_read = pool.submit(self._wait_read)
+                        if begin_next == len(order) and watcher is not None:
+                            all_read = watcher.submit(self._wait_read)
                     elif begun:
                         break
                     else:
@@ -152,8 +153,9 @@ class TensorSource:
                 path, nbytes = self._parts[index]
                 yield Copied(path, nbytes, region.memory, crc, partial(self._arena.give_back, region))
         finally:
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
+            for each in (pool, watcher):
+                if each is not None:
+                    each.shutdown(cancel_futures=True)
             self.eager_copied.set()
             self.copied.set()
 
