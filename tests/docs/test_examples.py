@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from outlast.trainer.main import resolve
+from outlast.config import load
+from outlast.trainer.config import Config
 from tests.comm.ranks import Ranks
 from tests.docs.blocks import Block, all_blocks, looks_like_python
 
@@ -92,7 +93,7 @@ def test_it_runs(worlds: dict[int, Ranks], tmp_path: Path, name: str) -> None:
 def test_settings_are_read(tmp_path: Path, name: str) -> None:
     config = tmp_path / "config.toml"
     config.write_text(BLOCKS[name].code)
-    resolve([str(config)])
+    load(Config, config, environ={})
 
 
 def test_every_block_is_of_a_kind_that_is_run() -> None:

@@ -1,4 +1,4 @@
-"""Where ranks listen: on the interface that is named, else where others can reach them, if anybody can."""
+"""Where ranks listen: on the named interface, else on an address that other nodes can reach, if there is one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from outlast.checkpoint.peers.addresses import is_loopback, own_address, reachab
 from outlast.errors import CheckpointError, OutOfRange
 
 UNREACHABLE = "255.255.255.255"
-"""To everybody, which a socket must ask for."""
+"""The broadcast address, for which a socket needs a permission that it does not ask for."""
 
 
 def addresses(name: str) -> list[str]:
@@ -44,7 +44,7 @@ def test_an_interface_by_name() -> None:
     ],
 )
 def test_ipv4_before_ipv6(monkeypatch: pytest.MonkeyPatch, there: list[Any], expected: str | None) -> None:
-    """Interfaces that this machine need not have."""
+    """Interfaces for the test, whatever this machine has."""
     kind = type(psutil.net_if_addrs()["lo"][0])
     every = {"x0": [kind(family, address, None, None, None) for family, address in there]}
     monkeypatch.setattr("outlast.checkpoint.peers.addresses.psutil.net_if_addrs", lambda: every)

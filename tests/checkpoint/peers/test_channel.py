@@ -1,4 +1,4 @@
-"""Connections between ranks: only with the secret, only what the peer sent, and never for longer than said."""
+"""Connections between ranks: only with the secret, only what the peer sent, and never beyond the timeout."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_another_secret_is_refused_by_either_side() -> None:
 
 
 def test_a_listener_without_the_secret_is_refused() -> None:
-    """It learns nothing that helps it with another: the proof is over numbers of both sides."""
+    """It learns nothing that it could use elsewhere: the proof covers random numbers of both sides."""
     liar = Listener("127.0.0.1", b"x" * 32, Echo(), 5.0)
     with pytest.raises(OSError, match=r"secret|closed|reset"):
         Channel.dial(liar.address, SECRET, 5.0)

@@ -1,4 +1,4 @@
-"""Votes and decisions over connections: whoever is gone, has failed, or does not come is an error, and named."""
+"""Votes and decisions over connections: a rank that is lost, has failed or does not vote is an error that names it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECRET = b"s" * 32
 
 
 def keep_on() -> None:
-    """Nobody gives the save up."""
+    """The save is not given up."""
 
 
 def give_up() -> None:
@@ -26,7 +26,7 @@ def give_up() -> None:
 
 
 def break_connection(protocol: CommitProtocol) -> None:
-    """As a network does, without either end's doing."""
+    """Break the connections as a network does, without either end's doing."""
     for channel in list(protocol._peers.values()):
         with suppress(OSError):
             channel._socket.shutdown(socket.SHUT_RDWR)

@@ -316,7 +316,7 @@ def test_a_vote_that_may_have_been_counted_keeps_its_files(tmp_path: Path, monke
 
 
 def end_without_closing(code: str, *arguments: str) -> str:
-    """What a process prints to stderr that ends by itself, with a Checkpointer that was not closed."""
+    """What a process writes to stderr if it ends without closing its Checkpointer."""
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, timeout=60, cwd=Path(__file__).parents[3], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -39,7 +39,7 @@ SCENARIOS: dict[str, Scenario] = {
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Thousands of warnings of what a restore cleared away help nobody; and small chunks, too, go past the cache."""
+    """No warnings: a restore would log thousands. Direct I/O for small chunks, too."""
     monkeypatch.setattr(local, "DIRECT_FROM_BYTES", 24)
     log = logging.getLogger("outlast.checkpoint")
     log.setLevel(logging.CRITICAL)
@@ -49,7 +49,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Path]:
-    """An empty directory, in memory where there is such."""
+    """An empty directory, in memory if the machine has /dev/shm."""
     shared = "/dev/shm"
     with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else tmp_path) as folder:
         yield Path(folder)

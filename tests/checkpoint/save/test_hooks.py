@@ -1,4 +1,4 @@
-"""Watched optimizers and modules: the update waits by itself, and a save need not wait for the update."""
+"""Watched optimizers and modules: the update waits without being told, and a save need not wait for the update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A coordinator of an earlier attempt that stood still, and comes back when another attempt saves the same step."""
+"""A coordinator of an earlier attempt stalls, and continues while another attempt saves the same step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 
 def test_the_second_commit_of_a_step_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first attempt's coordinator stands still right before its commit record, and comes back too late."""
+    """The first attempt's coordinator stalls right before it writes its commit record, and continues too late."""
     url, kind = place
     stands, go, events, late = threading.Event(), threading.Event(), list[Event](), list[Event]()
 

@@ -1,4 +1,4 @@
-"""Which bytes go into which file and by whom: all of them, once, in equal shares; and the memory they go through."""
+"""Which rank writes which bytes to which file: all of them, once, in equal shares; and through how much memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lazy copies: training may go on until wait_copied(), what it may not do is found, and the memory is used again."""
+"""Lazy copies: training goes on until wait_copied(), early changes are detected, and memory is reused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tier on each node's own disk: it outlives the machine's memory, is verified, and serves where memory is gone."""
+"""The tier on each node's own disk: it outlives the machine's memory, is verified, and is used if memory is lost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOCAL = {"memory_every_steps": 1, "local_every_steps": 2}
 
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[Path]:
-    """A place for checkpoints, whose shared memory is removed afterwards."""
+    """A folder for checkpoints, whose shared memory is removed afterwards."""
     place = tmp_path / "checkpoints"
     yield place
     shutil.rmtree(memory_folder(str(place)))
@@ -37,7 +37,7 @@ def settings(url: Path) -> dict[str, Any]:
 
 
 def killed(url: Path, *steps: int, disk: tuple[int, ...], durable: tuple[int, ...] = (), **orders: Any) -> None:
-    """A job of one rank that saves these steps and is then killed, once those are on its disk."""
+    """Run a job of one rank that saves these steps, and is killed once those in ``disk`` are on its disk."""
     after = [(steps[-1], "memory"), *((step, "local") for step in disk), *((step, "storage") for step in durable)]
     orders = {"attempt_id": "first", "settings": settings(url), **orders}
     order = Orders((str(url),), save=steps, durable=durable, die_after=tuple(after), **orders)
@@ -45,7 +45,7 @@ def killed(url: Path, *steps: int, disk: tuple[int, ...], durable: tuple[int, ..
 
 
 def boot(url: Path) -> None:
-    """What a machine that starts again has lost."""
+    """Lose what a machine loses when it restarts."""
     shutil.rmtree(memory_folder(str(url)))
 
 
@@ -110,7 +110,7 @@ def garbled(path: Path) -> None:
     ],
 )
 def test_damage_on_the_disk(url: Path, ending: str, damage: Callable[[Path], None], into: bool) -> None:
-    """The newest copy is not right, and nobody else has it: the one before is taken."""
+    """The newest copy is damaged, and there is no other: the one before is used."""
     killed(url, 1, 2, 3, 4, disk=(2, 4))
     boot(url)
     damage(files(url, f"4{ending}")[0])
@@ -184,7 +184,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(url: Path) -> None:
 
 @pytest.mark.root
 def test_what_attempts_before_left_makes_room(url: Path) -> None:
-    """With room for three parts, of which the attempt before has filled two."""
+    """There is room for three parts, and the attempt before has filled two."""
     with small_disk(url.parent / "disk", "3600k"):
         for first, attempt_id in ((1, "one"), (11, "two"), (21, "three")):
             events: list[Event] = []
@@ -237,7 +237,7 @@ def test_settings_that_do_not_go_together() -> None:
 
 
 def on_nodes(orders: Orders, nodes: list[str], tmp_path: Path) -> list[Orders]:
-    """Two ranks on each of two, which have a disk of their own."""
+    """Two nodes, each with two ranks and a disk of its own."""
     of_node = [replace(orders, shm=node, settings={**orders.settings, "local_dir": f"{node}-disk"}) for node in nodes]
     return [of_node[rank // 2] for rank in range(4)]
 

@@ -1,4 +1,4 @@
-"""The memory tier: what lies in shared memory outlives the ranks, is verified, and is taken first."""
+"""The memory tier: what is in shared memory outlives the ranks, is verified, and is used first."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ MEMORY = {"memory_every_steps": 1}
 
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[Path]:
-    """A place for checkpoints, whose shared memory is removed afterwards."""
+    """A folder for checkpoints, whose shared memory is removed afterwards."""
     place = tmp_path / "checkpoints"
     yield place
     shutil.rmtree(memory_folder(str(place)))
 
 
 def killed(url: Path, *steps: int, durable: tuple[int, ...] = (), ranks: int = 1, **orders: Any) -> None:
-    """A job that saves these steps and is then killed: nothing of it is closed."""
+    """Run a job that saves these steps and is then killed, without closing anything."""
     after = ((steps[-1], "memory"), *((step, "storage") for step in durable))
     orders = {"attempt_id": "first", "settings": MEMORY, **orders}
     order = Orders((str(url),), save=steps, durable=durable, die_after=after, **orders)
@@ -172,7 +172,7 @@ def test_fewer_ranks_find_everything(url: Path) -> None:
 
 
 def test_a_rank_that_dies_leaves_the_step_before(url: Path) -> None:
-    """It is killed when it would vote for step 3 in memory; the others give it up at once, and say so."""
+    """It is killed when it would vote for step 3 in memory; the others give step 3 up at once, and report it."""
     good = Orders((str(url),), "first", save=(1, 2, 3), durable=(), settings=MEMORY, die_after=((2, "memory"),))
     outcomes = run(good, replace(good, die_voting=3))
     assert outcomes[1].exitcode == -9
@@ -215,13 +215,13 @@ def test_settings_that_do_not_go_together() -> None:
 
 
 def lose(node: str) -> None:
-    """All that lies in a node's memory."""
+    """All files in a node's memory."""
     for path in Path(node).iterdir():
         shutil.rmtree(path)
 
 
 def on_nodes(orders: Orders, nodes: list[str], ranks: int = 4) -> list[Orders]:
-    """Two ranks on each."""
+    """Two nodes with two ranks each."""
     return [replace(orders, shm=nodes[rank * len(nodes) // ranks]) for rank in range(ranks)]
 
 
@@ -232,7 +232,7 @@ def tiers_of(outcomes: list[Any]) -> list[set[str]]:
 @pytest.mark.root
 @pytest.mark.parametrize("lost", [None, 0, 1])
 def test_a_nodes_memory_is_lost(tmp_path: Path, nodes: list[str], lost: int | None) -> None:
-    """With a partner, whichever node is lost; step 4 was copied to it, step 5 was not."""
+    """With a partner, either node may be lost; step 4 was copied to the partner, step 5 was not."""
     settings = {"memory_every_steps": 1, "partner_every_steps": 2}
     url = str(tmp_path / "checkpoints")
     after = ((5, "memory"), (4, "partner"), (1, "storage"))

@@ -1,4 +1,4 @@
-"""DTensors in the memory of nodes: what is sent to a node that lost its own is what its ranks' parts need."""
+"""DTensors in the nodes' memory: a node that lost its memory is sent only what its ranks' parts need."""
 
 from __future__ import annotations
 
