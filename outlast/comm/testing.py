@@ -1,4 +1,4 @@
-"""Checks anybody's compressor against the contract of :class:`outlast.comm.compressors.Compressor`, in one call::
+"""Checks any compressor against the contract of :class:`outlast.comm.compressors.Compressor`, in one call::
 
     from outlast.comm.compressors import TopK
     from outlast.comm.testing import check_compressor
@@ -6,7 +6,7 @@
     def test_top_k():
         check_compressor(TopK(0.01))
 
-What breaks the contract raises :class:`ContractViolation`, which names the clause, the input and the values.
+A violation raises :class:`ContractViolation`, which names the clause, the input and the values.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _SMALLEST = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
 
 
 class ContractViolation(AssertionError):
-    """A compressor does not keep the contract.
+    """A compressor breaks the contract.
 
     Args:
-        clause: what it breaks, one of ``size``, ``alignment``, ``alpha``, ``contraction``, ``finite``, ``input``,
+        clause: the broken one: ``size``, ``alignment``, ``alpha``, ``contraction``, ``finite``, ``input``,
             ``deterministic``, ``receiver``, ``linear``, ``memory``, ``stride``, ``type``, ``refusal``.
         case: the compressor and the input.
         what: what was seen.
@@ -49,7 +49,12 @@ class ContractViolation(AssertionError):
 
 
 def check_compressor(
-    compressor: Compressor, *, dtypes: Sequence[torch.dtype] = DTYPES, seed: int = 0, rounds: int = 200
+    compressor: Compressor,
+    *,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    seed: int = 0,
+    rounds: int = 200,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Check a compressor against every clause of the contract, on inputs of all kinds.
 
@@ -91,23 +96,25 @@ def check_compressor(
         dtypes: of the inputs.
         seed: of the inputs.
         rounds: over which random compressors are averaged.
+        device: of the inputs.
 
     Raises:
         ContractViolation: the first clause found broken.
     """
+    device = torch.device(device)
     for dtype in dtypes:
         for shape in SHAPES:
-            _Shaped(compressor, shape, dtype).check()
-            for kind, x in inputs(shape, dtype, seed):
+            _Shaped(compressor, shape, dtype, device).check()
+            for kind, x in _on(device, inputs(shape, dtype, seed)):
                 # Numbers of every kind in one shape, and in every shape some, of which more in float32.
                 if shape == SHAPES[0]:
                     _Case(compressor, kind, x).check(rounds=3)
                 elif kind in _EVERYWHERE[: None if dtype == torch.float32 else 2]:
                     _Case(compressor, kind, x).check(rounds=1)
-        _check_strides(compressor, dtype, seed)
-        _check_not_finite(compressor, dtype, seed)
+        _check_strides(compressor, dtype, seed, device)
+        _check_not_finite(compressor, dtype, seed, device)
     if compressor.random:
-        for kind, x in inputs(SHAPES[0], dtypes[0], seed):
+        for kind, x in _on(device, inputs(SHAPES[0], dtypes[0], seed)):
             if kind in _AVERAGED:
                 _Case(compressor, kind, x).check_average(rounds)
 
@@ -139,11 +146,16 @@ def inputs(shape: Shape, dtype: torch.dtype, seed: int = 0) -> Iterator[tuple[st
         yield kind, x.clamp(-limit * 8, limit * 8).to(dtype)
 
 
+def _on(device: torch.device, pairs: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    return ((kind, x.to(device)) for kind, x in pairs)
+
+
 class _Shaped:
     """What holds for a shape, whatever the numbers."""
 
-    def __init__(self, compressor: Compressor, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(self, compressor: Compressor, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.compressor = compressor
+        self.device = device
         self.shape = shape
         self.dtype = dtype
         self.what = f"{compressor.name}, {tuple(shape)} {str(dtype).removeprefix('torch.')}"
@@ -158,7 +170,7 @@ class _Shaped:
         _hold(nbytes == whole, "size", self.what, f"{nbytes} bytes, but {whole} in the type it travels in")
         alpha = compressor.alpha(shape)
         _hold(0 < alpha <= 1, "alpha", self.what, f"alpha is {alpha}, not in (0, 1]")
-        first, second = (compressor.new_memory(shape, dtype, torch.device("cpu")) for _ in range(2))
+        first, second = (compressor.new_memory(shape, dtype, self.device) for _ in range(2))
         named = f"{sorted(first)}, and memory_slots {sorted(compressor.memory_slots)}"
         _hold(set(first) == set(compressor.memory_slots), "memory", self.what, f"new_memory makes {named}")
         _hold(_same_slots(first, second), "memory", self.what, "new_memory is not the same twice")
@@ -168,11 +180,11 @@ class _Shaped:
             self.what,
             "new_memory gives out the same tensor twice",
         )
-        x = torch.zeros(shape, dtype=dtype)
+        x = torch.zeros(shape, dtype=dtype, device=self.device)
         for wrong in (nbytes + ALIGN_BYTES, nbytes - ALIGN_BYTES):
             if wrong < 0:
                 continue
-            room = torch.zeros(wrong, dtype=torch.uint8)
+            room = torch.zeros(wrong, dtype=torch.uint8, device=self.device)
             _raises(partial(compressor.open, room, shape, dtype), self.what, f"open of {wrong} bytes")
             _raises(partial(compressor.compress, x, room), self.what, f"compress into {wrong} bytes")
         _raises(partial(compressor.compress, x.to(torch.int64)), self.what, "compress of int64", "type")
@@ -216,10 +228,10 @@ class _Case:
         """Once more from the memory as it was, among other slots, into the midst of a buffer."""
         compressor, x, need = self.compressor, self.x, message.payload.numel()
         slots = _copied(before)
-        other = torch.arange(3.0)
+        other = torch.arange(3.0, device=x.device)
         shared = slots | {"not mine": other.clone()}
         places = {name: slot.data_ptr() for name, slot in slots.items()}
-        buffer = torch.full((need + 2 * ALIGN_BYTES,), 0xA5, dtype=torch.uint8)
+        buffer = torch.full((need + 2 * ALIGN_BYTES,), 0xA5, dtype=torch.uint8, device=x.device)
         room = buffer[ALIGN_BYTES : ALIGN_BYTES + need]
         again = compressor.compress(x, room, shared)
         inside = need == 0 or again.payload.data_ptr() == room.data_ptr()
@@ -242,14 +254,14 @@ class _Case:
         """What was sent."""
         compressor, shape = self.compressor, self.shape
         payload = message.payload
-        buffer = torch.zeros(payload.numel() + ALIGN_BYTES, dtype=torch.uint8)
+        buffer = torch.zeros(payload.numel() + ALIGN_BYTES, dtype=torch.uint8, device=payload.device)
         buffer[ALIGN_BYTES:] = payload
         opened = compressor.open(buffer[ALIGN_BYTES:], shape, self.wire)
         self.hold(opened.finite(), "finite", "finite() is False at the receiver")
         pair = compressor.open_all([payload, buffer[ALIGN_BYTES:]], shape, self.wire)
         self.hold(len(pair) == 2, "receiver", f"open_all makes {len(pair)} messages of 2 payloads")
-        start = torch.linspace(-1, 1, numel_of(shape), dtype=self.wire).view(shape)
-        sent = torch.zeros(shape, dtype=self.wire)
+        start = torch.linspace(-1, 1, numel_of(shape), dtype=self.wire, device=payload.device).view(shape)
+        sent = torch.zeros(shape, dtype=self.wire, device=payload.device)
         message.add_to(sent)
         for out, scale in ((torch.zeros_like(start), 1.0), (start, -1.0), (start, 1 / 3)):
             mine, theirs, third = out.clone(), out.clone(), out.clone()
@@ -287,7 +299,7 @@ class _Case:
         ratios = []
         for _ in range(rounds):
             message = compressor.compress(x, None, memory)
-            sent = torch.zeros(self.shape, dtype=self.wire)
+            sent = torch.zeros(self.shape, dtype=self.wire, device=x.device)
             message.add_to(sent)
             error, norm, slack = self._error(sent)
             if norm == 0:
@@ -313,8 +325,8 @@ class _Case:
         return error, norm, 1e-5 * norm + math.sqrt(wide.numel()) * (smallest / unit)
 
 
-def _check_strides(compressor: Compressor, dtype: torch.dtype, seed: int) -> None:
-    x = torch.randn(30, 40, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def _check_strides(compressor: Compressor, dtype: torch.dtype, seed: int, device: torch.device) -> None:
+    x = torch.randn(30, 40, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
     for what, y in {
         "transposed": x.t(),
         "every other row": x[::2, 1:],
@@ -330,14 +342,14 @@ def _check_strides(compressor: Compressor, dtype: torch.dtype, seed: int) -> Non
         _hold(_same(y, before), "input", case, "changed by compress")
 
 
-def _check_not_finite(compressor: Compressor, dtype: torch.dtype, seed: int) -> None:
+def _check_not_finite(compressor: Compressor, dtype: torch.dtype, seed: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(seed)
     for shape in ((24, 40), (300,), (1,)):
         numel = numel_of(shape)
         for value in (math.nan, math.inf, -math.inf):
             anywhere = int(torch.randint(numel, (1,), generator=generator))
             for place in sorted({0, numel // 2, numel - 1, anywhere}):
-                x = torch.randn(numel, generator=generator).to(dtype)
+                x = torch.randn(numel, generator=generator).to(device, dtype)
                 x[place] = value
                 x = x.view(shape)
                 case = f"{compressor.name}, {value} at entry {place} of {shape} {str(dtype).removeprefix('torch.')}"

@@ -59,7 +59,6 @@ class WatchedAgent(LocalElasticAgent):
             spec,
             output,
             exit_barrier_timeout=config.exit_barrier_s,
-            shutdown_timeout=int(config.stop_grace_s),
             log_line_prefix_template="[rank ${rank}] ",
         )
         self.failures: list[RankFailure] = []
@@ -167,7 +166,9 @@ class WatchedAgent(LocalElasticAgent):
         """
         if self._processes is not None:
             self._processes.kill_stopped()
-        super()._shutdown(signal.SIGTERM, min(timeout, int(self._config.stop_grace_s)))
+        if self._pcontext is not None:
+            self._pcontext.close(signal.SIGTERM, int(self._config.stop_grace_s))
+        super()._shutdown(signal.SIGTERM)  # up to torch 2.11 it takes no time limit
 
     @property
     def ranks(self) -> tuple[int, ...]:

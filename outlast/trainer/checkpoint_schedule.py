@@ -44,7 +44,7 @@ class CheckpointSchedule:
         self._device = device
         self._recorder = recorder
         self._events = events
-        self._steps_to_decision = AutoInterval.FIRST_LOOK_STEPS
+        self._steps_to_decision = AutoInterval.FIRST_DECISION_STEPS
         self._auto_interval: AutoInterval | None = None
         if self._every_steps is None and place.rank == 0:
             trained_s = history.trained_rank_s / place.world_size

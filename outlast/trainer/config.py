@@ -128,7 +128,15 @@ class TrainerConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """``bf16``: autocast in forward and backward; parameters, gradients and optimizer state stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """``auto``: CUDA if there is a GPU, else CPU. The backend is NCCL on CUDA and gloo on CPU."""
+    """``auto``: CUDA where there is one, else CPU."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Of PyTorch's process group. ``auto``: NCCL for CUDA, gloo for CPU. With ``gloo`` several ranks may share a GPU,
+    which NCCL refuses: a way to try things out, since gloo takes everything through the host's memory."""
+    compile: bool = False
+    """``torch.compile`` each block of the model, one compilation for all of them."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits on every run (``torch.use_deterministic_algorithms``). What a CPU does is
+    so in any case; on CUDA it costs speed, and a run that was interrupted ends bit-identical only with it."""
     engine: Literal["ddp"] = "ddp"
     """How the model is replicated or sharded."""
     bucket_mb: float = 25.0
@@ -143,6 +151,12 @@ class TrainerConfig:
         for key in ("steps", "accumulate", "eval_batches", "log_every_steps"):
             require(getattr(self, key) >= 1, f"trainer.{key}", getattr(self, key), "1 or more")
         require(self.eval_every_steps >= 0, "trainer.eval_every_steps", self.eval_every_steps, "0 or more")
+        require(
+            not (self.backend == "nccl" and self.device == "cpu"),
+            "trainer.backend",
+            self.backend,
+            'auto or gloo with trainer.device = "cpu"',
+        )
         require(self.bucket_mb > 0, "trainer.bucket_mb", self.bucket_mb, "bucket_mb > 0")
         require(self.peak_tflops is None or self.peak_tflops > 0, "trainer.peak_tflops", self.peak_tflops, "> 0")
         require(self.timeout_s > 0, "trainer.timeout_s", self.timeout_s, "timeout_s > 0")

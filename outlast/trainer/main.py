@@ -107,8 +107,11 @@ def run_rank(config: Config, place: Place) -> None:
     with ExitStack() as stack:
         logs.set_up_terminal(place.rank)
         stack.callback(logs.shut_down)
-        device = process_group.choose_device(config.trainer.device, place)
-        process_group.start(place, device, timedelta(seconds=config.trainer.timeout_s))
+        trainer = config.trainer
+        if trainer.deterministic:
+            process_group.make_deterministic()
+        device = process_group.choose_device(trainer.device, place, shared=trainer.backend == "gloo")
+        process_group.start(place, device, timedelta(seconds=trainer.timeout_s), trainer.backend)
         stack.callback(dist.destroy_process_group)
         # torchrun counts restarts per node; a node whose own ranks never failed would not resume.
         place = replace(place, generation=process_group.maximum(device, place.generation))
@@ -174,6 +177,8 @@ def _build_run(
         )
     seed_all(config.run.seed, place.rank)
     model = GPT(config.model, seed=config.run.seed).to(device)
+    if config.trainer.compile:
+        model.compile_blocks()
     engine = build_engine(
         model, config, device, observer=recorder, on_choice=lambda choice: _log_choice(choice, events)
     )
@@ -193,9 +198,9 @@ def _build_run(
             config.checkpoint,
             rank=place.rank,
             world_size=place.world_size,
-            epoch=epoch,
+            attempt_id=epoch,
             group=dist.group.WORLD,
-            emit=emit,
+            on_event=emit,
         )
     )
     checkpointer.watch(model)

@@ -98,6 +98,13 @@ class GPT(nn.Module):
         logits = self.head(self.norm(x))  # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
+    def compile_blocks(self) -> None:
+        """``torch.compile`` each block, in place. One compilation serves them all; parameters keep their names."""
+        # Else compiled graphs are cut where buckets of gradients end. A block is small enough to be one.
+        torch._dynamo.config.optimize_ddp = False
+        for block in self.blocks:
+            block.compile()
+
     def flops_per_token(self) -> float:
         """FLOPs of forward and backward per token: 6N + 12·layers·context·width (arXiv:2204.02311, appendix B)."""
         matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() >= 2 and n != "position.weight")

@@ -13,8 +13,13 @@ from outlast.errors import LaunchError, MissingDependency, PortInUse
 from outlast.launch import Place
 
 
-def choose_device(device: str, place: Place) -> torch.device:
+def choose_device(device: str, place: Place, *, shared: bool = False) -> torch.device:
     """The device of this rank; ``auto`` takes the local rank's GPU where there is one.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        place: of this rank.
+        shared: ranks may share a GPU.
 
     Raises:
         MissingDependency: CUDA is requested, but torch sees no GPU, or fewer than there are local ranks.
@@ -22,16 +27,24 @@ def choose_device(device: str, place: Place) -> torch.device:
     gpus = torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and gpus == 0):
         return torch.device("cpu")
+    if shared and gpus:
+        return torch.device("cuda", place.local_rank % gpus)
     if place.local_rank >= gpus:
         raise MissingDependency(
             f"local rank {place.local_rank} has no GPU of its own: torch {torch.__version__} sees {gpus}",
-            "start fewer ranks on this node, or set trainer.device = 'cpu'",
+            "start fewer ranks on this node, set trainer.device = 'cpu', or share it with trainer.backend = 'gloo'",
         )
     return torch.device("cuda", place.local_rank)
 
 
-def start(place: Place, device: torch.device, timeout: timedelta) -> None:
-    """Join the default process group: NCCL for CUDA, gloo for CPU. Collective.
+def make_deterministic() -> None:
+    """Use none but algorithms that give the same bits on every run; to be called before the device is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+    torch.use_deterministic_algorithms(True)
+
+
+def start(place: Place, device: torch.device, timeout: timedelta, backend: str = "auto") -> None:
+    """Join the default process group: ``backend``, or NCCL for CUDA and gloo for CPU. Collective.
 
     Failure contract: raises within about ``timeout`` if a rank does not join; nothing is left behind.
 
@@ -41,15 +54,17 @@ def start(place: Place, device: torch.device, timeout: timedelta) -> None:
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
     os.environ.update(MASTER_ADDR=place.master_addr, MASTER_PORT=str(place.master_port))
     try:
         dist.init_process_group(
-            backend="nccl" if device.type == "cuda" else "gloo",
+            backend=backend,
             init_method="env://",
             rank=place.rank,
             world_size=place.world_size,
             timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if backend == "nccl" else None,
         )
     except dist.DistError as error:
         where = f"{place.master_addr}:{place.master_port}"

@@ -31,7 +31,7 @@ def rng_state() -> dict[str, Any]:
             "gauss": float(numpy_state["gauss"]),
         },
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -50,5 +50,5 @@ def load_rng_state(state: dict[str, Any]) -> None:
             "gauss": saved["gauss"],
         }
     )
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.set_rng_state(state["cuda"].to(torch.uint8))

@@ -72,8 +72,9 @@ class Run:
         mean = self.engine.evaluate(batches)
         token = self.recorder.enter("all_reduce", mean.nbytes, "held-out loss")
         dist.all_reduce(mean)
+        total = float(mean)  # with NCCL the collective is over only now
         self.recorder.complete(token)
-        loss = float(mean) / self.place.world_size
+        loss = total / self.place.world_size
         self.events.write(EvalDone(step=step, loss=loss, seconds=time.perf_counter() - start_s))
         if self.place.rank == 0:
             _LOG.info("step %d: held-out loss %.4f", step, loss)

@@ -1,4 +1,4 @@
-"""Host memory through which the state goes on its way to storage."""
+"""Host memory through which the state is copied on its way to storage."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from dataclasses import dataclass
 
 import torch
 
+from outlast.checkpoint.memory.pages import allocate
+from outlast.checkpoint.memory.pinning import pin, unpin
+
 PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Region:
-    """Some of the arena's memory."""
+    """A piece of the arena's memory."""
 
     offset: int
     nbytes: int
     """A multiple of the page size."""
     memory: torch.Tensor
-    """(nbytes,) uint8; it begins at a page."""
+    """(nbytes,) uint8; it begins at a page boundary."""
 
 
 class Arena:
@@ -28,52 +31,60 @@ class Arena:
     Methods may be called from several threads.
 
     Args:
-        limit_bytes: at most that much memory; 0 takes what a whole save needs.
+        limit_bytes: of its memory; 0 takes what a whole save needs.
     """
 
     def __init__(self, limit_bytes: int = 0) -> None:
         self.limit_bytes = limit_bytes // PAGE_BYTES * PAGE_BYTES
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._pages = self._buffer
+        self._pages = torch.empty(0, dtype=torch.uint8)
+        self._pinned = False
         self._free: list[tuple[int, int]] = []  # (offset, nbytes), ascending, no two of them adjacent
         self._changed = threading.Condition()
 
     @property
     def nbytes(self) -> int:
-        """How much memory it holds."""
+        """Size of its memory."""
         return self._pages.numel()
 
     def reserve(self, sizes: Sequence[int], *, pinned: bool) -> None:
         """Have room for regions of these sizes, all at once or, with a limit, in turn; only while none is taken.
 
         Args:
-            sizes: of what will be taken, in bytes.
-            pinned: whether the memory is to be page-locked.
+            sizes: of the regions that will be taken, in bytes.
+            pinned: whether to page-lock the memory.
         """
         nbytes = sum(map(room, sizes))
         if self.limit_bytes:
             nbytes = max(min(nbytes, self.limit_bytes), max(map(room, sizes), default=0))
-        if self._pages.numel() < nbytes or (pinned and not self._buffer.is_pinned()):
-            self._buffer = self._pages = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            self._buffer = torch.empty(nbytes + PAGE_BYTES, dtype=torch.uint8, pin_memory=pinned)
-            start = -self._buffer.data_ptr() % PAGE_BYTES
-            self._pages = self._buffer[start : start + nbytes]
+        if self._pages.numel() < nbytes:
+            self.clear()  # the old one goes before the new one comes
+            buffer = torch.from_numpy(allocate(nbytes + PAGE_BYTES, huge=pinned))
+            start = -buffer.data_ptr() % PAGE_BYTES
+            self._pages = buffer[start : start + nbytes]
+        if pinned and not self._pinned:
+            self._pinned = pin(self._pages)
         with self._changed:
             self._free = [(0, self._pages.numel())]
 
+    def clear(self) -> None:
+        """Give the memory back; only while no region is taken."""
+        if self._pinned:
+            unpin(self._pages)
+        self._pages, self._pinned, self._free = torch.empty(0, dtype=torch.uint8), False, []
+
     def take(self, nbytes: int) -> Region | None:
-        """A region for ``nbytes``, or None while there is none."""
-        wanted = room(nbytes)
+        """A region for ``nbytes``, or None while none is free."""
+        taken = room(nbytes)
         with self._changed:
-            for place, (offset, size) in enumerate(self._free):
-                if size >= wanted:
-                    rest = [(offset + wanted, size - wanted)] if size > wanted else []
-                    self._free[place : place + 1] = rest
-                    return Region(offset, wanted, self._pages[offset : offset + wanted])
+            for index, (offset, size) in enumerate(self._free):
+                if size >= taken:
+                    rest = [(offset + taken, size - taken)] if size > taken else []
+                    self._free[index : index + 1] = rest
+                    return Region(offset, taken, self._pages[offset : offset + taken])
         return None
 
     def give_back(self, region: Region) -> None:
-        """The region may be taken again."""
+        """Free a region, so that it may be taken again."""
         with self._changed:
             spans = sorted([*self._free, (region.offset, region.nbytes)])
             merged = [spans[0]]

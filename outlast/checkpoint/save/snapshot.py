@@ -5,21 +5,24 @@ has to wait for it. That nothing was changed before then is checked, not believe
 
 - ``Tensor._version``, which every in-place operation of PyTorch raises, and the address, recorded when the snapshot
   begins, are compared after each tensor's copy and again when the training thread asks to go on;
-- fused optimizers, foreach optimizers of DTensors, and writes through ``.data`` or NumPy do not raise ``_version``. For
-  tensors in host memory, a few elements spread over the tensor are recorded and compared too: no proof, but an update
-  changes nearly all elements.
+- fused and compiled optimizers, foreach optimizers of DTensors, CUDA graphs, and writes through ``.data`` or NumPy do
+  not raise ``_version``. So a few elements spread over each tensor are recorded and compared too: no proof, but an
+  update changes nearly all elements. On a CUDA device that is done in the device's own order of work, once before and
+  once after the copies (:mod:`outlast.checkpoint.save.fingerprint`).
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 
 import crc32c
 import torch
 
 from outlast.checkpoint.format.records import CRC_BYTES
-from outlast.checkpoint.save.plan import Content, Part
+from outlast.checkpoint.save.device import DeviceCopier, DeviceRoom, hold
+from outlast.checkpoint.save.parts import Content, Part
 from outlast.checkpoint.state.tree import TensorEntry
 from outlast.errors import CheckpointError, SnapshotMutated
 
@@ -31,33 +34,92 @@ _STRIDE_BYTES = 512 << 10
 class Snapshot:
     """Copies of some tensors, part by part.
 
+    Tensors on a CUDA device are copied by a stream of their own: parts are begun one after the other (:meth:`start`)
+    and taken as they arrive (:meth:`copy`). Eager ones are copied on the device first, where it has room to spare, so
+    that training need not wait for their way to the host.
+
     Args:
-        parts: what to copy. The tensors are held until :meth:`release`.
+        parts: what to copy. The tensors are referenced until they are copied, or :meth:`release`.
+        room: of the device, for eager tensors; None: there is none.
 
     Raises:
-        CheckpointError: a lazy tensor of which changes cannot be told.
+        CheckpointError: a lazy tensor whose changes cannot be detected.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts: list[Part | None] = list(parts)
+    def __init__(self, parts: Sequence[Part], room: DeviceRoom | None = None) -> None:
         self._marks: dict[int, _Mark] = {}
+        lazy: dict[torch.device, list[TensorEntry]] = {}
         for part in parts:
             for content in part.contents:
+                device = content.source.device
+                if device.type == "cuda":
+                    lazy.setdefault(device, [])
                 if not part.eager and id(content.item) not in self._marks:
                     self._marks[id(content.item)] = _Mark(content.item)
-        devices = {content.source.device for part in parts for content in part.contents}
-        accelerated = {device for device in devices if device.type == "cuda"}
-        # Copies on the side stream wait for what the training thread has queued so far, and for nothing later.
-        self._queued = {device: torch.cuda.current_stream(device).record_event() for device in accelerated}
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+                    if device.type == "cuda":
+                        lazy[device].append(content.item)
+        self._parts: list[Part | None] = list(parts)
+        held = _hold_eager(self._parts, room) if room is not None and lazy else set()
+        urgent = [part.eager and index not in held for index, part in enumerate(parts)]
+        self.urgent = sum(urgent)
+        """How many parts must be copied before any of their tensors may change; the first of :attr:`order`."""
+        self.order = sorted(range(len(parts)), key=lambda index: not urgent[index])
+        """The order in which parts are to be copied."""
+        self._layouts = [_Layout(part) for part in parts]
+        self._devices = {device: DeviceCopier(device, items) for device, items in lazy.items()}
+        self._begun: dict[int, list[torch.cuda.Event]] = {}
+        self._left = len(parts)
 
     @property
     def pinned(self) -> bool:
         """Whether copies come from an accelerator, and their target should be page-locked."""
-        return bool(self._queued)
+        return bool(self._devices)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether further parts should be begun while one is taken."""
+        return bool(self._devices)
+
+    def wait_read(self) -> bool:
+        """Wait until all that was begun has left its device; whether no tensor is read any more then. The checksums may
+        still be to come.
+
+        Raises:
+            SnapshotMutated: a tensor on a device was changed since the snapshot began.
+        """
+        for copier in self._devices.values():
+            copier.wait()
+        if self._left:
+            return False
+        self._check_devices()
+        return not any(self._layouts[index].on_host for index, part in enumerate(self._parts) if part is not None)
+
+    def start(self, index: int, target: torch.Tensor) -> None:
+        """Begin to copy a part's tensors that lie on a device; each part once, all of them before the last is taken.
+
+        Args:
+            index: of the part.
+            target: see :meth:`copy`.
+        """
+        part = self._parts[index]
+        assert part is not None
+        used = []
+        for content in part.contents:
+            copier = self._devices.get(content.source.device)
+            if copier is not None:
+                if content.source.numel():
+                    copier.copy(
+                        _corner(content, target[content.offset : content.offset + content.nbytes]), content.source
+                    )
+                used.append(copier)
+        self._begun[index] = [copier.event() for copier in dict.fromkeys(used)]
+        self._left -= 1
+        if not self._left:
+            for copier in self._devices.values():
+                copier.end()
 
     def copy(self, index: int, target: torch.Tensor, *, verify: bool = False) -> int:
-        """Copy one part, and let go of its tensors.
+        """Copy one part, or take what :meth:`start` began, and let go of its tensors.
 
         Args:
             index: of the part.
@@ -72,21 +134,30 @@ class Snapshot:
             SnapshotMutated: a tensor was changed since the snapshot began.
             CheckpointError: the copy is not what was copied (``verify``).
         """
+        if index not in self._begun:
+            self.start(index, target)
+        for event in self._begun.pop(index):
+            event.synchronize()
+        payload = target[: self._layouts[index].nbytes]
         part = self._parts[index]
-        assert part is not None
-        payload = target[: part.nbytes]
         crc, at = 0, 0
         with torch.no_grad():
-            for content in part.contents:
-                if content.offset > at:
-                    crc = _zero(payload[at : content.offset], crc)
-                at = content.offset + content.nbytes
-                crc = self._copy(content, payload[content.offset : at], crc, verify)
-                mark = self._marks.get(id(content.item))
-                if mark is not None:
-                    mark.check()
+            for number, (offset, nbytes, on_device) in enumerate(self._layouts[index].pieces):
+                if offset > at:
+                    crc = _zero(payload[at:offset], crc)
+                at = offset + nbytes
+                piece = payload[offset:at]
+                if on_device:
+                    crc = crc32c.crc32c(piece.numpy().data, crc) if nbytes else crc
+                else:
+                    assert part is not None
+                    crc = self._copy(part.contents[number], piece, crc, verify)
             crc = _zero(payload[at:], crc)
-        trailer = target[part.nbytes :].numpy()
+        for content in part.contents if part is not None else ():
+            mark = self._marks.get(id(content.item))
+            if mark is not None:
+                mark.check()
+        trailer = target[len(payload) :].numpy()
         trailer[:] = 0
         trailer[:CRC_BYTES] = memoryview(crc.to_bytes(CRC_BYTES, "little"))
         self._parts[index] = None
@@ -100,31 +171,27 @@ class Snapshot:
         """
         for mark in self._marks.values():
             mark.check()
+        self._check_devices()
 
     def release(self) -> None:
-        """Let go of the tensors."""
+        """Let go of the tensors; those of which the copy has begun are read no more on return."""
+        for copier in self._devices.values():
+            copier.wait()
         self._marks = {}
         self._parts = [None] * len(self._parts)
 
+    def _check_devices(self) -> None:
+        for copier in self._devices.values():
+            changed = copier.changed() if copier.ended else None
+            if changed is not None:
+                raise _mutated(changed.name, "its elements differ, though its _version does not")
+
     def _copy(self, content: Content, target: torch.Tensor, crc: int, verify: bool) -> int:
+        """Of a tensor in the host's memory."""
         source = content.source
         if not source.numel():
             return crc
-        if content.block:
-            corner = target.zero_().view(source.dtype).view(content.block)
-            for d, size in enumerate(source.shape):
-                corner = corner.narrow(d, 0, size)
-        else:
-            corner = target.view(source.dtype).view(source.shape)
-        if source.device in self._queued:
-            stream = self._streams.get(source.device)
-            if stream is None:
-                stream = self._streams[source.device] = torch.cuda.Stream(source.device)  # type: ignore[no-untyped-call]
-                stream.wait_event(self._queued[source.device])
-            with torch.cuda.stream(stream):
-                corner.copy_(source, non_blocking=not content.block)  # into a corner it goes through another buffer
-            stream.synchronize()
-        elif not content.block and source.is_contiguous() and not source.is_conj() and not source.is_neg():
+        if not content.block and source.is_contiguous() and not source.is_conj() and not source.is_neg():
             raw = source.reshape(-1).view(torch.uint8)
             data, copy = raw.numpy().data, target.numpy().data
             for at in range(0, len(data), _STRIDE_BYTES):
@@ -138,9 +205,57 @@ class Snapshot:
                         "the tensor was changed while it was copied, or this host's memory is faulty",
                     )
             return crc
-        else:
-            corner.copy_(source)
+        _corner(content, target).copy_(source)
         return crc32c.crc32c(target.numpy().data, crc)
+
+
+class _Layout:
+    """What is needed of a part once its tensors were let go of."""
+
+    def __init__(self, part: Part) -> None:
+        self.nbytes = part.nbytes
+        self.pieces = [
+            (content.offset, content.nbytes if content.source.numel() else 0, content.source.device.type == "cuda")
+            for content in part.contents
+        ]
+        self.on_host = not all(on_device for _, _, on_device in self.pieces)
+
+
+def _hold_eager(parts: list[Part | None], room: DeviceRoom) -> set[int]:
+    """Copy eager tensors on their devices, and put the copies in their place; the parts that need not be waited for."""
+    found: dict[torch.device, list[tuple[int, int, Content]]] = {}
+    for index, part in enumerate(parts):
+        if part is not None and part.eager and part.contents:
+            for number, content in enumerate(part.contents):
+                if content.source.device.type == "cuda" and content.source.numel():
+                    found.setdefault(content.source.device, []).append((index, number, content))
+    copied: set[tuple[int, int]] = set()
+    for contents in found.values():
+        copies = hold([content.source for _, _, content in contents], room)
+        for (index, number, content), copy in zip(contents, copies or (), strict=copies is not None):
+            part = parts[index]
+            assert part is not None
+            replaced = list(part.contents)
+            replaced[number] = replace(content, source=copy)
+            parts[index] = replace(part, contents=tuple(replaced))
+            copied.add((index, number))
+    return {
+        index
+        for index, part in enumerate(parts)
+        if part is not None
+        and part.eager
+        and all((index, number) in copied or not c.source.numel() for number, c in enumerate(part.contents))
+    }
+
+
+def _corner(content: Content, target: torch.Tensor) -> torch.Tensor:
+    """Where in the host's memory a tensor's elements go."""
+    if not content.block:
+        return target.view(content.source.dtype).view(content.source.shape)
+    corner = target.zero_().view(content.source.dtype).view(content.block)
+    for d, size in enumerate(content.source.shape):
+        corner = corner.narrow(d, 0, size)
+    return corner
 
 
 def _zero(target: torch.Tensor, crc: int) -> int:
@@ -154,7 +269,7 @@ class _Mark:
     def __init__(self, item: TensorEntry) -> None:
         if item.tensor.is_inference():
             raise CheckpointError(
-                f"the tensor {item.name!r} was made in inference mode, so changes of it cannot be told",
+                f"the tensor {item.name!r} was made in inference mode, so changes to it cannot be detected",
                 "name its top-level key in `eager`",
             )
         self._item = item
@@ -179,11 +294,15 @@ class _Mark:
         return [ctypes.string_at(self._address + place, width) for place in self._places]
 
     def _fail(self, evidence: str) -> None:
-        raise SnapshotMutated(
-            f"the tensor {self._item.name!r} was changed before wait_copied() returned ({evidence})",
-            "call wait_copied() before the optimizer's update and whatever else changes saved tensors, or name the "
-            "top-level key of tensors that change earlier in `eager`",
-        )
+        raise _mutated(self._item.name, evidence)
+
+
+def _mutated(name: str, evidence: str) -> SnapshotMutated:
+    return SnapshotMutated(
+        f"the tensor {name!r} was changed before wait_copied() returned ({evidence})",
+        "call wait_copied() before the optimizer's update and whatever else changes saved tensors, or name the "
+        "top-level key of tensors that change earlier in `eager`",
+    )
 
 
 def _places(tensor: torch.Tensor) -> list[int]:

@@ -30,8 +30,8 @@ class BucketExchange:
         pipeline: the order of collectives.
         meter: of the step.
         step: the step it belongs to.
-        loss_scale: what the gradients were multiplied with; 1 where there is no scaler.
-        ready: after which the gradients are ready; None where there are no streams.
+        loss_scale: the factor in the gradients; 1 where there is no scaler.
+        ready: the event after which the gradients are ready; None where there are no streams.
         on_written: called by the codec's thread once the estimates are written.
     """
 
@@ -59,7 +59,8 @@ class BucketExchange:
         self._meter = meter
         self._step = step
         self._loss_scale = loss_scale
-        self._ready = ready
+        self.is_ready = ready
+        """The event after which the gradients are ready; None where there are no streams."""
         self._on_written = on_written
         meter.ready(sum(grad.numel() for grad in grads))
 
@@ -98,7 +99,7 @@ class BucketExchange:
         return stage if stage.thread == "wire" else Stage("codec", partial(self._in_codec, stage))
 
     def _in_codec(self, stage: Stage) -> None:
-        with self._meter.codec(self._ready):
+        with self._meter.codec(self.is_ready):
             stage.work()
 
 

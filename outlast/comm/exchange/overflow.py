@@ -15,6 +15,7 @@ from outlast.comm.exchange.bucket import BucketExchange
 from outlast.comm.exchange.pipeline import Pipeline
 from outlast.comm.exchange.stats import ReduceMeter
 from outlast.comm.transport.communicator import Communicator
+from outlast.comm.transport.stream import DeviceStream
 from outlast.comm.transport.worker import OrderedWorker
 
 
@@ -26,7 +27,7 @@ class OverflowVote:
         communicator: all ranks.
         pipeline: of the buckets' collectives.
         meter: notes steps that are skipped.
-        device: of the gradients.
+        stream: where the gradients are checked.
     """
 
     def __init__(
@@ -35,34 +36,34 @@ class OverflowVote:
         communicator: Communicator,
         pipeline: Pipeline,
         meter: ReduceMeter,
-        device: torch.device,
+        stream: DeviceStream,
     ) -> None:
         self._codec = codec
         self._communicator = communicator
         self._pipeline = pipeline
         self._meter = meter
-        self._device = device
+        self._stream = stream
         self._all_finite = True
 
-    def look(self, bucket: BucketExchange) -> None:
-        """Take one bucket's gradients into account. Returns at once."""
-        self._codec.submit(partial(self._look, bucket.grads)).add_done_callback(bucket.fail)
+    def check(self, bucket: BucketExchange) -> None:
+        """Check one bucket's gradients. Returns at once."""
+        self._codec.submit(partial(self._check, bucket)).add_done_callback(bucket.fail)
 
     def decide(self, buckets: Sequence[BucketExchange]) -> None:
-        """All gradients have been looked at: use all buckets, or, where a rank's gradients overflowed, skip them all.
+        """All gradients have been checked: use all buckets, or skip them all if some rank's gradients overflowed.
 
         A collective call; returns at once. Failure: every bucket's ``done`` gets the error.
         """
-        vote = torch.zeros(8, dtype=torch.uint8, device=self._device)
-        self._codec.submit(partial(self._send, vote, buckets)).add_done_callback(partial(_fail, buckets))
+        self._codec.submit(partial(self._send, buckets)).add_done_callback(partial(_fail, buckets))
 
-    def _look(self, grads: list[Tensor]) -> None:
-        with torch.no_grad():
-            self._all_finite = self._all_finite and all(finite(grad) for grad in grads)
+    def _check(self, bucket: BucketExchange) -> None:
+        with torch.no_grad(), self._stream.work(bucket.is_ready):
+            self._all_finite = self._all_finite and all(finite(grad) for grad in bucket.grads)
 
-    def _send(self, vote: Tensor, buckets: Sequence[BucketExchange]) -> None:
-        """In the codec's thread, behind the last bucket's look."""
-        vote.fill_(not self._all_finite)
+    def _send(self, buckets: Sequence[BucketExchange]) -> None:
+        """In the codec's thread, behind the last bucket's check."""
+        with self._stream.work():
+            vote = torch.full((8,), not self._all_finite, dtype=torch.uint8, device=self._stream.device)
         self._all_finite = True
         self._communicator.submit(partial(self._count, vote, buckets)).add_done_callback(partial(_fail, buckets))
 
@@ -77,8 +78,9 @@ class OverflowVote:
 
     def _skip(self, buckets: Sequence[BucketExchange]) -> None:
         self._meter.skipped = True
-        for bucket in buckets:
-            bucket.skip()
+        with self._stream.work():
+            for bucket in buckets:
+                bucket.skip()
 
 
 def _fail(buckets: Sequence[BucketExchange], source: Future[Any]) -> None:

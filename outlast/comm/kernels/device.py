@@ -20,7 +20,7 @@ def _magnitude(x):
 @triton.jit
 def sample(x, plus, out, stride, count, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """Magnitudes of ``count`` entries of x (of x + plus), one of each ``stride``, scattered by a fixed hash: equally
-    spaced ones would all stand in a few columns of a matrix."""
+    spaced ones would all be in a few columns of a matrix."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     place = i * stride + (((i * 1640531527) & 0x7FFFFFFF) >> 7) % stride
@@ -206,3 +206,35 @@ def add_blocks(units, packed, out, scale, numel, block, whole, BITS: tl.constexp
         byte = tl.load(packed + place // 2, mask=inside, other=0).to(tl.int32)
         integer = (((byte >> (4 * (place % 2))) & 15) ^ 8) - 8
     tl.store(out + at, tl.load(out + at, mask=inside, other=0.0) + integer.to(tl.float32) * unit, mask=inside)
+
+
+@triton.jit
+def absolute_sums(x, sums, largest, numel, BLOCK: tl.constexpr):
+    """Of each block the sum of |x| and the largest magnitude."""
+    block = tl.program_id(0)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at, mask=at < numel, other=0.0)
+    tl.store(sums + block, tl.sum(tl.abs(value), axis=0))
+    tl.store(largest + block, tl.max(_magnitude(value), axis=0))
+
+
+@triton.jit
+def pack_signs(x, packed, numel, BLOCK: tl.constexpr):
+    """Sign bits, eight in a byte."""
+    byte = tl.program_id(0) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    place = tl.arange(0, 8)[None, :]
+    at = byte[:, None] * 8 + place
+    value = tl.load(x + at, mask=at < numel, other=0.0)
+    bits = (value.to(tl.int32, bitcast=True) < 0).to(tl.int32) << place
+    tl.store(packed + byte, tl.sum(bits, axis=1).to(tl.uint8), mask=byte * 8 < numel)
+
+
+@triton.jit
+def add_signs(packed, mean, out, scale, numel, BLOCK: tl.constexpr):
+    """out += scale * mean, or less it where the bit is 1."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < numel
+    bit = (tl.load(packed + at // 8, mask=inside, other=0).to(tl.int32) >> (at % 8)) & 1
+    step = tl.load(mean) * scale
+    value = tl.load(out + at, mask=inside, other=0.0)
+    tl.store(out + at, value + tl.where(bit == 1, -step, step), mask=inside)

@@ -1,8 +1,8 @@
 """Where gradient exchange runs on a device, beside the stream that computes.
 
 On a CPU it is nothing but threads. On CUDA it is one side stream: work on a gradient is ordered behind the event that
-marks the gradient as ready, and whoever waits for the result waits through the future's own event. The CUDA half has
-not been run on hardware.
+marks the gradient as ready, and whoever waits for the result waits through the future's own event, or by
+:meth:`DeviceStream.join`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 class DeviceStream:
-    """One device's lane; used by all threads of one reducer."""
+    """A side stream on one device; used by all threads of one reducer."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -30,7 +30,7 @@ class DeviceStream:
 
     @contextmanager
     def work(self, after: torch.cuda.Event | None = None) -> Iterator[None]:
-        """The context for work in the lane, behind ``after``."""
+        """A context for work in the stream, behind ``after``."""
         if self._stream is None:
             yield
             return
@@ -39,8 +39,13 @@ class DeviceStream:
                 self._stream.wait_event(after)
             yield
 
+    def join(self) -> None:
+        """Order what the caller's stream does next behind all that the lane was given so far."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
     def future(self) -> torch.futures.Future[torch.Tensor]:
-        """A future that carries the lane's stream order to whoever waits for it."""
+        """A future whose waiters are ordered behind the stream."""
         if self._stream is None:
             return torch.futures.Future()
         return torch.futures.Future(devices=[self.device])

@@ -12,7 +12,9 @@ import torch
 from outlast.checkpoint import Checkpointer
 from outlast.errors import CheckpointError, SnapshotMutated
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import checkpointer, failed, of, same, steps_at
+from tests.checkpoint.damage import steps_at
+from tests.checkpoint.helpers import checkpointer, failed, of
+from tests.checkpoint.states import same
 
 
 def model() -> torch.nn.Module:
@@ -148,5 +150,5 @@ def test_host_memory_is_used_again(tmp_path: Path) -> None:
         for step in (1, 2, 3):
             saver.save(step, replicated={"model": net.state_dict()}, local={"rng": {"s": torch.ones(step)}})
             saver.wait_copied()
-            places.add(saver._arena._buffer.data_ptr())
+            places.add(saver._arena._pages.data_ptr())
     assert len(places) == 1

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from outlast.comm import kernels
 from outlast.comm.compressors import select
+from outlast.comm.compressors.bits import pack_bits
 from outlast.comm.compressors.blockwise import Blocks
 from outlast.comm.compressors.power_scale import HEADER_BYTES
-from outlast.comm.kernels import blockwise, sparse
+from outlast.comm.compressors.signs import Signs
+from outlast.comm.kernels import blockwise, signs, sparse
 from outlast.errors import CommError
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
@@ -41,6 +43,7 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(sparse, "PROGRAMS", 2)
         monkeypatch.setattr(sparse, "SAMPLE", 500)
         monkeypatch.setattr(blockwise, "TILE", 1024)
+        monkeypatch.setattr(signs, "TILE", 1024)
     with np.errstate(all="ignore"):
         yield
 
@@ -216,6 +219,44 @@ def test_blocks(numel: int, bits: int, block: int, kind: str, seed: int, scale: 
 
 
 @few
+@given(
+    numel=sizes,
+    kind=st.sampled_from([kind for kind in KINDS if kind not in ("nan", "inf")]),
+    seed=seeds,
+    scale=st.sampled_from((1.0, -1.0, 1 / 3)),
+)
+@example(numel=4097, kind="signed zeros", seed=0, scale=1 / 3)
+@example(numel=8, kind="denormal", seed=0, scale=1.0)
+def test_signs(numel: int, kind: str, seed: int, scale: float) -> None:
+    x = entries(kind, numel, seed)
+    sums, largest = kernels.absolute_sums(x.to(DEVICE))
+    assert same(largest, x.abs().max())
+    assert float(sums.double().sum()) == pytest.approx(float(x.double().abs().sum()), rel=1e-6, abs=1e-44)
+    again, _ = kernels.absolute_sums(x.to(DEVICE))
+    assert same(sums, again)
+    expected = torch.zeros(-(-numel // 8), dtype=torch.uint8)
+    pack_bits(x.view(torch.int32) < 0, expected)
+    room = torch.full((len(expected) + 16,), 0xA5, dtype=torch.uint8, device=DEVICE)
+    packed = room[8 : 8 + len(expected)]
+    kernels.pack_signs(x.to(DEVICE), packed)
+    assert same(packed, expected)
+    assert bool((room[:8] == 0xA5).all())
+    assert bool((room[8 + len(expected) :] == 0xA5).all())
+    code, mean, out = Signs(), torch.tensor([0.37]), entries("normal", numel, seed + 1)
+    held = out.to(DEVICE, copy=True)
+    code._add(torch.cat((mean.view(torch.uint8), expected)), out, scale)
+    kernels.add_signs(packed, mean.to(DEVICE), held, scale)
+    assert same(held, out)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows_in_the_largest(value: float) -> None:
+    x = entries("normal", 3000, 0)
+    x[1234] = value
+    assert not bool(torch.isfinite(kernels.absolute_sums(x.to(DEVICE))[1]))
+
+
+@few
 @given(numel=sizes, kind=st.sampled_from(("nan", "inf", "denormal", "wide")), seed=seeds)
 def test_maxima_tell_what_is_out_of_range(numel: int, kind: str, seed: int) -> None:
     x = entries(kind, numel, seed)
@@ -242,7 +283,7 @@ def test_other_tensors_are_refused() -> None:
         kernels.add_sparse(x, torch.zeros(1, dtype=torch.int32, device=DEVICE), x[:1])
     with pytest.raises(CommError, match="fits_blocks"):
         kernels.quantise_blocks(x, 4, 3, body)
-    with pytest.raises(CommError, match="needed are 10 bytes"):
+    with pytest.raises(CommError, match="expected at least 10 bytes"):
         kernels.quantise_blocks(x, 8, 8, body[:9])
     with pytest.raises(CommError, match="block = 0"):
         kernels.largest_in_blocks(x, 0)

@@ -99,3 +99,13 @@ def test_blocks_round_at_each_step_and_divide_exactly(bits: int, block: int) -> 
     assert floats(code["ptx"]) <= ONCE
     assert "FFMA" not in machine(code)
     ptx(device.add_blocks, adding, {"BITS": bits, "BLOCK": 4096, "block": 1, "whole": 1}, **ROUNDED)
+
+
+def test_signs() -> None:
+    summing = {"x": NUMBERS, "sums": NUMBERS, "largest": INTEGERS, "numel": "i32"}
+    assert floats(ptx(device.absolute_sums, summing, {"BLOCK": 8192})) <= ONCE
+    ptx(device.pack_signs, {"x": NUMBERS, "packed": "*u8", "numel": "i32"}, {"BLOCK": 8192})
+    adding = {"packed": "*u8", "mean": NUMBERS, "out": NUMBERS, "scale": "fp32", "numel": "i32"}
+    code = assembled(device.add_signs, adding, {"BLOCK": 8192}, **ROUNDED)
+    assert floats(str(code["ptx"])) <= ONCE
+    assert "FFMA" not in machine(code)

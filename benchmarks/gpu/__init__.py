@@ -1,0 +1,1 @@
+"""What one GPU can prove of outlast, and how fast it is there: ``python -m benchmarks.gpu --out DIR``."""
