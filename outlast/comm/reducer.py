@@ -16,9 +16,10 @@ class Reducer(Protocol):
     """Averages gradients over ranks, compressed. DDP, FSDP2 and DeepSpeed share this interface::
 
         with outlast.comm.attach(ddp, target="gradient", feedback="ef21", density=0.05) as reducer:
-            for step in range(1, steps + 1):
+            for step in range(1, 1001):
+                optimizer.zero_grad()
                 reducer.begin_step(step)
-                loss_of(ddp, step).backward()
+                loss(ddp, step).backward()
                 stats = reducer.end_step()
                 optimizer.step()
 
