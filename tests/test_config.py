@@ -105,7 +105,7 @@ def test_a_mistyped_option_names_the_nearest(flag: str, hint: str) -> None:
     ("name", "value", "says"),
     [
         ("comm.density", "7", "comm.density = 7.0 is out of range\n  what to do: allowed: 0 < density <= 1"),
-        ("model.layers", "three", "--model.layers: model.layers = 'three' is not of type int"),
+        ("model.layers", "three", "command line: model.layers = 'three' is not of type int"),
         ("trainer.precision", "fp61", "is not one of fp32, bf16"),
     ],
 )

@@ -99,7 +99,14 @@ def against_cpu(report: Report, settings: Settings) -> None:
                         mine = torch.zeros(x.shape, device=settings.device)
                         ours.add_to(mine, 0.5)
                         worst = max(worst, error(mine, sent))
-    report.add("bytes and sums as on the CPU", not wrong and worst < CLOSE, cases=cases, wrong=len(wrong), worst=worst, first=wrong[:4])
+    report.add(
+        "bytes and sums as on the CPU",
+        not wrong and worst < CLOSE,
+        cases=cases,
+        wrong=len(wrong),
+        worst=worst,
+        first=wrong[:4],
+    )
 
 
 def large(report: Report, settings: Settings) -> None:

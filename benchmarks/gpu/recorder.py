@@ -33,7 +33,7 @@ def gathered(communicator: Communicator, payload: torch.Tensor, out: torch.Tenso
 
 
 def durations(report: Report, settings: Settings, folder: Path) -> None:
-    """Fifty collectives, each behind work on the stream that computes: the recorder's times are the collectives' own."""
+    """Fifty collectives, each behind work on the compute stream: the recorder's times are the collectives' own."""
     recorder = Recorder(folder / "ring", rank=0)
     lane = DeviceStream(settings.device)
     communicator = Communicator(observer=recorder, stream=lane.work)
@@ -66,7 +66,7 @@ def durations(report: Report, settings: Settings, folder: Path) -> None:
         r.completed_s - r.entered_s for r in read_ring(folder / "ring").records[-COUNT:] if r.completed_s is not None
     ]
     names = ("nccl", "memcpy dtod")
-    kernels = [event for event in profile.events() if any(name in event.name.lower() for name in names)]  # type: ignore[union-attr]
+    kernels = [event for event in profile.events() if any(name in event.name.lower() for name in names)]
     seen = [getattr(event, "device_time_total", 0.0) / 1e6 for event in kernels]
     seen = sorted(seen)[-COUNT:]
     figures: dict[str, Any] = {"recorder_ms": ms(told), "recorder_range_ms": [1e3 * min(told), 1e3 * max(told)]}

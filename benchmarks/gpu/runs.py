@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -253,9 +254,7 @@ def section(report: Report, settings: Settings) -> None:
                 )
             else:
                 straight = by_label[f"{job.label.split('-')[0]}-straight"]
-                report.attempt(
-                    f"{job.label}: the same bits", lambda job=job, straight=straight: judge(report, job, straight)
-                )  # type: ignore[misc]
+                report.attempt(f"{job.label}: the same bits", partial(judge, report, job, straight))
         if settings.cuda:
             report.attempt("contexts", lambda: contexts(report, watch, jobs))
 
