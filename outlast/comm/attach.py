@@ -36,12 +36,14 @@ def attach(
 ) -> Reducer:
     """Compress what a model's ranks average, from the next backward on; a collective call.
 
-    ::
+    Adam's directions, with Adam in the reducer (the default)::
 
-        reducer = outlast.comm.attach(ddp)  # by default updates are averaged: Adam is in the reducer, SGD is left
+        reducer = outlast.comm.attach(ddp, target="update", density=0.01)
         optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3, weight_decay=0.1)
 
-        reducer = outlast.comm.attach(ddp, target="gradient", feedback="ef21", density=0.05)  # with any optimizer
+    Gradients, with any optimizer::
+
+        reducer = outlast.comm.attach(ddp, target="gradient", feedback="ef21", density=0.05)
 
     The same call takes a model that has been through ``fully_shard`` and what ``deepspeed.initialize`` returned. What
     each of them adds is said in :func:`~outlast.comm.ddp.attach.attach_ddp`, :func:`~outlast.comm.fsdp.attach_fsdp` and

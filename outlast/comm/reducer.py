@@ -9,15 +9,17 @@ from typing import Any, Protocol, Self
 
 from outlast.comm.config import CommConfig
 from outlast.comm.exchange.stats import ReduceStats
+from outlast.errors import CommError
 
 
 class Reducer(Protocol):
     """Averages gradients over ranks, compressed. DDP, FSDP2 and DeepSpeed share this interface::
 
         with outlast.comm.attach(ddp, target="gradient", feedback="ef21", density=0.05) as reducer:
-            for step in range(1, steps + 1):
+            for step in range(1, 1001):
+                optimizer.zero_grad()
                 reducer.begin_step(step)
-                loss_of(ddp, step).backward()
+                loss(ddp, step).backward()
                 stats = reducer.end_step()
                 optimizer.step()
 
@@ -34,11 +36,16 @@ class Reducer(Protocol):
     """How many ranks exchange gradients with one another: all, or with HSDP the copies of a shard."""
 
     @abstractmethod
-    def begin_step(self, step: int) -> None:
-        """Say which step (1-based) the next backward belongs to; the warm-up depends on it. Optional.
+    def begin_step(self, step: int, loss_scale: float | None = None) -> None:
+        """Say which step the next backward belongs to; the warm-up depends on it. Optional.
+
+        Args:
+            step: counts from 1.
+            loss_scale: the factor in the loss, ``GradScaler.get_scale()``; for DDP alone, others refuse it.
 
         Raises:
-            CommError: an exchange has failed, the reducer was closed, or this cannot be the next step.
+            CommError: an exchange has failed, the reducer was closed, this cannot be the next step, or ``loss_scale``
+                does not apply.
         """
 
     @abstractmethod
@@ -101,3 +108,16 @@ class Reducer(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def refuse_loss_scale(loss_scale: float | None, what: str) -> None:
+    """For reducers whose error feedback cannot follow a loss scale.
+
+    Raises:
+        CommError: there is one.
+    """
+    if loss_scale is not None:
+        raise CommError(
+            f"loss_scale = {loss_scale:g}: error feedback cannot follow a loss scale under {what}",
+            "use bfloat16, which needs none, and leave out loss_scale",
+        )

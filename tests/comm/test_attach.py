@@ -190,6 +190,8 @@ def refused(rank: int) -> None:
     assert "dense_direction does not apply to FSDP2" in message(
         lambda: outlast.comm.attach(sharded, dense_direction=outlast.comm.direction.Adam())
     )
+    with outlast.comm.attach(sharded, target="gradient") as reducer:
+        assert "cannot follow a loss scale under FSDP2" in message(lambda: reducer.begin_step(1, loss_scale=1024.0))
     assert "compressor = 'auto'" in message(lambda: outlast.comm.attach(sharded, compressor="auto"))
 
 
@@ -203,6 +205,8 @@ def steps_are_deepspeeds(rank: int) -> None:
         step(1)
         with pytest.raises(CommError, match=r"begin_step\(1\), but the next step of the DeepSpeed engine is 2"):
             reducer.begin_step(1)
+        with pytest.raises(CommError, match="cannot follow a loss scale under DeepSpeed"):
+            reducer.begin_step(2, loss_scale=1024.0)
         engine: Any = reducer
         with pytest.raises(CommError, match="replicas does not apply to a DeepSpeed engine"):
             outlast.comm.attach(engine._engine, replicas=torch.distributed.group.WORLD)

@@ -24,15 +24,6 @@ def attach_ddp(
 ) -> GradientReducer:
     """Compress what ``ddp`` averages, from the next backward on; a collective call.
 
-    Adam's directions, with Adam in the reducer::
-
-        reducer = attach(ddp, target="update", density=0.01)
-        optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3, weight_decay=0.1)
-
-    Gradients, with any optimizer::
-
-        reducer = attach(ddp, target="gradient", feedback="ef21", density=0.05)
-
     Args:
         ddp: the model, before its first backward; the ranks are those of its process group.
         config: see :class:`CommConfig`; None takes its defaults. With ``target = "update"`` the optimizer is

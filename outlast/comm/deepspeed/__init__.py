@@ -22,7 +22,7 @@ from outlast.comm.config import CommConfig
 from outlast.comm.deepspeed.integrations import Integration, Partitions, WholeGradients
 from outlast.comm.direction import Direction
 from outlast.comm.exchange.stats import ReduceStats
-from outlast.comm.reducer import Reducer
+from outlast.comm.reducer import Reducer, refuse_loss_scale
 from outlast.comm.transport.communicator import CollectiveObserver
 from outlast.deepspeed_compat import check_engine, check_method, import_deepspeed, known_attributes
 from outlast.errors import CommError
@@ -48,12 +48,13 @@ class DeepSpeedReducer(Reducer):
         self._engine = engine
         self._integration = integration
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, loss_scale: float | None = None) -> None:
         """Check that the next backward belongs to ``step``. DeepSpeed counts the steps, so this only compares.
 
         Raises:
-            CommError: an exchange has failed before, or DeepSpeed's next step is another one.
+            CommError: an exchange has failed before, DeepSpeed's next step is another one, or ``loss_scale`` is given.
         """
+        refuse_loss_scale(loss_scale, "DeepSpeed")
         self._integration.check()
         expected = self._engine.global_steps + 1
         if step != expected:

@@ -25,7 +25,7 @@ from outlast.comm.exchange.sharded import ShardItem
 from outlast.comm.exchange.sharded_session import ShardSession
 from outlast.comm.exchange.stats import ReduceStats
 from outlast.comm.fsdp.groups import Group, copies_of, find_groups, sharded_param, unknown_torch, with_gradient
-from outlast.comm.reducer import Reducer
+from outlast.comm.reducer import Reducer, refuse_loss_scale
 from outlast.comm.state.sharded_state import cannot_reshard
 from outlast.comm.transport.communicator import CollectiveObserver
 from outlast.errors import CommError
@@ -57,15 +57,16 @@ class ShardedReducer(Reducer):
         self._groups = groups
         self._ranks, self._rank = saved_by
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, loss_scale: float | None = None) -> None:
         """Say which step (1-based) the next backward belongs to; the warm-up depends on it.
 
         Optional: without it each synchronised backward is a step, counted from 1 or from the loaded state. Once it has
         been called it must be called before every step.
 
         Raises:
-            CommError: an exchange has failed before, or ``step`` < 1.
+            CommError: an exchange has failed before, ``step`` < 1, or there is a ``loss_scale``.
         """
+        refuse_loss_scale(loss_scale, "FSDP2")
         self._session.begin_step(step)
 
     def end_step(self) -> ReduceStats:
