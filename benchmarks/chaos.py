@@ -1,17 +1,17 @@
-"""A run of 4 ranks on 2 emulated nodes that loses ranks and nodes at random, and must end as one that lost none.
+"""Kills ranks and nodes of a run at random; the run must end bit-identical to one without failures.
 
 ::
 
     sudo python -m benchmarks.chaos --kills 100
 
-Ranks are real processes with the trainer of ``outlast train``; a node is a mount namespace with a file system of its
-own at ``/dev/shm``, and a disk of its own. At random steps a random rank is killed (SIGKILL), or all ranks of a node,
-and now and then the node's memory is lost with it, or that of all nodes at once, as when the power fails; the ranks
-left are stopped, and all start again, as with the launcher.
+The run has 4 ranks on 2 emulated nodes. Ranks are processes that run the trainer of ``outlast train``; a node is a
+mount namespace with its own file system at ``/dev/shm`` and its own disk. At random steps a random rank is killed with
+SIGKILL, or all ranks of a node. Sometimes the node's memory is lost too, or that of all nodes at once, as in a power
+failure. Then the other ranks are stopped and all are restarted, as the launcher does.
 
-Needs root. Prints JSON: what was killed, what each restart went on from and which tier gave it, the most steps done
-again, and whether the end is bit-identical. Exit status 1 if it is not, or if a restart went on from
-less than the tiers that were left had committed.
+Needs root. Prints JSON: what was killed, the step and tiers that each restart restored from, how many steps were redone
+at most, and whether the result is bit-identical. Exit status 1 if it is not, or if a restart restored an older step
+than the remaining tiers had committed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from outlast.launch import Place
 RANKS, NODES = 4, 2
 PARTNER_EVERY_STEPS, LOCAL_EVERY_STEPS = 2, 4
 _TO_END = 5
-"""No kill is planned for so many last steps: while one is being looked for, the run might end."""
+"""The last steps, in which nothing is killed, because the run might end first."""
 _LOSES_NODE, _LOSES_ITS_MEMORY, _LOSES_ALL_MEMORY = 0.3, 0.5, 0.1
 _LIMIT_S = 120.0
 _CONFIG = """
@@ -93,39 +93,39 @@ commit_timeout_s = 30
 
 @dataclass
 class Kill:
-    """One loss, and what came after it."""
+    """One failure, and the restart after it."""
 
     at_step: int
     ranks: list[int]
     memory_lost_of_nodes: list[int]
     saved: dict[str, int]
-    """The newest step committed when it happened, by tier."""
+    """The newest step that was committed then, by tier."""
     resumed_step: int = 0
     tiers: dict[str, int] = field(default_factory=dict)
-    """Bytes that all ranks took from each tier when they went on."""
+    """Bytes that all ranks read from each tier at the restart."""
 
     @property
     def left(self) -> int:
-        """The newest step that was committed in what was left."""
+        """The newest step that the remaining tiers had committed."""
         least = ("memory", "partner", "local")[len(self.memory_lost_of_nodes)]
         return max(self.saved[least], self.saved["storage"])
 
     @property
     def done_again(self) -> int:
-        """Steps that had been committed in memory."""
+        """Steps that were redone although they had been committed in memory."""
         return self.saved["memory"] - self.resumed_step
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run it; the exit status."""
+    """Run the benchmark; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=0, help="of the run; 0: four for each kill")
+    parser.add_argument("--steps", type=int, default=0, help="steps of the run; 0: four per kill")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write it there")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args(arguments)
     if os.geteuid() != 0:
-        print(f"chaos: mounts file systems and so needs root, runs as uid {os.geteuid()}", file=sys.stderr)
+        print(f"chaos: mounting file systems needs root, but this is uid {os.geteuid()}", file=sys.stderr)
         return 2
     steps = options.steps or 4 * options.kills
     with tempfile.TemporaryDirectory(prefix="outlast-chaos-") as folder:
@@ -145,7 +145,7 @@ def _compare(folder: Path, kills: int, steps: int, chance: random.Random) -> dic
         straight.join()
         straight_s = time.monotonic() - began
         job = _Job(folder / "run", steps, nodes)
-        done = _torment(job, sorted(chance.choices(range(2, steps - _TO_END), k=kills)), chance)
+        done = _run_with_kills(job, sorted(chance.choices(range(2, steps - _TO_END), k=kills)), chance)
         same = _same(straight.run, job.run, steps)
     slowest = ("storage", "local", "partner", "memory")
     tiers = Counter(next(tier for tier in slowest if tier in kill.tiers) for kill in done)
@@ -192,7 +192,7 @@ class _Job:
         )
 
     def start(self, generation: int) -> None:
-        """All ranks."""
+        """Start all ranks."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -219,16 +219,16 @@ class _Job:
             self.processes.append(process)
 
     def join(self) -> None:
-        """Wait for the end, which must be a good one."""
+        """Wait until all ranks have succeeded."""
         deadline = time.monotonic() + _LIMIT_S
         for rank, process in enumerate(self.processes):
             process.join(max(0.1, deadline - time.monotonic()))
             if process.exitcode != 0:
                 log = self.run.with_suffix(f".{rank}.log").read_text()[-3000:]
-                raise RuntimeError(f"rank {rank} ended with {process.exitcode}:\n{log}")
+                raise RuntimeError(f"rank {rank} exited with status {process.exitcode}:\n{log}")
 
     def kill(self, ranks: list[int]) -> None:
-        """Some at once, and then, as the launcher does, the others."""
+        """Kill some ranks at once, and then the others, as the launcher does."""
         for rank in ranks:
             self.processes[rank].kill()
         for process in self.processes:
@@ -237,7 +237,7 @@ class _Job:
             process.join()
 
     def step(self) -> int:
-        """The step that some rank is in, 0 before all are in one."""
+        """The lowest step that a rank is in; 0 until all ranks are in a step."""
         beats = []
         for rank in range(RANKS):
             shm = shm_directory(self.run)
@@ -252,14 +252,14 @@ class _Job:
         return min(beats)
 
     def events(self, kind: str) -> list[Record]:
-        """Of all ranks and attempts, oldest first."""
+        """The events of all ranks and attempts, oldest first."""
         found = []
         for path in sorted(self.run.glob("attempts/[0-9]*/events/rank_*.jsonl")):
             found += [record for record in read_events(path) if record.kind == kind]
         return sorted(found, key=lambda record: record.t)
 
 
-def _torment(job: _Job, at_steps: list[int], chance: random.Random) -> list[Kill]:
+def _run_with_kills(job: _Job, at_steps: list[int], chance: random.Random) -> list[Kill]:
     done: list[Kill] = []
     job.start(0)
     for number, at_step in enumerate(at_steps):
@@ -283,7 +283,7 @@ def _torment(job: _Job, at_steps: list[int], chance: random.Random) -> list[Kill
 
 
 def _choose(chance: random.Random) -> tuple[list[int], list[int]]:
-    """Ranks to kill, and nodes whose memory is lost."""
+    """The ranks to kill, and the nodes that lose their memory."""
     if chance.random() < _LOSES_ALL_MEMORY:
         return list(range(RANKS)), list(range(NODES))
     if chance.random() >= _LOSES_NODE:
@@ -294,7 +294,7 @@ def _choose(chance: random.Random) -> tuple[list[int], list[int]]:
 
 
 def _saved(job: _Job, before: list[Kill]) -> dict[str, int]:
-    """The newest step that all have in each tier. What is newer than a step that was gone back to since is void."""
+    """The newest step that all ranks have in each tier; steps newer than one that was restored since do not count."""
     newest = {"memory": 0, "storage": 0}
     copies: dict[str, Counter[int]] = {"partner": Counter(), "local": Counter()}
     for record in job.events("checkpoint_saved"):
@@ -328,7 +328,7 @@ def _note_resumption(job: _Job, number: int, kill: Kill) -> None:
 
 
 def _same(one: Path, other: Path, step: int) -> bool:
-    """Whether two runs' last checkpoints hold the same bytes, but for what tells one save from another."""
+    """Whether two runs' last checkpoints contain the same arrays, byte for byte."""
     groups = [zarr.open_group(run / "checkpoints" / f"step_{step:08d}", mode="r") for run in (one, other)]
     arrays = [dict(_arrays(group)) for group in groups]
     return arrays[0].keys() == arrays[1].keys() and all(
@@ -341,7 +341,7 @@ def _arrays(group: Any) -> Any:
 
 
 def _rank(config: str, place: Place, mounts: dict[str, str], log: str) -> None:
-    """A rank's process."""
+    """The main function of a rank's process."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

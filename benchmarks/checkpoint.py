@@ -3,17 +3,17 @@
     python -m benchmarks.checkpoint [--state-mb 768] [--every 4] [--steps 8] [--rounds 5] [--methods …] [--dir DIR]
                                     [--json FILE]
 
-Two ranks train a perceptron under DDP with AdamW, whose parameters and moments make up the state. A round lets each
-method in turn train some steps with a checkpoint every so many, and then read the newest back; and writes the same
-number of bytes past the page cache, with nothing else going on. Methods alternate, so that a machine that drifts
-drifts for all, and each makes a save before it is timed. ``raw-beside`` is no method: it writes as many bytes as the
-state has past the page cache while training goes on, and nothing else, and so is what writing alone costs.
-``outlast-memory`` saves to shared memory after *every* step, and reads back from there.
+Two ranks train a perceptron under DDP with AdamW; parameters and moments make up the state. In each round every method
+trains some steps, saves at a fixed interval, and then reads the newest checkpoint back. Each round also writes the same
+number of bytes with O_DIRECT while nothing else runs. Methods alternate within a round, so drift of the machine affects
+all of them, and each saves once before it is timed. ``raw-beside`` is not a checkpoint: it writes the size of the state
+with O_DIRECT while training goes on, which shows the cost of the writes alone. ``outlast-memory`` saves to shared
+memory after *every* step, and reads back from there.
 
-Printed are medians over rounds of the slower rank's figures: seconds a step, its ratio to the same round's step
-without checkpoints, seconds the training thread was blocked by a save, seconds until it was durable (``torch.save`` and
-DCP sync a file each, but no directory), seconds to read it back, with nothing in the page cache, and peak memory of
-both ranks above the first method's.
+Prints medians over rounds of the slower rank's figures: seconds per step; its ratio to the step without checkpoints in
+the same round; seconds that a save blocked the training thread; seconds until it was durable (``torch.save`` and DCP
+sync each file but no directory); seconds to read it back with a cold page cache; and peak memory of both ranks above
+that of the first method.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ METHODS = (
     "outlast-memory",
 )
 EVERY_STEP = ("outlast-memory",)
-"""Methods that save after each step, whatever ``--every`` says."""
+"""Methods that save after each step and ignore ``--every``."""
 RANKS = 2
 
 
 @dataclass(slots=True)
 class Row:
-    """One method: one entry a round, or (``blocked_s``, ``durable_s``) a save."""
+    """The figures of one method: one entry per round, or per save for ``blocked_s`` and ``durable_s``."""
 
     step_s: list[float] = field(default_factory=list)
     ratio: list[float] = field(default_factory=list)
     blocked_s: list[float] = field(default_factory=list)
     durable_s: list[float] = field(default_factory=list)
     durable_ratio: list[float] = field(default_factory=list)
-    """Mean of the round's saves over the same round's raw write."""
+    """Mean of the round's saves, divided by the same round's raw write."""
     load_s: list[float] = field(default_factory=list)
     host_mb: list[float] = field(default_factory=list)
 
@@ -85,11 +85,11 @@ class Ranks:
         ]
 
     def ask(self, **order: Any) -> list[dict[str, Any]]:
-        """Hand all ranks an order, and wait for their answers; SystemExit if one ended."""
+        """Send all ranks an order and wait for their answers; SystemExit if one has exited."""
         return ask(self._processes, **order)
 
     def close(self) -> None:
-        """Let them end."""
+        """Let the ranks exit."""
         for process in self._processes:
             process.communicate(timeout=120)
 
@@ -97,12 +97,12 @@ class Ranks:
 def measure(
     folder: Path, state_mb: float, methods: Sequence[str], rounds: int, steps: int, every: int
 ) -> tuple[dict[str, Row], list[float]]:
-    """Run the benchmark: rows by method, and the raw writes' seconds by round."""
+    """Run the benchmark; returns rows by method, and the seconds of the raw writes by round."""
     rows = {method: Row() for method in methods}
     raws: list[float] = []
     ranks = Ranks(folder, state_mb)
     number = 0
-    for turn in range(-1, rounds):  # the first is not counted: memory, the allocator and DCP's processes warm up
+    for turn in range(-1, rounds):  # the first warms up memory, the allocator and DCP's processes, and does not count
         number += 1
         raw_s = max(answer["durable_s"] for answer in ranks.ask(do="raw", number=number))
         shutil.rmtree(folder / str(number))
@@ -136,9 +136,9 @@ def measure(
 
 
 def text(rows: dict[str, Row], raws: Sequence[float]) -> str:
-    """The table, aligned."""
+    """The figures as an aligned table."""
     lines = [
-        f"{'':20} {'step':>7} {'× none (range)':>20} {'blocked a save (range)':>24} {'durable (range)':>20} "
+        f"{'':20} {'step':>7} {'× none (range)':>20} {'blocked per save (range)':>24} {'durable (range)':>20} "
         f"{'× raw':>6} {'load':>7} {'memory':>9}"
     ]
     for method, row in rows.items():
@@ -159,14 +159,14 @@ def text(rows: dict[str, Row], raws: Sequence[float]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure and print; writes all figures to ``--json`` if asked to."""
+    """Measure and print; with ``--json`` also write all figures to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--state-mb", type=float, default=768.0)
     parser.add_argument("--every", type=int, default=4, help="steps between checkpoints")
     parser.add_argument("--steps", type=int, default=8, help="steps of each method per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--methods", default=",".join(METHODS), help="the first is the baseline")
-    parser.add_argument("--dir", type=Path, help="a folder on the disk to measure; a temporary one if missing")
+    parser.add_argument("--dir", type=Path, help="a folder on the disk to measure; by default a temporary one")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(words)
     folder = Path(tempfile.mkdtemp(prefix="outlast-bench-", dir=given.dir))

@@ -1,4 +1,4 @@
-"""One rank of :mod:`benchmarks.checkpoint`: orders as JSON lines on standard input, answers on standard output."""
+"""One rank of :mod:`benchmarks.checkpoint`: reads orders as JSON lines from stdin, and answers on stdout."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ State = dict[str, Any]
 
 @dataclass(slots=True)
 class Trainer:
-    """A perceptron under DDP with AdamW: parameters and two moments are ``state_mb``."""
+    """A perceptron under DDP with AdamW, whose parameters and two moments take ``state_mb``."""
 
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
@@ -55,7 +55,7 @@ class Trainer:
 
 
 def build(state_mb: float) -> Trainer:
-    """Layers of WIDTH x WIDTH, as many as make up the state; two steps are taken, so that all of it exists."""
+    """Layers of WIDTH x WIDTH, enough for the state's size; takes two steps, so that all of the state exists."""
     torch.manual_seed(0)
     layers = max(1, round(state_mb * 1e6 / (3 * 4 * WIDTH * (WIDTH + 1))))
     model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(layers)])
@@ -70,7 +70,7 @@ def build(state_mb: float) -> Trainer:
 
 @dataclass
 class Method(ABC):
-    """A way to save; ``blocked_s`` gathers what the training thread waited, ``durable_s`` what each save took."""
+    """A way to save. ``blocked_s`` has the time each save blocked training, ``durable_s`` the time it took."""
 
     warm_ups: ClassVar[int] = 1
     folder: Path
@@ -78,38 +78,38 @@ class Method(ABC):
     durable_s: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:  # noqa: B027
-        """Get ready."""
+        """Prepare."""
 
     @abstractmethod
     def save(self, step: int, state: State) -> None:
-        """Begin to save."""
+        """Start a save."""
 
     def watch(self, trainer: Trainer) -> None:  # noqa: B027
-        """What trains, before it does."""
+        """Called with the training state before training."""
 
     def before_update(self) -> None:  # noqa: B027
-        """The state is about to change."""
+        """Called before the state changes."""
 
     def settle(self) -> None:  # noqa: B027
-        """Wait until all is saved."""
+        """Wait until every save is durable."""
 
     def drain(self) -> None:
-        """Wait until all is saved, and end."""
+        """Wait until every save is durable, and release resources."""
         self.settle()
 
     def forget(self) -> None:
-        """Saves so far do not count."""
+        """Discard the figures of the saves so far."""
         self.blocked_s, self.durable_s = [], []
 
     def clean(self) -> None:  # noqa: B027
-        """Leave nothing behind outside the folder."""
+        """Remove everything outside the folder."""
 
     @abstractmethod
     def load(self, state: State) -> None:
-        """Read the newest back into ``state``."""
+        """Read the newest save back into ``state``."""
 
     def _begin(self, step: int) -> Path:
-        """A fresh path. Nothing is removed on the training thread's time."""
+        """A new path, because removing an old save would count as training time."""
         self._newest = self.folder / f"step-{step}"
         return self._newest
 
@@ -123,7 +123,7 @@ class Nothing(Method):
 
 
 class TorchSave(Method):
-    """Rank 0 writes one file, and syncs it, while the others wait."""
+    """Rank 0 writes and syncs one file while the others wait."""
 
     def save(self, step: int, state: State) -> None:
         began = time.perf_counter()
@@ -146,7 +146,7 @@ class TorchSave(Method):
 
 
 class DCP(Method):
-    """Distributed Checkpoint, as it comes."""
+    """torch.distributed.checkpoint with its defaults."""
 
     def save(self, step: int, state: State) -> None:
         began = time.perf_counter()
@@ -159,8 +159,8 @@ class DCP(Method):
 
 
 class DCPAsync(DCP):
-    """The same in the background, on a process group of its own (on training's the two would wait for each other); the
-    staging copy blocks, as does a save that meets the one before."""
+    """The same in the background, on its own process group, since on training's the two would wait for each other. The
+    staging copy blocks, and so does a save that starts before the previous one has finished."""
 
     kind = AsyncCheckpointerType.THREAD
 
@@ -198,8 +198,8 @@ class DCPProcess(DCPAsync):
 
 
 class RawBeside(Method):
-    """No checkpoint: as many bytes as the state has, the same ones each time, written past the page cache beside
-    training, with no copy and no checksum. What any method costs that writes the state while training goes on."""
+    """Not a checkpoint: writes as many bytes as the state has, always the same ones, with O_DIRECT while training goes
+    on, without copies or checksums. Every method that writes during training costs at least this."""
 
     def __post_init__(self) -> None:
         self._block = _block()
@@ -229,7 +229,7 @@ class RawBeside(Method):
 
 
 class Outlast(Method):
-    """This library, to storage."""
+    """outlast, to storage."""
 
     config = CheckpointConfig(keep_last=1)
     tier = "storage"
@@ -275,7 +275,7 @@ class Outlast(Method):
 
 
 class OutlastMemory(Outlast):
-    """This library, to memory that outlives the processes, after every step."""
+    """outlast, to memory that survives the processes, after every step."""
 
     config = CheckpointConfig(memory_every_steps=1)
     tier = "memory"
@@ -298,7 +298,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def run(trainer: Trainer, method: Method, steps: int, every: int) -> dict[str, Any]:
-    """Train, and save every so many steps; seconds a step include waiting for the saves' parts that block.
+    """Train, and save at an interval; seconds per step include the time that saves block.
 
     A save or some before that are not counted: what a method does once, it has done then.
     """
@@ -322,7 +322,7 @@ def run(trainer: Trainer, method: Method, steps: int, every: int) -> dict[str, A
         trainer.optimizer.step()
         if step % every == 0:
             method.save(step + method.warm_ups - 1, state)
-    # The last save's copy may still have to be waited for; the next step would do so.
+    # The next step would wait for the copy of the last save.
     trainer.forward_backward()
     method.before_update()
     dist.barrier()
@@ -338,7 +338,7 @@ def run(trainer: Trainer, method: Method, steps: int, every: int) -> dict[str, A
 
 
 def load(trainer: Trainer, method: Method) -> float:
-    """Seconds to read back, with nothing of it in the page cache."""
+    """Seconds to read back with a cold page cache."""
     for path in method.folder.rglob("*"):
         if path.is_file():
             fd = os.open(path, os.O_RDONLY)
@@ -354,7 +354,7 @@ def load(trainer: Trainer, method: Method) -> float:
 
 
 def raw(folder: Path, nbytes: int) -> float:
-    """Seconds until this rank's part of so many bytes is on the disk, written past the page cache with no checksum."""
+    """Seconds until this rank's part of the bytes is on the disk, written with O_DIRECT and without checksums."""
     part = nbytes // dist.get_world_size() // _BLOCK_BYTES * _BLOCK_BYTES
     block, path = _block(), folder / f"raw-{dist.get_rank()}"
     dist.barrier()
@@ -367,14 +367,14 @@ def raw(folder: Path, nbytes: int) -> float:
 
 
 def _block() -> memoryview:
-    """Random bytes that begin at a page."""
+    """Page-aligned random bytes."""
     buffer = torch.randint(0, 256, (_BLOCK_BYTES + 4096,), dtype=torch.uint8)
     start = -buffer.data_ptr() % 4096
     return buffer[start : start + _BLOCK_BYTES].numpy().data
 
 
 def _write_raw(path: Path, block: memoryview, nbytes: int) -> None:
-    """So many bytes, the block again and again, past the page cache."""
+    """Write the block repeatedly, with O_DIRECT, until there are this many bytes."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o644)
     try:
         os.posix_fallocate(fd, 0, nbytes)
@@ -386,14 +386,14 @@ def _write_raw(path: Path, block: memoryview, nbytes: int) -> None:
 
 
 def _peak_bytes() -> int:
-    """Of this process, and what its children hold now."""
+    """Peak memory of this process plus the current memory of its children."""
     lines = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     return peak + sum(int(child.memory_info().rss) for child in psutil.Process().children(recursive=True))
 
 
 def main() -> None:
-    """``checkpoint_worker FOLDER STATE_MB``: join the others, and serve orders until input ends."""
+    """``checkpoint_worker FOLDER STATE_MB``: join the process group, and serve orders until stdin ends."""
     folder, state_mb = Path(sys.argv[1]), float(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))

@@ -1,4 +1,4 @@
-"""Several hosts on one Linux machine: network namespaces on a bridge, each with a hostname, an address, a link rate.
+"""Several hosts on one Linux machine: network namespaces on a bridge, each with a hostname, an address and a link rate.
 
 As a library::
 
@@ -10,13 +10,13 @@ From the shell (root)::
     python -m benchmarks.cluster up 4 200mbit
     python -m benchmarks.cluster run 4 COMMAND …     on every host at once; $HOST_INDEX is 0, 1, …
     python -m benchmarks.cluster on 2 COMMAND …
-    python -m benchmarks.cluster rate 2 50mbit       change one host's link while things run
+    python -m benchmarks.cluster rate 2 50mbit       change one host's link, also while programs run
     python -m benchmarks.cluster cut 2 | heal 2
     python -m benchmarks.cluster down
 
-Rates are tc's (``200mbit``, ``1gbit``; ``none`` for no limit) and hold for each direction of each host's link, by a
-token bucket. Delay and loss are not emulated: that takes netem, which not every kernel has. All hosts share this
-machine's cores.
+Rates are written as for tc (``200mbit``, ``1gbit``; ``none`` for no limit). A token bucket applies them to each
+direction of each host's link. Delay and loss are not emulated: that needs netem, which not every kernel has. All hosts
+share this machine's cores.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Host:
     """One emulated host.
 
     Args:
-        index: from 0 on.
-        name: of its namespace, and its hostname.
+        index: counted from 0.
+        name: its namespace and hostname.
         address: its IPv4 address.
-        link: the bridge's end of its link.
+        link: the end of its link at the bridge.
     """
 
     index: int
@@ -64,14 +64,14 @@ class Host:
     link: str
 
     def command(self, words: Sequence[str]) -> list[str]:
-        """``words`` as they run on this host."""
+        """The command line that runs ``words`` on this host."""
         script = f'hostname {self.name}; ip link set lo up; exec "$@"'
         return ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", script, "sh", *words]
 
     def popen(
         self, words: Sequence[str], env: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.Popen[Any]:
-        """Start ``words`` on this host; gloo is told to use its link."""
+        """Start ``words`` on this host; gloo uses its link."""
         base = dict(os.environ if env is None else env)
         base |= {"HOST_INDEX": str(self.index), "GLOO_SOCKET_IFNAME": "eth0"}
         return subprocess.Popen(self.command(words), env=base, **options)
@@ -95,7 +95,7 @@ class Host:
         _sh("ip", "link", "set", self.link, "up")
 
     def bytes_sent(self) -> int:
-        """Bytes this host's interface has sent since it was made, headers included."""
+        """Bytes that this host's interface has sent since it was created, including headers."""
         text = _sh("ip", "netns", "exec", self.name, "ip", "-s", "link", "show", "dev", "eth0")
         lines = text.splitlines()
         at = next(i for i, line in enumerate(lines) if line.strip().startswith("TX:"))
@@ -103,7 +103,7 @@ class Host:
 
 
 class Cluster:
-    """Hosts on one bridge; a context manager that takes them down again.
+    """Hosts on one bridge; a context manager that removes them at the end.
 
     Args:
         hosts: how many.
@@ -121,14 +121,14 @@ class Cluster:
                 "an emulated cluster needs root, ip and tc", "run as root; apt-get install iproute2"
             )
         if not 1 <= hosts <= _MOST_HOSTS:
-            raise OutlastError(f"{hosts} hosts asked for", f"1 to {_MOST_HOSTS} are possible")
+            raise OutlastError(f"{hosts} hosts were requested", f"request 1 to {_MOST_HOSTS}")
         self.bridge = f"{prefix}br"
         self.subnet = subnet
         self.rate = rate
         self.hosts = [Host(i, f"{prefix}{i}", f"{subnet}.{i + 1}", f"{prefix}v{i}") for i in range(hosts)]
 
     def up(self) -> Self:
-        """Make hosts and links, after removing what an earlier cluster of this prefix left."""
+        """Create hosts and links, after removing those of an earlier cluster with the same prefix."""
         self.down()
         _sh("ip", "link", "add", self.bridge, "type", "bridge")
         _sh("ip", "addr", "add", f"{self.subnet}.254/24", "dev", self.bridge)
@@ -149,7 +149,7 @@ class Cluster:
             host.set_rate(rate)
 
     def down(self) -> None:
-        """Remove hosts, links and bridge; what runs on the hosts is killed."""
+        """Kill what runs on the hosts, and remove hosts, links and bridge."""
         for host in self.hosts:
             for pid in _sh("ip", "netns", "pids", host.name, check=False).split():
                 _sh("kill", "-9", pid, check=False)
@@ -165,7 +165,7 @@ class Cluster:
 
 
 def main(words: Sequence[str]) -> int:
-    """The shell's face; returns the exit status."""
+    """The command line; returns the exit status."""
     match list(words):
         case ["up", hosts, *rate]:
             Cluster(int(hosts), *(rate or ["none"])).up()

@@ -1,4 +1,4 @@
-"""How fast the codec is: every compressor's encode and decode beside a copy of the same bytes, one thread.
+"""Speed of the codec: every compressor's encode and decode beside a copy of the same bytes, on one thread.
 
     python -m benchmarks.codec [--numel 10800000] [--rounds 7] [--json FILE]
 
@@ -47,14 +47,14 @@ COMPRESSORS: dict[str, dict[str, object]] = {
 
 
 def seconds(job: Callable[[], None]) -> float:
-    """Of one call."""
+    """Seconds of one call."""
     started = time.perf_counter()
     job()
     return time.perf_counter() - started
 
 
 def measure(numel: int, rounds: int) -> dict[str, dict[str, list[float] | float]]:
-    """By compressor: encode_s, decode_s, copy_s of each round, and nbytes of all messages."""
+    """By compressor: encode_s, decode_s and copy_s of each round, and nbytes of all messages."""
     torch.set_num_threads(1)
     count = max(1, round(numel / (ROWS * COLUMNS)))
     generator = torch.Generator().manual_seed(0)
@@ -96,7 +96,7 @@ def measure(numel: int, rounds: int) -> dict[str, dict[str, list[float] | float]
 
 
 def table(found: dict[str, dict[str, list[float] | float]], numel: int) -> str:
-    """The figures as aligned text."""
+    """The figures as an aligned table."""
     lines = [f"{'':22} {'bytes/entry':>11} {'encode':>9} {'× copy':>18} {'decode':>9} {'× copy':>18}"]
     for label, figures in found.items():
         line = f"{label:22} {float(figures['nbytes']) / numel:11.3f}"  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def table(found: dict[str, dict[str, list[float] | float]], numel: int) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure and print; writes all figures to ``--json`` if asked to."""
+    """Measure and print; with ``--json`` also write all figures to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--numel", type=int, default=10_800_000)
     parser.add_argument("--rounds", type=int, default=7)

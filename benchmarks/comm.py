@@ -3,17 +3,17 @@
     python -m benchmarks.comm [--links none,1gbit,200mbit,50mbit] [--rounds 5] [--steps 2]
                               [--seeds 0,1,2] [--train 150] [--target 2.6] [--variants …] [--ablation] [--json FILE]
 
-An emulated cluster of 4 hosts (namespaces with rate-limited links) shares this machine's cores; every host runs one
-rank. Two things are measured, and multiplied:
+The emulated cluster has 4 hosts (network namespaces with rate-limited links) with one rank each; they share this
+machine's cores. Two quantities are measured and multiplied:
 
-*Seconds a step*, per link: a rank holds one model per variant; a round runs some steps of each variant on each link in
-turn, so that a machine that drifts drifts for all. Bytes are counted at the hosts' interfaces.
+*Seconds per step*, per link: a rank holds one model per variant. A round runs some steps of each variant on each link
+in turn, so drift of the machine affects all variants. Bytes are counted at the hosts' interfaces.
 
 *Held-out loss after each step*, per seed: every variant trains the same model on the same text with the same schedule.
-A link does not change a loss, so this runs once, on unlimited links.
+Links do not affect the loss, so this runs once, on unlimited links.
 
-Time to the target is the step at which the held-out loss first passes it, times the median seconds a step. Needs root
-and iproute2. ``--train 0`` measures steps alone, ``--rounds 0`` losses alone.
+Time to the target is the step at which the held-out loss first passes it, times the median seconds per step. Needs root
+and iproute2. ``--train 0`` measures only steps, ``--rounds 0`` only losses.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ VARIANTS = {
     "outlast, its defaults (1 %)": "density=0.01",
     "outlast, density 0.5 %": "density=0.005",
 }
-"""Label to what :mod:`benchmarks.comm_worker` builds; the first is the baseline."""
+"""Label to variant, as :mod:`benchmarks.comm_worker` parses it; the first is the baseline."""
 ABLATION = {
     "update, dense": "compressor=dense,target=update",
     "update, dense, beta1 0.9": "compressor=dense,target=update,beta1=0.9",
@@ -71,16 +71,16 @@ ABLATION = {
     "gradient, ef14 int4, two-phase": "target=gradient,compressor=int4,transport=two-phase",
     "gradient, ef14 int8, two-phase": "target=gradient,compressor=int8,transport=two-phase",
 }
-"""What ``--ablation`` adds: the defaults with one thing changed, and compressed gradients."""
+"""Added by ``--ablation``: the defaults with one setting changed, and compressed gradients."""
 
 
 @dataclass(slots=True)
 class Steps:
-    """Seconds and bytes a step of one variant on one link: one entry per round."""
+    """Seconds and bytes per step of one variant on one link: one entry per round."""
 
     step_s: list[float] = field(default_factory=list)
     ratio: list[float] = field(default_factory=list)
-    """Over the same round's dense step on unlimited links."""
+    """Divided by the same round's dense step on unlimited links."""
     sent_bytes: list[float] = field(default_factory=list)
     """Per host, counted at the network interface."""
     told_bytes: list[float] = field(default_factory=list)
@@ -89,7 +89,7 @@ class Steps:
 
 @dataclass(slots=True)
 class Result:
-    """Everything that was measured."""
+    """All measurements."""
 
     machine: str
     hosts: int
@@ -120,7 +120,7 @@ class Workers:
         ]
 
     def ask(self, **order: Any) -> list[dict[str, Any]]:
-        """Hand all ranks an order, and wait for their answers; SystemExit if one ended."""
+        """Send all ranks an order and wait for their answers; SystemExit if one has exited."""
         return ask(self._processes, **order)
 
     def __enter__(self) -> Self:
@@ -142,7 +142,9 @@ def measure_steps(
 ) -> None:
     """Fill ``result.steps``."""
     for spec in result.variants.values():
-        workers.ask(do="steps", variant=spec, steps=3)  # allocations, DDP's rebuilt buckets, dense first messages
+        workers.ask(
+            do="steps", variant=spec, steps=3
+        )  # warm-up: allocations, DDP's rebuilt buckets, dense first messages
     result.steps = {label: {link: Steps() for link in links} for label in result.variants}
     for number in range(rounds):
         baseline = None
@@ -175,7 +177,7 @@ def measure_losses(result: Result, workers: Workers, seeds: Sequence[int], train
 
 
 def steps_to(curve: Sequence[tuple[int, float]], target: float) -> float | None:
-    """Where the curve first passes the target, interpolated between evaluations; None where it does not."""
+    """The step at which the curve first passes the target, interpolated between evaluations; None if it does not."""
     before: tuple[int, float] | None = None
     for step, loss in curve:
         if loss <= target:
@@ -215,7 +217,7 @@ def measure(
 
 
 def steps_text(result: Result, link: str) -> str:
-    """Seconds and bytes a step on one link, as aligned text."""
+    """Seconds and bytes per step on one link, as an aligned table."""
     lines = [f"{link:36} {'step':>8} {'× baseline':>11} {'(range)':>14} {'MB sent':>9} {'MB told':>9}"]
     for label, by_link in result.steps.items():
         row = by_link[link]
@@ -229,7 +231,7 @@ def steps_text(result: Result, link: str) -> str:
 
 
 def losses_text(result: Result) -> str:
-    """Held-out losses, and steps and seconds to the target on each link, as aligned text."""
+    """Held-out losses, and steps and seconds to the target on each link, as an aligned table."""
     links = list(next(iter(result.steps.values()), {}))
     lines = [
         f"{'':36} {'last loss':>9} {'(range)':>15} {'steps':>6} {'(range)':>11}" + "".join(f"{x:>10}" for x in links)
@@ -251,22 +253,24 @@ def losses_text(result: Result) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure and print; writes all figures to ``--json`` if asked to."""
+    """Measure and print; with ``--json`` also write all figures to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--links", default=",".join(LINKS), help="rates of the hosts' links, the first of them unlimited"
+        "--links", default=",".join(LINKS), help="rates of the hosts' links; the first must be unlimited"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps of each variant per round and link")
-    parser.add_argument("--tokens", type=int, default=256, help="per rank and step: how much there is to compute")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--train", type=int, default=150, help="steps of each training run; 0 measures steps alone")
-    parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
-    parser.add_argument("--target", type=float, default=2.6, help="held-out loss, in nats a byte")
     parser.add_argument(
-        "--variants", default="", help="parts of the labels to measure, separated by commas; all if empty"
+        "--tokens", type=int, default=256, help="tokens per rank and step, which set the amount of computation"
     )
-    parser.add_argument("--ablation", action="store_true", help="also outlast with one thing changed at a time")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--train", type=int, default=150, help="steps of each training run; 0 measures only steps")
+    parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
+    parser.add_argument("--target", type=float, default=2.6, help="held-out loss, in nats per byte")
+    parser.add_argument("--variants", default="", help="comma-separated parts of the labels to measure; all if empty")
+    parser.add_argument(
+        "--ablation", action="store_true", help="also measure outlast with one setting changed at a time"
+    )
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(words)
     known = VARIANTS | ABLATION if given.ablation else VARIANTS
@@ -283,7 +287,7 @@ def main(words: Sequence[str] | None = None) -> int:
         tokens=given.tokens,
         variants=chosen,
     )
-    print(f"{result.machine}, GPT of 10.8 M parameters, {given.tokens} tokens a rank")
+    print(f"{result.machine}, GPT of 10.8 M parameters, {given.tokens} tokens per rank")
     if result.steps:
         for link in given.links.split(","):
             print(steps_text(result, link), end="\n\n")

@@ -1,4 +1,4 @@
-"""One rank of :mod:`benchmarks.comm`: takes orders as JSON lines on standard input, answers on standard output."""
+"""One rank of :mod:`benchmarks.comm`: reads orders as JSON lines from stdin, and answers on stdout."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HELD_OUT = 4
 
 @dataclass(slots=True)
 class Variant:
-    """One model with its way of averaging gradients; ``step`` counts its steps."""
+    """One model and its method of averaging gradients; ``step`` counts its steps."""
 
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
@@ -89,7 +89,7 @@ def comm_config(words: str) -> tuple[CommConfig, dict[str, float]]:
 
 
 def run(variant: Variant, loader: Loader, steps: int) -> dict[str, float]:
-    """Take ``steps`` steps; mean seconds a step between two barriers, bytes outlast says it sent a step."""
+    """Take ``steps`` steps; returns mean seconds per step between two barriers, and bytes per step as reported."""
     wire_bytes = 0
     dist.barrier()
     start_s = time.perf_counter()
@@ -100,7 +100,7 @@ def run(variant: Variant, loader: Loader, steps: int) -> dict[str, float]:
 
 
 def step(variant: Variant, loader: Loader) -> int:
-    """One training step; the bytes that outlast says it sent."""
+    """One training step; returns the bytes sent, as outlast reports."""
     variant.step += 1
     variant.optimizer.zero_grad()
     if variant.reducer is not None:
@@ -115,7 +115,7 @@ def step(variant: Variant, loader: Loader) -> int:
 
 
 def learn(name: str, data: Data, seed: int, steps: int, every: int) -> dict[str, Any]:
-    """Train a fresh model on the trainer's schedule; held-out loss every so many steps."""
+    """Train a new model on the trainer's schedule; returns the held-out loss at an interval."""
     variant = build(name, seed)
     loader = data.loader(seed)
     held_out: list[tuple[int, float]] = []
@@ -155,7 +155,7 @@ class Data:
 
 
 def main() -> None:
-    """``comm_worker TOKENS VARIANT …``: join the others, build the variants, and serve orders until input ends."""
+    """``comm_worker TOKENS VARIANT …``: join the group, build the variants, and serve orders until stdin ends."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     data = Data(int(sys.argv[1]))

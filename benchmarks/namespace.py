@@ -1,4 +1,4 @@
-"""A mount namespace for one process: what lets several nodes' memory lie on one machine."""
+"""A mount namespace per process, so that one machine can emulate the memory of several nodes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BIND, _RECURSIVE, _PRIVATE = 0x1000, 0x4000, 1 << 18
 
 @contextmanager
 def memories(folder: Path, count: int) -> Iterator[list[Path]]:
-    """So many nodes' memory, each a file system of its own in ``folder``, for :func:`mount_over`; needs root."""
+    """The memory of ``count`` nodes, each a tmpfs in ``folder``, for :func:`mount_over`; needs root."""
     paths = [folder / f"node{number}" for number in range(count)]
     for path in paths:
         path.mkdir()
@@ -28,10 +28,10 @@ def memories(folder: Path, count: int) -> Iterator[list[Path]]:
 
 
 def mount_over(folder: str, place: str) -> None:
-    """Have this process, and those it starts, see ``folder`` at ``place``; needs root.
+    """Mount ``folder`` over ``place`` for this process and its children; needs root.
 
     Raises:
-        OSError: it may not.
+        OSError: the process lacks the permission.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     for failed in (

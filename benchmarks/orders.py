@@ -1,4 +1,4 @@
-"""Orders to the processes that measure: JSON lines on their standard input, answers on their standard output."""
+"""Sends orders to worker processes as JSON lines on their stdin, and reads the answers from their stdout."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def ask(processes: Sequence[subprocess.Popen[str]], **order: Any) -> list[dict[str, Any]]:
-    """Hand all ranks an order, and wait for their answers, by rank.
+    """Send all ranks an order and wait for their answers, in rank order.
 
     Raises:
-        SystemExit: a rank ended.
+        SystemExit: a rank has exited.
     """
     for process in processes:
         assert process.stdin is not None
@@ -23,6 +23,6 @@ def ask(processes: Sequence[subprocess.Popen[str]], **order: Any) -> list[dict[s
         assert process.stdout is not None
         line = process.stdout.readline()
         if not line:
-            raise SystemExit(f"rank {rank} ended with status {process.wait()} while it measured {order}")
+            raise SystemExit(f"rank {rank} exited with status {process.wait()} during {order}")
         answers.append(json.loads(line))
     return answers
