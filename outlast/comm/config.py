@@ -49,7 +49,8 @@ class CommConfig:
     dense, or one of a few methods whose cost in loss is small."""
     feedback: FeedbackName = field(default="ef14", metadata={"unknown": UnknownCompressor})
     """What happens to what is not sent: ``ef14``, ``ef21``, ``ef21-sgdm``, ``econtrol``, or ``ef21-bc``, which is ef21
-    in the two-phase transport. Unused when dense.
+    in the two-phase transport. Unused when dense. With ``target = "update"`` take ``ef14``: the others are trackers,
+    and keep applying a direction long after it has changed.
     ``none`` drops it, which diverges, and is refused."""
     density: float = 0.01
     """Share of a tensor's entries that topk, block-topk, randk and gear's outliers send, 0 < density <= 1:

@@ -27,6 +27,9 @@ class EControl(EF21):
     is too small to be of use in any run of practical length, and its experiments tune eta; here it defaults to
     min(delta, 0.5), and above min(2 delta, 0.5), where the iteration is unstable, it is refused.
 
+    It is for gradients. Of Adam's directions, which are mostly noise, h_i holds one sample of an entry for 1 / delta
+    steps, and eta pays the difference back as slowly: see docs/compression.md.
+
     Args:
         compressor: C.
         eta: strength; None takes min(delta, 0.5) for each tensor.
