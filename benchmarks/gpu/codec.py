@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Bucket:
 
 def peers(gradient: Tensor) -> dict[str, Callable[[], object]]:
     """PyTorch's own hooks, one rank; each leaves the gradient averaged, so both ways are in it."""
-    state = PowerSGDState(dist.group.WORLD, matrix_approximation_rank=4, start_powerSGD_iter=2, warm_start=True)  # type: ignore[no-untyped-call]
+    state = PowerSGDState(dist.group.WORLD, matrix_approximation_rank=4, start_powerSGD_iter=2, warm_start=True)
     bucket: Any = Bucket(gradient)
 
     def power() -> None:
@@ -73,7 +74,10 @@ def speed(report: Report, settings: Settings, rows: int) -> None:
     holds: dict[str, Any] = {}
     for label, kind in COMPRESSORS.items():
         compressor = make_compressor(**kind)
-        feedback, payload = EF14(compressor), torch.empty(compressor.nbytes((rows, rows)), dtype=torch.uint8, device=settings.device)
+        feedback, payload = (
+            EF14(compressor),
+            torch.empty(compressor.nbytes((rows, rows)), dtype=torch.uint8, device=settings.device),
+        )
         state = feedback.start(g)
         holds[label] = payload.numel()
 
@@ -101,7 +105,9 @@ def speed(report: Report, settings: Settings, rows: int) -> None:
         for label, job in peers(copied).items():
             found = interleaved({"copy": jobs["copy"], label: job}, settings.device, rounds=3 if settings.tiny else 5)
             middle, least, most = ratios(found[label], found["copy"])
-            report.add(f"{label}, {numel / 1e6:.0f} M", None, step_ms=ms(found[label]), step_x_copy=[middle, least, most])
+            report.add(
+                f"{label}, {numel / 1e6:.0f} M", None, step_ms=ms(found[label]), step_x_copy=[middle, least, most]
+            )
 
 
 def overlap(report: Report, settings: Settings) -> None:
@@ -149,7 +155,7 @@ def overlap(report: Report, settings: Settings) -> None:
         middle, least, most = ratios(together, alone)
         step = seconds(beside, settings.device)
         report.add(
-            f"a product of {1e3 * statistics.median(alone):.0f} ms beside one encode and decode of {g.numel() / 1e6:.0f} M, {label}",
+            f"a product of {ms(alone):.0f} ms beside one encode and decode of {g.numel() / 1e6:.0f} M, {label}",
             settings.aim(middle <= OVERLAP_AIM),
             product_x_alone=[middle, least, most],
             codec_alone_ms=1e3 * step,
@@ -161,11 +167,11 @@ def section(report: Report, settings: Settings) -> None:
     one_rank(settings)
     x = torch.empty(settings.size(1 << 30, 1 << 16), device=settings.device).normal_()
     y = torch.empty_like(x)
-    taken = interleaved({"copy": lambda: y.copy_(x)}, settings.device, rounds=5)["copy"]
+    taken = interleaved({"copy": partial(y.copy_, x)}, settings.device, rounds=5)["copy"]
     report.add("a copy", None, GB=x.nbytes / 1e9, GB_read_and_written_a_s=2 * x.nbytes / 1e9 / statistics.median(taken))
     del x, y
     for rows in (64, 96) if settings.tiny else (3162, 10_000, 32_768):
-        report.attempt(f"{rows * rows / 1e6:.0f} M entries", lambda rows=rows: speed(report, settings, rows))  # type: ignore[misc]
+        report.attempt(f"{rows * rows / 1e6:.0f} M entries", partial(speed, report, settings, rows))
         if settings.cuda:
             torch.cuda.empty_cache()
     report.attempt("beside a product", lambda: overlap(report, settings))

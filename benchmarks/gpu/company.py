@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import tempfile
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,11 @@ class Task:
         self.width = settings.size(256, 32)
         self.device = settings.device
         self.model = nn.Sequential(
-            nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, 8)
+            nn.Linear(self.width, self.width),
+            nn.GELU(),
+            nn.Linear(self.width, self.width),
+            nn.GELU(),
+            nn.Linear(self.width, 8),
         ).to(settings.device)
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
@@ -78,7 +83,7 @@ def scaler(report: Report, settings: Settings) -> None:
     """fp16 with a loss scale that overflows in a step: nothing moves in it, and training goes on."""
     task = Task(settings)
     ddp = ddp_of(task.model, settings)
-    reducer = outlast.comm.attach(ddp, **HOW)
+    reducer: Any = outlast.comm.attach(ddp, **HOW)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
     scaler = torch.amp.GradScaler(settings.device.type, init_scale=2.0**10)
     losses, skipped, moved = [], [], []
@@ -93,7 +98,7 @@ def scaler(report: Report, settings: Settings) -> None:
         if number == 10:
             loss = loss * torch.inf
         before = [p.detach().clone() for p in task.model.parameters()]
-        scaler.scale(loss).backward()
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         stats = reducer.end_step()
         scaler.step(optimizer)
         scaler.update()
@@ -102,7 +107,13 @@ def scaler(report: Report, settings: Settings) -> None:
         losses.append(float(loss.detach()))
     reducer.close()
     right = skipped[10] and not moved[10] and sum(skipped) == 1 and all(moved[11:])
-    report.add("GradScaler, an overflow", bool(right) and learned(losses), scale=scaler.get_scale(), skipped=skipped.index(True) if any(skipped) else -1, losses=[losses[0], losses[-1]])
+    report.add(
+        "GradScaler, an overflow",
+        bool(right) and learned(losses),
+        scale=scaler.get_scale(),
+        skipped=skipped.index(True) if any(skipped) else -1,
+        losses=[losses[0], losses[-1]],
+    )
 
 
 def accumulation(report: Report, settings: Settings) -> None:
@@ -113,6 +124,7 @@ def accumulation(report: Report, settings: Settings) -> None:
         task = Task(settings)
         ddp = None if bare else ddp_of(task.model, settings)
         model: nn.Module = ddp if ddp is not None else task.model
+        reducer: Any
         if ddp is not None:
             reducer = outlast.comm.attach(ddp, **HOW)
         else:
@@ -133,7 +145,12 @@ def accumulation(report: Report, settings: Settings) -> None:
         reducer.close()
         ends.append([p.detach().clone() for p in task.model.parameters()])
     off = max(float((a - b).abs().max()) for a, b in zip(*ends, strict=True))
-    report.add("accumulation: DDP and a bare loop", learned(losses) and off == 0.0, losses=[losses[0], losses[-1]], differ_by=off)
+    report.add(
+        "accumulation: DDP and a bare loop",
+        learned(losses) and off == 0.0,
+        losses=[losses[0], losses[-1]],
+        differ_by=off,
+    )
 
 
 def compiled(report: Report, settings: Settings) -> None:
@@ -177,13 +194,17 @@ def hybrid(report: Report, settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = dict(task.model.named_parameters())
         comm = reducer.state_dict()["local"]
-        with Checkpointer(folder, CheckpointConfig(), rank=0, world_size=1, epoch="h", group=dist.group.WORLD, emit=lambda event: None) as saver:
+        with Checkpointer(
+            folder, CheckpointConfig(), rank=0, world_size=1, epoch="h", group=dist.group.WORLD, emit=lambda event: None
+        ) as saver:
             saver.save(STEPS, replicated={"model": model}, local={"comm": comm}, eager={"comm"})
         held = {name: p.detach().to_local().clone() for name, p in model.items()}  # type: ignore[attr-defined]
         with torch.no_grad():
             for parameter in model.values():
                 parameter.fill_(0.0)
-        with Checkpointer(folder, CheckpointConfig(), rank=0, world_size=1, epoch="i", group=dist.group.WORLD, emit=lambda event: None) as saver:
+        with Checkpointer(
+            folder, CheckpointConfig(), rank=0, world_size=1, epoch="i", group=dist.group.WORLD, emit=lambda event: None
+        ) as saver:
             found = saver.restore("auto", into={"model": model})
         same = found is not None and all(torch.equal(p.detach().to_local(), held[name]) for name, p in model.items())  # type: ignore[attr-defined]
     reducer.close()
@@ -196,8 +217,14 @@ def deepspeed(report: Report, settings: Settings) -> None:
         report.add("DeepSpeed", None, left_out="no deepspeed, or no GPU")
         return
     os.environ.setdefault("DS_BUILD_OPS", "0")
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
-    import deepspeed as ds
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29571",
+    }
+    import deepspeed as ds  # type: ignore[import-untyped,unused-ignore]
 
     for stage in (0, 1, 2):
         task = Task(settings)
@@ -260,7 +287,7 @@ def section(report: Report, settings: Settings) -> None:
     """One after the other."""
     one_rank(settings)
     for part in (autocast, scaler, accumulation, methods, hybrid, compiled, deepspeed):
-        report.attempt(part.__name__, lambda part=part: part(report, settings))  # type: ignore[misc]
+        report.attempt(part.__name__, partial(part, report, settings))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ def conformance(report: Report, settings: Settings) -> None:
 
 def simulate(feedback: Feedback, device: torch.device, steps: int) -> tuple[Tensor, list[Tensor]]:
     """Estimates of two ranks' steps, and their state after them."""
-    grads = [[numbers("normal", (48, 60), torch.float32, 10 * rank + step) for step in range(steps)] for rank in range(2)]
+    grads = [
+        [numbers("normal", (48, 60), torch.float32, 10 * rank + step) for step in range(steps)] for rank in range(2)
+    ]
     first = [rank[0].to(device) for rank in grads]
     methods = [feedback.of_rank(rank) for rank in range(2)]
     local = [method.start(g) for method, g in zip(methods, first, strict=True)]
@@ -68,7 +70,9 @@ def feedbacks(report: Report, settings: Settings) -> None:
             if settings.tiny and label != "topk int8":
                 continue
             feedback = make_feedback(name, compressor, weights=[0.25, 0.75] if name == "ef21-w" else None)
-            mine, again, theirs = (simulate(feedback, device, 5) for device in (settings.device, settings.device, torch.device("cpu")))
+            mine, again, theirs = (
+                simulate(feedback, device, 5) for device in (settings.device, settings.device, torch.device("cpu"))
+            )
             cases += 1
             if not all(torch.equal(a, b) for a, b in zip([mine[0], *mine[1]], [again[0], *again[1]], strict=True)):
                 wrong.append(f"{label} {name}: twice other bits")

@@ -1,4 +1,4 @@
-"""What the sections share: a report that is written as it grows, clocks that know streams, and the settings of a run."""
+"""What the sections share: a report that is written as it grows, clocks that know streams, and a run's settings."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def one_rank(settings: Settings, backend: str | None = None) -> None:
     if settings.cuda:
         torch.cuda.set_device(settings.device)
     backend = backend or ("nccl" if settings.cuda else "gloo")
-    store = dist.FileStore(str(settings.out / f"store-{os.getpid()}"), 1)
+    store = torch._C._distributed_c10d.FileStore(str(settings.out / f"store-{os.getpid()}"), 1)
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,7 +100,14 @@ def against_cpu(report: Report, settings: Settings) -> None:
                         mine = torch.zeros(x.shape, device=settings.device)
                         ours.add_to(mine, 0.5)
                         worst = max(worst, error(mine, sent))
-    report.add("bytes and sums as on the CPU", not wrong and worst < CLOSE, cases=cases, wrong=len(wrong), worst=worst, first=wrong[:4])
+    report.add(
+        "bytes and sums as on the CPU",
+        not wrong and worst < CLOSE,
+        cases=cases,
+        wrong=len(wrong),
+        worst=worst,
+        first=wrong[:4],
+    )
 
 
 def large(report: Report, settings: Settings) -> None:
@@ -147,7 +155,7 @@ def section(report: Report, settings: Settings) -> None:
         ("large tensors", large),
         ("tests of the kernels", kernel_tests),
     ):
-        report.attempt(what, lambda part=part: part(report, settings))  # type: ignore[misc]
+        report.attempt(what, partial(part, report, settings))
 
 
 if __name__ == "__main__":

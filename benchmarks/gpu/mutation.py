@@ -19,7 +19,9 @@ def updates(weights: list[Tensor], settings: Settings) -> dict[str, Callable[[],
     for kind in ("fused", "foreach"):
         made[kind] = torch.optim.AdamW(weights, lr=1e-3, **{kind: True}).step  # type: ignore[arg-type]
     if settings.cuda:
-        compiled = torch.optim.AdamW(weights, lr=torch.tensor(1e-3, device=settings.device), capturable=True, foreach=True)
+        compiled = torch.optim.AdamW(
+            weights, lr=torch.tensor(1e-3, device=settings.device), capturable=True, foreach=True
+        )
         made["compiled"] = torch.compile(compiled.step)
         graphed = torch.optim.AdamW(weights, lr=1e-3, capturable=True, fused=True)
         graphed.step()
@@ -59,7 +61,13 @@ def found_when_changed_too_early(report: Report, settings: Settings) -> None:
                 sync(settings.device)
         checkpointer.abort()
     wrong = [kind for kind, said in found.items() if (said == "not found") != (kind == "nothing")]
-    report.add("changed too early", not wrong, wrong=wrong, found=sorted(set(found) - {"nothing"} - set(wrong)), said=found.get("fused", ""))
+    report.add(
+        "changed too early",
+        not wrong,
+        wrong=wrong,
+        found=sorted(set(found) - {"nothing"} - set(wrong)),
+        said=found.get("fused", ""),
+    )
 
 
 if __name__ == "__main__":

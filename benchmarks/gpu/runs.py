@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ class Job:
 def start(settings: Settings, root: Path, backend: str, ranks: int, fault: signal.Signals | None) -> Job:
     """Begin a run."""
     label = f"{backend}-{'straight' if fault is None else fault.name}"
-    folder, steps = root / label, settings.size(120, 40)
+    folder, steps = root / label, settings.size(60, 40)
     config = root / f"{label}.toml"
     text = CONFIG.format(
         folder=folder, width=settings.size(256, 32), steps=steps, device=settings.device.type,
@@ -163,7 +164,9 @@ def start(settings: Settings, root: Path, backend: str, ranks: int, fault: signa
     config.write_text(text)
     words = [sys.executable, "-m", "outlast", "launch", str(config), "--nproc-per-node", str(ranks)]
     with (root / f"{label}.log").open("wb") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            words, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
     return Job(label, ranks, fault, folder, process, steps)
 
 
@@ -181,7 +184,9 @@ def judge(report: Report, job: Job, straight: Job) -> None:
     found = [event["evidence"] for event in job.of("hang_found")]
     failed = [reason for event in job.of("workers_failed") for reason in event["reasons"]]
     summary = build_report(job.folder)
-    right = (found if job.fault == signal.SIGSTOP else any("SIGKILL" in reason for reason in failed)) and len(summary.incidents) > 0
+    right = (found if job.fault == signal.SIGSTOP else any("SIGKILL" in reason for reason in failed)) and len(
+        summary.incidents
+    ) > 0
     report.add(
         f"{job.label}: the same bits in the end",
         job.status == 0 and not differ and bool(right) and max(again) > 1,
@@ -241,10 +246,15 @@ def section(report: Report, settings: Settings) -> None:
             losses = [event["loss"] for event in job.of("step") if event.rank == 0]
             if job.fault is None:
                 learned = bool(losses) and sum(losses[-5:]) < sum(losses[:5])
-                report.add(f"{job.label}: trains", job.status == 0 and learned, status=job.status, losses=[*losses[:1], *losses[-1:]])
+                report.add(
+                    f"{job.label}: trains",
+                    job.status == 0 and learned,
+                    status=job.status,
+                    losses=[*losses[:1], *losses[-1:]],
+                )
             else:
                 straight = by_label[f"{job.label.split('-')[0]}-straight"]
-                report.attempt(f"{job.label}: the same bits", lambda job=job, straight=straight: judge(report, job, straight))  # type: ignore[misc]
+                report.attempt(f"{job.label}: the same bits", partial(judge, report, job, straight))
         if settings.cuda:
             report.attempt("contexts", lambda: contexts(report, watch, jobs))
 

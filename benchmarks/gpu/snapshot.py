@@ -59,7 +59,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """By parameter name."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         moments = {names[p]: dict(slots) for p, slots in self.optimizer.state.items()}
         return {"model": dict(self.model.named_parameters()), "optimizer": moments}
 
@@ -84,9 +84,7 @@ class Saver:
         self.events: list[Event] = []
         self.called_s: list[float] = []
         self.waited_s: list[float] = []
-        self.checkpointer = Checkpointer(
-            url, config, rank=0, world_size=1, epoch="snapshot", emit=self.events.append
-        )
+        self.checkpointer = Checkpointer(url, config, rank=0, world_size=1, epoch="snapshot", emit=self.events.append)
 
     def save(self, trainer: Trainer, number: int, durable: bool = True) -> None:
         began = time.perf_counter()
@@ -122,7 +120,9 @@ def pinned_rate(settings: Settings) -> float:
     return nbytes / min(seconds(lambda: target.copy_(source, non_blocking=True), settings.device) for _ in range(4))
 
 
-def ours(report: Report, trainer: Trainer, folder: Path, none_s: list[float], rate: float, *, memory: bool, every: int) -> None:
+def ours(
+    report: Report, trainer: Trainer, folder: Path, none_s: list[float], rate: float, *, memory: bool, every: int
+) -> None:
     """outlast, to storage or to memory alone."""
     settings = trainer.settings
     nbytes = sum(tensor.nbytes for tensor in trainer.tensors().values())
@@ -142,7 +142,9 @@ def ours(report: Report, trainer: Trainer, folder: Path, none_s: list[float], ra
         saver.waited_s.clear()
         used = before - free_GB()
         count = 10 if every > 1 else 6
-        times = trainer.timed(lambda n: saver.save(trainer, 10 + n, durable=not memory) if n % every == 1 % every else None, count)
+        times = trainer.timed(
+            lambda n: saver.save(trainer, 10 + n, durable=not memory) if n % every == 1 % every else None, count
+        )
         called, waited = saver.called_s, saver.waited_s
         blocked = [one + other for one, other in zip(called, waited[1:] if every == 1 else waited[1:2], strict=False)]
         ratio = statistics.mean(times) / statistics.median(none_s)
@@ -190,12 +192,20 @@ def restored(report: Report, trainer: Trainer, folder: Path) -> None:
         for tensor in trainer.tensors().values():
             tensor.fill_(0.5)
     began = time.perf_counter()
-    with Checkpointer(folder, CheckpointConfig(io_threads=8), rank=0, world_size=1, epoch="restore", emit=lambda event: None) as one:
+    with Checkpointer(
+        folder, CheckpointConfig(io_threads=8), rank=0, world_size=1, epoch="restore", emit=lambda event: None
+    ) as one:
         found = one.restore("auto", into=trainer.state())
     sync(trainer.settings.device)
     taken = time.perf_counter() - began
     wrong = [name for name, tensor in trainer.tensors().items() if not torch.equal(tensor, held[name])]
-    report.add("restored bit for bit", found is not None and not wrong, step=found.step if found else None, wrong=wrong[:3], seconds=taken)
+    report.add(
+        "restored bit for bit",
+        found is not None and not wrong,
+        step=found.step if found else None,
+        wrong=wrong[:3],
+        seconds=taken,
+    )
 
 
 def torch_save(report: Report, trainer: Trainer, folder: Path, none_s: list[float]) -> None:
@@ -214,12 +224,21 @@ def dcp_async(report: Report, trainer: Trainer, folder: Path, none_s: list[float
 
     stager = None
     if pinned:
-        stager = DefaultStager(StagingOptions(use_pinned_memory=trainer.settings.cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=trainer.settings.cuda))
+        stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=trainer.settings.cuda,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=trainer.settings.cuda,
+            )
+        )
     called = []
     for number in range(2):
         sync(trainer.settings.device)
         began = time.perf_counter()
-        answer: Any = dcp.async_save(trainer.tensors(), checkpoint_id=folder / str(number), async_stager=stager)
+        answer: Any = dcp.state_dict_saver.async_save(
+            trainer.tensors(), checkpoint_id=folder / str(number), async_stager=stager
+        )
         called.append(time.perf_counter() - began)
         done = getattr(answer, "upload_completion", answer)
         if number:
@@ -251,8 +270,14 @@ def section(report: Report, settings: Settings) -> None:
     with tempfile.TemporaryDirectory(dir=SHM if SHM.is_dir() else None) as name:
         folder = Path(name)
         for what, job in (
-            ("outlast to storage, every 10 steps", lambda: ours(report, trainer, folder, none_s, rate, memory=False, every=10)),
-            ("outlast to memory, every step", lambda: ours(report, trainer, folder, none_s, rate, memory=True, every=1)),
+            (
+                "outlast to storage, every 10 steps",
+                lambda: ours(report, trainer, folder, none_s, rate, memory=False, every=10),
+            ),
+            (
+                "outlast to memory, every step",
+                lambda: ours(report, trainer, folder, none_s, rate, memory=True, every=1),
+            ),
             ("torch.save", lambda: torch_save(report, trainer, folder / "torch", none_s)),
             ("DCP async, pinned staging", lambda: dcp_async(report, trainer, folder, none_s, pinned=True)),
             ("DCP async, as it comes", lambda: dcp_async(report, trainer, folder, none_s, pinned=False)),

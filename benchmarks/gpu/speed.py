@@ -47,7 +47,6 @@ class Plain:
         self._optimizer.step()
         float(total)
 
-
     def clear(self) -> None:
         """Let go of the gradients."""
         self._optimizer.zero_grad()
@@ -64,7 +63,9 @@ class Ours:
         save_every: steps; 0: never.
     """
 
-    def __init__(self, model: torch.nn.Module, settings: Settings, folder: Path, comm: CommConfig, save_every: int) -> None:
+    def __init__(
+        self, model: torch.nn.Module, settings: Settings, folder: Path, comm: CommConfig, save_every: int
+    ) -> None:
         config = Config(
             optim=OptimConfig(lr=1e-4, warmup_steps=0),
             trainer=TrainerConfig(precision="bf16", steps=1000),
@@ -106,7 +107,9 @@ class Ours:
         self._heartbeat.close(unlink=True)
 
 
-def timed(step: Callable[[int, list[Batch]], None], first: int, count: int, parts: list[Batch], settings: Settings) -> list[float]:
+def timed(
+    step: Callable[[int, list[Batch]], None], first: int, count: int, parts: list[Batch], settings: Settings
+) -> list[float]:
     """Seconds of each of ``count`` steps."""
     found = []
     for number in range(first, first + count):
@@ -132,10 +135,16 @@ def section(report: Report, settings: Settings) -> None:
     began = time.perf_counter()
     timed(plain.step, 1, 2, parts, settings)
     numel = sum(p.numel() for p in model.parameters())
-    report.add("first two steps, compilation in them", None, seconds=time.perf_counter() - began, parameters_M=numel / 1e6)
+    report.add(
+        "first two steps, compilation in them", None, seconds=time.perf_counter() - began, parameters_M=numel / 1e6
+    )
 
     def use(seconds: float) -> dict[str, Any]:
-        return {"step_ms": 1e3 * seconds, "TFLOP_a_s": flops / seconds / 1e12, "share_of_product": flops / seconds / rate}
+        return {
+            "step_ms": 1e3 * seconds,
+            "TFLOP_a_s": flops / seconds / 1e12,
+            "share_of_product": flops / seconds / rate,
+        }
 
     with tempfile.TemporaryDirectory(dir=SHM if SHM.is_dir() else None) as name:
         variants = {
@@ -166,7 +175,12 @@ def section(report: Report, settings: Settings) -> None:
                 slower = statistics.mean(ours_s) / base
                 if not every:
                     share = use(base)["share_of_product"]
-                    report.add("plain loop", settings.aim(share >= MFU_AIM), **use(base), range_ms=[1e3 * min(theirs_s), 1e3 * max(theirs_s)])
+                    report.add(
+                        "plain loop",
+                        settings.aim(share >= MFU_AIM),
+                        **use(base),
+                        range_ms=[1e3 * min(theirs_s), 1e3 * max(theirs_s)],
+                    )
                 share = use(statistics.mean(ours_s))["share_of_product"]
                 reached = share >= MFU_AIM and slower <= SLOWER_AIM and not ours.failures
                 report.add(

@@ -99,7 +99,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def compile_blocks(self) -> None:
-        """``torch.compile`` each block, in place; one compilation serves all of them, and parameters keep their names."""
+        """``torch.compile`` each block, in place: one compilation serves all of them, parameters keep their names."""
         # Else compiled graphs are cut where buckets of gradients end. A block is small enough to be one.
         torch._dynamo.config.optimize_ddp = False
         for block in self.blocks:

@@ -32,7 +32,7 @@ def choose_device(wanted: str, place: Place, *, shared: bool = False) -> torch.d
     if place.local_rank >= gpus:
         raise MissingDependency(
             f"local rank {place.local_rank} has no GPU of its own: torch {torch.__version__} sees {gpus}",
-            "start fewer ranks on this node, set trainer.device = 'cpu', or have them share it: trainer.backend = 'gloo'",
+            "start fewer ranks on this node, set trainer.device = 'cpu', or share GPUs by trainer.backend = 'gloo'",
         )
     return torch.device("cuda", place.local_rank)
 

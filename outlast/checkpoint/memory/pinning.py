@@ -19,7 +19,9 @@ def pin(memory: torch.Tensor) -> bool:
     status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE))  # type: ignore[no-untyped-call]
     if status:
         _log.warning(
-            "%.1f GB of host memory cannot be page-locked (CUDA error %d): saves take longer", memory.numel() / 1e9, status
+            "%.1f GB of host memory cannot be page-locked (CUDA error %d): saves take longer",
+            memory.numel() / 1e9,
+            status,
         )
     return not status
 

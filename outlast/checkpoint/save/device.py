@@ -97,7 +97,7 @@ class DeviceCopier:
     @property
     def ended(self) -> bool:
         """Whether all copies are done."""
-        return self._ended is not None and self._ended.query()
+        return self._ended is not None and bool(self._ended.query())  # type: ignore[no-untyped-call]
 
     def changed(self) -> TensorEntry | None:
         """A lazy tensor that was changed before all copies were done; waits for them."""

@@ -171,9 +171,7 @@ def _cut(item: TensorEntry, chunk: tuple[int, ...]) -> Iterator[Part]:
 
 
 @lru_cache(maxsize=4096)
-def _cuts(
-    box: Box, chunk: tuple[int, ...]
-) -> list[tuple[str, list[tuple[int, int, int]], tuple[int, ...]]]:
+def _cuts(box: Box, chunk: tuple[int, ...]) -> list[tuple[str, list[tuple[int, int, int]], tuple[int, ...]]]:
     """Of each chunk its name, (dimension, first row, rows) of what is to be narrowed, and its block; kept from save to
     save, since tensors keep their shapes."""
     found = []

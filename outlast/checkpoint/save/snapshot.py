@@ -108,7 +108,9 @@ class Snapshot:
             copier = self._devices.get(content.source.device)
             if copier is not None:
                 if content.source.numel():
-                    copier.copy(_corner(content, target[content.offset : content.offset + content.nbytes]), content.source)
+                    copier.copy(
+                        _corner(content, target[content.offset : content.offset + content.nbytes]), content.source
+                    )
                 used.append(copier)
         self._begun[index] = [copier.event() for copier in dict.fromkeys(used)]
         self._left -= 1

@@ -20,7 +20,7 @@ from outlast.checkpoint.save.snapshot import Snapshot
 
 _LOOK_S = 0.1
 _CHECKSUMS = 4
-"""Threads that checksum what comes from a device: one does some 10 GB/s, a device's copies come several times as fast."""
+"""Threads that checksum what comes from a device: one does some 10 GB/s, copies come several times as fast."""
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ Triton is imported when a kernel is first called, not before; builds of torch fo
 
 from outlast.comm.kernels.blockwise import add_blocks, fits_blocks, quantise_blocks
 from outlast.comm.kernels.launch import WIDEST_BLOCK, available, handles
-from outlast.comm.kernels.sparse import Selected, add_sparse, largest_in_blocks, select
 from outlast.comm.kernels.signs import absolute_sums, add_signs, pack_signs
+from outlast.comm.kernels.sparse import Selected, add_sparse, largest_in_blocks, select
 
 __all__ = [
     "WIDEST_BLOCK",

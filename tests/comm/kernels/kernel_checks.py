@@ -240,7 +240,8 @@ def test_signs(numel: int, kind: str, seed: int, scale: float) -> None:
     packed = room[8 : 8 + len(expected)]
     kernels.pack_signs(x.to(DEVICE), packed)
     assert same(packed, expected)
-    assert bool((room[:8] == 0xA5).all()) and bool((room[8 + len(expected) :] == 0xA5).all())
+    assert bool((room[:8] == 0xA5).all())
+    assert bool((room[8 + len(expected) :] == 0xA5).all())
     code, mean, out = Signs(), torch.tensor([0.37]), entries("normal", numel, seed + 1)
     held = out.to(DEVICE, copy=True)
     code._add(torch.cat((mean.view(torch.uint8), expected)), out, scale)
