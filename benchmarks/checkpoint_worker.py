@@ -236,13 +236,13 @@ class Outlast(Method):
 
     def __post_init__(self) -> None:
         self._events: list[Event] = []
-        self._checkpointer: Checkpointer = attach(self.folder, self.config, emit=self._events.append)
+        self._checkpointer: Checkpointer = attach(self.folder, self.config, on_event=self._events.append)
 
         self._begun = 0
 
     def save(self, step: int, state: State) -> None:
         self._begun += 1
-        self._checkpointer.save(step, replicated=state, local={}, durable=self.tier == "storage")
+        self._checkpointer.save(step, replicated=state, durable=self.tier == "storage")
 
     def settle(self) -> None:
         while len(self._saved()) < self._begun:

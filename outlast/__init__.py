@@ -1,14 +1,14 @@
 """outlast: training that outlasts its machines.
 
-Each room is a package of its own and usable without the others:
+Each room is a package that is usable without the others:
 
 - :mod:`outlast.comm`         gradients over slow links
 - :mod:`outlast.checkpoint`   state that survives
-- :mod:`outlast.diagnostics`  what is wrong, and with whom
-- :mod:`outlast.launch`       who runs, and where
+- :mod:`outlast.diagnostics`  what is wrong, and which rank is at fault
+- :mod:`outlast.launch`       starting ranks, and keeping them running
 - :mod:`outlast.trainer`      the loop that joins them
 
-``import outlast`` imports none of them, and no torch; a room is imported when it is first used, as in
+``import outlast`` imports none of them, and not torch; a room is imported when it is first used, as in
 ``outlast.comm.attach(...)``.
 """
 

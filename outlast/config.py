@@ -236,7 +236,7 @@ def _from_command_line(overrides: Overrides, sections: Mapping[str, type]) -> It
             close = namesakes or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {_flag(close[0])}?" if close else f"sections are: {', '.join(sections)}"
             raise UnknownKey(f"no setting {_flag(name)}", hint)
-        yield _Setting(section, key, value, _flag(name))
+        yield _Setting(section, key, value, "command line")
 
 
 def _flag(name: str) -> str:

@@ -1,9 +1,9 @@
-"""What happened, as typed records: one JSON object a line.
+"""What happened, as typed records: one JSON object per line.
 
 Every line carries ``v`` (schema version), ``t`` (seconds since the epoch), ``rank``, ``generation`` (how often the
-job's ranks had been restarted) and ``kind``; the other keys are the fields of the event's class. A line is written with
-one ``write`` on a descriptor opened for appending, so a process that is killed leaves whole lines, and at most the line
-being written when the *machine* dies is torn. Readers skip a torn last line and raise on anything else.
+job's ranks had been restarted) and ``kind``; the other keys are the fields of the event's class. Each line is one
+``write`` on a descriptor opened for appending. So a killed process leaves complete lines; only the line that is being
+written when the *machine* dies can be torn. Readers skip a torn last line and raise on anything else.
 
 Reports are computed from these files alone.
 """
@@ -27,7 +27,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """Base of all events; ``kind`` is the name under which a class is written."""
+    """Base class of events; ``kind`` is the name of the class in the file."""
 
     kind: ClassVar[str]
 
@@ -43,22 +43,22 @@ class RunStarted(Event):
     pid: int
     device: str
     first_step: int
-    """The step that is taken first: 1, or the restored step + 1."""
+    """1, or the restored step + 1."""
     last_step: int
     parameters: int
-    """Trainable numbers in the model."""
+    """Number of trainable parameters."""
     comm: str
-    """Compressor and feedback in words, e.g. ``ef21 topk 5%``."""
+    """Error feedback and compressor, e.g. ``ef21 topk 5%``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone(Event):
-    """One optimizer step of one rank. Times are wall-clock seconds of the training thread unless said otherwise."""
+    """One optimizer step of one rank. Times are wall-clock seconds of the training thread unless noted."""
 
     kind: ClassVar[str] = "step"
     step: int
     loss: float
-    """Mean training loss of this rank's micro-batches."""
+    """Mean training loss of this rank's micro-batches, before the update."""
     grad_norm: float | None = None
     """Norm of the averaged gradient before clipping; None with ``comm.target = "update"``, where ranks average updates
     and none of them knows the averaged gradient."""
@@ -70,38 +70,38 @@ class StepDone(Event):
     """
     lr: float
     tokens: int
-    """Tokens this rank processed in this step."""
+    """Tokens that this rank processed."""
     step_s: float
     """The whole step."""
     data_s: float
     comm_s: float
-    """Communication that the backward pass did not hide: last gradient ready until the last bucket is reduced."""
+    """Communication not overlapped with backward: from the last gradient until the last bucket is reduced."""
     checkpoint_s: float
-    """Blocked by checkpointing: the wait before the update and the call that begins a snapshot."""
+    """Blocked by checkpoints: the wait before the update, and the call that starts a snapshot."""
     collective_s: float
-    """Time inside collectives, hidden or not: transfer plus waiting for the last rank to arrive."""
+    """Time inside collectives, overlapped or not: transfer, and the wait for the last rank."""
     codec_s: float
-    """Time in compression and decompression, hidden or not."""
+    """Time in compression and decompression, overlapped or not."""
     wire_bytes: int
-    """Bytes of gradient messages this rank sent, as the transport moves them, headers apart."""
+    """Bytes of gradient messages that this rank sent, without transport headers."""
     dense_bytes: int
-    """Bytes a ring all-reduce of the same gradients in fp32 would have sent."""
+    """Bytes that a ring all-reduce of the same gradients in fp32 would have sent."""
     alpha: float | None = None
-    """Measured contraction of what this rank compressed, 1 - ||C(x) - x||^2 / ||x||^2: the share of its square that
-    arrives at once; None in steps in which it was not measured."""
+    """Measured contraction of this rank's compressor, 1 - ||C(x) - x||^2 / ||x||^2; None in steps in which it is not
+    measured."""
     residual: float | None = None
-    """What this rank holds back over what it was given, ||e|| / ||g||; None in steps in which it was not measured."""
+    """Relative residual of this rank, ||e|| / ||g||; None in steps in which it is not measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommChosen(Event):
-    """``comm.compressor = "auto"`` has become something."""
+    """``comm.compressor = "auto"`` was resolved."""
 
     kind: ClassVar[str] = "comm_chosen"
     comm: str
-    """In words, e.g. ``ef14 topk 1% int8 of updates``."""
+    """Error feedback and compressor, e.g. ``ef14 topk 1% int8 of updates``."""
     why: str
-    """The prediction, with what it was made from, in one line."""
+    """The prediction and its inputs, in one line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,43 +116,43 @@ class EvalDone(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSaved(Event):
-    """A checkpoint is durable and committed (coordinator), or this rank's part is durable (other ranks)."""
+    """A checkpoint is committed (on the coordinator), or this rank's part is durable (on other ranks)."""
 
     kind: ClassVar[str] = "checkpoint_saved"
     step: int
     committed: bool
     tier: str = "storage"
-    """``memory``: in shared memory of the nodes; ``partner``: in that of the next node too; ``local``: on the nodes'
-    own disks; ``storage``: at the URL."""
+    """``memory``: in the nodes' shared memory; ``partner``: also in a partner node's; ``local``: on the nodes' disks;
+    ``storage``: at the URL."""
     size_bytes: int
-    """Bytes this rank wrote."""
+    """Bytes that this rank wrote."""
     blocked_s: float
-    """How long ``save`` and ``wait_copied`` held the training thread."""
+    """How long ``save`` and ``wait_copied`` blocked the training thread."""
     durable_s: float
-    """From the call of ``save`` until durable (and, on the coordinator, committed)."""
+    """From the call of ``save`` until the part is durable (on the coordinator: the checkpoint is committed)."""
     predicted_stall_s: float | None = None
-    """How long the update was expected to wait for the copy, when the save began, from the saves before: what
-    ``blocked_s`` is besides the call of ``save``. None for the first."""
+    """How long the update was predicted to wait for the copy, from earlier saves: the part of ``blocked_s`` that is not
+    the call of ``save``. None for the first save."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointInterval(Event):
-    """``checkpoint.every_steps = "auto"`` has become something (on rank 0), or something else by a tenth or more."""
+    """``checkpoint.every_steps = "auto"`` was resolved on rank 0, or changed by a tenth or more."""
 
     kind: ClassVar[str] = "checkpoint_interval"
     step: int
     every_steps: int
     cost_s: float
-    """Seconds of training that a save costs: blocked, and steps beside it that were slower."""
+    """Seconds of training that a save costs: time blocked, and the slowdown of steps during the save."""
     mtbf_s: float
-    """Expected mean seconds between failures of the whole run."""
+    """Expected mean time between failures of the whole run, in seconds."""
     why: str
-    """How the one follows from the others, in one line."""
+    """How the interval follows from cost and failures, in one line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFailed(Event):
-    """A checkpoint was not committed; training goes on, the checkpoints before it are untouched."""
+    """A checkpoint was not committed. Training goes on, and earlier checkpoints are unchanged."""
 
     kind: ClassVar[str] = "checkpoint_failed"
     step: int
@@ -169,24 +169,24 @@ class CheckpointRestored(Event):
     url: str
     seconds: float
     tiers: dict[str, int]
-    """Bytes this rank took from each tier: ``memory`` (this node's), ``local`` (its disk), ``partner`` (other nodes'
-    memory or disks), ``storage``."""
+    """Bytes that this rank read from each tier: ``memory`` (of this node), ``local`` (its disk), ``partner`` (memory or
+    disks of other nodes), ``storage``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRejected(Event):
-    """A checkpoint was found but not used, and why: it was set aside and a step before it was taken."""
+    """A checkpoint did not verify. It was set aside, and an earlier step was used."""
 
     kind: ClassVar[str] = "checkpoint_rejected"
     step: int
     reason: str
     file: str = ""
-    """The file at fault, relative to the checkpoint's directory; empty where none is."""
+    """The damaged file, relative to the checkpoint's directory; empty if it is not one file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEnded(Event):
-    """A rank ended of its own accord."""
+    """A rank ended by itself, with success or with an error."""
 
     kind: ClassVar[str] = "run_ended"
     step: int
@@ -211,20 +211,20 @@ class HangFound(Event):
 
     kind: ClassVar[str] = "hang_found"
     culprit: int
-    """Its rank."""
+    """The rank at fault."""
     pid: int
     step: int
     """The step it was in."""
     silent_s: float
-    """Seconds since its last sign of progress."""
+    """Seconds since its last heartbeat."""
     limit_s: float
     evidence: str
-    """What told it apart from ranks that merely wait: its process state, and where its collectives stand."""
+    """What distinguishes it from ranks that wait for it: its process state, and its collectives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkersFailed(Event):
-    """Ranks of this node failed; what the launcher does next."""
+    """Ranks of this node failed, and whether the launcher restarts them."""
 
     kind: ClassVar[str] = "workers_failed"
     host: str
@@ -235,7 +235,7 @@ class WorkersFailed(Event):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One line as read back: the envelope, and the event's own fields as a mapping."""
+    """One line of a file: the common keys, and the event's own fields as a mapping."""
 
     t: float
     rank: int
@@ -248,10 +248,10 @@ class Record:
 
 
 class EventLog:
-    """Appends events to one JSONL file; safe to use from several threads.
+    """Appends events to one JSONL file. Thread-safe.
 
     Args:
-        path: the file; its folder must exist. An existing file is appended to.
+        path: the file; its folder must exist. Events are appended to an existing file.
         rank: written into every line; -1 for a launcher.
         generation: written into every line.
     """
@@ -263,13 +263,13 @@ class EventLog:
         self._fd: int | None = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def write(self, event: Event) -> None:
-        """Append one event; it survives this process's death as soon as the call returns.
+        """Append one event. Once the call returns, the event survives the death of this process.
 
         Raises:
-            DiagnosticsError: the log is closed, or the line could not be written whole.
+            DiagnosticsError: the log is closed, or the line could not be written completely.
         """
         if self._fd is None:
-            raise DiagnosticsError(f"{self.path}: event {event.kind!r} written after the log was closed")
+            raise DiagnosticsError(f"{self.path}: event {event.kind!r} after the log was closed")
         line = {"v": VERSION, "t": time.time(), "rank": self.rank, "generation": self.generation, "kind": event.kind}
         for field in dataclasses.fields(event):
             line[field.name] = getattr(event, field.name)
@@ -277,7 +277,7 @@ class EventLog:
         written = os.write(self._fd, data)
         if written != len(data):
             raise DiagnosticsError(
-                f"{self.path}: wrote {written} of {len(data)} bytes of an event", "is the disk full?"
+                f"{self.path}: wrote {written} of {len(data)} bytes of an event", "make sure the disk is not full"
             )
 
     def close(self) -> None:
@@ -297,7 +297,7 @@ def read_events(path: Path | str) -> Iterator[Record]:
     """Yield the records of one file, oldest first; a torn last line is skipped.
 
     Raises:
-        DiagnosticsError: a line that is not an event, or of a schema version this outlast does not know.
+        DiagnosticsError: a line is not an event, or has an unknown schema version.
     """
     lines = Path(path).read_bytes().split(b"\n")
     torn = lines.pop()  # empty after a whole last line
@@ -307,10 +307,10 @@ def read_events(path: Path | str) -> Iterator[Record]:
 
 
 def parse_event(line: bytes, where: str) -> Record:
-    """One line as a record; ``where`` (``file:line``) stands in the message of the error.
+    """Parse one line; ``where`` (``file:line``) appears in the error message.
 
     Raises:
-        DiagnosticsError: it is not an event, or of a schema version this outlast does not know.
+        DiagnosticsError: it is not an event, or has an unknown schema version.
     """
     try:
         raw = json.loads(line)
@@ -319,5 +319,5 @@ def parse_event(line: bytes, where: str) -> Record:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DiagnosticsError(f"{where}: not an event: {line[:80]!r} ({error})") from error
     if version != VERSION:
-        raise DiagnosticsError(f"{where}: event schema {version}, this outlast reads {VERSION}")
+        raise DiagnosticsError(f"{where}: event schema {version}; this version of outlast reads {VERSION}")
     return Record(fields=raw, **envelope)

@@ -1,4 +1,4 @@
-"""Modules that are imported when they are first asked for as an attribute of their package (PEP 562)."""
+"""Modules that are imported on first access as an attribute of their package (PEP 562)."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_a_used_run_directory(trained: Path) -> None:
     before = sorted(trained.rglob("*"))
     for verb in ("train", "launch"):
         said = outlast(verb, config, check=1).stderr
-        assert "already holds a run" in said
+        assert "already contains a run" in said
         assert "--resume auto" in said
     assert sorted(trained.rglob("*")) == before
 
@@ -121,7 +121,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         said = outlast(
             "launch", config, "--rdzv-endpoint", f"127.0.0.1:{port}", "--nproc-per-node", "1", check=1
         ).stderr
-        assert f"port {port} of 127.0.0.1 is taken by" in said
+        assert f"port {port} of 127.0.0.1 is in use by" in said
 
 
 def test_half_a_place(tmp_path: Path) -> None:

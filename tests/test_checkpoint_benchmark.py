@@ -19,7 +19,7 @@ def test_the_checkpoint_benchmark(root: Path, monkeypatch: pytest.MonkeyPatch, t
         saves = 0 if method == "none" else 2
         assert len(row.blocked_s) == len(row.durable_s) == saves, method
         assert len(row.load_s) == (1 if saves else 0)
-        assert all(0 < durable_s < 60 for durable_s in row.durable_s)
+        assert all(durable_s > 0 for durable_s in row.durable_s)
     table = checkpoint.text(rows, raws)
     assert all(method in table for method in checkpoint.METHODS)
     assert not list(tmp_path.iterdir())

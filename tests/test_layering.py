@@ -51,7 +51,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"kernels", "buffers", "transport"},
         {"config"},
     ],
-    "diagnostics": [{"doctor", "report"}, {"live"}, {"format", "config"}],
+    "diagnostics": [{"doctor", "report"}, {"live"}, {"formatting", "config"}],
     "launch": [
         {"launcher"},
         {"agent", "spec", "rendezvous"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +87,7 @@ def test_a_stopped_rank_is_found_killed_and_replaced(tmp_path: Path, straight: P
     assert (hang["culprit"], hang["pid"]) == (1, pid)
     assert "stopped" in hang["evidence"]
     assert hang["step"] >= 35
-    median_s = statistics.median(record["step_s"] for record in events(run, "step"))
-    assert hang["silent_s"] <= max(10.0, 5 * median_s)
+    assert 8.0 <= hang["limit_s"] < hang["silent_s"]
     assert_same_end(run, straight)
 
 

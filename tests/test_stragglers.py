@@ -16,17 +16,18 @@ def report_of(folder: Path, delay_s: float) -> tuple[dict[str, Any], Path, float
     """The report, the run, and by how many milliseconds a step rank 1 was slowed."""
     config, run = tiny_config(folder)
     script = Path(__file__).parent / "slow_rank.py"
-    words = ["--trainer.steps", "60", "--data.batch-size", "8", "--checkpoint.every-steps", "1000"]
-    out = torchrun(script, "1", str(delay_s), config, *words)
+    words = ["--trainer.steps", "30", "--data.batch-size", "8", "--checkpoint.every-steps", "1000"]
+    # Ranks that share cores with other work are late by tens of milliseconds, now this one, now that one.
+    out = torchrun(script, "1", str(delay_s), config, *words, "--diagnostics.straggler-min-s", "0.1")
     slowed = re.search(r"slowed by ([\d.]+) ms", out)
     assert slowed
     report: dict[str, Any] = json.loads(outlast("report", run, "--json").stdout)
     return report, run, float(slowed[1])
 
 
-def test_a_rank_slowed_by_50_ms_stands_first(tmp_path: Path) -> None:
-    report, run, slowed_ms = report_of(tmp_path, 0.05)
-    assert slowed_ms >= 50
+def test_a_rank_slowed_by_300_ms_stands_first(tmp_path: Path) -> None:
+    report, run, slowed_ms = report_of(tmp_path, 0.3)
+    assert slowed_ms >= 300
     first = report["stragglers"][0]
     assert first["rank"] == 1
     assert first["straggler"] is True

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import tempfile
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ def scaler(report: Report, settings: Settings) -> None:
     """fp16 with a loss scale that overflows in a step: nothing moves in it, and training goes on."""
     task = Task(settings)
     ddp = ddp_of(task.model, settings)
-    reducer: Any = outlast.comm.attach(ddp, **HOW)
+    reducer = outlast.comm.attach(ddp, **HOW)
+    assert isinstance(reducer, GradientReducer)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
     scaler = torch.amp.GradScaler(settings.device.type, init_scale=2.0**10)
     losses, skipped, moved = [], [], []
@@ -138,7 +140,7 @@ def accumulation(report: Report, settings: Settings) -> None:
                 with ddp.no_sync() if ddp is not None and part == 0 else contextlib.nullcontext():
                     loss = F.cross_entropy(model(x), y) / 2
                     loss.backward()  # type: ignore[no-untyped-call]
-            if bare:
+            if isinstance(reducer, GradientReducer) and bare:
                 reducer.reduce()
             optimizer.step()
             losses.append(float(loss.detach()))
@@ -195,7 +197,13 @@ def hybrid(report: Report, settings: Settings) -> None:
         model = dict(task.model.named_parameters())
         comm = reducer.state_dict()["local"]
         with Checkpointer(
-            folder, CheckpointConfig(), rank=0, world_size=1, epoch="h", group=dist.group.WORLD, emit=lambda event: None
+            folder,
+            CheckpointConfig(),
+            rank=0,
+            world_size=1,
+            attempt_id="h",
+            group=dist.group.WORLD,
+            on_event=lambda event: None,
         ) as saver:
             saver.save(STEPS, replicated={"model": model}, local={"comm": comm}, eager={"comm"})
         held = {name: p.detach().to_local().clone() for name, p in model.items()}  # type: ignore[attr-defined]
@@ -203,7 +211,13 @@ def hybrid(report: Report, settings: Settings) -> None:
             for parameter in model.values():
                 parameter.fill_(0.0)
         with Checkpointer(
-            folder, CheckpointConfig(), rank=0, world_size=1, epoch="i", group=dist.group.WORLD, emit=lambda event: None
+            folder,
+            CheckpointConfig(),
+            rank=0,
+            world_size=1,
+            attempt_id="i",
+            group=dist.group.WORLD,
+            on_event=lambda event: None,
         ) as saver:
             found = saver.restore("auto", into={"model": model})
         same = found is not None and all(torch.equal(p.detach().to_local(), held[name]) for name, p in model.items())  # type: ignore[attr-defined]
@@ -224,7 +238,7 @@ def deepspeed(report: Report, settings: Settings) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29571",
     }
-    import deepspeed as ds  # type: ignore[import-untyped,unused-ignore]
+    ds = import_module("deepspeed")
 
     for stage in (0, 1, 2):
         task = Task(settings)

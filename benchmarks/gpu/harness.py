@@ -1,4 +1,4 @@
-"""What the sections share: a report that is written as it grows, clocks that know streams, and a run's settings."""
+"""What the sections share: a report that is written as it grows, clocks that know streams, settings of a run."""
 
 from __future__ import annotations
 
@@ -166,7 +166,9 @@ def one_rank(settings: Settings, backend: str | None = None) -> None:
     if settings.cuda:
         torch.cuda.set_device(settings.device)
     backend = backend or ("nccl" if settings.cuda else "gloo")
-    store = torch._C._distributed_c10d.FileStore(str(settings.out / f"store-{os.getpid()}"), 1)
+    store = dist.FileStore(  # type: ignore[attr-defined]
+        str(settings.out / f"store-{os.getpid()}"), 1
+    )
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 

@@ -45,7 +45,12 @@ def found_when_changed_too_early(report: Report, settings: Settings) -> None:
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         checkpointer = Checkpointer(
-            folder, CheckpointConfig(keep_last=1), rank=0, world_size=1, epoch="mutation", emit=lambda event: None
+            folder,
+            CheckpointConfig(keep_last=1),
+            rank=0,
+            world_size=1,
+            attempt_id="mutation",
+            on_event=lambda event: None,
         )
         state = {"weights": {str(number): weight for number, weight in enumerate(weights)}}
         for step, (kind, update) in enumerate(kinds.items()):

@@ -59,7 +59,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """By parameter name."""
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         moments = {names[p]: dict(slots) for p, slots in self.optimizer.state.items()}
         return {"model": dict(self.model.named_parameters()), "optimizer": moments}
 
@@ -84,7 +84,9 @@ class Saver:
         self.events: list[Event] = []
         self.called_s: list[float] = []
         self.waited_s: list[float] = []
-        self.checkpointer = Checkpointer(url, config, rank=0, world_size=1, epoch="snapshot", emit=self.events.append)
+        self.checkpointer = Checkpointer(
+            url, config, rank=0, world_size=1, attempt_id="snapshot", on_event=self.events.append
+        )
 
     def save(self, trainer: Trainer, number: int, durable: bool = True) -> None:
         began = time.perf_counter()
@@ -193,7 +195,7 @@ def restored(report: Report, trainer: Trainer, folder: Path) -> None:
             tensor.fill_(0.5)
     began = time.perf_counter()
     with Checkpointer(
-        folder, CheckpointConfig(io_threads=8), rank=0, world_size=1, epoch="restore", emit=lambda event: None
+        folder, CheckpointConfig(io_threads=8), rank=0, world_size=1, attempt_id="restore", on_event=lambda event: None
     ) as one:
         found = one.restore("auto", into=trainer.state())
     sync(trainer.settings.device)
@@ -236,7 +238,7 @@ def dcp_async(report: Report, trainer: Trainer, folder: Path, none_s: list[float
     for number in range(2):
         sync(trainer.settings.device)
         began = time.perf_counter()
-        answer: Any = dcp.state_dict_saver.async_save(
+        answer: Any = dcp.async_save(  # type: ignore[attr-defined]
             trainer.tensors(), checkpoint_id=folder / str(number), async_stager=stager
         )
         called.append(time.perf_counter() - began)

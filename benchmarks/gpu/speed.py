@@ -83,8 +83,8 @@ class Ours:
             CheckpointConfig(keep_last=1),
             rank=0,
             world_size=1,
-            epoch="speed",
-            emit=lambda event: self.failures.append(str(event)) if "Failed" in type(event).__name__ else None,
+            attempt_id="speed",
+            on_event=lambda event: self.failures.append(str(event)) if "Failed" in type(event).__name__ else None,
         )
         self._checkpointer.watch(model)
 

@@ -1,4 +1,4 @@
-"""The one-liner for people with their own loop."""
+"""A Checkpointer in one call, for people with their own loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def attach(
     config: CheckpointConfig | None = None,
     *,
     group: dist.ProcessGroup | None = None,
-    emit: Callable[[Event], None] | None = None,
+    on_event: Callable[[Event], None] | None = None,
 ) -> Checkpointer:
     """A :class:`Checkpointer` for the ranks of a process group, or for a single process; collective over the group.
 
@@ -30,8 +30,9 @@ def attach(
     Args:
         url: a path or any fsspec URL, shared by all ranks.
         config: None takes the defaults.
-        group: whose ranks save together; None takes the default group, or this process alone where there is none.
-        emit: takes events; without it, failed saves are still told in the log (logger ``outlast``).
+        group: whose ranks save together; None takes the default group, or this process alone if there is none.
+        on_event: takes events, from the training thread and from background threads; without it, failed saves are still
+            logged (logger ``outlast``).
 
     Raises:
         MissingDependency, ConfigError, CheckpointError: see :class:`Checkpointer`.
@@ -45,11 +46,11 @@ def attach(
         config if config is not None else CheckpointConfig(),
         rank=rank,
         world_size=world_size,
-        epoch=f"{token:016x}",
+        attempt_id=f"{token:016x}",
         group=group,
-        emit=emit if emit is not None else _unheard,
+        on_event=on_event if on_event is not None else _discard,
     )
 
 
-def _unheard(event: Event) -> None:
-    """Nobody asked for events."""
+def _discard(event: Event) -> None:
+    """Discard events."""

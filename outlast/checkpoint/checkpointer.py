@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -17,7 +16,6 @@ import torch.distributed as dist
 from torch import nn
 
 from outlast.checkpoint.config import CheckpointConfig
-from outlast.checkpoint.format.names import rank_name
 from outlast.checkpoint.format.records import CRC_BYTES
 from outlast.checkpoint.memory.arena import Arena
 from outlast.checkpoint.peers.collectives import Agreement
@@ -27,15 +25,13 @@ from outlast.checkpoint.restore.restore import restore
 from outlast.checkpoint.restore.survey import Survey
 from outlast.checkpoint.save.device import DeviceRoom
 from outlast.checkpoint.save.hooks import Hooks
+from outlast.checkpoint.save.io_threads import IoThreads, process_ended
 from outlast.checkpoint.save.job import SaveJob, raise_error
-from outlast.checkpoint.save.plan import share_of
-from outlast.checkpoint.save.request import SaveContext
-from outlast.checkpoint.save.snapshot import Snapshot
+from outlast.checkpoint.save.prepare import make_request
+from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import TensorSource
 from outlast.checkpoint.save.stall_forecast import StallForecast
 from outlast.checkpoint.save.storage_save import StorageSave
-from outlast.checkpoint.state.dtensor import Meshes
-from outlast.checkpoint.state.tree import StateTree, lay_out
 from outlast.checkpoint.storage.open import open_store
 from outlast.checkpoint.tiers.manager import Tiers
 from outlast.errors import CheckpointError
@@ -57,33 +53,34 @@ class Checkpointer:
                 optimizer.step()
                 optimizer.zero_grad()
                 if step % 10 == 0:
-                    checkpointer.save(step, replicated={"model": model.state_dict()}, local={})
+                    checkpointer.save(step, replicated={"model": model.state_dict()})
 
-    Failure contract. What the environment does (a full disk, a timeout, another rank's death) makes a save fail: a
-    ``CheckpointFailed`` event and a log line tell, training goes on, and the checkpoints before it are untouched. What
-    the program does wrong is raised: bad state by :meth:`save` at once; a changed snapshot, or a bug in the background
-    thread, by the next call of :meth:`wait_copied`, :meth:`save`, :meth:`restore` or :meth:`close`. A save is committed
-    only after the training thread has said that nothing was changed, which each of these calls does; so a save after
-    which none of them is called is never committed.
+    Failure contract. What the environment does (a full disk, a timeout, another rank's death) makes a save fail: it is
+    reported by a ``CheckpointFailed`` event and a log line, training goes on, and earlier checkpoints are untouched.
+    What the program does wrong is raised: bad state by :meth:`save` at once; a changed snapshot, or a bug in the
+    background thread, by the next call of :meth:`wait_copied`, :meth:`save`, :meth:`restore` or :meth:`close`. A save
+    is committed only after the training thread has confirmed that nothing was changed, which each of these calls does;
+    a save after which none of them is called is never committed.
 
-    All methods are for one thread, the training thread.
+    All methods are for one thread, the training thread. Saves issue no collectives.
 
     Args:
         url: a path or any fsspec URL, shared by all ranks.
-        config: see :class:`CheckpointConfig`; its ``url`` and ``every_steps`` are not looked at.
+        config: its ``url`` and ``every_steps`` are not used.
         rank: of this process; rank 0 coordinates.
         world_size: number of ranks.
-        epoch: random text, equal on all ranks of this attempt and never used before; votes of others never count.
-        group: for :meth:`restore`; None takes the default group. Saves use no collectives.
-        emit: takes events, from the training thread and from the background thread.
-        host: with a memory tier, the address of this node at which the other ranks reach this one; None takes that of
-            ``config.interface``, or the one by which this node reaches ``MASTER_ADDR``. Construction is collective
-            then.
+        attempt_id: random text, equal on all ranks of this attempt and never used before; votes of other attempts never
+            count.
+        group: over all ranks, for :meth:`restore`; None takes the default group.
+        on_event: takes events, from the training thread and from background threads.
+        host: with a memory tier, this node's address at which the other ranks reach this one; None takes that of
+            ``config.interface``, or the one on the route to ``MASTER_ADDR``. With a memory tier, construction is
+            collective over ``group``.
 
     Raises:
         MissingDependency: the package for this kind of URL is not installed.
         ConfigError: no such kind of URL.
-        CheckpointError: the place cannot be written.
+        CheckpointError: the URL cannot be written to; or, with a memory tier, a rank cannot reach the others.
     """
 
     def __init__(
@@ -93,14 +90,15 @@ class Checkpointer:
         *,
         rank: int,
         world_size: int,
-        epoch: str,
+        attempt_id: str,
         group: dist.ProcessGroup | None = None,
-        emit: Callable[[Event], None],
+        on_event: Callable[[Event], None],
         host: str | None = None,
     ) -> None:
-        if not 0 <= rank < world_size or not epoch:
+        if not 0 <= rank < world_size or not attempt_id:
             raise CheckpointError(
-                f"rank {rank} of {world_size}, epoch {epoch!r}", "0 <= rank < world_size, epoch not empty"
+                f"rank {rank} of {world_size}, attempt_id {attempt_id!r}",
+                "0 <= rank < world_size, and an attempt_id that is not empty",
             )
         self._store = open_store(url)
         try:
@@ -108,38 +106,38 @@ class Checkpointer:
         except OSError as error:
             raise CheckpointError(
                 f"checkpoints cannot be written to {self._store.url}: {error}",
-                "choose another place with checkpoint.url, or see to its permissions",
+                "choose another place with checkpoint.url, or fix its permissions",
             ) from error
-        self._io = ThreadPoolExecutor(config.io_threads, thread_name_prefix="outlast-checkpoint")
-        self._place = SaveContext(self._store, config, rank, world_size, epoch, emit, self._io)
+        self._io = IoThreads(config.io_threads, thread_name_prefix="outlast-checkpoint")
+        self._context = SaveContext(self._store, config, rank, world_size, attempt_id, on_event, self._io)
         self._group = group
         self._arena = Arena(int(config.host_memory_mb * 1e6))
         self._device_room = DeviceRoom()
         self._tiers: Tiers | None = None
         if config.memory_every_steps:
-            self._tiers = Tiers(self._place, Agreement(group, rank, world_size), host)
+            self._tiers = Tiers(self._context, Agreement(group, rank, world_size), host)
         self._saving: SaveJob | None = None
         self._awaited: SaveJob | None = None
-        """The save for whose copy the training thread has waited."""
+        """The save whose copy the training thread has waited for."""
         self._hooks = Hooks(self.wait_copied, self._confirm_early)
         self._stall = StallForecast()
-        self._serial = 0
-        self._begun = False
-        """Whether it is decided what this run goes on from."""
-        self._copied_once = False
-        """Whether the partner has a copy of this attempt."""
+        self._save_id = 0
+        self._start_decided = False
+        """Whether it is decided from what this run goes on."""
+        self._replicated = False
+        """Whether a copy was due at the partner in this attempt."""
         self._closed = False
         # A thread that is inside PyTorch while the interpreter is taken down would abort the process.
-        atexit.register(self.abort)
+        atexit.register(self._abort_at_exit)
 
     @property
     def url(self) -> str:
-        """Where checkpoints lie."""
+        """Where checkpoints are saved."""
         return self._store.url
 
     @property
     def running(self) -> bool:
-        """Whether a save to storage is under way on this rank; rank 0's is until all ranks have ended theirs."""
+        """Whether a save to storage is under way on this rank; on rank 0 until all ranks have ended theirs."""
         if self._tiers is not None and self._tiers.storing:
             return True
         return isinstance(self._saving, StorageSave) and not self._saving.done.is_set()
@@ -148,8 +146,8 @@ class Checkpointer:
         self,
         step: int,
         *,
-        replicated: Mapping[str, Any],
-        local: Mapping[str, Any],
+        replicated: Mapping[str, Any] | None = None,
+        local: Mapping[str, Any] | None = None,
         eager: Collection[str] = (),
         durable: bool = True,
     ) -> None:
@@ -157,85 +155,92 @@ class Checkpointer:
 
         One save runs at a time: while the one before is still being written, this call waits for it, and the wait
         counts as ``blocked_s`` of the new save's ``CheckpointSaved`` event. (Save less often if that happens.) With a
-        memory tier the one before need only be in memory, and in those of the other tiers that are due again.
+        memory tier, this call waits only until the save before is in memory, and in the other tiers for which the new
+        one is due.
 
         Args:
             step: number of the step just done, >= 0.
-            replicated: equal on all ranks, each of which writes an equal share of it. Nested: keys to tensors, JSON
-                values, or dictionaries. DTensors on meshes of all ranks may be among the tensors: each rank writes its
-                part, or where several hold the same a share of it.
-            local: this rank's own.
+            replicated: state that is equal on all ranks, each of which writes an equal share of it. Nested: keys to
+                tensors, JSON values, or dictionaries. DTensors on meshes of all ranks may be among the tensors: each
+                rank writes its part, or a share of it where several ranks hold the same part.
+            local: this rank's own state, nested in the same way, without DTensors. Either may be left out, but not
+                both.
             eager: top-level keys (of either) whose tensors may change at once; they are copied before this returns. All
                 other tensors must not be changed until :meth:`wait_copied` has returned. JSON values are always copied.
             durable: save to storage; False: to memory alone (and to the partner's, if that is due).
 
         Raises:
-            CheckpointError: a key, value, dtype or DTensor's placement that cannot be stored; names it. Or: not
-                durable, and no memory tier.
+            CheckpointError: there is nothing to save; a key, value, dtype or DTensor's placement cannot be stored
+                (named in the message); or the save is not durable, and there is no memory tier.
             SnapshotMutated: a tensor of the save before was changed too early.
             StateMismatch: in the save before, the replicated state of some rank was laid out differently (on rank 0).
         """
         began = time.monotonic()
         # Counted before anything can fail, so that all ranks number their saves alike.
-        self._serial += 1
+        self._save_id += 1
         if self._closed or step < 0:
             raise CheckpointError(f"save of step {step} on a {'closed' if self._closed else 'running'} Checkpointer")
+        if replicated is None and local is None:
+            raise CheckpointError(
+                f"the save of step {step} was given nothing to save", "pass replicated=, local=, or both"
+            )
         if not durable and self._tiers is None:
             raise CheckpointError(
-                f"step {step} is to be saved to memory alone, and there is no memory tier",
+                f"step {step} is to be saved only to memory, but there is no memory tier",
                 "set checkpoint.memory_every_steps",
             )
         self._finish()
-        rank, config = self._place.rank, self._place.config
-        of_all, own = StateTree(), StateTree()
-        lay_out(of_all, replicated, "", eager, Meshes(self._group, self._place.world_size))
-        lay_out(own, local, rank_name(rank), eager)
-        share = share_of(
-            of_all,
-            own,
-            rank,
-            self._place.world_size,
-            chunk_bytes=int(config.chunk_mb * 1e6),
-            pack_below_bytes=int(config.pack_below_kb * 1e3),
+        request = make_request(
+            self._context,
+            self._group,
+            self._device_room,
+            step,
+            self._save_id,
+            replicated=replicated or {},
+            local=local or {},
+            eager=eager,
+            began=began,
+            durable=durable,
+            # The partner gets the first save at once: what a restart went on from may be in one place alone.
+            replicate_now=not self._replicated,
         )
-        snapshot = Snapshot(share.parts, self._device_room)
-        root = of_all.groups[""]
-        saving: SaveJob | None = None
-        if self._tiers is not None:
-            if not self._begun:
-                self._tiers.start_anew()
-            self._begun = True
-            # The first one at once: what a restart went on from may lie in one place alone.
-            saving = self._tiers.begin(
-                step, self._serial, root, share, snapshot, began, durable, partner_too=not self._copied_once
-            )
-            self._copied_once = True
-            if saving is None and not durable:
-                return
+        saving = self._save_to_memory(request) if self._tiers is not None else None
         if saving is None:
-            sizes = [part.nbytes + CRC_BYTES for part in share.parts]
-            source = TensorSource(
-                share,
-                snapshot,
-                self._arena,
-                prepare=partial(self._arena.reserve, sizes, pinned=snapshot.pinned),
-            )
-            saving = StorageSave(self._place, step, self._serial, root, share, source, snapshot, began)
+            if not durable:
+                return
+            saving = self._save_to_storage(request)
         self._saving = saving
-        saving.predicted_stall_s = self._stall.begin(sum(part.nbytes for part in share.parts), time.monotonic())
+        copied_bytes = sum(part.nbytes for part in request.plan.parts)
+        saving.predicted_stall_s = self._stall.begin(copied_bytes, time.monotonic())
         saving.start()
         saving.eager_copied.wait()
         saving.blocked_s += time.monotonic() - began
 
+    def _save_to_memory(self, request: SaveRequest) -> SaveJob | None:
+        assert self._tiers is not None
+        if not self._start_decided:
+            self._tiers.start_anew()
+        self._start_decided = True
+        saving = self._tiers.begin(request)
+        self._replicated = True
+        return saving
+
+    def _save_to_storage(self, request: SaveRequest) -> SaveJob:
+        plan, snapshot = request.plan, request.snapshot
+        assert snapshot is not None
+        sizes = [part.nbytes + CRC_BYTES for part in plan.parts]
+        reserve = partial(self._arena.reserve, sizes, pinned=snapshot.pinned)
+        return StorageSave(self._context, request, TensorSource(plan, snapshot, self._arena, prepare=reserve))
+
     def wait_copied(self) -> float:
-        """Wait until no tensor of the running save is needed any more; call right before anything changes them.
+        """Wait until the running save needs no tensor any more; call it right before anything changes them.
 
         Returns:
             Seconds this call blocked.
 
         Raises:
             SnapshotMutated: a tensor was changed too early; the save is given up.
-            Exception: a bug that ended the save before, or the event sink's error.
+            Exception: a bug that ended the save before, or an error of ``on_event``.
         """
         saving = self._saving
         if saving is None:
@@ -254,23 +259,22 @@ class Checkpointer:
         return time.monotonic() - began
 
     def watch(self, *watched: nn.Module | torch.optim.Optimizer) -> None:
-        """Hook what trains, until this is closed.
+        """Hook optimizers and modules, until this is closed.
 
-        Of an optimizer, :meth:`wait_copied` is called before each of its steps: the loop need not do so, and cannot
-        forget it. Of a module, whenever backward has accumulated a gradient, a save whose copy has ended by then is
-        confirmed; so it can be committed without waiting for the update, which pays where a step takes longer than
-        writing. Neither blocks, but for what :meth:`wait_copied` waits for.
+        Before each step of an optimizer, :meth:`wait_copied` is called, so the loop need not do it and cannot forget
+        it. Whenever backward has accumulated a gradient of a module, a save whose copy has ended by then is confirmed;
+        it can then be committed without waiting for the update, which helps if a step takes longer than writing.
+        Neither blocks, except in :meth:`wait_copied`.
 
         Args:
-            watched: optimizers whose ``step`` changes what is saved, and modules. Where gradients do not pass through
-                the parameters' own hooks (FSDP2), those of a module never run, and saves are confirmed before the
-                update.
+            watched: optimizers whose ``step`` changes what is saved, and modules. If gradients do not pass through the
+                parameters' own hooks (FSDP2), a module's hooks never run, and saves are confirmed before the update.
         """
         for each in watched:
             self._hooks.set(each)
 
     def _confirm_early(self) -> None:
-        """The training thread is between two operations, so none of them is changing what was copied."""
+        """Confirm a save whose copy has ended: right now the training thread is changing nothing."""
         saving = self._saving
         if saving is not None and not saving.confirmed and saving.copied.is_set():
             saving.confirm()
@@ -283,27 +287,31 @@ class Checkpointer:
         into: Mapping[str, Any] | None = None,
         any_world_size: bool = False,
     ) -> Restored | None:
-        """Read a checkpoint back, every byte verified; collective over the group.
+        """Read a checkpoint back, and verify every byte.
 
-        ``"auto"`` takes the newest step that all ranks find complete and undamaged, file by file from the fastest copy
-        that is: this node's memory, another node's, storage. A run that never calls this begins anew, and what earlier
-        runs left in memory is removed with its first save. Damaged newer ones are reported
-        (``CheckpointRejected``, a log line naming the file) and set aside: renamed to ``step_XXXXXXXX.aside-N``. Saves
-        that were cut off are reported and cleared away. An integer takes that step and sets newer ones aside.
+        Collective over the group: all ranks call it with the same arguments. If a rank is lost, the others raise what
+        the group's backend raises.
+
+        ``"auto"`` takes the newest step that all ranks find complete and undamaged. Each file is read from the fastest
+        undamaged copy: this node's memory, another node's, the local disks, storage. Newer damaged steps are reported
+        (a ``CheckpointRejected`` event, and a log line that names the file) and set aside: renamed to
+        ``step_XXXXXXXX.aside-N``. Interrupted saves are reported and cleared away. An integer takes that step, and sets
+        newer ones aside. A run that never calls this starts from scratch: its first save removes what earlier attempts
+        left in memory.
 
         Args:
             which: ``"auto"``, or a step.
             like: the running replicated state, nested as it is saved. Its DTensors come back as DTensors on the same
-                mesh with the same placements, of which each rank reads, and verifies, no more than the chunks that its
-                part needs; together the ranks verify all. The step must have exactly the tensors of ``like``, in shape
-                and dtype, however they were sharded when it was saved; values that are no tensors are not compared.
-                Without it, every rank reads all tensors whole.
-            into: as ``like``; and what is read goes into these very tensors, on any device, with no second copy of the
-                state in memory. ``Restored.replicated`` has them too. If this raises, some may be overwritten; if it
-                returns None, none is. Values that are no tensors (steps, learning rates) are in
-                ``Restored.replicated`` alone.
-            any_world_size: take a step that another number of ranks saved: ``Restored.local`` is empty then, and
-                ``Restored.read_local`` gives any of those ranks' local state.
+                mesh with the same placements; each rank reads and verifies only the chunks that its part needs, and
+                together the ranks verify all. The step must have exactly the tensors of ``like``, in shape and dtype,
+                however they were sharded when it was saved; values other than tensors are not compared. Without
+                ``like``, every rank reads all tensors whole.
+            into: as ``like``, but what is read goes into these very tensors, on any device, without a second copy of
+                the state in memory. ``Restored.replicated`` has them, too. If this raises, some may be overwritten; if
+                it returns None, none is. Values other than tensors (steps, learning rates) are only in
+                ``Restored.replicated``.
+            any_world_size: accept a step that was saved with another world size: then ``Restored.local`` is empty, and
+                ``Restored.read_local`` gives the local state of any rank that saved it.
 
         Returns:
             The state, or None if ``"auto"`` finds no checkpoint at all.
@@ -313,23 +321,22 @@ class Checkpointer:
             CorruptCheckpoint: the step asked for is damaged, or (``"auto"``) there are checkpoints but none is valid.
             IncompleteCheckpoint: a file or the commit record of the step asked for is missing.
             UnknownFormatVersion: written by another version of outlast; it is left as it is.
-            StateMismatch: saved by another number of ranks, unless ``any_world_size``; other tensors than ``like`` or
-                ``into`` has, of which none was overwritten then; or ranks on which these differ.
-            CheckpointError: the storage cannot be read, there are several ranks without a process group, a DTensor in
-                ``like`` or ``into`` that could not be saved, or both were given.
+            StateMismatch: saved with another world size, without ``any_world_size``; the step has other tensors than
+                ``like`` or ``into``, of which none was overwritten then; or these differ between ranks.
+            CheckpointError: the storage cannot be read; there are several ranks without a process group; ``like`` or
+                ``into`` has a DTensor that could not be saved; or both were given.
         """
         if self._closed:
             raise CheckpointError("restore on a closed Checkpointer")
         self._finish()
-        place, tiers = self._place, self._tiers
-        agreement = Agreement(self._group, place.rank, place.world_size)
-        context = RestoreContext(place.store, place.rank, place.world_size, agreement, place.emit, self._io)
-        meshes = Meshes(self._group, place.world_size)
-        request = agree_on_request(like, into, meshes, context, any_world_size=any_world_size)
-        self._begun = True
+        saver, tiers = self._context, self._tiers
+        agreement = Agreement(self._group, saver.rank, saver.world_size)
+        context = RestoreContext(saver.store, saver.rank, saver.world_size, agreement, saver.on_event, self._io)
+        request = agree_on_request(like, into, self._group, context, any_world_size=any_world_size)
+        self._start_decided = True
         if tiers is None:
             return restore(which, context, request, None)
-        survey = Survey(tiers.folder, tiers.disk_folder, tiers.meeting.nodes, place.rank, agreement, self._io)
+        survey = Survey(tiers.folder, tiers.disk_folder, tiers.meeting.nodes, saver.rank, agreement, self._io)
         restored = restore(which, context, request, survey)
         if restored is not None:
             self._heal(restored, survey, tiers)
@@ -337,7 +344,7 @@ class Checkpointer:
 
     def _heal(self, restored: Restored, survey: Survey, tiers: Tiers) -> None:
         """A step that fewer nodes hold in memory than should is copied again before training goes on."""
-        same_world_size = restored.world_size == self._place.world_size
+        same_world_size = restored.world_size == self._context.world_size
         if not same_world_size or not survey.lacks_copies(restored.step, tiers.copies_in_memory):
             return
         _log.info("step %d is in the memory of too few nodes; it is copied again", restored.step)
@@ -350,7 +357,7 @@ class Checkpointer:
 
         Raises:
             SnapshotMutated: a tensor of the running save was changed too early.
-            Exception: a bug that ended the save before, or the event sink's error.
+            Exception: a bug that ended the save before, or an error of ``on_event``.
         """
         if self._closed:
             return
@@ -358,20 +365,25 @@ class Checkpointer:
         try:
             self._finish()
             if self._tiers is not None:
-                self._tiers.finish(self._serial + 1)
+                self._tiers.finish(self._save_id + 1)
         finally:
             self._end()
 
     def abort(self) -> None:
-        """Give the running save up, report it as failed, and end the threads; for a training that ends with an error.
+        """Give the running save up, report it as failed, and end the threads: for training that ends with an error.
 
-        What the save has committed by now stays. Raises nothing that the save ran into. A process that ends without
-        :meth:`close` does this by itself.
+        What the save has committed by now stays. What the save ran into is not raised. At the exit of a process that
+        did not call :meth:`close`, the same happens by itself.
         """
+        self._abort(CheckpointError("training ended with an error before the checkpoint was committed"))
+
+    def _abort_at_exit(self) -> None:
+        self._abort(process_ended())
+
+    def _abort(self, reason: CheckpointError) -> None:
         if self._closed:
             return
         self._closed = True
-        reason = CheckpointError("training ended with an error before the checkpoint was committed")
         if self._saving is not None:
             self._saving.give_up(reason)
         if self._tiers is not None:
@@ -396,10 +408,10 @@ class Checkpointer:
         self._io.shutdown()
         self._arena.clear()
         self._device_room.clear()
-        atexit.unregister(self.abort)
+        atexit.unregister(self._abort_at_exit)
 
     def _finish(self) -> None:
-        """Confirm and await the running save."""
+        """Confirm the running save, and wait for its end."""
         if self._saving is not None:
             self.wait_copied()
             self._saving.done.wait()

@@ -10,58 +10,58 @@ from outlast.config import require
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """How often, where to, and how many."""
+    """How often checkpoints are saved, where, and how many are kept."""
 
     every_steps: int | Literal["auto"] = 10
     """Optimizer steps from one checkpoint to the next; the last step of a run is always saved. ``auto``: Daly's
-    optimum, from what saves were measured to cost and from failures seen."""
+    optimum, from the measured cost of saves and from the failures seen."""
 
     rank_mtbf_h: float = 8000.0
-    """With ``auto``: hours after which one rank is expected to fail, before the run's own failures say better; with n
-    ranks something fails n times as often. 8000 is what Meta's clusters showed (Kokolis et al., HPCA 2025: one failure
+    """With ``auto``: hours after which one rank is expected to fail, until the run's own failures say better; with n
+    ranks, some rank fails n times as often. 8000 is what Meta's clusters showed (Kokolis et al., HPCA 2025: one failure
     in 7.9 h of 1,024 GPUs); Llama 3's pre-training had 50,000 (419 unplanned stops in 54 days of 16,384 GPUs)."""
 
     interval_limit_s: float = 3600.0
-    """With ``auto``: at most so many seconds of training from one checkpoint to the next, how rare failures may be."""
+    """With ``auto``: at most this many seconds of training between checkpoints, however rare failures are."""
 
     keep_last: int = 3
     """Committed checkpoints that are kept; older ones are removed after each commit. 0 keeps all. The newest committed
     checkpoint is never removed."""
 
     url: str | None = None
-    """Where checkpoints lie: a path or any fsspec URL (``s3://bucket/run``); none takes the run directory's
-    ``checkpoints/``."""
+    """Where checkpoints are saved: a path or any fsspec URL (``s3://bucket/run``); none takes ``checkpoints/`` in the
+    run's directory."""
 
     commit_timeout_s: float = 300.0
     """Seconds the coordinator waits for the votes of the other ranks, and they for the coordinator to open the save.
-    When they are over, the save is given up and reported, and training goes on. Larger than the longest time by which
-    one rank's storage may lag behind another's."""
+    After that, the save is given up and reported, and training goes on. Choose more than the longest time by which one
+    rank's storage may lag behind another's."""
 
     io_threads: int = 4
     """Threads per rank that checksum, write and fsync files (and read and verify them at restore)."""
 
     host_memory_mb: float = 0.0
-    """Memory per rank through which a save goes, in MB; 0 takes what the rank's share of the state needs. With less,
-    the state streams through it: the copy goes on as files are written, and an update that comes before the copy's
-    end waits (``blocked_s`` in the event)."""
+    """Memory per rank, in MB, through which a save is copied; 0 takes what the rank's share of the state needs. With
+    less, the state streams through it: the copy proceeds as files are written, and an update that comes before the end
+    of the copy waits (``blocked_s`` in the event)."""
 
     chunk_mb: float = 32.0
     """Tensors are cut into chunks of at most this size, one file each, and ranks share replicated state by chunks."""
 
     pack_below_kb: float = 16.0
-    """Tensors smaller than this lie packed in one array of bytes, up to ``chunk_mb``; 0 gives each an array."""
+    """Tensors smaller than this are packed into arrays of bytes, of up to ``chunk_mb``; 0 gives each its own array."""
 
     memory_every_steps: int = 0
-    """Optimizer steps from one checkpoint in host memory to the next; 0: none. They lie in shared memory
-    (``/dev/shm``), outlive the processes, and are what a restart on the same nodes takes first."""
+    """Optimizer steps from one checkpoint in host memory to the next; 0: none. These checkpoints are in shared memory
+    (``/dev/shm``) and outlive the processes; a restart on the same nodes takes them first."""
 
     memory_keep_last: int = 2
-    """Committed checkpoints that are kept in memory. A rank has one more slot than that for its part of the state, and
-    up to two more while storage and partner are behind, and with a partner two more."""
+    """Committed checkpoints that are kept in memory. A rank has one more slot than that for its part of the state, up
+    to two more while storage and partner are behind, and two more with a partner."""
 
     partner_every_steps: int = 0
     """Optimizer steps from one copy of a node's memory in the next node's memory to the next; 0: none. A multiple of
-    ``memory_every_steps``. With it, the loss of a node costs no more than the steps since that copy."""
+    ``memory_every_steps``. With such copies, the loss of a node costs only the steps since the last one."""
 
     local_dir: str | None = None
     """A folder on each node's own disk, for the copies of ``local_every_steps``."""
@@ -71,13 +71,13 @@ class CheckpointConfig:
     ``memory_every_steps``. They outlive the machine's memory, but not the machine."""
 
     local_keep_last: int = 2
-    """Copies on a node's own disk that are kept, at least 2; and the newest that all nodes have, if that is older."""
+    """Copies that are kept on a node's own disk, at least 2; the newest that all nodes have is kept, too."""
 
     interface: str | None = None
     """With a memory tier of several ranks: the network interface on whose address each rank listens for the others,
-    e.g. ``eth1``: the same name on all nodes, each node's own address (IPv4 before IPv6). None takes the address by
-    which a node reaches ``MASTER_ADDR``; where that is a loopback address, as on the first node if its name resolves to
-    127.0.1.1, the one by which it reaches another node."""
+    e.g. ``eth1``; the same name on all nodes, IPv4 before IPv6. None takes a node's address on the route to
+    ``MASTER_ADDR``; if that is a loopback address, as on the first node if its name resolves to 127.0.1.1, the one on
+    the route to another node."""
 
     def __post_init__(self) -> None:
         counted = isinstance(self.every_steps, int) and self.every_steps >= 1

@@ -1,6 +1,6 @@
 """Gradients over slow links: compressed, with error feedback that converges, bit-identical on every rank.
 
-``Compressor`` (a tensor to bytes and back) x ``Feedback`` (what becomes of what was not sent) x ``Communicator`` (how
+``Compressor`` (a tensor to bytes and back) x ``Feedback`` (what happens to what was not sent) x ``Communicator`` (how
 messages become a sum). :func:`attach` puts the three under DDP, FSDP2 or DeepSpeed in one call::
 
     reducer = outlast.comm.attach(ddp, target="gradient", feedback="ef21", density=0.05)

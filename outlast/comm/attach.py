@@ -118,12 +118,12 @@ def _refuse(what: str, arguments: Mapping[str, object]) -> None:
 
 
 def _is_deepspeed_engine(model: Any) -> bool:
-    """Without importing deepspeed: whoever has an engine has imported it."""
+    """Recognised without importing deepspeed, which has been imported if ``model`` is one."""
     engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
     return engine is not None and isinstance(model, engine)
 
 
 def _is_fsdp2(model: Any) -> bool:
-    """Whether some module of ``model`` was given to ``fully_shard``. Whoever has called it has imported its module."""
+    """Whether ``fully_shard`` was applied to some module of ``model``; its package has been imported then."""
     sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return sharded is not None and isinstance(model, nn.Module) and any(isinstance(m, sharded) for m in model.modules())

@@ -24,12 +24,12 @@ SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 RESIDUALS: tuple[Residual, ...] = get_args(Residual)
 
 UPDATE_BETA1 = 0.0
-"""Adam's beta1 where its direction is compressed. What error feedback holds back acts as a momentum, so that a second
-one lags: on the GPT of docs/compression.md (seed 0, clip_rms 0) a loss of 2.60 takes 75 steps with 0, 95 with 0.5."""
+"""Adam's beta1 where its direction is compressed. What error feedback holds back acts as a momentum, and a second one
+lags: on the GPT of docs/compression.md (seed 0, clip_rms 0) a loss of 2.60 takes 75 steps with 0, 95 with 0.5."""
 
 UPDATE_CLIP_RMS = 1.0
-"""Above which root mean square a direction is scaled down. Without a first moment nothing else damps a gradient that
-comes out large. The same GPT takes 76 steps to 2.60 with it and 98 without (seed 1), or 82 and 75 (seed 0)."""
+"""A direction with a larger root mean square than this is scaled down to it. Without a first moment, nothing else damps
+an outsized gradient. The same GPT takes 76 steps to 2.60 with it and 98 without (seed 1), or 82 and 75 (seed 0)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,31 +37,31 @@ class CommConfig:
     """How gradients are averaged over ranks.
 
     Raises:
-        UnknownCompressor: ``compressor`` or ``feedback`` is not known; names the nearest one that is.
-        OutOfRange: a number or combination that is not allowed.
+        UnknownCompressor: there is no such ``compressor`` or ``feedback``; names the nearest one that exists.
+        OutOfRange: a value or combination that is not allowed.
     """
 
     compressor: Literal["auto", CompressorName] = field(default="topk", metadata={"unknown": UnknownCompressor})
     """``topk`` sends the largest entries of each tensor, ``block-topk`` the largest of each block of it, ``randk``
     random ones; ``sign``, ``int8``, ``int4`` and ``natural`` all of them in few bits; ``lowrank`` a product of two thin
     matrices; ``gear`` few bits, low rank and outliers; ``dense`` everything.
-    ``auto`` sends a few steps dense, measures links and codecs, and takes what it predicts to be fastest of dense and
-    some whose cost in loss is small."""
+    ``auto`` sends the first steps dense and measures links and codecs. It then takes what it predicts to be fastest:
+    dense, or one of a few methods whose cost in loss is small."""
     feedback: FeedbackName = field(default="ef14", metadata={"unknown": UnknownCompressor})
-    """What becomes of what is not sent: ``ef14``, ``ef21``, ``ef21-sgdm``, ``econtrol``, or ``ef21-bc``, which is ef21
+    """What happens to what is not sent: ``ef14``, ``ef21``, ``ef21-sgdm``, ``econtrol``, or ``ef21-bc``, which is ef21
     in the two-phase transport. Unused when dense.
-    ``none`` drops them, which diverges, and is refused."""
+    ``none`` drops it, which diverges, and is refused."""
     density: float = 0.01
     """Share of a tensor's entries that topk, block-topk, randk and gear's outliers send, 0 < density <= 1:
     k = ceil(density * numel)."""
     values: Values = "int8"
     """How the numbers that topk, block-topk, randk, lowrank and gear send are written: ``fp32``, ``fp16``, ``bf16``,
-    ``int8``, ``int4``, ``natural`` (powers of two) or ``sign``. Rounding is fed back, as all that is not sent."""
+    ``int8``, ``int4``, ``natural`` (powers of two) or ``sign``. Rounding is fed back like all that is not sent."""
     rank: int = 4
     """Columns of the thin matrices of lowrank and gear."""
     block: int = 0
-    """Entries of a block: of block-topk (0: 256), and those that share a scale in int8 (0: 256), int4 and gear (0: 32)
-    and sign (0: the whole tensor)."""
+    """Entries of a block: of block-topk (0: 1 / density), and those that share a scale in int8 (0: 256), int4 and gear
+    (0: 32) and sign (0: the whole tensor)."""
     selection: Selection = "auto"
     """How the k largest entries are found. All three send the same bytes: ``exact`` ranks the whole tensor,
     ``sampled`` ranks only the entries above a threshold estimated from a sample, ``auto`` samples large tensors."""
@@ -79,17 +79,17 @@ class CommConfig:
     residual: Residual = "full"
     """How ef14 keeps what was not sent: ``full``, in fp32, or ``int8``, in a quarter of the memory."""
     probe_every_steps: int = 10
-    """Steps between measurements of what compression loses (some passes over the gradients); 0 measures nothing."""
+    """Steps between measurements of what compression loses (a few passes over the gradients); 0 measures nothing."""
     resync_every_steps: int = 1000
-    """Steps between exact means of what ranks track (ef21, econtrol), a dense exchange, which replace the running ones
-    that rounding lets drift; 0: never."""
+    """Steps between dense exchanges that replace the running means of what ranks track (ef21, econtrol), which drift by
+    rounding, by exact ones; 0: never."""
     transport: Transport = "all-gather"
     """How messages become a mean. ``all-gather``: every rank's message to every rank, (n - 1) messages sent by each.
-    ``two-phase``: each rank sums one slice and sends it on compressed anew, 2 (n - 1) / n messages sent by each.
-    ``auto`` takes what sends fewer bytes."""
+    ``two-phase``: each rank sums one slice, compresses the sum and sends it to all, 2 (n - 1) / n messages sent by
+    each. ``auto`` takes whichever sends fewer bytes."""
     ranks_per_node: int = 1
     """Ranks that share fast links: their gradients are averaged densely, and only the averages are compressed between
-    nodes. Neighbours in rank order belong to one node. 1: every rank compresses by itself."""
+    nodes. Neighbours in rank order belong to one node. 1: every rank compresses its own."""
     dense_below: int = 4096
     """Tensors with fewer entries than this, and all tensors with one dimension, are sent whole."""
     timeout_s: float = 600.0
@@ -130,7 +130,7 @@ class CommConfig:
                 "use feedback = 'ef21', 'ef21-sgdm', 'econtrol' or 'ef14', or compressor = 'dense'",
             )
         if self.feedback == "ef21-bc":
-            rule = '"two-phase" with feedback = "ef21-bc", which is ef21 with owners that compress anew'
+            rule = '"two-phase" with feedback = "ef21-bc", which is ef21 whose owners compress again'
             require(self.transport == "two-phase", "comm.transport", self.transport, rule)
         if self.residual != "full":
             require(self.feedback == "ef14", "comm.residual", self.residual, '"full", or feedback = "ef14"')
@@ -172,6 +172,6 @@ class CommConfig:
 
 
 def two_phase(config: CommConfig, n: int) -> bool:
-    """Whether ``n`` ranks exchange messages in two phases: where it is asked for, or where ``auto`` sends fewer bytes,
-    2 (n - 1) / n messages instead of n - 1."""
+    """Whether ``n`` ranks exchange messages in two phases: if the config says so, or with ``auto`` if that sends fewer
+    bytes, 2 (n - 1) / n messages instead of n - 1."""
     return n > 1 and (config.transport == "two-phase" or (config.transport == "auto" and n > 2))

@@ -1,4 +1,4 @@
-"""From a rank's gradient to the direction in which an optimizer would go: what is compressed with target = "update"."""
+"""From a rank's gradient to the direction in which an optimizer would go, which target = "update" compresses."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Adam:
 
     With ``clip_rms`` c > 0 a direction is scaled down where it is larger than most: ``u / max(1, RMS(u) / c)``, the
     root mean square over the entries of what :meth:`move` is given (Adafactor's update clipping, arXiv 1804.04235,
-    section 6). A gradient that is several times as large as those before it then moves no further than they did;
-    without a first moment nothing else sees to that.
+    section 6). A gradient several times as large as those before it then moves parameters no further than they did;
+    without a first moment, nothing else ensures that.
 
     Args:
         beta1: decay of the first moment.
@@ -101,5 +101,5 @@ class Adam:
 
 
 def default_direction() -> Adam:
-    """What is compressed with ``target = "update"`` unless told otherwise."""
+    """The default of ``target = "update"``."""
     return Adam(beta1=UPDATE_BETA1, clip_rms=UPDATE_CLIP_RMS)

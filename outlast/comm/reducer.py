@@ -31,11 +31,11 @@ class Reducer(Protocol):
     config: CommConfig
     """The settings it was made with."""
     world_size: int
-    """How many ranks exchange gradients with one another: all of them, or with HSDP the copies of a shard."""
+    """How many ranks exchange gradients with one another: all, or with HSDP the copies of a shard."""
 
     @abstractmethod
     def begin_step(self, step: int) -> None:
-        """Say which step (1-based) the next backward belongs to; the warm-up goes by it. Optional.
+        """Say which step (1-based) the next backward belongs to; the warm-up depends on it. Optional.
 
         Raises:
             CommError: an exchange has failed, the reducer was closed, or this cannot be the next step.
@@ -51,7 +51,7 @@ class Reducer(Protocol):
 
     @abstractmethod
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Error-feedback state for a checkpoint; to be called between steps.
+        """Error-feedback state for a checkpoint; call it between steps.
 
         Returns:
             ``{"local": {parameter: {slot: tensor}}, "replicated": {parameter: {slot: tensor}}, "meta": {...}}``. Local
@@ -80,7 +80,7 @@ class Reducer(Protocol):
             ranks: how many ranks saved.
 
         Raises:
-            CommStateMismatch: state of this kind cannot be redistributed over another number of ranks, or does not fit;
+            CommStateMismatch: state of this kind cannot be redistributed over another world size, or does not fit;
                 nothing has been loaded then.
             CommError: an exchange has failed.
         """

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 from torch import Tensor
 
 from outlast.comm.compressors import Shape
 
 
+class Cut(NamedTuple):
+    """One slice of a tensor: entries ``start`` to ``stop`` in row-major order, seen as ``shape``."""
+
+    start: int
+    stop: int
+    shape: Shape
+    """Has stop - start entries; the compressor gets the slice in this shape."""
+
+
 def cuts(rows: int, parts: int) -> list[tuple[int, int]]:
-    """(first row, end) of each of ``parts`` slices, as equal as can be; some are empty where rows < parts."""
+    """(first row, end) of each of ``parts`` slices, as equal as possible; some are empty if rows < parts."""
     return list(pairwise(rows * part // parts for part in range(parts + 1)))
 
 

@@ -1,4 +1,4 @@
-"""Checks anybody's compressor against the contract of :class:`outlast.comm.compressors.Compressor`, in one call::
+"""Checks any compressor against the contract of :class:`outlast.comm.compressors.Compressor`, in one call::
 
     from outlast.comm.compressors import TopK
     from outlast.comm.testing import check_compressor
@@ -6,7 +6,7 @@
     def test_top_k():
         check_compressor(TopK(0.01))
 
-What breaks the contract raises :class:`ContractViolation`, which names the clause, the input and the values.
+A violation raises :class:`ContractViolation`, which names the clause, the input and the values.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _SMALLEST = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
 
 
 class ContractViolation(AssertionError):
-    """A compressor does not keep the contract.
+    """A compressor breaks the contract.
 
     Args:
-        clause: what it breaks, one of ``size``, ``alignment``, ``alpha``, ``contraction``, ``finite``, ``input``,
+        clause: the broken one: ``size``, ``alignment``, ``alpha``, ``contraction``, ``finite``, ``input``,
             ``deterministic``, ``receiver``, ``linear``, ``memory``, ``stride``, ``type``, ``refusal``.
         case: the compressor and the input.
         what: what was seen.

@@ -1,8 +1,8 @@
-"""What is wrong, and with whom.
+"""What is wrong with a run, and which rank is at fault.
 
 While a run goes on, each rank keeps a :class:`Recorder` of its collectives and a :class:`Heartbeat` in shared memory,
-and the launcher asks :func:`outlast.diagnostics.live.judge` which rank holds the others up. Afterwards
-:func:`build_report` makes a :class:`Report` from the events alone: loss, where the time went, what broke, and which
+and the launcher asks :func:`outlast.diagnostics.live.judge` which rank blocks the others. Afterwards
+:func:`build_report` computes a :class:`Report` from the events alone: loss, where the time went, what failed, and which
 rank is a straggler.
 """
 

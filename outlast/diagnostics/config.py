@@ -9,37 +9,37 @@ from outlast.config import require
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnosticsConfig:
-    """How much is recorded, and when a rank is called a straggler.
+    """How much is recorded, and when a rank counts as a straggler.
 
-    Lateness of a rank in a step is the longest time any rank spent inside collectives minus the time this rank spent
-    there: who arrives last waits least. All straggler conditions must hold together.
+    The lateness of a rank in a step is the longest time any rank spent inside collectives minus the time this rank
+    spent there: the rank that arrives last waits least. A straggler meets all of the conditions below.
     """
 
     ring_capacity: int = 4096
-    """Collectives kept in a rank's shared-memory ring; 128 bytes each. The oldest are overwritten."""
+    """Collectives kept in a rank's shared-memory ring, 128 bytes each. The oldest are overwritten."""
 
     straggler_min_s: float = 0.010
-    """A straggler is later than its typical peer by at least this many seconds, in the median step."""
+    """A straggler is later than its median peer by at least this many seconds, in the median step."""
 
     straggler_share: float = 0.05
     """... and by at least this share of the median step's duration."""
 
     straggler_latest_share: float = 0.7
-    """... and it is the latest rank, or within its own noise of the latest, in at least this share of the steps."""
+    """... and is the latest rank, or within its own noise of the latest, in at least this share of the steps."""
 
     straggler_noise: float = 1.0
     """... and by at least this many times its noise, the standard deviation of its lateness from step to step
-    (1.4826 x the median absolute deviation): a rank that is a little late on average, and as often early, is none."""
+    (1.4826 x the median absolute deviation). A rank that is early as often as late is no straggler."""
 
     straggler_sigmas: float = 3.0
-    """... and its median lateness lies this many standard errors above zero; the standard error of a median over n
-    steps is taken as 1.2533 x 1.4826 x MAD / sqrt(n)."""
+    """... and its median lateness is this many standard errors above zero. The standard error of a median over n steps
+    is estimated as 1.2533 x 1.4826 x MAD / sqrt(n)."""
 
     straggler_min_steps: int = 10
-    """Fewer steps than this, warm-up apart, give no verdict."""
+    """There is no verdict with fewer steps than this, not counting warm-up."""
 
     straggler_warmup_steps: int = 3
-    """Steps left out at the start of every attempt and after every restart."""
+    """Steps ignored at the start of every attempt and after every restart."""
 
     def __post_init__(self) -> None:
         require(

@@ -1,7 +1,7 @@
-"""Who runs: where a process stands among the ranks of its job, and a launcher that keeps ranks running.
+"""The place of a process among the ranks of its job, and a launcher that keeps ranks running.
 
-:func:`find_place` tells a process its rank under torchrun, srun, mpirun or alone. :func:`launch` starts a command as
-ranks on torchelastic's own agent, restarts them after a failure, and finds, kills and restarts ranks that hang.
+:func:`find_place` returns the rank of a process under torchrun, srun, mpirun or alone. :func:`launch` runs a command as
+ranks on torchelastic's own agent. It restarts them after a failure, and kills and restarts ranks that hang.
 """
 
 from outlast.launch.config import LaunchConfig

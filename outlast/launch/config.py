@@ -11,31 +11,31 @@ from outlast.config import require
 class LaunchConfig:
     """How often ranks are restarted, and when a rank that makes no progress is killed.
 
-    A rank hangs when it has given no sign of progress for ``max(hang_floor_s, hang_factor x median step)``. It is
-    looked for every ``monitor_interval_s``, so with the defaults a hang is found within ``max(10 s, 5 x median step)``.
+    A rank hangs when it has made no progress for ``max(hang_floor_s, hang_factor x median step)``. The launcher checks
+    every ``monitor_interval_s``, so with the defaults it finds a hang within ``max(10 s, 5 x median step)``.
     """
 
     max_restarts: int = 3
-    """How often this node's ranks are started again after a failure or a hang, before the launcher gives up."""
+    """How often this node's ranks are restarted after a failure or a hang before the launcher gives up."""
     monitor_interval_s: float = 0.5
-    """Seconds between two looks at the ranks."""
+    """Seconds between two checks of the ranks."""
     watch: bool = True
-    """Look for hangs. Without it only the end of a process is noticed. Set it to false for a command that writes no
-    heartbeats: a rank without a first one is taken for hung after ``startup_limit_s``."""
+    """Detect hangs. If false, only the end of a process is noticed. Set it to false for a command that writes no
+    heartbeats, because a rank without a first one counts as hung after ``startup_limit_s``."""
     hang_floor_s: float = 8.0
     """A rank may be silent for this many seconds, however short its steps are."""
     hang_factor: float = 4.0
     """... and for this many of its median steps."""
     startup_limit_s: float = 600.0
-    """... and for this many seconds in set-up, checkpoint and finish, and until 3 steps have given a median. A stopped
-    process has only the two limits above."""
+    """... and for this many seconds in set-up, checkpoint and finish, and until there is a median of 3 steps. This does
+    not apply to a stopped process."""
     patience: float = 3.0
-    """Where nothing tells who is to blame (every rank of this node waits for others), wait this many limits. With more
-    than one node, wait ``startup_limit_s``: a rank elsewhere may be in one of those phases."""
+    """If every rank of this node waits for others, so that none is known to be at fault, wait this many limits. With
+    more than one node, wait ``startup_limit_s``: a rank on another node may be in one of those phases."""
     stop_grace_s: float = 10.0
     """Seconds that ranks have between SIGTERM and SIGKILL when the launcher ends them."""
     exit_barrier_s: float = 30.0
-    """On more than one node: how long a node whose ranks are done waits for the ranks of the others."""
+    """With more than one node: how long a node whose ranks have finished waits for the others."""
 
     def __post_init__(self) -> None:
         require(self.max_restarts >= 0, "launch.max_restarts", self.max_restarts, "0 or more")

@@ -1,4 +1,4 @@
-"""Starts a command as ranks on torchelastic's agent, and keeps them running."""
+"""Runs a command as ranks on torchelastic's agent, and keeps them running."""
 
 from __future__ import annotations
 
@@ -25,38 +25,41 @@ from outlast.launch.spec import LaunchSpec
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
-TETHER = Path(__file__).with_name("parent_death.py")
+PARENT_DEATH = Path(__file__).with_name("parent_death.py")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 TORCHELASTIC_NOISE = "torch.distributed.elastic.multiprocessing.api"
-"""Its lines name whichever rank it sees first as the one that failed; the agent writes better ones."""
+"""It logs the first failed rank that it sees as the cause; the agent logs the likely cause instead."""
 
 log = logging.getLogger("outlast.launch")
 
 
 def launch(spec: LaunchSpec) -> None:
-    """Run ``spec.command`` as ranks on this node until all have ended well; start them again when one fails or hangs.
+    """Run ``spec.command`` as ranks on this node until all succeed; restart them when one fails or hangs.
 
-    On several nodes it is called once on each. It must be called from the main thread: torchelastic forwards signals
-    from there, and the ranks are killed when the thread that started them ends.
+    With several nodes, call it once on each. Call it from the main thread: torchelastic handles signals there, and the
+    kernel kills the ranks when the thread that started them ends.
 
     Returns only when all ranks of this node exited with status 0. SIGTERM, SIGINT, SIGHUP and SIGQUIT end all ranks
     (SIGTERM, after ``stop_grace_s`` SIGKILL) and raise ``SystemExit(128 + signal)``. If the launcher itself is killed,
     the kernel kills its ranks.
 
     Raises:
-        RanksFailed: ranks failed more often than restarts were allowed, or with ``NO_RESTART_STATUS``.
-            It names them, their exit status or signal, their logs and last lines.
-        PortInUse: something that is no rendezvous listens at the endpoint on this host.
-        LaunchError: the nodes did not meet at the rendezvous, or their store was lost.
-        RunDirectoryError: the run's directory cannot be made.
+        RanksFailed: ranks failed and no restart was left, or one exited with ``NO_RESTART_STATUS``. The message names
+            the ranks, their exit status or signal, their logs and last lines.
+        PortInUse: something else listens on the endpoint's port on this host.
+        LaunchError: the rendezvous failed, or its store was lost.
+        RunDirectoryError: the run's directory cannot be created.
         ConfigError: the flags contradict one another.
     """
     if threading.current_thread() is not threading.main_thread():
-        raise LaunchError("launch() was called outside the main thread", "call it from the main thread of its process")
+        raise LaunchError("launch() was called outside the main thread", "call it from the main thread")
     rendezvous = resolve(spec.flags)
     if rendezvous.backend == "static" and spec.effective().max_restarts > 0:
-        raise ConfigError("a static rendezvous cannot be held again", "use --rdzv-backend c10d, or --max-restarts 0")
+        raise ConfigError(
+            "a static rendezvous cannot be repeated, so ranks cannot be restarted",
+            "use --rdzv-backend c10d, or --max-restarts 0",
+        )
     ranks = _local_ranks(spec.flags.nproc_per_node)
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     events_dir = spec.run_dir / "events"
@@ -64,7 +67,7 @@ def launch(spec: LaunchSpec) -> None:
         events_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunDirectoryError(
-            f"run directory {spec.run_dir} cannot be made: {error.strerror}", "choose another run.dir"
+            f"run directory {spec.run_dir} cannot be created: {error.strerror}", "choose another run.dir"
         ) from error
     _check_port(rendezvous)
     with (
@@ -75,7 +78,7 @@ def launch(spec: LaunchSpec) -> None:
 
 
 def dry_run(spec: LaunchSpec) -> str:
-    """What :func:`launch` would do, as text: the command, the environment it would add, and the rendezvous.
+    """Describe what :func:`launch` would do: the command, the environment it would add, and the rendezvous.
 
     Raises:
         ConfigError: as ``launch``.
@@ -91,15 +94,15 @@ def dry_run(spec: LaunchSpec) -> str:
         f"ranks       {ranks} on this node; nodes: {nodes}",
         f"rendezvous  {rendezvous.backend} at {rendezvous.endpoint} ({rendezvous.why}), id {rendezvous.run_id}",
         *(f"            {key}={value}" for key, value in sorted(rendezvous.conf.items())),
-        f"environment {' '.join(f'{key}={value}' for key, value in sorted(added.items())) or '(nothing added)'}",
-        "            and torchrun's RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, "
+        f"environment {' '.join(f'{key}={value}' for key, value in sorted(added.items())) or '(unchanged)'}",
+        "            plus torchrun's RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, "
         "TORCHELASTIC_*",
         f"restarts    up to {config.max_restarts} after a failure"
         + (
             f" or a hang (no progress for {config.hang_floor_s:g} s and {config.hang_factor:g} median steps; "
             f"{config.startup_limit_s:g} s during set-up)"
             if config.watch
-            else "; hangs are not looked for"
+            else "; hangs are not detected"
         ),
         f"directory   {spec.run_dir}",
     ]
@@ -128,7 +131,7 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
                 args=tuple(
                     # torchelastic fills in ${local_rank}; "$$" is its plain "$".
                     word.replace("$", "$$")
-                    for word in ("-I", "-S", str(TETHER), str(os.getpid()), *spec.command)
+                    for word in ("-I", "-S", str(PARENT_DEATH), str(os.getpid()), *spec.command)
                 ),
                 max_restarts=config.max_restarts,
                 monitor_interval=config.monitor_interval_s,
@@ -144,10 +147,10 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
         )
         try:
             result = agent.run()
-            if result is None:  # the job ended while this node was waiting to be needed
-                log.warning("outlast: the other nodes ended the job before this one was needed")
+            if result is None:  # the job ended while this node was a spare
+                log.warning("outlast: the other nodes finished the job before this one was needed")
             elif result.is_failed():
-                # On a varying number of nodes the others may go on without this one.
+                # With a variable number of nodes the others may go on without this one.
                 close = rendezvous.min_nodes == rendezvous.max_nodes
                 raise ranks_failed(
                     host,
@@ -158,7 +161,7 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
                 )
             agent.remove_shared_memory()
         except (SignalException, KeyboardInterrupt) as error:
-            # Closing would keep a launcher that is started again from joining the other nodes.
+            # A closed rendezvous could not be rejoined by a launcher that is started again on this node.
             close = False
             signum = error.sigval if isinstance(error, SignalException) else signal.SIGINT
             agent.remove_shared_memory()
@@ -166,7 +169,7 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
         except RendezvousError as error:
             raise LaunchError(
                 f"the rendezvous at {rendezvous.endpoint} (id {rendezvous.run_id}) failed: {error}",
-                "see that every node was started with the same endpoint, id and --nnodes, and reaches that host",
+                "make sure every node was started with the same endpoint, id and --nnodes, and can reach that host",
             ) from error
         finally:
             if close:
@@ -192,14 +195,14 @@ def _handler(rendezvous: Rendezvous) -> RendezvousHandler:
     except RendezvousError as error:
         raise LaunchError(
             f"no connection to the rendezvous at {rendezvous.endpoint}: {error.__cause__ or error}",
-            "see that the launcher on that host runs, that its port is open, and that its name resolves here",
+            "make sure the launcher on that host is running, its port is open, and its name resolves here",
         ) from error
     except ValueError as error:
         raise ConfigError(f"the rendezvous flags are wrong: {error}") from error
 
 
 def _check_port(rendezvous: Rendezvous) -> None:
-    """Find a taken port before torch does: its client waits for ever for the greeting of a server that is silent."""
+    """Detect a port in use before torch does: torch's client waits for ever if the server there stays silent."""
     from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 
     host, port = rendezvous.host_and_port()
@@ -222,14 +225,14 @@ def _local_ranks(nproc_per_node: str) -> int:
     try:
         ranks = int(determine_local_world_size(nproc_per_node))
     except ValueError as error:
-        raise OutOfRange(f"--nproc-per-node {nproc_per_node}: {error}", "a number, auto, cpu or gpu") from error
+        raise OutOfRange(f"--nproc-per-node {nproc_per_node}: {error}", "give a number, auto, cpu or gpu") from error
     if ranks < 1:
-        raise OutOfRange(f"--nproc-per-node {nproc_per_node} gives no ranks", "1 or more, auto, cpu or gpu")
+        raise OutOfRange(f"--nproc-per-node {nproc_per_node} starts no ranks", "give 1 or more, auto, cpu or gpu")
     return ranks
 
 
 def _worker_environment(ranks: int) -> dict[str, str]:
-    """What the launcher adds to the ranks' environment where the user has not set it."""
+    """Variables that the launcher adds to the ranks' environment unless they are set."""
     added = {"PYTHONUNBUFFERED": "1", WATCHED: "1"}
     if ranks > 1:
         added["OMP_NUM_THREADS"] = "1"  # as torchrun does
@@ -238,7 +241,7 @@ def _worker_environment(ranks: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _environment(added: dict[str, str]) -> Iterator[None]:
-    """torchelastic hands the launcher's own environment to the ranks, so additions to it are made there for a while."""
+    """Add variables to this process's environment for a while; torchelastic passes it on to the ranks."""
     os.environ.update(added)
     try:
         yield
@@ -260,7 +263,7 @@ def _quiet(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_restored() -> Iterator[None]:
-    """torchelastic installs handlers that raise; put the ones before back."""
+    """Restore the signal handlers that torchelastic replaces."""
     before = {one: signal.getsignal(one) for one in SIGNALS}
     try:
         yield

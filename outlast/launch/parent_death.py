@@ -1,8 +1,8 @@
 """Runs a command that the kernel kills when its launcher dies: ``python parent_death.py LAUNCHER_PID COMMAND…``.
 
-A launcher that is killed with SIGKILL cannot end its ranks, and ranks that live on would hold devices and ports and
-write checkpoints beside the next attempt's. ``prctl(PR_SET_PDEATHSIG)`` outlives ``execve``, so it is set here and the
-process then becomes the command. Nothing of outlast is imported: the interpreter is up in some 20 ms.
+A launcher that dies of SIGKILL cannot end its ranks. They would keep devices and ports, and write checkpoints beside
+those of the next attempt. ``prctl(PR_SET_PDEATHSIG)`` survives ``execve``, so it is set here before the process becomes
+the command. Nothing of outlast is imported, so that this takes about 20 ms.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
         sys.exit(f"outlast: prctl(PR_SET_PDEATHSIG) failed: {os.strerror(ctypes.get_errno())}")
     if os.getppid() != int(launcher):
-        sys.exit(f"outlast: launcher {launcher} died before its rank began")  # the signal was for an earlier death
+        sys.exit(f"outlast: launcher {launcher} died before its rank started")  # before the signal was set
     try:
         os.execvp(command[0], command)
     except OSError as error:

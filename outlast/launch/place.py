@@ -1,18 +1,18 @@
-"""Which rank this process is, and where rank 0 listens: asked of whatever started it.
+"""The rank of this process, and the address of rank 0, as the launcher that started the process defines them.
 
-Four kinds of starter are known, asked in this order; the first that is present decides:
+Four launchers are known. The first one in this order whose variables are set decides:
 
-1. **torchrun** and ``outlast launch`` (torchelastic): ``RANK`` or ``TORCHELASTIC_RUN_ID`` is set. It comes first since
-   torchrun itself is often started by srun or mpirun, whose variables its workers inherit.
+1. **torchrun** and ``outlast launch`` (torchelastic): ``RANK`` or ``TORCHELASTIC_RUN_ID`` is set. It comes first,
+   because torchrun itself is often started by srun or mpirun, whose variables its workers inherit.
 2. **MPI**: ``OMPI_COMM_WORLD_SIZE`` (Open MPI, PRRTE) or ``PMI_SIZE`` (MPICH, Intel MPI) is set. It comes before Slurm
-   since mpirun inside a batch job starts its daemons with srun, and ranks inherit those daemons' Slurm variables. What
-   ``srun --mpi=pmi2`` sets is not taken for MPI: its ``PMI_RANK`` and ``PMI_SIZE`` equal Slurm's own.
-3. **Slurm**: ``SLURM_PROCID`` is set, by srun. The shell of a batch script has it too; there it counts only where the
-   job has one task, and is an error where it has more (the script forgot ``srun``).
+   because mpirun in a batch job starts its daemons with srun, and ranks inherit the daemons' Slurm variables.
+   ``srun --mpi=pmi2`` does not count as MPI: its ``PMI_RANK`` and ``PMI_SIZE`` equal Slurm's own.
+3. **Slurm**: srun sets ``SLURM_PROCID``. The shell of a batch script has it too; there it counts if the job has one
+   task, and is an error if it has more (the script lacks ``srun``).
 4. none of them: a single process.
 
-``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` without ``RANK`` are common in batch scripts and select nothing, but
-an explicit ``MASTER_ADDR`` or ``MASTER_PORT`` is used under all starters.
+``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` without ``RANK`` are common in batch scripts and select no launcher,
+but an explicit ``MASTER_ADDR`` or ``MASTER_PORT`` is used with all launchers.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from outlast.launch import slurm
 from outlast.launch.ports import free_port
 
 GENERATION = "OUTLAST_GENERATION"
-"""Set by ``outlast launch``: torchelastic's count is each agent's own, without restarts for other nodes' sake."""
+"""Set by ``outlast launch``, because torchelastic counts restarts per agent and not those caused by other nodes."""
 
-_OVERRIDE = "unset the variables of the starter that is not meant"
+_OVERRIDE = "unset the variables of the launcher that did not start this process"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where one process stands among the ranks of its job."""
+    """The place of one process among the ranks of its job."""
 
     rank: int
     """0 to ``world_size - 1``."""
     world_size: int
     local_rank: int
-    """Number among the ranks of this host, 0 to ``local_world_size - 1``; chooses the device."""
+    """0 to ``local_world_size - 1`` on this host; selects the device."""
     local_world_size: int
     master_addr: str
     """Host or address of rank 0."""
     master_port: int
-    """Port at which rank 0 opens its store; under torchrun its agent may have opened it already."""
+    """Port of rank 0's store; under torchrun its agent may have opened it already."""
     generation: int
-    """How often the job's ranks were restarted before, requeues by Slurm included. Under ``outlast launch`` it is the
-    same on all ranks; under plain torchrun on several nodes it is each node's own count."""
+    """How often the job's ranks were restarted before, including requeues by Slurm. It is the same on all ranks under
+    ``outlast launch``; under plain torchrun with several nodes each node counts for itself."""
     source: str
-    """Who told: ``torchrun``, ``mpi``, ``slurm`` or ``single``."""
+    """The launcher: ``torchrun``, ``mpi``, ``slurm`` or ``single``."""
 
     def __post_init__(self) -> None:
         for name, index, size in (
@@ -60,14 +60,14 @@ class Place:
             ("local_rank", self.local_rank, self.local_world_size),
         ):
             if not 0 <= index < size:
-                raise PlaceError(f"{self.source}: {name} {index} is not below its world of {size}", _OVERRIDE)
+                raise PlaceError(f"{self.source}: {name} {index} is not below the world size of {size}", _OVERRIDE)
         if not 0 < self.master_port < 65536:
             raise PlaceError(
-                f"{self.source}: master port {self.master_port} is no port", "set MASTER_PORT to 1 to 65535"
+                f"{self.source}: master port {self.master_port} is not a port", "set MASTER_PORT to 1 to 65535"
             )
 
     def environ(self) -> dict[str, str]:
-        """As the variables that ``torch.distributed``'s ``env://`` reads."""
+        """The variables that ``torch.distributed``'s ``env://`` reads."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
@@ -79,23 +79,23 @@ class Place:
 
 
 class Environment(Protocol):
-    """One kind of starter."""
+    """The environment variables of one launcher."""
 
     def is_present(self, environ: Mapping[str, str]) -> bool:
-        """Whether this process was started by it."""
+        """Whether this launcher started the process."""
         ...
 
     def find(self, environ: Mapping[str, str]) -> Place:
-        """The place it gave this process.
+        """The place of this process.
 
         Raises:
-            PlaceError: its variables are not all there, or are no numbers.
+            PlaceError: a variable is missing, or is not a number.
         """
         ...
 
 
 class Torchrun:
-    """torchrun, ``outlast launch``, or any starter that sets torch's own variables."""
+    """torchrun, ``outlast launch``, or any launcher that sets torch's own variables."""
 
     KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -103,7 +103,7 @@ class Torchrun:
         return "RANK" in environ or "TORCHELASTIC_RUN_ID" in environ
 
     def find(self, environ: Mapping[str, str]) -> Place:
-        _demand(environ, self.KEYS, "torchrun")
+        _require(environ, self.KEYS, "torchrun")
         return Place(
             rank=_number(environ, "RANK"),
             world_size=_number(environ, "WORLD_SIZE"),
@@ -117,11 +117,10 @@ class Torchrun:
 
 
 class Mpi:
-    """mpirun or mpiexec, asked through mpi4py.
+    """mpirun or mpiexec, through mpi4py.
 
-    ``find`` initialises MPI and is a collective call over ``COMM_WORLD``: every rank must make it, and if one dies
-    before that the others wait until mpirun ends them. Rank 0 chooses a free port and broadcasts it as raw bytes; each
-    call chooses anew.
+    ``find`` initialises MPI and is collective over ``COMM_WORLD``: if a rank dies before it calls ``find``, the others
+    wait until mpirun ends them. Rank 0 chooses a free port, a new one in each call, and broadcasts it as raw bytes.
     """
 
     def is_present(self, environ: Mapping[str, str]) -> bool:
@@ -135,10 +134,10 @@ class Mpi:
     def find(self, environ: Mapping[str, str]) -> Place:
         try:
             from mpi4py import MPI
-        except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, and no MPI library for it
+        except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI library
             raise MissingDependency(
-                f"this process was started by mpirun, and mpi4py, which tells its rank, cannot be used: {error}",
-                "pip install 'outlast[mpi]', and have the MPI library that mpirun belongs to where it is found",
+                f"this process was started by mpirun, but mpi4py, which returns its rank, cannot be imported: {error}",
+                "pip install 'outlast[mpi]', and make sure mpirun's MPI library is on the library path",
             ) from error
         world = MPI.COMM_WORLD
         host = world.Split_type(MPI.COMM_TYPE_SHARED)
@@ -168,9 +167,9 @@ class Mpi:
 class Slurm:
     """srun, one task per rank.
 
-    Rank 0's host is ``MASTER_ADDR`` where set, else the first node of the step; where its name does not resolve, the
-    ``NodeAddr`` that ``scontrol`` knows. The port is ``MASTER_PORT``, else derived from job and step id, from 61440 to
-    65535.
+    The address of rank 0 is ``MASTER_ADDR`` if set, else the name of the step's first node, or the ``NodeAddr`` that
+    ``scontrol`` prints if that name does not resolve. The port is ``MASTER_PORT`` if set, else computed from job and
+    step id, from 61440 to 65535.
     """
 
     KEYS = (
@@ -190,15 +189,15 @@ class Slurm:
     def find(self, environ: Mapping[str, str]) -> Place:
         if "SLURM_STEP_ID" not in environ:
             raise PlaceError(
-                f"this is the batch script of a Slurm job of {_slurm_size(environ)} tasks, not one of its tasks",
+                f"this is the batch script of a Slurm job with {_slurm_size(environ)} tasks, not one of the tasks",
                 "start the ranks with srun; for a single process here, unset SLURM_PROCID",
             )
-        _demand(environ, [key for key in self.KEYS if key != "SLURM_NTASKS"], "srun")
+        _require(environ, [key for key in self.KEYS if key != "SLURM_NTASKS"], "srun")
         size = _slurm_size(environ)
         if size is None:
             raise PlaceError("srun's environment is incomplete: SLURM_NTASKS is missing", _OVERRIDE)
         node = _number(environ, "SLURM_NODEID")
-        port = slurm.port(_number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID"))
+        port = slurm.master_port(_number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID"))
         return Place(
             rank=_number(environ, "SLURM_PROCID"),
             world_size=_number({"SLURM_NTASKS": size}, "SLURM_NTASKS"),
@@ -212,7 +211,7 @@ class Slurm:
 
 
 class Single:
-    """No starter: one process, rank 0 of 1."""
+    """No launcher: one process, rank 0 of 1."""
 
     def is_present(self, environ: Mapping[str, str]) -> bool:
         return True
@@ -234,16 +233,16 @@ ENVIRONMENTS: tuple[Environment, ...] = (Torchrun(), Mpi(), Slurm(), Single())
 
 
 def find_place(environ: Mapping[str, str] | None = None) -> Place:
-    """The place of this process, as its starter tells it (which see, in this module's docstring).
+    """The place of this process, from its launcher's environment; see the docstring of this module.
 
-    Under MPI this is a collective call over all ranks; elsewhere it is local.
+    Under MPI this is collective over all ranks (see :class:`Mpi`); otherwise it is local.
 
     Args:
         environ: the environment to read; None takes ``os.environ``.
 
     Raises:
-        PlaceError: the starter's variables are not all there or contradict one another; the message lists them.
-        MissingDependency: started by mpirun, and mpi4py is not installed.
+        PlaceError: variables are missing or contradict one another; the message lists them.
+        MissingDependency: mpirun started the process, but mpi4py is not installed.
     """
     environ = os.environ if environ is None else environ
     for environment in ENVIRONMENTS:
@@ -252,15 +251,15 @@ def find_place(environ: Mapping[str, str] | None = None) -> Place:
     raise AssertionError("Single is always present")
 
 
-def _demand(environ: Mapping[str, str], keys: tuple[str, ...] | list[str], starter: str) -> None:
+def _require(environ: Mapping[str, str], keys: tuple[str, ...] | list[str], launcher: str) -> None:
     missing = [key for key in keys if not environ.get(key)]
     if missing:
-        there = [f"{key}={environ[key]}" for key in keys if environ.get(key)]
+        present = [f"{key}={environ[key]}" for key in keys if environ.get(key)]
         raise PlaceError(
-            f"{starter}'s environment is incomplete: {', '.join(missing)} missing, "
-            f"while {', '.join(there) or 'none'} set",
-            "start the ranks with torchrun, outlast launch, srun or mpirun, or set all of these; "
-            f"for a single process unset {', '.join(key for key in keys if key in environ) or 'TORCHELASTIC_RUN_ID'}",
+            f"{launcher}'s environment is incomplete: {', '.join(missing)} missing, "
+            f"while {', '.join(present) or 'nothing'} is set",
+            "start the ranks with torchrun, outlast launch, srun or mpirun, or set all of these variables; "
+            f"for a single process, unset {', '.join(key for key in keys if key in environ) or 'TORCHELASTIC_RUN_ID'}",
         )
 
 
@@ -268,14 +267,14 @@ def _number(environ: Mapping[str, str], key: str) -> int:
     try:
         return int(environ[key])
     except ValueError as error:
-        raise PlaceError(f"{key}={environ[key]!r} is no whole number", _OVERRIDE) from error
+        raise PlaceError(f"{key}={environ[key]!r} is not an integer", _OVERRIDE) from error
 
 
 def requeues(environ: Mapping[str, str]) -> int:
-    """How often Slurm has started this job again; 0 outside Slurm.
+    """How often Slurm has requeued this job; 0 outside Slurm.
 
     Raises:
-        PlaceError: ``SLURM_RESTART_COUNT`` is no number.
+        PlaceError: ``SLURM_RESTART_COUNT`` is not an integer.
     """
     return _number(environ, "SLURM_RESTART_COUNT") if environ.get("SLURM_RESTART_COUNT") else 0
 
@@ -292,10 +291,10 @@ def _slurm_size(environ: Mapping[str, str]) -> str | None:
 
 
 def _own_address() -> str:
-    """This host's name where it resolves to an address other hosts can use, else its fully qualified name."""
+    """The address that this host's name resolves to, if other hosts can use it; else its fully qualified name."""
     name = socket.gethostname()
     try:
-        found = socket.gethostbyname(name)
+        address = socket.gethostbyname(name)
     except OSError:
         return socket.getfqdn()
-    return socket.getfqdn() if found.startswith("127.") else found
+    return socket.getfqdn() if address.startswith("127.") else address

@@ -1,4 +1,4 @@
-"""Free ports, taken ports, and who has taken them."""
+"""Free TCP ports, ports in use, and the process that uses them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ PROBE_S = 3.0
 
 
 def free_port() -> int:
-    """A TCP port that is free on all interfaces now. It is not held: use it soon."""
+    """A TCP port that is free on all interfaces now. It is not reserved: use it soon."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
 def is_free(port: int) -> bool:
-    """Whether a server could listen at ``port`` on all interfaces of this host.
+    """Whether a server can listen on ``port`` on all interfaces of this host.
 
     Raises:
-        LaunchError: this user may not listen at such a port.
+        LaunchError: this user may not listen on such a port.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -32,14 +32,14 @@ def is_free(port: int) -> bool:
             probe.bind(("", port))
             probe.listen(1)
         except PermissionError as error:
-            raise LaunchError(f"this user may not listen at port {port}", "choose one above 1023") from error
+            raise LaunchError(f"this user may not listen on port {port}", "choose a port above 1023") from error
         except OSError:
             return False
     return True
 
 
-def who_listens(port: int) -> str:
-    """The process listening at ``port``, as ``'nginx' (pid 12)``; empty where it is not known (another user's)."""
+def listening_process(port: int) -> str:
+    """The process that listens on ``port``, as ``'nginx' (pid 12)``; empty if it is unknown, as for other users'."""
     try:
         connections = psutil.net_connections(kind="tcp")
     except psutil.AccessDenied:
@@ -54,16 +54,16 @@ def who_listens(port: int) -> str:
 
 
 def is_store(host: str, port: int) -> bool:
-    """Whether a torch TCPStore answers at ``host:port``, within 3 s.
+    """Whether a torch TCPStore answers at ``host:port`` within 3 s.
 
-    torch's own client waits for ever for the greeting of a server that says nothing, so it is asked in a thread of its
-    own, which is left behind where it does not return.
+    torch's client waits for ever if a server accepts and stays silent, so it connects in a thread, which is abandoned
+    if it does not return.
     """
     import torch.distributed as dist
 
     answered: list[bool] = []
 
-    def ask() -> None:
+    def connect() -> None:
         try:
             dist.TCPStore(  # type: ignore[attr-defined]
                 host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PROBE_S)
@@ -72,30 +72,30 @@ def is_store(host: str, port: int) -> bool:
             return
         answered.append(True)
 
-    thread = threading.Thread(target=ask, daemon=True, name="outlast-port-probe")
+    thread = threading.Thread(target=connect, daemon=True, name="outlast-port-probe")
     thread.start()
     thread.join(PROBE_S + 0.5)
     return bool(answered)
 
 
 def check_port(host: str, port: int, *, may_join: bool) -> None:
-    """Make sure that the rendezvous can be held at a port of this host.
+    """Make sure the rendezvous can use a port of this host.
 
     Args:
-        host: the name by which the port will be reached.
-        port: the port; 0 is always fine.
-        may_join: whether a store that listens there already will do (another launcher of the same job on this host).
+        host: the name under which other nodes reach the port.
+        port: the port; 0 is always free.
+        may_join: whether a store that already listens there is acceptable: another launcher of the same job.
 
     Raises:
         PortInUse: something else listens there.
     """
     if port == 0 or is_free(port) or (may_join and is_store(host, port)):
         return
-    if may_join and is_free(port):  # what was there was another launcher's look at the port
+    if may_join and is_free(port):  # another launcher was checking the port
         return
-    who = who_listens(port) or "a process that cannot be told (another user's, or a connection that still ends)"
+    user = listening_process(port) or "an unknown process (another user's, or a connection that is closing)"
     raise PortInUse(
-        f"port {port} of {host} is taken by {who}, which is no rendezvous this run could use",
+        f"port {port} of {host} is in use by {user}, which is not a rendezvous for this run",
         f"end that process, or choose another port (--rdzv-endpoint {host}:PORT, or --master-port PORT); "
         f"port {free_port()} is free now",
     )

@@ -1,4 +1,4 @@
-"""Where the output of ranks goes."""
+"""Where the ranks' output goes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from outlast.launch.place import GENERATION
 
 
 class RankOutput(LogsSpecs):
-    """Rank 0 writes straight to the launcher's stdout and stderr; of other ranks, stdout goes to a file, and stderr to
-    a file and, with the rank before each line, to the launcher's stderr.
+    """Rank 0 writes to the launcher's stdout and stderr. The other ranks' stdout goes to a file; their stderr goes to a
+    file and, with the rank before each line, to the launcher's stderr.
 
     Files are ``ROOT/UTC_HOST/restart_N/rank_R.out``, ``.err`` and ``.error.json`` (torchelastic's error file).
     """
 
     def __init__(self, root: Path, host: str) -> None:
-        # The process id keeps apart launchers of one second on one host.
+        # The process id separates launchers that start within one second on one host.
         self.folder = root / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}_{host}_{os.getpid()}"
         super().__init__(log_dir=str(self.folder))
         self.generation = 0
-        """Of the ranks that are started next; the agent sets it."""
+        """The generation of the ranks that start next; the agent sets it."""
 
     @property
     def root_log_dir(self) -> str:
@@ -32,7 +32,7 @@ class RankOutput(LogsSpecs):
         return str(self.folder)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Destinations by local rank; each rank's error file and generation are put into its environment."""
+        """Destinations by local rank; also sets each rank's error file and generation in its environment."""
         folder = self.folder / f"restart_{self.generation}"
         folder.mkdir(parents=True)
         out = LogsDest()

@@ -1,4 +1,4 @@
-"""Where the launchers of all nodes meet, from flags and the environment."""
+"""The rendezvous of the launchers of all nodes, from flags and the environment."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from outlast.launch.place import Slurm
 
 @dataclass(frozen=True, kw_only=True)
 class Rendezvous:
-    """How the launchers of all nodes find one another."""
+    """How the launchers of all nodes find one another: torchelastic's parameters."""
 
     backend: str
     endpoint: str
-    """``HOST:PORT``; port 0 is a free one."""
+    """``HOST:PORT``; port 0 chooses a free one."""
     run_id: str
     conf: Mapping[str, str]
     min_nodes: int
     max_nodes: int
     local_addr: str | None
     why: str
-    """Where the endpoint comes from, in words."""
+    """Where the endpoint comes from, as text for people."""
 
     def host_and_port(self) -> tuple[str, int]:
-        """The endpoint's parts; without a port -1.
+        """The endpoint's host and port; -1 if it has no port.
 
         Raises:
-            ConfigError: the port is no number.
+            ConfigError: the port is not a number of at most 65535.
         """
         host, _, port = self.endpoint.rpartition(":")
         if not host:
@@ -45,11 +45,11 @@ class Rendezvous:
 
 
 def resolve(flags: LaunchFlags, environ: Mapping[str, str] | None = None) -> Rendezvous:
-    """The rendezvous that ``flags`` ask for in this environment.
+    """The rendezvous that ``flags`` define in this environment.
 
     Raises:
-        ConfigError: several nodes and no endpoint, or one that cannot be read.
-        PlaceError: under srun, no address of the first node.
+        ConfigError: several nodes without an endpoint, or an endpoint that cannot be parsed.
+        PlaceError: under srun, the first node's address is unknown.
     """
     environ = os.environ if environ is None else environ
     least, most = flags.node_range()
@@ -60,10 +60,8 @@ def resolve(flags: LaunchFlags, environ: Mapping[str, str] | None = None) -> Ren
         most == 1 and not flags.rdzv_endpoint and not flags.master_addr and flags.rdzv_backend == "c10d"
     ):
         if flags.standalone and most != 1:
-            raise ConfigError(
-                f"--standalone and --nnodes {flags.nnodes} contradict each other", "leave out one of them"
-            )
-        # The loopback address, not the host's name: it works where that name does not resolve.
+            raise ConfigError(f"--standalone and --nnodes {flags.nnodes} contradict each other", "remove one of them")
+        # The loopback address also works where the host's name does not resolve.
         return Rendezvous(
             backend="c10d",
             endpoint="127.0.0.1:0",
@@ -72,7 +70,7 @@ def resolve(flags: LaunchFlags, environ: Mapping[str, str] | None = None) -> Ren
             min_nodes=1,
             max_nodes=1,
             local_addr=local_addr or "127.0.0.1",
-            why="one node, a free port",
+            why="single node, free port",
         )
     endpoint, why = flags.rdzv_endpoint, "--rdzv-endpoint"
     if not endpoint and (flags.master_addr or flags.rdzv_backend == "static"):
@@ -83,15 +81,15 @@ def resolve(flags: LaunchFlags, environ: Mapping[str, str] | None = None) -> Ren
             place = slurm.find(environ)
             endpoint, why = (
                 f"{place.master_addr}:{place.master_port}",
-                "first node of the Slurm step, port made from its id",
+                "first node of the Slurm step, port computed from its id",
             )
             conf.setdefault("is_host", str(place.rank == 0))
         run_id = run_id or f"slurm-{environ['SLURM_JOB_ID']}-{environ.get('SLURM_STEP_ID', '0')}"
         if local_addr is None and environ.get("SLURMD_NODENAME"):
-            local_addr = slurm_names.address(environ["SLURMD_NODENAME"])
+            local_addr = slurm_names.node_address(environ["SLURMD_NODENAME"])
     if not endpoint:
         raise ConfigError(
-            f"--nnodes {flags.nnodes} needs to know where the nodes meet",
+            f"--nnodes {flags.nnodes} needs a rendezvous endpoint",
             f"give every node the same --rdzv-endpoint HOST:PORT, e.g. --rdzv-endpoint FIRST_NODE:{DEFAULT_PORT}",
         )
     if flags.rdzv_backend == "static":

@@ -1,4 +1,4 @@
-"""What is to be launched, and the rendezvous that follows from it."""
+"""What to launch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from outlast.launch.flags import LaunchFlags
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchSpec:
-    """A command to be run as ranks, on this node and maybe on others."""
+    """A command to run as ranks, on this node and possibly on others."""
 
     command: tuple[str, ...]
-    """What each rank runs, e.g. ``(sys.executable, "-m", "outlast.trainer", "run.toml")``. Each is given its place in
-    torchrun's variables. A rank that exits with ``NO_RESTART_STATUS`` is not started again."""
+    """What each rank runs, e.g. ``(sys.executable, "-m", "outlast.trainer", "run.toml")``. Its place is in torchrun's
+    variables. If a rank exits with ``NO_RESTART_STATUS``, no rank is restarted."""
     run_dir: Path
-    """The run's directory: heartbeats are looked for in its shared memory, events and ranks' output go to ``events/``
-    and ``launcher/`` in it. It is made if it does not exist."""
+    """The run's directory, created if it does not exist. It determines the shared memory of heartbeats; events and the
+    ranks' output go to ``events/`` and ``launcher/`` in it."""
     config: LaunchConfig = field(default_factory=LaunchConfig)
     """Restarts and hang detection."""
     flags: LaunchFlags = field(default_factory=LaunchFlags)
@@ -29,7 +29,7 @@ class LaunchSpec:
         require(len(self.command) > 0, "command", self.command, "a command")
 
     def effective(self) -> LaunchConfig:
-        """The settings, with the flags that stand for one of them."""
+        """The settings, with the flags that override some of them."""
         config, flags = self.config, self.flags
         if flags.max_restarts is not None:
             config = replace(config, max_restarts=flags.max_restarts)

@@ -1,6 +1,7 @@
-"""The loop that joins the rooms, and everything in it usable without it.
+"""The training loop that joins the rooms; its parts are usable without it.
 
-``python -m outlast.trainer CONFIG`` is one rank of a run; under torchrun, srun or mpirun it finds its place by itself.
+``python -m outlast.trainer CONFIG`` is one rank of a run; under torchrun, srun or mpirun it reads its rank from the
+environment.
 """
 
 from outlast.trainer.config import Config as Config

@@ -1,4 +1,4 @@
-"""After which steps checkpoints are begun: every so many, or when rank 0 says so."""
+"""Decides after which steps a checkpoint is saved: at a fixed interval, or when rank 0 says so."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from outlast.checkpoint import AutoInterval, CheckpointConfig
 from outlast.diagnostics import Recorder
 from outlast.events import CheckpointFailed, CheckpointInterval, Event, EventLog, StepDone
 from outlast.launch import Place
-from outlast.trainer.failure_history import History
+from outlast.trainer.failure_history import FailureHistory
 
 _LOG = logging.getLogger("outlast")
 
 
-class Schedule:
+class CheckpointSchedule:
     """When the next checkpoint is due, the same on every rank.
 
-    With ``every_steps = "auto"`` rank 0 measures and decides, and the others hear of it in a broadcast of two numbers
-    at steps that all of them know: whether to save now, and after how many steps to look again.
+    With ``every_steps = "auto"`` rank 0 measures and decides. At steps that all ranks know it broadcasts two numbers:
+    whether to save now, and after how many steps to decide again.
 
     Args:
-        config: of checkpoints.
-        place: this rank's.
-        device: of tensors in collectives.
-        history: of the run; looked at on rank 0 only.
-        recorder: told of the broadcasts.
-        events: takes what was decided.
+        config: the checkpoint settings.
+        place: this rank's place.
+        device: where tensors of collectives are.
+        history: earlier failures of the run; used on rank 0 only.
+        recorder: records the broadcasts.
+        events: where decisions are written.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Schedule:
         config: CheckpointConfig,
         place: Place,
         device: torch.device,
-        history: History,
+        history: FailureHistory,
         recorder: Recorder,
         events: EventLog,
     ) -> None:
@@ -44,47 +44,50 @@ class Schedule:
         self._device = device
         self._recorder = recorder
         self._events = events
-        self._look_in = AutoInterval.FIRST_LOOK_STEPS
-        self._pace: AutoInterval | None = None
+        self._steps_to_decision = AutoInterval.FIRST_DECISION_STEPS
+        self._auto_interval: AutoInterval | None = None
         if self._every_steps is None and place.rank == 0:
             trained_s = history.trained_rank_s / place.world_size
-            self._pace = AutoInterval(config, place.world_size, failures=history.failures, trained_s=trained_s)
+            self._auto_interval = AutoInterval(config, place.world_size, failures=history.failures, trained_s=trained_s)
 
     def due(self, step: int, *, saving: bool) -> bool:
-        """Whether to save after ``step``; called for each step but the last. With ``auto`` it may be collective.
+        """Whether to save after ``step``; called after every step but the last.
+
+        With ``auto`` it is collective at the steps that rank 0 announced before. When a peer is lost, the broadcast
+        raises within the process group's timeout.
 
         Args:
-            step: just done.
-            saving: whether a save is under way on this rank.
+            step: the step that was just done.
+            saving: whether a save is in progress on this rank.
         """
         if self._every_steps is not None:
             return step % self._every_steps == 0
-        self._look_in -= 1
-        if self._look_in > 0:
+        self._steps_to_decision -= 1
+        if self._steps_to_decision > 0:
             return False
-        order = (False, 0)
-        if self._pace is not None:
-            order = self._pace.decide(step, saving=saving)
-            self._tell(step, self._pace)
-        words = torch.tensor(order, dtype=torch.int64, device=self._device)
-        token = self._recorder.enter("broadcast", words.nbytes, "checkpoint interval")
-        dist.broadcast(words, src=0)
+        choice = (False, 0)
+        if self._auto_interval is not None:
+            choice = self._auto_interval.decide(step, saving=saving)
+            self._announce(step, self._auto_interval)
+        decision = torch.tensor(choice, dtype=torch.int64, device=self._device)
+        token = self._recorder.enter("broadcast", decision.nbytes, "checkpoint interval")
+        dist.broadcast(decision, src=0)
         self._recorder.complete(token)
-        now, self._look_in = words.tolist()
+        now, self._steps_to_decision = decision.tolist()
         return bool(now)
 
-    def note(self, done: StepDone, *, saving: bool) -> None:
-        """A step was done; ``saving``: whether a save is under way at its end."""
-        if self._pace is not None:
-            self._pace.note(done.step_s, done.checkpoint_s, saving=saving)
+    def on_step(self, done: StepDone, *, saving: bool) -> None:
+        """Measure a step; ``saving``: whether a save is in progress at its end."""
+        if self._auto_interval is not None:
+            self._auto_interval.note(done.step_s, done.checkpoint_s, saving=saving)
 
-    def hear(self, event: Event) -> None:
-        """What the checkpointer tells; from any thread."""
-        if self._pace is not None and isinstance(event, CheckpointFailed) and event.tier == "storage":
-            self._pace.failed()
+    def on_event(self, event: Event) -> None:
+        """Count failed saves among the checkpointer's events. Safe to call from any thread."""
+        if self._auto_interval is not None and isinstance(event, CheckpointFailed) and event.tier == "storage":
+            self._auto_interval.failed()
 
-    def _tell(self, step: int, pace: AutoInterval) -> None:
-        news = pace.news()
+    def _announce(self, step: int, auto_interval: AutoInterval) -> None:
+        news = auto_interval.news()
         if news is not None:
             _LOG.info("a checkpoint every %d steps: %s", news.every_steps, news.why)
             self._events.write(

@@ -1,4 +1,4 @@
-"""The trainer's own settings, and the join of every room's into one :class:`Config`, a field for each section."""
+"""The trainer's own settings, and :class:`Config`, which joins the settings of all rooms: one field per section."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from outlast.launch.config import LaunchConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """``[run]``: which run this is."""
+    """``[run]``: name, directory and seed of the run."""
 
     name: str = "run"
     """The run's name; its directory is ``runs/NAME`` unless ``dir`` is set."""
     dir: str | None = None
     """The run's directory."""
     resume: str = "never"
-    """``never``: refuse a used directory. ``auto``: go on from the newest complete checkpoint, or start. ``STEP``: go
-    on from that step's checkpoint; newer ones are set aside. A restart within a job always behaves as ``auto``."""
+    """``never``: refuse a used directory. ``auto``: resume from the newest complete checkpoint, or start. ``STEP``:
+    resume from that step's checkpoint; newer ones are set aside. A restart within a job always behaves as ``auto``."""
     seed: int = 0
     """Seeds the model's initial weights and the order of the data."""
 
@@ -42,7 +42,7 @@ class ModelConfig:
     heads: int = 6
     """Attention heads; divides ``width``."""
     width: int = 384
-    """Numbers per token in the residual stream."""
+    """Width of the residual stream."""
     context: int = 256
     """Tokens (bytes) per sequence."""
 
@@ -59,9 +59,9 @@ class DataConfig:
     files: tuple[str, ...] = ("{stdlib}/**/*.py",)
     """Files or globs (``**`` descends). ``{stdlib}`` is the folder of Python's standard library."""
     exclude: tuple[str, ...] = ("*/site-packages/*", "*/dist-packages/*", "*/__pycache__/*")
-    """Patterns (fnmatch, on the whole path) of files left out."""
+    """Patterns of files to leave out (fnmatch, on the whole path)."""
     held_out_share: float = 0.05
-    """Share of the files kept from training, for evaluation; chosen by a hash of the file's name."""
+    """Share of the files that are held out for evaluation, chosen by a hash of their names."""
     batch_size: int = 8
     """Sequences per rank and micro-batch."""
 
@@ -84,18 +84,18 @@ class OptimConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; 1-D parameters have none."""
     beta1: float | None = None
-    """Decay of the first moment. Unset it is 0.9, or with ``comm.target = "update"``, where what is held back acts as a
-    momentum, 0."""
+    """Decay of the first moment. By default 0.9; with ``comm.target = "update"`` 0, because there the
+    error-feedback residual acts as a momentum."""
     beta2: float = 0.95
     """Decay of the second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     clip_norm: float | None = None
-    """Global norm above which gradients are scaled down, after they were averaged over ranks; 0 clips nothing. Unset it
-    is 1, or with ``comm.target = "update"``, where there are no averaged gradients to clip, 0."""
+    """Global norm to which averaged gradients are clipped; 0 clips nothing. By default 1; with
+    ``comm.target = "update"`` 0, because there are no averaged gradients."""
     clip_rms: float = UPDATE_CLIP_RMS
-    """With ``comm.target = "update"``: root mean square of a tensor's direction above which it is scaled down; 0 scales
-    nothing down."""
+    """With ``comm.target = "update"``: root mean square to which each tensor's update is clipped before the learning
+    rate; 0 clips nothing."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", self.lr, "lr > 0")
@@ -114,11 +114,11 @@ class TrainerConfig:
     """``[trainer]``: the loop."""
 
     steps: int = 100
-    """The step at which training ends, counted from 1 over all attempts."""
+    """The last step, counted from 1 over all attempts."""
     accumulate: int = 1
     """Micro-batches per rank and step."""
     eval_every_steps: int = 50
-    """Held-out loss every so many steps, before the first and after the last; 0 only then."""
+    """Evaluate on held-out text every so many steps, and before the first and after the last; 0: only then."""
     eval_batches: int = 4
     """Micro-batches of held-out text per rank and evaluation."""
     log_every_steps: int = 10
@@ -126,7 +126,7 @@ class TrainerConfig:
     ``comm.target = "update"`` it is ``|u|``, the norm of the averaged update (Adam's direction, before the learning
     rate), of the order of the square root of the number of parameters."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """``bf16``: autocast forward and backward; parameters, gradients and optimizer stay fp32."""
+    """``bf16``: autocast in forward and backward; parameters, gradients and optimizer state stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: CUDA where there is one, else CPU."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
@@ -138,14 +138,14 @@ class TrainerConfig:
     """Only algorithms that give the same bits on every run (``torch.use_deterministic_algorithms``). What a CPU does is
     so in any case; on CUDA it costs speed, and a run that was interrupted ends bit-identical only with it."""
     engine: Literal["ddp"] = "ddp"
-    """What replicates or shards the model."""
+    """How the model is replicated or sharded."""
     bucket_mb: float = 25.0
-    """Size of DDP's gradient buckets in MiB: smaller ones start earlier and hide more of the wire, larger ones cost the
-    codec less. DDP's own default, which is the faster choice where cores are few: see docs/compression.md."""
+    """Size of DDP's gradient buckets in MiB. Smaller ones start earlier and overlap more communication; larger ones
+    compress at less cost, which is faster on few cores (docs/compression.md). The default is DDP's own."""
     peak_tflops: float | None = None
-    """Peak TFLOP/s of one rank's device, for MFU in the log; without it the log shows achieved GFLOP/s."""
+    """Peak TFLOP/s of one rank's device, for the MFU in the log. If not set, the log shows the achieved GFLOP/s."""
     timeout_s: float = 600.0
-    """How long a collective of the trainer's may wait for its peers before it raises."""
+    """Timeout of the trainer's own collectives."""
 
     def __post_init__(self) -> None:
         for key in ("steps", "accumulate", "eval_batches", "log_every_steps"):
@@ -167,7 +167,7 @@ class Config:
     """All settings of a run; each field is a section of the TOML file, owned by the room of that name."""
 
     run: RunConfig = field(default_factory=RunConfig)
-    """Which run this is."""
+    """Name, directory and seed of the run."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -190,19 +190,19 @@ class Config:
             step = int(self.run.resume)
             require(step <= self.trainer.steps, "run.resume", step, f"at most trainer.steps = {self.trainer.steps}")
         if self.comm.target == "update":
-            rule = 'unset or 0 with comm.target = "update": Adam\'s directions are averaged, and not clipped'
+            rule = 'not set, or 0, with comm.target = "update", where there are no averaged gradients to clip'
             require(not self.optim.clip_norm, "optim.clip_norm", self.optim.clip_norm, rule)
 
     @property
     def beta1(self) -> float:
-        """``optim.beta1`` where it is set, else what is best for what is averaged."""
+        """``optim.beta1`` if set, else the default for ``comm.target``."""
         if self.optim.beta1 is None:
             return UPDATE_BETA1 if self.comm.target == "update" else 0.9
         return self.optim.beta1
 
     @property
     def clip_norm(self) -> float:
-        """``optim.clip_norm`` where it is set, else what is usual; 0 clips nothing."""
+        """``optim.clip_norm`` if set, else the default for ``comm.target``; 0 clips nothing."""
         if self.optim.clip_norm is None:
             return 0.0 if self.comm.target == "update" else 1.0
         return self.optim.clip_norm

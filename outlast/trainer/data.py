@@ -1,9 +1,9 @@
 """Training text as memory-mapped bytes, in an order that is a pure function of (seed, step, rank, world size).
 
-The files are laid end to end and cut into windows of ``context`` bytes (plus the byte after, which is the last target).
+The files are concatenated and cut into windows of ``context`` bytes (plus the byte after, which is the last target).
 Window number *i* of the run is window ``permute(i mod N)`` of the text under a permutation keyed by (seed, epoch):
-every window is seen exactly once an epoch, and any position can be reached at no cost, so a resumed run sees what the
-uninterrupted one would have seen, and nothing but the step has to be saved.
+every window is seen exactly once an epoch, and any position is reached in constant time. So a resumed run sees what the
+uninterrupted run would have seen, and only the step has to be saved.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ _OPEN_MAPS = 256  # each map holds a descriptor; the usual limit on those is 102
 
 
 def find_files(config: DataConfig) -> list[Path]:
-    """The files that ``config`` names, sorted, without empty ones.
+    """The non-empty files that ``config`` names, sorted.
 
     Raises:
-        DataError: nothing matches; lists the patterns as they were expanded.
+        DataError: nothing matches; the message lists the expanded patterns.
     """
     stdlib = sysconfig.get_paths()["stdlib"]
     patterns = [pattern.replace("{stdlib}", glob.escape(stdlib)) for pattern in config.files]
-    found = {Path(name) for pattern in patterns for name in glob.glob(pattern, recursive=True)}
+    matches = {Path(name) for pattern in patterns for name in glob.glob(pattern, recursive=True)}
     kept = sorted(
         path
-        for path in found
+        for path in matches
         if path.is_file()
         and path.stat().st_size > 0
         and not any(fnmatch.fnmatch(str(path), no) for no in config.exclude)
     )
     if not kept:
         raise DataError(
-            f"no data: {len(found)} files match {', '.join(patterns)}, none is left after data.exclude",
+            f"no data: {len(matches)} files match {', '.join(patterns)}, and none is left after data.exclude",
             "set data.files to existing files or globs",
         )
     return kept
 
 
 def split_held_out(files: Sequence[Path], share: float) -> tuple[list[Path], list[Path]]:
-    """Files for training and for evaluation; a file's side depends on its name and folder's name alone.
+    """Files for training and for evaluation. A file's side depends only on its name and its folder's name.
 
     Raises:
         DataError: one side would be empty.
@@ -66,16 +66,16 @@ def split_held_out(files: Sequence[Path], share: float) -> tuple[list[Path], lis
     if not held_out or not training:
         raise DataError(
             f"{len(files)} files split into {len(training)} for training and {len(held_out)} held out",
-            f"give more files, or change data.held_out_share = {share}",
+            f"add files, or change data.held_out_share = {share}",
         )
     return training, held_out
 
 
 class Corpus:
-    """Files laid end to end as one array of bytes that is never loaded whole.
+    """Concatenated files as one array of bytes, memory-mapped and never loaded as a whole.
 
     Args:
-        files: not empty; must not change while in use.
+        files: at least one; they must not change while in use.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -93,7 +93,7 @@ class Corpus:
         return int(self._ends[-1])
 
     def read(self, start: int, count: int) -> Bytes:
-        """``count`` bytes from ``start`` on, copied, across file borders."""
+        """Copy ``count`` bytes from ``start`` on, across file boundaries."""
         out = np.empty(count, dtype=np.uint8)
         filled = 0
         index = int(np.searchsorted(self._ends, start, side="right"))
@@ -117,10 +117,10 @@ class Corpus:
 
 
 def permute(index: int, size: int, key: bytes) -> int:
-    """Where ``index`` goes under a permutation of ``range(size)`` chosen by ``key``.
+    """The image of ``index`` under a permutation of ``range(size)`` chosen by ``key``.
 
-    A four-round Feistel network over the next even power of two, walked until it lands inside (cycle walking; Black and
-    Rogaway 2002): random access, no table.
+    A four-round Feistel network over the next even power of two, repeated until the result is in range (cycle walking;
+    Black and Rogaway 2002): random access without a table.
     """
     half_bits = max(1, (size - 1).bit_length() + 1) // 2 if size > 1 else 1
     while size > 1 << (2 * half_bits):
@@ -146,11 +146,11 @@ class Loader:
         batch_size: ``B``, sequences per micro-batch.
         accumulate: micro-batches per step.
         seed: chooses the permutations.
-        rank, world_size: this rank's part of each step's windows.
-        origin_step, origin_window: steps after the first take windows from the second on.
+        rank, world_size: choose this rank's part of each step's windows.
+        origin_step, origin_window: steps after ``origin_step`` take windows from ``origin_window`` on.
 
     Raises:
-        DataError: the text is shorter than one step of all ranks.
+        DataError: the text has fewer windows than all ranks take in one step.
     """
 
     corpus: Corpus
@@ -166,9 +166,9 @@ class Loader:
     def __post_init__(self) -> None:
         if self.windows < self.windows_per_step:
             raise DataError(
-                f"the text has {self.windows} windows of {self.context} bytes, one step of {self.world_size} ranks "
-                f"takes {self.windows_per_step}",
-                "give more text, or lower data.batch_size or model.context",
+                f"the text has {self.windows} windows of {self.context} bytes, but one step of {self.world_size} "
+                f"ranks takes {self.windows_per_step}",
+                "add text, or lower data.batch_size or model.context",
             )
 
     @property
@@ -182,7 +182,7 @@ class Loader:
         return self.world_size * self.accumulate * self.batch_size
 
     def window(self, number: int) -> int:
-        """Which window of the text the run's window ``number`` is."""
+        """The index in the text of the run's window ``number``."""
         epoch, index = divmod(number, self.windows)
         return permute(index, self.windows, key=f"{self.seed}:{epoch}".encode())
 
@@ -195,7 +195,7 @@ class Loader:
         return [(part[:, :-1], part[:, 1:]) for part in torch.split(text, self.batch_size)]
 
     def state(self) -> dict[str, int | str]:
-        """What the order depends on; equal states mean equal batches."""
+        """What the data order depends on; equal states mean equal batches."""
         return {
             "fingerprint": self.corpus.fingerprint,
             "seed": self.seed,
@@ -205,24 +205,24 @@ class Loader:
             "origin_window": self.origin_window,
         }
 
-    def going_on(self, saved: dict[str, int | str], step: int, *, other_ranks: bool) -> Loader:
-        """The loader whose batches go on after ``step`` where those of ``saved`` (a :meth:`state`) stopped.
+    def resumed_from(self, saved: dict[str, int | str], step: int, *, world_size_changed: bool) -> Loader:
+        """The loader that continues after ``step`` where the loader of ``saved`` (a :meth:`state`) stopped.
 
         Args:
-            saved: of the run that is gone on with.
-            step: its last.
-            other_ranks: another number of ranks took its steps, so that a step may take another number of windows.
+            saved: the state in the checkpoint.
+            step: the checkpoint's step.
+            world_size_changed: the world size was another one, so a step may have taken another number of windows.
 
         Raises:
             DataError: names what differs, with both values.
         """
-        movable = {"origin_step", "origin_window", *(["windows_per_step"] if other_ranks else [])}
+        movable = {"origin_step", "origin_window", *(["windows_per_step"] if world_size_changed else [])}
         for key, now in self.state().items():
             if key not in movable and saved.get(key) != now:
                 raise DataError(
-                    f"the checkpoint was made with data {key} = {saved.get(key)!r}, this run has {now!r}: the order of "
-                    "the data would not go on where it stopped",
-                    "restore the data and settings of the first start, or start a new run",
+                    f"the checkpoint has data {key} = {saved.get(key)!r}, this run {now!r}: the data order would not "
+                    "continue where it stopped",
+                    "restore the data and settings of the checkpoint's run, or start a new run",
                 )
         before_step, before_window = int(saved["origin_step"]), int(saved["origin_window"])
         per_step = int(saved["windows_per_step"])
@@ -231,5 +231,5 @@ class Loader:
         return replace(self, origin_step=step, origin_window=before_window + (step - before_step) * per_step)
 
     def _next_window(self, step: int) -> int:
-        """The first window that no step up to ``step`` takes."""
+        """The first window after those of all steps up to ``step``."""
         return self.origin_window + (step - self.origin_step) * self.windows_per_step

@@ -1,4 +1,4 @@
-"""What replicates the model and takes a step with it: the seam between the loop and DDP."""
+"""The engine: the interface between the training loop and DDP, which replicates the model and updates it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ State = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """Everything an engine needs to go on bit-identically. Tensors are the live ones, not copies.
+    """Everything an engine needs to resume bit-identically. The tensors are the live ones, not copies.
 
     ``eager`` names the top-level keys whose tensors the next backward pass changes; the others change in the update.
     """
@@ -60,16 +60,17 @@ class UpdateStats:
 
 
 class Engine(Protocol):
-    """Owns model, optimizer, scheduler and the exchange of gradients.
+    """Owns the model, optimizer, scheduler and gradient exchange.
 
-    A step is ``forward_backward``, then ``update``. All ranks call the same methods in the same order; the first is
-    collective. When a peer fails it raises within the timeout of ``[comm]``, and the engine cannot be used again.
+    A step is ``forward_backward``, then ``update``. All ranks call the same methods in the same order.
+    ``forward_backward`` is collective: when a peer fails it raises within the timeout of ``[comm]``, and the engine
+    cannot be used again.
     """
 
     model: nn.Module
 
     def forward_backward(self, step: int, batches: Sequence[Batch]) -> tuple[float, ReduceStats]:
-        """Loss of this rank's micro-batches (their mean), and what the exchange cost; leaves averaged gradients."""
+        """Mean loss of this rank's micro-batches, and the cost of the exchange; sets ``.grad`` to averages."""
         ...
 
     def update(self, step: int) -> UpdateStats:
@@ -77,18 +78,20 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Mean loss of this rank's batches, a scalar on the engine's device; nothing changes."""
+        """Mean loss of this rank's batches, a scalar on the engine's device; no state changes."""
         ...
 
     def state(self) -> EngineState:
-        """What to save."""
+        """The state to save."""
         ...
 
     def load(self, replicated: State, read_local: Callable[[int], State], ranks: int) -> None:
-        """Go on from what :meth:`state` gave on ``ranks`` ranks, this number or another.
+        """Load what :meth:`state` returned on ``ranks`` ranks, which may differ from the world size.
 
-        ``read_local`` gives the local state of one of them. StateMismatch names what does not fit, before a weight
-        changes.
+        ``read_local`` returns the local state of one of them.
+
+        Raises:
+            StateMismatch: names what does not match; the model is unchanged.
         """
         ...
 
@@ -104,7 +107,7 @@ class DDPEngine:
         model: on its device; every rank must hold the same initial weights (DDP broadcasts rank 0's).
         config: all settings.
         device: where ``model`` is.
-        observer: told of every collective that reduces gradients.
+        observer: records every collective that reduces gradients.
         on_choice: called with what ``comm.compressor = "auto"`` became.
     """
 
@@ -141,7 +144,7 @@ class DDPEngine:
         self._scheduler = build_scheduler(self._optimizer, config.optim, config.trainer.steps)
 
     def forward_backward(self, step: int, batches: Sequence[Batch]) -> tuple[float, ReduceStats]:
-        """See :class:`Engine`; gradients of all but the last micro-batch are accumulated without communication."""
+        """See :class:`Engine`; only the last micro-batch's backward pass communicates."""
         self._optimizer.zero_grad()
         self._reducer.begin_step(step)
         total = torch.zeros((), device=self.device)
@@ -194,13 +197,13 @@ class DDPEngine:
         return EngineState(replicated, {"comm": comm["local"]}, frozenset({"comm"}))
 
     def load(self, replicated: State, read_local: Callable[[int], State], ranks: int) -> None:
-        """See :class:`Engine`; the exchange's state is redistributed as :meth:`GradientReducer.load_resharded` says."""
+        """See :class:`Engine`; error-feedback state is redistributed by :meth:`GradientReducer.load_resharded`."""
         running = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         check_like(replicated["model"], running)
-        strangers = sorted(set(replicated["optimizer"]) - set(running))
-        if strangers:
+        unknown = sorted(set(replicated["optimizer"]) - set(running))
+        if unknown:
             raise StateMismatch(
-                f"the checkpoint has optimizer state of parameters the model lacks: {', '.join(strangers)}"
+                f"the checkpoint has optimizer state for parameters that the model lacks: {', '.join(unknown)}"
             )
         comm = replicated["comm"]
 
@@ -232,5 +235,5 @@ def build_engine(
     observer: CollectiveObserver | None = None,
     on_choice: Callable[[Choice], None] | None = None,
 ) -> Engine:
-    """The engine that ``trainer.engine`` names; ``ddp`` is the one there is."""
+    """The engine that ``trainer.engine`` names; so far always ``ddp``."""
     return DDPEngine(model, config, device, observer, on_choice)

@@ -1,4 +1,4 @@
-"""What earlier starts of a run came to: how long they trained, and how many of them failed."""
+"""How long earlier attempts of a run trained, and how many of them failed."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ _LOG = logging.getLogger("outlast")
 
 
 @dataclass(frozen=True, slots=True)
-class History:
-    """Of all starts before one; those that took no step do not count."""
+class FailureHistory:
+    """Failures and training time of all earlier attempts; attempts without a step do not count."""
 
     failures: int = 0
-    """Starts that did not end of their own accord at the last step."""
+    """Attempts that did not reach the last step."""
     trained_rank_s: float = 0.0
-    """Seconds from a start's first step to its last sign of life, times its ranks; summed."""
+    """Seconds from each attempt's first step to its last event, times its world size; summed."""
 
 
-def read_history(attempt: Attempt) -> History:
-    """From rank 0's events of the starts before ``attempt``; of each file its beginning and its last line are read.
+def read_failure_history(attempt: Attempt) -> FailureHistory:
+    """Read rank 0's events of the attempts before ``attempt``; of each file only the beginning and the last line.
 
-    A file that cannot be read is told in the log, and its start does not count.
+    An attempt whose file cannot be read is logged and does not count.
     """
     failures, trained_rank_s = 0, 0.0
     for number in range(1, attempt.number):
         path = Attempt(attempt.run, number).events_path(0)
         try:
-            found = _ends(path)
+            ends = _ends(path)
         except (OSError, DiagnosticsError) as error:
-            _LOG.warning("start %d of the run does not count for checkpoint.every_steps = auto: %s", number, error)
+            _LOG.warning("attempt %d does not count for checkpoint.every_steps = auto: %s", number, error)
             continue
-        if found is None:
+        if ends is None:
             continue
-        started, last = found
+        started, last = ends
         failures += not (last.kind == RunEnded.kind and last["ok"])
         trained_rank_s += (last.t - started.t) * started["world_size"]
-    return History(failures, trained_rank_s)
+    return FailureHistory(failures, trained_rank_s)
 
 
 def _ends(path: Path) -> tuple[Record, Record] | None:
-    """The record of a start, and the last one; None where no step was done."""
+    """The record of the start and the last record; None if no step was done."""
     if not path.exists() or not path.stat().st_size:
         return None
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:

@@ -1,4 +1,4 @@
-"""Where a rank's words go: everything into its own file, rank 0's also to the terminal."""
+"""Logging of a rank: everything to its own file; rank 0's messages, and warnings, also to the terminal."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def set_up_terminal(rank: int) -> None:
         root.addHandler(plain)
     loud = logging.StreamHandler(sys.stderr)
     loud.setLevel(logging.WARNING)
-    loud.addFilter(lambda record: record.exc_info is None)  # main prints what ended the rank; its stacks go to the file
+    loud.addFilter(lambda record: record.exc_info is None)  # main() prints the error; its traceback goes to the file
     loud.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s %(message)s"))
     root.addHandler(loud)
 
 
 def set_up_file(path: Path, rank: int) -> None:
-    """Everything into ``path``; on SIGUSR1 the stacks of all threads too, also while the interpreter is stuck in C."""
+    """Everything to ``path``; on SIGUSR1 also the stacks of all threads, even while the interpreter is stuck in C."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(
         logging.Formatter(f"%(asctime)s.%(msecs)03d [rank {rank}] %(levelname)s %(name)s: %(message)s", "%F %T")
@@ -39,7 +39,7 @@ def set_up_file(path: Path, rank: int) -> None:
 
 
 def shut_down() -> None:
-    """Close what the two functions above opened; the logger is as before them."""
+    """Undo :func:`set_up_terminal` and :func:`set_up_file`."""
     faulthandler.unregister(signal.SIGUSR1)
     faulthandler.disable()
     root = logging.getLogger("outlast")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from outlast.events import RunEnded, StepDone
 from outlast.trainer.run import Run
-from outlast.trainer.step_timer import Clock
+from outlast.trainer.step_timer import StepTimer
 
 
 def train(run: Run) -> None:
@@ -16,17 +16,17 @@ def train(run: Run) -> None:
     if run.first_step == 1:
         run.evaluate(step=0)
     for step in range(run.first_step, run.last_step + 1):
-        clock = Clock()
-        run.begin(step)
-        with clock("data"):
+        timer = StepTimer()
+        run.begin_step(step)
+        with timer("data"):
             batches = run.loader.batches(step)
 
         loss, reduced = run.engine.forward_backward(step, batches)  # gradients are exchanged while backward runs
 
-        with clock("checkpoint"):
+        with timer("checkpoint"):
             run.wait_copied(step)  # the update changes what the last snapshot may still be copying
         update = run.engine.update(step)
-        with clock("checkpoint"):
+        with timer("checkpoint"):
             if run.checkpoint_due(step):
                 run.save(step)
 
@@ -37,10 +37,10 @@ def train(run: Run) -> None:
             update_norm=update.update_norm,
             lr=update.lr,
             tokens=sum(tokens.numel() for tokens, _ in batches),
-            step_s=clock.elapsed_s,
-            data_s=clock.seconds["data"],
+            step_s=timer.elapsed_s,
+            data_s=timer.seconds["data"],
             comm_s=reduced.exposed_s,
-            checkpoint_s=clock.seconds["checkpoint"],
+            checkpoint_s=timer.seconds["checkpoint"],
             collective_s=reduced.collective_s,
             codec_s=reduced.codec_s,
             wire_bytes=reduced.wire_bytes,
@@ -48,7 +48,7 @@ def train(run: Run) -> None:
             alpha=reduced.alpha,
             residual=reduced.residual,
         )
-        run.note(done)
+        run.record_step(done)
         if run.evaluation_due(step):
             run.evaluate(step)
     run.finish()

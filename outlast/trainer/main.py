@@ -1,4 +1,4 @@
-"""One rank from start to end: find its place, join the others, restore, train, leave."""
+"""One rank from start to end: find its place, join the process group, restore, train."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ from outlast.launch.failures import (
     WATCHED,
 )
 from outlast.trainer import logs, process_group
-from outlast.trainer.checkpoint_schedule import Schedule
+from outlast.trainer.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
 from outlast.trainer.data import Corpus, Loader, find_files, split_held_out
 from outlast.trainer.engine import build_engine
-from outlast.trainer.failure_history import History, read_history
+from outlast.trainer.failure_history import FailureHistory, read_failure_history
 from outlast.trainer.loop import train
 from outlast.trainer.model import GPT
 from outlast.trainer.progress import Progress
@@ -99,7 +99,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Path, dict[str, str]]:
 
 
 def run_rank(config: Config, place: Place) -> None:
-    """Train with resolved settings at a known place. Collective over all ranks of the place's world.
+    """Train with resolved settings at a known place. Collective over all ranks.
 
     Raises:
         OutlastError: see the tree in :mod:`outlast.errors`.
@@ -113,30 +113,30 @@ def run_rank(config: Config, place: Place) -> None:
         device = process_group.choose_device(trainer.device, place, shared=trainer.backend == "gloo")
         process_group.start(place, device, timedelta(seconds=trainer.timeout_s), trainer.backend)
         stack.callback(dist.destroy_process_group)
-        # torchrun counts restarts on each node for itself: a node whose own ranks never failed would start anew.
+        # torchrun counts restarts per node; a node whose own ranks never failed would not resume.
         place = replace(place, generation=process_group.maximum(device, place.generation))
         resume = "auto" if place.generation > 0 else config.run.resume
         attempt, epoch = _claim_attempt(config, device, resuming=resume != "never")
         logs.set_up_file(attempt.log_path(place.rank), place.rank)
         run = None
         try:
-            run = _join(config, place, device, attempt, epoch, stack)
-            _start(run, device, resume)
+            run = _build_run(config, place, device, attempt, epoch, stack)
+            _restore(run, device, resume)
             train(run)
         except Exception as error:
             _LOG.exception("rank %d failed", place.rank)
             if run is not None:
-                why = f"{type(error).__name__}: {error}"
-                run.events.write(RunEnded(step=run.recorder.step, ok=False, reason=why))
+                reason = f"{type(error).__name__}: {error}"
+                run.events.write(RunEnded(step=run.recorder.step, ok=False, reason=reason))
             raise
         if place.rank == 0:
             _write_report(run)
         if WATCHED not in os.environ:
-            _leave_shared_memory(run)
+            _remove_shared_memory(run)
 
 
 def _claim_attempt(config: Config, device: torch.device, *, resuming: bool) -> tuple[Attempt, str]:
-    """The attempt that rank 0 claims, and a token for it, on every rank; if rank 0 is refused, every rank raises."""
+    """Rank 0 claims the next attempt; returns it and a token on every rank. If rank 0 is refused, every rank raises."""
     refusal: RunDirectoryError | None = None
     number = 0
     if dist.get_rank() == 0:
@@ -148,14 +148,16 @@ def _claim_attempt(config: Config, device: torch.device, *, resuming: bool) -> t
     if refusal is not None:
         raise refusal
     if number == 0:
-        raise RunDirectoryError(f"rank 0 was refused the run directory {run_path(config)}", "its message says why")
+        raise RunDirectoryError(f"rank 0 cannot use the run directory {run_path(config)}", "see the message of rank 0")
     attempt = Attempt(run_path(config), number)
     attempt.make_folders()
     return attempt, epoch
 
 
-def _join(config: Config, place: Place, device: torch.device, attempt: Attempt, epoch: str, stack: ExitStack) -> Run:
-    """Build every part; each that holds something is closed when ``stack`` is."""
+def _build_run(
+    config: Config, place: Place, device: torch.device, attempt: Attempt, epoch: str, stack: ExitStack
+) -> Run:
+    """Build every part; ``stack`` closes those that hold resources."""
     shm = shm_directory(attempt.run)
     events = stack.enter_context(
         EventLog(attempt.events_path(place.rank), rank=place.rank, generation=place.generation)
@@ -169,25 +171,25 @@ def _join(config: Config, place: Place, device: torch.device, attempt: Attempt, 
     training, held_out = (Corpus(part) for part in split_held_out(find_files(config.data), config.data.held_out_share))
     if not process_group.all_equal(device, int(training.fingerprint[:15], 16)):
         raise DataError(
-            f"rank {place.rank} finds other training text than its peers ({len(training.files)} files, "
+            f"the training text of rank {place.rank} differs from its peers' ({len(training.files)} files, "
             f"{len(training)} bytes, fingerprint {training.fingerprint})",
-            "give every node the same files",
+            "make sure every node has the same files",
         )
     seed_all(config.run.seed, place.rank)
     model = GPT(config.model, seed=config.run.seed).to(device)
     if config.trainer.compile:
         model.compile_blocks()
     engine = build_engine(
-        model, config, device, observer=recorder, on_choice=lambda choice: _say_choice(choice, events)
+        model, config, device, observer=recorder, on_choice=lambda choice: _log_choice(choice, events)
     )
     stack.callback(engine.close)
     auto = config.checkpoint.every_steps == "auto" and place.rank == 0
-    history = read_history(attempt) if auto else History()
-    schedule = Schedule(config.checkpoint, place, device, history, recorder, events)
+    history = read_failure_history(attempt) if auto else FailureHistory()
+    schedule = CheckpointSchedule(config.checkpoint, place, device, history, recorder, events)
 
     def emit(event: Event) -> None:
         events.write(event)
-        schedule.hear(event)
+        schedule.on_event(event)
 
     url = config.checkpoint.url if config.checkpoint.url is not None else str(attempt.run / "checkpoints")
     checkpointer = stack.enter_context(
@@ -196,9 +198,9 @@ def _join(config: Config, place: Place, device: torch.device, attempt: Attempt, 
             config.checkpoint,
             rank=place.rank,
             world_size=place.world_size,
-            epoch=epoch,
+            attempt_id=epoch,
             group=dist.group.WORLD,
-            emit=emit,
+            on_event=emit,
         )
     )
     checkpointer.watch(model)
@@ -232,8 +234,8 @@ def _join(config: Config, place: Place, device: torch.device, attempt: Attempt, 
     )
 
 
-def _start(run: Run, device: torch.device, resume: str) -> None:
-    """Restore if asked to, and say who starts where."""
+def _restore(run: Run, device: torch.device, resume: str) -> None:
+    """Restore a checkpoint if asked to, and announce the start."""
     start_s = time.perf_counter()
     restored = run.restore(resume) if resume != "never" else None
     parameters = sum(p.numel() for p in run.engine.model.parameters() if p.requires_grad)
@@ -261,7 +263,7 @@ def _start(run: Run, device: torch.device, resume: str) -> None:
             device,
         )
         _LOG.info(
-            "model %.1f M parameters; text %.1f MB in %d files; gradients by %s",
+            "model: %.1f M parameters; text: %.1f MB in %d files; gradients: %s",
             parameters / 1e6,
             len(run.loader.corpus) / 1e6,
             len(run.loader.corpus.files),
@@ -271,25 +273,25 @@ def _start(run: Run, device: torch.device, resume: str) -> None:
             _LOG.info("restored step %d in %.2f s", restored.step, time.perf_counter() - start_s)
 
 
-def _say_choice(choice: Choice, events: EventLog) -> None:
-    """What ``comm.compressor = "auto"`` became."""
+def _log_choice(choice: Choice, events: EventLog) -> None:
+    """Record what ``comm.compressor = "auto"`` resolved to."""
     events.write(CommChosen(comm=choice.config.describe(), why=choice.why))
     _LOG.info("comm.compressor = auto: %s", choice.why)
 
 
-def _leave_shared_memory(run: Run) -> None:
-    """A run that ended well has no use for its ring and heartbeat; where a launcher watches, it removes them itself."""
+def _remove_shared_memory(run: Run) -> None:
+    """Remove the ring and heartbeat of a run that succeeded. Under a launcher that watches, the launcher does so."""
     run.heartbeat.close(unlink=True)
     run.recorder.close(unlink=True)
     try:
         run.heartbeat.path.parent.rmdir()
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # a peer was faster, or is not as far yet
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # a peer has removed it, or has not finished yet
             raise
 
 
 def _write_report(run: Run) -> None:
-    """Rank 0, after all ranks have ended: the report, and its summary on the terminal."""
+    """Write the report and print its summary; on rank 0, after all ranks have finished."""
     report = build_report(run.attempt.run)
     path = run.attempt.run / "report.html"
     path.write_text(render_html(report), encoding="utf-8")

@@ -1,7 +1,7 @@
 """A byte-level GPT: pre-norm blocks, causal attention, untied head, no biases.
 
 Shapes are written as ``B`` sequences, ``T`` tokens, ``C`` width, ``H`` heads, ``V`` vocabulary.
-GPT-2 (Radford et al. 2019) with the pre-norm placement of arXiv:2002.04745; deviates in having no biases, no dropout,
+GPT-2 (Radford et al. 2019) with the pre-norm placement of arXiv:2002.04745. It has no biases, no dropout,
 and a head that does not share the embedding's weight.
 """
 
@@ -59,7 +59,7 @@ class GPT(nn.Module):
 
     Args:
         config: sizes; 12·layers·width² + (2·256 + context)·width parameters, and the norms'.
-        seed: seeds the initial weights, whatever the state of PyTorch's global generator, which is left as it was.
+        seed: seeds the initial weights; PyTorch's global generator is neither used nor changed.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
@@ -99,14 +99,14 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def compile_blocks(self) -> None:
-        """``torch.compile`` each block, in place: one compilation serves all of them, parameters keep their names."""
+        """``torch.compile`` each block, in place. One compilation serves them all; parameters keep their names."""
         # Else compiled graphs are cut where buckets of gradients end. A block is small enough to be one.
         torch._dynamo.config.optimize_ddp = False
         for block in self.blocks:
             block.compile()
 
     def flops_per_token(self) -> float:
-        """Operations of forward and backward per token: 6N + 12·layers·context·width (arXiv:2204.02311, appendix B)."""
+        """FLOPs of forward and backward per token: 6N + 12·layers·context·width (arXiv:2204.02311, appendix B)."""
         matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() >= 2 and n != "position.weight")
         matrices -= self.token.weight.numel()  # looked up, not multiplied
         return 6.0 * matrices + 12.0 * self.config.layers * self.config.context * self.config.width

@@ -13,13 +13,13 @@ from outlast.trainer.config import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, directed: bool = False) -> Optimizer:
-    """AdamW (arXiv:1711.05101) in its fused form; matrices are decayed, 1-D parameters are not.
+    """Fused AdamW (arXiv:1711.05101); matrices are decayed, 1-D parameters are not.
 
     Args:
-        model: what to train.
+        model: the model to train.
         config: settings.
-        directed: the gradients already are Adam's directions (``comm.target = "update"``), so that what is left of a
-            step of AdamW is ``x -= lr * (grad + weight_decay * x)``.
+        directed: ``.grad`` already holds Adam's direction (``comm.target = "update"``), so what is left of a step of
+            AdamW is ``x -= lr * (grad + weight_decay * x)``.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -53,7 +53,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[st
 
 
 def load_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: dict[str, dict[str, Any]]) -> None:
-    """Put :func:`optimizer_state`'s tensors back, on the parameters' devices; settings stay the optimizer's own."""
+    """Load :func:`optimizer_state`'s tensors, onto the parameters' devices; hyperparameters are not loaded."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[p] for group in optimizer.param_groups for p in group["params"]]
     state = {index: saved[name] for index, name in enumerate(ordered) if name in saved}
@@ -61,7 +61,7 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: dict[str
 
 
 def load_scheduler_state(scheduler: LambdaLR, saved: dict[str, Any]) -> None:
-    """Put a scheduler's ``state_dict`` back, and the learning rate it had reached into the optimizer."""
+    """Load a scheduler's ``state_dict``, and set the optimizer's learning rate to the one it had reached."""
     scheduler.load_state_dict(saved)
     for group, lr in zip(scheduler.optimizer.param_groups, saved["_last_lr"], strict=True):
         group["lr"] = lr

@@ -1,4 +1,4 @@
-"""PyTorch's default process group, from a place."""
+"""PyTorch's default process group, and small collectives on it."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from outlast.errors import LaunchError, MissingDependency, PortInUse
 from outlast.launch import Place
 
 
-def choose_device(wanted: str, place: Place, *, shared: bool = False) -> torch.device:
+def choose_device(device: str, place: Place, *, shared: bool = False) -> torch.device:
     """The device of this rank; ``auto`` takes the local rank's GPU where there is one.
 
     Args:
-        wanted: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu`` or ``cuda``.
         place: of this rank.
         shared: ranks may share a GPU.
 
     Raises:
-        MissingDependency: CUDA is asked for and this machine or build has none, or fewer GPUs than local ranks.
+        MissingDependency: CUDA is requested, but torch sees no GPU, or fewer than there are local ranks.
     """
     gpus = torch.cuda.device_count()
-    if wanted == "cpu" or (wanted == "auto" and gpus == 0):
+    if device == "cpu" or (device == "auto" and gpus == 0):
         return torch.device("cpu")
     if shared and gpus:
         return torch.device("cuda", place.local_rank % gpus)
     if place.local_rank >= gpus:
         raise MissingDependency(
             f"local rank {place.local_rank} has no GPU of its own: torch {torch.__version__} sees {gpus}",
-            "start fewer ranks on this node, set trainer.device = 'cpu', or share GPUs by trainer.backend = 'gloo'",
+            "start fewer ranks on this node, set trainer.device = 'cpu', or share it with trainer.backend = 'gloo'",
         )
     return torch.device("cuda", place.local_rank)
 
@@ -46,11 +46,11 @@ def make_deterministic() -> None:
 def start(place: Place, device: torch.device, timeout: timedelta, backend: str = "auto") -> None:
     """Join the default process group: ``backend``, or NCCL for CUDA and gloo for CPU. Collective.
 
-    Failure contract: raises within about ``timeout`` if not all ranks come; nothing is left behind then.
+    Failure contract: raises within about ``timeout`` if a rank does not join; nothing is left behind.
 
     Raises:
         PortInUse: rank 0 cannot listen on the master port.
-        LaunchError: the other ranks or the master cannot be reached in time.
+        LaunchError: the master or other ranks are not reached in time.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -74,27 +74,31 @@ def start(place: Place, device: torch.device, timeout: timedelta, backend: str =
                 "set another MASTER_PORT, or --rdzv-endpoint HOST:0",
             ) from error
         raise LaunchError(
-            f"rank {place.rank} of {place.world_size} ({place.source}) could not meet the others at {where}: {error}",
-            "check that all ranks started and that this address can be reached from every node (outlast doctor)",
+            f"rank {place.rank} of {place.world_size} ({place.source}) could not join the process group at {where}: "
+            f"{error}",
+            "make sure all ranks started and every node reaches this address (outlast doctor)",
         ) from error
 
 
 def broadcast_token(device: torch.device, number: int) -> tuple[int, str]:
-    """Rank 0's ``number`` and a random token of rank 0's making, on every rank; collective."""
+    """Rank 0's ``number``, and a random token drawn by rank 0, on every rank. Collective.
+
+    Failure contract: as all collectives of the default group, raises within its timeout when a peer is lost.
+    """
     token = secrets.token_bytes(8) if dist.get_rank() == 0 else bytes(8)
-    words = torch.tensor([number, *token], dtype=torch.int64, device=device)
-    dist.broadcast(words, src=0)
-    first, *rest = words.tolist()
+    payload = torch.tensor([number, *token], dtype=torch.int64, device=device)
+    dist.broadcast(payload, src=0)
+    first, *rest = payload.tolist()
     return int(first), bytes(rest).hex()
 
 
 def maximum(device: torch.device, value: int) -> int:
-    """The largest ``value`` of all ranks; collective."""
+    """The largest ``value`` of all ranks. Collective; raises within the group's timeout when a peer is lost."""
     box = torch.tensor([value], dtype=torch.int64, device=device)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return int(box.item())
 
 
 def all_equal(device: torch.device, value: int) -> bool:
-    """Whether all ranks hold the same ``value`` (63 bits); collective."""
+    """Whether all ranks have the same ``value`` (63 bits). Collective, as :func:`maximum`."""
     return maximum(device, value) == -maximum(device, -value)

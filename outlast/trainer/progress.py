@@ -1,4 +1,4 @@
-"""One aligned line on rank 0 every few steps."""
+"""The log line that rank 0 prints every few steps."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _LOG = logging.getLogger("outlast.progress")
 
 
 class Progress:
-    """Gathers steps and logs a line every ``every_steps``.
+    """Averages steps and logs a line every ``every_steps``.
 
     Args:
-        every_steps: steps a line speaks for; the first and the last step have one too.
-        last_step: where training ends.
-        world_size: ranks, all of which process as many tokens as this one.
-        flops_per_token: of forward and backward.
-        peak_tflops: of one rank's device; None shows achieved GFLOP/s in place of MFU.
-        quiet: keep count but log nothing: for all ranks but the first.
+        every_steps: steps per line; the first and the last step also get one.
+        last_step: the step at which training ends.
+        world_size: ranks; each processes as many tokens as this one.
+        flops_per_token: FLOPs of forward and backward.
+        peak_tflops: of one rank's device; None shows achieved GFLOP/s instead of MFU.
+        quiet: log nothing; for all ranks but rank 0.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Progress:
         self._measured_from: tuple[int, float] | None = None
 
     def step(self, done: StepDone) -> None:
-        """Take note of a step, and log if one is due."""
+        """Count a step, and log a line if one is due."""
         self._seen += 1
         self._window.append(done)
-        if self._seen == 3:  # the first steps allocate and warm up: they say nothing of the rest
+        if self._seen == 3:  # the first steps include allocation and warm-up
             self._measured_from = (done.step, time.monotonic())
         if self._seen == 1 or done.step % self._every_steps == 0 or done.step == self._last_step:
             if not self._quiet:

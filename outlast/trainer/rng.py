@@ -1,4 +1,4 @@
-"""The state of the random number generators a model or a data pipeline may draw from, as tensors and JSON."""
+"""State of the random number generators that a model or a data pipeline may use, as tensors and JSON values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def load_rng_state(state: dict[str, Any]) -> None:
-    """Put back what :func:`rng_state` gave."""
+    """Restore what :func:`rng_state` returned."""
     torch.set_rng_state(state["torch"].to(torch.uint8))
     python = state["python"]
     random.setstate((python["version"], tuple(python["words"]), python["gauss"]))

@@ -1,4 +1,4 @@
-"""What the loop works with: the parts of one run on one rank, joined."""
+"""The parts of one run on one rank, and what the training loop does with them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from outlast.diagnostics import Heartbeat, Recorder
 from outlast.errors import StateMismatch
 from outlast.events import EvalDone, EventLog, StepDone
 from outlast.launch import Place
-from outlast.trainer.checkpoint_schedule import Schedule
+from outlast.trainer.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
 from outlast.trainer.data import Loader
 from outlast.trainer.engine import Engine
@@ -27,7 +27,7 @@ _LOG = logging.getLogger("outlast")
 
 @dataclass(slots=True)
 class Run:
-    """The parts, and the small acts between them. Every method that says so is collective."""
+    """The parts of a run on this rank. Methods are local unless their docstring says collective."""
 
     config: Config
     place: Place
@@ -36,7 +36,7 @@ class Run:
     loader: Loader
     held_out: Loader
     checkpointer: Checkpointer
-    schedule: Schedule
+    schedule: CheckpointSchedule
     recorder: Recorder
     heartbeat: Heartbeat
     events: EventLog
@@ -44,23 +44,26 @@ class Run:
     first_step: int = 1
     last_step: int = field(init=False)
     _durable: bool = True
-    """Whether the checkpoint that is due is to reach storage."""
+    """Whether the checkpoint that is due goes to storage."""
 
     def __post_init__(self) -> None:
         self.last_step = self.config.trainer.steps
 
-    def begin(self, step: int) -> None:
-        """Tell those who watch that ``step`` begins."""
+    def begin_step(self, step: int) -> None:
+        """Announce ``step`` to the recorder and in the heartbeat."""
         self.recorder.step = step
         self.heartbeat.beat("step", step)
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether held-out loss is to be measured after ``step``."""
+        """Whether to evaluate after ``step``."""
         every = self.config.trainer.eval_every_steps
         return step == self.last_step or (every > 0 and step % every == 0)
 
     def evaluate(self, step: int) -> None:
-        """Measure held-out loss over all ranks; collective."""
+        """Measure the held-out loss, the mean over all ranks.
+
+        Collective: raises within the process group's timeout when a peer is lost.
+        """
         start_s = time.perf_counter()
         self.heartbeat.beat("eval", step)
         batches = [
@@ -77,7 +80,7 @@ class Run:
             _LOG.info("step %d: held-out loss %.4f", step, loss)
 
     def checkpoint_due(self, step: int) -> bool:
-        """Whether a checkpoint is to be begun after ``step``, in whatever tier.
+        """Whether to save a checkpoint after ``step``, to any tier.
 
         Collective with ``checkpoint.every_steps = "auto"``.
         """
@@ -86,13 +89,20 @@ class Run:
         return self._durable or (memory > 0 and step % memory == 0)
 
     def wait_copied(self, step: int) -> None:
-        """Wait until the last snapshot no longer needs the live tensors; raises SnapshotMutated if one was changed."""
+        """Wait until the last snapshot is copied, so that parameters may change.
+
+        Raises:
+            SnapshotMutated: a tensor changed before it was copied.
+        """
         self.heartbeat.beat("checkpoint", step)
         self.checkpointer.wait_copied()
         self.heartbeat.beat("step", step)
 
     def save(self, step: int) -> None:
-        """Begin a checkpoint of the state after ``step``; the files are written while training goes on."""
+        """Start saving the state after ``step``; it is copied and written while training goes on.
+
+        The live tensors may be read, but must not change before :meth:`wait_copied` returns.
+        """
         self.heartbeat.beat("checkpoint", step)
         state = self.engine.state()
         replicated = {**state.replicated, "data": self.loader.state()}
@@ -100,35 +110,38 @@ class Run:
         eager = state.eager | {"rng"}
         self.checkpointer.save(step, replicated=replicated, local=local, eager=eager, durable=self._durable)
 
-    def note(self, done: StepDone) -> None:
-        """Tell what a step was like, and learn from it when checkpoints are due."""
+    def record_step(self, done: StepDone) -> None:
+        """Write a step's event, log it, and let the checkpoint schedule learn from it."""
         self.events.write(done)
         self.progress.step(done)
-        self.schedule.note(done, saving=self.checkpointer.running)
+        self.schedule.on_step(done, saving=self.checkpointer.running)
 
     def restore(self, resume: str) -> Restored | None:
-        """Go on from a checkpoint, if there is one; collective.
+        """Restore a checkpoint, if there is one. Collective; see :meth:`Checkpointer.restore` for its failure contract.
 
-        On another number of ranks than saved it, the data go on with the first window that no step has seen, what the
-        exchange of gradients keeps is redistributed, and ranks that there were not before draw fresh random numbers.
+        If the world size changed, the data continue with the first window that no step has seen, error-feedback state
+        is redistributed, and additional ranks start with freshly seeded generators.
 
         Args:
             resume: ``auto`` or the number of a step.
 
+        Returns:
+            The restored checkpoint, or None if there is none and ``resume`` is ``auto``.
+
         Raises:
-            CheckpointError, DataError: see :meth:`Checkpointer.restore`, :meth:`Loader.check`.
+            CheckpointError, DataError: see :meth:`Checkpointer.restore` and :meth:`Loader.resumed_from`.
         """
         restored = self.checkpointer.restore("auto" if resume == "auto" else int(resume), any_world_size=True)
         if restored is None:
             return None
         if restored.step > self.last_step:
             raise StateMismatch(
-                f"the newest checkpoint is of step {restored.step}, training ends at step {self.last_step}",
-                f"raise trainer.steps, or name an earlier checkpoint with --resume STEP (at most {self.last_step})",
+                f"the newest checkpoint is of step {restored.step}, but training ends at step {self.last_step}",
+                f"raise trainer.steps, or resume from an earlier step with --resume STEP (at most {self.last_step})",
             )
         rank, ranks = self.place.rank, restored.world_size
         same = ranks == self.place.world_size
-        self.loader = self.loader.going_on(restored.replicated["data"], restored.step, other_ranks=not same)
+        self.loader = self.loader.resumed_from(restored.replicated["data"], restored.step, world_size_changed=not same)
 
         def read_local(number: int) -> dict[str, Any]:
             return restored.local if same and number == rank else restored.read_local(number)
@@ -139,7 +152,7 @@ class Run:
         self.first_step = restored.step + 1
         if not same and rank == 0:
             _LOG.info(
-                "step %d was saved by %d ranks, %d go on; a step now takes %d windows of the text",
+                "step %d was saved by %d ranks and continues on %d; a step now takes %d windows of the text",
                 restored.step,
                 ranks,
                 self.place.world_size,
@@ -148,7 +161,7 @@ class Run:
         return restored
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is committed (or has failed), and for all ranks; collective."""
+        """Wait until the last checkpoint is committed or has failed, and then for all ranks. Collective."""
         self.heartbeat.beat("finish", self.last_step)
         self.checkpointer.close()
         token = self.recorder.enter("barrier", 0, "end of the run")

@@ -1,4 +1,4 @@
-"""A run's directory: who may write to it, and one numbered folder per start.
+"""A run's directory: whether it may be used, and one numbered folder per attempt.
 
 ::
 
@@ -8,7 +8,7 @@
         config.toml           as resolved at this start
         logs/rank_00000.log
         events/rank_00000.jsonl
-      events/agent_HOST.jsonl what the launcher saw
+      events/agent_HOST.jsonl the launcher's events
       checkpoints/
       report.html
 """
@@ -25,13 +25,13 @@ from outlast.trainer.config import Config
 
 
 def run_path(config: Config) -> Path:
-    """Where the run's directory is."""
+    """The absolute path of the run's directory."""
     return Path(config.run.dir if config.run.dir is not None else Path("runs") / config.run.name).absolute()
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One start of a run's processes."""
+    """One start of a run's processes, and its folder."""
 
     run: Path
     number: int
@@ -50,27 +50,27 @@ class Attempt:
         return self.path / "events" / f"rank_{rank:05d}.jsonl"
 
     def make_folders(self) -> None:
-        """Create what this attempt writes to; harmless where another rank did it already."""
+        """Create the attempt's folders; harmless if another rank has done so."""
         for folder in ("logs", "events"):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
 
 
 def is_used(run: Path) -> bool:
-    """Whether a start has been made in this directory."""
+    """Whether a run was started in this directory."""
     return any((run / name).exists() for name in ("config.toml", "attempts", "checkpoints"))
 
 
 def check_usable(config: Config, *, resuming: bool) -> Path:
-    """The run's directory, made sure to be writable, and unused unless ``resuming``.
+    """The run's directory, after checking that it is writable, and unused unless ``resuming``.
 
     Raises:
-        RunDirectoryError: it is used, or cannot be written.
+        RunDirectoryError: it is in use, or cannot be written.
     """
     run = run_path(config)
     if is_used(run) and not resuming:
         raise RunDirectoryError(
-            f"{run} already holds a run",
-            "go on with it: --resume auto; start elsewhere: --run.dir OTHER; or start anew: delete the directory",
+            f"{run} already contains a run",
+            "resume it: --resume auto; start elsewhere: --run.dir OTHER; or delete the directory to start over",
         )
     probe = run / f".writable-{os.getpid()}"
     try:
@@ -86,7 +86,7 @@ def check_usable(config: Config, *, resuming: bool) -> Path:
 
 
 def begin_attempt(config: Config, *, resuming: bool) -> Attempt:
-    """Claim the next attempt's folder; called on one rank, which tells the others the number.
+    """Claim the next attempt's folder; called on one rank, which broadcasts the number.
 
     Raises:
         RunDirectoryError: see :func:`check_usable`.

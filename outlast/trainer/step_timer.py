@@ -1,4 +1,4 @@
-"""Where a step's wall-clock time goes."""
+"""Measures how long the parts of a step take."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Clock:
-    """Started when made; ``with clock("data"):`` adds to ``clock.seconds["data"]``."""
+class StepTimer:
+    """Starts when it is created; ``with timer("data"):`` adds to ``timer.seconds["data"]``."""
 
     def __init__(self) -> None:
         self._start_s = time.perf_counter()
@@ -25,5 +25,5 @@ class Clock:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the clock was made."""
+        """Seconds since the timer was created."""
         return time.perf_counter() - self._start_s

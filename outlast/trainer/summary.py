@@ -1,4 +1,4 @@
-"""What a run came to, in a few lines, from its report."""
+"""A run's result in a few lines, from its report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from outlast.diagnostics import Report
 
 
 def render_summary(report: Report, console: Console, report_path: Path) -> None:
-    """Loss at start and end, bytes on the wire against dense, the share of time checkpoints took, the report's path."""
+    """Print the first and last loss, bytes on the wire, the time share of checkpoints, and the report's path."""
     first, last = report.loss.evaluated[0], report.loss.evaluated[-1]
     traffic, rows = report.traffic, report.checkpoints.rows
     committed = [row.step for row in rows if row.state == "committed" and row.tier == "storage"]
@@ -27,8 +27,8 @@ def render_summary(report: Report, console: Console, report_path: Path) -> None:
         lines.append(
             (
                 "on the wire",
-                f"{traffic.wire_bytes / 1e6:.1f} MB of gradients, dense would be {traffic.dense_bytes / 1e6:.1f} MB "
-                f"({traffic.ratio:.1f} × as many)",
+                f"{traffic.wire_bytes / 1e6:.1f} MB of gradients; dense: {traffic.dense_bytes / 1e6:.1f} MB "
+                f"({traffic.ratio:.1f} × as much)",
             )
         )
     if rows:
@@ -36,7 +36,7 @@ def render_summary(report: Report, console: Console, report_path: Path) -> None:
         newest = f", the newest of step {committed[-1]}" if committed else ""
         remark += f", {len(in_memory)} in memory" if in_memory else ""
         share = report.checkpoints.time_share
-        lines.append(("checkpoints", f"{len(committed)} committed{newest}{remark}; {share:.2%} of the steps' time"))
+        lines.append(("checkpoints", f"{len(committed)} committed{newest}{remark}; {share:.2%} of the step time"))
     lines += [("stragglers", report.verdict), ("report", str(report_path))]
     console.print()
     for title, text in lines:

@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from outlast.checkpoint.format.dtypes import DISGUISED, NATIVE
-from outlast.checkpoint.tools import (
-    verify,
-)
+from outlast.checkpoint.tools import verify
 from tests.checkpoint.helpers import checkpointer
 
 ALL_DTYPES = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in (*NATIVE, *DISGUISED)}
@@ -43,7 +41,7 @@ def save(url: Path, replicated: dict[str, Any], step: int = 4) -> None:
 
 
 def restored(url: Path | str) -> tuple[int, dict[str, Any]]:
-    with checkpointer(url, epoch="reader") as reader:
+    with checkpointer(url, attempt_id="reader") as reader:
         found = reader.restore("auto")
     assert found is not None
     return found.step, found.replicated

@@ -32,7 +32,7 @@ from tests.checkpoint.recorder import ROOT, Mark, Names, Op, Recorder, Resize, S
 SECTOR_BYTES = 512
 
 Version = tuple[int, str]
-"""A step, and the epoch of the attempt that saved it."""
+"""A step, and the id of the attempt that saved it."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""What the tests of checkpoints share: small states, a Checkpointer of one rank, damage."""
+"""What the tests of checkpoints share: a Checkpointer of one rank, saves, outcomes."""
 
 from __future__ import annotations
 
-import math
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -12,37 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-import torch
 
 from outlast.checkpoint import CheckpointConfig, Checkpointer
 from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointRestored, CheckpointSaved, Event
+from tests.checkpoint.states import local, same, state
 
 E = TypeVar("E", bound=Event)
 QUICK = CheckpointConfig(commit_timeout_s=60.0, keep_last=0, io_threads=2, pack_below_kb=0)
 """Nothing is packed, so that every tensor is a file whose path tells which it is."""
-
-
-def state(step: int) -> dict[str, Any]:
-    """A replicated state whose every number is a function of the step."""
-    return {
-        "model": {
-            "blocks.0.attn.qkv.weight": torch.arange(24.0).reshape(4, 6) + step,
-            "blocks.0.norm.bias": torch.full((6,), step, dtype=torch.bfloat16),
-        },
-        "optimizer": {
-            "blocks.0.norm.bias": {"exp_avg": torch.full((6,), 0.5 * step), "step": torch.tensor(float(step))}
-        },
-        "scheduler": {"last_step": step, "lr": 0.1 / (step + 1), "worst": math.inf},
-        "data": {"position": [step, 3 * step], "seed": 17},
-    }
-
-
-def local(step: int, rank: int = 0) -> dict[str, Any]:
-    """A rank's local state."""
-    return {
-        "rng": {"cpu": torch.full((5,), 10 * step + rank, dtype=torch.uint8)},
-        "comm": {"w": {"e": torch.tensor(rank)}},
-    }
 
 
 def checkpointer(
@@ -51,19 +27,19 @@ def checkpointer(
     *,
     rank: int = 0,
     world_size: int = 1,
-    epoch: str = "one",
+    attempt_id: str = "one",
     **settings: Any,
 ) -> Checkpointer:
     """A Checkpointer without a process group."""
-    emit = (lambda event: None) if events is None else events.append
+    on_event = (lambda event: None) if events is None else events.append
     config = replace(QUICK, **settings)
-    return Checkpointer(url, config, rank=rank, world_size=world_size, epoch=epoch, emit=emit)
+    return Checkpointer(url, config, rank=rank, world_size=world_size, attempt_id=attempt_id, on_event=on_event)
 
 
-def save_steps(url: Path | str, *steps: int, epoch: str = "one", **settings: Any) -> list[Event]:
+def save_steps(url: Path | str, *steps: int, attempt_id: str = "one", **settings: Any) -> list[Event]:
     """Save some steps by one rank; all must be committed."""
     events: list[Event] = []
-    with checkpointer(url, events, epoch=epoch, **settings) as saver:
+    with checkpointer(url, events, attempt_id=attempt_id, **settings) as saver:
         for step in steps:
             saver.save(step, replicated=state(step), local=local(step))
     assert [event.step for event in of(CheckpointSaved, events)] == list(steps)
@@ -71,12 +47,12 @@ def save_steps(url: Path | str, *steps: int, epoch: str = "one", **settings: Any
 
 
 def save_by_ranks(
-    url: Path | str, *steps: int, world_size: int, epoch: str = "one", **settings: Any
+    url: Path | str, *steps: int, world_size: int, attempt_id: str = "one", **settings: Any
 ) -> list[list[Event]]:
     """Save some steps by several ranks in this one process; the events of each, by rank."""
     events: list[list[Event]] = [[] for _ in range(world_size)]
     ranks = [
-        checkpointer(url, events[rank], rank=rank, world_size=world_size, epoch=epoch, **settings)
+        checkpointer(url, events[rank], rank=rank, world_size=world_size, attempt_id=attempt_id, **settings)
         for rank in range(world_size)
     ]
     for step in steps:
@@ -117,11 +93,11 @@ def before(
 
 
 def restored_by_one(
-    url: Path, settings: dict[str, Any], *, which: Any = "auto", epoch: str = "second", into: bool = False
+    url: Path, settings: dict[str, Any], *, which: Any = "auto", attempt_id: str = "second", into: bool = False
 ) -> tuple[int | None, list[Event]]:
     """What one rank finds, in tensors of its own or in those that are there; its state must be right."""
     events: list[Event] = []
-    with checkpointer(url, events, epoch=epoch, **settings) as one:
+    with checkpointer(url, events, attempt_id=attempt_id, **settings) as one:
         back = one.restore(which, into=state(99) if into else None)
         if back is None:
             return None, events
@@ -161,49 +137,3 @@ def rejected(events: list[Event]) -> list[tuple[int, str]]:
 def failed(events: list[Event]) -> list[str]:
     """Why saves failed."""
     return [event.reason for event in of(CheckpointFailed, events)]
-
-
-def flip(path: Path, place: float = 0.5, bit: int = 4) -> None:
-    """Flip one bit; ``place`` from 0 (first byte) to 1 (last byte)."""
-    raw = bytearray(path.read_bytes())
-    raw[round(place * (len(raw) - 1))] ^= 1 << bit
-    path.write_bytes(raw)
-
-
-DAMAGES: dict[str, Callable[[Path], None]] = {
-    "flip": flip,
-    "flip first": lambda path: flip(path, 0.0, 0),
-    "flip last": lambda path: flip(path, 1.0, 0),
-    "truncate": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "empty": lambda path: path.write_bytes(b""),
-    "grow": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
-    "delete": Path.unlink,
-}
-
-
-def files_of(folder: Path) -> list[str]:
-    """All files below a folder, relative to it."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def steps_at(url: Path) -> list[str]:
-    """What lies at a URL."""
-    return sorted(path.name for path in url.iterdir())
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal bit for bit, NaN like NaN, -0.0 unlike 0.0, 1 unlike 1.0 and True."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        if a.dtype != b.dtype or a.shape != b.shape:
-            return False
-        raw = [t.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
-        return torch.equal(raw[0], raw[1])
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, float):
-        return (math.isnan(a) and math.isnan(b)) or (a == b and math.copysign(1, a) == math.copysign(1, b))
-    return bool(a == b)

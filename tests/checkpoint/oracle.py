@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +22,6 @@ from outlast.checkpoint.format.names import COMMIT, parse_step, rank_name
 from outlast.checkpoint.format.records import Fault
 from outlast.checkpoint.peers.collectives import Agreement
 from outlast.checkpoint.restore.candidates import Candidate
-from outlast.checkpoint.restore.copies import FastestCopies
 from outlast.checkpoint.restore.housekeeping import Housekeeping
 from outlast.checkpoint.restore.load import Loader
 from outlast.checkpoint.restore.request import RestoreContext, RestoreRequest
@@ -31,8 +31,9 @@ from outlast.checkpoint.storage.local import LocalStore
 from outlast.errors import OutlastError
 from outlast.events import CheckpointFailed, CheckpointSaved, Event
 from tests.checkpoint.crash import Disk, Expected, Recording, State, Version
-from tests.checkpoint.helpers import flip, same
+from tests.checkpoint.damage import flip
 from tests.checkpoint.recorder import Mark, Names, Tree
+from tests.checkpoint.states import same
 
 URL = "run/checkpoints"
 """Below the recorded directory, so that the making of directories is recorded too."""
@@ -55,11 +56,12 @@ def local(step: int, version: str, rank: int) -> dict[str, Any]:
 class _AllRanks(Loader):
     """The part of every rank of a restore, in one process."""
 
-    def _read(self, candidate: Candidate, source: FastestCopies) -> Restored:
+    def _read(self, candidate: Candidate, *sources: Any) -> tuple[Restored, Counter[str]]:
         context = self.context
-        first, reader = super()._read(candidate, source), StepReader(context.store, candidate.step, context.io)
+        first, bytes_by_tier = super()._read(candidate, *sources)
+        reader = StepReader(context.store, candidate.step, context.io)
         others = {rank_name(rank): reader.load(rank) for rank in range(1, context.world_size)}
-        return replace(first, local={rank_name(0): first.local, **others})
+        return replace(first, local={rank_name(0): first.local, **others}), bytes_by_tier
 
 
 class _Inline(ThreadPoolExecutor):
@@ -93,7 +95,7 @@ class Program:
         """An attempt that saves these steps; all are committed."""
         failed: list[Event] = []
 
-        def emit(event: Event) -> None:
+        def on_event(event: Event) -> None:
             if isinstance(event, CheckpointSaved) and event.committed:
                 self._recording.recorder.mark("acked", event.step, version)
             if isinstance(event, CheckpointFailed):
@@ -105,8 +107,8 @@ class Program:
                 self._config,
                 rank=rank,
                 world_size=self._world_size,
-                epoch=version,
-                emit=emit,
+                attempt_id=version,
+                on_event=on_event,
             )
             for rank in range(self._world_size)
         ]
@@ -142,12 +144,14 @@ class Program:
 def restore(root: Path, world_size: int, step: int | None = None) -> Restored | None:
     """As the program would: a ``Checkpointer``, or all ranks' parts of a restore without a process group."""
     config = CheckpointConfig(io_threads=1)
-    with Checkpointer(root / URL, config, rank=0, world_size=1, epoch="r", emit=lambda event: None) as checkpointer:
+    with Checkpointer(
+        root / URL, config, rank=0, world_size=1, attempt_id="r", on_event=lambda event: None
+    ) as checkpointer:
         checkpointer._io = _Inline(1)
         if world_size == 1:
             return checkpointer.restore("auto" if step is None else step)
-        place, agreement = checkpointer._place, Agreement(None, 0, 1)
-        context = RestoreContext(place.store, 0, world_size, agreement, place.emit, checkpointer._io)
+        saver, agreement = checkpointer._context, Agreement(None, 0, 1)
+        context = RestoreContext(saver.store, 0, world_size, agreement, saver.on_event, checkpointer._io)
         loader = _AllRanks(context, RestoreRequest(None, any_world_size=False, read_once=False), None)
         housekeeping = Housekeeping(context, None)
         return restore_newest(loader, housekeeping) if step is None else restore_step(step, loader, housekeeping)

@@ -16,11 +16,12 @@ import torch.distributed as dist
 
 from benchmarks.namespace import mount_over
 from outlast.checkpoint import Checkpointer
-from outlast.checkpoint.peers.commit_protocol import Control
+from outlast.checkpoint.peers.commit_protocol import CommitProtocol
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.errors import OutlastError
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import QUICK, local, same, state
+from tests.checkpoint.helpers import QUICK
+from tests.checkpoint.states import local, same, state
 from tests.forked import context
 
 LIMIT_S = 90.0
@@ -31,7 +32,7 @@ class Orders:
     """What one rank does; all the ranks of a job get the same but ``die_at``."""
 
     urls: tuple[str, ...]
-    epoch: str
+    attempt_id: str
     save: tuple[int, ...] = ()
     restore: bool = False
     any_world_size: bool = False
@@ -110,7 +111,7 @@ def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: 
     events: list[Event] = []
     restored: list[int | str | None] = []
 
-    def emit(event: Event) -> None:
+    def on_event(event: Event) -> None:
         events.append(event)
         if orders.acked and isinstance(event, CheckpointSaved) and event.committed:
             with open(orders.acked, "a") as file:
@@ -122,8 +123,8 @@ def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: 
             replace(QUICK, commit_timeout_s=orders.commit_timeout_s, keep_last=orders.keep_last, **orders.settings),
             rank=rank,
             world_size=world_size,
-            epoch=orders.epoch,
-            emit=emit,
+            attempt_id=orders.attempt_id,
+            on_event=on_event,
         )
         with checkpointer:
             if orders.restore:
@@ -231,13 +232,13 @@ def _inject(orders: Orders) -> None:
     LocalStore.put, LocalStore.put_atomic = put_or_die, put_atomic_or_die  # type: ignore[method-assign, assignment]
     LocalStore.read, LocalStore.read_into = read_wrongly, read_wrongly_into  # type: ignore[method-assign]
     if orders.die_voting:
-        vote = Control.vote
+        vote = CommitProtocol.vote
 
-        def vote_or_die(control: Control, header: dict[str, Any]) -> None:
+        def vote_or_die(protocol: CommitProtocol, header: dict[str, Any]) -> None:
             if header.get("serial") == orders.die_voting:
                 os.kill(os.getpid(), signal.SIGKILL)
-            vote(control, header)
+            vote(protocol, header)
 
-        Control.vote = vote_or_die  # type: ignore[method-assign]
+        CommitProtocol.vote = vote_or_die  # type: ignore[method-assign]
     if orders.die_before:
         _inject_death(orders.die_before)

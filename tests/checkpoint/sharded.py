@@ -68,10 +68,12 @@ def _rank(
 
 
 def checkpointer(url: str, rank: int, events: list[Event] | None = None, **settings: Any) -> Checkpointer:
-    emit = (lambda event: None) if events is None else events.append
+    on_event = (lambda event: None) if events is None else events.append
     ranks = dist.get_world_size()
-    epoch = settings.pop("epoch", f"of {ranks}")
-    return Checkpointer(url, replace(CONFIG, **settings), rank=rank, world_size=ranks, epoch=epoch, emit=emit)
+    attempt_id = settings.pop("attempt_id", f"of {ranks}")
+    return Checkpointer(
+        url, replace(CONFIG, **settings), rank=rank, world_size=ranks, attempt_id=attempt_id, on_event=on_event
+    )
 
 
 class Sent:

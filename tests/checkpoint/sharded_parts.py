@@ -20,7 +20,7 @@ from benchmarks.namespace import mount_over
 from outlast.checkpoint import Checkpointer
 from outlast.errors import OutlastError
 from outlast.events import CheckpointRestored, CheckpointSaved, Event
-from tests.checkpoint.helpers import flip
+from tests.checkpoint.damage import flip
 from tests.checkpoint.sharded import CONFIG, Counting, Sent, checkpointer
 
 SHAPES = {"rows": (401, 64), "columns": (64, 402), "wide": (3, 5000), "copied": (90, 64), "bias": (70,)}
@@ -102,7 +102,7 @@ def back_from_memory(rank: int, url: str, nodes: list[str], with_like: bool) -> 
     ranks = dist.get_world_size()
     mount_over(nodes[rank * len(nodes) // ranks], "/dev/shm")
     mesh, events = init_device_mesh("cpu", (ranks,)), list[Event]()
-    settings: dict[str, Any] = {"memory_every_steps": 1, "epoch": "again"}
+    settings: dict[str, Any] = {"memory_every_steps": 1, "attempt_id": "again"}
     with checkpointer(url, rank, events, **settings) as saver, Sent() as sent:
         back = saver.restore("auto", like={"model": placed(mesh, 0)} if with_like else None)
     assert back is not None
@@ -139,11 +139,11 @@ def some_ranks(rank: int, url: str) -> str:
     mesh = DeviceMesh("cpu", [3, 1])
     if rank not in (1, 3):
         return "right"
-    settings: dict[str, Any] = {"rank": dist.get_rank(group), "world_size": 2, "epoch": "x", "group": group}
-    with Checkpointer(url, CONFIG, **settings, emit=lambda event: None) as saver:
+    settings: dict[str, Any] = {"rank": dist.get_rank(group), "world_size": 2, "attempt_id": "x", "group": group}
+    with Checkpointer(url, CONFIG, **settings, on_event=lambda event: None) as saver:
         saver.save(1, replicated={"model": placed(mesh, 1)}, local={})
     dist.barrier(group)
-    with Checkpointer(url, CONFIG, **settings, emit=lambda event: None) as saver:
+    with Checkpointer(url, CONFIG, **settings, on_event=lambda event: None) as saver:
         back = saver.restore("auto", like={"model": placed(mesh, 0)})
         assert back is not None
         return "right" if is_right(back.replicated["model"], mesh, 1) else "wrong"

@@ -116,7 +116,7 @@ class Training:
         self._pace = pace
         self._fails = fails
         self._left = 0
-        self._ask_at = pace.FIRST_LOOK_STEPS
+        self._ask_at = pace.FIRST_DECISION_STEPS
         self._every = every
 
     def run(self, first: int, last: int) -> None:
@@ -161,7 +161,7 @@ def test_the_pace_is_dalys_for_what_saves_were_measured_to_cost() -> None:
     assert found.every_steps == round(optimal_interval_s(found.cost_s, found.mtbf_s))
     assert "a save costs 2.25 s" in found.why
     assert "0 seen" in found.why
-    assert training.saved[0] == AutoInterval.FIRST_LOOK_STEPS
+    assert training.saved[0] == AutoInterval.FIRST_DECISION_STEPS
     gaps = np.diff(training.saved)
     assert len(gaps) >= 3
     assert set(gaps) <= set(range(found.every_steps - 5, found.every_steps + 6))
@@ -220,7 +220,7 @@ def test_a_run_that_failed_once_keeps_nearly_what_the_best_number_of_steps_would
 
 def test_a_failed_save_says_nothing_of_the_cost_and_is_made_up_for() -> None:
     mine = pace(20_000.0)
-    training = Training(mine, fails=lambda step: step == AutoInterval.FIRST_LOOK_STEPS)
+    training = Training(mine, fails=lambda step: step == AutoInterval.FIRST_DECISION_STEPS)
     training.run(1, 100)
     assert training.saved[:2] == [7, 37]
     assert mine.interval().cost_s == pytest.approx(2.25)

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from outlast.checkpoint.tools import describe, list_steps, verify
-from tests.checkpoint.helpers import checkpointer, files_of, same
+from tests.checkpoint.damage import files_of
+from tests.checkpoint.helpers import checkpointer
 from tests.checkpoint.small_run import CHECKPOINT, WORLD_SIZE, Run
+from tests.checkpoint.states import same
 from tests.comm.ranks import Ranks
 
 KEPT = Path(__file__).parent.parent / "data" / "checkpoint_v2"
@@ -52,14 +54,14 @@ def resume(rank: int, url: str, again: str) -> dict[str, Any]:
     """Restore step 2, save it once more elsewhere, and take two steps; the parameters then."""
     run = Run(rank)
     try:
-        with checkpointer(url, rank=rank, world_size=WORLD_SIZE, epoch="resumed") as old:
+        with checkpointer(url, rank=rank, world_size=WORLD_SIZE, attempt_id="resumed") as old:
             restored = old.restore("auto")
         assert restored is not None
         assert (restored.step, restored.world_size) == (2, WORLD_SIZE)
         run.load(restored.replicated, restored.local)
         assert same(run.replicated(), restored.replicated)
         assert same(run.local(), restored.local)
-        with checkpointer(again, rank=rank, world_size=WORLD_SIZE, epoch=ATTEMPT, **CHECKPOINT) as new:
+        with checkpointer(again, rank=rank, world_size=WORLD_SIZE, attempt_id=ATTEMPT, **CHECKPOINT) as new:
             new.save(2, replicated=run.replicated(), local=run.local())
         run.train(2)
         return {name: parameter.detach() for name, parameter in run.model.items()}

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpoint.tools import (
-    list_steps,
-)
-from tests.checkpoint.helpers import flip, save_by_ranks, steps_at
+from outlast.checkpoint.tools import list_steps
+from tests.checkpoint.damage import flip, steps_at
+from tests.checkpoint.helpers import save_by_ranks
 from tests.checkpoint.ranks import Orders, Outcome, run
 
 KILL_POINTS = {

@@ -109,7 +109,7 @@ def test_wrong_choices_in_a_file_and_on_the_command_line(
     for read, source in (
         (lambda: load(Joined, file, {}), str(file)),
         (lambda: load(Joined, None, {f"OUTLAST_COMM_{key}".upper(): value.strip('"')}), f"OUTLAST_COMM_{key.upper()}"),
-        (lambda: load(Joined, None, {}, {f"comm.{key}": value.strip('"')}), f"--comm.{key}"),
+        (lambda: load(Joined, None, {}, {f"comm.{key}": value.strip('"')}), "command line"),
     ):
         with pytest.raises(error) as caught:
             read()

@@ -66,10 +66,10 @@ def test_several_are_missing_and_all_are_listed() -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"RANK": "x"}, "RANK='x' is no whole number"),
-        ({"RANK": "4"}, "rank 4 is not below its world of 4"),
-        ({"LOCAL_RANK": "2"}, "local_rank 2 is not below its world of 2"),
-        ({"MASTER_PORT": "70000"}, "70000 is no port"),
+        ({"RANK": "x"}, "RANK='x' is not an integer"),
+        ({"RANK": "4"}, "rank 4 is not below the world size of 4"),
+        ({"LOCAL_RANK": "2"}, "local_rank 2 is not below the world size of 2"),
+        ({"MASTER_PORT": "70000"}, "70000 is not a port"),
     ],
 )
 def test_variables_that_contradict_one_another(changed: dict[str, str], words: str) -> None:
@@ -103,7 +103,7 @@ def test_the_launchers_own_count_comes_first() -> None:
 
 def test_a_batch_script_that_forgot_srun() -> None:
     shell = {key: value for key, value in SRUN.items() if "STEP" not in key}
-    with pytest.raises(PlaceError, match=r"batch script of a Slurm job of 4 tasks.*\n.*srun"):
+    with pytest.raises(PlaceError, match=r"batch script of a Slurm job with 4 tasks.*\n.*srun"):
         find_place(shell)
     assert find_place(shell | {"SLURM_NTASKS": "1"}).source == "single"
 
@@ -141,13 +141,13 @@ def test_mpirun_without_mpi4py(started_by: dict[str, str], monkeypatch: pytest.M
     ],
 )
 def test_node_lists(text: str, names: list[str]) -> None:
-    assert slurm.expand(text) == names
+    assert slurm.expand_nodelist(text) == names
 
 
 @pytest.mark.parametrize("text", ["", ",", "n[1-", "n[a-b]", "n[]"])
 def test_node_lists_that_are_none(text: str) -> None:
     with pytest.raises(PlaceError):
-        slurm.expand(text)
+        slurm.expand_nodelist(text)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=6))
@@ -161,14 +161,14 @@ def test_tasks_per_node(runs: list[tuple[int, int]]) -> None:
 
 @given(st.integers(0, 2**31), st.integers(0, 2**31))
 def test_ports_lie_in_their_range(job: int, step: int) -> None:
-    assert 61440 <= slurm.port(job, step) < 65536
-    assert slurm.port(job, step) != slurm.port(job + 1, step)
+    assert 61440 <= slurm.master_port(job, step) < 65536
+    assert slurm.master_port(job, step) != slurm.master_port(job + 1, step)
 
 
 def test_a_node_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(PlaceError, match="no scontrol to ask"):
-        slurm.address("no-such-node.invalid")
+    with pytest.raises(PlaceError, match="scontrol is not installed"):
+        slurm.node_address("no-such-node.invalid")
 
 
 @pytest.mark.mpi

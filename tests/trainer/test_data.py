@@ -90,14 +90,14 @@ def test_targets_follow_tokens_and_steps_can_be_read_in_any_order(tmp_path: Path
 def test_other_data_than_the_checkpoint_had_is_refused(tmp_path: Path) -> None:
     text = corpus(tmp_path, [500])
     saved = loader(text, 0, 2).state()
-    assert loader(text, 1, 2).going_on(saved, 3, other_ranks=False) == loader(text, 1, 2)
-    with pytest.raises(DataError, match="seed = 0, this run has 1"):
-        loader(text, 0, 2, seed=1).going_on(saved, 3, other_ranks=True)
-    with pytest.raises(DataError, match="windows_per_step = 4, this run has 6"):
-        loader(text, 0, 3).going_on(saved, 3, other_ranks=False)
+    assert loader(text, 1, 2).resumed_from(saved, 3, world_size_changed=False) == loader(text, 1, 2)
+    with pytest.raises(DataError, match="seed = 0, this run 1"):
+        loader(text, 0, 2, seed=1).resumed_from(saved, 3, world_size_changed=True)
+    with pytest.raises(DataError, match="windows_per_step = 4, this run 6"):
+        loader(text, 0, 3).resumed_from(saved, 3, world_size_changed=False)
     (tmp_path / "other").mkdir()
     with pytest.raises(DataError, match="fingerprint"):
-        loader(corpus(tmp_path / "other", [501]), 0, 2).going_on(saved, 3, other_ranks=False)
+        loader(corpus(tmp_path / "other", [501]), 0, 2).resumed_from(saved, 3, world_size_changed=False)
 
 
 def test_other_numbers_of_ranks_go_on_with_the_next_window(tmp_path: Path) -> None:
@@ -105,7 +105,9 @@ def test_other_numbers_of_ranks_go_on_with_the_next_window(tmp_path: Path) -> No
     seen: list[int] = []
     done, saved = 0, loader(text, 0, 4).state()
     for ranks, steps in ((4, 3), (2, 5), (3, 2), (4, 1)):
-        loaders = [loader(text, rank, ranks).going_on(saved, done, other_ranks=True) for rank in range(ranks)]
+        loaders = [
+            loader(text, rank, ranks).resumed_from(saved, done, world_size_changed=True) for rank in range(ranks)
+        ]
         for step in range(done + 1, done + steps + 1):
             for one in loaders:
                 for tokens, _ in one.batches(step):
@@ -120,7 +122,7 @@ def test_other_numbers_of_ranks_go_on_with_the_next_window(tmp_path: Path) -> No
 def test_no_data_and_too_little_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no data: 0 files match .*none\.txt"):
         find_files(DataConfig(files=(str(tmp_path / "none.txt"),)))
-    with pytest.raises(DataError, match="2 windows of 10 bytes, one step of 2 ranks takes 4"):
+    with pytest.raises(DataError, match="2 windows of 10 bytes, but one step of 2 ranks takes 4"):
         loader(corpus(tmp_path, [25]), 0, 2)
     one = tmp_path / "f000.txt"
     with pytest.raises(DataError, match="held out"):

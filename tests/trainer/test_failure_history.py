@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from outlast.trainer.failure_history import History, read_history
+from outlast.trainer.failure_history import FailureHistory, read_failure_history
 from outlast.trainer.run_directory import Attempt
 
 STARTED = {"kind": "run_started", "world_size": 2, "attempt": 1}
@@ -37,8 +37,10 @@ def test_starts_that_trained_and_failed_are_counted(tmp_path: Path) -> None:
     write(tmp_path, 5)
     Attempt(tmp_path, 6).make_folders()  # never wrote an event
     write(tmp_path, 7, STARTED, step(5))  # the one that asks
-    assert read_history(Attempt(tmp_path, 7)) == History(failures=2, trained_rank_s=2 * 20.0 + 3 * 20.0 + 2 * 30.0)
-    assert read_history(Attempt(tmp_path, 1)) == History()
+    assert read_failure_history(Attempt(tmp_path, 7)) == FailureHistory(
+        failures=2, trained_rank_s=2 * 20.0 + 3 * 20.0 + 2 * 30.0
+    )
+    assert read_failure_history(Attempt(tmp_path, 1)) == FailureHistory()
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -47,6 +49,6 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, caplog: pytest.LogCa
     path.write_bytes(b"\x00garbage\n" + path.read_bytes())
     write(tmp_path, 2, STARTED, step(1))
     with caplog.at_level(logging.WARNING, logger="outlast"):
-        assert read_history(Attempt(tmp_path, 3)) == History(failures=1, trained_rank_s=20.0)
-    assert "start 1 of the run does not count" in caplog.text
+        assert read_failure_history(Attempt(tmp_path, 3)) == FailureHistory(failures=1, trained_rank_s=20.0)
+    assert "attempt 1 does not count" in caplog.text
     assert "not an event" in caplog.text

@@ -94,7 +94,7 @@ def test_attempts_are_numbered_and_latest_links_to_the_newest(tmp_path: Path) ->
     assert not is_used(run)
     assert begin_attempt(settings(run), resuming=False).number == 1
     assert is_used(run)
-    with pytest.raises(RunDirectoryError, match="already holds a run"):
+    with pytest.raises(RunDirectoryError, match="already contains a run"):
         begin_attempt(settings(run), resuming=False)
     second = begin_attempt(settings(run, "--trainer.steps", "7"), resuming=True)
     assert second.number == 2

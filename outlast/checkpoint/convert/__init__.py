@@ -1,4 +1,4 @@
-"""Checkpoints to and from other formats: safetensors, PyTorch's DCP, ``torch.save`` files."""
+"""Export and import: checkpoints to and from safetensors, PyTorch's DCP and ``torch.save`` files."""
 
 from outlast.checkpoint.convert.convert import Exported, ForeignFormat, Imported, export_step, import_step
 

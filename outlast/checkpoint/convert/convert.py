@@ -1,4 +1,4 @@
-"""Checkpoints from and to other formats: safetensors, PyTorch's distributed checkpoints, ``torch.save`` files."""
+"""Export and import of steps: which formats there are, and what is checked before and after."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class Exported:
     """What an export wrote."""
 
     url: str
-    """Of the step it was read from."""
+    """Of the exported step."""
     step: int
     target: str
     format: ForeignFormat
     part: str | None
     tensors: int
     values: int
-    """JSON values, as many as there are lines of them in ``outlast ckpt diff``."""
+    """Number of JSON values, counted as in ``outlast ckpt diff``."""
     size_bytes: int
-    """Of all files of the target."""
+    """Total size of the target's files."""
     left_out: tuple[str, ...]
-    """What the format cannot hold: empty dictionaries in ``dcp``."""
+    """Names of what the format cannot hold: empty dictionaries in ``dcp``."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Imported:
     source: str
     format: ForeignFormat
     url: str
-    """Where checkpoints lie."""
+    """Of the checkpoints."""
     step: int
     part: str | None
     tensors: int
     values: int
     size_bytes: int
-    """Of all files that the step's votes list."""
+    """Total size of all files that the step's votes list."""
 
 
 @dataclass(frozen=True)
@@ -87,23 +87,23 @@ def export_step(
 ) -> Exported:
     """Write a step's replicated state in another format; every byte is verified as it is read.
 
-    The target appears whole or not at all: it is written under another name beside it, then renamed.
+    The target appears whole or not at all: it is written under a temporary name beside it, then renamed.
 
     Args:
-        url: where checkpoints lie.
-        target: a local path; a folder for ``dcp``, else a file.
+        url: of the checkpoints.
+        target: a local path; a folder for ``dcp``, a file otherwise.
         format: of the target.
-        step: which; None takes the newest committed one.
-        part: only this top-level dictionary of the state, e.g. ``model``; its keys are then at the top of the target.
-        force: replace the target if there is one. A folder is replaced only if it is a ``dcp`` checkpoint.
+        step: its number; None takes the newest committed one.
+        part: export only this top-level dictionary of the state, e.g. ``model``, as the target's top level.
+        force: replace an existing target. A folder is replaced only if it is a ``dcp`` checkpoint.
 
     Raises:
-        CheckpointNotFound: no such step.
-        CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion: the step is damaged; names the file.
-        CheckpointError: there is a target already, no such part, something the format cannot hold, or the target cannot
-            be written; nothing is left of it.
+        CheckpointNotFound: the step does not exist.
+        CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion: the step cannot be read; names the file.
+        CheckpointError: the target exists, the state does not have the part, the format cannot hold it, or the target
+            cannot be written; nothing is left of it.
         MissingDependency: the package for this format is not installed.
-        ConfigError: no such format, or a target that is no local path.
+        ConfigError: the format does not exist, or the target is not a local path.
     """
     foreign, path = _foreign(format), _local(target, "target")
     check_target(path, folder=foreign.folder, force=force)
@@ -124,37 +124,35 @@ def import_step(
     step: int = 0,
     part: str | None = None,
 ) -> Imported:
-    """Save what another format holds as a committed step of one rank, with no local state.
+    """Save the contents of another format as a committed step of one rank, without local state.
 
-    Pickles are read without running anything they name.
+    Pickles are read without running anything that they name.
 
     Args:
-        source: a local path; a folder for ``dcp``, else a file.
-        url: where checkpoints lie, or will.
+        source: a local path; a folder for ``dcp``, a file otherwise.
+        url: of the checkpoints, existing or new.
         format: of the source.
-        step: the number the step gets.
-        part: the top-level key of the state below which the source's keys are put, e.g. ``model``; None puts them at
-            the top.
+        step: the number that the step gets.
+        part: the top-level key of the state under which the source's keys go, e.g. ``model``; None: the top level.
 
     Raises:
-        CheckpointNotFound: no such source.
+        CheckpointNotFound: the source does not exist.
         CorruptCheckpoint: the source is damaged.
-        CheckpointError: the source is of another format, holds what cannot be stored, or names classes that are
-            refused; the step is there already, or a save that was not completed; or it cannot be written. There is no
-            such step then.
+        CheckpointError: the source is in another format, holds what cannot be stored, or names classes that are
+            refused; the step exists, or an incomplete save; or the step cannot be written. Then there is no such step.
         MissingDependency: the package for this format is not installed.
-        ConfigError: no such format, a source that is no local path, or a negative step.
+        ConfigError: the format does not exist, the source is not a local path, or the step is negative.
     """
     foreign, path = _foreign(format), _local(source, "source")
     if step < 0:
         raise ConfigError(f"step = {step}", "step >= 0")
     _check_free(url, step)
     if not os.path.exists(path):
-        raise CheckpointNotFound(f"there is no {path}", "give a file or folder to import")
+        raise CheckpointNotFound(f"{path} does not exist", "pass a file or folder to import")
     try:
         state = foreign.read(path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", f"is it of the format {format}?") from error
+        raise CheckpointError(f"{path} cannot be read: {error}", f"check that its format is {format}") from error
     replicated = state if part is None else {part: state}
     saved = _save(url, step, replicated)
     return Imported(path, format, os.fspath(url), step, part, *_counts(state), saved.size_bytes)
@@ -162,7 +160,7 @@ def import_step(
 
 def _foreign(format: str) -> _Foreign:
     if format not in _FORMATS:
-        raise ConfigError(f"there is no format {format!r}", f"formats are: {', '.join(_FORMATS)}")
+        raise ConfigError(f"unknown format {format!r}", f"formats: {', '.join(_FORMATS)}")
     if format == "safetensors":
         safetensors.check_installed()
     return _FORMATS[format]
@@ -171,7 +169,7 @@ def _foreign(format: str) -> _Foreign:
 def _local(path: str | os.PathLike[str], what: str) -> str:
     text = os.fspath(path)
     if "://" in text:
-        raise ConfigError(f"the {what} {text} is a URL", f"the {what} is a local path; copy it there with other tools")
+        raise ConfigError(f"the {what} {text} is a URL", f"pass a local path, and copy the {what} with other tools")
     return os.path.realpath(os.path.expanduser(text))
 
 
@@ -180,7 +178,7 @@ def _part(state: dict[str, Any], part: str | None, where: str) -> dict[str, Any]
         return state
     if not isinstance(state.get(part), dict):
         parts = ", ".join(key for key, value in state.items() if isinstance(value, dict))
-        raise CheckpointError(f"{where} has no part {part!r}", f"its parts are: {parts or 'none'}")
+        raise CheckpointError(f"{where} has no part {part!r}", f"its parts: {parts or 'none'}")
     return dict(state[part])
 
 
@@ -192,30 +190,32 @@ def _counts(state: dict[str, Any]) -> tuple[int, int]:
 def _check_free(url: str | os.PathLike[str], step: int) -> None:
     store = open_store(url)
     try:
-        found = scan(store)
+        scanned = scan(store)
     except OSError as error:
         raise CheckpointError(f"{store.url} cannot be read: {error}") from error
-    if step in found.committed:
-        raise CheckpointError(f"step {step} is at {store.url} already", "give another --step, or another URL")
-    if found.uncommitted:
-        # A save clears away what was cut off, and cannot tell it from a save that another process has under way.
-        steps = ", ".join(map(str, found.uncommitted))
+    if step in scanned.committed:
+        raise CheckpointError(f"step {step} already exists at {store.url}", "pass another --step, or another URL")
+    if scanned.uncommitted:
+        # A save removes what was cut off, and cannot distinguish it from a save that another process is running.
+        steps = ", ".join(map(str, scanned.uncommitted))
         raise CheckpointError(
-            f"at {store.url} there are saves that were not completed, of step {steps}",
-            "if no training saves there, remove their folders (`outlast ckpt prune --aside` does, beside a good step), "
-            "or give another URL",
+            f"{store.url} has incomplete saves of step {steps}",
+            "if no training saves there, remove their folders (`outlast ckpt prune --aside` does if there is a valid "
+            "step), or pass another URL",
         )
 
 
 def _save(url: str | os.PathLike[str], step: int, replicated: dict[str, Any]) -> CheckpointSaved:
     events: list[Event] = []
     config = CheckpointConfig(keep_last=0)
-    epoch = f"import-{uuid.uuid4().hex}"
-    with Checkpointer(url, config, rank=0, world_size=1, epoch=epoch, emit=events.append) as saver:
-        saver.save(step, replicated=replicated, local={})
+    attempt_id = f"import-{uuid.uuid4().hex}"
+    with Checkpointer(url, config, rank=0, world_size=1, attempt_id=attempt_id, on_event=events.append) as saver:
+        saver.save(step, replicated=replicated)
     for event in events:
         if isinstance(event, CheckpointFailed):
-            with contextlib.suppress(OSError):  # an empty folder would be in the way of the next try
+            with contextlib.suppress(OSError):  # an empty folder would block the next try
                 open_store(url).remove_tree(step_name(step))
-            raise CheckpointError(f"step {step} was not saved at {saver.url}: {event.reason}", "nothing is left of it")
+            raise CheckpointError(
+                f"step {step} cannot be saved at {saver.url}: {event.reason}", "nothing is left of the attempt"
+            )
     return next(event for event in events if isinstance(event, CheckpointSaved))

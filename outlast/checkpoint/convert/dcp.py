@@ -1,6 +1,6 @@
 """PyTorch's distributed checkpoints (DCP): a folder of ``*.distcp`` files and a pickled ``.metadata``.
 
-Writing is left to PyTorch. Reading is done here, because PyTorch unpickles the metadata and every value as they are.
+PyTorch does the writing. Reading is done here, because PyTorch unpickles the metadata and every value without checks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def write(state: dict[str, Any], path: str, step: int) -> list[str]:
         Names of what the format cannot hold: empty dictionaries.
 
     Raises:
-        OSError, ValueError, CheckpointError: it cannot be written.
+        OSError, ValueError, CheckpointError: the folder cannot be written.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -36,7 +36,7 @@ def write(state: dict[str, Any], path: str, step: int) -> list[str]:
 
     del step
     with warnings.catch_warnings():
-        # It warns that there is no process group, which no_dist says.
+        # It warns that there is no process group, which no_dist asks for.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         try:
             save(state, storage_writer=FileSystemWriter(path), no_dist=True)
@@ -48,12 +48,12 @@ def write(state: dict[str, Any], path: str, step: int) -> list[str]:
 
 
 def read(path: str) -> dict[str, Any]:
-    """The nested state in a folder; shards of a tensor are joined.
+    """The nested state in a folder; the shards of a tensor are joined.
 
     Raises:
         OSError: it cannot be opened.
-        CheckpointError: it is damaged, names classes that metadata does not need, holds values other than tensors and
-            plain ones, or is no such folder.
+        CheckpointError: it is damaged, names classes that the metadata does not need, holds more than tensors and plain
+            values, or is not such a folder.
     """
     file = os.path.join(path, METADATA)
     try:
@@ -61,14 +61,15 @@ def read(path: str) -> dict[str, Any]:
             data = stream.read()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
-            f"{path} is no PyTorch distributed checkpoint: there is no {file}", "give the folder that holds .metadata"
+            f"{path} is not a PyTorch distributed checkpoint: it has no {METADATA}", "pass the folder that holds it"
         ) from error
     metadata = load_records(data, file)
     try:
         return _Folder(path, metadata).state()
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CorruptCheckpoint(
-            f"{file} is not as PyTorch writes it: {type(error).__name__}: {error}", "it may be of a later version"
+            f"{file} is not metadata as PyTorch writes it: {type(error).__name__}: {error}",
+            "it may be from a later version",
         ) from error
 
 
@@ -91,11 +92,11 @@ class _Folder:
             value = self._load(name, None) if is_value else self._tensor(name, _fields(entry, "TensorStorageMetadata"))
             path = tuple(self._paths.get(name, (name,)))
             if not path or path in entries:
-                raise ValueError(f"{name!r} has no place of its own")
+                raise ValueError(f"{name!r} has no path, or that of another entry")
             entries[path] = value
         state = _nest(entries)
         if not isinstance(state, dict):
-            raise ValueError("there is no dictionary at the top")
+            raise ValueError("the top level is not a dictionary")
         return state
 
     def _tensor(self, name: str, fields: dict[str, Any]) -> torch.Tensor:
@@ -115,35 +116,37 @@ class _Folder:
             whole[region] = shard
             missing[region] = False
         if missing.any():
-            raise CorruptCheckpoint(f"{self._path}: parts of the tensor {name!r} are missing", "save it anew")
+            raise CorruptCheckpoint(f"{self._path}: parts of the tensor {name!r} are missing", "save it again")
         return whole
 
     def _shard(self, name: str, chunk: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
         offsets, sizes = tuple(chunk["offsets"]), tuple(chunk["sizes"])
         shard = self._load(name, offsets)
         if not isinstance(shard, torch.Tensor) or shard.dtype != dtype or tuple(shard.shape) != sizes:
-            raise CorruptCheckpoint(f"{self._path}: the part of {name!r} at {offsets} is not what metadata tells")
+            raise CorruptCheckpoint(
+                f"{self._path}: the part of {name!r} at {offsets} is not the tensor that the metadata describes"
+            )
         return shard
 
     def _load(self, name: str, offset: tuple[int, ...] | None) -> Any:
         place = self._places[name, offset]
         if place.get("transform_descriptors"):
             raise CheckpointError(
-                f"{self._path}: {name!r} is stored through {place['transform_descriptors']}, which is not undone here",
+                f"{self._path}: {name!r} is stored through {place['transform_descriptors']}, which outlast cannot undo",
                 "save it without extensions",
             )
         relative = str(place["relative_path"])
         if PurePosixPath(relative).is_absolute() or ".." in PurePosixPath(relative).parts:
-            raise CheckpointError(f"{self._path}: {name!r} points out of the folder, to {relative!r}; not followed")
+            raise CheckpointError(f"{self._path}: {name!r} points outside of the folder, to {relative!r}; refused")
         file, start, length = os.path.join(self._path, relative), int(place["offset"]), int(place["length"])
         try:
             with open(file, "rb") as stream:
                 if start < 0 or not 0 <= length <= os.fstat(stream.fileno()).st_size - start:
-                    raise CorruptCheckpoint(f"{file} ends before {name!r} does", "copy it anew")
+                    raise CorruptCheckpoint(f"{file} ends before {name!r} does", "copy it again")
                 stream.seek(start)
                 data = stream.read(length)
         except FileNotFoundError as error:
-            raise CorruptCheckpoint(f"{file} is missing, it holds {name!r}", "copy the whole folder") from error
+            raise CorruptCheckpoint(f"{file}, which holds {name!r}, is missing", "copy the whole folder") from error
         return load_archive(io.BytesIO(data), f"{name!r} in {file}")
 
 
@@ -151,7 +154,7 @@ def _nest(entries: dict[tuple[Any, ...], Any]) -> Any:
     """Dictionaries, and lists where the paths have numbers, from their leaves by path."""
     if () in entries:
         if len(entries) > 1:
-            raise ValueError("a value stands where there are others below it")
+            raise ValueError("a value has other values below it")
         return entries[()]
     children: dict[Any, dict[tuple[Any, ...], Any]] = {}
     for (key, *rest), value in entries.items():
@@ -159,23 +162,28 @@ def _nest(entries: dict[tuple[Any, ...], Any]) -> Any:
     if all(isinstance(key, str) for key in children):
         return {key: _nest(below) for key, below in children.items()}
     if not all(type(key) is int and key >= 0 for key in children):
-        raise ValueError(f"keys and numbers stand side by side: {list(children)[:9]}")
+        raise ValueError(f"keys and list indices are mixed: {list(children)[:9]}")
     if max(children) >= 2 * len(children) + 1000:
-        raise ValueError(f"a list of {len(children)} items has one at {max(children)}")
-    # PyTorch leaves empty dictionaries out, of lists as well; the items after them keep their place.
+        raise ValueError(f"a list of {len(children)} items has one at index {max(children)}")
+    # PyTorch leaves out empty dictionaries, in lists too; the items after them keep their index.
     return [_nest(children[index]) if index in children else {} for index in range(max(children) + 1)]
 
 
 def _empty(value: Any, name: str) -> list[str]:
-    """Names of empty dictionaries, but for the top."""
+    """Names of empty dictionaries below the top level."""
     if isinstance(value, dict):
-        pairs = [(f"{name}/{key}" if name else key, item) for key, item in value.items()]
-        return [found for below, item in pairs for found in _empty(item, below)] if value or not name else [name]
-    return [f for i, item in enumerate(value) for f in _empty(item, f"{name}[{i}]")] if isinstance(value, list) else []
+        if not value:
+            return [name] if name else []
+        below = [(f"{name}/{key}" if name else key, item) for key, item in value.items()]
+    elif isinstance(value, list):
+        below = [(f"{name}[{index}]", item) for index, item in enumerate(value)]
+    else:
+        return []
+    return [empty for path, item in below for empty in _empty(item, path)]
 
 
 def _fields(record: Any, kind: str) -> dict[str, Any]:
-    """The attributes of a record of the pickle."""
+    """The attributes of a record in the pickle."""
     if not isinstance(record, Record) or record.kind != kind or not isinstance(record.state, dict):
-        raise ValueError(f"no {kind} where one should be")
+        raise ValueError(f"expected a {kind}, found {record!r:.60}")
     return record.state

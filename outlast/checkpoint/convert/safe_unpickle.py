@@ -1,7 +1,7 @@
-"""Pickles of others, read without running anything that they name. The only file that unpickles.
+"""Reading other programs' pickles without running anything that they name. The only file that unpickles.
 
-outlast writes no pickle of its own. ``torch.save`` and PyTorch's distributed checkpoints are pickles, and import reads
-them: archives through ``torch.load(weights_only=True)``, the metadata of a distributed checkpoint through
+outlast itself writes no pickles. Import reads ``torch.save`` files and PyTorch's distributed checkpoints, which are
+pickles: archives through ``torch.load(weights_only=True)``, the metadata of a distributed checkpoint through
 :func:`load_records`.
 """
 
@@ -36,15 +36,15 @@ _CONTAINERS: dict[tuple[str, str], type] = {
 }
 _IGNORED = {
     (_METADATA, "_MEM_FORMAT_ENCODING"),
-    ("builtins", "getattr"),  # how some versions of Python pickle an enum's member
+    ("builtins", "getattr"),  # some versions of Python pickle enum members with it
     *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
 }
-"""What stands in metadata and is not needed: the memory format, and where the checkpoint was written."""
+"""Named in the metadata but not needed: the memory format, and where the checkpoint was written."""
 _NAMED = re.compile(r"GLOBAL (\S+)")
 
 
 class Record:
-    """An object of a pickle: the name of its class and its state, nothing of the class itself."""
+    """An object in a pickle: the name of its class, and its state; the class itself is not used."""
 
     kind = ""
     state: Any = None
@@ -54,15 +54,15 @@ class Record:
 
 
 def load_archive(file: IO[bytes], what: str) -> Any:
-    """What ``torch.save`` wrote: tensors on the CPU, in dictionaries, lists and plain values.
+    """The contents of a ``torch.save`` file: tensors on the CPU, in dictionaries, lists and plain values.
 
     Args:
         file: seekable, at its beginning.
         what: its name, for errors.
 
     Raises:
-        CorruptCheckpoint: its bytes are not those that were written.
-        CheckpointError: it holds more than tensors and plain values, or is something else.
+        CorruptCheckpoint: it is damaged, or not a ``torch.save`` file.
+        CheckpointError: it holds more than tensors and plain values.
     """
     try:
         if zipfile.is_zipfile(file):
@@ -70,9 +70,9 @@ def load_archive(file: IO[bytes], what: str) -> Any:
                 bad = archive.testzip()  # torch.load does not compare the checksums
             if bad is not None:
                 raise CorruptCheckpoint(
-                    f"{what}: the CRC-32 of its part {bad} is not the one that was written",
-                    "copy it anew; torch.serialization.set_crc32_options(False) writes files without checksums, "
-                    "save such a file again with them",
+                    f"{what}: the CRC-32 of its part {bad} does not match",
+                    "copy it again; if it was written under torch.serialization.set_crc32_options(False), which leaves "
+                    "out checksums, save it again with them",
                 )
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -81,34 +81,36 @@ def load_archive(file: IO[bytes], what: str) -> Any:
     except pickle.UnpicklingError as error:
         named = _NAMED.search(str(error))
         raise CheckpointError(
-            f"{what} is not read: "
-            + (f"it names {named[1].rstrip('.,')}, which is no tensor and no plain value" if named else _first(error)),
-            "import takes torch.save files of tensors, dictionaries, lists, numbers and strings alone; "
+            f"{what} is refused: "
+            + (f"it names {named[1].rstrip('.,')}, which is not a tensor or plain value" if named else _first(error)),
+            "import takes torch.save files that hold only tensors, dictionaries, lists, numbers and strings; "
             "save model.state_dict(), not the model",
         ) from error
-    except Exception as error:  # what damaged bytes make of a parser is anything
+    except Exception as error:  # damaged bytes can raise anything in a parser
         raise CorruptCheckpoint(
-            f"{what} cannot be read: {type(error).__name__}: {_first(error)}", "it is damaged, or no torch.save file"
+            f"{what} cannot be read: {type(error).__name__}: {_first(error)}",
+            "it is damaged, or not a torch.save file",
         ) from error
 
 
 def load_records(data: bytes, what: str) -> Any:
-    """The metadata of a PyTorch distributed checkpoint, every object of it a :class:`Record`.
+    """The metadata of a PyTorch distributed checkpoint, with every object as a :class:`Record`.
 
-    Classes are admitted by name, and inert stand-ins take their place, so nothing that a pickle names is run and no
-    class of the process is changed.
+    Classes are admitted by name and replaced by inert stand-ins, so nothing that a pickle names is run, and no class of
+    the process is changed.
 
     Raises:
-        CheckpointError: it names anything else, which is refused; or it is damaged, or something else.
+        CorruptCheckpoint: it is damaged, or not such metadata.
+        CheckpointError: it names anything else, which is refused.
     """
     try:
         return _Unpickler(io.BytesIO(data), what).load()
     except CheckpointError:
         raise
-    except Exception as error:  # what damaged bytes make of a parser is anything
+    except Exception as error:  # damaged bytes can raise anything in a parser
         raise CorruptCheckpoint(
             f"{what} cannot be read: {type(error).__name__}: {_first(error)}",
-            "it is damaged, or no metadata of a PyTorch distributed checkpoint",
+            "it is damaged, or not the metadata of a PyTorch distributed checkpoint",
         ) from error
 
 
@@ -116,7 +118,7 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file: IO[bytes], what: str) -> None:
         super().__init__(file)
         self._what = what
-        # Of this one load alone: a pickle can set attributes of the classes it is given.
+        # For this load alone: a pickle can set attributes of the classes that it gets.
         self._stand_ins = {name: type(name[1], (Record,), {"kind": name[1]}) for name in _RECORDS}
 
     def find_class(self, module: str, name: str, /) -> Any:
@@ -126,12 +128,12 @@ class _Unpickler(pickle.Unpickler):
             return _CONTAINERS[module, name]
         if (module, name) in _IGNORED:
             return lambda *_: None
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
-            return found
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
         raise CheckpointError(
-            f"{self._what} is refused: it names {module}.{name}, which metadata of a distributed checkpoint does not "
-            "need; nothing of it was run",
-            "do not read it with other tools unless you trust whoever wrote it",
+            f"{self._what} is refused: it names {module}.{name}, which the metadata of a distributed checkpoint does "
+            "not need; nothing in it was run",
+            "read it with other tools only if you trust whoever wrote it",
         )
 
 

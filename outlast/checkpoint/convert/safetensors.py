@@ -1,7 +1,7 @@
-"""Safetensors: a flat dictionary of tensors, and text.
+"""Safetensors: a flat dictionary of tensors, and text metadata.
 
-A tensor's name is its keys joined by ``/``; so a flat state keeps its keys. What is no tensor, which keys have a ``/``
-of their own, and CRC32Cs of all (the format has no checksums) stand in the metadata, as JSON.
+A tensor's name is its keys joined by ``/``, so a flat state keeps its keys. The metadata holds, as JSON, the values
+that are not tensors, the keys that contain a ``/``, and CRC32Cs of everything, since the format has no checksums.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _RESERVED = "__metadata__"
 
 
 def check_installed() -> None:
-    """Raise :class:`MissingDependency` unless the package is there."""
+    """Raise :class:`MissingDependency` unless the package is installed."""
     _package("safetensors")
 
 
@@ -37,12 +37,12 @@ def write(state: dict[str, Any], path: str, step: int) -> list[str]:
     """Write a nested state to a new file; durable on return.
 
     Returns:
-        Names of what the format cannot hold: none, what it cannot hold is an error.
+        Names of what is left out: always empty; what the format cannot hold is an error.
 
     Raises:
         MissingDependency: safetensors is not installed.
-        CheckpointError: two tensors would have one name, or the format has no such dtype; names them.
-        OSError: it cannot be written.
+        CheckpointError: two tensors would have the same name, or the format does not have a dtype; names them.
+        OSError: the file cannot be written.
     """
     package = _package("safetensors.torch")
     tensors: dict[str, torch.Tensor] = {}
@@ -53,7 +53,7 @@ def write(state: dict[str, Any], path: str, step: int) -> list[str]:
             continue
         name = "/".join(keys)
         if name in tensors or name == _RESERVED:
-            why = "is reserved in" if name == _RESERVED else "would stand twice in"
+            why = "is reserved in" if name == _RESERVED else "would occur twice in"
             raise CheckpointError(f"the tensor name {name!r} {why} a safetensors file", "export as dcp or torch")
         if value.dtype not in dtypes:
             _check_dtype(package, value.dtype, name)
@@ -78,40 +78,42 @@ def write(state: dict[str, Any], path: str, step: int) -> list[str]:
 
 
 def read(path: str) -> dict[str, Any]:
-    """The state in a file: nested as it was if outlast wrote it, else flat with the keys as they stand there.
+    """The state in a file: nested as it was if outlast wrote it, otherwise flat, with the file's keys.
 
     Raises:
         MissingDependency: safetensors is not installed.
-        OSError: it cannot be opened.
-        CheckpointError: it is damaged, or of another format.
+        OSError: the file cannot be opened.
+        CheckpointError: it is damaged, or in another format.
     """
     package = _package("safetensors")
     with open(path, "rb"):
-        pass  # what the operating system says is clearer than what the package makes of it
+        pass  # the operating system's error is clearer than the package's
     try:
         with package.safe_open(path, framework="pt", device="cpu") as file:
             metadata: dict[str, str] = file.metadata() or {}
             tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except package.SafetensorError as error:
-        raise CorruptCheckpoint(f"{path} cannot be read: {error}", "it is damaged, or no safetensors file") from error
+        raise CorruptCheckpoint(
+            f"{path} cannot be read: {error}", "it is damaged, or not a safetensors file"
+        ) from error
     if not any(key.startswith(_OURS) for key in metadata):
         return dict(tensors)
     try:
         computed = _checksums(metadata, tensors)
         written = json.loads(metadata[_CRCS])
         if computed != written:
-            unlike = sorted(
+            damaged = sorted(
                 name for name in computed.keys() | written.keys() if computed.get(name) != written.get(name)
             )
-            raise CorruptCheckpoint(f"{path}: CRC32C is not the one that was written of {unlike[:9]}", "copy it anew")
+            raise CorruptCheckpoint(f"{path}: the CRC32C of {damaged[:9]} does not match", "copy it again")
         paths = json.loads(metadata[_PATHS])
         state: dict[str, Any] = dict(from_json(json.loads(metadata[_VALUES])))
         for name, tensor in tensors.items():
             insert(state, paths.get(name) or name.split("/"), tensor, path)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise CorruptCheckpoint(
-            f"{path}: its metadata {_OURS}* are not as outlast writes them: {type(error).__name__}: {error}",
-            "copy it anew",
+            f"{path}: outlast did not write its metadata {_OURS}*: {type(error).__name__}: {error}",
+            "copy it again",
         ) from error
     return state
 
@@ -121,7 +123,7 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise MissingDependency(
-            f"safetensors files need a package: {error}", "pip install 'outlast[safetensors]'"
+            f"safetensors files need a package that is not installed: {error}", "pip install 'outlast[safetensors]'"
         ) from error
 
 
@@ -144,9 +146,9 @@ def _without_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checksums(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """CRC32C of each tensor with its type and shape, by its name; and (by the reserved name) of our metadata."""
-    found = {_RESERVED: crc_hex(f"{metadata[_STEP]}\n{metadata[_VALUES]}\n{metadata[_PATHS]}".encode())}
+    """CRC32C of each tensor with its dtype and shape, by name; that of outlast's metadata by the reserved name."""
+    checksums = {_RESERVED: crc_hex(f"{metadata[_STEP]}\n{metadata[_VALUES]}\n{metadata[_PATHS]}".encode())}
     for name, tensor in tensors.items():
         kind = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode()
-        found[name] = crc_hex(kind, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found
+        checksums[name] = crc_hex(kind, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return checksums

@@ -1,4 +1,4 @@
-"""The file or folder an export writes: it appears whole or not at all."""
+"""The file or folder that an export writes: it appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ def check_target(path: str, *, folder: bool, force: bool) -> None:
     """Raise :class:`CheckpointError` unless a target can be made, or may be replaced.
 
     Args:
-        path: absolute, without links.
-        folder: whether it will be a folder, else a file.
-        force: allow to replace a file by a file, and a ``dcp`` checkpoint by a folder.
+        path: absolute, without symbolic links.
+        folder: whether it will be a folder; otherwise a file.
+        force: allow a file to be replaced by a file, and a ``dcp`` checkpoint by a folder.
     """
     parent = os.path.dirname(path)
     if not os.path.isdir(parent):
-        raise CheckpointError(f"there is no folder {parent}", "make it, or give another target")
+        raise CheckpointError(f"the folder {parent} does not exist", "make it, or pass another target")
     if not os.path.lexists(path):
         return
     if not force:
-        raise CheckpointError(f"{path} is there already", "give another target, or --force to replace it")
+        raise CheckpointError(f"{path} already exists", "pass another target, or --force to replace it")
     is_folder = os.path.isdir(path)
     if is_folder and not (folder and os.path.isfile(os.path.join(path, METADATA))):
-        what = "a folder that is no dcp checkpoint" if folder else "a folder, not a file"
+        what = "a folder that is not a dcp checkpoint" if folder else "a folder, not a file"
     elif folder and not is_folder:
         what = "a file, not a folder"
     else:
         return
-    raise CheckpointError(f"{path} is {what}; --force does not replace that", "give another target")
+    raise CheckpointError(f"{path} is {what}; --force does not replace that", "pass another target")
 
 
 @contextmanager
 def new_target(path: str, *, folder: bool, force: bool) -> Iterator[str]:
-    """Gives the name beside the target under which to write it; on leaving it gets its own, durably.
+    """Yield a temporary name to write the target under; on exit it is renamed, durably.
 
-    If anything fails, what was written is removed, and what was there before is untouched.
+    If anything fails, what was written is removed, and an existing target is untouched.
 
     Raises:
-        CheckpointError: whatever went wrong within, with the target's name.
+        CheckpointError: something within failed; names the target.
     """
     temporary = _beside(path, "tmp")
     try:
@@ -55,18 +55,18 @@ def new_target(path: str, *, folder: bool, force: bool) -> Iterator[str]:
         _publish(temporary, path)
     except OutlastError as error:
         if isinstance(error, CheckpointError) and path not in error.what:
-            raise type(error)(f"{path} is not written: {error.what}", error.fix) from error
+            raise type(error)(f"{path} cannot be written: {error.what}", error.fix) from error
         raise
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be written: {error}", "see to the disk and its permissions; nothing is left of the attempt"
+            f"{path} cannot be written: {error}", "check the disk and its permissions; nothing is left of the attempt"
         ) from error
     finally:
         _discard(temporary)
 
 
 def size_of(path: str) -> int:
-    """Bytes of a file, or of all files in a folder."""
+    """Size in bytes of a file, or of all files in a folder."""
     if not os.path.isdir(path):
         return os.stat(path).st_size
     return sum(os.stat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(path) for name in names)

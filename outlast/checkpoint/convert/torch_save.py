@@ -15,10 +15,10 @@ def write(state: dict[str, Any], path: str, step: int) -> list[str]:
     """Write a nested state to a new file that ``torch.load(weights_only=True)`` reads; durable on return.
 
     Returns:
-        Names of what the format cannot hold: none.
+        Names of what is left out: always empty.
 
     Raises:
-        OSError, RuntimeError: it cannot be written.
+        OSError, RuntimeError: the file cannot be written.
     """
     del step
     with open(path, "xb") as file:
@@ -32,8 +32,8 @@ def read(path: str) -> dict[str, Any]:
     """The nested state in a file.
 
     Raises:
-        OSError: it cannot be opened.
-        CheckpointError: it is damaged, of another format, or holds more than tensors and plain values.
+        OSError: the file cannot be opened.
+        CheckpointError: it is damaged, in another format, or holds more than tensors and plain values.
     """
     with open(path, "rb") as file:
         state = load_archive(file, path)

@@ -1,17 +1,17 @@
 """outlast as DeepSpeed's checkpoint engine, ZeRO stages 0 to 3: the state is copied while training goes on.
 
-DeepSpeed collects the state and puts it back; how it is copied, written, committed and verified is
-:class:`Checkpointer`'s. DeepSpeed's seams are few, so besides ``engine.checkpoint_engine`` three methods of one
-*object* are replaced, after a look at their signatures:
+DeepSpeed collects the state and puts it back; :class:`Checkpointer` copies, writes, commits and verifies it. DeepSpeed
+has few extension points, so besides ``engine.checkpoint_engine`` three methods of one *object* are replaced, after a
+check of their signatures:
 
-* ``engine.save_checkpoint``: DeepSpeed's own runs, and what it hands to ``save`` is saved as one step. A
-  ``CheckpointEngine`` alone is never told that a decoupled checkpoint has all its files.
-* ``engine.load_checkpoint``: a tag is chosen by what is committed and undamaged on all ranks. DeepSpeed would believe a
-  file ``latest``, which it overwrites in place.
-* ``engine._get_all_ckpt_names``: DeepSpeed looks for its files by a glob.
+* ``engine.save_checkpoint``: runs DeepSpeed's own, and saves what that passes to ``save`` as one step. A
+  ``CheckpointEngine`` is never told when a decoupled checkpoint has all its files.
+* ``engine.load_checkpoint``: chooses a tag that is committed and undamaged on all ranks. DeepSpeed trusts a file
+  ``latest``, which it overwrites in place.
+* ``engine._get_all_ckpt_names``: DeepSpeed finds its files by a glob.
 
-The wait before the update needs no seam: ``engine.step`` asks a decoupled engine for what is to be committed, right
-before it updates anything.
+The wait before the update needs no replaced method: right before it updates anything, ``engine.step`` asks a decoupled
+engine for what it has to commit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def attach(
     engine: Any,
     config: CheckpointConfig | None = None,
     *,
-    emit: Callable[[Event], None] | None = None,
+    on_event: Callable[[Event], None] | None = None,
 ) -> DeepSpeedCheckpointEngine:
     """Have a DeepSpeed engine save and load through outlast from now on.
 
@@ -59,16 +59,16 @@ def attach(
 
     Args:
         engine: what ``deepspeed.initialize`` returned.
-        config: None takes the defaults; ``every_steps`` and ``url`` are not looked at. ``keep_last`` counts steps,
-            whatever their tags.
-        emit: takes events, from the training thread and from the background thread; without it, failed saves are still
-            told in the log (logger ``outlast``).
+        config: None takes the defaults; ``every_steps`` and ``url`` are ignored. ``keep_last`` counts steps, whatever
+            their tags.
+        on_event: takes events, from the training thread and from background threads; without it, failed saves are still
+            logged (logger ``outlast``).
 
     Raises:
         MissingDependency: deepspeed is not installed.
-        CheckpointError: what DeepSpeed is set up to do cannot be saved: pipelines, experts, offload to NVMe, ZenFlow,
-            SuperOffload, node-local storage, universal checkpoints, checkpoint writers of its own; or a DeepSpeed that
-            is built otherwise than 0.19.8.
+        CheckpointError: DeepSpeed is configured for something that cannot be saved: pipelines, experts, offload to
+            NVMe, ZenFlow, SuperOffload, node-local storage, universal checkpoints, its own checkpoint writers; or its
+            version differs too much from 0.19.8.
     """
     deepspeed, base_module = import_deepspeed("runtime.checkpoint_engine.checkpoint_engine")
     check_engine(engine, deepspeed, CheckpointError)
@@ -80,36 +80,33 @@ def attach(
     unknown = [name for name in dir(base) if name[0] != "_" and not hasattr(DeepSpeedCheckpointEngine, name)]
     if unknown:
         raise CheckpointError(
-            f"deepspeed {deepspeed.__version__}'s CheckpointEngine has methods outlast does not: {', '.join(unknown)}",
+            f"the CheckpointEngine of deepspeed {deepspeed.__version__} has methods that outlast does not know: "
+            f"{', '.join(unknown)}",
             f"use deepspeed {TESTED_VERSION}",
         )
     base.register(DeepSpeedCheckpointEngine)
-    return DeepSpeedCheckpointEngine(engine, config or CheckpointConfig(), emit)
+    return DeepSpeedCheckpointEngine(engine, config or CheckpointConfig(), on_event)
 
 
 def _refuse(engine: Any) -> None:
-    """What cannot be right is an error.
-
-    Raises:
-        CheckpointError: see :func:`attach`.
-    """
+    """Raise :class:`CheckpointError` for a configuration that outlast cannot save, see :func:`attach`."""
     former = engine.checkpoint_engine
     offloaded = [engine.zero_offload_param(), engine.zero_offload_optimizer()]
     checks: list[tuple[bool, str, str]] = [
         (former is None, "an engine without an optimizer", "save its weights with save_16bit_model"),
         (
             former is not None and former.is_decoupled(),
-            f"{type(former).__name__}, which writes by itself",
+            f"{type(former).__name__}, which writes checkpoints itself",
             "leave out checkpoint.writer and datastates, and attach once",
         ),
         (engine.pipeline_parallelism, "pipeline parallelism", "use data parallelism alone"),
         (engine.has_moe_layers, "experts (MoE)", "use DeepSpeed's own checkpoints"),
         (
             any(to is not None and str(getattr(to.device, "value", to.device)) == "nvme" for to in offloaded),
-            "offload to NVMe, whose files it copies by itself",
+            "offload to NVMe, whose files it copies itself",
             "offload to the CPU",
         ),
-        (bool(engine.zenflow), "ZenFlow, which updates outside of engine.step", "leave it out"),
+        (bool(engine.zenflow), "ZenFlow, which updates outside of engine.step", "leave out zenflow"),
         (engine.super_offload(), "SuperOffload, which updates during the backward", "leave out super_offload"),
         (engine.use_node_local_storage(), "node-local storage", "set checkpoint.use_node_local_storage = false"),
         (engine.load_universal_checkpoint(), "universal checkpoints", "set checkpoint.load_universal = false"),

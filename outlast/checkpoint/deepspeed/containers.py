@@ -1,8 +1,8 @@
-"""A state of any Python containers, taken apart into a skeleton of JSON and the tensors it refers to.
+"""A state of any Python containers, taken apart into a JSON skeleton and the tensors that it refers to.
 
-Nothing is lost: types of containers, keys that are no strings, the order of dictionaries and their attributes come back
-as they were. Tensors lie in nested dictionaries under the keys that led to them, so that they are found by name.
-Objects are taken apart by the :class:`Kind` of their class; what has none is an error.
+Nothing is lost: types of containers, keys that are not strings, and the order and attributes of dictionaries come back
+as they were. Tensors go into nested dictionaries under their keys, so that they can be found by name. Objects are taken
+apart by the :class:`Kind` of their class; an object of any other class is an error.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from outlast.checkpoint.format.names import encode_key
 from outlast.errors import CheckpointError
 
 TAG = "outlast_kind"
-"""Key of a JSON object that stands for something else than a dictionary."""
+"""Key of a JSON object that represents something other than a dictionary."""
 _RESERVED = {TAG, "outlast_float"}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How objects of one class, not of subclasses, are taken apart, and made again."""
+    """How objects of one class, not of its subclasses, are taken apart and made again."""
 
     name: str
     cls: type
@@ -35,19 +35,19 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class TakenApart:
-    """A state taken apart."""
+class SkeletonAndTensors:
+    """A state that was taken apart."""
 
     skeleton: Any
-    """JSON, but for floats that are not finite."""
+    """JSON, except for floats that are not finite."""
     tensors: dict[str, Any]
-    """Nested; those that stay as they are until the next update."""
+    """Nested; those that do not change before the next update."""
     changing: dict[str, Any]
     """Nested; those that may change at once."""
 
 
 def kind_of_fields(name: str, cls: type) -> Kind:
-    """The kind of a class whose objects are what their attributes say."""
+    """The kind of a class whose objects are fully described by their attributes."""
 
     def make(fields: dict[str, Any]) -> Any:
         item: Any = object.__new__(cls)
@@ -58,10 +58,12 @@ def kind_of_fields(name: str, cls: type) -> Kind:
 
 
 def _dtype(name: str) -> torch.dtype:
-    found = dtype_of(name)
-    if found is None:
-        raise CheckpointError(f"the checkpoint names a data type {name!r}", "read it with the outlast that wrote it")
-    return found
+    dtype = dtype_of(name)
+    if dtype is None:
+        raise CheckpointError(
+            f"the checkpoint has the unknown dtype {name!r}", "read it with the version of outlast that wrote it"
+        )
+    return dtype
 
 
 PLAIN: tuple[Kind, ...] = (
@@ -77,20 +79,20 @@ _DICTIONARIES: dict[str, type] = {"dict": dict, "OrderedDict": OrderedDict, "Cou
 
 def take_apart(
     state: Any, where: str, kinds: Iterable[Kind], stays: Callable[[tuple[str, ...], torch.Tensor], bool]
-) -> TakenApart:
+) -> SkeletonAndTensors:
     """Take a state apart; the tensors are not copied.
 
     Args:
-        state: dictionaries, lists, what PLAIN and ``kinds`` name, tensors, strings, numbers, True, False and None.
+        state: dictionaries, lists, objects of PLAIN and ``kinds``, tensors, strings, numbers, True, False and None.
         where: its name, for errors.
-        kinds: beyond PLAIN.
-        stays: whether a tensor, by the keys that lead to it, stays as it is until the next update.
+        kinds: in addition to PLAIN.
+        stays: whether the tensor under these keys does not change before the next update.
 
     Raises:
-        CheckpointError: something that cannot be stored; names the keys that lead to it.
+        CheckpointError: something cannot be stored; names its keys.
     """
-    taking = _Taking(where, (*PLAIN, *kinds), stays)
-    return TakenApart(taking.value(state, ()), taking.tensors, taking.changing)
+    walk = _Walk(where, (*PLAIN, *kinds), stays)
+    return SkeletonAndTensors(walk.value(state, ()), walk.tensors, walk.changing)
 
 
 def put_together(
@@ -105,15 +107,15 @@ def put_together(
     """The inverse of :func:`take_apart`.
 
     Args:
-        skeleton: as it was.
-        tensors: nested.
-        changing: nested.
-        kinds: beyond PLAIN.
-        device: where the tensors shall be; one that is there already is not copied.
+        skeleton: of :class:`SkeletonAndTensors`.
+        tensors: likewise.
+        changing: likewise.
+        kinds: in addition to PLAIN.
+        device: of the result's tensors; a tensor that is on it is not copied.
         where: the state's name, for errors.
 
     Raises:
-        CheckpointError: the skeleton names a kind that is not known, or a tensor that is not there.
+        CheckpointError: the skeleton names an unknown kind, or a tensor that is missing.
     """
     makers = {kind.name: kind.make for kind in (*PLAIN, *kinds)}
 
@@ -136,23 +138,26 @@ def put_together(
             return made
         if name not in makers:
             raise CheckpointError(
-                f"{where} holds a {name!r}, which this outlast cannot make", "read it with the outlast that wrote it"
+                f"{where} holds a {name!r}, which this version of outlast does not know",
+                "read it with the version of outlast that wrote it",
             )
         return makers[name](value(node["value"]))
 
     def tensor(node: dict[str, Any]) -> torch.Tensor:
-        found: Any = changing if node["changing"] else tensors
+        entry: Any = changing if node["changing"] else tensors
         for key in node["at"]:
-            found = found.get(key) if isinstance(found, Mapping) else None
-        if not isinstance(found, torch.Tensor):
-            raise CheckpointError(f"{where} refers to the tensor {'/'.join(node['at'])!r}, which is not there")
-        found = found.to(device)
-        return torch.nn.Parameter(found, requires_grad=node["requires_grad"]) if node[TAG] == "parameter" else found
+            entry = entry.get(key) if isinstance(entry, Mapping) else None
+        if not isinstance(entry, torch.Tensor):
+            raise CheckpointError(f"{where} refers to the tensor {'/'.join(node['at'])!r}, which is missing")
+        entry = entry.to(device)
+        return torch.nn.Parameter(entry, requires_grad=node["requires_grad"]) if node[TAG] == "parameter" else entry
 
     return value(skeleton)
 
 
-class _Taking:
+class _Walk:
+    """One walk through a state, which collects its tensors."""
+
     def __init__(
         self, where: str, kinds: Iterable[Kind], stays: Callable[[tuple[str, ...], torch.Tensor], bool]
     ) -> None:
@@ -165,7 +170,7 @@ class _Taking:
         self._seen: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def value(self, value: Any, path: tuple[str, ...]) -> Any:
-        """Its skeleton; its tensors are put where they belong."""
+        """The skeleton of a value; its tensors are collected."""
         cls = type(value)
         if value is None or cls in (bool, int, float, str):
             return value
@@ -182,8 +187,8 @@ class _Taking:
                 return {TAG: kind.name, "value": self.value(kind.take(value), path)}
         raise CheckpointError(
             f"{self._name(path)} is a {cls.__module__}.{cls.__qualname__}, which cannot be stored",
-            "store tensors, numbers, strings, None, True, False, and lists, tuples, sets and dictionaries of these; of "
-            "an object store what its state_dict() gives",
+            "store tensors, numbers, strings, None, True, False, and lists, tuples, sets and dictionaries of these; "
+            "for an object store its state_dict()",
         )
 
     def _dictionary(self, name: str, value: dict[Any, Any], path: tuple[str, ...]) -> Any:
@@ -196,7 +201,7 @@ class _Taking:
                 step += "'"
             used.add(step)
             below.append((key, self.value(item, (*path, step))))
-        # type(): a subclass of str would not come back as such.
+        # A subclass of str would not come back as such.
         plain = all(type(key) is str and key not in _RESERVED for key in value)
         attributes = dict(getattr(value, "__dict__", {}))
         if plain and name == "dict":
@@ -214,7 +219,7 @@ class _Taking:
         check_storable(value, self._name(path))
         if type(value) not in (torch.Tensor, torch.nn.Parameter):
             raise CheckpointError(
-                f"{self._name(path)} is a {type(value).__module__}.{type(value).__qualname__}, no plain tensor",
+                f"{self._name(path)} is a {type(value).__module__}.{type(value).__qualname__}, not a plain tensor",
                 "store the plain tensors it consists of",
             )
         stays = self._stays(path, value)
@@ -229,18 +234,18 @@ class _Taking:
 
     def _insert(self, tree: dict[str, Any], path: tuple[str, ...], value: torch.Tensor) -> None:
         for key in path:
-            encode_key(key)  # raises here, where the name is known to be too long for a file
+            encode_key(key)  # a name that is too long for a file is an error here, where its keys are known
         for key in path[:-1]:
             tree = tree.setdefault(key, {})
         if path[-1] in tree:
-            raise CheckpointError(f"{self._name(path)}: two tensors have this name", "rename a key")
+            raise CheckpointError(f"{self._name(path)}: two tensors have this name", "rename one of the keys")
         tree[path[-1]] = value
 
     @contextmanager
     def _once(self, value: object, path: tuple[str, ...]) -> Iterator[None]:
-        """What holds itself has no end."""
+        """Raise if a value contains itself: the walk would not end."""
         if id(value) in self._inside:
-            raise CheckpointError(f"{self._name(path)} holds itself", "store a tree")
+            raise CheckpointError(f"{self._name(path)} contains itself", "store a tree")
         self._inside.add(id(value))
         try:
             yield

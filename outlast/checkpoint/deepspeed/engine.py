@@ -1,12 +1,15 @@
-"""The class that DeepSpeed calls, and what of its engine is replaced; see :mod:`outlast.checkpoint.deepspeed`."""
+"""The class that DeepSpeed calls, and the engine's methods that it replaces.
+
+See :mod:`outlast.checkpoint.deepspeed`.
+"""
 
 from __future__ import annotations
 
 import fnmatch
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from types import TracebackType
 from typing import Any, Self
@@ -20,13 +23,14 @@ from outlast.checkpoint.config import CheckpointConfig
 from outlast.checkpoint.deepspeed.containers import take_apart
 from outlast.checkpoint.deepspeed.files import CHANGING, HEADER, Files, kinds_of_deepspeed, step_of
 from outlast.checkpoint.peers.collectives import Agreement
+from outlast.checkpoint.restore.messages import Failure, Message, all_gather_messages
 from outlast.checkpoint.tools.open_step import OpenedStep
 from outlast.errors import CheckpointError, CheckpointNotFound
 from outlast.events import Event
 
 _log = logging.getLogger("outlast.checkpoint")
-_STAYS = ("optimizer_state_dict", "optimizer", "frozen_param_fragments")
-"""Keys of DeepSpeed's files whose tensors only an update changes."""
+_CHANGED_BY_UPDATES_ONLY = ("optimizer_state_dict", "optimizer", "frozen_param_fragments")
+"""Top-level keys of DeepSpeed's files whose tensors only an update changes."""
 SEAMS = {
     "save_checkpoint": ("save_dir", "tag", "client_state", "save_latest", "exclude_frozen_parameters"),
     "load_checkpoint": (
@@ -43,25 +47,32 @@ SEAMS = {
 """The engine's methods that are replaced, and their arguments."""
 
 
+@dataclass(frozen=True)
+class _SavedFile(Message):
+    """A rank saves one of DeepSpeed's files."""
+
+    name: str
+
+
 class DeepSpeedCheckpointEngine:
-    """DeepSpeed's ``CheckpointEngine``, under one engine; made by :func:`outlast.checkpoint.deepspeed.attach`.
+    """DeepSpeed's ``CheckpointEngine`` for one engine; made by :func:`outlast.checkpoint.deepspeed.attach`.
 
-    A checkpoint is a step of :class:`Checkpointer`, numbered by ``engine.global_steps``: each rank's part of what
-    DeepSpeed would have written into files is its local state, by the file's name. It is committed in two phases while
-    training goes on; one without a commit record does not count, whatever its tag.
+    A checkpoint is a step of :class:`Checkpointer`, numbered by ``engine.global_steps``: what a rank would have written
+    into DeepSpeed's files is its local state, by file name. It is committed in two phases while training goes on; one
+    without a commit record does not count, whatever its tag.
 
-    Failure contract: as :class:`Checkpointer`. What the environment does makes a save fail, an event tells, and
-    training goes on; state that cannot be stored is raised by ``engine.save_checkpoint`` on all ranks; a tensor that
-    was changed too early is raised by ``engine.step`` or the next call. A save is committed only after the next update
-    was begun, or the next save, or :meth:`close`.
+    Failure contract: as :class:`Checkpointer`. A failure of the environment makes a save fail: an event reports it and
+    training goes on. For state that cannot be stored, ``engine.save_checkpoint`` raises on all ranks. For a tensor that
+    was changed too early, ``engine.step`` or the next call raises. A save is committed only after the next update or
+    save has begun, or :meth:`close` was called.
     """
 
     name = "outlast"
 
-    def __init__(self, engine: Any, config: CheckpointConfig, emit: Callable[[Event], None] | None) -> None:
+    def __init__(self, engine: Any, config: CheckpointConfig, on_event: Callable[[Event], None] | None) -> None:
         self._engine = engine
         self._config = config
-        self._emit = emit
+        self._on_event = on_event
         self._kinds = kinds_of_deepspeed()
         self._former = engine.checkpoint_engine
         self._originals = {name: getattr(engine, name) for name in SEAMS}
@@ -77,23 +88,23 @@ class DeepSpeedCheckpointEngine:
         engine.load_checkpoint = self._load_checkpoint
         engine._get_all_ckpt_names = self._names_for
 
-    # What DeepSpeed calls. Outside of save_checkpoint and load_checkpoint these are exports, as save_16bit_model's.
+    # What DeepSpeed calls. Calls outside of save_checkpoint and load_checkpoint are exports, like save_16bit_model.
 
     def create(self, info: Any) -> None:
-        """A checkpoint, or an export, begins."""
+        """Begin a checkpoint, or an export."""
         if self._collected is None:
             self._former.create(info)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Make a folder for an export; a checkpoint needs none."""
+        """Make a folder for an export; a checkpoint does not need it."""
         if self._collected is None:
             self._former.makedirs(path, exist_ok=exist_ok)
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Take a state that belongs to the checkpoint; it is looked at when all are there.
+        """Collect a file's state; it is stored when DeepSpeed has passed all files of the checkpoint.
 
         Raises:
-            CheckpointError: the state of that file is here already.
+            CheckpointError: this file's state was passed before.
         """
         if self._collected is None:
             self._former.save(state_dict, path)
@@ -104,17 +115,17 @@ class DeepSpeedCheckpointEngine:
         self._collected[file] = state_dict
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """The state that DeepSpeed saved as ``DIR/TAG/FILE``, verified; changes nothing, is not collective.
+        """The state that DeepSpeed saved as ``DIR/TAG/FILE``, verified; changes nothing, and is not collective.
 
-        What is still being saved is not looked at.
+        A save that is still running is ignored.
 
         Args:
-            path: with the tag that was saved; of several steps of that tag the newest is read. A file that is there
-                as a file (an export) is read by the engine that DeepSpeed came with.
-            map_location: a device, or None for the CPU; functions are taken to mean the CPU.
+            path: with the tag that was saved; of several steps with this tag the newest is read. A path that is a file
+                (an export) is read by DeepSpeed's own engine.
+            map_location: a device; None and functions mean the CPU.
 
         Raises:
-            CheckpointNotFound: no committed step of that tag, or it has no such file.
+            CheckpointNotFound: there is no committed step with this tag, or it does not have the file.
             CorruptCheckpoint, IncompleteCheckpoint, CheckpointError: see :class:`OpenedStep`.
         """
         if self._loading is not None:
@@ -128,11 +139,11 @@ class DeepSpeedCheckpointEngine:
             return files.read(file, _device(map_location))
 
     def commit(self, info: Any) -> bool:
-        """An export is complete. Checkpoints commit themselves."""
+        """Complete an export. Checkpoints commit themselves."""
         return bool(self._former.commit(info))
 
     def is_data_parallel_writer(self, dp_rank: int) -> bool:
-        """Whether the rank hands over what all ranks of its data-parallel group have alike."""
+        """Whether the rank saves the state that its data-parallel group has in common."""
         return dp_rank == 0
 
     def is_decoupled(self) -> bool:
@@ -140,21 +151,21 @@ class DeepSpeedCheckpointEngine:
         return True
 
     def set_commit_info(self, info: Any) -> None:
-        """Nothing is to be kept."""
+        """Do nothing: there is nothing to remember."""
 
     def get_commit_info(self) -> None:
-        """Wait until no tensor of the running save is needed any more; DeepSpeed calls it right before an update.
+        """Wait until the running save does not need any tensor; DeepSpeed calls this right before an update.
 
-        None, so that DeepSpeed neither waits for the commit nor writes ``latest``.
+        Returns None, so that DeepSpeed neither waits for the commit nor writes ``latest``.
 
         Raises:
-            SnapshotMutated: a tensor was changed too early; the save is given up.
+            SnapshotMutated: a tensor was changed too early; the save is abandoned.
         """
         if self._checkpointer is not None:
             self._checkpointer.wait_copied()
 
     def preserves_storage_sharing(self) -> bool:
-        """False: of a tensor that is part of a larger storage only its own bytes are written."""
+        """False: a tensor that is part of a larger storage is saved as its own bytes alone."""
         return False
 
     def cleanup(self) -> None:
@@ -164,7 +175,7 @@ class DeepSpeedCheckpointEngine:
     # End of what DeepSpeed calls.
 
     def close(self) -> None:
-        """Wait until the running save is committed or has failed, and give the engine its own back; twice is harmless.
+        """Wait until the running save is committed or has failed, and restore the engine's methods; twice is harmless.
 
         Raises:
             SnapshotMutated: a tensor of the running save was changed too early.
@@ -172,7 +183,7 @@ class DeepSpeedCheckpointEngine:
         self._end(lambda checkpointer: checkpointer.close())
 
     def abort(self) -> None:
-        """Give the running save up, report it as failed, and give the engine its own back."""
+        """Abandon the running save, report it as failed, and restore the engine's methods."""
         self._end(lambda checkpointer: checkpointer.abort())
 
     def __enter__(self) -> Self:
@@ -214,14 +225,14 @@ class DeepSpeedCheckpointEngine:
         name = f"global_step{step}" if tag is None else str(tag)
         if not save_latest:
             raise CheckpointError(
-                "save_latest = False: there is no pointer to the latest checkpoint that could be left as it is",
-                "leave it out, and save to a folder of its own what is not to be resumed from",
+                "save_latest = False: outlast has no pointer to the latest checkpoint that could be left unchanged",
+                "leave it out, and save checkpoints that must not be resumed from to another folder",
             )
         checkpointer = self._at(save_dir)
         checkpointer.wait_copied()
         if self._tags.get(step, name) != name:
             raise CheckpointError(
-                f"step {step} was saved as {self._tags[step]!r} before, and now as {name!r}: a step is saved once",
+                f"step {step} was already saved as {self._tags[step]!r}, and cannot be saved as {name!r} too",
                 "save to another folder, or after the next step",
             )
         self._collected = {}
@@ -233,39 +244,50 @@ class DeepSpeedCheckpointEngine:
         finally:
             self._collected = None
         local: dict[str, Any] = {}
-        problem = None
+        failures: list[Failure] = []
         try:
             local = self._local(collected)
         except CheckpointError as error:
-            problem = [error.what, error.fix]
-        owners: dict[str, int] = {}
-        # Not before this may a rank raise: DeepSpeed's own part ends with a barrier.
-        for rank, text in enumerate(self._agreement.all_gather_text(json.dumps([sorted(collected), problem]))):
-            files, bad = json.loads(text)
-            if bad is None and not owners.keys().isdisjoint(files):
-                twice = min(owners.keys() & set(files))
-                bad = [f"rank {owners[twice]} saves {twice} too", "files of one checkpoint need names of their own"]
-            if bad is not None:
-                raise CheckpointError(f"rank {rank}: {bad[0]}", bad[1])
-            owners |= dict.fromkeys(files, rank)
-        header = {"tag": name, "version": import_module("deepspeed").__version__, "files": owners}
+            failures = [Failure.of(error)]
+        # No rank may raise before this: DeepSpeed's own part ends with a barrier.
+        for rank, failure in all_gather_messages(self._agreement, Failure, failures):
+            raise CheckpointError(f"rank {rank}: {failure.reason}", failure.fix)
+        header = {
+            "tag": name,
+            "version": import_module("deepspeed").__version__,
+            "files": self._owners_of_all(collected),
+        }
         checkpointer.save(step, replicated={HEADER: header}, local=local, eager=(CHANGING,))
         self._tags[step] = name
         return True
 
+    def _owners_of_all(self, collected: Mapping[str, Any]) -> dict[str, int]:
+        """The rank that saves each of DeepSpeed's files; collective, raises on all ranks."""
+        owners: dict[str, int] = {}
+        own = [_SavedFile(file) for file in sorted(collected)]
+        for rank, file in all_gather_messages(self._agreement, _SavedFile, own):
+            if file.name in owners:
+                raise CheckpointError(
+                    f"rank {rank}: rank {owners[file.name]} saves {file.name} too",
+                    "the files of one checkpoint need different names",
+                )
+            owners[file.name] = rank
+        return owners
+
     def _local(self, collected: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's local state: the files that DeepSpeed passed, taken apart."""
         weights = {weight.untyped_storage().data_ptr() for weight in self._engine.module.parameters()} - {0}
 
         def stays(path: tuple[str, ...], tensor: torch.Tensor) -> bool:
-            if path[:1] == ("module",):  # buffers, and what get_extra_state gives, may change with the next forward
+            if path[:1] == ("module",):  # the next forward may change buffers, and what get_extra_state returns
                 return tensor.untyped_storage().data_ptr() in weights
-            return bool(path) and path[0] in _STAYS
+            return bool(path) and path[0] in _CHANGED_BY_UPDATES_ONLY
 
         local: dict[str, Any] = {CHANGING: {}}
         for file, state in collected.items():
-            taken = take_apart(state, file, self._kinds, stays)
-            local[file] = {"state": taken.skeleton, "tensors": taken.tensors}
-            local[CHANGING][file] = taken.changing
+            parts = take_apart(state, file, self._kinds, stays)
+            local[file] = {"state": parts.skeleton, "tensors": parts.tensors}
+            local[CHANGING][file] = parts.changing
         return local
 
     def _load_checkpoint(
@@ -280,8 +302,8 @@ class DeepSpeedCheckpointEngine:
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Resume; collective. Arguments and result are DeepSpeed's; (None, None) if there is no checkpoint at all.
 
-        Without a tag, of the newest step that all ranks find complete and undamaged; damaged newer ones are set aside.
-        With a tag, of the newest committed step of that tag, and newer ones are set aside.
+        Without a tag, from the newest step that all ranks find complete and undamaged; damaged newer ones are set
+        aside. With a tag, from the newest committed step with this tag; newer ones are set aside.
 
         Raises:
             CheckpointError: see :meth:`Checkpointer.restore`.
@@ -289,15 +311,15 @@ class DeepSpeedCheckpointEngine:
         if load_module_only or (not load_optimizer_states and self._engine.zero_optimization_partition_weights()):
             raise CheckpointError(
                 "load_checkpoint resumes from a whole checkpoint, and sets newer ones aside",
-                "for weights alone read one of its files: engine.checkpoint_engine.load(f'{dir}/{tag}/{file}')",
+                "to load only weights, read a file: engine.checkpoint_engine.load(f'{dir}/{tag}/{file}')",
             )
-        self._leave()  # what is being saved may be what is to be loaded
+        self._leave()  # the running save may be the step to load
         checkpointer = self._at(load_dir)
         restored = checkpointer.restore("auto" if tag is None else self._agreed_step(str(tag)))
         if restored is None:
             if os.path.isfile(os.path.join(self._folder, "latest")):
                 raise CheckpointError(
-                    f"{self._folder} holds checkpoints that DeepSpeed wrote itself, and none of outlast's",
+                    f"{self._folder} has checkpoints in DeepSpeed's own format, and none in outlast's",
                     "load them before attach(), and save to another folder",
                 )
             _log.warning("%s: there is no checkpoint yet", self._folder)
@@ -326,37 +348,36 @@ class DeepSpeedCheckpointEngine:
         return path, client_state
 
     def _names_for(self, checkpoints_path: str, tag: str) -> list[str]:
-        """Where the files with the module's state lie that DeepSpeed looks for."""
+        """The paths of the files with the module's state, in place of DeepSpeed's glob."""
         if self._loading is None:
             return list(self._originals["_get_all_ckpt_names"](checkpoints_path, tag))
         pattern = os.path.basename(self._engine._get_ckpt_name(checkpoints_path, tag, mp_placeholder="*"))
         return [self._loading.place(file) for file in sorted(fnmatch.filter(self._loading.owners, pattern))]
 
     def _agreed_step(self, tag: str) -> int:
-        """The newest step of a tag, as rank 0 sees it; raises on all ranks."""
-        found, problem = -1, ["", ""]
+        """The newest step with a tag, as rank 0 sees it; collective, raises on all ranks."""
+        step = -1
+        failures: list[Failure] = []
         if dist.get_rank() == 0:
             try:
-                found = step_of(self._folder, tag)
+                step = step_of(self._folder, tag)
             except CheckpointError as error:
-                problem = [error.what, error.fix]
-        found = self._agreement.broadcast_int(found)
-        if found < 0:
-            what, fix = json.loads(self._agreement.all_gather_text(json.dumps(problem))[0])
-            raise CheckpointNotFound(what, fix)
-        return found
+                failures = [Failure.of(error)]
+        for _, failure in all_gather_messages(self._agreement, Failure, failures):
+            raise CheckpointNotFound(failure.reason, failure.fix)
+        return self._agreement.broadcast_int(step)
 
     def _at(self, folder: str | os.PathLike[str]) -> Checkpointer:
-        """The checkpoints of a folder; those of another folder are closed first."""
+        """The Checkpointer of a folder; that of another folder is closed first."""
         if self._closed:
-            raise CheckpointError("the engine's checkpoints are closed", "attach again")
+            raise CheckpointError("outlast is detached from this engine", "attach again")
         name = os.fspath(folder)
         if "://" in name:
-            raise CheckpointError(f"{name}: DeepSpeed takes no URLs", "give a path that all ranks share")
+            raise CheckpointError(f"{name}: DeepSpeed does not take URLs", "pass a path that all ranks share")
         name = os.path.abspath(name)
         if self._checkpointer is None or name != self._folder:
             self._leave()
-            self._checkpointer = attach(name, self._config, emit=self._emit)
+            self._checkpointer = attach(name, self._config, on_event=self._on_event)
             if name != self._folder:
                 self._folder, self._tags = name, {}
         return self._checkpointer

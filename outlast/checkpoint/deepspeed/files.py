@@ -1,4 +1,4 @@
-"""What DeepSpeed would have written into files, in a step: found by tag and by the file's name."""
+"""DeepSpeed's files, as they are stored in a step: found by tag and file name."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from outlast.checkpoint.tools.open_step import OpenedStep, storage
 from outlast.errors import CheckpointError, CheckpointNotFound
 
 HEADER = "deepspeed"
-"""Key of the replicated state: the tag, and which rank has which of DeepSpeed's files."""
+"""Key of the replicated state for the tag, and which rank has which of DeepSpeed's files."""
 CHANGING = "changing"
-"""Key of the local state: tensors that the next forward may change, by DeepSpeed's file."""
+"""Key of the local state for tensors that the next forward may change, by DeepSpeed's file."""
 
 _log = logging.getLogger("outlast.checkpoint")
 
 
 class Files:
-    """DeepSpeed's files of one step.
+    """DeepSpeed's files in one step.
 
     Args:
-        folder: where checkpoints lie.
-        step: which.
+        folder: of the checkpoints.
+        step: its number.
         replicated: its replicated state.
-        local: gives the local state of a rank.
-        kinds: as they were saved with.
+        local: returns the local state of a rank.
+        kinds: that the files were taken apart with.
 
     Raises:
-        CheckpointError: the step was not saved by DeepSpeed.
+        CheckpointError: DeepSpeed did not save the step.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Files:
     ) -> None:
         self._where = os.path.join(folder, step_name(step))
         if HEADER not in replicated:
-            raise CheckpointError(f"{self._where} was not saved by DeepSpeed", "give a folder to which DeepSpeed saved")
+            raise CheckpointError(f"DeepSpeed did not save {self._where}", "pass a folder that DeepSpeed saved to")
         self.tag: str = replicated[HEADER]["tag"]
         self.owners: dict[str, int] = replicated[HEADER]["files"]
         """Which rank has which file."""
@@ -57,19 +57,23 @@ class Files:
         self._last: tuple[int, dict[str, Any]] | None = None  # DeepSpeed reads the module's file twice
 
     def place(self, file: str) -> str:
-        """Where its state lies; a folder's path."""
+        """The path of the folder with a file's state."""
         return os.path.join(self._where, rank_name(self.owners[file]), encode_key(file))
 
     def read(self, name: str, device: torch.device) -> Any:
-        """The state of a file, or of the last part of its place.
+        """The state of a file.
+
+        Args:
+            name: of the file, or the last component of its :meth:`place`.
+            device: of its tensors.
 
         Raises:
-            CheckpointNotFound: there is no such file; names those there are.
+            CheckpointNotFound: the step does not have the file; names those it has.
         """
         file = name if name in self.owners else decode_key(name)
         if file not in self.owners:
-            there = ", ".join(sorted(self.owners))
-            raise CheckpointNotFound(f"{self._where} (tag {self.tag!r}) has no {name}", f"it has {there}")
+            files = ", ".join(sorted(self.owners))
+            raise CheckpointNotFound(f"{self._where} (tag {self.tag!r}) has no {name}", f"it has {files}")
         owner = self.owners[file]
         if self._last is None or self._last[0] != owner:
             self._last = owner, self._local(owner)
@@ -85,13 +89,13 @@ class Files:
 
 
 def step_of(folder: str, tag: str) -> int:
-    """The newest committed step of a tag.
+    """The newest committed step with a tag.
 
     Raises:
-        CheckpointNotFound: there is none; names the tags there are.
-        CheckpointError: the place cannot be read.
+        CheckpointNotFound: there is none; names the tags in the folder.
+        CheckpointError: the storage cannot be read.
     """
-    tags, unread = [], []
+    tags, unreadable = [], []
     with storage(folder) as store:
         committed = scan(store).committed
     for step in reversed(committed):
@@ -99,19 +103,19 @@ def step_of(folder: str, tag: str) -> int:
             with OpenedStep(folder, step) as opened:
                 header = opened.describe(None)[1].get(HEADER, {})
         except CheckpointError as error:
-            _log.warning("%s is passed over: its tag cannot be read: %s", step_name(step), error)
-            unread.append(step_name(step))
+            _log.warning("%s is skipped, because its tag cannot be read: %s", step_name(step), error)
+            unreadable.append(step_name(step))
             continue
         if header.get("tag") == tag:
             return step
         tags.append(str(header.get("tag")))
-    there = f"tags there are: {', '.join(tags)}" if tags else "there is none that can be read"
-    damaged = f"; of these the tag cannot be read: {', '.join(unread)}" if unread else ""
-    raise CheckpointNotFound(f"no committed checkpoint of tag {tag!r} in {folder}", there + damaged)
+    readable = f"its tags: {', '.join(tags)}" if tags else "it has no tag that can be read"
+    damaged = f"; the tags of these steps cannot be read: {', '.join(unreadable)}" if unreadable else ""
+    raise CheckpointNotFound(f"{folder} has no committed checkpoint with the tag {tag!r}", readable + damaged)
 
 
 def kinds_of_deepspeed() -> tuple[Kind, ...]:
-    """The objects that DeepSpeed itself puts into a checkpoint."""
+    """The kinds of objects that DeepSpeed itself puts into a checkpoint."""
     scaler = import_module("deepspeed.runtime.fp16.loss_scaler")
     fragment = import_module("deepspeed.utils.tensor_fragment").fragment_address
     stage = import_module("deepspeed.runtime.zero.config").ZeroStageEnum

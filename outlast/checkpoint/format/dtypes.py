@@ -1,7 +1,7 @@
 """Which tensors can be stored, and as which Zarr data type.
 
-Stock Zarr has no bfloat16 and no 8-bit floats. They are stored as unsigned integers of their width, bit for bit, with
-the true type's name in the array's attribute ``outlast_dtype``.
+Stock Zarr has no bfloat16 and no 8-bit floats. They are stored bit for bit as unsigned integers of the same width, with
+the name of the real type in the array's attribute ``outlast_dtype``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_of(name: str) -> torch.dtype | None:
-    """The type of that name, or None if this outlast does not know it."""
+    """The type with this name, or None if this version of outlast does not know it."""
     return _NAMES.get(name)
 
 
@@ -51,11 +51,11 @@ def check_storable(tensor: torch.Tensor, name: str) -> None:
     if tensor.dtype not in NATIVE and tensor.dtype not in DISGUISED:
         raise CheckpointError(
             f"the tensor {name!r} has dtype {dtype_name(tensor.dtype)}, which cannot be stored",
-            f"storable are: {', '.join(sorted(_NAMES))}",
+            f"dtypes that can be stored: {', '.join(sorted(_NAMES))}",
         )
     if hasattr(tensor, "full_tensor"):
         raise CheckpointError(
-            f"the tensor {name!r} is a DTensor, which is of all ranks",
+            f"the tensor {name!r} is a DTensor, which spans all ranks",
             "put it into replicated, or its to_local() into local",
         )
     if tensor.layout is not torch.strided or tensor.is_meta:

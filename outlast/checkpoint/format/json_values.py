@@ -1,7 +1,7 @@
-"""JSON values of the state as Zarr attributes: exact, strict JSON, nothing converted in silence.
+"""JSON values of the state as Zarr attributes: exact, strict JSON, nothing converted silently.
 
-Numbers keep their value bit for bit (Python writes the shortest text that reads back to the same float). JSON has no
-NaN and no infinities; they are written as ``{"outlast_float": "NaN"}``, and tuples as ``{"outlast_tuple": [...]}``.
+Numbers keep their value bit for bit (Python writes the shortest text that reads back as the same float). JSON has no
+NaN and no infinities: they are written as ``{"outlast_float": "NaN"}``, and tuples as ``{"outlast_tuple": [...]}``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def to_json(value: object, where: str) -> Any:
-    """``value`` as what :func:`json.dumps` writes strictly; a copy, so that later changes do not reach it.
+    """A copy of ``value`` that :func:`json.dumps` writes as strict JSON.
+
+    Args:
+        value: see the module.
+        where: its name, for errors.
 
     Raises:
-        CheckpointError: something that JSON cannot give back as it was (a set, an array, a key that is no string).
+        CheckpointError: JSON cannot give back something as it was (a set, an array, a key that is not a string).
     """
     if value is None or isinstance(value, (bool, str)):
         return value
@@ -32,7 +36,7 @@ def to_json(value: object, where: str) -> Any:
         return {_ODD: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
     if isinstance(value, list):
         return [to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if type(value) is tuple:  # not those with names, which would come back without
+    if type(value) is tuple:  # a named tuple would come back without its names
         return {_TUPLE: to_json(list(value), where)}
     if isinstance(value, dict):
         for key in value:

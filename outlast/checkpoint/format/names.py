@@ -1,19 +1,19 @@
-"""Names of what lies in a checkpoint: steps, ranks, and keys of the state as path components that every store takes.
+"""Names in a checkpoint: steps, ranks, and keys of the state as path components that every store accepts.
 
 ::
 
     URL/
       step_00000040/
-        zarr.json                   the root group; its attribute ``outlast`` tells step, epoch, world size
+        zarr.json                   the root group; its attribute ``outlast`` has step, epoch, world size
         model/blocks.0.w/zarr.json  replicated state; each rank writes an equal share of its bytes
         model/blocks.0.w/c.0.0
         rank_00000/...              local state, written by its rank
         packed/rank_00000.0/...     small tensors of either, as many as fit into a chunk, written by rank 0
         votes/rank_00000.json       what rank 0 wrote: files, sizes, checksums
         commit.json                 without it there is no checkpoint
-      step_00000030.aside-1/        was found damaged, or was superseded; never read
-      step_00000040.replaced/       is being saved anew; it is the step again if that is not completed
-      step_00000040.failed-E-S      a rank gave this save up (epoch E, save S); the others need not wait
+      step_00000030.aside-1/        damaged or superseded; never read
+      step_00000040.replaced/       is being overwritten; becomes the step again if that is interrupted
+      step_00000040.failed-E-S      a rank gave up this save (attempt E, save S); the others need not wait
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from urllib.parse import quote, unquote
 from outlast.errors import CheckpointError
 
 HEADER = "outlast"
-"""The root group's attribute that tells what the checkpoint is; no key of the state may have its name."""
-
-
+"""The root group's attribute that says what the checkpoint is; no key of the state may have this name."""
 MEMORY, PARTNER, LOCAL_DISK, STORAGE = "memory", "partner", "local", "storage"
 """The tiers, as events name them."""
 COMMIT = "commit.json"
@@ -60,13 +58,13 @@ def parse_step(name: str) -> int | None:
 
 
 def parse_aside(name: str) -> int | None:
-    """The step of a folder that was set aside, or None."""
+    """The step of a folder that is set aside, or None."""
     match = _ASIDE.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def replaced_name(step: int) -> str:
-    """Where a committed step lies while it is saved anew."""
+    """The folder of a committed step while it is being overwritten."""
     return f"{step_name(step)}.replaced"
 
 
@@ -82,30 +80,30 @@ def rank_name(rank: int) -> str:
 
 
 def pack_path(rank: int, number: int) -> str:
-    """The array of a rank's small tensors, relative to the step."""
+    """The path of an array of small tensors that a rank writes, relative to the step."""
     return f"{PACKS}/{rank_name(rank)}.{number}"
 
 
 def parse_pack(path: str) -> int | None:
-    """Whose pack a file relative to the step belongs to, or None if to none."""
+    """The rank whose pack a file (relative to the step) belongs to, or None."""
     match = _PACK.fullmatch(path)
     return int(match[1]) if match else None
 
 
 def parse_local(path: str) -> int | None:
-    """Whose local state a file relative to the step, or a packed tensor, belongs to; None: replicated state."""
+    """The rank whose local state a file (relative to the step) or packed tensor belongs to; None: replicated state."""
     match = _LOCAL.fullmatch(path)
     return int(match[1]) if match else None
 
 
 def vote_path(step: int, rank: int) -> str:
-    """Where a rank's vote lies, relative to the URL."""
+    """The path of a rank's vote, relative to the URL."""
     return f"{step_name(step)}/votes/{rank_name(rank)}.json"
 
 
-def failed_name(step: int, epoch: str, serial: int) -> str:
-    """The empty file by which a rank tells the others that this save was given up."""
-    return f"{step_name(step)}.failed-{encode_key(epoch)}-{serial}"
+def failed_name(step: int, attempt_id: str, save_id: int) -> str:
+    """The empty file by which a rank tells the others that it gave up this save."""
+    return f"{step_name(step)}.failed-{encode_key(attempt_id)}-{save_id}"
 
 
 def parse_failed(name: str) -> tuple[str, int] | None:
@@ -118,16 +116,19 @@ def parse_failed(name: str) -> tuple[str, int] | None:
 def encode_key(key: str | int, *, at_root: bool = False) -> str:
     """A key of the state as one path component; :func:`decode_key` is its inverse.
 
-    Letters, digits and ``_.-`` stay, so parameter names read naturally; ``/`` and whatever a store, a glob or Zarr
-    could take for something else becomes ``%XX``. The integer 5 is ``~5``, which no text becomes.
+    Letters, digits and ``_.-`` stay, so parameter names read naturally; ``/`` and anything that a store, a glob or Zarr
+    could misread becomes ``%XX``. The integer 5 becomes ``~5``, which no string does.
 
     Raises:
-        CheckpointError: the encoded key is longer than file systems allow, or empty.
+        CheckpointError: the key is empty, or not a string or integer, or its encoded form is longer than file systems
+            allow.
     """
     if type(key) is int:
         return f"~{key}"
     if not isinstance(key, str):
-        raise CheckpointError(f"the state has the key {key!r}", "keys must be strings, below the top integers as well")
+        raise CheckpointError(
+            f"the state has the key {key!r}", "keys must be strings; below the top level integers are allowed too"
+        )
     if not key:
         raise CheckpointError("an empty string is a key of the state", "every key needs a name")
     try:
@@ -144,17 +145,17 @@ def encode_key(key: str | int, *, at_root: bool = False) -> str:
         name = f"%{ord(name[0]):02X}{name[1:]}"
     if len(name) > _MAX_NAME_BYTES:
         raise CheckpointError(
-            f"the key {key[:60]!r}... is {len(name)} bytes long as a file name, at most {_MAX_NAME_BYTES} are allowed",
-            "shorten the name",
+            f"the key {key[:60]!r}... is {len(name)} bytes long as a file name; the limit is {_MAX_NAME_BYTES}",
+            "shorten the key",
         )
     return name
 
 
 def decode_key(name: str) -> str | int:
-    """The key that :func:`encode_key` made this path component of."""
+    """The key that :func:`encode_key` turned into this path component."""
     return int(name[1:]) if _INTEGER.fullmatch(name) else unquote(name, errors="strict")
 
 
 def readable(path: str) -> str:
-    """A path relative to the step as its keys, joined by ``/``."""
+    """The keys of a path relative to the step, joined by ``/``."""
     return "/".join(str(decode_key(part)) for part in path.split("/"))

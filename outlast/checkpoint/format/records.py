@@ -1,6 +1,6 @@
 """Votes and commit records: small JSON files that carry a checksum of themselves.
 
-Every format version keeps three things, so that each version recognises the others' files: the file ends in
+Every format version keeps three properties, so that each version recognises the others' files: the file ends in
 ``,"crc32c":"XXXXXXXX"}`` and a newline, the checksum is over all bytes before that, and there is a ``format_version``.
 """
 
@@ -18,15 +18,15 @@ from outlast.errors import CheckpointError, CorruptCheckpoint, UnknownFormatVers
 
 FORMAT_VERSION = 2
 CRC_BYTES = 4
-"""Of the checksum at a chunk's end."""
+"""Size of the checksum at the end of a chunk."""
 _SEAL = re.compile(rb',"crc32c":"([0-9a-f]{8})"\}\n\Z')
 
 
 class Fault(Exception):
-    """A checkpoint cannot be used; which file is at fault, and why.
+    """A checkpoint cannot be used: which file is at fault, and why.
 
     Args:
-        kind: the public error it becomes.
+        kind: the public error that it becomes.
         file: relative to the step's folder; empty where no single file is at fault.
         reason: in words, with the values.
     """
@@ -49,8 +49,8 @@ class FileEntry:
     """Relative to the step's folder."""
     size_bytes: int
     crc32c: str
-    """8 hex digits. Of the whole file; of a chunk without the 4 bytes of CRC32C at its end, which must be the same: the
-    CRC of bytes followed by their own CRC is one constant, and would not tell one chunk from another."""
+    """8 hex digits. Of the whole file; for a chunk, of all but the 4 bytes of CRC32C at its end, which must match: the
+    CRC of bytes followed by their own CRC is a constant, and would not tell one chunk from another."""
     chunk: bool
     """Whether it is a Zarr chunk."""
 
@@ -62,17 +62,17 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Vote:
-    """What one rank wrote, all of it durable before the vote was."""
+    """What one rank wrote; all of it was durable before the vote was written."""
 
     step: int
     rank: int
     world_size: int
-    epoch: str
+    attempt_id: str
     """The attempt it belongs to; a vote of another attempt never counts."""
-    serial: int
-    """Number of the save within the attempt, so that a late vote of a save that was given up does not count either."""
+    save_id: int
+    """Number of the save within the attempt, so that a late vote for an abandoned save does not count either."""
     layout: str
-    """Checksum of the names, shapes and types of the replicated state, which must be the same on all ranks."""
+    """Checksum of the names, shapes and types of the replicated state, which must be equal on all ranks."""
     files: tuple[FileEntry, ...]
 
 
@@ -82,27 +82,29 @@ class Commit:
 
     step: int
     world_size: int
-    epoch: str
-    serial: int
+    attempt_id: str
+    save_id: int
     saved_at: float
-    """Seconds since the epoch of Unix time."""
+    """Unix time, in seconds."""
     size_bytes: int
-    """Of all files that votes list."""
+    """Total size of all files that the votes list."""
     votes: tuple[FileEntry, ...]
     """By rank."""
 
 
 @dataclass(frozen=True)
 class SlotIndex:
-    """What lies in one slot of shared memory."""
+    """The contents of one slot of shared memory."""
 
     vote: Vote
     places: dict[str, int]
-    """Where each of the vote's files begins, in bytes; what follows is as long as the vote says."""
+    """The offset of each of the vote's files, in bytes; the vote says how long each is."""
 
 
 _KINDS: dict[type, str] = {Vote: "vote", Commit: "commit", SlotIndex: "placed"}
 """What a record calls itself in its file, whatever its class is called here."""
+_KEYS = {"attempt_id": "epoch", "save_id": "serial"}
+"""The keys in the file of fields that are called otherwise here."""
 
 
 def crc_hex(*parts: bytes | memoryview) -> str:
@@ -114,20 +116,20 @@ def crc_hex(*parts: bytes | memoryview) -> str:
 
 
 class RunningChecksum:
-    """Bytes that came piece by piece: how many, and their CRC32C."""
+    """The number of bytes in pieces that arrive one after the other, and their CRC32C."""
 
     def __init__(self) -> None:
         self.nbytes = 0
         self.crc = 0
 
     def __call__(self, piece: bytes | memoryview) -> None:
-        """The next piece."""
+        """Add the next piece."""
         self.nbytes += len(piece)
         self.crc = crc32c.crc32c(piece, self.crc)
 
 
 def check_file(entry: FileEntry, data: memoryview) -> None:
-    """Compare a file's bytes with what was voted for; raises :class:`Fault`."""
+    """Compare a file's bytes with its entry in the vote; raises :class:`Fault`."""
     if len(data) != entry.size_bytes:
         raise _wrong_size(entry, len(data))
     seen = RunningChecksum()
@@ -136,70 +138,89 @@ def check_file(entry: FileEntry, data: memoryview) -> None:
 
 
 def check_pieces(entry: FileEntry, seen: RunningChecksum, end: bytes) -> None:
-    """As :func:`check_file`, of a file of which all but a chunk's checksum at its end was read in pieces."""
+    """As :func:`check_file`, for a file that was read in pieces.
+
+    Args:
+        entry: of the file.
+        seen: all its bytes but the checksum at a chunk's end.
+        end: the rest.
+    """
     if seen.nbytes + len(end) != entry.size_bytes:
         raise _wrong_size(entry, seen.nbytes + len(end))
     if entry.chunk and (stored := end[::-1].hex()) != entry.crc32c:
-        raise Fault(CorruptCheckpoint, entry.path, f"its own CRC32C is {stored}, written was {entry.crc32c}")
+        raise Fault(
+            CorruptCheckpoint,
+            entry.path,
+            f"checksum at its end: expected CRC32C {entry.crc32c}, found {stored}",
+        )
     computed = f"{seen.crc:08x}"
     if computed != entry.crc32c:
-        raise Fault(CorruptCheckpoint, entry.path, f"CRC32C of its bytes is {computed}, written was {entry.crc32c}")
+        raise Fault(CorruptCheckpoint, entry.path, f"expected CRC32C {entry.crc32c}, found {computed}")
 
 
 def _wrong_size(entry: FileEntry, nbytes: int) -> Fault:
-    return Fault(CorruptCheckpoint, entry.path, f"has {nbytes} bytes, {entry.size_bytes} were written")
+    return Fault(CorruptCheckpoint, entry.path, f"expected {entry.size_bytes} bytes, found {nbytes}")
 
 
 def seal(record: Vote | Commit | SlotIndex) -> bytes:
-    """The file of a record."""
-    body = {"format_version": FORMAT_VERSION, "kind": _KINDS[type(record)], **asdict(record)}
+    """The bytes of a record's file."""
+    fields = {"vote": _keyed(record.vote), "places": record.places} if isinstance(record, SlotIndex) else _keyed(record)
+    body = {"format_version": FORMAT_VERSION, "kind": _KINDS[type(record)], **fields}
     text = json.dumps(body, indent=1, allow_nan=False).encode()[:-1].rstrip(b"\n")
     return text + b',"crc32c":"' + crc_hex(text).encode() + b'"}\n'
 
 
 def unseal_vote(data: bytes, file: str) -> Vote:
-    """A vote from its file's bytes; raises :class:`Fault`."""
+    """The vote in a file's bytes; raises :class:`Fault`."""
     body = _unseal(data, file, _KINDS[Vote])
     try:
-        files = tuple(FileEntry(**entry) for entry in body.pop("files"))
-        return Vote(files=files, **body)
+        return _vote(body)
     except (KeyError, TypeError) as error:
         raise Fault(CorruptCheckpoint, file, f"is not a vote: {error}") from error
 
 
 def unseal_placed(data: bytes, file: str) -> SlotIndex:
-    """What lies in a slot, from its index's bytes; raises :class:`Fault`."""
+    """The index in a file's bytes; raises :class:`Fault`."""
     body = _unseal(data, file, _KINDS[SlotIndex])
     try:
-        vote = body["vote"]
-        files = tuple(FileEntry(**entry) for entry in vote.pop("files"))
-        places = {entry.path: int(body["places"][entry.path]) for entry in files}
-        return SlotIndex(Vote(files=files, **vote), places)
+        vote = _vote(body["vote"])
+        return SlotIndex(vote, {entry.path: int(body["places"][entry.path]) for entry in vote.files})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Fault(CorruptCheckpoint, file, f"is not the index of a slot: {error}") from error
 
 
 def unseal_commit(data: bytes) -> Commit:
-    """A commit record from its file's bytes; raises :class:`Fault`."""
+    """The commit record in a file's bytes; raises :class:`Fault`."""
     body = _unseal(data, COMMIT, _KINDS[Commit])
     try:
         votes = tuple(FileEntry(**entry) for entry in body.pop("votes"))
-        return Commit(votes=votes, **body)
+        return Commit(attempt_id=body.pop("epoch"), save_id=body.pop("serial"), votes=votes, **body)
     except (KeyError, TypeError) as error:
         raise Fault(CorruptCheckpoint, COMMIT, f"is not a commit record: {error}") from error
+
+
+def _keyed(record: Vote | Commit) -> dict[str, Any]:
+    return {_KEYS.get(name, name): value for name, value in asdict(record).items()}
+
+
+def _vote(body: dict[str, Any]) -> Vote:
+    files = tuple(FileEntry(**entry) for entry in body.pop("files"))
+    return Vote(attempt_id=body.pop("epoch"), save_id=body.pop("serial"), files=files, **body)
 
 
 def _unseal(data: bytes, file: str, kind: str) -> dict[str, Any]:
     match = _SEAL.search(data)
     if match is None:
-        raise Fault(CorruptCheckpoint, file, f"{len(data)} bytes that do not end in a checksum")
+        raise Fault(CorruptCheckpoint, file, f"its {len(data)} bytes do not end in a checksum")
     computed = crc_hex(memoryview(data)[: match.start()])
     if computed.encode() != match[1]:
-        raise Fault(CorruptCheckpoint, file, f"CRC32C of its bytes is {computed}, recorded is {match[1].decode()}")
+        raise Fault(CorruptCheckpoint, file, f"expected CRC32C {match[1].decode()}, found {computed}")
     body: dict[str, Any] = json.loads(data)
     version = body.pop("format_version", None)
     if version != FORMAT_VERSION:
-        raise Fault(UnknownFormatVersion, file, f"has format version {version}, this outlast reads {FORMAT_VERSION}")
+        raise Fault(
+            UnknownFormatVersion, file, f"has format version {version}; this version of outlast reads {FORMAT_VERSION}"
+        )
     if body.pop("kind", None) != kind:
         raise Fault(CorruptCheckpoint, file, f"is not a {kind} record")
     del body["crc32c"]

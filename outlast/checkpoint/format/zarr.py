@@ -1,10 +1,10 @@
 """Zarr v3 documents and chunks, written by hand: stock Zarr reads them.
 
-One array a tensor; a chunk is its little-endian bytes in C order, uncompressed, then their CRC32C in 4 bytes (codecs
-``bytes`` and ``crc32c``). Every chunk is there, and an array without elements has none. Small tensors lie packed in
-arrays of bytes, whose attribute ``outlast_packed`` is their index. Chunk keys are joined by dots, as in ``c.0.0``, so
-that a tensor is one directory. The format is Zarr's; its Python writer is not used: it
-writes neither durably nor fast, and its reader takes a missing chunk for zeros.
+One array per tensor; a chunk is its little-endian bytes in C order, uncompressed, followed by their CRC32C in 4 bytes
+(codecs ``bytes`` and ``crc32c``). Every chunk is written; an array without elements has none. Small tensors are packed
+into arrays of bytes, whose attribute ``outlast_packed`` is the index. Chunk keys are joined by dots (``c.0.0``): a
+tensor is one directory. Zarr's own Python code is not used: its writer is neither durable nor fast, and its
+reader takes a missing chunk for zeros.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from outlast.checkpoint.memory.pages import Buffer
 from outlast.errors import CorruptCheckpoint, UnknownFormatVersion
 
 PACKED = "outlast_packed"
-"""Attribute of a pack: its index."""
+"""The attribute of a pack that is its index."""
 
 
 def group_document(attributes: dict[str, Any]) -> bytes:
@@ -34,14 +34,14 @@ def group_document(attributes: dict[str, Any]) -> bytes:
     return _dump({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
-def root_document(attributes: dict[str, Any], step: int, world_size: int, epoch: str, serial: int) -> bytes:
-    """The root group's ``zarr.json``, which says of which save it is."""
+def root_document(attributes: dict[str, Any], step: int, world_size: int, attempt_id: str, save_id: int) -> bytes:
+    """The root group's ``zarr.json``, which says to which save it belongs."""
     header = {
         "format_version": FORMAT_VERSION,
         "step": step,
         "world_size": world_size,
-        "epoch": epoch,
-        "serial": serial,
+        "epoch": attempt_id,
+        "serial": save_id,
     }
     return group_document({**attributes, HEADER: header})
 
@@ -54,16 +54,16 @@ def array_document(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: torch.
 
 @dataclass(frozen=True)
 class Packed:
-    """Where in a pack a small tensor lies."""
+    """Where a small tensor is in a pack."""
 
     offset: int
-    """Of its first byte."""
+    """Of its first byte, in bytes."""
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def pack_document(nbytes: int, index: dict[str, Packed]) -> bytes:
-    """The ``zarr.json`` of an array of bytes, and of what lies in it: by path, ``[offset, shape, dtype]``."""
+    """The ``zarr.json`` of a pack; its index has ``[offset, shape, dtype]`` for each path."""
     entries = {path: [entry.offset, list(entry.shape), dtype_name(entry.dtype)] for path, entry in index.items()}
     return _array((nbytes,), (nbytes,), torch.uint8, {PACKED: entries})
 
@@ -87,29 +87,29 @@ def _array(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: torch.dtype, m
 
 
 def chunk_name(place: Sequence[int]) -> str:
-    """The file name of an array's chunk, by its place in the grid of chunks."""
+    """The file name of a chunk, by its index in the array's grid of chunks."""
     return ".".join(["c", *map(str, place)])
 
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """A tensor as its ``zarr.json`` tells it."""
+    """A tensor as its ``zarr.json`` describes it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     chunk: tuple[int, ...]
-    """Shape of a chunk; the last ones reach beyond the array where it is no multiple of it."""
+    """Shape of a chunk; the last chunks reach beyond an array that is not a multiple of it."""
     packed: dict[str, Packed] | None = None
-    """Of a pack: what lies in it."""
+    """Of a pack: its index, by path."""
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of its elements."""
+        """Size of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of the elements of a chunk."""
+        """Size of the elements of a chunk."""
         return math.prod(self.chunk) * self.dtype.itemsize
 
 
@@ -132,46 +132,49 @@ def parse_node(data: bytes, file: str) -> ArrayInfo | dict[str, Any]:
                 path: Packed(int(at), tuple(size), _dtype(kind, file)) for path, (at, size, kind) in entries.items()
             }
     except (ValueError, KeyError, TypeError) as error:
-        raise Fault(CorruptCheckpoint, file, f"is not a Zarr document as outlast writes them: {error}") from error
+        raise Fault(CorruptCheckpoint, file, f"is not a Zarr document that outlast wrote: {error}") from error
     return ArrayInfo(shape, _dtype(name, file), chunk, packed)
 
 
 def _dtype(name: str, file: str) -> torch.dtype:
     dtype = dtype_of(name)
     if dtype is None:
-        raise Fault(UnknownFormatVersion, file, f"holds a tensor of dtype {name}, which this outlast does not know")
+        raise Fault(
+            UnknownFormatVersion, file, f"holds a tensor of dtype {name}, which this version of outlast does not know"
+        )
     return dtype
 
 
 def payload(info: ArrayInfo, chunk: Buffer, file: str) -> Buffer:
-    """The elements' bytes of a verified chunk file, writable; raises :class:`Fault`."""
+    """The bytes of the elements in a verified chunk file, writable; raises :class:`Fault`."""
     check_size(info, len(chunk), file)
     result: Buffer = np.require(chunk[: info.chunk_bytes], requirements="W")
     return result
 
 
 def check_size(info: ArrayInfo, chunk_bytes: int, file: str) -> None:
-    """Whether a chunk file is as large as its array's chunks are; raises :class:`Fault`."""
-    if chunk_bytes != info.chunk_bytes + CRC_BYTES:
-        raise Fault(CorruptCheckpoint, file, f"has {chunk_bytes} bytes, its array needs {info.chunk_bytes + CRC_BYTES}")
+    """Raise :class:`Fault` unless a chunk file is as large as its array's chunks."""
+    expected_bytes = info.chunk_bytes + CRC_BYTES
+    if chunk_bytes != expected_bytes:
+        raise Fault(CorruptCheckpoint, file, f"expected {expected_bytes} bytes for its array, found {chunk_bytes}")
 
 
 def as_tensor(data: Buffer, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor whose elements these bytes are; their memory is shared."""
+    """A tensor of these bytes; it shares their memory."""
     return torch.from_numpy(data).view(dtype).reshape(shape) if len(data) else torch.empty(shape, dtype=dtype)
 
 
 def put_chunk(
     info: ArrayInfo, data: Buffer, place: tuple[int, ...], out: torch.Tensor, start: tuple[int, ...] | None = None
 ) -> None:
-    """Copy what the payload of one chunk has of a tensor, or of a part of it, to where it belongs there.
+    """Copy the elements that a chunk has in common with a part of its tensor to their place there.
 
     Args:
         info: of the whole tensor.
-        data: the payload.
-        place: of the chunk in the grid.
+        data: the chunk's payload.
+        place: the chunk's index in the grid.
         out: the part.
-        start: where in the whole tensor the part begins; None: it is all.
+        start: where in the whole tensor the part begins; None: the part is the whole tensor.
     """
     target, chunk = out, as_tensor(data, info.chunk, info.dtype)
     for d, (begin, low, high, at) in enumerate(_overlap(info, place, out, start)):
@@ -183,24 +186,24 @@ def put_chunk(
 def room_for(
     info: ArrayInfo, place: tuple[int, ...], out: torch.Tensor, start: tuple[int, ...] | None = None
 ) -> Buffer | None:
-    """Where in ``out`` the payload of a chunk can be read to as it is; None where it has to be copied there.
+    """The memory of ``out`` into which a chunk's payload can be read directly; None if it has to be copied.
 
-    Args: as of :func:`put_chunk`.
+    Takes the arguments of :func:`put_chunk`.
     """
     target = out
     for d, (begin, low, high, _) in enumerate(_overlap(info, place, out, start)):
         target = target.narrow(d, low - begin, high - low)
     if tuple(target.shape) != info.chunk or target.device.type != "cpu" or not target.is_contiguous():
         return None
-    # Strides of dimensions of one element may be anything.
-    found: Buffer = target.as_strided((target.numel(),), (1,)).view(torch.uint8).numpy()
-    return found
+    # A dimension of size 1 may have any stride.
+    room: Buffer = target.as_strided((target.numel(),), (1,)).view(torch.uint8).numpy()
+    return room
 
 
 def _overlap(
     info: ArrayInfo, place: tuple[int, ...], out: torch.Tensor, start: tuple[int, ...] | None
 ) -> Iterator[tuple[int, int, int, int]]:
-    """By dimension of the whole tensor: where ``out`` begins, where a chunk's overlap with it does and ends, and where
+    """By dimension of the whole tensor: where ``out`` begins, where its overlap with a chunk begins and ends, and where
     the chunk begins."""
     for d, (index, step) in enumerate(zip(place, info.chunk, strict=True)):
         begin = start[d] if start is not None else 0
@@ -208,20 +211,22 @@ def _overlap(
 
 
 def unpack(info: ArrayInfo, data: Buffer, file: str) -> dict[str, torch.Tensor]:
-    """The small tensors of a pack by path, each with memory of its own; raises :class:`Fault`."""
+    """The tensors of a pack by path, each with memory of its own; raises :class:`Fault`."""
     assert info.packed is not None
-    found = {}
+    tensors = {}
     for path, entry in info.packed.items():
         nbytes = math.prod(entry.shape) * entry.dtype.itemsize
         raw = data[entry.offset : entry.offset + nbytes].copy()
         if len(raw) != nbytes or entry.offset < 0:
-            raise Fault(CorruptCheckpoint, file, f"has {len(data)} bytes, {path} ends at {entry.offset + nbytes}")
-        found[path] = as_tensor(raw, entry.shape, entry.dtype)
-    return found
+            raise Fault(
+                CorruptCheckpoint, file, f"has {len(data)} bytes, but {path} ends at byte {entry.offset + nbytes}"
+            )
+        tensors[path] = as_tensor(raw, entry.shape, entry.dtype)
+    return tensors
 
 
 def node_path(path: str) -> str:
-    """Where the metadata of the group or array at ``path`` lies."""
+    """The path of the metadata document of the group or array at ``path``."""
     return f"{path}/{NODE}" if path else NODE
 
 

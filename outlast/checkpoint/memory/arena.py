@@ -1,4 +1,4 @@
-"""Host memory through which the state goes on its way to storage."""
+"""Host memory through which the state is copied on its way to storage."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PAGE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Region:
-    """Some of the arena's memory."""
+    """A piece of the arena's memory."""
 
     offset: int
     nbytes: int
     """A multiple of the page size."""
     memory: torch.Tensor
-    """(nbytes,) uint8; it begins at a page."""
+    """(nbytes,) uint8; it begins at a page boundary."""
 
 
 class Arena:
@@ -31,7 +31,7 @@ class Arena:
     Methods may be called from several threads.
 
     Args:
-        limit_bytes: at most that much memory; 0 takes what a whole save needs.
+        limit_bytes: of its memory; 0 takes what a whole save needs.
     """
 
     def __init__(self, limit_bytes: int = 0) -> None:
@@ -43,15 +43,15 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        """How much memory it holds."""
+        """Size of its memory."""
         return self._pages.numel()
 
     def reserve(self, sizes: Sequence[int], *, pinned: bool) -> None:
         """Have room for regions of these sizes, all at once or, with a limit, in turn; only while none is taken.
 
         Args:
-            sizes: of what will be taken, in bytes.
-            pinned: whether the memory is to be page-locked.
+            sizes: of the regions that will be taken, in bytes.
+            pinned: whether to page-lock the memory.
         """
         nbytes = sum(map(room, sizes))
         if self.limit_bytes:
@@ -73,18 +73,18 @@ class Arena:
         self._pages, self._pinned, self._free = torch.empty(0, dtype=torch.uint8), False, []
 
     def take(self, nbytes: int) -> Region | None:
-        """A region for ``nbytes``, or None while there is none."""
-        wanted = room(nbytes)
+        """A region for ``nbytes``, or None while none is free."""
+        taken = room(nbytes)
         with self._changed:
-            for place, (offset, size) in enumerate(self._free):
-                if size >= wanted:
-                    rest = [(offset + wanted, size - wanted)] if size > wanted else []
-                    self._free[place : place + 1] = rest
-                    return Region(offset, wanted, self._pages[offset : offset + wanted])
+            for index, (offset, size) in enumerate(self._free):
+                if size >= taken:
+                    rest = [(offset + taken, size - taken)] if size > taken else []
+                    self._free[index : index + 1] = rest
+                    return Region(offset, taken, self._pages[offset : offset + taken])
         return None
 
     def give_back(self, region: Region) -> None:
-        """The region may be taken again."""
+        """Free a region, so that it may be taken again."""
         with self._changed:
             spans = sorted([*self._free, (region.offset, region.nbytes)])
             merged = [spans[0]]

@@ -1,8 +1,8 @@
-"""Host memory that is quick to touch for the first time.
+"""Host memory that is fast to touch for the first time.
 
-A first touch of each 4 KiB page, one by one, costs more than the copy into it does (measured on a virtual machine:
-0.66 s for 384 MB, 0.12 s once touched), and threads that do so wait for one another. One call that fills all page
-tables takes most of that away. (Pages of 2 MiB were slower than small ones there, while the page cache was full.)
+Faulting in each 4 KiB page on its first touch costs more than the copy into it (measured on a virtual machine: 0.66 s
+for 384 MB, against 0.12 s once touched), and threads that do so wait for one another. One call that fills all page
+tables avoids most of that. (There, pages of 2 MiB were slower than small ones while the page cache was full.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 Buffer = npt.NDArray[np.uint8]
 
 CACHED_BYTES = 1 << 20
-"""Read at once where somebody looks at it next: it is still in the processor's own cache then."""
+"""Bytes to read at a time if they are read again at once: they are still in the processor's own cache then."""
 
 
 _LEAST_BYTES = 1 << 20
@@ -25,11 +25,11 @@ _POPULATE_WRITE = 23
 
 
 def allocate(nbytes: int, *, huge: bool = False) -> npt.NDArray[np.uint8]:
-    """New memory, about to be filled; (nbytes,), its content undefined. It goes when the last array over it does.
+    """New memory that is about to be filled: (nbytes,) uint8, its content undefined. It is freed with its last view.
 
     Args:
         nbytes: how much.
-        huge: in pages of 2 MiB where the system has them, which are quicker to lock.
+        huge: in pages of 2 MiB where the system has them; they are quicker to page-lock.
     """
     if nbytes < _LEAST_BYTES:
         return np.empty(nbytes, np.uint8)

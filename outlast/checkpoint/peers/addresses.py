@@ -1,4 +1,4 @@
-"""By which address of its own a rank is reached: that of an interface which is named, or that of a route."""
+"""The address on which a rank listens: that of a named interface, or the one on the route to another node."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from outlast.errors import CheckpointError
 
 
 def own_address(interface: str | None) -> str:
-    """The address of an interface, or (None) the one by which this node reaches ``MASTER_ADDR``.
+    """The address of an interface, or (None) this node's address on the route to ``MASTER_ADDR``.
 
     Raises:
         CheckpointError: no such interface, or it has no address.
@@ -26,7 +26,7 @@ def own_address(interface: str | None) -> str:
 
 
 def routed_to(host: str) -> str:
-    """This node's address on the way to another's."""
+    """This node's address on the route to another host."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)  # a datagram socket sends nothing here; the kernel chooses the route
@@ -34,27 +34,27 @@ def routed_to(host: str) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether no other host can reach it; of a name it is not known, and assumed not."""
+    """Whether it is an address that no other host can reach; a host name is assumed to be none."""
     try:
         return ipaddress.ip_address(address.partition("%")[0]).is_loopback
     except ValueError:
         return False
 
 
-def from_elsewhere(rank: int, names: Sequence[str], addresses: Sequence[str]) -> str:
-    """A rank's address, found by a route to another node where the one it has is of no use to that.
+def reachable_address(rank: int, names: Sequence[str], addresses: Sequence[str]) -> str:
+    """A rank's address; if that is a loopback address, the one on the route to another node.
 
-    Debian has a host's own name resolve to 127.0.1.1, which is how the ranks beside ``MASTER_ADDR`` find a loopback
-    address, while all other nodes find good ones. Where all addresses are loopback there is nothing to ask for, and
-    they may be right: what seem to be several nodes may be containers that share a network.
+    On Debian a host's own name resolves to 127.0.1.1, so the ranks on the host of ``MASTER_ADDR`` get a loopback
+    address, while all other nodes get good ones. If all addresses are loopback addresses, they are taken as they are:
+    what looks like several nodes may be containers that share a network.
 
     Args:
         rank: of this process.
-        names: each rank's node.
-        addresses: what each rank has found.
+        names: by rank, its node.
+        addresses: by rank, its own choice of an address.
 
     Raises:
-        CheckpointError: other nodes have addresses that can be reached, and there is no route to any of them.
+        CheckpointError: other nodes have addresses that can be reached, but there is no route to any of them.
     """
     if not is_loopback(addresses[rank]):
         return addresses[rank]
@@ -66,34 +66,34 @@ def from_elsewhere(rank: int, names: Sequence[str], addresses: Sequence[str]) ->
     tried = []
     for other in others:
         try:
-            found = routed_to(other)
+            address = routed_to(other)
         except OSError as error:
             tried.append(f"{other}: {error}")
             continue
-        if not is_loopback(found):
-            return found
-        tried.append(f"{other}: it leads through {found}")
+        if not is_loopback(address):
+            return address
+        tried.append(f"{other}: the route leads through {address}")
     if tried:
         raise CheckpointError(
-            f"{addresses[rank]} is of no use to other nodes, and there is no route to them ({'; '.join(tried)})"
+            f"other nodes cannot reach {addresses[rank]}, and there is no route to them ({'; '.join(tried)})"
         )
     return addresses[rank]
 
 
 def _address_of(interface: str) -> str:
     """IPv4 before IPv6; no link-local address, which means nothing without its interface."""
-    there = psutil.net_if_addrs()
-    if interface not in there:
+    interfaces = psutil.net_if_addrs()
+    if interface not in interfaces:
         raise CheckpointError(
-            f"{socket.gethostname()} has no interface {interface!r}; it has {', '.join(sorted(there))}"
+            f"{socket.gethostname()} has no interface {interface!r}; it has {', '.join(sorted(interfaces))}"
         )
     for family in (socket.AF_INET, socket.AF_INET6):
-        for one in there[interface]:
+        for one in interfaces[interface]:
             if one.family == family:
                 address = str(one.address)
                 if not ipaddress.ip_address(address.partition("%")[0]).is_link_local:
                     return address
-    have = ", ".join(str(one.address) for one in there[interface])
+    have = ", ".join(str(one.address) for one in interfaces[interface])
     raise CheckpointError(
         f"interface {interface!r} of {socket.gethostname()} has no IP address to listen on, only {have}"
     )

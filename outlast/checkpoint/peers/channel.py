@@ -1,9 +1,9 @@
 """Connections between ranks for what must not go over the training's process groups.
 
-Both ends prove that they hold the run's secret (HMAC-SHA256 over fresh random numbers of both, so that a recorded
-handshake is worth nothing) before anything else is read; every frame's header carries a MAC under a key of this
-connection and a counter. Payloads are not encrypted, and are protected by the CRC32C their reader compares, against
-faults and not against an attacker on the wire.
+Both ends prove that they have the run's secret before anything else is read (HMAC-SHA256 over fresh random numbers of
+both, so that a recorded handshake is useless). Every frame's header carries a MAC under a key of this connection, with
+a counter. Payloads are not encrypted; the CRC32C that their reader compares protects them against faults, not against
+an attacker on the wire.
 """
 
 from __future__ import annotations
@@ -32,14 +32,18 @@ _BACKLOG = 128
 
 Header = dict[str, Any]
 Sink = Callable[[Header, int], memoryview | None]
-"""Where a payload of some bytes is to go, by its header; None refuses the connection."""
+"""Gives the memory for a payload, from its header and its size in bytes; None refuses the connection."""
 
 
 class Channel:
     """One authenticated connection. One thread may send while another receives.
 
-    Failure contract: whatever goes wrong (the peer is gone, silent for longer than the timeout, or not who it should
-    be) raises ``OSError``, and the channel is closed.
+    Failure contract: whatever goes wrong (the peer is gone, silent for longer than the timeout, or cannot prove who it
+    is) raises ``OSError``, and the channel is closed.
+
+    Args:
+        sock: connected, with a timeout; owned by the channel.
+        key: of this connection, from the handshake.
     """
 
     def __init__(self, sock: socket.socket, key: bytes) -> None:
@@ -54,7 +58,7 @@ class Channel:
         """Connect to a :class:`Listener`.
 
         Raises:
-            OSError: it cannot be reached, or does not hold the secret.
+            OSError: it cannot be reached, or does not have the secret.
         """
         sock = socket.create_connection(address, timeout=timeout_s)
         try:
@@ -66,7 +70,11 @@ class Channel:
             raise
 
     def send(self, header: Header, payload: Sequence[memoryview] = ()) -> None:
-        """Send one frame; on return the buffers may be reused."""
+        """Send one frame, blocking. On return the payload's buffers may be reused.
+
+        Raises:
+            OSError: see the class.
+        """
         text = json.dumps(header, separators=(",", ":")).encode()
         try:
             with self._sending:
@@ -80,11 +88,17 @@ class Channel:
             raise
 
     def receive(self, sink: Sink | None = None, *, idle: bool = False) -> Header:
-        """The next frame's header; its payload, if it has one, is where ``sink`` said.
+        """Receive one frame. A payload is complete on return, in the memory that ``sink`` gave.
 
         Args:
-            sink: None: a payload is an error.
-            idle: wait for the frame's begin as long as it takes, and not for the timeout.
+            sink: called if the frame has a payload; None: a payload is an error.
+            idle: wait for the frame to begin without a timeout.
+
+        Returns:
+            The frame's header.
+
+        Raises:
+            OSError: see the class.
         """
         try:
             limit_s = self._socket.gettimeout()
@@ -95,11 +109,13 @@ class Channel:
             head = first + self._exactly(_HEAD.size - 1)
             length, nbytes = _HEAD.unpack(head)
             if length > _MAX_HEADER_BYTES:
-                raise ConnectionError(f"a header of {length} bytes")
+                raise ConnectionError(
+                    f"a frame with a header of {length} bytes, at most {_MAX_HEADER_BYTES} are accepted"
+                )
             text = self._exactly(length)
             mac = self._exactly(_MAC_BYTES)
             if not hmac.compare_digest(mac, self._mac(not self._dialled, "received", head + text)):
-                raise ConnectionError("a frame that the peer did not make")
+                raise ConnectionError("a frame whose MAC is wrong")
             header: Header = json.loads(text)
             if nbytes:
                 target = sink(header, nbytes) if sink is not None else None
@@ -115,8 +131,8 @@ class Channel:
             raise ConnectionError(f"not a frame: {error}") from error
 
     def close(self) -> None:
-        """Close; a thread that waits in :meth:`receive` or :meth:`send` gets an ``OSError``. Twice is harmless."""
-        with suppress(OSError):  # not connected any more
+        """Close; a thread blocked in :meth:`receive` or :meth:`send` gets an ``OSError``. Idempotent."""
+        with suppress(OSError):  # no longer connected
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
@@ -131,30 +147,30 @@ class Channel:
 
 
 class Listener:
-    """Accepts connections of those who hold the secret, each served in a thread of its own.
+    """Accepts connections from peers that have the secret, each in a thread of its own.
 
     Args:
-        host: the address to listen on, and on no other.
+        host: the only address to listen on.
         secret: of the run.
-        serve: called with each channel; the channel is closed when it returns.
-        timeout_s: within which a peer must go on with what it began.
+        on_channel: called with each channel, in the channel's thread; the channel is closed when it returns.
+        timeout_s: how long a peer may be silent within a frame.
 
     Raises:
         CheckpointError: the address cannot be listened on.
     """
 
-    def __init__(self, host: str, secret: bytes, serve: Callable[[Channel], None], timeout_s: float) -> None:
+    def __init__(self, host: str, secret: bytes, on_channel: Callable[[Channel], None], timeout_s: float) -> None:
         if not secret:
-            raise CheckpointError("a listener needs a secret")
+            raise CheckpointError("a listener needs a secret that is not empty")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._socket = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
         except OSError as error:
             raise CheckpointError(
-                f"cannot listen on {host}: {error}", "pass host=, an address of this node's own"
+                f"cannot listen on {host}: {error}", "pass host=, one of this node's own addresses"
             ) from error
         self._secret = secret
-        self._serve = serve
+        self._on_channel = on_channel
         self._timeout_s = timeout_s
         self._closed = False
         self._open: set[Channel] = set()
@@ -163,14 +179,14 @@ class Listener:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where peers dial."""
+        """Host and port that peers dial."""
         host, port = self._socket.getsockname()[:2]
         return str(host), int(port)
 
     def close(self) -> None:
-        """Accept no more, and close what is open."""
+        """Stop accepting, and close all connections."""
         self._closed = True
-        with suppress(OSError):  # it was not waiting
+        with suppress(OSError):  # accept was not blocked
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept
         self._socket.close()
         with self._lock:
@@ -200,7 +216,7 @@ class Listener:
             self._open.add(channel)
         try:
             if not self._closed:
-                self._serve(channel)
+                self._on_channel(channel)
         except OSError as error:
             _log.info("the connection from %s ended: %s", peer[0], error)
         finally:
@@ -210,25 +226,25 @@ class Listener:
 
 
 def _shake_hands(sock: socket.socket, secret: bytes, *, dialled: bool) -> bytes:
-    """Prove the secret to each other; a key for this connection alone.
+    """Prove the secret to each other, and derive a key for this connection.
 
-    The dialler proves first: one that listens tells nothing to strangers.
+    The dialler proves first, so a listener reveals nothing to strangers.
     """
-    mine = secrets.token_bytes(_NONCE_BYTES)
-    sock.sendall(_MAGIC + mine)
+    ours = secrets.token_bytes(_NONCE_BYTES)
+    sock.sendall(_MAGIC + ours)
     greeting = bytearray(len(_MAGIC) + _NONCE_BYTES)
     _receive_into(sock, memoryview(greeting))
     if greeting[: len(_MAGIC)] != _MAGIC:
         raise ConnectionError("the peer does not speak this protocol")
     theirs = bytes(greeting[len(_MAGIC) :])
-    both = mine + theirs if dialled else theirs + mine
+    both = ours + theirs if dialled else theirs + ours
     proofs = {who: hmac.digest(secret, word + both, "sha256") for who, word in ((True, b"dial"), (False, b"answer"))}
     if dialled:
         sock.sendall(proofs[True])
     proof = bytearray(_MAC_BYTES)
     _receive_into(sock, memoryview(proof))
     if not hmac.compare_digest(bytes(proof), proofs[not dialled]):
-        raise ConnectionError("the peer does not hold this run's secret")
+        raise ConnectionError("the peer does not have this run's secret")
     if not dialled:
         sock.sendall(proofs[False])
     return hmac.digest(secret, b"key" + both, hashlib.sha256)

@@ -1,4 +1,4 @@
-"""How ranks agree during a restore: tensors through collectives of one group, texts as bytes."""
+"""The collectives of a restore, and of the ranks' meeting: over one process group, with text sent as bytes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from outlast.errors import CheckpointError
 
 
 class Agreement:
-    """Collectives of a restore; with one rank they do nothing.
+    """Collectives over all ranks; with one rank they do nothing.
 
-    Every method is collective: all ranks of the group call the same methods in the same order. If a rank is lost, they
-    fail as the group's backend makes them fail.
+    Every method is collective: all ranks of the group call the same methods in the same order. All block until the
+    result is there, so that buffers may be reused on return. If a rank is lost, they raise what the group's backend
+    raises (after its timeout, at the latest).
 
     Args:
         group: None takes the default group.
-        rank: in the job; must be the rank in the group.
-        world_size: ranks in the job.
+        rank: in the job; must equal the rank in the group.
+        world_size: of the job.
 
     Raises:
         CheckpointError: several ranks without a process group, or a group of another size.
@@ -47,7 +48,7 @@ class Agreement:
 
     @property
     def world_size(self) -> int:
-        """Ranks that agree."""
+        """Number of ranks."""
         return self._world_size
 
     def broadcast_int(self, value: int) -> int:
@@ -77,18 +78,18 @@ class Agreement:
     def transfer(
         self, data: torch.Tensor | None, nbytes: int, sender: int, receivers: Sequence[int]
     ) -> torch.Tensor | None:
-        """Bytes of one rank to some others.
+        """Send bytes from one rank to some others.
 
         Args:
             data: (nbytes,) uint8 on the sender; None elsewhere.
             nbytes: how many.
-            sender: who has them.
-            receivers: who is to have them, the sender not among them.
+            sender: the rank that has them.
+            receivers: the ranks that need them, without the sender.
 
         Returns:
-            On receivers, and perhaps on others, the bytes, on the CPU; else None.
+            The bytes, on the CPU: on the receivers, and perhaps on other ranks; else None.
         """
-        # A broadcast's root sends about log2(ranks) times, and every rank gets the bytes: no gain for a few receivers.
+        # A broadcast's root sends about log2(ranks) times, and all ranks get the bytes: no gain for a few receivers.
         few = len(receivers) == 1 or len(receivers) <= min(self._world_size - 2, (self._world_size - 1).bit_length())
         if not few:
             box = self._box(data, nbytes)

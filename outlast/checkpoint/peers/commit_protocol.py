@@ -1,8 +1,8 @@
-"""How ranks commit what lies in their memory: votes go to rank 0 over connections of their own, and its decision back.
+"""How ranks commit a save in memory: votes go to rank 0 over dedicated connections, and its decision comes back.
 
-No collective is issued, so a commit neither waits for the training's communication nor holds it up. A connection that
-breaks is dialled again at once, and both ends say again what they said last. A rank that died does not do so, and the
-save is given up; one that stalls ends it after a timeout.
+No collective is issued, so a commit neither waits for the training's communication nor delays it. A connection that
+breaks is dialled again at once, and both ends repeat their last message. If a rank has died, it is not dialled again,
+and the save is given up; if a rank stalls, the save is given up after a timeout.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from outlast.checkpoint.peers.topology import Meeting
 from outlast.errors import CheckpointError
 
 _log = logging.getLogger("outlast.checkpoint")
-_LOOK_S = 0.1
-_AGAIN_S = 1.0
-"""How long after a connection broke rank 0 still waits for it to be dialled again."""
+_POLL_S = 0.1
+_RECONNECT_S = 1.0
+"""How long rank 0 waits for a connection that broke to be dialled again."""
 
 
-class Control:
-    """One rank's end. Votes and decisions are headers; each save has a number, the same on all ranks.
+class CommitProtocol:
+    """One rank's end of the protocol. Votes and decisions are headers; a save has the same number on all ranks.
 
     Args:
-        rank: rank 0 decides.
+        rank: of this process; rank 0 decides.
         world_size: number of ranks.
         timeout_s: how long a vote or a decision may take.
     """
@@ -38,158 +38,170 @@ class Control:
         self._world_size = world_size
         self._meeting: Meeting | None = None
         self._timeout_s = timeout_s
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._votes: dict[int, dict[int, Header]] = {}
         self._decisions: dict[int, Header] = {}
         self._peers: dict[int, Channel] = {}
         self._lost: dict[int, tuple[str, float]] = {}
-        """By rank: how its connection broke, and when."""
-        self._said: Header | None = None
-        """The last vote, or on rank 0 decision: perhaps it did not arrive before the connection broke."""
+        """By rank: why its connection broke, and when."""
+        self._last_sent: Header | None = None
+        """The last vote (on rank 0: decision), which may not have arrived before the connection broke."""
         self._closed = False
 
-    def serve(self, rank: int, channel: Channel) -> None:
-        """Rank 0: read another rank's votes until the connection ends."""
-        with self._news:
+    def read_votes(self, rank: int, channel: Channel) -> None:
+        """Rank 0: read another rank's votes until the connection ends, which raises ``OSError``."""
+        with self._changed:
             if self._closed:
                 raise ConnectionError("closed")
             self._peers[rank] = channel
             self._lost.pop(rank, None)
-            said = self._said
+            last_sent = self._last_sent
         try:
-            channel.send({"last": said})
+            channel.send({"last": last_sent})
             while True:
                 header = channel.receive(idle=True)
-                with self._news:
+                with self._changed:
                     self._votes.setdefault(int(header["serial"]), {})[rank] = header
-                    self._news.notify_all()
+                    self._changed.notify_all()
         except OSError as error:
-            with self._news:
+            with self._changed:
                 if self._peers.get(rank) is channel:
                     self._lost[rank] = str(error), time.monotonic()
-                    self._news.notify_all()
+                    self._changed.notify_all()
             raise
 
-    def collect(self, serial: int, look: Callable[[], None]) -> dict[int, Header]:
-        """Rank 0: the votes of all other ranks for a save.
+    def collect_votes(self, save_id: int, check_cancelled: Callable[[], None]) -> dict[int, Header]:
+        """Rank 0: wait for the votes of all other ranks for a save.
 
-        ``look`` is called meanwhile, and raises if the save was given up.
+        Args:
+            save_id: of the save.
+            check_cancelled: called repeatedly; raises if the save was given up.
+
+        Returns:
+            By rank.
 
         Raises:
-            CheckpointError: a rank has failed, is gone, or does not vote in time.
+            CheckpointError: a rank has failed, is lost, or does not vote within the timeout.
         """
         began = time.monotonic()
         deadline = began + self._timeout_s
-        with self._news:
+        with self._changed:
             while True:
-                votes = self._votes.get(serial, {})
+                votes = self._votes.get(save_id, {})
                 for rank, vote in votes.items():
                     if "failed" in vote:
                         raise CheckpointError(f"rank {rank} gave up: {vote['failed']}")
                 absent = [rank for rank in range(1, self._world_size) if rank not in votes]
                 if not absent:
-                    self._forget(serial)
+                    self._forget(save_id)
                     return votes
                 for rank in absent:
                     why, lost_at = self._lost.get(rank, ("", math.inf))
-                    if time.monotonic() - max(began, lost_at) > _AGAIN_S:
+                    if time.monotonic() - max(began, lost_at) > _RECONNECT_S:
                         raise CheckpointError(f"the connection to rank {rank} is lost: {why}")
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     names = ", ".join(map(str, absent))
                     raise CheckpointError(f"no vote within {self._timeout_s:g} s from rank {names}")
-                look()
-                self._news.wait(min(left_s, _LOOK_S))
+                check_cancelled()
+                self._changed.wait(min(left_s, _POLL_S))
 
-    def tell(self, decision: Header) -> None:
-        """Rank 0: tell all ranks; one that cannot be told finds its connection broken."""
-        with self._news:
-            self._said = decision
+    def announce(self, decision: Header) -> None:
+        """Rank 0: send a decision to all ranks. A rank that cannot be reached notices that its connection broke."""
+        with self._changed:
+            self._last_sent = decision
             peers = dict(self._peers)
         for channel in peers.values():
-            with suppress(OSError):  # its own thread notices
+            with suppress(OSError):  # the thread that reads from it notices
                 channel.send(decision)
 
-    def join(self, meeting: Meeting) -> None:
-        """Connect to rank 0, which learns from the connection's end that a rank is gone.
+    def connect(self, meeting: Meeting) -> None:
+        """Other ranks: connect to rank 0, for which the end of the connection means that this rank is lost.
+
+        Args:
+            meeting: rank 0's address.
 
         Raises:
-            OSError: it cannot be reached.
+            OSError: rank 0 cannot be reached.
         """
         self._meeting = meeting
         if self._rank != 0:
             self._dial()
 
     def _dial(self) -> None:
-        """Connect to rank 0, and say again what was said last."""
+        """Connect to rank 0, and repeat the last message."""
         assert self._meeting is not None
         channel = Channel.dial(self._meeting.nodes.addresses[0], self._meeting.secret, self._timeout_s)
         channel.send({"for": "control", "rank": self._rank})
         last = channel.receive()["last"]
-        with self._news:
+        with self._changed:
             if last is not None:
                 self._decisions[int(last["serial"])] = last
-                self._news.notify_all()
+                self._changed.notify_all()
             self._peers[0] = channel
             self._lost.pop(0, None)
-            said = self._said
+            last_sent = self._last_sent
         threading.Thread(target=self._listen, args=(channel,), name="outlast-control", daemon=True).start()
-        if said is not None:
-            with suppress(OSError):  # whoever listens there connects again, and says it again
-                channel.send(said)
+        if last_sent is not None:
+            with suppress(OSError):  # the listening thread connects again, and repeats it
+                channel.send(last_sent)
 
-    def say_failed(self, serial: int, reason: str) -> None:
-        """Tell the others that this rank gives a save up; those who cannot be told find the connection broken."""
-        header: Header = {"serial": serial, "failed": reason}
+    def announce_failure(self, save_id: int, reason: str) -> None:
+        """Tell the other ranks that this one gives a save up. Unreachable ranks notice that the connection broke."""
+        header: Header = {"serial": save_id, "failed": reason}
         if self._rank == 0:
-            self.tell(header)
+            self.announce(header)
             return
-        self._say(header)
+        self._send(header)
 
     def vote(self, header: Header) -> None:
-        """Other ranks: send a vote.
+        """Other ranks: send a vote to rank 0.
 
         Raises:
             OSError: rank 0 cannot be reached.
         """
-        if not self._say(header):
+        if not self._send(header):
             self._dial()
 
-    def _say(self, header: Header) -> bool:
-        """Say it now, or when the connection is made again; False if it is lost."""
-        with self._news:
-            self._said = header
+    def _send(self, header: Header) -> bool:
+        """Send it now, or when the connection is made again; False if the connection is lost."""
+        with self._changed:
+            self._last_sent = header
             lost, channel = 0 in self._lost, self._peers[0]
         if not lost:
-            with suppress(OSError):  # whoever listens there connects again, and says it again
+            with suppress(OSError):  # the listening thread connects again, and repeats it
                 channel.send(header)
         return not lost
 
-    def decision(self, serial: int, look: Callable[[], None]) -> Header:
-        """Other ranks: what rank 0 decided of a save; ``look`` as in :meth:`collect`.
+    def wait_decision(self, save_id: int, check_cancelled: Callable[[], None]) -> Header:
+        """Other ranks: wait for rank 0's decision on a save.
+
+        Args:
+            save_id: of the save.
+            check_cancelled: called repeatedly; raises if the save was given up.
 
         Raises:
-            CheckpointError: rank 0 is gone, or does not decide in time.
+            CheckpointError: rank 0 is lost, or does not decide within twice the timeout.
         """
-        # Rank 0 itself waits that long for the last vote.
+        # Rank 0 may wait for the last vote as long as the timeout.
         limit_s = 2 * self._timeout_s
         deadline = time.monotonic() + limit_s
-        with self._news:
-            while serial not in self._decisions:
+        with self._changed:
+            while save_id not in self._decisions:
                 if 0 in self._lost:
                     raise CheckpointError(f"the connection to rank 0 is lost: {self._lost[0][0]}")
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     raise CheckpointError(f"no decision within {limit_s:g} s from rank 0")
-                look()
-                self._news.wait(min(left_s, _LOOK_S))
-            decision = self._decisions[serial]
-            self._forget(serial)
+                check_cancelled()
+                self._changed.wait(min(left_s, _POLL_S))
+            decision = self._decisions[save_id]
+            self._forget(save_id)
             return decision
 
     def close(self) -> None:
         """Close the connections."""
-        with self._news:
+        with self._changed:
             self._closed = True
             peers = list(self._peers.values())
         for channel in peers:
@@ -199,23 +211,23 @@ class Control:
         try:
             while True:
                 header = channel.receive(idle=True)
-                with self._news:
+                with self._changed:
                     self._decisions[int(header["serial"])] = header
-                    self._news.notify_all()
+                    self._changed.notify_all()
         except OSError as error:
             broken = str(error)
         try:
             if self._closed:
                 raise ConnectionError("closed")
             self._dial()
-            _log.warning("the connection to rank 0 broke (%s); connected again", broken)
+            _log.warning("the connection to rank 0 broke (%s) and was restored", broken)
         except OSError as error:
-            with self._news:
-                self._lost[0] = f"{broken}; connecting again: {error}", time.monotonic()
-                self._news.notify_all()
+            with self._changed:
+                self._lost[0] = f"{broken}; reconnecting failed: {error}", time.monotonic()
+                self._changed.notify_all()
 
-    def _forget(self, serial: int) -> None:
-        """Saves up to this one are over."""
+    def _forget(self, save_id: int) -> None:
+        """Forget saves up to this one: they are over."""
         for kept in (self._votes, self._decisions):
-            for old in [number for number in kept if number <= serial]:
+            for old in [number for number in kept if number <= save_id]:
                 del kept[old]

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from outlast.checkpoint.format.names import LOCAL_DISK, MEMORY, PARTNER, STORAGE, parse_local, parse_pack
+from outlast.checkpoint.format.names import LOCAL_DISK, MEMORY, PARTNER, parse_local, parse_pack
 from outlast.checkpoint.format.records import Fault, FileEntry, RunningChecksum, Vote, check_file, check_pieces
 from outlast.checkpoint.memory.pages import Buffer
 from outlast.checkpoint.restore.messages import DamagedCopy
-from outlast.checkpoint.restore.read_once import SharedFiles
 from outlast.checkpoint.restore.slot_files import SlotFiles
 from outlast.errors import CorruptCheckpoint
 
@@ -54,7 +53,8 @@ class AvailableCopies:
     """On any node; equal on all ranks."""
     votes: dict[int, Vote]
     """By rank; of those parts that nodes have."""
-    bytes_by_tier: BytesByTier
+    bytes_by_tier: BytesByTier = field(default_factory=BytesByTier)
+    """That were handed out."""
     handed_out: set[str] = field(default_factory=set)
     """Paths of the files whose memory tensors share: who reads one again gets a copy."""
 
@@ -109,30 +109,3 @@ class AvailableCopies:
         if parse_local(entry.path) is None and parse_pack(entry.path) is None:
             del self.received[entry.path]  # read once, into its tensor
         return data
-
-
-@dataclass(frozen=True)
-class FastestCopies:
-    """First the nodes' copies, then what another rank has read from storage. A :class:`FileSource`."""
-
-    copies: AvailableCopies | None
-    shared: SharedFiles | None
-    bytes_by_tier: BytesByTier
-
-    def __call__(self, entry: FileEntry) -> Buffer | None:
-        """A file's verified bytes, or None: then it is read from storage, and counted as such."""
-        data = self.copies(entry) if self.copies is not None else None
-        return data if data is not None else self._from_storage(entry)
-
-    def fill(self, entry: FileEntry, out: Buffer) -> bool:
-        """Read a chunk's elements into their place; False: then they are read from storage, and counted as such."""
-        if self.copies is not None and self.copies.fill(entry, out):
-            return True
-        data = self._from_storage(entry)
-        if data is not None:
-            np.copyto(out, data[: len(out)])
-        return data is not None
-
-    def _from_storage(self, entry: FileEntry) -> Buffer | None:
-        self.bytes_by_tier.add(STORAGE, entry.size_bytes)
-        return self.shared(entry) if self.shared is not None else None

@@ -22,6 +22,7 @@ from outlast.errors import CheckpointError
 _log = logging.getLogger("outlast.checkpoint")
 T = TypeVar("T")
 NO_STEP = -1
+"""Stands for the restored step where there is none."""
 _FIX = "check the storage and its permissions"
 
 
@@ -44,11 +45,11 @@ class Housekeeping:
             step: the one to restore; None: the newest. Where an interrupted overwrite of it cannot be undone, that is
                 an error: an older step must not be taken in its place.
         """
-        found = self._on_rank_0(lambda: self._bring_back_and_scan(step))
+        scanned = self._on_rank_0(lambda: self._bring_back_and_scan(step))
         own = []
-        if found is not None:
-            own = [StoredStep(step, True) for step in found.committed]
-            own += [StoredStep(step, False) for step in found.uncommitted]
+        if scanned is not None:
+            own = [StoredStep(step, committed=True) for step in scanned.committed]
+            own += [StoredStep(step, committed=False) for step in scanned.uncommitted]
         stored = [message for _, message in all_gather_messages(self.context.agreement, StoredStep, own)]
         return Scan(
             tuple(message.step for message in stored if message.committed),
@@ -80,15 +81,18 @@ class Housekeeping:
         if self.survey is not None:
             self.survey.discard(newer_than=restored)
 
-    def _bring_back_and_scan(self, wanted: int | None) -> Scan:
-        left_replaced = bring_back(self.context.store)
-        found = scan(self.context.store)
-        for step, reason in left_replaced:
-            self.context.report(step, reason)
-        for step, reason in left_replaced:
-            if step == wanted or (wanted is None and step > max(found.committed, default=NO_STEP)):
-                raise CheckpointError(f"{self.context.store.url}/{step_name(step)} exists, but {reason}", _FIX)
-        return found
+    def _bring_back_and_scan(self, step: int | None) -> Scan:
+        scanned = scan(self.context.store)
+        if not scanned.replaced:
+            return scanned
+        left_replaced = bring_back(self.context.store, scanned.replaced)
+        scanned = scan(self.context.store)
+        for replaced, reason in left_replaced:
+            self.context.report(replaced, reason)
+        for replaced, reason in left_replaced:
+            if replaced == step or (step is None and replaced > max(scanned.committed, default=NO_STEP)):
+                raise CheckpointError(f"{self.context.store.url}/{step_name(replaced)} exists, but {reason}", _FIX)
+        return scanned
 
     def _set_aside(self, step: int) -> str:
         return self._unless_read_only(step, lambda store, step: f"set aside as {set_aside(store, step)}")
@@ -113,5 +117,7 @@ class Housekeeping:
                 failures = [Failure(CheckpointError.__name__, what, _FIX)]
             except CheckpointError as error:
                 failures = [Failure.of(error)]
-        self.context.raise_on_all(failures)
+        # No rank goes on before all are here.
+        for _, failure in all_gather_messages(self.context.agreement, Failure, failures):
+            raise failure.as_error()
         return result

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from outlast.checkpoint.format.names import step_name
+from outlast.checkpoint.format.names import STORAGE, step_name
 from outlast.checkpoint.format.records import Fault
 from outlast.checkpoint.restore.candidates import Candidate
-from outlast.checkpoint.restore.copies import AvailableCopies, BytesByTier, FastestCopies
+from outlast.checkpoint.restore.copies import AvailableCopies
 from outlast.checkpoint.restore.messages import Failure, all_gather_messages
 from outlast.checkpoint.restore.read_once import SharedFiles, read_once
 from outlast.checkpoint.restore.request import RestoreContext, RestoreRequest
@@ -38,7 +39,7 @@ class Restored:
     world_size: int
     """Of the job that saved it."""
     read_local: Callable[[int], dict[str, Any]]
-    """The local state of any of the ranks that saved it, read and verified anew; until the Checkpointer is closed.
+    """The local state of any rank that saved it, read and verified again; until the Checkpointer is closed.
     (Where the step is in memory alone and the world size is the same: of this rank.) Raises CorruptCheckpoint,
     IncompleteCheckpoint and their like if it is no longer there as it was."""
 
@@ -71,19 +72,18 @@ class Loader:
 
     def _attempt(self, candidate: Candidate, *, verify: bool) -> Restored | list[Fault]:
         began = time.monotonic()
-        bytes_by_tier = BytesByTier()
-        copies = self._copies(candidate, bytes_by_tier, verify)
-        source = FastestCopies(copies, self._shared(candidate), bytes_by_tier)
+        copies, shared = self._copies(candidate, verify), self._shared(candidate)
         restored: Restored | None = None
+        bytes_by_tier: Counter[str] = Counter()
         failures: list[Failure] = []
         try:
-            restored = self._read(candidate, source)
+            restored, bytes_by_tier = self._read(candidate, copies, shared)
         except (Fault, StateMismatch, OSError) as error:
             failures = [Failure.of(error)]
         faults = self._faults_of_all(candidate.step, failures)
         if restored is None or faults:
             return faults
-        if copies is not None and candidate.on_nodes is not None and self.survey is not None:
+        if copies is not None and copies.damaged and candidate.on_nodes is not None and self.survey is not None:
             self.context.report_faults(candidate.step, copies.damage_faults())
             self.survey.quarantine(candidate.on_nodes, copies.damaged)
         self.context.on_event(
@@ -91,16 +91,16 @@ class Loader:
                 step=candidate.step,
                 url=self.context.store.url,
                 seconds=time.monotonic() - began,
-                tiers=dict(bytes_by_tier.counts),
+                tiers=dict(bytes_by_tier),
             )
         )
         return restored
 
-    def _copies(self, candidate: Candidate, bytes_by_tier: BytesByTier, verify: bool) -> AvailableCopies | None:
+    def _copies(self, candidate: Candidate, verify: bool) -> AvailableCopies | None:
         """What the nodes have of a candidate; collective."""
         if candidate.on_nodes is None or self.survey is None:
             return None
-        return gather_copies(self.survey, candidate.on_nodes, self.request.target, bytes_by_tier, verify=verify)
+        return gather_copies(self.survey, candidate.on_nodes, self.request.target, verify=verify)
 
     def _shared(self, candidate: Candidate) -> SharedFiles | None:
         """What all ranks need of a step in storage; collective."""
@@ -109,13 +109,22 @@ class Loader:
         target = self.request.target
         return read_once(self.context, candidate.step, target.boxes if target is not None else ())
 
-    def _read(self, candidate: Candidate, source: FastestCopies) -> Restored:
-        """This rank's part of the reading, not collective; raises Fault, StateMismatch and OSError."""
+    def _read(
+        self, candidate: Candidate, copies: AvailableCopies | None, shared: SharedFiles | None
+    ) -> tuple[Restored, Counter[str]]:
+        """This rank's part of the reading, and how many bytes came from which tier. Not collective.
+
+        Raises:
+            Fault: a file is missing or damaged.
+            StateMismatch: another world size, or other tensors.
+            OSError: the storage cannot be read.
+        """
         context, step, save = self.context, candidate.step, candidate.on_nodes
         if save is not None and (fault := save.missing_fault()) is not None and not _is_in_storage(context.store, save):
             raise fault
+        source = copies if copies is not None else shared
         commit = save.commit if save is not None else None
-        votes = source.copies.votes if source.copies is not None else {}
+        votes = copies.votes if copies is not None else {}
         reader = StepReader(context.store, step, context.io, source, commit, votes)
         saved_by = reader.commit.world_size
         # Every rank reads the replicated state, those ranks a shard that need it (together they need all of a tensor),
@@ -134,12 +143,15 @@ class Loader:
                 "start with the world size that saved it",
             )
         replicated = reader.load(None, self.request.target)
-        return Restored(step, replicated, local, saved_by, partial(_read_local, reader, context.store))
+        bytes_by_tier = Counter(source.bytes_by_tier.counts if source is not None else {})
+        if reader.stored_bytes:
+            bytes_by_tier[STORAGE] += reader.stored_bytes
+        return Restored(step, replicated, local, saved_by, partial(_read_local, reader, context.store)), bytes_by_tier
 
     def _faults_of_all(self, step: int, failures: list[Failure]) -> list[Fault]:
-        """What is wrong with files on any rank, once for each file; collective. Raises what no file is at fault for."""
-        found = all_gather_messages(self.context.agreement, Failure, failures)
-        for rank, failure in found:
+        """The faults of files on any rank, one for each file; raises every other failure. Collective."""
+        of_all = all_gather_messages(self.context.agreement, Failure, failures)
+        for rank, failure in of_all:
             if failure.error_type is StateMismatch:
                 raise StateMismatch(failure.reason, failure.fix)
             if failure.error_type not in (CorruptCheckpoint, IncompleteCheckpoint):
@@ -147,7 +159,7 @@ class Loader:
                 reason = f"{fault.reason} (found by rank {rank})"
                 raise as_error(Fault(fault.kind, fault.file, reason), self.context.store, step)
         by_file: dict[str, Fault] = {}
-        for _, failure in found:
+        for _, failure in of_all:
             by_file.setdefault(failure.file, failure.as_fault())
         return list(by_file.values())
 
@@ -158,7 +170,7 @@ def _is_in_storage(store: Store, save: SaveOnNodes) -> bool:
         commit = read_commit(store, save.commit.step)
     except Fault:
         return False
-    return (commit.epoch, commit.serial) == save.key and commit.votes == save.commit.votes
+    return (commit.attempt_id, commit.save_id) == save.key and commit.votes == save.commit.votes
 
 
 def _read_local(reader: StepReader, store: Store, rank: int) -> dict[str, Any]:

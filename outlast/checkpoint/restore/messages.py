@@ -55,6 +55,22 @@ class Failure(Message):
         """The fault of a file."""
         return Fault(self.error_type, self.file, self.reason)
 
+    def as_error(self) -> CheckpointError:
+        """The error of a rank."""
+        return self.error_type(self.reason, self.fix)
+
+
+@dataclass(frozen=True)
+class Ask(Message):
+    """What a rank asks for, and where it runs."""
+
+    node: str
+    digest: int = -1
+    """Of the tensors that it asks for; -1 for all tensors, whole."""
+    problem: str = ""
+    """Why it cannot ask, if so."""
+    fix: str = ""
+
 
 @dataclass(frozen=True)
 class StoredStep(Message):
@@ -75,11 +91,6 @@ class PartOnNode(Message):
     """That saved the part."""
     in_memory: bool
     """Whether the node has it in memory; otherwise it is on the node's disk."""
-
-    @property
-    def key(self) -> SaveKey:
-        """Which save."""
-        return SaveKey(self.attempt_id, self.save_id)
 
 
 @dataclass(frozen=True)

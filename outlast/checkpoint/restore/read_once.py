@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-from outlast.checkpoint.format.names import parse_pack
+from outlast.checkpoint.format.names import STORAGE, parse_pack
 from outlast.checkpoint.format.records import Fault, FileEntry, check_file, crc_hex
 from outlast.checkpoint.memory.pages import Buffer
+from outlast.checkpoint.restore.copies import BytesByTier
 from outlast.checkpoint.restore.request import RestoreContext
 from outlast.checkpoint.state.shares import share_out
 from outlast.checkpoint.steps.reader import StepReader
@@ -24,21 +26,36 @@ _log = logging.getLogger("outlast.checkpoint")
 
 @dataclass(frozen=True)
 class SharedFiles:
-    """Files of one step that this rank read or received. Each is handed out once, except packs."""
+    """Files in storage that this rank read or received, of one step. A :class:`FileSource`.
+
+    Each is handed out once, except packs.
+    """
 
     read: dict[str, Buffer]
     """By path; verified when they were read."""
     received: dict[str, Buffer]
     """By path; verified when they are handed out."""
+    bytes_by_tier: BytesByTier = field(default_factory=BytesByTier)
+    """That were handed out; all of them are the storage's."""
 
     def __call__(self, entry: FileEntry) -> Buffer | None:
         """A file's verified bytes, or None if there is no good copy here."""
-        if parse_pack(entry.path) is not None:  # needed for the replicated and for the local state
-            data = self.read.get(entry.path)
-            data = data if data is not None else _verified(entry, self.received.get(entry.path))
-            return data.copy() if data is not None else None
-        data = self.read.pop(entry.path, None)
-        return data if data is not None else _verified(entry, self.received.pop(entry.path, None))
+        is_pack = parse_pack(entry.path) is not None  # needed for the replicated and for the local state
+        take = dict.get if is_pack else dict.pop
+        data: Buffer | None = take(self.read, entry.path, None)
+        if data is None:
+            data = _verified(entry, take(self.received, entry.path, None))
+        if data is None:
+            return None
+        self.bytes_by_tier.add(STORAGE, entry.size_bytes)
+        return data.copy() if is_pack else data
+
+    def fill(self, entry: FileEntry, out: Buffer) -> bool:
+        """Copy a chunk's elements to their place; False if there is no good copy here."""
+        data = self(entry)
+        if data is not None:
+            np.copyto(out, data[: len(out)])
+        return data is not None
 
 
 def read_once(context: RestoreContext, step: int, parted: Collection[str]) -> SharedFiles | None:

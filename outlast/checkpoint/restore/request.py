@@ -1,24 +1,27 @@
-"""What a restore is asked for, and the rank that does its part; all ranks agree before any byte is read."""
+"""What a restore is asked for, which all ranks agree on before any byte is read, and what a rank restores with."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from outlast.checkpoint.format.names import step_name
 from outlast.checkpoint.format.records import Fault
 from outlast.checkpoint.peers.collectives import Agreement
 from outlast.checkpoint.peers.topology import node_name
-from outlast.checkpoint.restore.messages import Failure, all_gather_messages
+from outlast.checkpoint.restore.messages import Ask, all_gather_messages
 from outlast.checkpoint.state.dtensor import Meshes
 from outlast.checkpoint.state.target import RestoreTarget
 from outlast.checkpoint.storage.base import Store
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.errors import CheckpointError, StateMismatch
 from outlast.events import CheckpointRejected, Event
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _log = logging.getLogger("outlast.checkpoint")
 
@@ -46,15 +49,6 @@ class RestoreContext:
         for fault in faults:
             self.report(step, f"{fault.kind.__name__}: {fault.reason}", fault.file)
 
-    def raise_on_all(self, failures: list[Failure]) -> None:
-        """Raise on every rank what failed on any; no rank goes on before all are here. Collective.
-
-        Raises:
-            CheckpointError: the failure of the lowest rank that has one.
-        """
-        for _, failure in all_gather_messages(self.agreement, Failure, failures):
-            raise failure.error_type(failure.reason, failure.fix)
-
 
 @dataclass(frozen=True)
 class RestoreRequest:
@@ -71,7 +65,7 @@ class RestoreRequest:
 def agree_on_request(
     like: Mapping[str, Any] | None,
     into: Mapping[str, Any] | None,
-    meshes: Meshes,
+    group: ProcessGroup | None,
     context: RestoreContext,
     *,
     any_world_size: bool,
@@ -80,28 +74,38 @@ def agree_on_request(
 
     Ranks that asked for different parts would leave chunks unread, and so unverified, that all rely on.
 
+    Args:
+        like: see :meth:`Checkpointer.restore`.
+        into: likewise.
+        group: of the DTensors' ranks; None takes the default group.
+        context: of this rank.
+        any_world_size: see :meth:`Checkpointer.restore`.
+
     Raises:
         StateMismatch: the tensors or placements differ between ranks.
         CheckpointError: see :class:`RestoreTarget`; raised on every rank, and names the rank at fault.
     """
-    target, failures = None, []
+    target = None
+    ask = Ask(node_name())
     try:
         if like is not None and into is not None:
             raise CheckpointError("restore got both like and into", "pass one of the two")
         state = into if into is not None else like
-        target = RestoreTarget(state, meshes, fill=into is not None) if state is not None else None
+        if state is not None:
+            target = RestoreTarget(state, Meshes(group, context.world_size), fill=into is not None)
+            ask = replace(ask, digest=target.digest)
     except CheckpointError as error:
-        failures = [Failure("CheckpointError", f"rank {context.rank}: {error.what}", error.fix)]
-    context.raise_on_all(failures)
-    agreement = context.agreement
-    digest = -1 if target is None else target.digest
-    differs = "" if agreement.broadcast_int(digest) == digest else "differs"
-    ranks = [rank for rank, text in enumerate(agreement.all_gather_text(differs)) if text]
+        ask = replace(ask, problem=error.what, fix=error.fix)
+    asks = [other for _, other in all_gather_messages(context.agreement, Ask, [ask])]
+    for rank, other in enumerate(asks):
+        if other.problem:
+            raise CheckpointError(f"rank {rank}: {other.problem}", other.fix)
+    ranks = [rank for rank, other in enumerate(asks) if other.digest != asks[0].digest]
     if ranks:
         raise StateMismatch(
             f"ranks {ranks} restore into other tensors, shapes, types or placements than rank 0",
             "pass the same `like`, or `into`, on all ranks",
         )
     # Ranks of one node read a local disk once in any case, through the page cache.
-    one_node = len(set(agreement.all_gather_text(node_name()))) == 1
+    one_node = len({other.node for other in asks}) == 1
     return RestoreRequest(target, any_world_size, not (one_node and isinstance(context.store, LocalStore)))

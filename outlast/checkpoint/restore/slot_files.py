@@ -1,7 +1,7 @@
-"""Files of a checkpoint that lie within larger ones of this node, in shared memory or on its disk: read or mapped.
+"""Files of a checkpoint inside slots: larger files of this node, in shared memory or on its disk, read or mapped.
 
-Reading copies at once; a mapping costs a page table entry for each 4 KiB first, which is more than the checksum over
-them (measured: 0.06 s for 768 MB).
+Reading copies at once. A mapping first costs a page table entry for each 4 KiB, which takes longer than the checksum
+over them (measured: 0.06 s for 768 MB).
 """
 
 from __future__ import annotations
@@ -24,40 +24,42 @@ from outlast.errors import CorruptCheckpoint
 
 @dataclass(frozen=True)
 class Span:
-    """Where one file lies."""
+    """One copy of a file."""
 
-    within: Path
-    at: int
+    slot: Path
+    offset: int
+    """Of its first byte in the slot, in bytes."""
     size_bytes: int
     tier: str
-    """Of what it lies in. A disk's is read, and never mapped: an error of the disk would end the process."""
+    """Of the slot. One on a disk is read and never mapped: an I/O error in a mapping would kill the process."""
 
 
 @dataclass(frozen=True)
 class SlotFiles:
-    """Files by path relative to the step, each in one place or several, of which the first is taken.
+    """This node's copies of files; the first copy of each is used.
 
-    But for :meth:`drop`, the methods may be called from several threads. They raise :class:`Fault` where a file cannot
-    be read.
+    Several threads may call the methods at once, except :meth:`drop`. They raise :class:`Fault` if a file cannot be
+    read.
     """
 
     spans: dict[str, list[Span]]
+    """By path relative to the step."""
     _maps: dict[Path, Buffer] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def tier(self, path: str) -> str:
-        """Where a file is taken from."""
+        """The tier of the copy that is used."""
         return self.spans[path][0].tier
 
     def drop(self, path: str) -> bool:
-        """Never take a file from where it would be taken; False, and nothing done, if it lies nowhere else."""
+        """Use the next copy from now on; False, and nothing changes, if there is none."""
         if len(self.spans[path]) == 1:
             return False
         del self.spans[path][0]
         return True
 
     def view(self, path: str) -> Buffer:
-        """A file's bytes, fewer where what it lies in is gone; writes to them stay in this process."""
+        """A file's bytes, fewer if its slot is gone; writes to them stay in this process."""
         span = self.spans[path][0]
         if span.tier == LOCAL_DISK:
             data = allocate(span.size_bytes)
@@ -65,47 +67,47 @@ class SlotFiles:
             end = self.read_into(path, data.data, seen)
             return data[: seen.nbytes + len(end)]
         with self._lock:
-            if span.within not in self._maps:
-                self._maps[span.within] = _mapped(span.within)
-            return self._maps[span.within][span.at : span.at + span.size_bytes]
+            if span.slot not in self._maps:
+                self._maps[span.slot] = _mapped(span.slot)
+            return self._maps[span.slot][span.offset : span.offset + span.size_bytes]
 
     def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object]) -> bytes:
         """As :meth:`outlast.checkpoint.storage.base.Store.read_into`."""
         span = self.spans[path][0]
-        wanted = min(len(out), span.size_bytes)
-        pieces = (out[at : min(at + CACHED_BYTES, wanted)] for at in range(0, wanted, CACHED_BYTES))
-        with _opened(span.within, path) as fd:
-            done = _read(fd, span.at, pieces, seen)
-            return os.pread(fd, span.size_bytes - done, span.at + done) if done == wanted else b""
+        nbytes = min(len(out), span.size_bytes)
+        pieces = (out[at : min(at + CACHED_BYTES, nbytes)] for at in range(0, nbytes, CACHED_BYTES))
+        with _opened(span.slot, path) as fd:
+            done = _read(fd, span.offset, pieces, seen)
+            return os.pread(fd, span.size_bytes - done, span.offset + done) if done == nbytes else b""
 
     def check(self, entry: FileEntry) -> None:
-        """Verify a file where it lies; raises :class:`Fault`."""
+        """Verify a file in place, without keeping its bytes; raises :class:`Fault`."""
         span, scratch = self.spans[entry.path][0], memoryview(bytearray(CACHED_BYTES))
         seen = RunningChecksum()
         pieces = (scratch[: entry.body_bytes - at] for at in range(0, entry.body_bytes, CACHED_BYTES))
-        with _opened(span.within, entry.path) as fd:
-            done = _read(fd, span.at, pieces, seen)
-            end = os.pread(fd, entry.size_bytes - done, span.at + done) if done == entry.body_bytes else b""
+        with _opened(span.slot, entry.path) as fd:
+            done = _read(fd, span.offset, pieces, seen)
+            end = os.pread(fd, entry.size_bytes - done, span.offset + done) if done == entry.body_bytes else b""
         check_pieces(entry, seen, end)
 
 
-def _read(fd: int, at: int, pieces: Iterable[memoryview], seen: Callable[[memoryview], object]) -> int:
-    """Fill one piece after the other; how many bytes there were."""
+def _read(fd: int, offset: int, pieces: Iterable[memoryview], seen: Callable[[memoryview], object]) -> int:
+    """Fill one piece after the other; returns how many bytes there were."""
     done = 0
     for piece in pieces:
-        have = 0
-        while have < len(piece):
-            count = os.preadv(fd, [piece[have:]], at + done)
+        filled = 0
+        while filled < len(piece):
+            count = os.preadv(fd, [piece[filled:]], offset + done)
             if not count:
                 return done
-            have, done = have + count, done + count
+            filled, done = filled + count, done + count
         seen(piece)
     return done
 
 
 @contextmanager
 def _opened(path: Path, file: str) -> Iterator[int]:
-    """A descriptor to read a file by; of an empty one where what it lies in is gone."""
+    """A descriptor of a slot, or of an empty file if the slot is gone; ``file`` is named in the fault."""
     try:
         fd = _open(path)
         try:

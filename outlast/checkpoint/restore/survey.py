@@ -1,4 +1,4 @@
-"""Which node holds which parts of which saves, in its memory and on its disk."""
+"""The parts of saves that each node holds in its memory and on its disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FASTEST_FIRST = (MEMORY, PARTNER, LOCAL_DISK)
 
 @dataclass(frozen=True)
 class SaveOnNodes:
-    """One committed save of which some node has a part; equal on all ranks."""
+    """A committed save, parts of which are on nodes; equal on all ranks."""
 
     commit: Commit
     holders: dict[int, tuple[str, ...]]
@@ -41,7 +41,7 @@ class SaveOnNodes:
     @property
     def key(self) -> SaveKey:
         """Which save of which attempt."""
-        return SaveKey(self.commit.epoch, self.commit.serial)
+        return SaveKey(self.commit.attempt_id, self.commit.save_id)
 
     def missing_fault(self) -> Fault | None:
         """What makes the save incomplete on the nodes; None if together they have every rank's part."""
@@ -92,7 +92,7 @@ class Survey:
         return self.ranks_here[0] == self.rank
 
     def saves(self) -> list[SaveOnNodes]:
-        """The committed saves of which nodes have parts, newest first."""
+        """The committed saves that are on nodes, in whole or in part; newest first."""
         self._parts = self._scan()
         parts: list[PartOnNode] = []
         records: list[SealedCommit] = []
@@ -106,10 +106,10 @@ class Survey:
         committed: dict[SaveKey, Commit] = {}
         for _, record in all_gather_messages(self.agreement, SealedCommit, records):
             commit = unseal_commit(record.text.encode())
-            committed.setdefault(SaveKey(commit.epoch, commit.serial), commit)
+            committed.setdefault(SaveKey(commit.attempt_id, commit.save_id), commit)
         on_nodes: dict[SaveKey, list[PartOnNode]] = {}
         for _, part in all_gather_messages(self.agreement, PartOnNode, parts):
-            on_nodes.setdefault(part.key, []).append(part)
+            on_nodes.setdefault(SaveKey(part.attempt_id, part.save_id), []).append(part)
         saves = [
             SaveOnNodes(commit, _by_rank(on_nodes[key]), _by_rank(part for part in on_nodes[key] if part.in_memory))
             for key, commit in committed.items()
@@ -135,8 +135,8 @@ class Survey:
         spans: dict[str, list[Span]] = {}
         for part in self.parts(save):
             for entry in part.placed.vote.files:
-                start = part.placed.places[entry.path]
-                spans.setdefault(entry.path, []).append(Span(part.data, start, entry.size_bytes, part.tier))
+                offset = part.placed.places[entry.path]
+                spans.setdefault(entry.path, []).append(Span(part.data, offset, entry.size_bytes, part.tier))
         return SlotFiles(spans)
 
     def parts(self, save: SaveOnNodes) -> list[SlotContents]:
@@ -175,7 +175,7 @@ class Survey:
         parts: dict[SaveKey, dict[int, list[SlotContents]]] = {}
         for part in sorted(self._contents(), key=_speed):
             vote = part.placed.vote
-            parts.setdefault(SaveKey(vote.epoch, vote.serial), {}).setdefault(vote.rank, []).append(part)
+            parts.setdefault(SaveKey(vote.attempt_id, vote.save_id), {}).setdefault(vote.rank, []).append(part)
         return parts
 
     def _commits(self) -> list[tuple[Path, Commit]]:

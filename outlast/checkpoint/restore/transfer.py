@@ -12,7 +12,7 @@ from outlast.checkpoint.format.names import NODE, parse_local
 from outlast.checkpoint.format.records import Fault, FileEntry, Vote
 from outlast.checkpoint.memory.pages import Buffer
 from outlast.checkpoint.restore.chunk_needs import who_needs
-from outlast.checkpoint.restore.copies import AvailableCopies, BytesByTier
+from outlast.checkpoint.restore.copies import AvailableCopies
 from outlast.checkpoint.restore.messages import FileOnNode
 from outlast.checkpoint.restore.slot_files import SlotFiles
 from outlast.checkpoint.restore.survey import SaveOnNodes, Survey
@@ -29,9 +29,7 @@ class Route:
     receivers: tuple[int, ...]
 
 
-def gather_copies(
-    survey: Survey, save: SaveOnNodes, target: RestoreTarget | None, bytes_by_tier: BytesByTier, *, verify: bool
-) -> AvailableCopies:
+def gather_copies(survey: Survey, save: SaveOnNodes, target: RestoreTarget | None, *, verify: bool) -> AvailableCopies:
     """Verify this node's copies of a save, and receive what its ranks need and it lacks from other nodes; collective.
 
     Every byte is verified: a node's copies by the ranks of the node, in equal shares; what is sent, by its receiver.
@@ -40,8 +38,7 @@ def gather_copies(
     Args:
         survey: of the nodes.
         save: which.
-        target: of which tensors this rank needs a part; chunks outside of these parts are not sent to it.
-        bytes_by_tier: where bytes are counted.
+        target: this rank's tensors; chunks outside of its parts are not sent to it. None: it needs all chunks.
         verify: False leaves this node's copies to be verified by whoever reads them.
     """
     votes = survey.votes(save)
@@ -49,14 +46,15 @@ def gather_copies(
     verification = verify_copies(survey, save, files) if verify else Verification()
     good = {path for path in files.spans if FileOnNode(survey.node, path) not in verification.lost}
     routes = _routes(survey, save, votes, verification.lost)
-    # Documents first: they say in which chunks a part of a tensor lies.
+    # Documents first: they say which chunks hold a part of a tensor.
     received = _send(survey, [route for route in routes if not route.entry.chunk], files)
-    boxes = target.boxes if target is not None else {}
-    documents = {path: files.view(path) for path in good if path.endswith(NODE)} if boxes else {}
     chunks = [route for route in routes if route.entry.chunk]
-    needs = who_needs([route.entry.path for route in chunks], boxes, documents | received, survey.agreement)
-    received |= _send(survey, [_narrowed(route, needs[route.entry.path]) for route in chunks], files)
-    return AvailableCopies(files, good, verify, received, verification.damaged, votes, bytes_by_tier)
+    if chunks:
+        boxes = target.boxes if target is not None else {}
+        documents = {path: files.view(path) for path in good if path.endswith(NODE)} if boxes else {}
+        needs = who_needs([route.entry.path for route in chunks], boxes, documents | received, survey.agreement)
+        received |= _send(survey, [_narrowed(route, needs[route.entry.path]) for route in chunks], files)
+    return AvailableCopies(files, good, verify, received, verification.damaged, votes)
 
 
 def _routes(survey: Survey, save: SaveOnNodes, votes: dict[int, Vote], lost: set[FileOnNode]) -> list[Route]:

@@ -17,7 +17,7 @@ class Verification:
 
     damaged: list[DamagedCopy] = field(default_factory=list)
     lost: set[FileOnNode] = field(default_factory=set)
-    """Files of which a node has no good copy left."""
+    """Files that have no good copy left on a node."""
 
 
 def verify_copies(survey: Survey, save: SaveOnNodes, files: SlotFiles) -> Verification:

@@ -1,4 +1,4 @@
-"""Into which chunks a tensor is cut: Zarr has regular grids only."""
+"""The shape of a tensor's chunks: Zarr has only regular grids."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from functools import lru_cache
 from outlast.checkpoint.state.boxes import ShardLayout, divisors
 
 _FRAGMENTS = 16
-"""A grid with more chunks than so many times what the bytes and the shards ask for is refused."""
+"""A grid is refused if it has more than this many times the chunks that the bytes and the shards ask for."""
 
 
 @lru_cache(maxsize=4096)
 def chunk_shape(shape: tuple[int, ...], itemsize: int, chunk_bytes: int) -> tuple[int, ...]:
-    """The largest chunk of whole rows of at most ``chunk_bytes``, with rows spread evenly over chunks.
+    """The largest chunk of whole rows with at most ``chunk_bytes``, the rows being spread evenly over the chunks.
 
-    A chunk is 1 in the first dimensions, some rows in one, and whole in the others.
+    A chunk has size 1 in the first dimensions, some rows in one, and the full size in the others.
     """
     inner = itemsize
     for d in range(len(shape) - 1, -1, -1):
@@ -29,10 +29,10 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int, chunk_bytes: int) -> tupl
 
 
 def shard_chunk_shape(spread: ShardLayout, itemsize: int, chunk_bytes: int) -> tuple[int, ...]:
-    """The chunk of a tensor that lies in shards, no chunk of which may lie in two of them.
+    """The shape of a sharded tensor's chunks; no chunk overlaps two shards.
 
-    Of all grids whose lines include the shards' boundaries it has the fewest chunks of at most ``chunk_bytes``; of
-    several, chunks with the longest rows.
+    Of all grids whose lines include the shards' boundaries, it is the one with the fewest chunks of at most
+    ``chunk_bytes``; of several, the one whose chunks have the longest rows.
 
     Raises:
         ValueError: every such grid has many times the chunks that the bytes ask for; says what would help.
@@ -45,9 +45,9 @@ def shard_chunk_shape(spread: ShardLayout, itemsize: int, chunk_bytes: int) -> t
     if count > _FRAGMENTS * spread.shards * math.ceil(shard_bytes / chunk_bytes):
         largest = itemsize * math.prod(u or s for u, s in zip(spread.units, spread.shape, strict=True))
         raise ValueError(
-            f"its shards end at multiples of {spread.units} rows (0: not split) and no larger ones, so that chunks of "
-            f"at most {chunk_bytes} bytes would be {chunk}, {count} of them; sizes that the ranks share evenly help"
-            + (f", or checkpoint.chunk_mb of at least {largest / 1e6:.6g}" if largest > chunk_bytes else "")
+            f"its shards end at multiples of {spread.units} rows (0: not split), and of no larger numbers; chunks of "
+            f"at most {chunk_bytes} bytes would be {chunk}, {count} of them; use sizes that the ranks share evenly"
+            + (f", or a checkpoint.chunk_mb of at least {largest / 1e6:.6g}" if largest > chunk_bytes else "")
         )
     return chunk
 
@@ -63,8 +63,8 @@ def _fewest(shape: tuple[int, ...], units: tuple[int, ...], itemsize: int, chunk
             continue
         others = chunk_shape(tuple(shape[d] for d in free), inner, chunk_bytes)
         chunk = dict(zip(split, rows, strict=True)) | dict(zip(free, others, strict=True))
-        found = tuple(chunk[d] for d in range(len(shape)))
-        key = _count(shape, found), tuple(-size for size in reversed(found))
+        candidate = tuple(chunk[d] for d in range(len(shape)))
+        key = _count(shape, candidate), tuple(-size for size in reversed(candidate))
         if best is None or key < best:
             best = key
     assert best is not None  # single rows are always among them

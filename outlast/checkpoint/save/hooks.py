@@ -1,4 +1,4 @@
-"""Hooks into what trains, so that a loop need not call a Checkpointer at the right moments itself."""
+"""Hooks on modules and optimizers, so that a loop need not call a Checkpointer at the right moments itself."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Hooks:
-    """Those that were set, until they are removed.
+    """The hooks of one Checkpointer, until they are removed.
 
     Args:
         before_update: called before each step of an optimizer.
-        between: called in backward, whenever a gradient was accumulated.
+        after_gradient: called in backward, whenever a gradient was accumulated.
     """
 
-    def __init__(self, before_update: Callable[[], object], between: Callable[[], object]) -> None:
+    def __init__(self, before_update: Callable[[], object], after_gradient: Callable[[], object]) -> None:
         self._before_update = before_update
-        self._between = between
+        self._after_gradient = after_gradient
         self._handles: list[RemovableHandle] = []
 
     def set(self, watched: nn.Module | torch.optim.Optimizer) -> None:
-        """Hook a module's parameters, or an optimizer."""
+        """Hook an optimizer, or a module's parameters."""
         if isinstance(watched, torch.optim.Optimizer):
             self._handles.append(watched.register_step_pre_hook(self._step))
             return
@@ -33,7 +33,7 @@ class Hooks:
                 self._handles.append(handle)
 
     def remove(self) -> None:
-        """Remove them."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -42,4 +42,4 @@ class Hooks:
         self._before_update()
 
     def _accumulated(self, _: torch.Tensor) -> None:
-        self._between()
+        self._after_gradient()

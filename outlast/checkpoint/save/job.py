@@ -1,4 +1,4 @@
-"""What every save that runs in the background has in common: how it is confirmed, given up, and reported."""
+"""What saves in the background have in common: how they are confirmed, given up and reported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from outlast.checkpoint.format.names import STORAGE
-from outlast.checkpoint.save.snapshot import Snapshot
+from outlast.checkpoint.save.request import SaveRequest
 from outlast.checkpoint.save.source import Source
 from outlast.errors import CheckpointError, SnapshotMutated, StateMismatch
 from outlast.events import CheckpointFailed, Event
@@ -17,32 +17,38 @@ _log = logging.getLogger("outlast.checkpoint")
 
 
 class SaveJob:
-    """A save in a thread of its own. Public methods are for the training thread.
+    """One save of one rank into one tier, in a thread of its own. Public methods are for the training thread.
+
+    Args:
+        request: what to save.
+        source: of the plan's parts.
 
     Attributes:
         eager_copied: set once no eager tensor is read any more.
         copied: set once no tensor is read any more, whether all were copied or the save was given up.
         done: set once the save is committed (coordinator), voted for (other ranks) or given up.
-        error: what must be raised in the training thread: a mutated snapshot, or a bug. Not what the environment did.
-        blocked_s: how long the training thread was held; final before :meth:`confirm`.
-        predicted_stall_s: how long the update was expected to wait, for the event; set before :meth:`start`.
+        error: what must be raised in the training thread: a mutated snapshot, or a bug. What the environment does (a
+            full disk, a timeout, another rank's failure) is an event instead.
+        blocked_s: seconds for which the save held the training thread; final before :meth:`confirm`.
+        predicted_stall_s: seconds that the update was expected to wait, for the event; set before :meth:`start`.
     """
 
-    def __init__(self, step: int, source: Source, snapshot: Snapshot | None) -> None:
-        self.step = step
+    def __init__(self, request: SaveRequest, source: Source) -> None:
+        self.step = request.step
         self.eager_copied, self.copied = source.eager_copied, source.copied
         self.done = threading.Event()
         self.error: Exception | None = None
         self.blocked_s = 0.0
         self.predicted_stall_s: float | None = None
+        self._request = request.without_tensors()
         self._source = source
-        self._snapshot = snapshot
+        self._snapshot = request.snapshot
         self._confirmed = threading.Event()
-        if snapshot is None:
+        if request.snapshot is None:
             self._confirmed.set()
         self._stop: Exception | None = None
         self._stop_lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name=f"outlast-save-{step}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"outlast-save-{self.step}", daemon=True)
 
     @property
     def confirmed(self) -> bool:
@@ -55,13 +61,13 @@ class SaveJob:
         return self._source.copied_at
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def confirm(self) -> None:
-        """Check once more that no lazy tensor was changed; only then the rank may vote. Call after ``copied``.
+        """Check once more that no lazy tensor was changed; the rank votes only after that. Call after ``copied``.
 
-        If one was, the save is given up, and ``error`` is set.
+        If one was changed, the save is given up, and ``error`` is set.
         """
         if self._confirmed.is_set():
             return
@@ -75,7 +81,7 @@ class SaveJob:
         self._confirmed.set()
 
     def give_up(self, reason: Exception) -> None:
-        """Have the save stop, clean up and be reported as failed, at its next look."""
+        """Have the save stop where it next checks for that, clean up, and be reported as failed."""
         with self._stop_lock:
             if self._stop is None:
                 self._stop = reason
@@ -90,13 +96,13 @@ class SaveJob:
     def _run(self) -> None:
         raise NotImplementedError
 
-    def _look(self) -> None:
+    def _check_cancelled(self) -> None:
         """Raise if this save was given up."""
         if self._stop is not None:
             raise self._stop
 
     def _end(self) -> None:
-        """Let everybody go who waits for this save."""
+        """Release the tensors, and everybody who waits for this save."""
         self.eager_copied.set()
         self.copied.set()
         self._confirmed.set()
@@ -104,37 +110,37 @@ class SaveJob:
             self._snapshot.release()
         self.done.set()
 
-    def _report(self, reason: Exception, tier: str, emit: Callable[[Event], None]) -> None:
-        """Say that the save failed, or have the reason raised in the training thread."""
+    def _report(self, reason: Exception, tier: str, on_event: Callable[[Event], None]) -> None:
+        """Report that the save failed; if it is the program's fault, it is raised in the training thread, too."""
         if must_be_raised(reason) and reason is not self._stop:
             self.error = reason
         _log.warning("checkpoint of step %d failed%s: %s", self.step, "" if tier == STORAGE else f" in {tier}", reason)
         try:
-            emit(CheckpointFailed(step=self.step, reason=in_words(reason), tier=tier))
+            on_event(CheckpointFailed(step=self.step, reason=failure_text(reason), tier=tier))
         except Exception as error:
-            # The event sink is broken, so the training thread must hear of it.
+            # Events get lost, so the training thread must know.
             self.error = error
 
 
-def in_words(reason: Exception) -> str:
-    """Why a save failed, for events and other ranks."""
+def failure_text(reason: Exception) -> str:
+    """Why a save failed, for events and for other ranks."""
     return reason.what if isinstance(reason, CheckpointError) else f"{type(reason).__name__}: {reason}"
 
 
 class Background(Protocol):
-    """Something that runs beside training."""
+    """Work that runs beside training."""
 
     error: Exception | None
     """What must be raised in the training thread."""
 
 
 def raise_error(running: Background) -> None:
-    """Raise what must be raised, once."""
+    """Raise the error that belongs to the training thread, once."""
     if running.error is not None:
         error, running.error = running.error, None
         raise error
 
 
 def must_be_raised(error: Exception) -> bool:
-    """A full disk, a timeout, another rank's failure are reported, and training goes on. The rest must be raised."""
+    """Whether an error is the program's fault. What the environment does is reported, and training goes on."""
     return not isinstance(error, (OSError, CheckpointError)) or isinstance(error, (SnapshotMutated, StateMismatch))

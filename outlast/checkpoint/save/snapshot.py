@@ -22,7 +22,7 @@ import torch
 
 from outlast.checkpoint.format.records import CRC_BYTES
 from outlast.checkpoint.save.device import DeviceCopier, DeviceRoom, hold
-from outlast.checkpoint.save.plan import Content, Part
+from outlast.checkpoint.save.parts import Content, Part
 from outlast.checkpoint.state.tree import TensorEntry
 from outlast.errors import CheckpointError, SnapshotMutated
 
@@ -39,11 +39,11 @@ class Snapshot:
     that training need not wait for their way to the host.
 
     Args:
-        parts: what to copy. The tensors are held until they are copied, or :meth:`release`.
+        parts: what to copy. The tensors are referenced until they are copied, or :meth:`release`.
         room: of the device, for eager tensors; None: there is none.
 
     Raises:
-        CheckpointError: a lazy tensor of which changes cannot be told.
+        CheckpointError: a lazy tensor whose changes cannot be detected.
     """
 
     def __init__(self, parts: Sequence[Part], room: DeviceRoom | None = None) -> None:
@@ -269,7 +269,7 @@ class _Mark:
     def __init__(self, item: TensorEntry) -> None:
         if item.tensor.is_inference():
             raise CheckpointError(
-                f"the tensor {item.name!r} was made in inference mode, so changes of it cannot be told",
+                f"the tensor {item.name!r} was made in inference mode, so changes to it cannot be detected",
                 "name its top-level key in `eager`",
             )
         self._item = item

@@ -1,4 +1,4 @@
-"""Where the bytes of a save come from: tensors, copied one after the other, or a copy that lies in memory already."""
+"""Where the bytes of a save come from: tensors, copied one after the other, or a copy that is in memory already."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from outlast.checkpoint.save.snapshot import Snapshot
 
 _LOOK_S = 0.1
 _CHECKSUMS = 4
-"""Threads that checksum what comes from a device: one does some 10 GB/s, copies come several times as fast."""
+"""Threads that checksum what comes from a device: one does some 10 GB/s, and copies arrive several times as fast."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Source(Protocol):
     copied_at: float | None
     """When all were copied, on the monotonic clock; None until then."""
 
-    def copies(self, look: Callable[[], None]) -> Generator[Copied | None]:
+    def copies(self, check_cancelled: Callable[[], None]) -> Generator[Copied | None]:
         """The parts; None: there is no room for the next one until some are released.
 
         Args:
-            look: called between parts; raises if the save was given up.
+            check_cancelled: called between parts; raises if the save was given up.
         """
 
 
@@ -104,7 +104,7 @@ class TensorSource:
         self._prepare = prepare
         self._verify = verify
 
-    def copies(self, look: Callable[[], None]) -> Generator[Copied | None]:
+    def copies(self, check_cancelled: Callable[[], None]) -> Generator[Copied | None]:
         """See :class:`Source`.
 
         Raises:
@@ -122,7 +122,7 @@ class TensorSource:
                 pool = ThreadPoolExecutor(_CHECKSUMS, thread_name_prefix="outlast-checksum")
                 watcher = ThreadPoolExecutor(1, thread_name_prefix="outlast-copied")
             for taken in range(1, len(order) + 1):
-                look()
+                check_cancelled()
                 while begin_next < len(order) and (snapshot.runs_ahead or not begun):
                     index = order[begin_next]
                     region = self._arena.take(self._parts[index][1] + CRC_BYTES)
@@ -138,7 +138,7 @@ class TensorSource:
                     else:
                         yield None
                         self._arena.wait(_LOOK_S)
-                        look()
+                        check_cancelled()
                 index, region, checksum = begun.popleft()
                 if checksum is None:
                     crc = snapshot.copy(index, region.memory, verify=self._verify)
@@ -180,8 +180,8 @@ class HeldSource:
         self.copied.set()
         self._parts = parts
 
-    def copies(self, look: Callable[[], None]) -> Generator[Copied | None]:
+    def copies(self, check_cancelled: Callable[[], None]) -> Generator[Copied | None]:
         """See :class:`Source`."""
         for part in self._parts:
-            look()
+            check_cancelled()
             yield part

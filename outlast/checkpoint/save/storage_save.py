@@ -1,16 +1,16 @@
-"""One save, from the snapshot to the commit record, in a thread of its own.
+"""One save into storage, from the snapshot to the commit record, in a thread of its own.
 
-Two phases, through the store alone; no collective is issued, nobody listens on the network:
+It has two phases, through the store alone; no collective is issued, and no port is listened on:
 
-1. The coordinator (rank 0) *opens* the save: it clears away what saves that were cut off left, and writes the root
-   group's document, which names the attempt's epoch and the save's number. The other ranks write nothing before.
-2. Each rank writes its share of the files and fsyncs them, then the directories, then it writes its *vote*: files,
+1. The coordinator (rank 0) *opens* the save: it clears away what interrupted saves left, and writes the root group's
+   document, which names the attempt and the save. The other ranks write nothing before that.
+2. Each rank writes its share of the files and fsyncs them, then the directories, and then writes its *vote*: files,
    sizes, checksums.
-3. The coordinator waits for all votes of this very save, checks that all ranks mean the same replicated state and that
-   every file is there in its size, and writes the commit record. A step is a checkpoint if and only if it has one.
+3. The coordinator waits for all votes of this very save, checks that all ranks have the same replicated state and that
+   every file exists with its size, and writes the commit record. A step is a checkpoint if and only if it has one.
 
-Each rank gives up on any error, or after ``commit_timeout_s`` without news; it removes what it wrote and leaves an
-empty file that tells the others. Nothing in a save touches the checkpoints before it.
+A rank gives up on any error, or after ``commit_timeout_s`` without a sign of the others. It then removes what it wrote,
+and leaves an empty file as a flag for the other ranks. A save never touches the checkpoints before it.
 """
 
 from __future__ import annotations
@@ -20,72 +20,63 @@ import logging
 import threading
 import time
 from concurrent.futures import Future
-from typing import Any
 
 from outlast.checkpoint.format.names import COMMIT, STORAGE, failed_name, parse_failed, step_name, vote_path
-from outlast.checkpoint.format.records import Commit, Fault, FileEntry, Vote, crc_hex, seal, unseal_vote
-from outlast.checkpoint.format.zarr import node_path, root_document
+from outlast.checkpoint.format.records import Fault, FileEntry, crc_hex, seal
+from outlast.checkpoint.format.zarr import node_path
+from outlast.checkpoint.save.commit import ReceivedVote, build_commit, make_vote, read_vote
+from outlast.checkpoint.save.io_threads import process_ended
 from outlast.checkpoint.save.job import SaveJob
-from outlast.checkpoint.save.plan import RankPlan
-from outlast.checkpoint.save.request import SaveContext
-from outlast.checkpoint.save.snapshot import Snapshot
+from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import Source
-from outlast.checkpoint.save.writer import Writing
+from outlast.checkpoint.save.writer import Writer
 from outlast.checkpoint.steps import catalog, retention
-from outlast.errors import CheckpointError, StateMismatch
+from outlast.errors import CheckpointError
 from outlast.events import CheckpointRejected, CheckpointSaved
 
-_FIRST_POLL_S = 0.005
-
-_LAST_POLL_S = 0.25
-
-
 _log = logging.getLogger("outlast.checkpoint")
+_FIRST_POLL_S, _LAST_POLL_S = 0.005, 0.25
 _PER_FILE_BYTES = 12_288
-"""What a file takes of a disk besides its bytes, at most: its directory, its entry, and the rest of its last block."""
+"""What a file takes on a disk besides its bytes, at most: its directory, its entry, and the rest of its last block."""
 
 
 class StorageSave(SaveJob):
-    """One save of one rank into the store. It runs from :meth:`start` on.
+    """One save of one rank into the store.
 
     Args:
-        place: who saves, and where to.
-        step: of the state.
-        serial: number of the save.
-        root: attributes of the root group.
-        share: what this rank writes.
-        source: of the share's parts.
-        snapshot: that the source copies; None: they were copied before, and the training thread has confirmed it.
-        began: when ``save`` was called, by ``time.monotonic``.
+        context: who saves, and where to.
+        request: what to save.
+        source: of the plan's parts.
     """
 
-    def __init__(
-        self,
-        place: SaveContext,
-        step: int,
-        serial: int,
-        root: dict[str, Any],
-        share: RankPlan,
-        source: Source,
-        snapshot: Snapshot | None,
-        began: float,
-    ) -> None:
-        super().__init__(step, source, snapshot)
-        self._place = place
-        self._serial = serial
-        self._save = place.epoch, serial
-        self._root = root
-        self._digest = share.digest
-        # Of all ranks, with what names and ends of blocks take: as if each had as many files as this one.
-        files = 1 + len(share.documents) + len(share.parts)
-        self._total_bytes = share.replicated_bytes + (share.local_bytes + files * _PER_FILE_BYTES) * place.world_size
-        self._writing = Writing(
-            place.store, step_name(step), share.documents, source, place.io, self._look, self.give_up
+    def __init__(self, context: SaveContext, request: SaveRequest, source: Source) -> None:
+        super().__init__(request, source)
+        plan = request.plan
+        self._context = context
+        self._save = context.attempt_id, request.save_id
+        # Of all ranks, with the overhead of files: as if each rank had as many files as this one.
+        files = 1 + len(plan.documents) + len(plan.parts)
+        self._total_bytes = plan.replicated_bytes + (plan.local_bytes + files * _PER_FILE_BYTES) * context.world_size
+        self._writer = Writer(
+            context.store,
+            step_name(self.step),
+            plan.documents,
+            source,
+            context.io,
+            self._check_cancelled,
+            self.give_up,
         )
-        self._began = began
         self._voted = False
         self.committed = False
-        """Whether the step is committed (coordinator) or this rank's part is durable (others); final once done."""
+        """Whether the step is committed (coordinator), or this rank's part durable (others); final once done."""
+
+    def give_up(self, reason: Exception) -> None:
+        """See :class:`SaveJob`."""
+        super().give_up(self._cause(reason))
+
+    def _cause(self, error: Exception) -> Exception:
+        """The error, or that the process is ending: a storage client's own threads refuse work then, like ours."""
+        return process_ended() if isinstance(error, RuntimeError) and self._context.io.refuse else error
 
     # The save's own thread from here on.
 
@@ -93,83 +84,75 @@ class StorageSave(SaveJob):
         finished = False
         try:
             size_bytes = self._write_and_vote()
-            if self._place.rank == 0:
+            if self._context.rank == 0:
                 self._commit()
             finished = self.committed = True
-            self._place.emit(
+            self._context.on_event(
                 CheckpointSaved(
                     step=self.step,
-                    committed=self._place.rank == 0,
+                    committed=self._context.rank == 0,
                     size_bytes=size_bytes,
                     blocked_s=self.blocked_s,
                     predicted_stall_s=self.predicted_stall_s,
-                    durable_s=time.monotonic() - self._began,
+                    durable_s=time.monotonic() - self._request.began,
                 )
             )
-            if self._place.rank == 0:
-                catalog.retire(self._place.store, self.step)
-                retention.prune(self._place.store, self.step, self._place.config.keep_last)
+            if self._context.rank == 0:
+                catalog.retire(self._context.store, self.step)
+                retention.prune(self._context.store, self.step, self._context.config.keep_last)
         except Exception as error:
             # The thread ends here: the error becomes an event, or is raised in the training thread.
             if finished:
                 self.error = error
             else:
-                self._fail(self._stop or error)
+                self._fail(self._stop or self._cause(error))
         finally:
             self._end()
 
     def _fail(self, reason: Exception) -> None:
         self._clean_up()
-        self._report(reason, STORAGE, self._place.emit)
+        self._report(reason, STORAGE, self._context.on_event)
 
     def _write_and_vote(self) -> int:
-        place = self._place
-        # Waiting is done in daemon threads alone: the pool's threads hold up the interpreter's exit.
+        context = self._context
+        # Only daemon threads wait: the interpreter does not exit before the pool's threads have ended.
         opened: Future[list[FileEntry]] = Future()
         threading.Thread(target=self._open, args=(opened,), name=f"outlast-open-{self.step}", daemon=True).start()
-        entries = self._writing.run(opened)
-        place.store.sync_dirs(f"{step_name(self.step)}/{entry.path}" for entry in entries)
+        entries = self._writer.run(opened)
+        context.store.sync_dirs(f"{step_name(self.step)}/{entry.path}" for entry in entries)
         self._confirmed.wait()
-        self._look()
-        vote = Vote(
-            step=self.step,
-            rank=place.rank,
-            world_size=place.world_size,
-            epoch=place.epoch,
-            serial=self._serial,
-            layout=self._digest,
-            files=tuple(sorted(entries, key=lambda entry: entry.path)),
-        )
+        self._check_cancelled()
+        vote = make_vote(context, self._request, entries)
         self._voted = True
-        place.store.put_new(vote_path(self.step, place.rank), seal(vote))
+        context.store.put_new(vote_path(self.step, context.rank), seal(vote))
         return sum(entry.size_bytes for entry in entries)
 
     def _open(self, opened: Future[list[FileEntry]]) -> None:
         try:
-            opened.set_result(self._open_for_all() if self._place.rank == 0 else self._wait_opened())
-        except Exception as error:  # whoever asks for the result gets it
+            opened.set_result(self._open_for_all() if self._context.rank == 0 else self._wait_opened())
+        except Exception as error:  # raised where the result is read
             opened.set_exception(error)
 
     def _open_for_all(self) -> list[FileEntry]:
-        place = self._place
-        for name in place.store.names(""):
+        context = self._context
+        for name in context.store.names(""):
             flag = parse_failed(name)
-            if flag is not None and (flag[0] != place.epoch or flag[1] < self._serial - 1):
-                place.store.remove(name)
-        for old in catalog.clear_for(place.store, self.step, place.epoch):
-            reason = f"saved anew; until that is committed the old one is kept as {old}, then set aside"
-            place.emit(CheckpointRejected(step=self.step, reason=reason))
+            if flag is not None and (flag[0] != context.attempt_id or flag[1] < self._request.save_id - 1):
+                context.store.remove(name)
+        for old in catalog.clear_for(context.store, self.step, context.attempt_id):
+            reason = f"saved again; the old one is kept as {old} until the new one is committed, then set aside"
+            context.on_event(CheckpointRejected(step=self.step, reason=reason))
         self._make_room()
-        data = root_document(self._root, self.step, place.world_size, place.epoch, self._serial)
-        self._writing.files.add(node_path(""))
-        place.store.put_new(f"{step_name(self.step)}/{node_path('')}", data)
+        data = self._request.root_document(context)
+        self._writer.files.add(node_path(""))
+        context.store.put_new(f"{step_name(self.step)}/{node_path('')}", data)
         return [FileEntry(node_path(""), len(data), crc_hex(data), False)]
 
     def _wait_opened(self) -> list[FileEntry]:
-        poll = Poll(self._place.config.commit_timeout_s)
+        poll = Poll(self._context.config.commit_timeout_s)
         while True:
-            self._look(others=True)
-            if catalog.opened_by(self._place.store, self.step) == self._save:
+            self._check_cancelled(others=True)
+            if catalog.opened_by(self._context.store, self.step) == self._save:
                 return []
             if not poll.wait():
                 raise CheckpointError(
@@ -178,16 +161,16 @@ class StorageSave(SaveJob):
                 )
 
     def _make_room(self) -> None:
-        """Find out before anything is written whether there is room for it; with too little, prune what may go.
+        """Check for enough room before anything is written; if there is too little, prune old steps.
 
         Raises:
-            OSError: there is not enough even so.
+            OSError: there is still too little.
         """
-        store = self._place.store
+        store = self._context.store
         free_bytes = store.free_bytes()
         if free_bytes is None or free_bytes >= self._total_bytes:
             return
-        retention.prune_all_but_newest_valid(store, self._place.io)
+        retention.prune_all_but_newest_valid(store, self._context.io)
         free_bytes = store.free_bytes() or 0
         if free_bytes < self._total_bytes:
             raise OSError(
@@ -198,75 +181,47 @@ class StorageSave(SaveJob):
             )
 
     def _commit(self) -> None:
-        place = self._place
-        votes, entries = self._collect()
-        for vote in votes:
-            if vote.layout != self._digest:
-                raise StateMismatch(
-                    f"the replicated state of rank {vote.rank} has other names, shapes or types than rank 0's",
-                    "pass the same keys on all ranks; what differs belongs into local",
-                )
-        folder = step_name(self.step)
-        sizes = place.store.sizes(folder)
-        for vote in votes:
+        store, folder = self._context.store, step_name(self.step)
+        votes = self._collect()
+        commit = build_commit(votes, self._request.plan.digest)
+        sizes = store.sizes(folder)
+        for vote in [received.vote for received in votes]:
             for entry in vote.files:
                 if sizes.get(entry.path) != entry.size_bytes:
                     raise CheckpointError(
                         f"rank {vote.rank} voted for {folder}/{entry.path} with {entry.size_bytes} bytes, "
                         f"the store has {sizes.get(entry.path, 'no such file')}"
                     )
-        commit = Commit(
-            step=self.step,
-            world_size=place.world_size,
-            epoch=place.epoch,
-            serial=self._serial,
-            saved_at=time.time(),
-            size_bytes=sum(entry.size_bytes for vote in votes for entry in vote.files),
-            votes=tuple(entries),
-        )
-        # The ranks made the names of their votes durable in votes/, but not that of votes/ itself.
-        place.store.sync_dirs([vote_path(self.step, 0)])
-        opened = catalog.opened_by(place.store, self.step)
+        # The ranks made the entries of their votes in votes/ durable, but not that of votes/ itself.
+        store.sync_dirs([vote_path(self.step, 0)])
+        opened = catalog.opened_by(store, self.step)
         if opened != self._save:
-            raise CheckpointError(f"step {self.step} was opened anew meanwhile, by {opened}: this attempt is over")
-        place.store.put_new(f"{folder}/{COMMIT}", seal(commit))
+            other = f"attempt {opened[0]}, save {opened[1]}" if opened is not None else "nobody"
+            raise CheckpointError(f"step {self.step} was opened again meanwhile, by {other}: this save is over")
+        store.put_new(f"{folder}/{COMMIT}", seal(commit))
 
-    def _collect(self) -> tuple[list[Vote], list[FileEntry]]:
-        place = self._place
-        votes: dict[int, tuple[Vote, FileEntry]] = {}
-        strange: dict[int, str] = {}
-        poll = Poll(place.config.commit_timeout_s)
+    def _collect(self) -> list[ReceivedVote]:
+        """All ranks' votes, by rank."""
+        ranks = range(self._context.world_size)
+        votes: dict[int, ReceivedVote] = {}
+        refused: dict[int, str] = {}
+        poll = Poll(self._context.config.commit_timeout_s)
         while True:
-            for rank in range(place.world_size):
-                if rank in votes:
-                    continue
-                path = vote_path(self.step, rank)
-                file = path.partition("/")[2]
+            for rank in [rank for rank in ranks if rank not in votes]:
                 try:
-                    data = bytes(place.store.read(path))
-                    vote = unseal_vote(data, file)
+                    data = bytes(self._context.store.read(vote_path(self.step, rank)))
+                    votes[rank] = read_vote(data, rank, self._context, self._request)
                 except FileNotFoundError:
                     continue
                 except Fault as fault:
-                    strange[rank] = str(fault)
-                    continue
-                if (vote.epoch, vote.serial) != (place.epoch, self._serial):
-                    strange[rank] = f"a vote of another save (epoch {vote.epoch}, save {vote.serial}) does not count"
-                elif (vote.step, vote.rank, vote.world_size) != (self.step, rank, place.world_size):
-                    raise CheckpointError(
-                        f"{file} is rank {vote.rank}'s of {vote.world_size} for step {vote.step}, "
-                        f"expected rank {rank}'s of {place.world_size} for step {self.step}"
-                    )
-                else:
-                    votes[rank] = vote, FileEntry(file, len(data), crc_hex(data), False)
-            if len(votes) == place.world_size:
-                ordered = [votes[rank] for rank in range(place.world_size)]
-                return [vote for vote, _ in ordered], [entry for _, entry in ordered]
-            self._look(others=True)
+                    refused[rank] = str(fault)
+            if len(votes) == len(ranks):
+                return [votes[rank] for rank in ranks]
+            self._check_cancelled(others=True)
             if not poll.wait():
                 absent = [
-                    f"rank {rank}" + (f" ({strange[rank]})" if rank in strange else "")
-                    for rank in range(place.world_size)
+                    f"rank {rank}" + (f" ({refused[rank]})" if rank in refused else "")
+                    for rank in ranks
                     if rank not in votes
                 ]
                 raise CheckpointError(
@@ -274,44 +229,44 @@ class StorageSave(SaveJob):
                     "see their events; on slow storage raise checkpoint.commit_timeout_s",
                 )
 
-    def _look(self, *, others: bool = False) -> None:
-        """Raise if this save was given up, here or (``others``) by another rank."""
-        super()._look()
-        if others and self._place.store.exists(self._flag()):
-            raise CheckpointError(f"another rank gave up the save of step {self.step}", "its events tell why")
+    def _check_cancelled(self, *, others: bool = False) -> None:
+        """Raise if this save was given up, on this rank or (``others``) on another."""
+        super()._check_cancelled()
+        if others and self._context.store.exists(self._flag()):
+            raise CheckpointError(f"another rank gave up the save of step {self.step}", "see its events for the reason")
 
     def _flag(self) -> str:
-        return failed_name(self.step, self._place.epoch, self._serial)
+        return failed_name(self.step, self._context.attempt_id, self._request.save_id)
 
     def _clean_up(self) -> None:
-        """Remove what this rank wrote, whatever makes it count first, and tell the others."""
+        """Remove what this rank wrote, beginning with what makes it count, and leave a flag for the other ranks."""
         try:
             self._remove_own()
         except OSError as error:
-            _log.warning("left-overs of the failed save of step %d stay for now: %s", self.step, error)
-        if self._place.world_size > 1:
+            _log.warning("files of the failed save of step %d could not be removed yet: %s", self.step, error)
+        if self._context.world_size > 1:
             try:
-                self._place.store.put(self._flag(), [])
+                self._context.store.put(self._flag(), [])
             except OSError as error:
-                _log.warning("the other ranks cannot be told that step %d failed: %s", self.step, error)
+                _log.warning("could not flag for the other ranks that step %d failed: %s", self.step, error)
 
     def _remove_own(self) -> None:
-        store, folder, rank = self._place.store, step_name(self.step), self._place.rank
-        if not self._writing.files or (self._voted and rank != 0):
-            # Rank 0 may have counted the vote: its files stay until rank 0 clears the step away.
+        store, folder, rank = self._context.store, step_name(self.step), self._context.rank
+        if not self._writer.files or (self._voted and rank != 0):
+            # Rank 0 may have counted the vote, so its files stay until rank 0 clears the step away.
             return
         if catalog.opened_by(store, self.step) not in (self._save, None):
-            return  # by now the folder is another attempt's
+            return  # the folder now belongs to another attempt
         if rank == 0:
             store.remove(f"{folder}/{COMMIT}")
         store.remove(vote_path(self.step, rank))
-        # File by file: other ranks write below the same groups. Rank 0 clears empty folders away with its next save.
-        for path in sorted(self._writing.files):
+        # File by file: other ranks write into the same groups. Rank 0 clears empty folders away with its next save.
+        for path in sorted(self._writer.files):
             store.remove(f"{folder}/{path}")
 
 
 class Poll:
-    """Waits with growing pauses, up to a limit."""
+    """Waits with pauses that grow, up to a limit in all."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
@@ -319,7 +274,7 @@ class Poll:
         self._pause_s = _FIRST_POLL_S
 
     def wait(self) -> bool:
-        """Pause; False once the limit is over."""
+        """Pause; False if the limit is reached."""
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             return False

@@ -1,4 +1,4 @@
-"""One rank's files of one save, from host memory into the store."""
+"""Writes one rank's files of one save from host memory into the store."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from outlast.checkpoint.storage.base import Store
 from outlast.errors import CheckpointError
 
 
-class Writing:
-    """Has what a source gives written by a pool of threads.
+class Writer:
+    """Writes what a source gives, with a pool of threads.
 
     Args:
-        store: where to.
+        store: to write to.
         folder: of the step, relative to the store.
         documents: small files, by path relative to the folder.
         source: of the chunks.
         io: threads that write.
-        look: called between steps of the work; raises if the save was given up.
-        give_up: called with an error that ends the save.
+        check_cancelled: called before each file; raises if the save was given up.
+        give_up: called with the error that ends the save, from any of the threads.
 
     Attributes:
-        files: what was written, or begun, relative to the step's folder.
+        files: those that were written, or begun, relative to the step's folder.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Writing:
         documents: Mapping[str, bytes],
         source: Source,
         io: ThreadPoolExecutor,
-        look: Callable[[], None],
+        check_cancelled: Callable[[], None],
         give_up: Callable[[Exception], None],
     ) -> None:
         self.files: set[str] = set()
@@ -45,23 +45,26 @@ class Writing:
         self._documents = dict(documents)
         self._source = source
         self._io = io
-        self._look = look
+        self._check_cancelled = check_cancelled
         self._give_up = give_up
         self._waiting: deque[Copied] = deque()
         self._futures: list[Future[FileEntry]] = []
 
     def run(self, opened: Future[list[FileEntry]]) -> list[FileEntry]:
-        """Copy and write everything; what was written, all of it durable, names of files apart.
+        """Copy and write everything.
 
         Args:
             opened: nothing is written before it has a result, which is part of this call's result.
+
+        Returns:
+            The files. Their bytes are durable, their directory entries are not.
 
         Raises:
             OSError, CheckpointError: a file could not be written, or memory was damaged.
             SnapshotMutated: see :class:`Snapshot`.
         """
         try:
-            with closing(self._source.copies(self._look)) as copies:
+            with closing(self._source.copies(self._check_cancelled)) as copies:
                 for copied in copies:
                     if copied is not None:
                         self._waiting.append(copied)
@@ -73,7 +76,7 @@ class Writing:
             self._futures += [self._io.submit(self._put_document, *pair) for pair in self._documents.items()]
             return entries + [future.result() for future in self._futures]
         except Exception as error:
-            # The others find this at their next look. Files must not appear after the clean-up, so wait for them.
+            # The other threads check for this. No file must appear after the clean-up, so wait for them.
             self._give_up(error)
             wait([opened])
             wait(self._futures)
@@ -85,13 +88,13 @@ class Writing:
 
     def _put_part(self, part: Copied) -> FileEntry:
         try:
-            self._look()
+            self._check_cancelled()
             block = part.memory.numpy().data
             checksum = f"{part.crc:08x}"
-            found = crc_hex(block[: part.nbytes])
-            if found != checksum:
+            computed = crc_hex(block[: part.nbytes])
+            if computed != checksum:
                 raise CheckpointError(
-                    f"{part.path}: CRC32C of the copy is {found}, of the tensor {checksum}",
+                    f"{part.path}: the copy has CRC32C {computed}, the tensor had {checksum}",
                     "the tensor was changed while it was copied, or this host's memory is faulty",
                 )
             self.files.add(part.path)
@@ -104,7 +107,7 @@ class Writing:
             part.release()
 
     def _put_document(self, path: str, data: bytes) -> FileEntry:
-        self._look()
+        self._check_cancelled()
         self.files.add(path)
         self._store.put(f"{self._folder}/{path}", [data])
         return FileEntry(path, len(data), crc_hex(data), False)

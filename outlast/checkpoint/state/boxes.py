@@ -1,8 +1,8 @@
-"""Where the shards of a tensor lie: which box of it each rank holds, and what the shards' boundaries have in common.
+"""The shards of a tensor: which box of it each rank holds, and what the shards' boundaries have in common.
 
-Pure arithmetic, so that every rank knows of every other without asking. A tensor's dimension is split by one or several
-dimensions of a mesh of ranks, as DTensor does: into pieces of ``ceil(size / ranks)`` rows, of which the last ones are
-shorter or empty; each piece again by the next dimension of the mesh.
+Pure arithmetic, so that every rank knows every other rank's shard without asking. A tensor's dimension is split by one
+or several dimensions of a mesh of ranks, as DTensor does: into pieces of ``ceil(size / ranks)`` rows, the last of them
+shorter or empty; each piece is split again by the next dimension of the mesh.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Box:
-    """A part of a tensor: some rows of each dimension."""
+    """A part of a tensor: a range of rows in each dimension."""
 
     start: tuple[int, ...]
     size: tuple[int, ...]
 
     def places(self, chunk: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Those chunks of a regular grid that the box overlaps, in the order of elements; none if it is empty."""
+        """Indices of the chunks of a regular grid that the box overlaps, in the order of elements."""
         if 0 in self.size:
             return []
         return list(
@@ -35,34 +35,34 @@ class Box:
 
 
 def whole(shape: tuple[int, ...]) -> Box:
-    """All of a tensor."""
+    """The whole tensor."""
     return Box((0,) * len(shape), shape)
 
 
 @dataclass(frozen=True)
 class Split:
-    """What one dimension of a mesh does with a tensor."""
+    """How one dimension of a mesh splits a tensor."""
 
     dim: int | None
-    """The tensor's dimension that is split; None: each has all."""
+    """The tensor's dimension that is split; None: every rank has all of it."""
     after: int = 1
-    """Into how many pieces later dimensions of the mesh split it first. FSDP2 over tensor parallelism does so."""
+    """How many pieces later dimensions of the mesh split it into first, as with FSDP2 over tensor parallelism."""
 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """A tensor over ranks, as one of them sees it."""
+    """The shards of a tensor, as one rank sees them."""
 
     shape: tuple[int, ...]
     """Of the whole tensor."""
     box: Box
-    """What this rank holds."""
+    """This rank's shard."""
     holders: tuple[int, ...]
-    """The ranks that hold the same, ascending."""
+    """The ranks that hold this same shard, ascending."""
     units: tuple[int, ...]
-    """By dimension: all boundaries between shards are at multiples of this; 0 where there are none."""
+    """By dimension: all boundaries between shards are multiples of this; 0 if there are none."""
     shards: int
-    """How many different boxes there are, empty ones among them."""
+    """The number of different boxes, empty ones included."""
     placed: str
     """Mesh and placements in words, equal on all ranks."""
 
@@ -74,17 +74,17 @@ def spread_over(
     place: Sequence[int],
     splits: Sequence[Split],
 ) -> ShardLayout:
-    """How a tensor lies on a mesh.
+    """How a tensor is spread over a mesh.
 
     Args:
         shape: of the whole tensor.
         mesh: shape of the mesh.
         ranks: of the mesh, in row-major order.
-        place: this rank's, one index a dimension of the mesh.
+        place: this rank's coordinates in the mesh.
         splits: one for each dimension of the mesh.
 
     Raises:
-        ValueError: splits that no order of the mesh's dimensions explains, or that are not even though they must be.
+        ValueError: no order of the mesh's dimensions explains the splits, or interleaved shards are uneven.
     """
     orders = {dim: _order(dim, shape, mesh, splits) for dim in sorted({s.dim for s in splits if s.dim is not None})}
     units = [_unit(shape[d], [mesh[m] for m in orders.get(d, ())]) for d in range(len(shape))]
@@ -111,7 +111,7 @@ def spread_over(
 
 
 def _order(dim: int, shape: tuple[int, ...], mesh: Sequence[int], splits: Sequence[Split]) -> list[int]:
-    """The mesh's dimensions that split a tensor's, the one that does so first at the front."""
+    """The mesh's dimensions that split one of the tensor's, in the order in which they split it."""
     order: list[int] = []
     for m in reversed([m for m, split in enumerate(splits) if split.dim == dim]):
         at, pieces = 0, 1
@@ -119,16 +119,18 @@ def _order(dim: int, shape: tuple[int, ...], mesh: Sequence[int], splits: Sequen
             pieces *= mesh[order[at]]
             at += 1
         if pieces != splits[m].after:
-            raise ValueError(f"dimension {m} of the mesh splits what is in {splits[m].after} pieces, which nobody made")
+            raise ValueError(
+                f"dimension {m} of the mesh splits {splits[m].after} pieces, which no other dimension of it makes"
+            )
         order.insert(at, m)
     pieces = math.prod(mesh[m] for m in order)
     if any(splits[m].after > 1 for m in order) and shape[dim] % pieces:
-        raise ValueError(f"{shape[dim]} rows of dimension {dim} do not go evenly into {pieces} interleaved shards")
+        raise ValueError(f"{shape[dim]} rows of dimension {dim} do not divide evenly into {pieces} interleaved shards")
     return order
 
 
 def _unit(size: int, counts: Sequence[int]) -> int:
-    """Greatest common divisor of all boundaries within ``size`` rows that are split into the counts in turn."""
+    """Greatest common divisor of all boundaries in ``size`` rows that are split by each of the counts in turn."""
     unit, lengths = 0, {size}
     for count in counts:
         pieces = set()
@@ -142,7 +144,7 @@ def _unit(size: int, counts: Sequence[int]) -> int:
 
 
 def divisors(number: int) -> Iterator[int]:
-    """Of a positive number, in no order."""
+    """The divisors of a positive number, in no particular order."""
     for low in range(1, math.isqrt(number) + 1):
         if number % low == 0:
             yield low

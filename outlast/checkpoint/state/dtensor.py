@@ -1,4 +1,4 @@
-"""DTensors of FSDP2, HSDP and other meshes: what of them this rank holds, and where in the whole tensor that lies."""
+"""DTensors of FSDP2, HSDP and other meshes: this rank's part of them, and where it is in the whole tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(value: object) -> TypeGuard[DTensor]:
-    """Whether it is one; the class itself takes most of a second to import."""
+    """Whether a value is a DTensor, without importing the class, which takes most of a second."""
     return isinstance(value, torch.Tensor) and hasattr(value, "full_tensor")
 
 
@@ -24,7 +24,7 @@ class Meshes:
     """The meshes of one job's DTensors.
 
     Args:
-        group: whose ranks number the job's; None takes the default group.
+        group: its ranks are the job's; None takes the default group.
         world_size: ranks in the job.
     """
 
@@ -35,34 +35,36 @@ class Meshes:
         self._spreads: dict[Any, ShardLayout] = {}
 
     def spread(self, tensor: DTensor, name: str) -> ShardLayout:
-        """Where this rank's part lies, and who else holds it.
+        """Where this rank's part is, and which ranks hold the same part.
 
         Raises:
-            CheckpointError: a placement whose shards are no boxes of the tensor (a partial sum, ...), or a mesh that is
-                not over all ranks of the job; names the tensor.
+            CheckpointError: a placement whose shards are not boxes of the tensor (a partial sum, ...), or a mesh that
+                does not span all ranks of the job; names the tensor.
         """
         mesh, shape = tensor.device_mesh, tuple(tensor.shape)
         key = (mesh, tensor.placements, shape, _order(tensor))
         spread = self._spreads.get(key)
         if spread is None:
             if mesh not in self._known:
-                # It is over all ranks, so this one has a place in it.
+                # It spans all ranks, so this one has coordinates in it.
                 self._known[mesh] = self._ranks(mesh, name), list(mesh.get_coordinate() or ())
             ranks, place = self._known[mesh]
             try:
                 splits = [_split(placement) for placement in tensor.placements]
                 if any(list(dims) != sorted(dims) for dims in _order(tensor)) and all(s.after == 1 for s in splits):
-                    raise ValueError(f"dimensions {_order(tensor)} of its mesh split it in an order of their own")
+                    raise ValueError(
+                        f"the dimensions of its mesh split it in the order {_order(tensor)}, not in their own"
+                    )
                 spread = spread_over(shape, tuple(mesh.shape), ranks, place, splits)
             except ValueError as error:
                 raise CheckpointError(f"the shards of {name!r} cannot be stored: {error}") from error
             self._spreads[key] = spread
-        have = tuple(local_part(tensor, name).shape)
-        if have != spread.box.size:
+        local_shape = tuple(local_part(tensor, name).shape)
+        if local_shape != spread.box.size:
             raise CheckpointError(
-                f"the DTensor {name!r} {shape} has {have} on this rank, {spread.box.size} was to be expected of its "
-                f"{spread.placed}",
-                "only shards as torch.distributed.tensor cuts them can be stored",
+                f"the DTensor {name!r} {shape} has shape {local_shape} on this rank, expected {spread.box.size} for "
+                f"its {spread.placed}",
+                "only shards as torch.distributed.tensor makes them can be stored",
             )
         return spread
 
@@ -73,33 +75,33 @@ class Meshes:
             members = dist.get_process_group_ranks(self._group)
             ranks = [members.index(rank) if rank in members else -1 for rank in ranks]
         if sorted(ranks) != list(range(self._world_size)):
-            # On a mesh of some ranks, others may hold a tensor of the same name, and both would write it.
+            # Outside of a mesh of some ranks, others may hold a tensor of the same name, and both would write it.
             raise CheckpointError(
-                f"the mesh of {name!r} is over ranks {sorted(ranks)}, the job has {self._world_size}",
-                "shard over a mesh of all ranks (with a dimension that replicates, where need be), or put the tensor's "
+                f"the mesh of {name!r} spans ranks {sorted(ranks)}, the job has {self._world_size}",
+                "shard over a mesh of all ranks (add a replicating dimension if needed), or put the tensor's "
                 "to_local() into local",
             )
         return ranks
 
 
 def local_part(tensor: DTensor, name: str) -> torch.Tensor:
-    """What this rank holds, not a copy; raises :class:`CheckpointError` if that is no plain tensor."""
+    """This rank's part, not a copy; raises :class:`CheckpointError` if it is not a plain tensor."""
     with torch.no_grad():
         local = tensor.to_local()
     if type(local) not in (torch.Tensor, torch.nn.Parameter):
         raise CheckpointError(
             f"this rank's part of {name!r} is a {type(local).__module__}.{type(local).__qualname__}",
-            "only plain tensors can be stored; wait for pending collectives, or store what it is made of",
+            "only plain tensors can be stored; wait for pending collectives, or store the tensors it consists of",
         )
     return local.detach()
 
 
 def with_part(like: DTensor, local: torch.Tensor) -> DTensor:
-    """A DTensor placed as ``like``, of which this rank holds ``local`` (on the CPU, whatever the mesh's device)."""
+    """A DTensor placed as ``like``, with ``local`` as this rank's part (on the CPU, whatever the mesh's device)."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    # from_local would move it to the mesh's device. FSDP2 itself makes the DTensors that it offloads in this way.
+    # from_local would move it to the mesh's device. FSDP2 makes the DTensors that it offloads in the same way.
     stride = torch.empty(like.shape, device="meta").stride()
     meta = TensorMeta(like.shape, stride, local.dtype)
     spec = DTensorSpec(like.device_mesh, like.placements, tensor_meta=meta)
@@ -107,7 +109,7 @@ def with_part(like: DTensor, local: torch.Tensor) -> DTensor:
 
 
 def _order(tensor: DTensor) -> tuple[tuple[int, ...], ...]:
-    """Which dimensions of the mesh split each of the tensor's, in turn, where torch has a word for that."""
+    """The order in which the mesh's dimensions split each of the tensor's, if this torch records it."""
     return tuple(tuple(entry.mesh_dims) for entry in getattr(tensor._spec, "shard_order", None) or ())
 
 
@@ -121,4 +123,4 @@ def _split(placement: object) -> Split:
         return Split(placement.dim, int(placement.split_factor))
     if isinstance(placement, Shard):
         return Split(placement.dim)
-    raise ValueError(f"its placement is {placement}; only Shard and Replicate say which elements a rank holds")
+    raise ValueError(f"its placement is {placement}; only Shard and Replicate define which elements a rank holds")

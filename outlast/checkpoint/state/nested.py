@@ -9,7 +9,7 @@ from outlast.errors import CheckpointError
 
 
 def leaves(state: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """What is no dictionary, and empty dictionaries, with the keys that lead there, as text."""
+    """The values that are not dictionaries, and empty dictionaries, each with its keys as strings."""
     for key, value in state.items():
         if isinstance(value, Mapping) and value:
             yield from leaves(value, (*path, str(key)))
@@ -18,22 +18,22 @@ def leaves(state: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tup
 
 
 def insert(state: dict[str, Any], path: Sequence[Any], value: Any, where: str) -> None:
-    """Put a value at the end of a path of keys; dictionaries on the way are made.
+    """Put a value under a path of keys, and make the dictionaries that lead to it.
 
     Raises:
-        CheckpointError: something is there already, or a key is no string; names it and ``where``.
+        CheckpointError: the path has a value already, or a key is not a string; names it and ``where``.
     """
     name = "/".join(map(str, path))
     if not path or not all(isinstance(key, str) for key in path):
         raise CheckpointError(
-            f"{where}: {name!r} stands in a list, or under a key that is no string",
+            f"{where}: {name!r} is in a list, or under a key that is not a string",
             "checkpoints hold tensors in dictionaries whose keys are strings",
         )
     node = state
     for key in path[:-1]:
         node = node.setdefault(key, {})
         if not isinstance(node, dict):
-            raise CheckpointError(f"{where}: {name!r} stands below {key!r}, which is a value of its own")
+            raise CheckpointError(f"{where}: {name!r} is below {key!r}, which is a value itself")
     if path[-1] in node:
-        raise CheckpointError(f"{where}: {name!r} stands there twice")
+        raise CheckpointError(f"{where}: {name!r} occurs twice")
     node[path[-1]] = value

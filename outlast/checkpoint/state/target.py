@@ -1,4 +1,4 @@
-"""What a restore is to give back: the running state's tensors, and of DTensors this rank's parts alone."""
+"""What a restore returns: the running state's tensors, and of DTensors only this rank's parts."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class RestoreTarget:
     """The tensors of a running state.
 
     Args:
-        like: nested; of the tensors only shapes, types and placements count.
+        like: nested; of its tensors only shapes, dtypes and placements matter.
         meshes: of its DTensors.
-        fill: whether what is read goes into these very tensors.
+        fill: whether to read into these very tensors.
 
     Attributes:
         boxes: this rank's parts of DTensors, by path relative to the step.
         fill: as above.
-        digest: equal on all ranks that want the same.
+        digest: equal on ranks whose targets have the same tensors.
 
     Raises:
-        CheckpointError: a DTensor whose parts are no boxes, a key that cannot be, or a tensor that is to be filled and
-            has no memory; names it.
+        CheckpointError: a DTensor whose parts are not boxes, an invalid key, or a tensor to fill that has no memory;
+            names it.
     """
 
     def __init__(self, like: Mapping[str, Any], meshes: Meshes, fill: bool = False) -> None:
@@ -57,7 +57,7 @@ class RestoreTarget:
         self.digest = zlib.crc32("".join(sorted(lines)).encode())
 
     def check(self, have: Mapping[str, tuple[Any, ...]]) -> None:
-        """Raise :class:`StateMismatch` unless a step, given as shapes and types by path, has these tensors."""
+        """Raise :class:`StateMismatch` unless a step, given as shapes and dtypes by path, has these tensors."""
         names = self._names
         check_same(
             {names.get(path) or readable(path): (shape, dtype) for path, (shape, dtype) in have.items()},
@@ -65,22 +65,24 @@ class RestoreTarget:
         )
 
     def target(self, path: str) -> torch.Tensor | None:
-        """Where this rank's part of a tensor is to be read to; None: to memory of its own."""
+        """The memory to read this rank's part of a tensor into; None: new memory."""
         return self._targets.get(path)
 
     def placed(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor that was filled; a part that was read as the DTensor it is of; other tensors as they are."""
+        """The running tensor, if it was filled; the DTensor of a part that was read; other tensors unchanged."""
         if path in self._into:
             return self._into[path]
         return with_part(self._like[path], tensor) if path in self._like else tensor
 
 
 def _memory_of(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """What this rank holds of a tensor, to write to."""
+    """This rank's part of a tensor, to write to."""
     part = local_part(tensor, name) if is_dtensor(tensor) else tensor.detach()
     if part.is_meta or any(stride == 0 < size - 1 for size, stride in zip(part.shape, part.stride(), strict=True)):
-        reason = "is on the meta device" if part.is_meta else "has elements that share memory (it is expanded)"
-        raise CheckpointError(f"{name!r} cannot be restored into: it {reason}", "pass `like`, or a tensor of its own")
+        reason = "is on the meta device" if part.is_meta else "is expanded, so its elements share memory"
+        raise CheckpointError(
+            f"{name!r} cannot be restored into: it {reason}", "pass `like`, or a tensor with memory of its own"
+        )
     return part
 
 

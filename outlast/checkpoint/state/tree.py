@@ -1,4 +1,4 @@
-"""The state to save, laid out: which groups with which attributes, which tensors at which path."""
+"""The state to save as a tree: groups with attributes, and tensors at their paths."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ class TensorEntry:
     name: str
     """As the user knows it: keys joined by ``/``."""
     tensor: torch.Tensor
-    """All of it, or this rank's part of a DTensor."""
+    """The whole tensor, or this rank's part of a DTensor."""
     eager: bool
+    """Whether to copy it before the save returns."""
     spread: ShardLayout | None = None
-    """Of a DTensor: where its parts lie."""
+    """Of a DTensor: its shards."""
     dtensor: torch.Tensor | None = None
-    """It itself: what changes it raises its ``_version``, and not that of the part."""
+    """The DTensor itself: a change of it raises its own ``_version``, not that of the part."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """Shape of the whole tensor."""
         return self.spread.shape if self.spread else tuple(self.tensor.shape)
 
     @property
     def nbytes(self) -> int:
-        """Of the whole tensor."""
+        """Size of the whole tensor."""
         return math.prod(self.shape) * self.tensor.itemsize
 
 
 @dataclass
 class StateTree:
-    """All of one rank's state."""
+    """One rank's state."""
 
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Attributes (JSON) by the group's path relative to the step; the root is ``""``."""
@@ -54,29 +55,29 @@ class StateTree:
 
 
 def lay_out(
-    plan: StateTree, state: Mapping[str, Any], prefix: str, eager: Collection[str], meshes: Meshes | None = None
+    tree: StateTree, state: Mapping[str, Any], prefix: str, eager: Collection[str], meshes: Meshes | None = None
 ) -> None:
-    """Add a nested state to a plan, under the group ``prefix``.
+    """Add a nested state to a tree, under the group ``prefix``.
 
-    A dictionary at the top, and one that holds a tensor or an integer key somewhere, becomes a group; every other value
-    becomes an attribute of the group it stands in. Below the top, keys of tensors and dictionaries may be integers, as
-    in an optimizer's state.
+    A top-level dictionary, and any that contains a tensor or an integer key, becomes a group; every other value becomes
+    an attribute of its group. Below the top level, keys of tensors and dictionaries may be integers, as in an
+    optimizer's state.
 
     Args:
-        plan: what is added to.
+        tree: that the state is added to.
         state: nested.
         prefix: a path relative to the step.
-        eager: keys at the top.
-        meshes: of the DTensors; None where there may not be any.
+        eager: top-level keys whose tensors are copied before the save returns.
+        meshes: of the DTensors; None if DTensors are not allowed.
 
     Raises:
         CheckpointError: a key or value that cannot be stored, a tensor's dtype, or a DTensor's placement; names it.
     """
-    _group(plan, state, prefix, prefix, meshes, top=True, eager=False, eager_keys=eager)
+    _group(tree, state, prefix, prefix, meshes, top=True, eager=False, eager_keys=eager)
 
 
 def _group(
-    plan: StateTree,
+    tree: StateTree,
     state: Mapping[Any, Any],
     path: str,
     name: str,
@@ -87,7 +88,7 @@ def _group(
     eager_keys: Collection[str],
 ) -> None:
     attributes: dict[Any, Any] = {}  # all keys of leaves are strings
-    plan.groups[path] = attributes
+    tree.groups[path] = attributes
     for key, value in state.items():
         child_name = f"{name}/{key}" if name else str(key)
         child_eager = eager or (top and key in eager_keys)
@@ -102,26 +103,26 @@ def _group(
             continue
         child = child_path(path, key)
         if is_group:
-            _group(plan, value, child, child_name, meshes, top=False, eager=child_eager, eager_keys=())
+            _group(tree, value, child, child_name, meshes, top=False, eager=child_eager, eager_keys=())
         elif is_dtensor(value) and meshes is not None:
             part = local_part(value, child_name)
             check_storable(part, child_name)
-            plan.items.append(
+            tree.items.append(
                 TensorEntry(child, child_name, part, child_eager, meshes.spread(value, child_name), value)
             )
         else:
             check_storable(value, child_name)
-            plan.items.append(TensorEntry(child, child_name, value.detach(), child_eager))
+            tree.items.append(TensorEntry(child, child_name, value.detach(), child_eager))
 
 
 def child_path(path: str, key: str | int) -> str:
-    """Where what stands under a key of the group at ``path`` lies."""
+    """The path of a key's value in the group at ``path``."""
     component = encode_key(key, at_root=not path)
     return f"{path}/{component}" if path else component
 
 
 def _needs_group(value: Mapping[Any, Any]) -> bool:
-    """Whether it holds a tensor, or an integer key, which JSON has not."""
+    """Whether it contains a tensor or an integer key, which JSON does not have."""
     return any(
         isinstance(item, torch.Tensor) or type(key) is int or (isinstance(item, Mapping) and _needs_group(item))
         for key, item in value.items()
@@ -129,14 +130,14 @@ def _needs_group(value: Mapping[Any, Any]) -> bool:
 
 
 def check_like(saved: Mapping[str, Any], running: Mapping[str, Any]) -> None:
-    """Check that a restored state has the running one's tensors; values that are no tensors are not compared.
+    """Check that a restored state has the running one's tensors; other values are not compared.
 
     Args:
         saved: nested, as :meth:`Checkpointer.restore` returned it.
         running: nested, e.g. ``{"model": model.state_dict()}``; tensors may be on any device, or meta.
 
     Raises:
-        StateMismatch: names the tensors that are missing, unexpected, or of another shape or dtype, with both.
+        StateMismatch: names the tensors that are missing, unexpected, or differ in shape or dtype.
     """
     check_same(
         {name: (tuple(tensor.shape), tensor.dtype) for _, name, tensor in tensors_of(saved)},
@@ -149,7 +150,7 @@ Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def check_same(have: Described, want: Described) -> None:
-    """Raise :class:`StateMismatch` unless a checkpoint has the tensors that are wanted, and no others."""
+    """Raise :class:`StateMismatch` unless a checkpoint has exactly the running state's tensors."""
     problems = [f"{name}: in the running state, not in the checkpoint" for name in want if name not in have]
     problems += [f"{name}: in the checkpoint, not in the running state" for name in have if name not in want]
     for name in want.keys() & have.keys():
@@ -160,13 +161,15 @@ def check_same(have: Described, want: Described) -> None:
         shown = sorted(problems)[:10]
         more = f"\n  and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
         raise StateMismatch(
-            f"{len(problems)} tensors of the checkpoint do not fit:\n  " + "\n  ".join(shown) + more,
-            "run with the settings the checkpoint was made with, or start another run",
+            f"{len(problems)} tensors of the checkpoint do not match the running state:\n  "
+            + "\n  ".join(shown)
+            + more,
+            "run with the settings that the checkpoint was saved with, or start another run",
         )
 
 
 def tensors_of(state: Mapping[Any, Any], path: str = "", name: str = "") -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Path relative to the step, name and tensor of all tensors of a nested state."""
+    """The tensors of a nested state: path relative to the step, name, tensor."""
     for key, value in state.items():
         child_name = f"{name}/{key}" if name else str(key)
         if isinstance(value, torch.Tensor):

@@ -1,10 +1,11 @@
-"""The steps at a URL as a whole: which are there, which is to go, which is set aside."""
+"""The steps at a URL as a whole: which exist, which are removed, which are set aside."""
 
 from __future__ import annotations
 
 import errno
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from outlast.checkpoint.format.names import (
@@ -27,17 +28,21 @@ _log = logging.getLogger("outlast.checkpoint")
 
 @dataclass(frozen=True)
 class Scan:
-    """Steps by whether they have a commit record (which need not be a valid one), oldest first."""
+    """The steps with and without a commit record, which need not be valid; oldest first."""
 
     committed: tuple[int, ...]
     uncommitted: tuple[int, ...]
+    replaced: tuple[int, ...] = ()
+    """Steps with an older commit that an overwrite has moved away."""
 
 
 def scan(store: Store) -> Scan:
-    """What is there."""
-    steps = sorted(step for name in store.names("") if (step := parse_step(name)) is not None)
-    done = [step for step in steps if store.exists(f"{step_name(step)}/{COMMIT}")]
-    return Scan(tuple(done), tuple(step for step in steps if step not in done))
+    """The steps in a store; raises OSError if it cannot be read."""
+    names = store.names("")
+    steps = sorted(step for name in names if (step := parse_step(name)) is not None)
+    replaced = sorted(step for name in names if (step := parse_replaced(name)) is not None)
+    committed = [step for step in steps if store.exists(f"{step_name(step)}/{COMMIT}")]
+    return Scan(tuple(committed), tuple(step for step in steps if step not in committed), tuple(replaced))
 
 
 def opened_by(store: Store, step: int) -> tuple[str, int] | None:
@@ -50,95 +55,108 @@ def opened_by(store: Store, step: int) -> tuple[str, int] | None:
 
 
 def set_aside(store: Store, step: int, *, folder: str = "") -> str:
-    """Rename a step's folder so that it is never read again, and nothing of it is lost; returns the new name."""
-    taken = [name for name in store.names("") if parse_aside(name) == step]
-    number = 1 + max((int(name.rpartition("-")[2]) for name in taken), default=0)
+    """Rename a step's folder so that it is never read again and nothing is lost; returns the new name.
+
+    Args:
+        store: of the step.
+        step: whose folder.
+        folder: its name; empty takes that of the step.
+    """
+    earlier = [name for name in store.names("") if parse_aside(name) == step]
+    number = 1 + max((int(name.rpartition("-")[2]) for name in earlier), default=0)
     name = f"{step_name(step)}.aside-{number}"
     store.move_tree(folder or step_name(step), name)
     return name
 
 
 def clear_leftover(store: Store, step: int) -> str:
-    """Remove a step without commit record, or set it aside if it has all votes: only the record may be missing.
+    """Remove a step without a commit record, or set it aside if it has all votes: maybe only the record is missing.
 
     Returns:
-        What was done, in words.
+        What was done, as the end of a sentence.
     """
     if has_all_votes(store, step):
-        return f"it has all votes and was set aside as {set_aside(store, step)}"
+        return f"it has all votes and is set aside as {set_aside(store, step)}"
     store.remove_tree(step_name(step))
-    return "what was written of it was removed"
+    return "its files are removed"
 
 
-def clear_for(store: Store, step: int, epoch: str) -> list[str]:
-    """Make room for saving ``step``: left-overs of all saves that were cut off go, an older commit of it is moved.
+def clear_for(store: Store, step: int, attempt_id: str) -> list[str]:
+    """Make room for saving ``step``: remove what interrupted saves left, and move an older commit of the step away.
 
-    It is not lost before the new one is committed: until :func:`retire`, :func:`bring_back` makes it the step again.
+    The older commit is not lost: until :func:`retire` is called, :func:`bring_back` makes it the step again.
 
     Returns:
-        Names of what was moved because it was committed.
+        The new name of the older commit, if there was one.
 
     Raises:
-        CheckpointError: this very attempt has committed the step already.
+        CheckpointError: this attempt has already committed the step.
     """
-    found = scan(store)
-    for other in found.uncommitted:
-        _log.info("%s: left by a save that was not completed: %s", step_name(other), clear_leftover(store, other))
-    if step not in found.committed:
+    scanned = scan(store)
+    for other in scanned.uncommitted:
+        _log.info("%s: left by an interrupted save; %s", step_name(other), clear_leftover(store, other))
+    if step not in scanned.committed:
         return []
     try:
-        committed_by = read_commit(store, step).epoch
+        committed_by = read_commit(store, step).attempt_id
     except Fault:
         committed_by = ""
-    if committed_by == epoch:
-        raise CheckpointError(f"step {step} was saved and committed before in this attempt", "save each step once")
+    if committed_by == attempt_id:
+        raise CheckpointError(f"this attempt has already saved and committed step {step}", "save each step once")
     retire(store, step)
     store.move_tree(step_name(step), replaced_name(step))
     return [replaced_name(step)]
 
 
 def retire(store: Store, step: int) -> None:
-    """Set aside what a committed step has replaced, if anything."""
+    """Set aside the older commit that a committed step has replaced, if there is one."""
     old = replaced_name(step)
     try:
         if store.exists(f"{old}/{COMMIT}"):
             set_aside(store, step, folder=old)
         elif store.names(old):
-            # Where a folder is moved file by file: the begin, or the end, of a move that was cut off.
+            # Where a folder is moved file by file, an interrupted move leaves a part of it.
             store.remove_tree(old)
     except OSError as error:
-        # The new checkpoint is committed all the same; the next restore tries again.
-        _log.warning("%s could not be set aside: %s", old, error)
+        # The new checkpoint is committed nevertheless; the next restore tries again.
+        _log.warning("%s cannot be set aside: %s", old, error)
 
 
 def only_readable(error: OSError) -> bool:
-    """Whether something could not be changed because the place can only be read."""
+    """Whether a change failed because the storage is read-only."""
     return isinstance(error, PermissionError) or error.errno == errno.EROFS
 
 
-def bring_back(store: Store) -> list[tuple[int, str]]:
-    """Undo, or complete, what saves left that were to replace a committed step.
+def bring_back(store: Store, replaced: Iterable[int]) -> list[tuple[int, str]]:
+    """Undo interrupted overwrites of committed steps, and complete those that were committed.
 
-    No rank may be saving: one that is late would write into a step that is committed.
+    No rank may be saving: a late one would write into a committed step.
+
+    Args:
+        store: of the steps.
+        replaced: the steps, see :class:`Scan`.
 
     Returns:
-        Steps that could not be brought back since the place can only be read, and why, in words.
+        The steps that cannot be brought back because the storage is read-only, each with the reason.
     """
-    left_alone: list[tuple[int, str]] = []
-    for name in store.names(""):
-        step = parse_replaced(name)
-        if step is None:
-            continue
+    left_replaced: list[tuple[int, str]] = []
+    for step in replaced:
+        name = replaced_name(step)
         if store.exists(f"{step_name(step)}/{COMMIT}"):
             retire(store, step)
             continue
         try:
-            left = clear_leftover(store, step)
+            outcome = clear_leftover(store, step)
             store.move_tree(name, step_name(step))
         except OSError as error:
             if not only_readable(error):
                 raise
-            left_alone.append((step, f"saving it anew was not completed, and the old one stays {name}: {error}"))
+            reason = f"overwriting it was interrupted, and its older commit cannot be brought back from {name}: {error}"
+            left_replaced.append((step, reason))
             continue
-        _log.warning("%s: saving it anew was not completed, the old one is back; of the new, %s", step_name(step), left)
-    return left_alone
+        _log.warning(
+            "%s: overwriting it was interrupted; its older commit is back, and of the new one, %s",
+            step_name(step),
+            outcome,
+        )
+    return left_replaced

@@ -1,4 +1,4 @@
-"""Whether a step is committed, as its store tells."""
+"""Whether a step in a store is committed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from outlast.errors import CorruptCheckpoint, IncompleteCheckpoint
 
 
 def read_commit(store: Store, step: int) -> Commit:
-    """The commit record of a step; raises :class:`Fault`, and OSError if the storage cannot be read."""
+    """The commit record of a step; raises :class:`Fault` for the file, and OSError if the storage cannot be read."""
     try:
         data = bytes(store.read(f"{step_name(step)}/{COMMIT}"))
     except FileNotFoundError as error:
@@ -23,16 +23,16 @@ def read_commit(store: Store, step: int) -> Commit:
         raise Fault(
             CorruptCheckpoint,
             COMMIT,
-            f"is of step {commit.step} with {len(commit.votes)} votes of {commit.world_size} ranks",
+            f"belongs to step {commit.step} and has {len(commit.votes)} votes of {commit.world_size} ranks",
         )
     return commit
 
 
 def has_all_votes(store: Store, step: int) -> bool:
-    """Whether a step without a commit record has the votes of all ranks of one save: maybe all but the record."""
+    """Whether a step has the votes of all ranks for one save: then maybe only the commit record is missing."""
     try:
         first = unseal_vote(bytes(store.read(vote_path(step, 0))), "")
         votes = [unseal_vote(bytes(store.read(vote_path(step, rank))), "") for rank in range(first.world_size)]
     except (Fault, FileNotFoundError):
         return False
-    return all((vote.epoch, vote.serial) == (first.epoch, first.serial) for vote in votes)
+    return all((vote.attempt_id, vote.save_id) == (first.attempt_id, first.save_id) for vote in votes)

@@ -1,8 +1,9 @@
-"""Reading a committed step: every byte that is used, or looked at, is verified first."""
+"""Reading a committed step: every byte is verified before it is used."""
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,14 +54,14 @@ from outlast.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpo
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
-"""Called with bytes verified so far and bytes in all."""
+"""Called with the bytes verified so far and in total."""
 
 
 def as_error(fault: Fault, store: Store, step: int) -> CheckpointError:
-    """The public error of a fault, with the file's whole path."""
+    """The public error for a fault, with the file's whole path."""
     where = f"{store.url}/{step_name(step)}" + (f"/{fault.file}" if fault.file else "")
     if fault.kind is UnknownFormatVersion:
-        fix = "read it with the version of outlast that wrote it, or a newer one; it is left as it is"
+        fix = "read it with the version of outlast that wrote it, or a newer one; it is unchanged"
     elif fault.kind in (CorruptCheckpoint, IncompleteCheckpoint):
         fix = "restore an earlier step (`auto` does so); `outlast ckpt verify` lists all damaged files"
     else:
@@ -69,13 +70,13 @@ def as_error(fault: Fault, store: Store, step: int) -> CheckpointError:
 
 
 class FileSource(Protocol):
-    """A place from which files come faster than from the store. It may be called from several threads."""
+    """A source of files that is asked before the store. Several threads may call it at once."""
 
     def __call__(self, entry: FileEntry) -> Buffer | None:
-        """A file's verified bytes, writable, or None if they are not here."""
+        """A file's verified bytes, writable, or None if the source does not have them."""
 
     def fill(self, entry: FileEntry, out: Buffer) -> bool:
-        """Have a chunk's elements where they belong, verified; False if they are not here, whatever lies there then."""
+        """Read a chunk's elements into ``out`` and verify them; False, and any bytes in ``out``, if it has no copy."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,18 @@ class ChunkRead:
 
 
 class StepReader:
-    """One committed step. Its commit record and votes are read and verified by the constructor.
+    """One committed step. The constructor reads and verifies its commit record and votes.
 
     Args:
-        store: where it lies.
-        step: which.
+        store: of the step.
+        step: its number.
         io: threads that read and verify.
-        faster: what is asked first.
-        commit: the commit record; None reads the store's.
-        votes: those that are known already, by rank.
+        faster: asked before the store; None: there is no such source.
+        commit: the commit record, if it is known; None reads it from the store.
+        votes: those that are known, by rank.
+
+    Attributes:
+        stored_bytes: how much was read from the store, the commit record apart.
 
     Raises:
         Fault: the commit record or a vote is missing, damaged, or of an unknown version.
@@ -124,19 +128,21 @@ class StepReader:
         self._store = store
         self._io = io
         self._faster = faster
+        self.stored_bytes = 0
+        self._counting = threading.Lock()
         self.votes: tuple[Vote, ...] = tuple(
             votes[rank] if rank in votes else self._vote(rank, entry) for rank, entry in enumerate(self.commit.votes)
         )
 
     def files_of(self, rank: int | None) -> list[FileEntry]:
-        """The files of a rank's local state, or (None) of the replicated state. Packs may hold some of either."""
+        """The files of a rank's local state, or (None) of the replicated state. A pack may hold parts of both."""
         if rank is None:
             files = (entry for vote in self.votes for entry in vote.files)
             return [entry for entry in files if parse_local(entry.path) is None]
         return [entry for entry in self.votes[rank].files if rank in (parse_local(entry.path), parse_pack(entry.path))]
 
     def verify(self, entries: Iterable[FileEntry], progress: Progress | None = None) -> list[Fault]:
-        """Verify files; returns what is wrong with which."""
+        """Verify files; returns what is wrong with them, in their order."""
         entries = list(entries)
         total, done, faults = sum(entry.size_bytes for entry in entries), 0, []
         for entry, fault in zip(entries, self._io.map(self._fault, entries), strict=True):
@@ -152,20 +158,20 @@ class StepReader:
 
         Args:
             rank: whose state.
-            target: of which tensors this rank needs a part, and which are to be filled; chunks outside of these parts
-                are not read.
+            target: this rank's tensors, and whether to fill them; chunks outside of its parts are not read. None: all
+                tensors, whole, in new memory.
 
         Raises:
-            Fault: a file is missing or damaged; the first in the order of the votes. Where tensors are read to, some
-                may have been overwritten.
-            StateMismatch: the step has other tensors than are wanted; no chunk is read.
+            Fault: a file is missing or damaged; the first in the order of the votes. Some of the tensors to be filled
+                may be overwritten.
+            StateMismatch: the step does not have the target's tensors; no chunk is read.
         """
         entries = self.files_of(rank)
+        top = "" if rank is None else rank_name(rank)
         nodes = self._nodes(entries)
         arrays = {path: info for path, info in nodes.items() if isinstance(info, ArrayInfo)}
         if target is not None:
             target.check(_described(rank, arrays))
-        top = "" if rank is None else rank_name(rank)
         if top not in nodes:
             raise Fault(IncompleteCheckpoint, node_path(top), "no vote lists this file")
         groups: dict[str, dict[Any, Any]] = {}
@@ -180,7 +186,7 @@ class StepReader:
         return groups[top]
 
     def describe(self, rank: int | None) -> tuple[dict[str, ArrayInfo], dict[str, dict[str, Any]]]:
-        """Arrays, and attributes of groups, by path relative to the step; chunks are not read.
+        """The arrays, and the attributes of groups, by path relative to the step; chunks are not read.
 
         Raises:
             Fault: a metadata file is missing or damaged.
@@ -199,13 +205,13 @@ class StepReader:
         return arrays, values
 
     def _nodes(self, entries: Iterable[FileEntry]) -> dict[str, ArrayInfo | dict[str, Any]]:
-        """Arrays, and groups' attributes, by path."""
+        """Arrays and attributes of groups, by path."""
         documents = [entry for entry in entries if not entry.chunk]
         nodes = {
             entry.path.removesuffix(NODE).rstrip("/"): parse_node(bytes(data), entry.path)
             for entry, data in zip(documents, self._io.map(self.read, documents), strict=True)
         }
-        nodes.pop(PACKS, None)  # a group of the format's, not of the state's
+        nodes.pop(PACKS, None)  # a group of the format, not of the state
         return nodes
 
     def _tensors(
@@ -249,14 +255,14 @@ class StepReader:
 
     def read(self, entry: FileEntry) -> Buffer:
         """A file's bytes, verified against the vote; raises :class:`Fault`."""
-        if self._faster is not None and (found := self._faster(entry)) is not None:
-            return found
+        if self._faster is not None and (copy := self._faster(entry)) is not None:
+            return copy
         data = self._stored(entry, self._store.read)
         check_file(entry, data.data)
         return data
 
     def _read_to(self, room: Buffer, info: ArrayInfo, entry: FileEntry) -> None:
-        """A chunk's elements, verified, to where they belong; raises :class:`Fault`, and then something lies there."""
+        """Read a chunk's elements to their place and verify them; raises :class:`Fault`, with any bytes there then."""
         check_size(info, entry.size_bytes, entry.path)
         if self._faster is not None and self._faster.fill(entry, room):
             return
@@ -265,6 +271,8 @@ class StepReader:
         check_pieces(entry, seen, end)
 
     def _stored(self, entry: FileEntry, read: Callable[[str], T]) -> T:
+        with self._counting:
+            self.stored_bytes += entry.size_bytes
         try:
             return read(f"{step_name(self.step)}/{entry.path}")
         except FileNotFoundError as error:
@@ -288,8 +296,13 @@ class StepReader:
     def _vote(self, rank: int, entry: FileEntry) -> Vote:
         vote = unseal_vote(bytes(self.read(entry)), entry.path)
         commit = self.commit
-        if (vote.rank, vote.step, vote.epoch, vote.serial) != (rank, commit.step, commit.epoch, commit.serial):
-            raise Fault(CorruptCheckpoint, entry.path, f"is the vote of rank {vote.rank} for another save")
+        if (vote.rank, vote.step, vote.attempt_id, vote.save_id) != (
+            rank,
+            commit.step,
+            commit.attempt_id,
+            commit.save_id,
+        ):
+            raise Fault(CorruptCheckpoint, entry.path, f"is rank {vote.rank}'s vote for another save")
         return vote
 
 

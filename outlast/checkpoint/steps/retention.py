@@ -1,12 +1,10 @@
-"""Which old steps go, and when."""
+"""Which old steps are removed, and when."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from outlast.checkpoint.format.names import (
-    step_name,
-)
+from outlast.checkpoint.format.names import step_name
 from outlast.checkpoint.format.records import Fault
 from outlast.checkpoint.steps.catalog import _log, scan
 from outlast.checkpoint.steps.commit import read_commit
@@ -15,9 +13,10 @@ from outlast.checkpoint.storage.base import Store
 
 
 def prune(store: Store, newest: int, keep_last: int) -> None:
-    """Remove committed steps before ``newest`` until ``keep_last`` are left, ``newest`` among them; 0 keeps all.
+    """Remove committed steps older than ``newest`` until ``keep_last`` are left, ``newest`` included; 0 keeps all.
 
-    Steps whose record cannot be read (damaged, or of another format version) are neither counted nor removed.
+    Steps whose record cannot be read (damaged, or of another format version) are neither counted nor removed. A failure
+    is logged, not raised.
     """
     if keep_last == 0:
         return
@@ -34,24 +33,24 @@ def prune(store: Store, newest: int, keep_last: int) -> None:
         for step in readable[: max(0, len(readable) - (keep_last - 1))]:
             store.remove_tree(step_name(step))
     except OSError as error:
-        # The new checkpoint is committed all the same; the next one's commit tries again.
-        _log.warning("old checkpoints could not be removed: %s", error)
+        # The new checkpoint is committed nevertheless; the next commit tries again.
+        _log.warning("old checkpoints cannot be removed: %s", error)
 
 
 def prune_all_but_newest_valid(store: Store, io: ThreadPoolExecutor) -> None:
-    """Remove committed steps older than the newest one of which every byte is as it was written; for a full disk.
+    """Remove committed steps older than the newest one that verifies, to make room on a full disk.
 
-    Where none is valid, none is removed. Steps whose record cannot be read are left.
+    If none verifies, none is removed. Steps whose record cannot be read are kept.
     """
-    valid = False
+    has_valid = False
     for step in reversed(scan(store).committed):
         try:
             reader = StepReader(store, step, io)
         except Fault as fault:
             _log.warning("%s is kept: %s", step_name(step), fault)
             continue
-        if valid:
-            _log.warning("%s is removed: there is no room for the next checkpoint", step_name(step))
+        if has_valid:
+            _log.warning("%s is removed to make room for the next checkpoint", step_name(step))
             store.remove_tree(step_name(step))
         else:
-            valid = not reader.verify(entry for vote in reader.votes for entry in vote.files)
+            has_valid = not reader.verify(entry for vote in reader.votes for entry in vote.files)

@@ -11,68 +11,70 @@ Bytes = bytes | memoryview
 
 
 class Store(Protocol):
-    """What a checkpoint needs of its storage.
+    """What a checkpoint needs from its storage.
 
-    Every method raises OSError: FileNotFoundError for a missing file, and ConnectionError where the storage as a whole
-    does not answer, so that nothing is known about the file.
+    Paths are relative to the store's URL, with ``/`` between components; ``""`` is the URL itself. Methods may be
+    called from several threads. On failure they raise OSError: FileNotFoundError for a missing file, ConnectionError if
+    the storage as a whole does not answer, which says nothing about the file. A buffer that is passed in may be reused
+    once the method returns.
     """
 
     url: str
 
     def prepare(self) -> None:
-        """Create the directory where there are such, durably, and find out whether it can be written."""
+        """Create the directory durably, where the storage has directories, and check that it can be written."""
 
     def put(self, path: str, parts: Sequence[Bytes]) -> None:
-        """Write a file; on return its bytes are durable, its name only after :meth:`sync_dirs`.
+        """Write a file; its bytes are durable on return, its name only after :meth:`sync_dirs`.
 
-        A reader or a crash may see a part of it.
+        Readers, and a restart after a crash, may see a part of it.
         """
 
     def put_block(self, path: str, block: memoryview, size_bytes: int) -> None:
-        """As :meth:`put`, of the first ``size_bytes`` of a block that begins at a page and is whole pages long."""
+        """As :meth:`put`, for the first ``size_bytes`` of a block that is page-aligned and whole pages long."""
 
     def free_bytes(self) -> int | None:
-        """What can still be written, or None where nobody knows."""
+        """How much can still be written, or None if that is unknown."""
 
     def put_atomic(self, path: str, data: bytes) -> None:
         """Write a file that readers see whole or not at all, before and after a crash; durable on return."""
 
     def put_new(self, path: str, data: bytes) -> None:
-        """As :meth:`put_atomic`, where no file is; FileExistsError if there is one with other bytes.
+        """As :meth:`put_atomic`, for a new file; raises FileExistsError if one with other bytes exists.
 
-        Object stores refuse the second of two such writes themselves; a directory is looked at before the rename.
+        Object stores reject the second of two such writes themselves; a local directory is checked before the rename.
         """
 
     def sync_dirs(self, paths: Iterable[str]) -> None:
-        """Make the names of these files, and of all directories on the way to them, durable."""
+        """Make the names of these files, and of all directories that lead to them, durable."""
 
     def read(self, path: str) -> Buffer:
         """A file's bytes, writable."""
 
     def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object]) -> bytes:
-        """Read a file to where its first bytes belong, and return those for which ``out`` has no room.
+        """Read the first bytes of a file into ``out``, and return the rest.
 
-        ``seen`` is called with one piece of ``out`` after the other, as they come. A file that is shorter than ``out``
-        leaves the rest of it as it was.
+        ``seen`` is called with each piece of ``out`` in turn, as soon as it is read. If the file is shorter than
+        ``out``, the rest of ``out`` is unchanged.
         """
 
     def names(self, path: str) -> list[str]:
-        """What lies in a directory, sorted; empty where there is none."""
+        """The names in a directory, sorted; empty if it does not exist."""
 
     def exists(self, path: str) -> bool:
-        """Whether there is such a file."""
+        """Whether the file exists."""
 
     def sizes(self, path: str) -> dict[str, int]:
         """Sizes in bytes of all files below a directory, by path relative to it."""
 
     def remove(self, path: str) -> None:
-        """Remove a file, durably; no error where there is none."""
+        """Remove a file, durably; no error if it does not exist."""
 
     def remove_tree(self, path: str) -> None:
-        """Remove a directory and all below; its commit record first, so that no half of it looks complete."""
+        """Remove a directory and everything below it; the commit record first, so that no part looks complete."""
 
     def move_tree(self, old: str, new: str) -> None:
-        """Give a directory another name, which nothing has; OSError if something does.
+        """Rename a directory; raises OSError if the new name exists.
 
-        A crash leaves all of it under one name at least, and nothing that looks complete and is not.
+        After a crash all of it has at least one of the names, and nothing looks complete that is not.
         """

@@ -1,7 +1,7 @@
-"""Checkpoints at any fsspec URL: object stores, or what behaves like one.
+"""Checkpoints at any fsspec URL: object stores, and file systems that behave like one.
 
-Objects appear whole and are durable once written, as object stores promise. Operations that fail with what may pass are
-made again a few times, by ``_retry`` alone: S3's client, which would do so in two layers of its own, is told not to.
+Objects appear whole and are durable once written, as object stores promise. Transient failures are retried by
+:mod:`outlast.checkpoint.storage.retry` alone: the two retry layers of S3's client are turned off.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ _log = logging.getLogger("outlast.checkpoint")
 T = TypeVar("T")
 
 _BUCKETS = {"s3", "s3a", "gs", "gcs"}
-"""Protocols without directories. To make one would make the bucket: a mistyped name is to be an error instead."""
+"""Protocols without directories. Making one would create the bucket, but a mistyped name must be an error."""
 _S3 = ("s3", "s3a")
 
 ANSWER_S = 30.0
+"""How long a write of no bytes may take."""
 _LEAST_BYTES_PER_S = 250_000
-"""A write that takes longer than this is given up. S3's client has no limit of its own for one: while a server does not
-take what is sent, it waits on, whatever its timeouts are set to."""
+"""A write that is slower than this is abandoned. S3's client has no limit for writes: while the server accepts no data,
+it waits forever, whatever its timeouts say."""
 
 
 def open_filesystem(url: str, protocol: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path there.
+    """fsspec's file system for a URL, and the path in it.
 
     Raises:
-        ImportError: the package that speaks the protocol is missing.
-        ValueError: no such protocol.
+        ImportError: the package for the protocol is missing.
+        ValueError: the protocol does not exist.
     """
     options: dict[str, Any] = {}
     if "::" not in protocol and fsspec.get_filesystem_class(protocol).__module__.startswith("obstore."):
-        # Registered in place of fsspec's own. What it does not know it takes for a setting of the store's.
+        # Registered in place of fsspec's own. It takes arguments that it does not know for settings of the store.
         filesystem, root = fsspec.core.url_to_fs(url, retry_config={"max_retries": 0})
         return filesystem, str(root).rstrip("/")
     if protocol in _S3:
-        # Whatever the user has set stays; how long to wait for a connection or an answer is s3fs's 5 s and 15 s.
+        # The user's settings stay. The timeouts for connecting and for an answer are s3fs's 5 s and 15 s.
         config = dict(fsspec.config.conf.get("s3", {}).get("config_kwargs") or {})
         options["config_kwargs"] = {"retries": {"total_max_attempts": 1, "mode": "standard"}, **config}
     filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
@@ -64,14 +65,15 @@ class FsspecStore:
     """See :class:`outlast.checkpoint.storage.base.Store`.
 
     Raises:
-        ConnectionError: (all methods) the store does not answer, or not with what was asked for, each time.
+        ConnectionError: (all methods) every try failed because the storage did not answer, or not properly.
     """
 
     def __init__(self, url: str, filesystem: Any, root: str) -> None:
         self.url = url
         self._fs = filesystem
         self._root = root
-        self._refuses = True
+        self._creates_exclusively = True
+        """Whether the storage can reject a write because the file exists."""
         generic = AsyncFileSystem._find if isinstance(filesystem, AsyncFileSystem) else AbstractFileSystem.find
         self._lists_all = getattr(type(filesystem), generic.__name__) is not generic
         self._has_limits = isinstance(filesystem, AsyncFileSystem)
@@ -80,23 +82,23 @@ class FsspecStore:
         protocol = self._fs.protocol
         if not _BUCKETS & {protocol, *(() if isinstance(protocol, str) else protocol)}:
             self._do("", lambda: self._fs.makedirs(self._root, exist_ok=True))
-        # Whether it can be written, and whether it refuses to overwrite where it is told to, only a write can tell.
+        # Only a write can tell whether the storage is writable, and whether it creates files exclusively.
         probe = f".outlast-probe-{uuid.uuid4().hex}"
         self.put(probe, [b"first"])
         try:
             self._put_if_absent(probe, b"second")
-            self._refuses = False
+            self._creates_exclusively = False
         except FileExistsError:
             pass
         except ConnectionError:
             raise
-        except OSError:  # the client library has no such thing
-            self._refuses = False
+        except OSError:  # the client library does not support it
+            self._creates_exclusively = False
         self.remove(probe)
-        if not self._refuses:
+        if not self._creates_exclusively:
             _log.warning(
-                "%s cannot be told to write a file only if there is none: that no two attempts commit one step is "
-                "looked up before the commit instead, which leaves a moment in between",
+                "%s cannot create a file exclusively: before a commit, outlast checks that no other attempt has "
+                "committed the step, but another attempt could commit it between the check and the commit",
                 self.url,
             )
 
@@ -115,11 +117,11 @@ class FsspecStore:
 
     def put_new(self, path: str, data: bytes) -> None:
         try:
-            if not self._refuses and self.exists(path):
+            if not self._creates_exclusively and self.exists(path):
                 raise FileExistsError(errno.EEXIST, f"{self.url}/{path}")
             self._put_if_absent(path, data)
         except FileExistsError as error:
-            # A write of which only the answer was lost is made again, and is then refused because of itself.
+            # If only the answer to a write is lost, the write is retried and rejected because of itself.
             if bytes(self.read(path)) != data:
                 raise FileExistsError(
                     errno.EEXIST, f"{self.url}/{path} was written by another attempt, or a late rank of one"
@@ -134,7 +136,7 @@ class FsspecStore:
         except (FileNotFoundError, PermissionError, ConnectionError):
             raise
         except OSError as error:
-            # Unlike on a disk, this says nothing about the file: an object that was damaged is read all the same.
+            # Unlike on a disk, this says nothing about the file: a damaged object can be read all the same.
             raise ConnectionError(str(error)) from error
         return np.frombuffer(bytearray(data), np.uint8)
 
@@ -148,13 +150,13 @@ class FsspecStore:
     def names(self, path: str) -> list[str]:
         self._fs.invalidate_cache()
         try:
-            found = self._do(path, lambda: self._fs.ls(self._at(path), detail=False))
+            listed = self._do(path, lambda: self._fs.ls(self._at(path), detail=False))
         except FileNotFoundError:
             return []
-        return sorted({str(name).rstrip("/").rpartition("/")[2] for name in found} - {""})
+        return sorted({str(name).rstrip("/").rpartition("/")[2] for name in listed} - {""})
 
     def exists(self, path: str) -> bool:
-        # Not fsspec's isfile: it takes any error for "there is none", and what has no record is cleared away.
+        # Not fsspec's isfile: it reports a missing file on any error, and a step without a record is cleared away.
         self._fs.invalidate_cache()
         try:
             return bool(self._do(path, lambda: self._fs.info(self._at(path)))["type"] == "file")
@@ -164,23 +166,23 @@ class FsspecStore:
     def sizes(self, path: str) -> dict[str, int]:
         top = self._at(path)
         self._fs.invalidate_cache()
-        found = self._do(path, lambda: self._fs.find(top, detail=True)) if self._lists_all else self._walk(top)
+        files = self._do(path, lambda: self._fs.find(top, detail=True)) if self._lists_all else self._walk(top)
         stripped = str(self._fs._strip_protocol(top)).strip("/")
-        return {str(name).strip("/").removeprefix(f"{stripped}/"): int(info["size"]) for name, info in found.items()}
+        return {str(name).strip("/").removeprefix(f"{stripped}/"): int(info["size"]) for name, info in files.items()}
 
     def _walk(self, top: str) -> dict[str, Any]:
-        """As fsspec's find, which leaves out what it cannot list, as if it were not there."""
-        found: dict[str, Any] = {}
+        """As fsspec's generic ``find``, which silently leaves out folders that it cannot list."""
+        files: dict[str, Any] = {}
         folders = [top]
         while folders:
             folder = folders.pop()
             path = folder.strip("/").removeprefix(self._root.strip("/")).strip("/")
             for entry in self._do(path, partial(self._fs.ls, folder, detail=True)):
                 if entry["type"] != "directory":
-                    found[entry["name"]] = entry
+                    files[entry["name"]] = entry
                 elif str(entry["name"]).strip("/") != folder.strip("/"):
                     folders.append(entry["name"])
-        return found
+        return files
 
     def remove(self, path: str) -> None:
         try:
@@ -192,30 +194,30 @@ class FsspecStore:
         self.remove(f"{path}/{COMMIT}")
         if not self.names(path):
             return
-        # Then the votes: with all of them there, it could be a step of which only the record is missing.
+        # Then the votes: while all of them exist, the step looks as if only its record were missing.
         for name in sorted(self.sizes(path), key=lambda name: (not name.startswith("votes/"), name)):
             self.remove(f"{path}/{name}")
         if self.names(path):
-            # Stores that do have directories are left with empty ones.
+            # Storage with directories still has the empty ones.
             self._do(path, lambda: self._fs.rm(self._at(path), recursive=True))
 
     def move_tree(self, old: str, new: str) -> None:
         """Copy, the commit record last; then remove, the commit record first.
 
-        At each point one of the two is whole, and at most for a moment both are; what is not whole has no record.
+        At any time at least one of the two is whole, and one that is not has no record.
         """
         if self.names(new):
-            raise OSError(errno.ENOTEMPTY, f"{self.url}/{new} is there already")
+            raise OSError(errno.ENOTEMPTY, f"{self.url}/{new} already exists")
         sizes = self.sizes(old)
         if not sizes:
-            raise FileNotFoundError(errno.ENOENT, f"{self.url}/{old}: there is no file in it")
+            raise FileNotFoundError(errno.ENOENT, f"{self.url}/{old} has no files")
         record_bytes = sizes.pop(COMMIT, None)
         for name in sorted(sizes):
             self._copy(f"{old}/{name}", f"{new}/{name}", sizes[name])
         copied = self.sizes(new) if sizes else {}
         if copied != sizes:
             wrong = sorted(name for name in {*sizes, *copied} if sizes.get(name) != copied.get(name))
-            raise OSError(errno.EIO, f"{self.url}/{new}: {', '.join(wrong)} are not as in {old}")
+            raise OSError(errno.EIO, f"{self.url}/{new}: {', '.join(wrong)} differ in size from those in {old}")
         if record_bytes is not None:
             self._copy(f"{old}/{COMMIT}", f"{new}/{COMMIT}", record_bytes)
         self.remove_tree(old)
@@ -225,13 +227,13 @@ class FsspecStore:
 
     def _put_if_absent(self, path: str, data: bytes) -> None:
         limit = self._within(len(data))
-        if self._refuses:
+        if self._creates_exclusively:
             self._do(path, lambda: self._fs.pipe_file(self._at(path), data, mode="create", **limit))
         else:
             self.put(path, [data])
 
     def _within(self, size_bytes: int) -> dict[str, float]:
-        """How long a write of so many bytes may take, for the client."""
+        """The client's option for how long a write of this size may take."""
         return {"timeout": ANSWER_S + size_bytes / _LEAST_BYTES_PER_S} if self._has_limits else {}
 
     def _do(self, path: str, call: Callable[[], T]) -> T:

@@ -1,8 +1,4 @@
-"""Where checkpoints lie: a directory, or any fsspec URL, behind a few operations with stated durability.
-
-Paths are relative to the store's URL, with ``/`` between components; ``""`` is the URL itself. All operations may be
-called from several threads.
-"""
+"""Checkpoints in a local directory, or one that a network file system mounts."""
 
 from __future__ import annotations
 
@@ -19,13 +15,16 @@ from outlast.checkpoint.memory.pages import CACHED_BYTES, Buffer, allocate
 from outlast.checkpoint.storage.base import Bytes
 
 DIRECT_FROM_BYTES = 1 << 20
-"""Blocks of at least this size are written past the page cache where the file system can."""
+"""Blocks of at least this size bypass the page cache, where the file system supports it."""
 _DIRECT_BYTES = 16 << 20
-"""Handed to the disk at once."""
+"""Size of one such write."""
 
 
 class LocalStore:
-    """A directory. Files are fsynced before their names are, names before whatever refers to them."""
+    """See :class:`outlast.checkpoint.storage.base.Store`.
+
+    A file is fsynced before its name, and a name before anything that refers to it.
+    """
 
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(os.path.expanduser(root))
@@ -56,15 +55,15 @@ class LocalStore:
                 _write_direct(full, block, size_bytes)
                 return
             except OSError as error:
-                # File systems that cannot (tmpfs, some network ones) say so; there the cache is the way.
+                # tmpfs and some network file systems do not support O_DIRECT.
                 if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                     raise
                 self._direct = False
         _write(full, [block[:size_bytes]])
 
     def free_bytes(self) -> int | None:
-        found = os.statvfs(self.root)
-        return found.f_bavail * found.f_frsize
+        info = os.statvfs(self.root)
+        return info.f_bavail * info.f_frsize
 
     def put_atomic(self, path: str, data: bytes) -> None:
         final = self._at(path)
@@ -91,7 +90,7 @@ class LocalStore:
             while folder and folder not in folders:
                 folders.add(folder)
                 folder = os.path.dirname(folder)
-        # Deepest first: once a name is durable, all that it leads to is.
+        # Deepest first: once a name is durable, everything below it is.
         for folder in sorted(folders, key=len, reverse=True):
             sync_dir(self._at(folder))
 
@@ -128,12 +127,12 @@ class LocalStore:
 
     def sizes(self, path: str) -> dict[str, int]:
         top = self._at(path)
-        found = {}
+        sizes = {}
         for folder, _, files in os.walk(top, onerror=_raise):
             for name in files:
                 full = os.path.join(folder, name)
-                found[os.path.relpath(full, top)] = os.stat(full).st_size
-        return found
+                sizes[os.path.relpath(full, top)] = os.stat(full).st_size
+        return sizes
 
     def remove(self, path: str) -> None:
         full = self._at(path)
@@ -150,7 +149,7 @@ class LocalStore:
                 if not os.path.exists(self._at(path)):
                     break
             except OSError as error:
-                # Another rank may still be writing there for a save that was given up.
+                # Another rank may still be writing there for an abandoned save.
                 if error.errno != errno.ENOTEMPTY or attempt == 2:
                     raise
             time.sleep(0.01)
@@ -164,9 +163,9 @@ class LocalStore:
         return os.path.join(self.root, path) if path else self.root
 
 
-def _create(path: str, more: int = 0) -> int:
-    """An empty file, opened for writing; its directory is made where it is missing."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | more
+def _create(path: str, extra_flags: int = 0) -> int:
+    """An empty file, opened for writing; its directory is made if it is missing."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | extra_flags
     try:
         return os.open(path, flags, 0o644)
     except FileNotFoundError:
@@ -175,13 +174,13 @@ def _create(path: str, more: int = 0) -> int:
 
 
 def _write_direct(path: str, block: memoryview, size_bytes: int) -> None:
-    """Past the page cache: faster than through it, and training keeps its memory bandwidth and its cache.
+    """Bypass the page cache: it is faster, and leaves memory bandwidth and the cache to training.
 
-    The block is whole pages, and the file is cut to its size afterwards.
+    The block is whole pages; the file is then truncated to its size.
     """
     fd = _create(path, os.O_DIRECT)
     try:
-        # A full disk is found here, before anything is written.
+        # A full disk fails here, before anything is written.
         os.posix_fallocate(fd, 0, len(block))
         at = 0
         while at < len(block):

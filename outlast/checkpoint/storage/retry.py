@@ -1,7 +1,7 @@
-"""Operations on storage that is reached over a network: what passes is tried again a few times, what stays is an error.
+"""Operations on storage that is reached over a network: transient failures are retried a few times.
 
-This is the one place where operations are repeated. Clients' own repetitions, which would multiply with these, are
-turned off where outlast knows how to (see ``_store_fsspec``).
+This is the only place that retries. The retries of client libraries, which would multiply with these, are turned off
+where outlast knows how (see :mod:`outlast.checkpoint.storage.fsspec`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ T = TypeVar("T")
 
 TRIES = 5
 FIRST_PAUSE_S = 0.2
-"""Twice as long after each further try, and up to half of it more at random, so that ranks do not come all at once."""
+"""Doubles with each further try; up to half of it is added at random, so that ranks do not retry all at once."""
 RETRY_FOR_S = 30.0
-"""No try begins later than this after the first: with a client that waits for at most ``t`` seconds, an operation takes
-at most these 30 s and ``t``. S3's waits 5 s for a connection, 15 s for an answer; of writes tells ``_store_fsspec``."""
+"""No try begins later than this after the first. If a client waits at most ``t`` seconds, an operation takes at most
+30 s + ``t``. S3's client waits 5 s for a connection and 15 s for an answer; for writes see
+:mod:`outlast.checkpoint.storage.fsspec`."""
 
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _MISTAKES = (TypeError, ValueError, AttributeError, LookupError, NotImplementedError, ImportError, AssertionError)
-_PASSING = {
+_TRANSIENT = {
     errno.EIO,
     errno.EREMOTEIO,
     errno.EBUSY,
@@ -41,46 +42,46 @@ _PASSING = {
 
 
 def retry(where: str, call: Callable[[], T]) -> T:
-    """The result of a call that may be made again after any failure.
+    """The result of a call that may be repeated after any failure.
 
     Args:
         where: whole path of the file, for the error.
         call: one operation of a client library.
 
     Raises:
-        ConnectionError: it failed each time with what may pass (no answer, server errors, too many requests), or there
-            is no such bucket: nothing is known about the file.
-        FileNotFoundError, FileExistsError, PermissionError, OSError: it failed with what does not pass.
+        ConnectionError: every try failed with a transient error (no answer, server errors, too many requests), or the
+            bucket does not exist: nothing is known about the file.
+        FileNotFoundError, FileExistsError, PermissionError, OSError: it failed with a permanent error.
     """
     began = time.monotonic()
     pause_s = FIRST_PAUSE_S
     for tried in range(1, TRIES + 1):
         try:
             return call()
-        except Exception as error:  # libraries raise errors of their own; callers know OSError
+        except Exception as error:  # libraries raise their own errors; callers expect OSError
             if "NoSuchBucket" in _codes(error):
-                raise ConnectionError(f"{where}: there is no such bucket: {error}") from error
+                raise ConnectionError(f"{where}: the bucket does not exist: {error}") from error
             if not is_transient(error):
                 raise _permanent(where, error) from error
             took_s = time.monotonic() - began
             if tried == TRIES or took_s + pause_s > RETRY_FOR_S:
                 tries = f"{tried} of {TRIES} tries in {took_s:.1f} s"
-                raise ConnectionError(f"{where}: given up after {tries}, the last error: {_text(error)}") from error
-            _log.info("%s: try %d of %d failed, trying again: %s", where, tried, TRIES, _text(error))
+                raise ConnectionError(f"{where}: given up after {tries}, last error: {_text(error)}") from error
+            _log.info("%s: try %d of %d failed, retrying: %s", where, tried, TRIES, _text(error))
         time.sleep(pause_s * (1 + random.random() / 2))
         pause_s *= 2
     raise AssertionError("unreachable")
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same call may succeed later. Errors of libraries' own count as such: trying again is bounded."""
+    """Whether the same call may succeed later. Libraries' own errors count as transient: the retries are bounded."""
     if isinstance(error, _PERMANENT) or "PreconditionFailed" in _codes(error):
         return False
     if isinstance(error, (ConnectionError, TimeoutError)):
         return True
     if isinstance(error, OSError):
-        # Name resolution has negative numbers.
-        return error.errno is None or error.errno < 0 or error.errno in _PASSING
+        # Errors of name resolution have negative numbers.
+        return error.errno is None or error.errno < 0 or error.errno in _TRANSIENT
     return not isinstance(error, _MISTAKES)
 
 
@@ -100,7 +101,7 @@ def _text(error: Exception) -> str:
 
 
 def _codes(error: BaseException) -> set[str]:
-    """Codes of S3's answers that an error was made from."""
+    """Error codes in the S3 responses that caused an error."""
     answers = (getattr(cause, "response", None) for cause in _causes(error))
     return {str(answer.get("Error", {}).get("Code")) for answer in answers if isinstance(answer, dict)}
 

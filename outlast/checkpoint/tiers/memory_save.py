@@ -1,255 +1,211 @@
 """One save of one rank into host memory that outlives the process; the other tiers are fed from there.
 
-1. The rank's part is copied into a slot of shared memory, checksummed as it is read and again as it lies there.
-2. Once the training thread has confirmed that nothing changed, the rank writes down what is in the slot, and votes:
-   to rank 0, over a connection of its own.
-3. Rank 0 has all votes, makes the commit record, and sends it to all; each node keeps it beside its slots. A step in
-   memory counts where a node has its commit record, and all ranks' parts are in some node's memory.
+1. The rank's part is copied into a slot of shared memory, and checksummed both as it is read and in the slot.
+2. Once the training thread has confirmed that nothing changed, the rank publishes the slot's index, and sends its vote
+   to rank 0, over a dedicated connection.
+3. Rank 0 collects all votes, makes the commit record and sends it to all; each node keeps it beside its slots. A step
+   in memory counts if some node has its commit record, and every rank's part is in some node's memory.
 
-Then the copies to the partner and to storage begin, from the slot, for those saves for which they are due.
+Then the copies to the tiers for which one is due begin, from the slot.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from outlast.checkpoint.format.names import MEMORY, vote_path
+from outlast.checkpoint.format.names import MEMORY
 from outlast.checkpoint.format.records import (
     CRC_BYTES,
     Commit,
+    Fault,
     FileEntry,
     SlotIndex,
     Vote,
     crc_hex,
     seal,
     unseal_commit,
-    unseal_vote,
 )
-from outlast.checkpoint.format.zarr import node_path, root_document
+from outlast.checkpoint.format.zarr import node_path
 from outlast.checkpoint.memory.arena import room
-from outlast.checkpoint.peers.commit_protocol import Control
-from outlast.checkpoint.save.job import SaveJob, in_words
-from outlast.checkpoint.save.plan import RankPlan
-from outlast.checkpoint.save.snapshot import Snapshot
+from outlast.checkpoint.peers.commit_protocol import CommitProtocol
+from outlast.checkpoint.save.commit import ReceivedVote, build_commit, make_vote, read_vote
+from outlast.checkpoint.save.job import SaveJob, failure_text
+from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import Copied, TensorSource
 from outlast.checkpoint.tiers import slots
 from outlast.checkpoint.tiers.local_disk import LocalDisk
 from outlast.checkpoint.tiers.slots import Slot, Slots
-from outlast.errors import CheckpointError, StateMismatch
-from outlast.events import CheckpointSaved, Event
+from outlast.checkpoint.tiers.tier import StagedSave, Tier
+from outlast.errors import CheckpointError
+from outlast.events import CheckpointSaved
 
 
 @dataclass(frozen=True)
 class Memory:
     """Who saves, and into whose memory."""
 
+    context: SaveContext
     folder: Path
-    rank: int
-    world_size: int
-    epoch: str
-    keep: int
     slots: Slots
-    leads: bool
-    """Whether this rank clears up on its node."""
-    control: Control
+    is_node_leader: bool
+    """Whether this rank removes on its node what is no longer needed."""
+    protocol: CommitProtocol
     disk: LocalDisk | None
     """This node's own; None: there is no such tier."""
-    emit: Callable[[Event], None]
     committed: deque[int] = field(default_factory=deque)
-    """Serials of the newest committed saves, by the rank that leads."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """A part that is whole in its slot."""
-
-    slot: Slot
-    parts: tuple[Copied, ...]
-    placed: SlotIndex
-    commit: Commit | None
-    """None: it does not count, some rank has failed."""
+    """The newest committed saves, on the node's leader."""
 
 
 class MemorySave(SaveJob):
-    """See the module. It runs from :meth:`start` on.
+    """See the module.
 
     Args:
-        memory: who, and where.
-        step: of the state.
-        serial: number of the save.
-        share: what this rank saves.
-        snapshot: of the share's parts.
-        documents: what this rank saves besides chunks.
+        memory: who saves, and where to.
+        request: what to save.
         slot: with room for :func:`slot_bytes`.
-        began: when ``save`` was called, by ``time.monotonic``.
-        then: called, in the save's thread, with what is in the slot, or the reason for which it is not whole.
+        feeds: the tiers for which this save is due.
     """
 
-    def __init__(
-        self,
-        memory: Memory,
-        step: int,
-        serial: int,
-        documents: dict[str, bytes],
-        share: RankPlan,
-        snapshot: Snapshot,
-        slot: Slot,
-        began: float,
-        then: Callable[[Held | Exception], None],
-    ) -> None:
-        source = TensorSource(share, snapshot, slot, prepare=slot.pin if snapshot.pinned else lambda: None, verify=True)
-        super().__init__(step, source, snapshot)
+    def __init__(self, memory: Memory, request: SaveRequest, slot: Slot, feeds: Sequence[Tier]) -> None:
+        assert request.snapshot is not None
+        prepare = slot.pin if request.snapshot.pinned else lambda: None
+        super().__init__(request, TensorSource(request.plan, request.snapshot, slot, prepare=prepare, verify=True))
         self._memory = memory
-        self._serial = serial
-        self._documents = documents
-        self._digest = share.digest
-        self._source = source
         self._slot = slot
-        self._began = began
-        self._then = then
+        self._feeds = feeds
+
+    # The save's own thread from here on.
 
     def _run(self) -> None:
         try:
             self._save()
-        except Exception as error:  # a bug, or the event sink's: raised in the training thread
+        except Exception as error:  # a bug, or an error of on_event: raised in the training thread
             self.error = error
         finally:
             self._end()
 
     def _save(self) -> None:
-        memory = self._memory
+        memory, context = self._memory, self._memory.context
         parts: tuple[Copied, ...] = ()
-        placed = commit = None
+        index = commit = None
         try:
-            parts = self._copy()
+            parts = tuple(copied for copied in self._source.copies(self._check_cancelled) if copied is not None)
             self._confirmed.wait()
-            self._look()
-            placed = self._place(parts)
-            commit = self._agree(placed.vote)
+            self._check_cancelled()
+            index = self._publish(parts)
+            commit = self._agree(index.vote)
             slots.put_commit(memory.folder, commit, seal(commit))
-            self._slot.step, self._slot.serial = self.step, self._serial
-            size_bytes = sum(entry.size_bytes for entry in placed.vote.files)
-            memory.emit(
+            self._slot.step, self._slot.save_id = self.step, self._request.save_id
+            context.on_event(
                 CheckpointSaved(
                     step=self.step,
-                    committed=memory.rank == 0,
+                    committed=context.rank == 0,
                     tier=MEMORY,
-                    size_bytes=size_bytes,
+                    size_bytes=sum(entry.size_bytes for entry in index.vote.files),
                     blocked_s=self.blocked_s,
                     predicted_stall_s=self.predicted_stall_s,
-                    durable_s=time.monotonic() - self._began,
+                    durable_s=time.monotonic() - self._request.began,
                 )
             )
             self._clear_up()
         except Exception as error:
             reason = self._stop or error
             if commit is None:
-                memory.control.say_failed(self._serial, in_words(reason))
-                self._report(reason, MEMORY, memory.emit)
-            if placed is None:
-                self._then(reason)
+                memory.protocol.announce_failure(self._request.save_id, failure_text(reason))
+                self._report(reason, MEMORY, context.on_event)
+            if index is None:
+                for tier in self._feeds:
+                    tier.cancel(self._request, reason)
                 return
             if commit is not None:
                 raise
-        self._then(Held(self._slot, parts, placed, commit))
-        with suppress(OSError):  # no memory for it: said when it is needed
+        for tier in self._feeds:
+            tier.start(StagedSave(self._request, self._slot, parts, index, commit))
+        with suppress(OSError):  # no memory for it: reported when the slot is needed
             memory.slots.prepare(self._slot.memory.numel(), pinned=self._slot.pinned)
 
     def _clear_up(self) -> None:
-        """What attempts before left goes with this attempt's first commits, and old commit records with each."""
-        memory = self._memory
-        if not memory.leads:
+        """Remove old commit records; with this attempt's first commits, also what attempts before left."""
+        memory, attempt_id, save_id = self._memory, self._memory.context.attempt_id, self._request.save_id
+        if not memory.is_node_leader:
             return
-        memory.committed.append(self._serial)
-        if self._serial <= memory.keep + 1:
-            slots.clear(memory.folder, memory.keep, memory.epoch)
-        for serial in [serial for serial in memory.committed if serial not in memory.slots.serials]:
-            slots.drop_commit(memory.folder, memory.epoch, serial)
-            memory.committed.remove(serial)
+        keep = memory.context.config.memory_keep_last
+        memory.committed.append(save_id)
+        if save_id <= keep + 1:
+            slots.clear(memory.folder, keep, attempt_id)
+        for old in [old for old in memory.committed if old not in memory.slots.save_ids]:
+            slots.drop_commit(memory.folder, attempt_id, old)
+            memory.committed.remove(old)
 
-    def _copy(self) -> tuple[Copied, ...]:
-        return tuple(copied for copied in self._source.copies(self._look) if copied is not None)
-
-    def _place(self, parts: tuple[Copied, ...]) -> SlotIndex:
+    def _publish(self, parts: Sequence[Copied]) -> SlotIndex:
+        """Write the documents and the index of the slot."""
         entries, places = [], {}
         base = self._slot.memory.data_ptr()
         for part in parts:
             entries.append(FileEntry(part.path, part.nbytes + CRC_BYTES, f"{part.crc:08x}", True))
             places[part.path] = part.memory.data_ptr() - base
-        for path, data in self._documents.items():
+        context = self._memory.context
+        for path, data in documents_of(context, self._request).items():
             region = self._slot.take(len(data))
             region.memory.numpy().data[: len(data)] = data
             entries.append(FileEntry(path, len(data), crc_hex(data), False))
             places[path] = region.offset
-        memory = self._memory
-        files = tuple(sorted(entries, key=lambda entry: entry.path))
-        vote = Vote(self.step, memory.rank, memory.world_size, memory.epoch, self._serial, self._digest, files)
-        placed = SlotIndex(vote, places)
-        self._slot.publish(placed)
-        return placed
+        index = SlotIndex(make_vote(context, self._request, entries), places)
+        self._slot.publish(index)
+        return index
 
     def _agree(self, vote: Vote) -> Commit:
-        memory, text = self._memory, seal(vote)
-        if memory.rank != 0:
-            memory.control.vote({"serial": self._serial, "vote": text.decode(), "local": _on_disk(memory)})
-            decision = memory.control.decision(self._serial, self._look)
-            if "failed" in decision:
-                raise CheckpointError(f"rank 0 gave up: {decision['failed']}")
-            if memory.disk is not None:
-                memory.disk.everywhere = decision["local"]
-            return unseal_commit(decision["commit"].encode())
-        votes = [text]
-        headers = memory.control.collect(self._serial, self._look)
-        for rank in range(1, memory.world_size):
-            votes.append(headers[rank]["vote"].encode())
-            other = unseal_vote(votes[rank], vote_path(self.step, rank))
-            if (other.step, other.rank, other.epoch) != (self.step, rank, memory.epoch):
-                raise CheckpointError(f"rank {rank} votes for step {other.step}, not for step {self.step}")
-            if other.layout != self._digest:
-                raise StateMismatch(
-                    f"the replicated state of rank {rank} has other names, shapes or types than rank 0's",
-                    "pass the same keys on all ranks; what differs belongs into local",
-                )
-        commit = commit_of(votes)
-        held = [_on_disk(memory), *(header["local"] for header in headers.values())]
-        everywhere = max(set.intersection(*map(set, held)), default=0)
-        memory.control.tell({"serial": self._serial, "commit": seal(commit).decode(), "local": everywhere})
+        """Vote, and have rank 0's commit record; or, on rank 0, have all votes, and make it."""
+        if self._memory.context.rank == 0:
+            return self._commit(seal(vote))
+        memory, save_id = self._memory, self._request.save_id
+        memory.protocol.vote({"serial": save_id, "vote": seal(vote).decode(), "local": _on_disk(memory)})
+        decision = memory.protocol.wait_decision(save_id, self._check_cancelled)
+        if "failed" in decision:
+            raise CheckpointError(f"rank 0 gave up: {decision['failed']}")
         if memory.disk is not None:
-            memory.disk.everywhere = everywhere
+            memory.disk.complete_id = decision["local"]
+        return unseal_commit(decision["commit"].encode())
+
+    def _commit(self, own: bytes) -> Commit:
+        memory, save_id = self._memory, self._request.save_id
+        headers = memory.protocol.collect_votes(save_id, self._check_cancelled)
+        votes = [self._read(own, 0)]
+        votes += [self._read(headers[rank]["vote"].encode(), rank) for rank in range(1, memory.context.world_size)]
+        commit = build_commit(votes, self._request.plan.digest)
+        on_disks = [_on_disk(memory), *(header["local"] for header in headers.values())]
+        complete_id = max(set.intersection(*map(set, on_disks)), default=0)
+        memory.protocol.announce({"serial": save_id, "commit": seal(commit).decode(), "local": complete_id})
+        if memory.disk is not None:
+            memory.disk.complete_id = complete_id
         return commit
+
+    def _read(self, data: bytes, rank: int) -> ReceivedVote:
+        try:
+            return read_vote(data, rank, self._memory.context, self._request)
+        except Fault as fault:
+            raise CheckpointError(f"the vote of rank {rank} does not count: {fault}") from fault
 
 
 def _on_disk(memory: Memory) -> list[int]:
-    """The saves that this rank has on its node's disk; which of them all ranks have is agreed with each commit."""
-    return list(memory.disk.held) if memory.disk is not None else []
+    """The saves that this rank has on its node's disk; with each commit, rank 0 finds those that all ranks have."""
+    return list(memory.disk.save_ids) if memory.disk is not None else []
 
 
-def all_documents(share: RankPlan, memory: Memory, step: int, serial: int, root: dict[str, Any]) -> dict[str, bytes]:
-    """What a rank saves besides chunks; rank 0 has the root group's document."""
-    if memory.rank != 0:
-        return share.documents
-    top = root_document(root, step, memory.world_size, memory.epoch, serial)
-    return {node_path(""): top, **share.documents}
+def documents_of(context: SaveContext, request: SaveRequest) -> dict[str, bytes]:
+    """What a rank saves besides chunks; rank 0 also the root group's document."""
+    if context.rank != 0:
+        return request.plan.documents
+    return {node_path(""): request.root_document(context), **request.plan.documents}
 
 
-def slot_bytes(share: RankPlan, documents: dict[str, bytes]) -> int:
+def slot_bytes(context: SaveContext, request: SaveRequest) -> int:
     """Memory that a rank's part takes."""
-    return sum(room(part.nbytes + CRC_BYTES) for part in share.parts) + sum(map(room, map(len, documents.values())))
-
-
-def commit_of(votes: list[bytes]) -> Commit:
-    """The commit record of a save, from all ranks' sealed votes, by rank."""
-    parsed = [unseal_vote(data, f"votes of rank {rank}") for rank, data in enumerate(votes)]
-    first = parsed[0]
-    entries = tuple(
-        FileEntry(vote_path(first.step, rank).partition("/")[2], len(data), crc_hex(data), False)
-        for rank, data in enumerate(votes)
-    )
-    size_bytes = sum(entry.size_bytes for vote in parsed for entry in vote.files)
-    return Commit(first.step, first.world_size, first.epoch, first.serial, time.time(), size_bytes, entries)
+    sizes = [part.nbytes + CRC_BYTES for part in request.plan.parts]
+    sizes += [len(data) for data in documents_of(context, request).values()]
+    return sum(map(room, sizes))

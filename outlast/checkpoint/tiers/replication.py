@@ -1,4 +1,4 @@
-"""A copy of what lies in a slot, on its way to another tier while training goes on."""
+"""A copy of a slot on its way to another tier while training goes on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 from outlast.checkpoint.format.records import Commit, SlotIndex
 from outlast.checkpoint.tiers.slots import Slot
@@ -19,31 +20,31 @@ class Replication:
     """One copy, in a thread of its own. A failure is an event; training goes on.
 
     Args:
-        slot: what to copy; it is not written meanwhile.
-        placed: what is in it.
+        slot: what to copy; it must not be written before ``done``.
+        index: what is in it.
         commit: of the save.
-        emit: takes events.
+        on_event: takes events, from the copy's thread.
 
     Attributes:
         done: set once the copy counts, or has failed.
-        error: what must be raised in the training thread: a bug, or the event sink's error.
+        error: what must be raised in the training thread: a bug, or an error of ``on_event``.
     """
 
-    tier = ""
-    where = ""
+    tier: ClassVar[str]
+    target: ClassVar[str]
     """In words, for the log."""
 
-    def __init__(self, slot: Slot, placed: SlotIndex, commit: Commit, emit: Callable[[Event], None]) -> None:
+    def __init__(self, slot: Slot, index: SlotIndex, commit: Commit, on_event: Callable[[Event], None]) -> None:
         self.done = threading.Event()
         self.error: Exception | None = None
         self._slot = slot
-        self._placed = placed
+        self._index = index
         self._commit = commit
-        self._emit = emit
+        self._on_event = on_event
         self._thread = threading.Thread(target=self._run, name=f"outlast-{self.tier}", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def join(self) -> None:
@@ -56,7 +57,7 @@ class Replication:
 
     def _run(self) -> None:
         began = time.monotonic()
-        vote = self._placed.vote
+        vote = self._index.vote
         try:
             event: Event
             try:
@@ -70,10 +71,10 @@ class Replication:
                     durable_s=time.monotonic() - began,
                 )
             except (OSError, CheckpointError) as error:
-                _log.warning("step %d could not be copied to %s: %s", vote.step, self.where, error)
+                _log.warning("step %d could not be copied to %s: %s", vote.step, self.target, error)
                 event = CheckpointFailed(step=vote.step, reason=f"{type(error).__name__}: {error}", tier=self.tier)
-            self._emit(event)
-        except Exception as error:  # a bug, or the event sink's: raised in the training thread
+            self._on_event(event)
+        except Exception as error:  # a bug, or an error of on_event: raised in the training thread
             self.error = error
         finally:
             self.done.set()

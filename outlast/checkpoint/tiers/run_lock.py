@@ -1,6 +1,6 @@
-"""Whether a run uses this node's memory: each Checkpointer holds a lock, which the kernel lets go of when it dies.
+"""Whether a run uses this node's memory: each Checkpointer has a lock, which the kernel releases when the process dies.
 
-The lock is on the folder itself, so that there is no file more that would have to go at a run's end.
+The lock is on the folder itself, so there is no lock file to remove when a run ends.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _LOCKS = Path("/proc/locks")
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Use:
-    """A run's use of the memory for the checkpoints at ``url``, until it is closed or let go of, or its process dies.
+class RunLock:
+    """Marks the memory for the checkpoints at ``url`` as in use, until it is closed or collected, or its process dies.
 
     Args:
         url: of the checkpoints.
         root: of shared memory.
 
     Attributes:
-        folder: of this node's memory; made where it is missing.
+        folder: of this node's memory; it is made if it is missing.
 
     Raises:
         CheckpointError: see :func:`memory_folder`.
@@ -38,7 +38,7 @@ class Use:
             self.folder = memory_folder(url, root)
             try:
                 fd = os.open(self.folder, _OPEN)
-            except FileNotFoundError:  # removed at this moment, as in the end of a run or by hand
+            except FileNotFoundError:  # just removed, at the end of a run or by hand
                 continue
             fcntl.flock(fd, fcntl.LOCK_SH)
             if _is_at(fd, self.folder):
@@ -55,17 +55,17 @@ def is_used(folder: Path) -> bool:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """See that no run uses the memory in a folder, and that none begins to.
+    """Make sure that no run uses the memory in a folder, nor begins to use it while the context lasts.
 
     Raises:
-        CheckpointError: one does; names its processes.
+        CheckpointError: a run uses it; names its processes.
     """
     with _opened(folder) as fd:
         if fd is not None and not _locked(fd):
             pids = ", ".join(map(str, _holders(fd)))
             raise CheckpointError(
                 f"{folder} is in use by a run" + (f" (processes {pids})" if pids else ""),
-                "nothing was removed; end the run first, or let it end: it gives back what storage has, too",
+                "nothing was removed; stop the run, or let it finish: it gives back itself what is in storage, too",
             )
         yield
 
@@ -84,7 +84,7 @@ def _opened(folder: Path) -> Iterator[int | None]:
 
 
 def _locked(fd: int) -> bool:
-    """Lock it for this process alone; False: others hold it."""
+    """Lock it for this process alone; False: others have it locked."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -93,20 +93,20 @@ def _locked(fd: int) -> bool:
 
 
 def _is_at(fd: int, folder: Path) -> bool:
-    """Whether it is still the folder of that name."""
+    """Whether the open folder is still the one of that name."""
     try:
-        there = folder.stat()
+        status = folder.stat()
     except FileNotFoundError:
         return False
-    return os.path.samestat(os.fstat(fd), there)
+    return os.path.samestat(os.fstat(fd), status)
 
 
 def _holders(fd: int) -> list[int]:
-    """Processes that hold a lock on it, as far as the kernel tells."""
-    about = os.fstat(fd)
-    place = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
+    """The processes that have it locked, as far as the kernel lists them."""
+    status = os.fstat(fd)
+    inode = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     try:
         lines = [line.split() for line in _LOCKS.read_text().splitlines()]
     except FileNotFoundError:
         return []
-    return sorted({int(words[4]) for words in lines if words[1] == "FLOCK" and words[5] == place and int(words[4]) > 0})
+    return sorted({int(words[4]) for words in lines if words[1] == "FLOCK" and words[5] == inode and int(words[4]) > 0})

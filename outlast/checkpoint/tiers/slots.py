@@ -1,16 +1,16 @@
-"""Host memory that outlives the process: files on ``/dev/shm`` that hold one rank's part of a step each.
+"""Host memory that outlives the process: files on ``/dev/shm``, each with one rank's part of a step.
 
 ::
 
     /dev/shm/outlast-UID-ckpt-HASH/         HASH: of the URL of the checkpoints; mode 0700
-      own/      EPOCH.rank_00001.0.data     slot 0 of rank 1: chunks with their CRC32C and documents, page by page
-                EPOCH.rank_00001.0.json     what is in it: the rank's vote, and where each file lies; sealed
-                EPOCH.SERIAL.commit         the commit record of a save: it counts on this node too
-      partner/  EPOCH.rank_00000.0.data     copies that another node's rank sent here
+      own/      ATTEMPT.rank_00001.0.data   slot 0 of rank 1: chunks with their CRC32C and documents, page by page
+                ATTEMPT.rank_00001.0.json   what is in it: the rank's vote, and where each file begins; sealed
+                ATTEMPT.SAVE.commit         the commit record of a save, which makes it count on this node
+      partner/  ATTEMPT.rank_00000.0.data   a copy that a rank on another node sent here
                 …
 
-A slot is written again only by the attempt that made it, and never while it holds one of the newest committed steps:
-what a restore has mapped stays as it was. Nothing is fsynced: this memory survives the processes, not the machine.
+Only the attempt that made a slot writes to it again, and never while the slot has one of the newest committed steps,
+so what a restore has mapped does not change. Nothing is fsynced: this memory survives the processes, not the machine.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ from outlast.errors import CheckpointError
 
 SHM_ROOT = Path("/dev/shm")
 OWN = "own"
-"""Folder of what this node's ranks saved; a partner's copies lie in a folder of that tier's name."""
+"""The folder of what this node's ranks saved; a partner's copies are in a folder with the name of that tier."""
 _SENT = 2
-_CHOOSE = "choose a place of this node's own that can be written, or set checkpoint.local_every_steps = 0"
+_CHOOSE = "choose a writable folder on this node's own disk, or set checkpoint.local_every_steps = 0"
 INDEX, DATA, _COMMIT = ".json", ".data", ".commit"
 
 
 def memory_folder(url: str, root: Path = SHM_ROOT) -> Path:
-    """The folder of this node's memory for the checkpoints at ``url``; made where it is missing.
+    """The folder of this node's memory for the checkpoints at ``url``; it is made if it is missing.
 
     Raises:
-        CheckpointError: there is no shared memory, or what has that name is a link, someone else's, or open to others.
+        CheckpointError: there is no shared memory, or the folder is a link, another user's, or open to others.
     """
     fix = f"{root} must be a writable tmpfs (docker: --shm-size), or set checkpoint.memory_every_steps = 0"
     return _own_folder(memory_path(url, root), (OWN, PARTNER), "shared memory", fix)
 
 
 def local_folder(url: str, root: Path) -> Path:
-    """The folder of this node's disk for the checkpoints at ``url``, below ``root``; made where it is missing.
+    """The folder of this node's disk for the checkpoints at ``url``, below ``root``; it is made if it is missing.
 
     Raises:
-        CheckpointError: it cannot be made, or what has that name is a link, someone else's, or open to others.
+        CheckpointError: it cannot be made, or is a link, another user's, or open to others.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def local_folder(url: str, root: Path) -> Path:
 
 
 def memory_path(url: str, root: Path = SHM_ROOT) -> Path:
-    """Where such a folder is, or would be."""
+    """The path of such a folder, whether it exists or not."""
     return root / f"outlast-{os.getuid()}-ckpt-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
 
 
@@ -85,19 +85,19 @@ def _own_folder(folder: Path, below: Sequence[str], what: str, fix: str) -> Path
 
 
 def check_ours(folder: Path, what: str = "shared memory") -> None:
-    """Raise :class:`CheckpointError` if it is a link, someone else's, or open to others."""
+    """Raise :class:`CheckpointError` if the folder is a link, another user's, or open to others."""
     info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise CheckpointError(
-            f"{what} {folder} is not a folder of ours alone (mode {stat.S_IMODE(info.st_mode):04o}, "
-            f"user {info.st_uid}); refused",
+            f"{what} {folder} is refused: it must be a folder that is ours alone, but has mode "
+            f"{stat.S_IMODE(info.st_mode):04o} and belongs to user {info.st_uid}",
             "look at it, and remove it if it is a leftover",
         )
 
 
 @dataclass
 class Slot:
-    """Memory for one rank's part of one step. It is taken from front to back, and given back as a whole."""
+    """Memory for one rank's part of one step. Regions are taken from front to back, and given back as a whole."""
 
     data: Path
     memory: torch.Tensor
@@ -105,39 +105,39 @@ class Slot:
     pinned: bool = False
     used: int = 0
     step: int | None = None
-    """The committed step in it; None while there is none."""
-    serial: int = 0
-    """Of the save in it, once it is committed."""
+    """The committed step in it; None: there is none."""
+    save_id: int = 0
+    """The save in it, once it is committed."""
     sent: bool = False
-    """Whether it was sent to the partner, or is on its way."""
+    """Whether it was sent to the partner, or is being sent."""
     readers: list[threading.Event] = field(default_factory=list)
-    """Of those who read from it; each is set once its reader has done so."""
+    """One for each thread that reads from it, set when that thread has done so."""
 
     @property
     def index(self) -> Path:
-        """The file that says what is in it."""
+        """The file of its index."""
         return self.data.with_suffix(INDEX)
 
     @property
     def busy(self) -> bool:
-        """Whether somebody still reads from it."""
+        """Whether a thread still reads from it."""
         self.readers = [reader for reader in self.readers if not reader.is_set()]
         return bool(self.readers)
 
     def take(self, nbytes: int) -> Region:
         """The next region for ``nbytes``; the slot must have been made large enough."""
-        wanted = room(nbytes)
-        region = Region(self.used, wanted, self.memory[self.used : self.used + wanted])
-        if self.used + wanted > self.memory.numel():
-            raise CheckpointError(f"{self.data}: {self.used + wanted} bytes do not fit into {self.memory.numel()}")
-        self.used += wanted
+        end = self.used + room(nbytes)
+        region = Region(self.used, end - self.used, self.memory[self.used : end])
+        if end > self.memory.numel():
+            raise CheckpointError(f"{self.data}: {end} bytes do not fit into {self.memory.numel()}")
+        self.used = end
         return region
 
     def give_back(self, region: Region) -> None:
-        """Nothing: regions of a slot stay."""
+        """Do nothing: the regions of a slot stay taken."""
 
     def wait(self, limit_s: float) -> None:
-        """Never needed: a slot has room for all."""
+        """Do nothing: a slot has room for all its regions."""
 
     def pin(self) -> None:
         """Page-lock the memory, for copies from a device; once."""
@@ -150,35 +150,35 @@ class Slot:
             unpin(self.memory)
         self.pinned = False
 
-    def publish(self, placed: SlotIndex) -> None:
-        """Say what is in it; from here on a restore finds it, once there is a commit record."""
-        _put(self.index, seal(placed))
+    def publish(self, index: SlotIndex) -> None:
+        """Write its index: a restore finds what is in it as soon as there is a commit record, too."""
+        _put(self.index, seal(index))
 
 
 class Slots:
     """The slots of one rank in one folder.
 
     Args:
-        folder: of own slots, or of a partner's.
-        epoch: of the attempt.
-        rank: whose part.
-        keep: newest committed steps that are not overwritten.
+        folder: of this node's own slots, or of a partner's.
+        attempt_id: of the attempt.
+        rank: whose parts they have.
+        keep: number of newest committed steps that are not overwritten.
     """
 
-    def __init__(self, folder: Path, epoch: str, rank: int, keep: int) -> None:
-        self._stem = str(folder / f"{encode_key(epoch)}.{rank_name(rank)}.")
+    def __init__(self, folder: Path, attempt_id: str, rank: int, keep: int) -> None:
+        self._stem = str(folder / f"{encode_key(attempt_id)}.{rank_name(rank)}.")
         self._keep = keep
         self._slots: list[Slot] = []
 
     def take(self, nbytes: int) -> Slot:
-        """A slot of at least ``nbytes`` that holds nothing that is kept or read; its memory is reserved.
+        """A slot of at least ``nbytes`` with nothing in it that is kept or being read; its memory is reserved.
 
         Raises:
-            OSError: there is not that much shared memory.
+            OSError: there is too little shared memory.
         """
         full = [slot for slot in self._slots if slot.step is not None]
-        # What the partner has of this rank is worth as much as what this rank has beside it: of the two newest steps
-        # that were sent, one may still be on its way from some rank.
+        # If a node is lost, only the steps that were sent to partners are left of its ranks, so this rank keeps those,
+        # too. Of the two newest that were sent, one may still be on its way from some rank.
         kept = {
             slot.step
             for some, count in ((full, self._keep), ([slot for slot in full if slot.sent], _SENT))
@@ -190,16 +190,16 @@ class Slots:
         else:
             slot = self._add()
         slot.index.unlink(missing_ok=True)
-        slot.step, slot.used, slot.serial, slot.sent = None, 0, 0, False
+        slot.step, slot.used, slot.save_id, slot.sent = None, 0, 0, False
         if slot.memory.numel() < nbytes:
             self._allocate(slot, nbytes)
         return slot
 
     def prepare(self, nbytes: int, *, pinned: bool = False) -> None:
-        """Add a slot of that size, if there will be need of one; what can be done before :meth:`take` holds nobody up.
+        """Add a slot of that size if one will be needed: what is done here delays no later :meth:`take`.
 
         Raises:
-            OSError: there is not that much shared memory.
+            OSError: there is too little shared memory.
         """
         if len(self._slots) <= self._keep:
             slot = self._add()
@@ -214,7 +214,7 @@ class Slots:
 
     def _allocate(self, slot: Slot, nbytes: int) -> None:
         slot.unpin()
-        slot.memory = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
+        slot.memory = torch.empty(0, dtype=torch.uint8)  # the old memory is freed before the new is reserved
         slot.data.unlink(missing_ok=True)
         slot.memory = _shared(slot.data, room(nbytes))
 
@@ -224,9 +224,9 @@ class Slots:
         return max((slot.step for slot in self._slots if slot.step is not None), default=None)
 
     @property
-    def serials(self) -> set[int]:
+    def save_ids(self) -> set[int]:
         """The committed saves in them."""
-        return {slot.serial for slot in self._slots if slot.step is not None}
+        return {slot.save_id for slot in self._slots if slot.step is not None}
 
     def remove(self) -> None:
         """Give the memory back."""
@@ -240,7 +240,7 @@ class Slots:
 def _shared(path: Path, nbytes: int) -> torch.Tensor:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        # Reserved now: a write into a full tmpfs would end the process with SIGBUS.
+        # Reserve it now: a write into a full tmpfs would end the process with SIGBUS.
         os.posix_fallocate(fd, 0, nbytes)
         memory = mmap.mmap(fd, nbytes)
         map_all(memory)
@@ -253,109 +253,109 @@ def _shared(path: Path, nbytes: int) -> torch.Tensor:
 
 
 def put_commit(folder: Path, commit: Commit, record: bytes) -> None:
-    """Have a save count on this node."""
-    _put(_commit_path(folder, commit.epoch, commit.serial), record)
+    """Write a commit record: from here on the save counts on this node."""
+    _put(_commit_path(folder, commit.attempt_id, commit.save_id), record)
 
 
-def drop_commit(folder: Path, epoch: str, serial: int) -> None:
-    """Remove a commit record of which no slot has anything any more."""
-    _commit_path(folder, epoch, serial).unlink(missing_ok=True)
+def drop_commit(folder: Path, attempt_id: str, save_id: int) -> None:
+    """Remove the commit record of a save of which no slot has anything any more."""
+    _commit_path(folder, attempt_id, save_id).unlink(missing_ok=True)
 
 
-def remove_records(folder: Path, epoch: str) -> None:
-    """Remove all commit records of an attempt, of which no slot has anything any more, and folders that are empty."""
-    for path in (folder / OWN).glob(f"{encode_key(epoch)}.*{_COMMIT}"):
+def remove_records(folder: Path, attempt_id: str) -> None:
+    """Remove all commit records of an attempt of which no slot has anything any more, and empty folders."""
+    for path in (folder / OWN).glob(f"{encode_key(attempt_id)}.*{_COMMIT}"):
         path.unlink(missing_ok=True)
     for path in (folder / OWN, folder / PARTNER, folder):
-        with suppress(OSError):  # another rank's part, or another attempt's, lies there
+        with suppress(OSError):  # not empty: another rank's part, or another attempt's
             path.rmdir()
 
 
-def _commit_path(folder: Path, epoch: str, serial: int) -> Path:
-    return folder / OWN / commit_name(epoch, serial)
+def _commit_path(folder: Path, attempt_id: str, save_id: int) -> Path:
+    return folder / OWN / commit_name(attempt_id, save_id)
 
 
-def commit_name(epoch: str, serial: int) -> str:
-    """The file of a commit record."""
-    return f"{encode_key(epoch)}.{serial}{_COMMIT}"
+def commit_name(attempt_id: str, save_id: int) -> str:
+    """The file name of a commit record."""
+    return f"{encode_key(attempt_id)}.{save_id}{_COMMIT}"
 
 
 @dataclass(frozen=True)
 class SlotContents:
-    """One rank's part of one save, as it lies in this node's memory, or on its disk."""
+    """One rank's part of one save, in this node's memory or on its disk."""
 
     placed: SlotIndex
     data: Path
     tier: str
-    """In which it lies; a partner's copy in this node's memory is in that tier."""
+    """Where it is; a partner's copy in this node's memory belongs to the partner's tier."""
 
     @property
     def index(self) -> Path:
-        """The file that says what is in it."""
+        """The file of its index."""
         return self.data.with_suffix(INDEX)
 
     def remove(self) -> None:
-        """Give its memory back."""
+        """Remove its files, and so give its memory back."""
         self.index.unlink(missing_ok=True)
         self.data.unlink(missing_ok=True)
 
     def quarantine(self) -> None:
-        """See that it is never taken again."""
-        with suppress(FileNotFoundError):  # another rank has seen to it
+        """Rename its index, so that it is never used again."""
+        with suppress(FileNotFoundError):  # another rank has done so
             os.replace(self.index, self.index.with_suffix(".bad"))
         sync_dir(str(self.index.parent))
 
 
 def holdings(folder: Path, own: str = MEMORY) -> Iterator[SlotContents]:
-    """What lies in a folder, whether it is committed or not; what cannot be read is passed over.
+    """What is in a folder, committed or not; files that cannot be read are skipped.
 
     Args:
         folder: of this node's memory, or of its disk.
         own: the tier of what this node's ranks saved.
     """
-    for lies in (OWN, PARTNER):
-        for path in sorted((folder / lies).glob(f"*{INDEX}")):
+    for inner in (OWN, PARTNER):
+        for path in sorted((folder / inner).glob(f"*{INDEX}")):
             try:
                 placed = unseal_placed(path.read_bytes(), path.name)
-                yield SlotContents(placed, path.with_suffix(DATA), PARTNER if lies == PARTNER else own)
+                yield SlotContents(placed, path.with_suffix(DATA), PARTNER if inner == PARTNER else own)
             except (Fault, FileNotFoundError):
-                continue  # torn, of another version, or removed meanwhile: it is no copy
+                continue  # torn, of another version, or just removed: not a copy
 
 
 def commits(folder: Path) -> dict[Path, Commit]:
-    """The commit records in a folder."""
-    found = {}
+    """The commit records in a folder, by path; files that cannot be read are skipped."""
+    records = {}
     for path in sorted((folder / OWN).glob(f"*{_COMMIT}")):
         try:
-            found[path] = unseal_commit(path.read_bytes())
+            records[path] = unseal_commit(path.read_bytes())
         except (Fault, FileNotFoundError):
             continue
-    return found
+    return records
 
 
-def clear(folder: Path, keep: int, epoch: str) -> None:
-    """Remove what attempts before ``epoch`` left, unless it belongs to one of the ``keep`` newest committed steps.
+def clear(folder: Path, keep: int, attempt_id: str) -> None:
+    """Remove what attempts before ``attempt_id`` left, but for the ``keep`` newest committed steps.
 
-    For one rank of a node, after a commit.
+    One rank of a node calls it, after a commit.
     """
     records = commits(folder)
     newest = sorted(records.values(), key=lambda commit: (commit.step, commit.saved_at), reverse=True)
-    kept = {(commit.epoch, commit.serial) for commit in newest[:keep]}
+    kept = {(commit.attempt_id, commit.save_id) for commit in newest[:keep]}
     in_use, known = set(kept), set()
     for holding in list(holdings(folder)):
         vote = holding.placed.vote
-        if vote.epoch == epoch or (vote.epoch, vote.serial) in kept:
-            in_use.add((vote.epoch, vote.serial))
+        if vote.attempt_id == attempt_id or (vote.attempt_id, vote.save_id) in kept:
+            in_use.add((vote.attempt_id, vote.save_id))
             known.add(holding.data)
         else:
             holding.remove()
     for path, commit in records.items():
-        if (commit.epoch, commit.serial) not in in_use:
+        if (commit.attempt_id, commit.save_id) not in in_use:
             path.unlink(missing_ok=True)
     for path in folder.glob(f"*/*{DATA}"):
-        if path not in known and not path.name.startswith(f"{encode_key(epoch)}."):
-            path.unlink(missing_ok=True)  # data without an index, of an attempt that is over
-    sync_dir(str(folder / OWN))  # on a disk, what was removed is not to come back
+        if path not in known and not path.name.startswith(f"{encode_key(attempt_id)}."):
+            path.unlink(missing_ok=True)  # data without an index, of an earlier attempt
+    sync_dir(str(folder / OWN))  # on a disk, so that removed files do not come back
 
 
 def _put(path: Path, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Looking at checkpoints, comparing and pruning them, without a training run."""
+"""Inspect, verify, compare and prune checkpoints, without a training run."""
 
 from outlast.checkpoint.tools.diff import Comparison, TensorDifference, ValueDifference, diff
 from outlast.checkpoint.tools.inspect import (

@@ -1,4 +1,4 @@
-"""Two committed steps compared, bit for bit and by how much: one rank's state of each is in memory at a time."""
+"""Comparing two committed steps, bit by bit and by how much; one rank's state of each is in memory at a time."""
 
 from __future__ import annotations
 
@@ -18,53 +18,53 @@ from outlast.checkpoint.state.nested import leaves
 from outlast.checkpoint.tools.open_step import OpenedStep
 
 _BLOCK = 1 << 20
-"""Elements compared at once; bounds the memory that the comparison itself needs."""
+"""Elements compared at a time; limits the memory that the comparison itself needs."""
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One tensor that is not the same in both steps."""
+    """One tensor that differs between the steps."""
 
     name: str
-    """Keys joined by ``/``; those of local state without the rank."""
+    """Keys joined by ``/``; for local state without the rank."""
     rank: int | None
-    """Whose local state it is; None for replicated state."""
+    """The rank whose local state it is part of; None for replicated state."""
     kind: Literal["only in a", "only in b", "shape", "dtype", "content"]
-    """What differs; ``shape`` goes before ``dtype``, and ``dtype`` before ``content``."""
+    """The first of these that differs."""
     shape_a: tuple[int, ...] | None
-    """None where there is no such tensor; so are the next three."""
+    """None if step a does not have the tensor; likewise the next three."""
     dtype_a: str | None
     shape_b: tuple[int, ...] | None
     dtype_b: str | None
     differing: int | None
-    """Elements whose bits differ; where the dtype differs, whose value does. None unless the shapes are equal; so are
-    the next two."""
+    """Number of elements whose bits differ or, if the dtypes differ, whose values do. None unless the shapes are equal;
+    likewise the next two."""
     max_abs: float | None
-    """Largest ``|a - b|``; infinite where only one of two elements is finite, or only one is NaN."""
+    """Largest ``|a - b|``; infinite if only one of two elements is finite, or only one is NaN."""
     relative_l2: float | None
-    """``|a - b|₂ / |a|₂``; infinite where a is zero and b is not, and where ``max_abs`` is."""
+    """``|a - b|₂ / |a|₂``; infinite if a is zero and b is not, or if ``max_abs`` is infinite."""
 
 
 @dataclass(frozen=True)
 class ValueDifference:
-    """One JSON value that is not the same in both steps; ``1``, ``1.0`` and ``true`` are three values, NaN is one."""
+    """One JSON value that differs between the steps; ``1``, ``1.0`` and ``true`` differ, NaN equals NaN."""
 
     name: str
-    """Keys joined by ``/``; those of local state without the rank."""
+    """Keys joined by ``/``; for local state without the rank."""
     rank: int | None
-    """Whose local state it is; None for replicated state."""
+    """The rank whose local state it is part of; None for replicated state."""
     kind: Literal["only in a", "only in b", "content"]
     a: Any
-    """None where there is none, which ``kind`` tells from a stored None."""
+    """None if step a does not have the value; ``kind`` distinguishes that from a stored None."""
     b: Any
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two steps differ, replicated state and every rank's local state."""
+    """How two steps differ, in the replicated state and every rank's local state."""
 
     url_a: str
-    """Of the step."""
+    """Of the step's folder."""
     url_b: str
     step_a: int
     step_b: int
@@ -78,7 +78,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether the two hold the same state. Numbers of steps, dates and attempts are not compared."""
+        """Whether both hold the same state. Step numbers, dates and attempts are not compared."""
         return not self.tensors and not self.values and self.world_size_a == self.world_size_b
 
 
@@ -88,12 +88,12 @@ def diff(
     step_a: int | None = None,
     step_b: int | None = None,
 ) -> Comparison:
-    """Compare two steps (None: the newest committed there); every byte of both is verified as it is read.
+    """Compare two steps (None: the newest committed one there); every byte of both is verified as it is read.
 
     Raises:
-        CheckpointNotFound: no such step.
+        CheckpointNotFound: a step does not exist.
         CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion: names the file.
-        CheckpointError: a place cannot be read.
+        CheckpointError: a storage cannot be read.
     """
     tensors: list[TensorDifference] = []
     values: list[ValueDifference] = []
@@ -101,19 +101,19 @@ def diff(
     equal_values: list[tuple[int | None, str]] = []
     with OpenedStep(url_a, step_a) as a, OpenedStep(url_b, step_b) as b:
         for rank in (None, *range(max(a.world_size, b.world_size))):
-            have_a, have_b = (_parts(opened, rank) for opened in (a, b))
-            # A tensor here and a value there are two things: each is in only one of the steps.
-            for path, is_tensor in sorted(have_a.keys() | have_b.keys()):
-                of_a, of_b = have_a.pop((path, is_tensor), _ABSENT), have_b.pop((path, is_tensor), _ABSENT)
+            state_a, state_b = (_leaves(opened, rank) for opened in (a, b))
+            # A tensor in one and a value in the other count as two: each is in only one of the steps.
+            for path, is_tensor in sorted(state_a.keys() | state_b.keys()):
+                leaf_a, leaf_b = state_a.pop((path, is_tensor), _ABSENT), state_b.pop((path, is_tensor), _ABSENT)
                 name = "/".join(path)
                 if is_tensor:
-                    found = _compare_tensors(name, rank, of_a, of_b)
-                    tensors += found
-                    equal_tensors += [] if found else [(rank, name)]
+                    tensor_difference = _compare_tensors(name, rank, leaf_a, leaf_b)
+                    tensors += tensor_difference
+                    equal_tensors += [] if tensor_difference else [(rank, name)]
                 else:
-                    other = _compare_values(name, rank, of_a, of_b)
-                    values += other
-                    equal_values += [] if other else [(rank, name)]
+                    value_difference = _compare_values(name, rank, leaf_a, leaf_b)
+                    values += value_difference
+                    equal_values += [] if value_difference else [(rank, name)]
         return Comparison(
             a.url,
             b.url,
@@ -131,8 +131,8 @@ def diff(
 _ABSENT: Any = object()
 
 
-def _parts(opened: OpenedStep, rank: int | None) -> dict[tuple[tuple[str, ...], bool], Any]:
-    """Tensors and values by keys, and by whether it is a tensor."""
+def _leaves(opened: OpenedStep, rank: int | None) -> dict[tuple[tuple[str, ...], bool], Any]:
+    """Tensors and values, by their keys and whether they are tensors."""
     if rank is not None and rank >= opened.world_size:
         return {}
     return {(path, isinstance(value, torch.Tensor)): value for path, value in leaves(opened.load(rank))}
@@ -169,7 +169,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _amounts(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float, float]:
-    """Differing elements, largest absolute difference, relative L2 norm of the difference of two flat tensors."""
+    """Of two flat tensors: differing elements, largest absolute difference, relative L2 norm of the difference."""
     differing, largest, squares, squares_a = 0, 0.0, 0.0, 0.0
     for start in range(0, len(a), _BLOCK):
         x, y = a[start : start + _BLOCK], b[start : start + _BLOCK]
@@ -177,7 +177,7 @@ def _amounts(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float, float]:
         distance = _distance(x, y, numbers)
         unlike = _bits(x) != _bits(y) if a.dtype == b.dtype else (distance != 0).reshape(-1, 1)
         differing += int(np.count_nonzero(unlike.any(axis=1)))
-        with np.errstate(over="ignore"):  # an overflow to infinity says what is meant
+        with np.errstate(over="ignore"):  # infinity is the right answer to an overflow
             largest = max(largest, float(distance.max()))
             squares += float(np.sum(distance**2))
             squares_a += float(np.sum(np.abs(numbers[np.isfinite(numbers)]) ** 2))
@@ -190,7 +190,7 @@ def _amounts(a: torch.Tensor, b: torch.Tensor) -> tuple[int, float, float]:
 def _distance(x: torch.Tensor, y: torch.Tensor, numbers: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
     """``|x - y|`` elementwise; 0 for equal infinities and two NaNs, infinite for one NaN."""
     if x.dtype == y.dtype and x.dtype in (torch.int64, torch.uint64):
-        # float64 would take neighbours above 2**53 for equal; modulo 2**64 the difference is exact.
+        # In float64, neighbours above 2**53 would be equal; modulo 2**64 the difference is exact.
         high, low = np.maximum(x.numpy(), y.numpy()), np.minimum(x.numpy(), y.numpy())
         exact: npt.NDArray[np.float64] = (high.view(np.uint64) - low.view(np.uint64)).astype(np.float64)
         return exact
@@ -210,7 +210,7 @@ def _numbers(flat: torch.Tensor) -> npt.NDArray[Any]:
 
 
 def _bits(flat: torch.Tensor) -> npt.NDArray[Any]:
-    """One row of unsigned integers an element."""
+    """The bits of each element, as a row of unsigned integers."""
     raw = _bytes(flat).numpy()
     width = min(flat.element_size(), 8)
     return raw.view(np.dtype(f"u{width}")).reshape(len(flat), -1)

@@ -1,4 +1,4 @@
-"""Looking at checkpoints without a training run: no process group, nothing is changed."""
+"""Listing, describing and verifying steps: no process group is needed, and nothing is changed."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class StepInfo:
     folder: str
     """Its name below the URL."""
     status: Literal["committed", "uncommitted", "damaged", "unknown version", "aside"]
-    """By its commit record alone; whether the files are undamaged, :func:`verify` tells."""
+    """Judged by its commit record alone; :func:`verify` checks the other files."""
     reason: str
     """Why it is not ``committed``; empty if it is."""
     world_size: int | None
-    """Ranks that saved it, where the commit record tells."""
+    """Of the job that saved it; None without a readable commit record, as the next two."""
     saved_at: float | None
-    """Unix time of the commit, seconds."""
+    """Unix time of the commit, in seconds."""
     size_bytes: int | None
-    """Of all files that the votes list."""
+    """Total size of all files that the votes list."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class TensorInfo:
     """One tensor of a checkpoint."""
 
     name: str
-    """Keys joined by ``/``; those of local state without the rank."""
+    """Keys joined by ``/``; for local state without the rank."""
     rank: int | None
-    """Whose local state it is; None for replicated state."""
+    """The rank whose local state it is part of; None for replicated state."""
     shape: tuple[int, ...]
     dtype: str
     """E.g. ``bfloat16``."""
@@ -69,11 +69,11 @@ class StepDescription:
     epoch: str
     format_version: int
     saved_at: float
-    """Unix time of the commit, seconds."""
+    """Unix time of the commit, in seconds."""
     size_bytes: int
     tensors: tuple[TensorInfo, ...]
     values: dict[str, Any]
-    """JSON values of the state by name (keys joined by ``/``, local ones below ``rank_XXXXX``)."""
+    """JSON values of the state by name (keys joined by ``/``, those of local state below ``rank_XXXXX``)."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Problem:
     """What is wrong with one file."""
 
     file: str
-    """Relative to the step."""
+    """Relative to the step's folder."""
     kind: str
     """Name of the error, e.g. ``CorruptCheckpoint``."""
     reason: str
@@ -89,7 +89,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verification:
-    """One step, every file of it read and compared with the checksums taken when it was saved."""
+    """The result of reading every file of a step and comparing it with the checksums taken when it was saved."""
 
     url: str
     """Of the step."""
@@ -108,28 +108,30 @@ def list_steps(url: str | os.PathLike[str]) -> list[StepInfo]:
     """All steps at a URL, oldest first; empty if there are none.
 
     Raises:
-        CheckpointError: the place cannot be read.
+        CheckpointError: the storage cannot be read.
     """
     with storage(url) as store:
-        found = []
+        steps = []
         for name in store.names(""):
             step = parse_step(name)
             if step is not None:
-                found.append(_info(store, step))
+                steps.append(_info(store, step))
             elif (aside := parse_aside(name)) is not None:
-                reason = "damaged, cut off or superseded when a run was resumed or a step saved anew; never read"
-                found.append(StepInfo(aside, name, "aside", reason, None, None, None))
-            elif (old := parse_replaced(name)) is not None:
-                reason = "was being saved anew; a restore makes it the step again if that was not completed"
-                found.append(StepInfo(old, name, "aside", reason, None, None, None))
-        return sorted(found, key=lambda info: (info.step, info.folder))
+                reason = (
+                    "set aside as damaged, cut off or superseded when a run resumed or overwrote the step; never read"
+                )
+                steps.append(StepInfo(aside, name, "aside", reason, None, None, None))
+            elif (replaced := parse_replaced(name)) is not None:
+                reason = "was being overwritten; if that was interrupted, a restore makes it the step again"
+                steps.append(StepInfo(replaced, name, "aside", reason, None, None, None))
+        return sorted(steps, key=lambda info: (info.step, info.folder))
 
 
 def describe(url: str | os.PathLike[str], step: int | None = None) -> StepDescription:
-    """What one step holds (None: the newest committed); metadata is verified, tensors are not read.
+    """The contents of a step (None: the newest committed one); metadata is verified, tensors are not read.
 
     Raises:
-        CheckpointNotFound: no such step.
+        CheckpointNotFound: the step does not exist.
         CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion: names the file.
     """
     with OpenedStep(url, step) as opened:
@@ -151,7 +153,7 @@ def describe(url: str | os.PathLike[str], step: int | None = None) -> StepDescri
             opened.url,
             opened.step,
             commit.world_size,
-            commit.epoch,
+            commit.attempt_id,
             FORMAT_VERSION,
             commit.saved_at,
             commit.size_bytes,
@@ -161,19 +163,20 @@ def describe(url: str | os.PathLike[str], step: int | None = None) -> StepDescri
 
 
 def verify(url: str | os.PathLike[str], step: int | None = None, progress: Progress | None = None) -> Verification:
-    """Read every file of one step (None: the newest committed) and compare it with its checksums.
+    """Read every file of a step and compare it with its checksum.
 
     Args:
-        url: where checkpoints lie.
-        step: which.
-        progress: called with bytes verified so far and in all.
+        url: of the checkpoints.
+        step: its number; None takes the newest committed one.
+        progress: called with the bytes verified so far and in total.
 
     Returns:
-        All problems, not just the first. Damage of the commit record or a vote hides the files that it lists.
+        All problems, not just the first. Where the commit record or a vote is damaged, the files that it lists are not
+        read.
 
     Raises:
-        CheckpointNotFound: no such step.
-        CheckpointError: the place cannot be read.
+        CheckpointNotFound: the step does not exist.
+        CheckpointError: the storage cannot be read.
     """
     with storage(url) as store, ThreadPoolExecutor(THREADS) as io:
         step = choose(store, step)

@@ -1,4 +1,4 @@
-"""Looking at what lies in this node's memory for some checkpoints, and giving it back; no run is needed for either."""
+"""Listing what this node's memory holds for some checkpoints, and freeing it; neither needs a run."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from outlast.errors import CheckpointError
 
 @dataclass(frozen=True)
 class StepInMemory:
-    """What this node's memory has of one save."""
+    """What this node's memory holds of one save."""
 
     step: int
     epoch: str
-    """Of the attempt that saved it."""
+    """The attempt that saved it."""
     serial: int
     """Number of the save within the attempt."""
     committed: bool
-    """Whether this node has its commit record. A restore takes it if all ranks' parts are in some node's memory."""
+    """Whether this node has its commit record. A restore takes it if every rank's part is in some node's memory."""
     world_size: int
-    """Ranks that saved it."""
+    """Of the job that saved it."""
     own_ranks: tuple[int, ...]
-    """Ranks whose parts were saved on this node."""
+    """Ranks of this node whose parts are here."""
     partner_ranks: tuple[int, ...]
-    """Ranks whose parts were copied here from another node."""
+    """Ranks of another node whose parts were copied here."""
     size_bytes: int
-    """Of the files in the parts that are here."""
+    """Total size of the files in the parts that are here."""
 
 
 @dataclass(frozen=True)
@@ -42,76 +42,76 @@ class InMemory:
     url: str
     folder: str
     in_use: bool
-    """Whether a run holds it."""
+    """Whether a run uses it."""
     steps: tuple[StepInMemory, ...]
     """Oldest first."""
     reserved_bytes: int
-    """All that it takes of the shared memory, with slots that hold nothing yet, or what is left of saves cut off."""
+    """Its total share of the shared memory, including empty slots and leftovers of saves that were cut off."""
 
 
 def list_memory(url: str | os.PathLike[str], root: Path = SHM_ROOT) -> InMemory:
-    """What lies in this node's memory for the checkpoints at a URL; nothing is verified, nothing is changed.
+    """What this node's memory holds for the checkpoints at a URL; nothing is verified or changed.
 
     Args:
         url: as the run has it; a path may be relative.
         root: of shared memory.
 
     Raises:
-        CheckpointError: it cannot be read, or is not ours alone.
+        CheckpointError: it cannot be read, or is not private to this user.
     """
     where = open_store(url).url
     folder = memory_path(where, root)
     try:
-        return _look(where, folder, is_used(folder))
+        return _contents(where, folder, is_used(folder))
     except OSError as error:
         raise CheckpointError(f"shared memory {folder} cannot be read: {error}") from error
 
 
 def remove_memory(url: str | os.PathLike[str], root: Path = SHM_ROOT) -> InMemory:
-    """Give back what this node's memory has for the checkpoints at a URL; tells what that was.
+    """Free what this node's memory holds for the checkpoints at a URL, and return what that was.
 
-    The commit records go too. Other nodes' memory, and what lies at the URL, stays.
+    This includes the commit records. Other nodes' memory and the checkpoints at the URL are not touched.
 
     Args:
         url: as the run has it; a path may be relative.
         root: of shared memory.
 
     Raises:
-        CheckpointError: a run uses it, it cannot be removed, or is not ours alone.
+        CheckpointError: a run uses it, it cannot be removed, or it is not private to this user.
     """
     where = open_store(url).url
     folder = memory_path(where, root)
     try:
         with alone(folder):
-            found = _look(where, folder, in_use=False)
+            freed = _contents(where, folder, in_use=False)
             if folder.exists():
                 shutil.rmtree(folder)
-            return found
+            return freed
     except OSError as error:
         raise CheckpointError(f"shared memory {folder} cannot be removed: {error}") from error
 
 
-def _look(url: str, folder: Path, in_use: bool) -> InMemory:
+def _contents(url: str, folder: Path, in_use: bool) -> InMemory:
     if not os.path.lexists(folder):
         return InMemory(url, str(folder), False, (), 0)
     check_ours(folder)
     parts = list(holdings(folder))
-    committed = {(commit.epoch, commit.serial) for commit in commits(folder).values()}
-    saves = {(part.placed.vote.epoch, part.placed.vote.serial) for part in parts}
+    committed = {(commit.attempt_id, commit.save_id) for commit in commits(folder).values()}
+    saves = {(part.placed.vote.attempt_id, part.placed.vote.save_id) for part in parts}
     steps = []
     for key in saves:
-        mine = [part for part in parts if (part.placed.vote.epoch, part.placed.vote.serial) == key]
-        first = mine[0].placed.vote
+        of_save = [part for part in parts if (part.placed.vote.attempt_id, part.placed.vote.save_id) == key]
+        first = of_save[0].placed.vote
         steps.append(
             StepInMemory(
                 first.step,
-                first.epoch,
-                first.serial,
+                first.attempt_id,
+                first.save_id,
                 key in committed,
                 first.world_size,
-                tuple(sorted(part.placed.vote.rank for part in mine if part.tier != PARTNER)),
-                tuple(sorted(part.placed.vote.rank for part in mine if part.tier == PARTNER)),
-                sum(entry.size_bytes for part in mine for entry in part.placed.vote.files),
+                tuple(sorted(part.placed.vote.rank for part in of_save if part.tier != PARTNER)),
+                tuple(sorted(part.placed.vote.rank for part in of_save if part.tier == PARTNER)),
+                sum(entry.size_bytes for part in of_save for entry in part.placed.vote.files),
             )
         )
     steps.sort(key=lambda save: (save.step, save.epoch, save.serial))

@@ -1,4 +1,4 @@
-"""A committed step opened for the tools: no process group, public errors, one rank's state at a time."""
+"""A committed step, opened for the tools: no process group, public errors, one rank's state at a time."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from outlast.checkpoint.storage.open import open_store
 from outlast.errors import CheckpointError, CheckpointNotFound
 
 THREADS = 4
-"""That read and verify, for a tool."""
+"""How many threads read and verify."""
 
 
 class OpenedStep:
-    """A committed step to read; for a ``with``, which ends its threads.
+    """A committed step to read. A context manager, which ends its threads.
 
     Args:
-        url: where checkpoints lie.
-        step: which; None takes the newest committed one.
+        url: of the checkpoints.
+        step: its number; None takes the newest committed one.
 
     Raises:
-        CheckpointNotFound: no such step.
+        CheckpointNotFound: the step does not exist.
         CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion: its commit record or a vote; names the file.
-        CheckpointError: the place cannot be read.
+        CheckpointError: the storage cannot be read.
     """
 
     def __init__(self, url: str | os.PathLike[str], step: int | None) -> None:
@@ -53,7 +53,7 @@ class OpenedStep:
 
         Raises:
             CorruptCheckpoint, IncompleteCheckpoint: names the file.
-            CheckpointError: the place cannot be read.
+            CheckpointError: the storage cannot be read.
         """
         with storage(self._url), self._faults():
             return self._reader.load(rank)
@@ -78,22 +78,26 @@ class OpenedStep:
 
 
 def choose(store: Store, step: int | None) -> int:
-    """A step that is there (None: the newest committed); raises :class:`CheckpointNotFound`, naming those there are."""
-    found = scan(store)
-    if step is None and found.committed:
-        return found.committed[-1]
-    if step is not None and step in (*found.committed, *found.uncommitted):
+    """The step, if it exists (None: the newest committed one).
+
+    Raises:
+        CheckpointNotFound: it does not exist; names the committed steps.
+    """
+    scanned = scan(store)
+    if step is None and scanned.committed:
+        return scanned.committed[-1]
+    if step is not None and step in (*scanned.committed, *scanned.uncommitted):
         return step
-    there = ", ".join(map(str, found.committed))
+    committed = ", ".join(map(str, scanned.committed))
     raise CheckpointNotFound(
         f"no checkpoint{'' if step is None else f' of step {step}'} at {store.url}",
-        f"committed steps there are: {there}" if there else f"there is no folder step_*/ with a {COMMIT} in it",
+        f"committed steps: {committed}" if committed else f"no folder step_*/ there has a {COMMIT}",
     )
 
 
 @contextmanager
 def storage(url: str | os.PathLike[str]) -> Iterator[Store]:
-    """The store at a URL; what it raises within becomes a :class:`CheckpointError`."""
+    """The store at a URL; an OSError within becomes a :class:`CheckpointError`."""
     store = open_store(url)
     try:
         yield store

@@ -1,4 +1,4 @@
-"""Removing old steps by hand, never the newest one that can be restored."""
+"""Removing old steps by hand, but never the newest one that can be restored."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ class Removal:
     kind: Literal["committed", "aside", "cut off"]
     """``cut off``: a save without a commit record."""
     size_bytes: int
-    """Of all its files."""
+    """Total size of its files."""
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What was removed, and what was not."""
+    """What was removed, and what was kept."""
 
     url: str
     dry_run: bool
-    """Whether nothing was removed, only looked at."""
+    """Whether nothing was removed."""
     removed: tuple[Removal, ...]
     """Oldest first."""
     kept: tuple[int, ...]
-    """Committed steps that are left, oldest first."""
+    """Committed steps that remain, oldest first."""
     damaged: tuple[Verification, ...]
-    """The steps newer than the newest that verifies, newest first; they are kept. Empty as well if nothing is to go:
-    then nothing is verified."""
+    """The steps newer than the newest that verifies, newest first; they are kept. Also empty if there was nothing to
+    remove: then nothing is verified."""
 
     @property
     def size_bytes(self) -> int:
-        """Of all that was removed."""
+        """Total size of what was removed."""
         return sum(removal.size_bytes for removal in self.removed)
 
 
@@ -55,52 +55,54 @@ def prune(
     dry_run: bool = False,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Pruning:
-    """Remove committed steps until the ``keep_last`` newest are left.
+    """Remove all committed steps but the ``keep_last`` newest.
 
-    Before anything goes, the newest steps are verified, newest first, until one is good: that one, and all that are
-    newer, stay whatever ``keep_last`` says. Steps whose commit record is damaged or of another format version are
-    neither counted nor removed.
+    Before anything is removed, steps are verified, newest first, until one is valid: that one and all newer ones are
+    kept, whatever ``keep_last`` says. Steps whose commit record is damaged or of another format version are neither
+    counted nor removed.
 
     Args:
-        url: where checkpoints lie.
-        keep_last: how many, at least 1.
-        aside: also remove what was set aside, and saves that were cut off. A save that runs at this moment looks like
-            one that was cut off and would fail: use it while no training saves there.
+        url: of the checkpoints.
+        keep_last: how many to keep, at least 1.
+        aside: also remove what was set aside, and saves that were cut off. A running save looks like one that was cut
+            off and would fail: use this only while no training saves there.
         dry_run: remove nothing.
-        progress: called with the step that is verified, bytes verified so far and in all.
+        progress: called with the step that is being verified, and the bytes verified so far and in total.
 
     Raises:
         OutOfRange: ``keep_last`` is less than 1.
         CheckpointNotFound: there is no committed step.
         CorruptCheckpoint: none of the committed steps verifies; nothing was removed.
-        CheckpointError: the place cannot be read, or something cannot be removed; tells what is gone by then.
+        CheckpointError: the storage cannot be read, or a step cannot be removed; says what was removed by then.
     """
     if keep_last < 1:
         raise OutOfRange(f"keep-last = {keep_last}", "keep-last >= 1: the newest checkpoint is never removed")
     store = open_store(url)
-    found = list_steps(url)
-    committed = [info for info in found if info.status == "committed"]
+    steps = list_steps(url)
+    committed = [info for info in steps if info.status == "committed"]
     if not committed:
-        raise CheckpointNotFound(f"no committed steps at {store.url}", "nothing was removed; `outlast ckpt ls` lists")
-    going: list[StepInfo] = committed[:-keep_last]
+        raise CheckpointNotFound(
+            f"no committed steps at {store.url}", "nothing was removed; `outlast ckpt ls` lists what is there"
+        )
+    obsolete: list[StepInfo] = committed[:-keep_last]
     damaged: list[Verification] = []
     if aside:
-        going += [info for info in found if info.status in ("aside", "uncommitted")]
-    if going:
-        good = _newest_good([info.step for info in committed], url, damaged, progress)
-        going = [info for info in going if info.status != "committed" or info.step < good]
+        obsolete += [info for info in steps if info.status in ("aside", "uncommitted")]
+    if obsolete:
+        newest_valid = _newest_valid([info.step for info in committed], url, damaged, progress)
+        obsolete = [info for info in obsolete if info.status != "committed" or info.step < newest_valid]
     try:
-        removals = [_removal(store, info) for info in sorted(going, key=lambda info: (info.step, info.folder))]
+        removals = [_removal(store, info) for info in sorted(obsolete, key=lambda info: (info.step, info.folder))]
     except OSError as error:
         raise CheckpointError(f"{store.url} cannot be read: {error}", "nothing was removed") from error
     if not dry_run:
         _remove(store, removals)
-    gone = {removal.step for removal in removals if removal.kind == "committed"}
-    kept = tuple(info.step for info in committed if info.step not in gone)
+    removed = {removal.step for removal in removals if removal.kind == "committed"}
+    kept = tuple(info.step for info in committed if info.step not in removed)
     return Pruning(store.url, dry_run, tuple(removals), kept, tuple(damaged))
 
 
-def _newest_good(
+def _newest_valid(
     committed: list[int],
     url: str | os.PathLike[str],
     damaged: list[Verification],
@@ -133,8 +135,8 @@ def _remove(store: Store, removals: list[Removal]) -> None:
         try:
             store.remove_tree(removal.folder)
         except OSError as error:
-            gone = ", ".join(r.folder for r in removals[:index])
+            removed = ", ".join(earlier.folder for earlier in removals[:index])
             raise CheckpointError(
                 f"{store.url}/{removal.folder} cannot be removed: {error}",
-                f"removed before it: {gone}" if gone else "nothing was removed before it; see to the permissions",
+                f"removed before it: {removed}" if removed else "nothing was removed before it; check the permissions",
             ) from error

@@ -1,7 +1,7 @@
-"""n ranks in one process: what the transports do, without any, bit for bit.
+"""n ranks in one process: what the transports do, bit for bit, without a network.
 
-For tests, and for looking at what a method does to gradients before it is let onto a cluster. State is in the open, in
-the form in which a checkpoint holds it.
+For tests, and to see what a method does to gradients before it runs on a cluster. All state is public, in the form in
+which a checkpoint holds it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Simulation:
     """One tensor's gradients on n ranks, step by step.
 
     Sums are taken in rank order. In the two-phase transport the tensor is cut into n slices of rows (a tensor with one
-    dimension, of entries), slice j from ``rows * j // n`` to ``rows * (j + 1) // n``; each is compressed by itself, and
-    rank j owns slice j.
+    dimension, of entries), slice j from ``rows * j // n`` to ``rows * (j + 1) // n``; each is compressed separately,
+    and rank j owns slice j.
 
     Args:
         feedback: the method, with its compressor.
@@ -41,7 +41,7 @@ class Simulation:
         local: each rank's slots, rank 0 first, laid out as in :mod:`outlast.comm.feedback.layout`; empty dicts before
             the first step.
         replicated: the slots that are the same on every rank.
-        owned: the slots of each slice's owner; of none in the all-gather transport.
+        owned: the slots of each slice's owner; empty in the all-gather transport.
 
     Raises:
         OutOfRange: n below 1, or no such transport.
@@ -73,7 +73,7 @@ class Simulation:
         self.replicated = feedback.new_replicated(like)
         self.owned = [feedback.new_owned(part) for part in slices(like, n)] if transport == "two-phase" else []
         self.started = False
-        """Whether there is state to go on from; set it after putting some in."""
+        """Whether there is state to continue from; set it after loading some."""
 
     def step(
         self,
@@ -86,10 +86,10 @@ class Simulation:
         """One step of all ranks.
 
         Args:
-            gradients: one of each rank, of the tensor's shape and type; read only.
+            gradients: one for each rank, of the tensor's shape and type; only read.
             whole: send whole tensors, as in a warm-up.
             participate: which ranks take part; only :class:`~outlast.comm.feedback.EF21PP` can do without some.
-            probe: told of every rank's, and every slice's, encoding.
+            probe: records the encoding of every rank and slice.
 
         Returns:
             The estimate of the mean gradient that every rank gets, in a new tensor.
@@ -99,7 +99,7 @@ class Simulation:
             CommError: not n gradients, or ranks absent that the method cannot do without.
         """
         if len(gradients) != self.n:
-            raise CommError(f"{len(gradients)} gradients for {self.n} ranks", "give one of each rank")
+            raise CommError(f"{len(gradients)} gradients for {self.n} ranks", "give one for each rank")
         gs = [g.detach().reshape(self.shape) for g in gradients]
         present = [True] * self.n if participate is None else list(participate)
         if not all(present) and not isinstance(self.feedback, EF21PP):
@@ -150,7 +150,7 @@ class Simulation:
         messages = []
         for rank, g in enumerate(gs):
             method = self.ranks[rank]
-            if not started:  # start() has told the method of g already
+            if not started:  # start() has given g to the method already
                 messages.append(g if present[rank] else torch.zeros_like(g))
                 continue
             parts = []
@@ -168,7 +168,7 @@ class Simulation:
 
 
 def rank_order_mean(tensors: Sequence[Tensor]) -> Tensor:
-    """Their mean, summed one after the other, in a new tensor."""
+    """The mean, summed one after the other, in a new tensor."""
     total = tensors[0].clone()
     for tensor in tensors[1:]:
         total.add_(tensor)

@@ -1,10 +1,10 @@
-"""Step sizes and guarantees, where theory gives them, and the smoothness constants that they ask for.
+"""Step sizes and guarantees, where theory gives them, and the smoothness constants that they need.
 
 Notation: f = mean of f_i over n ranks; f is L-smooth and f_i is L_i-smooth (gradients are Lipschitz with these
 constants, in units of gradient per unit of parameter); alpha is the contraction of the compressor
 (``Compressor.alpha``); gamma is the step of ``x -= gamma * estimate``; T counts steps. Guarantees are for exact
-gradients. They are worst cases (on logistic regression steps 16 to 64 times as long converge), and none covers the
-steps of an adaptive optimizer. There is no rule here for the step of EF21-SGDM, EF21-BC, EF21-PP and EControl.
+gradients. They are worst cases (on logistic regression, steps 16 to 64 times as long converge), and none covers the
+steps of an adaptive optimizer. There is no rule here for the step size of EF21-SGDM, EF21-BC, EF21-PP and EControl.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from outlast.config import require
 
 
 class Markov(NamedTuple):
-    """What a contraction makes of EF21's error from step to step.
+    """How EF21's error changes from step to step under a contraction.
 
     With G_t = mean ||h_i - g_i||^2, ``G_{t+1} <= (1 - theta) G_t + beta * mean ||g_i^{t+1} - g_i^t||^2``.
     """
@@ -47,7 +47,7 @@ def ef21_step(smoothness: float, each: Sequence[float], alpha: float) -> float:
 
         gamma = 1 / (L + L~ sqrt(beta / theta))        L~ = sqrt(mean L_i^2)
 
-    The paper's poster prints L~ = mean L_i^2, without the root; units and the authors' code ask for it.
+    The paper's poster prints L~ = mean L_i^2, without the root; the units and the authors' code require it.
 
     Args:
         smoothness: L.
@@ -161,10 +161,10 @@ class SmoothnessEstimate:
     """One rank's L_i, measured along the way: the largest ||g_i(x') - g_i(x)|| / ||x' - x|| seen.
 
     Both gradients of a pair must come from the same minibatch; else it is the noise that is measured. Each rank keeps
-    one, and averages are no business of it: gather the figures of all ranks before :func:`weights` are made of them.
+    one for itself: gather the figures of all ranks to compute :func:`weights`.
 
     Args:
-        memory: what a figure that was the largest shrinks to in every update, 0 < memory <= 1; 1 keeps it for good.
+        memory: factor by which the largest figure so far shrinks in every update, 0 < memory <= 1; 1 keeps it for good.
 
     Raises:
         OutOfRange: memory out of its range.
@@ -177,13 +177,13 @@ class SmoothnessEstimate:
         """L_i in units of gradient per unit of parameter; 0 before the first update."""
 
     def update(self, g: Tensor, g_before: Tensor, x: Tensor, x_before: Tensor) -> float:
-        """Take a pair of points into account, and return the estimate.
+        """Include a pair of points, and return the estimate.
 
         Args:
             g: gradient of the minibatch at ``x``, any shape.
             g_before: gradient of the same minibatch at ``x_before``.
             x: parameters, of the gradients' shape.
-            x_before: parameters before; where they are the same nothing is learnt.
+            x_before: parameters before; if they are equal to ``x``, the estimate does not change.
         """
         moved = square(x - x_before)
         if moved > 0:
@@ -213,8 +213,8 @@ def estimate_smoothness(gradients: Sequence[Tensor], points: Sequence[Tensor]) -
 def weights(each: Sequence[float], low: float = 0.25, high: float = 4.0) -> tuple[float, ...]:
     """EF21-W's weights, w_i = L_i / sum_j L_j (arXiv 2402.10774), kept within [low, high] / n.
 
-    Deviation: the paper knows the L_i. Measured ones may be far off, so no rank's weight may leave the range: what
-    others' limits take is made up for by a common factor on the rest, so that the sum is 1.
+    Deviation: the paper knows the L_i. Measured ones may be far off, so no rank's weight may leave the range; a common
+    factor on the weights inside it keeps the sum at 1.
 
     Args:
         each: L_i >= 0 of every rank; all zero gives equal weights.
@@ -239,9 +239,9 @@ def weights(each: Sequence[float], low: float = 0.25, high: float = 4.0) -> tupl
     for _ in range(200):
         middle = (below + above) / 2
         below, above = (middle, above) if math.fsum(limited(middle)) < 1 else (below, middle)
-    found = limited(above)
-    total = math.fsum(found)
-    return tuple(w / total for w in found)
+    unnormalised = limited(above)
+    total = math.fsum(unnormalised)
+    return tuple(w / total for w in unnormalised)
 
 
 def _ratio(alpha: float) -> float:
@@ -252,5 +252,5 @@ def _ratio(alpha: float) -> float:
 
 def _positive(smoothness: float, each: Sequence[float]) -> Sequence[float]:
     require(smoothness > 0, "smoothness", smoothness, "smoothness > 0")
-    require(len(each) > 0 and all(li > 0 for li in each), "each", tuple(each), "positive numbers, one of each rank")
+    require(len(each) > 0 and all(li > 0 for li in each), "each", tuple(each), "positive numbers, one for each rank")
     return each

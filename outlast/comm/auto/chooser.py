@@ -26,7 +26,7 @@ from outlast.comm.state.parameters import ParamState
 
 
 class Auto:
-    """One reducer's choice, to be made once.
+    """One reducer's choice, made once.
 
     Args:
         config: with ``compressor = "auto"``.
@@ -46,9 +46,9 @@ class Auto:
         self._steps: list[tuple[float, float]] = []
 
     def next_step(self, meter: ReduceMeter) -> Choice | None:
-        """A step begins, the meter still has the one before; the choice, once enough steps have been seen.
+        """A step begins, and the meter still has the one before. Returns the choice once enough steps were measured.
 
-        The call that chooses is a collective one, of some seconds on a slow link.
+        The call that chooses is a collective one; it takes some seconds on a slow link.
 
         Raises:
             CommError: a peer died or the limit passed.

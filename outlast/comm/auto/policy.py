@@ -1,9 +1,9 @@
 """``compressor = "auto"``: whether to compress at all, and how, from what was measured on this job's own links.
 
-Compression pays on slow links only: of more than 200 set-ups that Agarwal et al. (arXiv 2103.00543) looked at it paid
-in six. So the first steps are sent dense and timed, links and codecs are measured, and of dense and some candidates
-whose cost in loss is known to be small that one is taken whose step is predicted to be shortest; dense, unless another
-is clearly shorter.
+Compression pays on slow links only: Agarwal et al. (arXiv 2103.00543) found that it paid in six of more than 200
+set-ups. So the first steps are sent dense and timed, and links and codecs are measured. Among dense and some candidates
+whose cost in loss is known to be small, the one with the shortest predicted step is taken; dense, unless another is
+clearly shorter.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CANDIDATES: dict[str, tuple[dict[str, object], ...]] = {
         {"compressor": "int4", "transport": "two-phase"},
     ),
 }
-"""By target, those whose cost in loss is small: see docs/compression.md."""
+"""By target: methods whose cost in loss is small, see docs/compression.md."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +54,14 @@ class Timing:
     """A dense step, the slowest rank's."""
 
     step_s: float
-    """All of it but what the exchange keeps it waiting at the end."""
+    """Without the wait for the exchange at the end."""
     hidden_s: float
-    """From the first bucket's being ready to the last's: what may hide an exchange."""
+    """From the first ready bucket to the last, which may hide an exchange."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Something to choose."""
+    """A method to choose from."""
 
     config: CommConfig
     wire_bytes: int
@@ -69,7 +69,7 @@ class Candidate:
     collectives: int
     """In a step."""
     codec_s: float
-    """In a step, the slowest rank's; not counted as hidden, since it takes the same cores or the same device."""
+    """In a step, on the slowest rank; not counted as hidden, because it takes the same cores or the same device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def candidates(config: CommConfig) -> list[CommConfig]:
 
 
 def predict(candidate: Candidate, link: Link, timing: Timing, buckets: int) -> float:
-    """Seconds a step: compute, codec, and what backward does not hide of the wire; at least the last bucket is not."""
+    """Seconds a step: compute, codec, and the wire time that backward cannot hide, at least the last bucket's."""
     wire_s = candidate.collectives * link.latency_s + candidate.wire_bytes / link.bytes_per_s
     exposed_s = max(wire_s - timing.hidden_s, wire_s / max(1, buckets))
     return timing.step_s + candidate.codec_s + exposed_s
@@ -115,7 +115,7 @@ def choose(options: Sequence[Candidate], link: Link, timing: Timing, buckets: in
 def measure_link(communicator: Communicator, device: torch.device) -> Link:
     """Time all-gathers of growing size until one takes long enough; the slowest rank's, the same on every rank.
 
-    A collective call, to be made outside the communicator's thread; moves a few MB.
+    A collective call; make it outside the communicator's thread. It moves a few MB.
 
     Raises:
         CommError: a peer died or the limit passed.
@@ -158,7 +158,7 @@ def measure_codec(config: CommConfig, communicator: Communicator, device: torch.
     for _ in range(3):
         started = time.perf_counter()
         payload = feedback.encode(local, g)
-        # Of the two-phase transport: n messages of an n-th each, and as much again.
+        # In the two-phase transport: n messages of an n-th each, and as much again.
         feedback.decode(replicated, [payload] * (2 if two_phase(config, n) else n), out)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -170,7 +170,7 @@ def wire_bytes(config: CommConfig, tensors: Mapping[tuple[int, ...], int], whole
     """Bytes that a rank sends in a step.
 
     Args:
-        config: with what.
+        config: the method.
         tensors: how many tensors there are of each shape that is compressed.
         whole_numel: entries of tensors that never are.
         n: ranks.

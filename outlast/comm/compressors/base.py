@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -39,13 +39,13 @@ class Message(ABC):
     def add_to(self, out: Tensor, scale: float = 1.0) -> None:
         """``out += scale * C(x)`` in place; ``out`` is contiguous, of x's numel, and of the message's type and device.
 
-        The same bits wherever it is called: each entry gets one addition, or several in an order that the payload
-        fixes.
+        The result has the same bits wherever it is called: each entry gets one addition, or several in an order fixed
+        by the payload.
         """
 
     @abstractmethod
     def finite(self) -> bool:
-        """False if x held NaN or Inf, or if C(x) overflowed; cheap, it looks at what was sent alone."""
+        """False if x held NaN or Inf, or if C(x) overflowed; cheap, because it looks only at what was sent."""
 
 
 class DenseMessage(Message):
@@ -68,12 +68,12 @@ class DenseMessage(Message):
 
 
 class SparseMessage(Message):
-    """Some entries, and where they stand.
+    """Some entries, and their positions.
 
     Args:
         payload: (nbytes,) uint8.
         values: (k,) the entries sent.
-        indices: (k,) int64, ascending, no index twice: where they stand in the flat tensor.
+        indices: (k,) int64, ascending, no index twice: their positions in the flat tensor.
     """
 
     def __init__(self, payload: Tensor, values: Tensor, indices: Tensor) -> None:
@@ -94,20 +94,20 @@ class SparseMessage(Message):
 class Compressor(ABC):
     """A map of a tensor to bytes and back. It holds settings only.
 
-    What it must remember from step to step of one tensor (the basis of a power iteration, a count of rounds) it keeps
-    in slots that the caller owns: made by :meth:`new_memory`, handed to :meth:`compress`, saved with the caller's
-    state. Receivers need none of it.
+    What it must remember about a tensor from step to step (the basis of a power iteration, a count of rounds) is in
+    slots that the caller owns: :meth:`new_memory` makes them, :meth:`compress` takes them, and the caller saves them
+    with its state. Receivers do not need them.
     """
 
     name: ClassVar[str]
     memory_slots: tuple[str, ...] = ()
     random: bool = False
-    """Whether :meth:`alpha` holds on average over rounds, each with the memory that the one before left, and not for
-    every round by itself."""
+    """Whether :meth:`alpha` holds on average over rounds, each with the memory that the last one left, rather than for
+    every single round."""
 
     @abstractmethod
     def nbytes(self, shape: Shape, dtype: torch.dtype = torch.float32) -> int:
-        """Exact size of a payload, everything counted: values, indices, scales, and padding to a multiple of 8.
+        """Exact size of a payload in bytes, including values, indices, scales, and padding to a multiple of 8.
 
         Args:
             shape: of the tensor; a tensor without entries has no bytes.
@@ -119,7 +119,7 @@ class Compressor(ABC):
         """The contraction that holds for every tensor of ``shape``: E ||C(x) - x||^2 <= (1 - alpha) ||x||^2."""
 
     def new_memory(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Slots:
-        """The slots ``memory_slots`` of a tensor that was never compressed; the same on every rank."""
+        """The slots ``memory_slots`` for a tensor that was never compressed; the same on every rank."""
         return {}
 
     @abstractmethod
@@ -129,17 +129,18 @@ class Compressor(ABC):
         Args:
             x: any shape and stride, read in row-major order; float64, or float32, bfloat16 or float16, which all
                 travel as float32. It is not changed, and may be reused on return.
-            out: (nbytes,) uint8, 8-byte aligned, written and held by the message; None allocates one.
-            memory: this tensor's slots (others in the dict are left alone), changed in place; None starts anew.
+            out: (nbytes,) uint8, 8-byte aligned; the payload is written here and the message keeps it. None allocates
+                it.
+            memory: this tensor's slots, changed in place (others in the dict are not touched); None starts afresh.
 
-        NaN and Inf are not refused here: they are carried to the receivers, whose ``Message.finite`` is then False.
+        NaN and Inf are not refused here: they travel to the receivers, whose ``Message.finite`` is then False.
 
         Raises:
             CommError: x is of another type, or ``out`` of another size.
         """
 
     def compress_sum(self, x: Tensor, g: Tensor, out: Tensor | None = None, memory: Slots | None = None) -> Message:
-        """``x += g`` in place, then C(x), as :meth:`compress` gives it; in fewer passes where a compressor has a way.
+        """``x += g`` in place, then C(x), as :meth:`compress` returns it; some compressors take fewer passes.
 
         Args:
             x: contiguous, of a wire type.
@@ -154,15 +155,16 @@ class Compressor(ABC):
         """The message whose bytes ``payload`` (nbytes,) uint8 holds; it may hold views of them.
 
         Raises:
-            CommError: the payload is not of the size that ``shape`` has.
+            CommError: the payload has the wrong size for ``shape``.
         """
 
     def open_all(
         self, payloads: Sequence[Tensor], shape: Shape, dtype: torch.dtype = torch.float32
     ) -> Sequence[Message]:
-        """:meth:`open` of several payloads of one shape, all ranks' most often; at once where a compressor has a way.
+        """:meth:`open` for several payloads of one shape, usually those of all ranks; some compressors do it at once.
 
-        Who overrides :meth:`open` of such a compressor overrides this too; the conformance kit sees it.
+        A subclass of such a compressor that overrides :meth:`open` must override this too; the conformance kit checks
+        it.
 
         Raises:
             CommError: see :meth:`open`.
@@ -173,12 +175,8 @@ class Compressor(ABC):
         """``out += scale * C(x)`` for the x behind ``payload``; ``out`` is contiguous, of x's shape and wire type."""
         self.open(payload, tuple(out.shape), out.dtype).add_to(out, scale)
 
-    def memory_of(self, held: Mapping[str, Tensor]) -> Slots:
-        """This compressor's slots among ``held``."""
-        return {slot: held[slot] for slot in self.memory_slots}
-
     def _room(self, x: Tensor, out: Tensor | None) -> Tensor:
-        """Where x's payload goes."""
+        """The buffer for x's payload: ``out``, or a new one."""
         need = self.nbytes(tuple(x.shape), x.dtype)
         if out is None:
             return torch.empty(need, dtype=torch.uint8, device=x.device)
@@ -191,7 +189,7 @@ class Compressor(ABC):
 
 
 def wire_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which a tensor is compressed and summed: float64 for itself, float32 for the smaller floats.
+    """The type in which a tensor is compressed and summed: float64 for float64, float32 for smaller floats.
 
     Raises:
         CommError: not a float.
@@ -200,11 +198,11 @@ def wire_dtype(dtype: torch.dtype) -> torch.dtype:
         return torch.float64
     if dtype in (torch.float32, torch.bfloat16, torch.float16):
         return torch.float32
-    raise CommError(f"cannot compress {dtype}", "give it float64, float32, bfloat16 or float16")
+    raise CommError(f"cannot compress {dtype}", "use float64, float32, bfloat16 or float16")
 
 
 def flat(x: Tensor) -> Tensor:
-    """(numel,) contiguous, in row-major order, in the wire type; a view where it can be."""
+    """(numel,) contiguous, in row-major order, in the wire type; a view where possible."""
     return x.detach().reshape(-1).to(wire_dtype(x.dtype)).contiguous()
 
 
@@ -212,7 +210,7 @@ def finite(x: Tensor) -> bool:
     """Whether ``x`` holds neither NaN nor Inf.
 
     One pass in the common case: a NaN or Inf makes the sum NaN or Inf. The converse fails only where finite numbers
-    overflow the sum, so a sum that is not finite is looked into.
+    overflow the sum, so a sum that is not finite is checked entry by entry.
     """
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 

@@ -18,7 +18,7 @@ def packed_nbytes(count: int, width: int = 1) -> int:
 
 
 def pack_bits(bits: Tensor, out: Tensor) -> None:
-    """(n,) bool into (ceil(n / 8),) uint8; bits that are left over are 0."""
+    """(n,) bool into (ceil(n / 8),) uint8; unused bits are 0."""
     if host.numpy_sees(bits):
         out.numpy()[:] = np.packbits(bits.numpy(), bitorder="little")
     else:
@@ -54,7 +54,7 @@ def unpack_small(packed: Tensor, width: int, count: int) -> Tensor:
 
 
 def pack_array(values: Bytes, width: int, out: Bytes) -> None:
-    """As :func:`pack_small`, of arrays; higher bits of the values are left out."""
+    """As :func:`pack_small`, for arrays; higher bits of the values are dropped."""
     if width == 8:
         out[:] = values
         return
@@ -70,7 +70,7 @@ def pack_array(values: Bytes, width: int, out: Bytes) -> None:
 
 
 def unpack_array(packed: Bytes, width: int, count: int) -> Bytes:
-    """As :func:`unpack_small`, of arrays (…, ceil(count * width / 8)): each row by itself."""
+    """As :func:`unpack_small`, for arrays (…, ceil(count * width / 8)), row by row."""
     if width == 8:
         return packed[..., :count]
     if width == 1:

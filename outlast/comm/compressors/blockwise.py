@@ -23,15 +23,15 @@ from outlast.comm.compressors.power_scale import (
 )
 
 CHUNK = 262_144
-"""Entries handled at a time, so that what passes from one operation to the next stays in the processor's cache."""
+"""Entries per pass, so that intermediate results stay in the processor's cache."""
 Floats = npt.NDArray[np.float32]
 _NO_UNIT_BELOW = 2.0**-100
-"""A unit smaller than this is taken as none: against a largest entry of 2^-60 or more its block does not count."""
+"""A smaller unit counts as zero: next to a largest entry of 2^-60 or more its block does not matter."""
 
 
 def rows_of(n: int, block: int) -> Iterator[tuple[int, int, int, int]]:
     """(first entry, end, first block, end) of pieces of about CHUNK entries: whole blocks, an even number of entries;
-    the last block, if it is not whole, by itself."""
+    an incomplete last block is a piece of its own."""
     per_piece = max(CHUNK // block // 2 * 2, 2)
     whole = n // block
     for first in range(0, whole, per_piece):
@@ -44,7 +44,7 @@ def rows_of(n: int, block: int) -> Iterator[tuple[int, int, int, int]]:
 def maxima_of(x: Tensor, block: int) -> Tensor:
     """(blocks,) max |x| of each block of a flat tensor; NaN where there is one."""
     whole = len(x) // block
-    if len(x) < CHUNK and host.numpy_sees(x):  # where the shorter calls count, and not the longer loops
+    if len(x) < CHUNK and host.numpy_sees(x):  # few entries: the cost of a call dominates, not that of the loop
         magnitudes = np.abs(x.numpy())
         parts = [magnitudes[: whole * block].reshape(whole, block).max(1)] if whole else []
         if whole * block < len(x):
@@ -57,11 +57,11 @@ def maxima_of(x: Tensor, block: int) -> Tensor:
     if whole < len(result):
         rest = x[whole * block :]
         result[whole] = torch.maximum(rest.amax(), -rest.amin())
-    return result.abs_()  # of zeros one may be negative
+    return result.abs_()  # a zero may be negative
 
 
 class Blocks(Scaled):
-    """Rounds to the nearest multiple of a unit that each block of B entries has of its own.
+    """Rounds to the nearest multiple of a unit; each block of B entries has its own unit.
 
     With L = 2^(bits - 1) - 1 and M the block's max |x|, the unit is u = M / L, rounded up to bfloat16, so that
     M/L <= u <= (1 + 2^-7) M/L, and the integers q = round(x / u) lie in [-L, L]. Their products with u are exact.
@@ -71,13 +71,13 @@ class Blocks(Scaled):
         alpha = (1 - c^2) / (1 + (B - 1) c^2)
 
     Proof for one block, which the sum over blocks inherits. Rounding to the nearest multiple is off by at most
-    h = u/2 <= c M, and by at most |x_i|, for 0 is a multiple. So ||Q(x) - x||^2 <= h^2 + sum min(x_i^2, h^2), the sum
-    over the B - 1 entries other than the largest, while ||x||^2 = M^2 + sum x_i^2. The ratio of the two is below 1; it
-    falls when some x_i^2 > h^2 grows, and rises when some x_i^2 < h^2 does; so it is largest with all of them at h,
+    h = u/2 <= c M, and by at most |x_i|, because 0 is a multiple. So ||Q(x) - x||^2 <= h^2 + sum min(x_i^2, h^2), the
+    sum over the B - 1 entries other than the largest, while ||x||^2 = M^2 + sum x_i^2. The ratio of the two is below 1;
+    it falls when some x_i^2 > h^2 grows, and rises when some x_i^2 < h^2 does; so it is largest with all of them at h,
     where it is B c^2 / (1 + (B - 1) c^2). For 8 bits in blocks of 256 alpha is 0.9960; for 4 bits in blocks of 32,
     0.857.
 
-    Bytes: 8 (see :mod:`_power`), 2 per block, and bits / 8 per entry.
+    Bytes: 8 (see :mod:`outlast.comm.compressors.power_scale`), 2 per block, and bits / 8 per entry.
     """
 
     def __init__(self, bits: int, block: int) -> None:
@@ -97,11 +97,11 @@ class Blocks(Scaled):
         return self._units_bytes(n) + self._bytes(n - rest) + self._bytes(rest)
 
     def _bytes(self, entries: int) -> int:
-        """Of integers, in whole bytes: a last block that is not whole starts with a byte of its own."""
+        """Bytes of ``entries`` integers; an incomplete last block starts at a byte of its own."""
         return -(-entries * self.bits // 8)
 
     def _place(self, start: int, stop: int) -> slice:
-        """Where the integers of a piece stand."""
+        """Where the integers of a piece are."""
         first = self._bytes(start)
         return slice(first, first + self._bytes(stop - start))
 
@@ -168,7 +168,7 @@ class Blocks(Scaled):
 
     @np.errstate(all="ignore")
     def read_rows(self, payloads: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-        """Many short rows of eight bits in a few calls; others one by one."""
+        """As the base class, but many short rows of eight bits take a few calls."""
         whole = n // self.block * self.block
         short = self.bits == 8 and dtype == torch.float32 and 0 < n <= CHUNK and host.numpy_sees(payloads)
         if not short or any(read_header(row) for row in payloads):
@@ -182,7 +182,7 @@ class Blocks(Scaled):
             result[:, :whole] = (blocks * units[:, : whole // self.block, None]).reshape(len(raw), whole)
         if whole < n:
             result[:, whole:] *= units[:, -1:]
-        # As in a sum with zero, which is how one by one they are read: -0 becomes 0.
+        # As in the sum with zero by which single rows are read: -0 becomes 0.
         result += np.float32(0)
         return torch.from_numpy(result)
 

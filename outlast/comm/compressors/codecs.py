@@ -1,8 +1,8 @@
-"""Codecs: a flat tensor of n numbers to bytes, in as few bits per number as one likes.
+"""Codecs: a flat tensor of n numbers to bytes, in few bits per number.
 
-They are what quantising compressors are made of, and what sparse and low-rank ones write their numbers with. Each
+Quantising compressors are made of them, and sparse and low-rank ones write their numbers with them. Each
 states alpha: ||Q(x) - x||^2 <= (1 - alpha) ||x||^2 for every x of n numbers, in the arithmetic of real numbers; the
-result, rounded to the type of x, is off by at most half a unit in the last place of each entry more.
+result, rounded to the type of x, is off by at most another half unit in the last place of each entry.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Codec(ABC):
 
     @abstractmethod
     def alpha(self, n: int) -> float:
-        """The contraction that holds for every n numbers."""
+        """The contraction that holds for any n numbers."""
 
     @abstractmethod
     def write(self, x: Tensor, out: Tensor) -> None:
-        """x (n,), contiguous, into out (nbytes,) uint8, 8-byte aligned."""
+        """Write x (n,), contiguous, to out (nbytes,) uint8, 8-byte aligned."""
 
     @abstractmethod
     def add_to(self, payload: Tensor, out: Tensor, scale: float) -> None:
@@ -87,7 +87,8 @@ class Exact(Codec):
 
 
 class Scaled(Codec):
-    """What codecs share that work in the range of :mod:`_power`: eight bytes of header, then the body."""
+    """Base of codecs that work in the range of :mod:`outlast.comm.compressors.power_scale`: a header of eight bytes,
+    then the body."""
 
     def nbytes(self, n: int, dtype: torch.dtype) -> int:
         return HEADER_BYTES + aligned(self._body_bytes(n)) if n else 0
@@ -126,20 +127,20 @@ class Scaled(Codec):
         return n == 0 or read_header(payload) != NOT_FINITE
 
     def _exponent(self, largest: float, dtype: torch.dtype) -> int:
-        """Of the power of two to take out of x."""
+        """The exponent of the power of two to take out of x."""
         return exponent_for(largest, dtype)
 
     def _maxima(self, x: Tensor) -> Tensor:
-        """Of |x|, of the whole or of parts; NaN where there is one."""
+        """Largest |x| of the whole or of each part; NaN if there is one."""
         return x.new_tensor([largest_of(x)])
 
     @abstractmethod
     def _body_bytes(self, n: int) -> int:
-        """Bytes without header and padding."""
+        """Bytes of n numbers without header and padding."""
 
     @abstractmethod
     def _write(self, x: Tensor, maxima: Tensor, body: Tensor) -> None:
-        """x (n,) float32, in range."""
+        """Write x (n,) float32, which is in range."""
 
     @abstractmethod
     def _add(self, body: Tensor, out: Tensor, scale: float) -> None:

@@ -20,7 +20,7 @@ class SumMessage(Message):
     """The sum of messages, added one after the other.
 
     Args:
-        payload: (nbytes,) uint8: theirs, end to end.
+        payload: (nbytes,) uint8: the parts' payloads, end to end.
         parts: what is summed.
     """
 
@@ -37,11 +37,11 @@ class SumMessage(Message):
 
 
 class Sum(Compressor):
-    """Several compressors, each of which compresses what the ones before left; the message is the sum. ::
+    """Several compressors, each of which compresses what the previous ones left; the message is the sum. ::
 
         r_0 = x        m_i = C_i(r_{i-1})        r_i = r_{i-1} - m_i        C(x) = m_1 + m_2 + ...
 
-    What is left in the end is C(x) - x, so ``1 - alpha`` is the product of the parts' ``1 - alpha_i``.
+    The final remainder is C(x) - x, so ``1 - alpha`` is the product of the parts' ``1 - alpha_i``.
 
     Payload: the parts' payloads, in order. Memory: the parts' slots; that of the i-th part, counted from 0, is named
     ``i.slot``.
@@ -102,7 +102,7 @@ class Sum(Compressor):
 
 
 class Gear(Sum):
-    """Outliers, integers, and low rank for what these miss. GEAR, arXiv 2403.05527, section 3. ::
+    """Outliers, integers, and a low-rank correction for what these miss. GEAR, arXiv 2403.05527, section 3. ::
 
         C(x) = S + D + L,    S = Top-k of x,    D = blockwise integers of x - S,    L = low rank of x - S - D
 

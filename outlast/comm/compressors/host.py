@@ -1,6 +1,6 @@
-"""Where numpy is used: for tensors in the memory of the host, on which it is faster than torch.
+"""Where numpy is used: for tensors in host memory, on which it is faster than torch.
 
-Everything has a way in torch operations alone besides, for tensors on other devices, which gives the same bytes.
+Everything can also be done in torch operations alone, for tensors on other devices, with the same bytes.
 """
 
 from __future__ import annotations

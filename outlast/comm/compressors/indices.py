@@ -1,16 +1,16 @@
 """Ascending indices as bytes: the size is a function of how many there are, k, and of how many there could be, numel.
 
-Three forms, of which the smallest is taken; for k = numel no bytes at all:
+The smallest of three forms is taken; for k = numel there are no bytes at all:
 
 ``int32``
     4 bytes each.
 ``bitmap``
     One bit for each of numel entries.
 ``delta``
-    Elias-Fano (Elias, J. ACM 21(2), 1974; Fano, 1971): of each index the l low bits as they are, and the rest,
-    ascending, in unary: for each value of ``index >> l`` in turn one 1 for each index that has it, and a 0. That is
-    k * l bits, and a bitmap of k + ((numel - 1) >> l) bits: at most two bits per index from the least that any code
-    could take on average. The low bits are kept in planes of 16, 8, 4, 2 and 1 bits, so that packing is a few
+    Elias-Fano (Elias, J. ACM 21(2), 1974; Fano, 1971): the l low bits of each index as they are, and the rest,
+    ascending, in unary: for each value of ``index >> l`` in turn, a 1 for each index that has it, then a 0. That is
+    k * l bits, and a bitmap of k + ((numel - 1) >> l) bits: at most two bits per index more than the best possible
+    code takes on average. The low bits are stored in planes of 16, 8, 4, 2 and 1 bits, so that packing is a few
     operations on whole arrays.
 """
 
@@ -44,7 +44,7 @@ _HOST = torch.device("cpu")
 
 
 class Form(NamedTuple):
-    """How indices are written.
+    """How indices are encoded.
 
     Attributes:
         kind: ``all``, ``int32``, ``bitmap`` or ``delta``.
@@ -105,7 +105,7 @@ def encode(indices: Tensor, numel: int, out: Tensor, form: Form | None = None) -
             if width == 16:
                 out[at : at + size].copy_(plane.to(torch.int16).view(torch.uint8))
             else:
-                # uint8 keeps the low eight bits, of which a narrower plane takes its own.
+                # uint8 keeps the low eight bits; a narrower plane takes its own bits of them.
                 small = plane.to(torch.uint8)
                 pack_small(small if width == 8 else small & ((1 << width) - 1), width, out[at : at + size])
             at += size
@@ -116,7 +116,7 @@ def encode(indices: Tensor, numel: int, out: Tensor, form: Form | None = None) -
 
 
 def decode(payload: Tensor, k: int, numel: int, form: Form | None = None) -> Tensor:
-    """(k,) int64: what :func:`encode` was given.
+    """(k,) int64: the indices that :func:`encode` wrote.
 
     Raises:
         CommError: the bytes are not those of k indices.
@@ -142,7 +142,7 @@ def decode(payload: Tensor, k: int, numel: int, form: Form | None = None) -> Ten
     for width, size in sizes:
         part = payload[at : at + size]
         if width == 16:
-            # int32 and not int64: half the memory to go through.
+            # int32, not int64: half the memory traffic.
             plane = part.clone().view(torch.int16).to(torch.int32) & 0xFFFF
         else:
             plane = unpack_small(part, width, k).to(torch.int32)
@@ -177,11 +177,11 @@ def _encode_arrays(indices: npt.NDArray[np.int64], numel: int, out: Bytes, low: 
 
 
 def decode_rows(payloads: Tensor, k: int, numel: int) -> Tensor:
-    """As :func:`decode`, of several at once: for many short ones the number of calls is what counts.
+    """As :func:`decode`, for several at once: with many short ones the number of calls dominates.
 
     Args:
-        payloads: (n, indices_nbytes(k, numel)) uint8 on the host; rows may lie apart.
-        k: how many indices each has.
+        payloads: (n, indices_nbytes(k, numel)) uint8 on the host; rows need not be adjacent.
+        k: how many indices each row has.
         numel: see :func:`encode`.
 
     Returns:
@@ -204,7 +204,7 @@ def _decode_arrays(payloads: Bytes, k: int, numel: int, low: int) -> npt.NDArray
     bits = np.unpackbits(payloads[:, planes:], axis=1, count=count, bitorder="little").view(np.bool_)
     places = np.flatnonzero(bits)
     starts = np.arange(0, n * count, count)
-    # Ascending, so that a row has its k marks if its first and last one are its own.
+    # They ascend, so a row has its k marks if the first and the last of them are its own.
     if len(places) != n * k or (places[::k] < starts).any() or (places[k - 1 :: k] >= starts + count).any():
         marks = np.count_nonzero(bits, axis=1)
         raise _damaged(int(marks[marks != k][0]), k)
@@ -229,8 +229,8 @@ def _decode_arrays(payloads: Bytes, k: int, numel: int, low: int) -> npt.NDArray
     return indices
 
 
-def _damaged(found: int, k: int) -> CommError:
-    return CommError(f"a payload marks {found} indices where {k} were expected: it was damaged on the way")
+def _damaged(marked: int, k: int) -> CommError:
+    return CommError(f"a payload marks {marked} indices, expected {k}: it was damaged on the way")
 
 
 def _unary_bits(k: int, numel: int, low: int) -> int:
@@ -239,10 +239,10 @@ def _unary_bits(k: int, numel: int, low: int) -> int:
 
 def _counting(k: int, device: torch.device) -> Tensor:
     """0 .. k - 1, kept from call to call."""
-    held = _counts.get(device)
-    if held is None or held.numel() < k:
-        held = _counts[device] = torch.arange(k, device=device)
-    return held[:k]
+    counts = _counts.get(device)
+    if counts is None or counts.numel() < k:
+        counts = _counts[device] = torch.arange(k, device=device)
+    return counts[:k]
 
 
 _counts: dict[torch.device, Tensor] = {}
@@ -260,7 +260,7 @@ def _mark(places: Tensor, count: int) -> Tensor:
 
 
 def _marked(packed: Tensor, count: int, k: int) -> Tensor:
-    """(k,) int64: the places of the ones among ``count`` bits."""
+    """(k,) int64: the positions of the 1s among ``count`` bits."""
     bits = unpack_bits(packed, count)
     places = torch.from_numpy(np.flatnonzero(bits.numpy())) if host.numpy_sees(bits) else bits.nonzero().view(-1)
     if places.numel() != k:

@@ -47,7 +47,7 @@ class LowRankMessage(Message):
         payload: (nbytes,) uint8.
         left: P^T, (rank, rows).
         right: Q^T, (rank, columns).
-        exponent: the product is to be multiplied by 2^exponent; NOT_FINITE stands for NaN everywhere.
+        exponent: the product is multiplied by 2^exponent; NOT_FINITE means NaN everywhere.
     """
 
     def __init__(self, payload: Tensor, left: Tensor, right: Tensor, exponent: int) -> None:
@@ -72,35 +72,35 @@ class LowRankMessage(Message):
 
 
 class LowRank(Compressor):
-    """Sends the product of two thin matrices: one step of power iteration, begun where the last one ended.
+    """Sends the product of two thin matrices: one step of power iteration, which continues from the last one.
     PowerSGD, arXiv 1905.13727, algorithm 1. ::
 
         M = x as (shape[0], everything else)        P = orthonormal(M B)        Q = M^T P        C(x) = P Q^T
 
-    with B the basis (memory slot ``basis``, (columns, rank)), which becomes Q with its columns normalised. It starts
-    normally distributed, from one seed on every rank. Orthonormal P comes from Householder's QR, which gives
+    with B the basis (memory slot ``basis``, (columns, rank)), which becomes Q with normalised columns. It starts
+    normally distributed, from the same seed on every rank. Orthonormal P comes from Householder's QR, which gives
     orthonormal columns for every M B, zero and rank-deficient ones included; M is brought into range by a power of two.
 
-    Where the two are no smaller than the tensor itself in float32, or rank >= min(rows, columns), as for vectors, the
+    If the two are not smaller than the tensor itself in float32, or rank >= min(rows, columns), as for vectors, the
     tensor is sent whole.
 
     Contraction: C(x) = P P^T M is a projection, so ``||x - C(x)||^2 = ||x||^2 - ||Q||^2``. How much that is depends on
-    the spectrum and the basis; a basis at right angles to M's rows catches nothing. The sender knows ||Q||^2 and
-    ||x||^2, and where the first is below ``alpha ||x||^2`` it sends, in the same form, the ``rank`` largest rows, or
-    columns, whichever are fewer. Hence for every x and every basis ::
+    the spectrum and the basis; a basis orthogonal to M's rows captures nothing. The sender knows ||Q||^2 and
+    ||x||^2. If the first is below ``alpha ||x||^2`` it sends, in the same form, the ``rank`` largest rows or columns,
+    whichever are fewer. Hence for every x and every basis ::
 
         alpha = rank / min(rows, columns) * alpha_values
 
     since the r largest of m rows hold at least r / m of ||x||^2. For a basis drawn at random the same holds without
-    that fallback on average: with sigma_i the singular values of M, what is caught is sum_i sigma_i^2 p_i, where p_i,
-    the i-th diagonal entry of the projector, has an average that does not fall with sigma_i, and sum_i p_i = rank;
+    that fallback on average: with sigma_i the singular values of M, the captured part is sum_i sigma_i^2 p_i, where
+    p_i, the i-th diagonal entry of the projector, has an average that does not fall with sigma_i, and sum_i p_i = rank;
     so by Chebyshev's inequality for sums the average is at least rank / min(m, n) ||x||^2. Gradients of networks do far
     better.
 
     With values other than fp32, P' is P as receivers read it, Q the least-squares fit to it, M^T P' (P'^T P')^-1, and
     Q' is Q as receivers read it. Then ||x - P' Q'^T||^2 = ||x||^2 - ||P' Q^T||^2 + ||P' (Q - Q')^T||^2, which is what
-    the sender compares. In the fallback one factor holds unit vectors, which each code writes up to a factor that the
-    other takes up, so that alpha_values is all that is lost.
+    the sender compares. In the fallback one factor holds unit vectors, which each codec writes up to a factor that the
+    other factor makes up for, so only alpha_values is lost.
 
     Payload: 8 bytes (see :mod:`outlast.comm.compressors.power_scale`), P^T, Q^T.
 
@@ -160,13 +160,13 @@ class LowRank(Compressor):
         matrix = x.view(rows, columns)
         basis = memory["basis"] if memory is not None else _start(columns, self.rank, x.dtype, x.device)
         left, right = torch.split(parts, self._parts(shape, x.dtype))
-        kept, found = self._iterate(matrix, basis, left, right)
+        kept, right_factor = self._iterate(matrix, basis, left, right)
         if not kept >= self.alpha(shape) * energy:
-            found = self._largest(matrix, left, right)
+            right_factor = self._largest(matrix, left, right)
         if memory is not None:
-            lengths = torch.linalg.vector_norm(found, dim=1)
+            lengths = torch.linalg.vector_norm(right_factor, dim=1)
             alive = lengths > 0
-            basis.t()[alive] = found[alive] / lengths[alive, None]
+            basis.t()[alive] = right_factor[alive] / lengths[alive, None]
         return self.open(payload, shape, x.dtype)
 
     def open(self, payload: Tensor, shape: Shape, dtype: torch.dtype = torch.float32) -> Message:
@@ -183,7 +183,7 @@ class LowRank(Compressor):
         return [self._code.nbytes(self.rank * side, dtype) for side in _matrix(shape)]
 
     def _whole(self, shape: Shape) -> bool:
-        """Decided as if for float32, so that a shape goes the same way in every type."""
+        """Decided as for float32, so that a shape is sent the same way in every type."""
         factors = HEADER_BYTES + sum(self._parts(shape, torch.float32))
         return self.rank >= min(_matrix(shape)) or factors >= 4 * numel_of(shape)
 
@@ -193,12 +193,13 @@ class LowRank(Compressor):
         return self._read(part, factor.shape[1], factor.dtype)
 
     def _read(self, part: Tensor, side: int, dtype: torch.dtype) -> Tensor:
-        # A copy: how a product is rounded may depend on how its factors are aligned in memory, and copies are alike.
+        # A copy: rounding of a product may depend on how its factors are aligned in memory, and copies are aligned
+        # alike.
         return self._code.read(part, self.rank * side, dtype).clone().view(self.rank, side)
 
     def _iterate(self, matrix: Tensor, basis: Tensor, left: Tensor, right: Tensor) -> tuple[float, Tensor]:
-        """How much of ||x||^2 is caught, and Q^T."""
-        # The product takes a fourth of the time with the thin factor's columns, not its rows, end to end in memory.
+        """The captured part of ||x||^2, and Q^T."""
+        # The product takes a quarter of the time if the thin factor is stored by columns, not by rows.
         thin = basis.t().contiguous().t()
         p = self._write(torch.linalg.qr(matrix @ thin).Q.t(), left)
         q = p @ matrix

@@ -23,7 +23,7 @@ def make_compressor(
     values: str = "fp32",
     block: int | None = None,
 ) -> Compressor:
-    """The compressor of one of COMPRESSORS. Each takes of the settings those it has, and ignores the others.
+    """The compressor of one of COMPRESSORS. Each uses the settings it has and ignores the others.
 
     Args:
         name: which.
@@ -35,8 +35,8 @@ def make_compressor(
             sign: entries that share a mean (all). None takes the figure in parentheses.
 
     Raises:
-        UnknownCompressor: no such compressor; names the nearest one that is.
-        OutOfRange: a setting out of its range.
+        UnknownCompressor: no such compressor; names the nearest one that exists.
+        OutOfRange: a setting is out of its range.
     """
     if name == "topk":
         return TopK(density, selection=selection, values=values)

@@ -13,7 +13,7 @@ from outlast.comm.compressors.value_codec import INT4_BLOCK, INT8_BLOCK, codec
 
 
 class CodedMessage(Message):
-    """Every entry, in order, in the bytes of a codec; decoded as it is added, a piece at a time.
+    """Every entry, in order, in the bytes of a codec; decoded piece by piece as it is added.
 
     Args:
         payload: (nbytes,) uint8.
@@ -104,14 +104,15 @@ class Sign(Quantiser):
         C(x) = (||x||_1 / B) sign(x)        ||C(x) - x||^2 = ||x||^2 - ||x||_1^2 / B
 
     alpha = ||x||_1^2 / (B ||x||_2^2) >= 1/B, where B is the block, or numel; 1/B is what :meth:`alpha` says. For
-    normally distributed entries it is 2/pi = 0.64. A zero cannot be sent: an entry that never has a gradient gets
-    plus the mean, which only error feedback takes back.
+    normally distributed entries it is 2/pi = 0.64. Zero cannot be sent: an entry that never has a gradient gets
+    the mean, which only error feedback corrects.
 
     It sends 8 + ceil(numel / 8) + 4 ceil(numel / B) bytes, up to a multiple of 8. Entries of 1.5 * 2^127 = 2.6e38
     (float64: 1.3e308) and more count as overflow.
 
     Args:
-        block: entries, in row-major order, that share a mean; None takes one mean of the whole tensor, as the paper.
+        block: entries, in row-major order, that share a mean; None takes one mean for the whole tensor, as in the
+            paper.
 
     Raises:
         OutOfRange: block < 1.

@@ -18,17 +18,17 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class RandK(Compressor):
-    """Sends k entries drawn at random, as they are; of where they stand only the seed travels.
+    """Sends k entries drawn at random, as they are. Of their positions only the seed travels.
 
-    Which entries, follows from ``seed`` and from how many rounds the tensor has been through (memory slot ``round``,
-    (1,) int64), so that all ranks draw the same ones, each round others. The tensor is cut into k runs of
-    entries as equal as can be, and one entry is drawn of each; before that, the tensor is rotated by a random distance.
-    So each entry is drawn with the probability k / numel: with s_i the length of run i, an entry is in it with
+    The draw follows from ``seed`` and from the tensor's number of rounds (memory slot ``round``, (1,) int64), so all
+    ranks draw the same entries, and others in each round. The tensor is rotated by a random distance and cut into k
+    runs of entries, as equal as possible, and one entry is drawn from each run. So each entry is drawn with probability
+    k / numel: with s_i the length of run i, an entry is in it with
     probability s_i / numel, and is drawn from it with 1 / s_i, which summed over the k runs is k / numel.
 
-    Contraction, on average over rounds: ``alpha = k / numel * alpha_values``, for E||x - C(x)||^2 is
-    (1 - k / numel) ||x||^2 + E||T - Q(T)||^2 with T what is drawn. The values are not scaled by numel / k: that would
-    be unbiased, and not contractive.
+    Contraction, on average over rounds: ``alpha = k / numel * alpha_values``, because E||x - C(x)||^2 is
+    (1 - k / numel) ||x||^2 + E||T - Q(T)||^2 with T the drawn entries. The values are not scaled by numel / k: that
+    would be unbiased, but not contractive.
 
     Payload: the seed of the draw, 8 bytes, and k values.
 
@@ -78,7 +78,7 @@ class RandK(Compressor):
         indices = draw(key, self.count(x.numel()), x.numel(), x.device)
         values = torch.index_select(x, 0, indices)
         if not finite(x):
-            values[0] = float("nan")  # what was not drawn would go unnoticed
+            values[0] = float("nan")  # else a NaN that was not drawn would go unnoticed
         self._code.write(values, payload[_KEY_BYTES:])
         if memory is not None:
             memory["round"] += 1
@@ -99,30 +99,30 @@ class RandK(Compressor):
 
 
 def draw(key: int, k: int, numel: int, device: torch.device) -> Tensor:
-    """(k,) int64, ascending, no index twice: the same wherever it is called, since it is made of integers alone."""
+    """(k,) int64, ascending, no index twice. It uses integers only, so the result is the same everywhere."""
     if k == numel:
         return torch.arange(numel, device=device)
     run = torch.arange(k + 1, device=device)
     starts = (run * numel).div_(k, rounding_mode="floor")
     sizes = starts.diff()
     high = _shifted(_mixed(run[1:] * _signed(_GOLDEN) + _signed(key % 2**64)), 32)
-    # High half of a product of 32 bits and a length: uniform up to length / 2^32.
+    # High half of the product of 32 random bits and a length: uniform up to length / 2^32.
     indices = starts[:-1] + (high * sizes >> 32)
-    # Number 0 of the stream of which the runs took the numbers from 1 on.
+    # Number 0 of the random stream; the runs took the numbers from 1 on.
     rotation = (_mix((key - _GOLDEN) % 2**64) >> 32) * numel >> 32
     cut = int(torch.searchsorted(indices, numel - rotation))
     return torch.cat((indices[cut:] - (numel - rotation), indices[:cut] + rotation))
 
 
 def _mixed(z: Tensor) -> Tensor:
-    """SplitMix64's output function (Steele et al., OOPSLA 2014) of int64, with products modulo 2^64."""
+    """SplitMix64's output function (Steele et al., OOPSLA 2014) for int64, with products modulo 2^64."""
     z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
     return z ^ _shifted(z, 31)
 
 
 def _mix(z: int) -> int:
-    """As :func:`_mixed`, of one number, after a step of the generator."""
+    """As :func:`_mixed`, for one number, after a step of the generator."""
     z = (z + _GOLDEN) % 2**64
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
@@ -130,7 +130,7 @@ def _mix(z: int) -> int:
 
 
 def _shifted(z: Tensor, by: int) -> Tensor:
-    """Shifted to the right as if without a sign."""
+    """Logical shift to the right, as if unsigned."""
     return (z >> by) & ((1 << (64 - by)) - 1)
 
 

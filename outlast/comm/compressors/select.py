@@ -1,8 +1,8 @@
-"""Finds the k entries of largest magnitude of a flat tensor, always exactly, and always the same ones.
+"""Selects the k entries of largest magnitude of a flat tensor, always exactly, and always the same ones.
 
 Magnitudes are compared as the bit patterns of |x|, read as integers: for IEEE floats that is the order of the numbers,
 with Inf above every number and NaN above Inf. Hence **a NaN or Inf in the tensor is always among the selected
-entries** (k >= 1), and whoever looks at those has looked at the whole tensor. Among equal magnitudes the lower index
+entries** (k >= 1), and checking those checks the whole tensor. Among equal magnitudes the lower index
 wins, so the selection does not depend on the algorithm, the device, or the number of threads.
 """
 
@@ -36,7 +36,7 @@ def select(x: Tensor, k: int, selection: str) -> Tensor:
     Args:
         x: (numel,), contiguous, float32 or float64.
         k: 0 < k <= numel.
-        selection: ``auto``, ``exact`` or ``sampled``; it decides about speed, never about the result.
+        selection: ``auto``, ``exact`` or ``sampled``; it affects speed, never the result.
 
     Returns:
         (k,) int64 on x's device, ascending.
@@ -48,14 +48,14 @@ def select(x: Tensor, k: int, selection: str) -> Tensor:
         return kernels.select(x, k, selection).indices
     if not host.numpy_sees(x):
         return select_on_device(x, k)
-    found = None
+    indices = None
     if selection == "sampled" or (selection == "auto" and numel >= SAMPLE_FROM):
-        found = _among_candidates(x, k)
-    return torch.from_numpy(_exact(_magnitude_bits(x).numpy(), k) if found is None else found)
+        indices = _among_candidates(x, k)
+    return torch.from_numpy(_exact(_magnitude_bits(x).numpy(), k) if indices is None else indices)
 
 
 def select_on_device(x: Tensor, k: int) -> Tensor:
-    """As :func:`select`, in torch operations alone: the way for tensors that numpy cannot see."""
+    """As :func:`select`, in torch operations alone, for tensors that numpy cannot access."""
     bits = _magnitude_bits(x)
     kth = torch.topk(bits, k, sorted=False).values.min()
     above = torch.nonzero(bits > kth).view(-1)
@@ -71,7 +71,7 @@ def _magnitude_bits(x: Tensor) -> Tensor:
 
 
 def _exact(bits: IntArray, k: int) -> npt.NDArray[np.int64]:
-    """Positions, ascending, of the k largest; of equal ones the first."""
+    """Positions, ascending, of the k largest; among equal ones the first."""
     last = len(bits) - k
     kth = np.partition(bits, last)[last]
     mask = scratch("mask", len(bits), torch.bool, torch.device("cpu")).numpy()
@@ -84,14 +84,14 @@ def _exact(bits: IntArray, k: int) -> npt.NDArray[np.int64]:
 
 
 def _among_candidates(x: Tensor, k: int) -> npt.NDArray[np.int64] | None:
-    """As :func:`_exact`, over the entries above an estimated threshold; None when fewer than k are above it."""
+    """As :func:`_exact`, among the entries above an estimated threshold; None if fewer than k are above it."""
     numel = x.numel()
     stride = _stride(numel)
-    # Where the whole stays in cache, magnitudes are taken once; else only of what is looked at.
+    # If the whole stays in cache, magnitudes are computed once; else only those that are needed.
     bits = _magnitude_bits(x).numpy() if numel <= CHUNK else None
     sample = _magnitude_bits(x[::stride].contiguous()).numpy() if bits is None else bits[::stride]
     expected = len(sample) * k / numel
-    # Three standard deviations of the hit count below the k-th quantile: too high a threshold once in a thousand.
+    # Three standard deviations of the hit count below the k-th quantile: the threshold is too high once in a thousand.
     rank = math.ceil(expected + 3 * math.sqrt(expected)) + 1
     if rank > len(sample) // 2:
         return None
@@ -112,13 +112,13 @@ def _among_candidates(x: Tensor, k: int) -> npt.NDArray[np.int64] | None:
 
 
 def _at_least(x: Tensor, threshold: np.signedinteger[Any]) -> npt.NDArray[np.int64]:
-    """Positions, ascending, of magnitudes of ``threshold`` and more: one pass over x, the rest stays in cache."""
-    found = []
+    """Positions, ascending, of magnitudes of at least ``threshold``: one pass over x, the rest stays in cache."""
+    pieces = []
     for start in range(0, x.numel(), CHUNK):
         places = _places_of(_magnitude_bits(x[start : start + CHUNK]).numpy(), threshold)
         places += start
-        found.append(places)
-    return np.concatenate(found)
+        pieces.append(places)
+    return np.concatenate(pieces)
 
 
 def _places_of(bits: IntArray, threshold: np.signedinteger[Any]) -> npt.NDArray[np.int64]:
@@ -127,8 +127,8 @@ def _places_of(bits: IntArray, threshold: np.signedinteger[Any]) -> npt.NDArray[
 
 
 def _stride(numel: int) -> int:
-    """A prime near numel / sample size: it shares no factor with the row length of a weight matrix, so the sample
-    visits all columns."""
+    """A prime near numel / sample size. It shares no factor with the row length of a weight matrix, so the sample
+    covers all columns."""
     stride = max(numel // _SAMPLE, 1)
     while stride > 1 and any(stride % d == 0 for d in range(2, math.isqrt(stride) + 1)):
         stride += 1
@@ -141,35 +141,35 @@ def select_in_blocks(x: Tensor, k: int, block: int) -> Tensor:
     Args:
         x: (numel,), contiguous, float32 or float64.
         k: 0 < k <= block.
-        block: entries of a block; the last one, if it has fewer, gives min(k, its entries).
+        block: entries of a block; an incomplete last block gives min(k, its entries).
 
     Returns:
-        int64 on x's device, ascending; of equal magnitudes the first.
+        int64 on x's device, ascending; among equal magnitudes the first.
     """
     if k == 1 and block <= kernels.WIDEST_BLOCK and kernels.handles(x):
         return kernels.largest_in_blocks(x, block)
     numel = x.numel()
     whole = numel // block
-    found = _in_whole_blocks(x[: whole * block].view(whole, block), k) if whole else None
+    indices = _in_whole_blocks(x[: whole * block].view(whole, block), k) if whole else None
     if not numel % block:
-        assert found is not None
-        return found
+        assert indices is not None
+        return indices
     rest = x[whole * block :]
     last = select(rest, min(k, len(rest)), "exact")
     last += whole * block
-    return last if found is None else torch.cat((found, last))
+    return last if indices is None else torch.cat((indices, last))
 
 
 def _in_whole_blocks(x: Tensor, k: int) -> Tensor:
-    """Of (blocks, block) numbers, (blocks * k,) flat positions."""
+    """(blocks * k,) flat positions in (blocks, block) numbers."""
     blocks, block = x.shape
     per_piece = max(CHUNK // block, 1)
-    found = []
+    pieces = []
     for first in range(0, blocks, per_piece):
         places = _in_piece(_magnitude_bits(x[first : first + per_piece]), k)
         places += first * block
-        found.append(places)
-    return torch.cat(found)
+        pieces.append(places)
+    return torch.cat(pieces)
 
 
 def _in_piece(bits: Tensor, k: int) -> Tensor:
@@ -188,12 +188,12 @@ def _in_piece(bits: Tensor, k: int) -> Tensor:
     chosen = _places(mask)
     if len(chosen) == blocks * k:
         return chosen
-    # In some blocks several entries equal the k-th: of these the first are kept.
+    # In some blocks several entries equal the k-th; the first of them are kept.
     rows = torch.nonzero(mask.sum(1) > k).view(-1)
     magnitudes, limits = bits[rows], kth[rows, None]
     above, ties = magnitudes > limits, magnitudes == limits
-    wanted = k - above.sum(1, keepdim=True)
-    mask[rows] = above | (ties & (ties.cumsum(1) <= wanted))
+    needed = k - above.sum(1, keepdim=True)
+    mask[rows] = above | (ties & (ties.cumsum(1) <= needed))
     return _places(mask)
 
 

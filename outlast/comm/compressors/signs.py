@@ -1,4 +1,4 @@
-"""One bit for a sign, and one number for many, or one byte of exponent for each."""
+"""Codecs of one bit a sign, with one magnitude for many entries, or with a byte of exponent for each."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Signs(Scaled):
 
         Q(x) = (||x||_1 / B) sign(x)        ||Q(x) - x||^2 = ||x||^2 - ||x||_1^2 / B
 
-    so alpha = ||x||_1^2 / (B ||x||_2^2), which is at least 1/B, with equality where one entry alone is not zero; for
+    so alpha = ||x||_1^2 / (B ||x||_2^2), which is at least 1/B, with equality if only one entry is not zero; for
     normally distributed entries it is 2/pi. A scale of ||x||_2 / sqrt(B) instead would not be contractive: it is off by
     2 (1 - ||x||_1 / (sqrt(B) ||x||_2)) ||x||^2, up to 2 ||x||^2.
 
-    Zero counts as positive, which leaves both equations as they are.
+    Zero counts as positive, which does not change either equation.
 
-    Bytes: 8 (see :mod:`_power`), 4 per block, and 1/8 per entry.
+    Bytes: 8 (see :mod:`outlast.comm.compressors.power_scale`), 4 per block, and 1/8 per entry.
     """
 
     name = "sign"
@@ -66,7 +66,7 @@ class Signs(Scaled):
         body[:at].view(torch.float32).copy_(self._means(x))
 
     def _means(self, x: Tensor) -> Tensor:
-        """(blocks,) of |x|; of a whole tensor in double precision, since so many are summed."""
+        """(blocks,) means of |x|; of a whole tensor in double precision, because so many are summed."""
         block = self.block or CHUNK
         sums = x.new_empty(-(-len(x) // block))
         room = scratch("magnitudes", max(CHUNK, 2 * block), torch.float32, x.device)
@@ -105,13 +105,13 @@ class Powers(Scaled):
     """Natural compression: each entry is rounded to the nearest power of two; sign and exponent are nine bits.
     arXiv 1905.10988.
 
-    Of x = 2^e m with 1 <= m < 2, the nearest power is off by |m - 1| or |2 - m|, of which the smaller is at most m/3,
+    For x = 2^e m with 1 <= m < 2, the nearest power is off by 2^e times |m - 1| or |2 - m|; the smaller is at most m/3,
     at m = 3/2. So ||Q(x) - x||^2 <= ||x||^2 / 9 and alpha = 8/9. The paper rounds at random, up with probability m - 1,
     which is unbiased with E||Q(x) - x||^2 <= ||x||^2 / 8; times 8/9 it is contractive with the same alpha. Rounding to
-    nearest has the smaller error on every x, the same bits on every run, and error feedback does not ask for an
+    nearest has the smaller error on every x and the same bits in every run, and error feedback does not need an
     unbiased estimate.
 
-    Bytes: 8 (see :mod:`_power`), and 9/8 per entry.
+    Bytes: 8 (see :mod:`outlast.comm.compressors.power_scale`), and 9/8 per entry.
     """
 
     name = "natural"
@@ -129,7 +129,7 @@ class Powers(Scaled):
         for start in range(0, n, piece):
             stop = min(start + piece, n)
             bits = torch.bitwise_and(x[start:stop].view(torch.int32), 0x7FFFFFFF, out=room[: stop - start])
-            # Half of the mantissa's range more carries over into the exponent where m >= 3/2.
+            # Adding half of the mantissa's range carries over into the exponent if m >= 3/2.
             body[start:stop].copy_(bits.add_(0x400000).bitwise_right_shift_(23))
         pack_bits(_negative(x), body[n : n + packed_nbytes(n)])
 
@@ -153,9 +153,9 @@ def _piece(x: Tensor) -> int:
 
 
 def _negative(x: Tensor) -> Tensor:
-    """(n,) bool, of float32."""
+    """(n,) bool: the sign bits of float32."""
     bits, room = x.view(torch.int32), scratch("negative", len(x), torch.bool, x.device)
-    if host.numpy_sees(x):  # where numpy does this several times as fast
+    if host.numpy_sees(x):  # numpy does this several times as fast
         np.less(bits.numpy(), 0, out=room.numpy())
         return room
     return torch.lt(bits, 0, out=room)

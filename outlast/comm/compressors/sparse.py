@@ -1,4 +1,4 @@
-"""What sparse compressors share: how k numbers and their places become a payload, and how that is opened."""
+"""Shared by sparse compressors: from k numbers and their places to a payload, and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from outlast.comm.compressors.codecs import Codec, Exact
 
 
 class CodedSparseMessage(SparseMessage):
-    """A sparse message whose values were rounded; ``finite`` asks the codec, which knows."""
+    """A sparse message whose values were rounded; the codec tells whether it is finite."""
 
     def __init__(self, payload: Tensor, values: Tensor, indices: Tensor, finite: bool) -> None:
         super().__init__(payload, values, indices)
@@ -25,7 +25,7 @@ class CodedSparseMessage(SparseMessage):
 
 
 class CodedDenseMessage(DenseMessage):
-    """A message of all entries, rounded, that were decoded at once."""
+    """A message of all entries, rounded, decoded at once."""
 
     def __init__(self, payload: Tensor, values: Tensor, finite: bool) -> None:
         super().__init__(payload, values)
@@ -71,7 +71,7 @@ def open_sparse(code: Codec, payload: Tensor, k: int, numel: int, dtype: torch.d
 def open_sparse_rows(
     code: Codec, payloads: Sequence[Tensor], k: int, numel: int, dtype: torch.dtype
 ) -> Sequence[Message]:
-    """As :func:`open_sparse`, of several payloads of one size, in far fewer calls where they are on the host.
+    """As :func:`open_sparse`, for several payloads of one size, in far fewer calls if they are on the host.
 
     Raises:
         CommError: the bytes of some payload are not those of k indices.
@@ -93,7 +93,7 @@ def open_sparse_rows(
 def coded_message(
     code: Codec, payload: Tensor, coded: Tensor, k: int, numel: int, dtype: torch.dtype, indices: Tensor | None
 ) -> Message:
-    """The message of the k values in the bytes ``coded`` at ``indices``; None where k = numel."""
+    """The message of the k values in the bytes ``coded`` at ``indices``, which are None if k = numel."""
     values = code.read(coded, k, dtype)
     exact = isinstance(code, Exact)
     if k == numel:

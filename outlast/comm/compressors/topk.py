@@ -54,7 +54,8 @@ class TopK(_Selection):
     Payload: the values, as ``values`` says; then the indices, in the smallest of three forms (see
     :mod:`outlast.comm.compressors.indices`): at a density of 1 % an index takes 8.6 bits, at 5 % 6.3 bits.
 
-    Contraction: ``alpha = k / numel * alpha_values``, with alpha_values = 1 for fp32. Proof: let T be what is selected
+    Contraction: ``alpha = k / numel * alpha_values``, with alpha_values = 1 for fp32. Proof: let T be the selected
+        entries
     and Q(T) what is sent. T and the rest of x have no entry in common, so ::
 
         ||x - Q(T)||^2 = ||x - T||^2 + ||T - Q(T)||^2
@@ -64,13 +65,13 @@ class TopK(_Selection):
 
     Args:
         density: share of entries sent; k = ceil(density * numel). Give this or ``k``.
-        k: entries sent of every tensor (all, where it has fewer).
+        k: entries sent of every tensor (all, if it has fewer).
         selection: ``exact``, ``sampled`` or ``auto``; same result, different speed. ``sampled`` estimates the k-th
             magnitude from a fixed strided sample, aims a little below, and ranks exactly among the entries above;
-            where they are fewer than k it ranks the whole tensor instead.
-        values: how the selected values are written: ``fp32`` (as they are, float64 too), ``fp16``, ``bf16``, ``int8``,
+            if they are fewer than k it ranks the whole tensor instead.
+        values: how the selected values are written: ``fp32`` (unchanged, float64 too), ``fp16``, ``bf16``, ``int8``,
             ``int4``, ``natural`` or ``sign`` (one magnitude for all: arXiv 1903.02891).
-        block: selected entries, in order of their indices, that share a unit (int8: 256 unless told, int4: 32) or a
+        block: selected entries, in order of their indices, that share a unit (int8: default 256, int4: 32) or a
             mean (sign: all).
 
     Raises:
@@ -137,8 +138,9 @@ class TopK(_Selection):
 class BlockTopK(_Selection):
     """Sends the k entries of largest magnitude of each block of B entries, with their indices.
 
-    No threshold for the whole tensor has to be found, and no part of it goes unheard for long, at the price of entries
-    in quiet blocks sent in place of larger ones in loud blocks. A last block that is not whole sends min(k, its size).
+    This needs no threshold for the whole tensor, and no part of the tensor waits for long. The price is that entries of
+    blocks with small entries are sent in place of larger ones elsewhere. An incomplete last block sends min(k, its
+    size).
 
     Payload as :class:`TopK`. ``alpha = k / B * alpha_values``, at least ``density * alpha_values``: the proof there,
     block by block.

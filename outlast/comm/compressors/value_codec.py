@@ -18,11 +18,11 @@ INT4_BLOCK = 32
 def codec(values: str, block: int | None = None) -> Codec:
     """The codec of one of VALUES: how the numbers of sparse and low-rank messages are written.
 
-    ``fp32`` means as they are: float64 stays float64.
+    ``fp32`` writes numbers as they are: float64 stays float64.
 
     Args:
         values: its name.
-        block: entries that share a unit (int8: 256 unless told, int4: 32) or a mean (sign: all); others have none.
+        block: entries that share a unit (int8: default 256, int4: 32) or a mean (sign: all); others have none.
 
     Raises:
         OutOfRange: no such codec, or a block below 1.

@@ -43,7 +43,7 @@ def attach_ddp(
         on_choice: see :class:`GradientReducer`.
 
     Raises:
-        CommError: no default process group; parameters on several devices; a number of ranks that is no multiple of
+        CommError: no default process group; parameters on several devices; a world size that is not a multiple of
             ``config.ranks_per_node``.
     """
     reducer = GradientReducer(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 class Bucket(Protocol):
-    """What is used of ``torch.distributed.GradBucket``, which has no stubs."""
+    """The part of ``torch.distributed.GradBucket`` that is used; it has no stubs."""
 
     def index(self) -> int: ...
 
@@ -24,23 +24,23 @@ class Bucket(Protocol):
     def parameters(self) -> list[torch.Tensor]: ...
 
 
-class TakesBuckets(Protocol):
-    """What the hook hands its buckets to."""
+class BucketSink(Protocol):
+    """Receives the hook's buckets."""
 
     def on_bucket(self, bucket: Bucket) -> torch.futures.Future[torch.Tensor]:
-        """Called by DDP in backward, in the same order of buckets on every rank."""
+        """Called by DDP during backward, for the buckets in the same order on every rank."""
         ...
 
 
-def hook(state: TakesBuckets, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
-    """To be registered with ``ddp.register_comm_hook(state, hook)``."""
+def hook(state: BucketSink, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+    """Register it with ``ddp.register_comm_hook(state, hook)``."""
     return state.on_bucket(bucket)
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
-    """Run ``callback`` in the thread that called ``backward()``, once the backward pass is through.
+    """Run ``callback`` in the thread that called ``backward()``, once the backward pass is complete.
 
-    To be called in a hook. Callbacks run in the order they were queued, and DDP queues its own after the last bucket's
+    Call it from a hook. Callbacks run in the order they were queued, and DDP queues its own after the last bucket's
     hook, so an error raised here reaches the caller of ``backward()`` as it is; DDP would turn it into a cast error.
     """
     torch.autograd.Variable._execution_engine.queue_callback(callback)

@@ -48,11 +48,11 @@ class GradientReducer(Reducer):
     ``ddp.no_sync()``.
 
     With ``config.target = "update"`` what is averaged is the direction in which Adam would take each rank's gradient.
-    The step is then ``x -= lr * grad``, ``torch.optim.SGD(lr, weight_decay)``, and what is averaged is not clipped.
+    The step is then ``x -= lr * grad``, ``torch.optim.SGD(lr, weight_decay)``, and no gradient is clipped.
 
-    With a ``GradScaler`` tell :meth:`begin_step` its scale: the state is kept unscaled, and a step in which a rank's
+    With a ``GradScaler``, pass its scale to :meth:`begin_step`. The state is kept unscaled. A step in which some rank's
     gradients overflow leaves the state as it was and Inf in every rank's gradients, so that all scalers skip it.
-    Exchanges then begin when backward has ended.
+    Exchanges then begin after backward has ended.
 
     **Making one is a collective call**: it makes process groups of its own. All calls belong to one thread.
 
@@ -65,17 +65,17 @@ class GradientReducer(Reducer):
         named_parameters: of the model; with DDP those of ``ddp.module``. State is kept under these names.
         config: see :class:`CommConfig`.
         group: the ranks to average over; None for all.
-        observer: told of every collective.
+        observer: notified of every collective.
         direction: of ``config.target = "update"``; None takes Adam with beta1 = 0, beta2 = 0.95, clip_rms = 1.
         dense_direction: the same where nothing is compressed (``config.compressor`` is ``dense``, or ``auto`` before or
             when it stays dense); None takes ``direction``, or if that is None too Adam with beta1 = 0.9, beta2 = 0.95,
             clip_rms = 1.
-        feedback: a method that settings cannot name (EF21-W's weights, a compressor of one's own), in place of theirs.
+        feedback: a method that settings cannot name (EF21-W with its weights, your own compressor); replaces theirs.
         on_choice: called with what ``config.compressor = "auto"`` became, in the training thread.
 
     Raises:
-        CommError: no default process group; parameters on several devices; a parameter that comes twice; ranks that are
-            no multiple of ``config.ranks_per_node``.
+        CommError: no default process group; parameters on several devices; a duplicate parameter; a world size that is
+            not a multiple of ``config.ranks_per_node``.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class GradientReducer(Reducer):
         """Of the backward pass that is under way."""
 
     def attach(self, ddp: DistributedDataParallel) -> None:
-        """Become ``ddp``'s communication hook; to be called once, before the first backward.
+        """Become ``ddp``'s communication hook; call it once, before the first backward.
 
         Raises:
             CommError: ``ddp`` averages over other ranks than this reducer.
@@ -151,7 +151,7 @@ class GradientReducer(Reducer):
         ddp.register_comm_hook(self, hook)
 
     def begin_step(self, step: int, loss_scale: float | None = None) -> None:
-        """Say which step (1-based) the next backward belongs to; the warm-up goes by it.
+        """Say which step (1-based) the next backward belongs to; the warm-up depends on it.
 
         Optional: without it every synchronised backward pass is a step, counted from 1 or from the loaded state. Once
         it has been called it must be called before every step.
@@ -355,7 +355,7 @@ class GradientReducer(Reducer):
         if self._loss_scale is None:
             bucket.use()
         else:
-            self._vote.look(bucket)
+            self._vote.check(bucket)
         return bucket
 
     def _backward_done(self) -> None:

@@ -2,13 +2,13 @@
 
 DeepSpeed has no public hook for it, so one method of one *object* is replaced, once its signature has been checked:
 
-* ZeRO 0, and ZeRO 1 in bf16 with fp32 accumulation: ``engine.buffered_allreduce_fallback``, which is called once a
-  step, when all its gradients are summed up. They are averaged whole, on every rank, by a :class:`GradientReducer`.
-* ZeRO 1 and 2 else: ``engine.optimizer.average_tensor``, which is called with each bucket of gradients, before
-  DeepSpeed copies this rank's partition out of it. Each partition is averaged by its owner alone, as in
+* ZeRO 0, and ZeRO 1 in bf16 with fp32 accumulation: ``engine.buffered_allreduce_fallback``, called once a step after
+  all its gradients are accumulated. They are averaged whole, on every rank, by a :class:`GradientReducer`.
+* Otherwise, ZeRO 1 and 2: ``engine.optimizer.average_tensor``, called with each bucket of gradients before DeepSpeed
+  copies this rank's partition out of it. Each partition is averaged by its owner alone, as in
   :mod:`outlast.comm.fsdp`.
 
-Clipping, the optimizer and the all-gather of weights are DeepSpeed's own, and come behind the exchange.
+Clipping, the optimizer and the all-gather of weights are DeepSpeed's own and follow the exchange.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DeepSpeedReducer(Reducer):
     Args:
         engine: DeepSpeed's.
         config: the settings.
-        integration: what was put in the place of DeepSpeed's averaging.
+        integration: what replaces DeepSpeed's averaging.
     """
 
     def __init__(self, engine: Any, config: CommConfig, integration: Integration) -> None:
@@ -64,7 +64,7 @@ class DeepSpeedReducer(Reducer):
             )
 
     def end_step(self) -> ReduceStats:
-        """What the last step's exchange has cost; to be called, if at all, after ``engine.step()``.
+        """What the last step's exchange has cost; call it, if at all, after ``engine.step()``.
 
         ``dense_bytes`` is what a ring would have sent in fp32: 2 (n - 1) / n x 4 bytes an entry for an all-reduce, half
         of it where only the partition's owner needs the sum.
@@ -75,7 +75,7 @@ class DeepSpeedReducer(Reducer):
         return self._integration.end_step()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Error-feedback state for a checkpoint; to be called between steps.
+        """Error-feedback state for a checkpoint; call it between steps.
 
         Returns:
             As :meth:`Reducer.state_dict`. Where partitions are averaged, nothing is replicated, a parameter's local
@@ -105,7 +105,7 @@ class DeepSpeedReducer(Reducer):
             ranks: how many ranks saved.
 
         Raises:
-            CommStateMismatch: another number of ranks where partitions are averaged, or what :meth:`load_state_dict`
+            CommStateMismatch: another world size where partitions are averaged, or what :meth:`load_state_dict`
                 says; nothing has been loaded then.
             CommError: an exchange has failed.
         """
@@ -134,24 +134,24 @@ def attach_deepspeed(
         engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
         reducer = attach_deepspeed(engine, CommConfig(target="gradient", feedback="ef21", density=0.05))
 
-    With gradient accumulation only the sum of a step's micro-batches is exchanged, with ZeRO 2 too: where DeepSpeed
-    would reduce each micro-batch, they are added up on each rank, in fp32 (memory: one gradient more). With ZeRO 1 and
-    2 a rank's error feedback is as large as its whole gradient; partitioned gradients save no memory then.
+    With gradient accumulation only the sum of a step's micro-batches is exchanged, also with ZeRO 2: where DeepSpeed
+    would reduce each micro-batch, they are accumulated on each rank, in fp32 (memory: one more gradient). With ZeRO 1
+    and 2 a rank's error feedback is as large as its whole gradient, so partitioned gradients save no memory.
 
     Args:
         engine: what ``deepspeed.initialize`` returned, before its first backward.
         config: see :class:`CommConfig`; None takes its defaults. With ``target = "update"`` the engine's optimizer is
             ``torch.optim.SGD``, and ``gradient_clipping`` is 0 (DeepSpeed's default is 1). Where partitions are
-            averaged there is one transport, whatever ``transport`` says, and ``ranks_per_node`` is 1.
-        observer: told of every collective.
+            averaged, ``transport`` has no effect, and ``ranks_per_node`` is 1.
+        observer: notified of every collective.
         direction: of ``target = "update"``; None takes Adam with beta1 = 0, beta2 = 0.95, clip_rms = 1.
 
     Raises:
         MissingDependency: deepspeed is not installed.
-        CommError: what DeepSpeed is set up to do cannot be compressed: ZeRO 3, fp16 (its loss scale), offload,
+        CommError: DeepSpeed's settings cannot be combined with compression: ZeRO 3, fp16 (its loss scale), offload,
             pipelines, experts, sequence parallelism, Muon, sparse gradients, ``overlap_comm = true``,
             ``contiguous_gradients = false``, sums instead of means, an optimizer that communicates itself; or a
-            DeepSpeed that is built otherwise than 0.19.8.
+            DeepSpeed that is built differently from 0.19.8.
     """
     deepspeed, zero, bf16 = import_deepspeed("runtime.zero.stage_1_and_2", "runtime.bf16_optimizer")
     check_engine(engine, deepspeed, CommError)
@@ -163,8 +163,8 @@ def attach_deepspeed(
     stage = int(engine.zero_optimization_stage())
     if config.target == "update" and engine.gradient_clipping() > 0:
         raise CommError(
-            f"comm.target = 'update' with gradient_clipping = {engine.gradient_clipping():g}: what is averaged is no "
-            "gradient, to be clipped",
+            f"comm.target = 'update' with gradient_clipping = {engine.gradient_clipping():g}: what is averaged is an "
+            "update, which must not be clipped like a gradient",
             "set gradient_clipping = 0, or target = 'gradient'",
         )
     integration: Integration
@@ -180,7 +180,7 @@ def attach_deepspeed(
 
 
 def _refuse(engine: Any, optimizer: Any) -> None:
-    """What cannot be right is an error.
+    """Refuse settings that compression cannot follow.
 
     Raises:
         CommError: see :func:`attach_deepspeed`.

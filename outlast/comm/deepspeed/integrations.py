@@ -1,4 +1,4 @@
-"""The two places where DeepSpeed's averaging is replaced; see :mod:`outlast.comm.deepspeed`."""
+"""The two ways to replace DeepSpeed's averaging; see :mod:`outlast.comm.deepspeed`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from outlast.comm.config import CommConfig
 from outlast.comm.ddp.reducer import GradientReducer
 from outlast.comm.direction import Direction
 from outlast.comm.exchange.sharded import ShardItem
-from outlast.comm.exchange.sharded_session import ShardSession, cannot_reshard
+from outlast.comm.exchange.sharded_session import ShardSession
 from outlast.comm.exchange.stats import ReduceStats
-from outlast.comm.state.shards import Cut, Shards
+from outlast.comm.slices import Cut
+from outlast.comm.state.sharded_state import cannot_reshard
+from outlast.comm.state.shards import ShardedParam
 from outlast.comm.transport.communicator import CollectiveObserver
 from outlast.errors import CommError
 
@@ -39,12 +41,12 @@ class Integration(Protocol):
 
 
 class WholeGradients:
-    """Replaces ``engine.buffered_allreduce_fallback``: every rank wants the whole mean.
+    """Replaces ``engine.buffered_allreduce_fallback``: every rank needs the whole mean.
 
     Args:
         engine: DeepSpeed's.
         config: see :class:`CommConfig`.
-        observer: told of every collective.
+        observer: notified of every collective.
         direction: of ``target = "update"``.
     """
 
@@ -52,8 +54,8 @@ class WholeGradients:
         self, engine: Any, config: CommConfig, observer: CollectiveObserver | None, direction: Direction | None
     ) -> None:
         self._engine = engine
-        self._held: list[tuple[Tensor, Tensor]] = []
-        """(parameter, gradient) where DeepSpeed keeps gradients in another type than the parameters'."""
+        self._holders: list[tuple[Tensor, Tensor]] = []
+        """(parameter, gradient) if DeepSpeed keeps gradients in another type than the parameters."""
         named = list(engine.module.named_parameters())
         optimizer = engine.optimizer
         if hasattr(optimizer, "fp32_groups_gradients"):
@@ -61,9 +63,9 @@ class WholeGradients:
             named = []
             for params, grads in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
                 for param, grad in zip(params, grads, strict=True):
-                    # Without entries of its own: it is there for its shape, its type, and its .grad.
+                    # It has no entries of its own; it only carries a shape, a type and a .grad.
                     holder = grad.new_empty(()).expand(param.shape).detach().requires_grad_()
-                    self._held.append((holder, grad.view(param.shape)))
+                    self._holders.append((holder, grad.view(param.shape)))
                     named.append((names[id(param)], holder))
         self._reducer = GradientReducer(
             named, config, group=engine.data_parallel_group, observer=observer, direction=direction
@@ -91,22 +93,24 @@ class WholeGradients:
 
     def _average(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
         if grads is not None:
-            raise CommError("DeepSpeed asks to average gradients that it names itself", "do not reduce by hand")
+            raise CommError(
+                "DeepSpeed asks to average gradients of its own choice", "do not call its all-reduce yourself"
+            )
         self._reducer.begin_step(self._engine.global_steps + 1)
-        for holder, grad in self._held:
+        for holder, grad in self._holders:
             holder.grad = grad
         self._reducer.reduce()
-        for holder, _ in self._held:
+        for holder, _ in self._holders:
             holder.grad = None
 
 
 class Partitions:
-    """Replaces ``engine.optimizer.average_tensor``: each rank wants its partition of the mean.
+    """Replaces ``engine.optimizer.average_tensor``: each rank needs its partition of the mean.
 
     Args:
         engine: DeepSpeed's.
         config: see :class:`CommConfig`.
-        observer: told of every collective.
+        observer: notified of every collective.
         direction: of ``target = "update"``.
     """
 
@@ -126,15 +130,15 @@ class Partitions:
                 name = names.get(id(param))
                 if name is None:
                     raise CommError(
-                        f"the optimizer has a parameter of shape {tuple(param.shape)} that the model has not",
+                        f"the optimizer has a parameter of shape {tuple(param.shape)} that the model does not have",
                         "optimize the parameters of the model that deepspeed.initialize was given",
                     )
                 self._names[param_id] = name
-                self._session.shards[name] = self._shards(name, param, index, param_id)
+                self._session.states.params[name] = self._sharded(name, param, index, param_id)
         self._kept: dict[str, Tensor] = {}
-        """Gradients of micro-batches that are not the step's last, of ZeRO 2, which keeps none: flat, fp32."""
+        """Sums over a step's micro-batches before the last, for ZeRO 2, which keeps none: flat, fp32."""
         self._exchanged_at: int | None = None
-        """DeepSpeed's count of micro-batches when gradients were exchanged last."""
+        """DeepSpeed's count of micro-batches at the last exchange."""
         self._bucket = 0
         optimizer.average_tensor = self._average
 
@@ -165,8 +169,8 @@ class Partitions:
 
     @torch.no_grad()
     def _average(self, tensor: Tensor, communication_data_type: torch.dtype) -> None:
-        """``tensor`` (entries,) holds the gradients of the bucket's parameters end to end; of each, this rank's part
-        becomes the mean, and the rest is left as it is, for nobody reads it."""
+        """``tensor`` (entries,) holds the gradients of the bucket's parameters end to end. This rank's part of each
+        becomes the mean; the rest stays as it is, because nobody reads it."""
         optimizer, session = self._optimizer, self._session
         session.check()
         micro = self._engine.micro_steps
@@ -176,20 +180,20 @@ class Partitions:
         bucket = optimizer.ipg_buckets[communication_data_type]
         placed, start = [], 0
         for group, _, param_id in bucket.params:
-            shards = session.shards[self._names[param_id]]
-            row = tensor[start : start + numel_of(shards.shape)]
+            sharded = session.states.params[self._names[param_id]]
+            row = tensor[start : start + numel_of(sharded.shape)]
             start += row.numel()
-            placed.append((group, param_id, shards, row))
+            placed.append((group, param_id, sharded, row))
         if start != tensor.numel():
             raise CommError(
-                f"DeepSpeed hands over {tensor.numel()} entries of {start} in its bucket",
+                f"DeepSpeed passes {tensor.numel()} entries for a bucket of {start}",
                 "outlast does not know this version of DeepSpeed",
             )
         if not optimizer.is_gradient_accumulation_boundary():
-            for _, _, shards, row in placed:
-                kept = self._kept.get(shards.name)
+            for _, _, sharded, row in placed:
+                kept = self._kept.get(sharded.name)
                 if kept is None:
-                    self._kept[shards.name] = row.to(shards.dtype, copy=True)
+                    self._kept[sharded.name] = row.to(sharded.dtype, copy=True)
                 else:
                     kept.add_(row)
             tensor.zero_()  # DeepSpeed adds its mean to the step's sum
@@ -200,29 +204,29 @@ class Partitions:
             self._exchanged_at, self._bucket = micro, 0
             session.at_step(self._engine.global_steps + 1)
         items, sums = [], []
-        for group, param_id, shards, row in placed:
+        for group, param_id, sharded, row in placed:
             whole = row
-            if (kept := self._kept.pop(shards.name, None)) is not None:
+            if (kept := self._kept.pop(sharded.name, None)) is not None:
                 whole = kept.add_(row)
-            cut = shards.cuts[session.rank]
+            cut = sharded.cuts[session.rank]
             total = None
             if cut.stop > cut.start:
-                # Where DeepSpeed sums in fp32 what it exchanges in bf16, it takes the mean from here, not from the row.
+                # If DeepSpeed sums in fp32 what it exchanges in bf16, it reads the mean from here, not from the row.
                 total = optimizer._get_compact_grad_partition_slice(group, session.rank, param_id, cut.stop - cut.start)
-            out = row[cut.start : cut.stop] if total is None else torch.empty_like(total, dtype=shards.dtype)
+            out = row[cut.start : cut.stop] if total is None else torch.empty_like(total, dtype=sharded.dtype)
             if total is not None:
                 sums.append((total, out))
-            items.append(ShardItem(shards, [whole[one.start : one.stop] for one in shards.cuts], out))
+            items.append(ShardItem(sharded, [whole[one.start : one.stop] for one in sharded.cuts], out))
         session.exchange(f"bucket {self._bucket}", items)
         self._bucket += 1
         for total, out in sums:
             total.add_(out)
 
     def _complete(self) -> None:
-        """Between steps nothing may be left that was accumulated and not exchanged.
+        """Between steps, everything that was accumulated must have been exchanged.
 
         Raises:
-            CommError: something is.
+            CommError: something was not.
         """
         if self._kept:
             raise CommError(
@@ -231,25 +235,25 @@ class Partitions:
                 "in its last, as with ZeRO 1",
             )
 
-    def _shards(self, name: str, param: Tensor, group: int, param_id: int) -> Shards:
-        """How DeepSpeed's partitions cut a parameter: at any entry."""
+    def _sharded(self, name: str, param: Tensor, group: int, param_id: int) -> ShardedParam:
+        """How DeepSpeed's partitions cut a parameter, which may be at any entry."""
         optimizer, session = self._optimizer, self._session
         shape, numel = tuple(param.shape), param.numel()
         offsets = optimizer.grad_start_offset[group]
         owners = sorted(optimizer.param_to_partition_ids[group][param_id])
         starts = [int(offsets[owner][param_id]) for owner in owners]
         ends = [*starts[1:], numel]
-        found = {owner: (a, b) for owner, a, b in zip(owners, starts, ends, strict=True)}
+        owned = {owner: (a, b) for owner, a, b in zip(owners, starts, ends, strict=True)}
         cuts = []
         for rank in range(session.world_size):
-            start, stop = found.get(rank, (0, 0) if rank < owners[0] else (numel, numel))
+            start, stop = owned.get(rank, (0, 0) if rank < owners[0] else (numel, numel))
             cuts.append(Cut(start, stop, _cut_shape(shape, start, stop)))
-        compress = session.compresses(shape)
-        return Shards(name, shape, wire_dtype(param.dtype), param.device, compress, tuple(cuts), session.rank)
+        compress = session.states.compresses(shape)
+        return ShardedParam(name, shape, wire_dtype(param.dtype), param.device, compress, tuple(cuts), session.rank)
 
 
 def _cut_shape(shape: Shape, start: int, stop: int) -> Shape:
-    """Whole rows where the entries are whole rows, else a flat run."""
+    """Rows if the entries are whole rows, else a flat run."""
     row = numel_of(shape[1:])
     if len(shape) > 1 and stop > start and start % row == 0 and stop % row == 0:
         return ((stop - start) // row, *shape[1:])

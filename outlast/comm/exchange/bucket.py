@@ -30,8 +30,8 @@ class BucketExchange:
         pipeline: the order of collectives.
         meter: of the step.
         step: the step it belongs to.
-        loss_scale: what the gradients were multiplied with; 1 where there is no scaler.
-        ready: after which the gradients are ready; None where there are no streams.
+        loss_scale: the factor in the gradients; 1 where there is no scaler.
+        ready: the event after which the gradients are ready; None where there are no streams.
         on_written: called by the codec's thread once the estimates are written.
     """
 

@@ -1,12 +1,12 @@
-"""Some gradients on their way: compressed, moved, and written back as estimates of their mean.
+"""The exchange of some gradients: compressed, moved, and written back as estimates of their mean.
 
 An exchange is a list of stages, each to be run by the codec's or the communicator's thread, in turn::
 
     all-gather   encode | all-gather                              | decode
     two-phase    encode | all-to-all | relay (as owner) | all-gather | decode
 
-Tensors that are not compressed in this step travel whole: in the same all-gather where they are small, else through
-:meth:`Communicator.mean`. Both ways sum in rank order, so which one is taken does not show in the result.
+Tensors that are not compressed in this step travel whole: in the same all-gather if they are small, else through
+:meth:`Communicator.mean`. Both ways sum in rank order, so the choice does not show in the result.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from outlast.comm.slices import slices
 from outlast.comm.transport.communicator import Communicator, mean_in_rank_order
 
 GATHER_BELOW_BYTES = 131_072
-"""Whole tensors of an exchange go with the all-gather up to this size together: it moves n / 2 times the bytes of a
-mean, but saves two round trips."""
+"""Whole tensors of an exchange ride in the all-gather up to this total size: it moves n / 2 times the bytes of a mean,
+but saves two round trips."""
 
 
 @dataclass(slots=True)
@@ -49,12 +49,12 @@ class Exchange:
     Args:
         label: what it is, the same on every rank.
         items: what to average, the same on every rank.
-        communicator: over whom.
+        communicator: the ranks to average over.
         feedback: None when nothing is ever compressed.
         whole: whether this step sends whole tensors.
         two_phase: the transport of what is compressed.
-        buffer: where buffers come from.
-        probe: what is compressed is measured with it.
+        buffer: provides the buffers.
+        probe: measures what is compressed.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Exchange:
         self._bundled_at = 0
 
     def stages(self) -> list[Stage]:
-        """What is to be done, in order."""
+        """The work, in order."""
         result = [Stage("codec", self._encode), Stage("wire", self._send)]
         if isinstance(self._route, TwoPhaseRoute):
             result += [Stage("codec", self._route.relay), Stage("wire", self._spread)]
@@ -102,7 +102,7 @@ class Exchange:
         numel = self._whole.numel
         dtype = self._whole.items[0].state.dtype if numel else torch.float32
         nbytes = numel * dtype.itemsize
-        # Whole tensors ride along where there is an all-gather for them, or where one is the cheapest way.
+        # Whole tensors ride along where there is an all-gather anyway, or where one is the cheapest way.
         bundled = numel > 0 and (n <= 2 or nbytes <= GATHER_BELOW_BYTES)
         route = self._route
         if isinstance(route, GatheredRoute):
@@ -129,7 +129,7 @@ class Exchange:
         state, feedback = item.state, self._feedback
         if feedback is None or not state.compress:
             return item.read()
-        g = item.wanted()
+        g = item.to_compress()
         if state.local is None:
             state.start(feedback, g)
             return g
@@ -176,7 +176,7 @@ class Exchange:
                 out = item.target()
                 feedback.decode_dense(state.aggregate(feedback), piece, out, state.name)
                 if state.units > 1:
-                    feedback.settle(state.held(feedback), slices(piece, state.units)[state.rank])
+                    feedback.settle(state.owner_slots(feedback), slices(piece, state.units)[state.rank])
                 item.write(out)
             else:
-                item.write(piece if item.direction is None else state.direct(item.direction, piece))
+                item.write(piece if item.direction is None else state.direction_of(item.direction, piece))

@@ -30,10 +30,10 @@ class HierarchicalExchange:
         states: of the parameters; their shapes are those of this rank's slices.
         grads: whole gradients, overwritten with the estimates.
         direction: see :class:`Item`.
-        scale: what the gradients were multiplied with before.
+        scale: the factor in the gradients, to be taken out and put back.
         node: the ranks of this node.
         inner: makes the exchange over the inter-node group, of this rank's slices.
-        buffer: where buffers come from.
+        buffer: provides the buffers.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class HierarchicalExchange:
         entries = [sum(part[j].numel() for part in self._parts) for j in range(node.world_size)]
         self._nbytes = [count * self._dtype.itemsize for count in entries]
         self._largest = max(self._nbytes)
-        self._mine = buffer("mine", self._largest)
+        self._own = buffer("own", self._largest)
         """(largest,) uint8: this rank's slices, first as gradients and then as estimates."""
-        pieces = self._split(self._mine, node.rank)
+        pieces = self._split(self._own, node.rank)
         items = [Item(state, g.view(state.shape), direction) for state, g in zip(states, pieces, strict=True)]
         self._exchange = inner(items)
-        self._sent = self._received = self._gathered = self._mine
+        self._sent = self._received = self._gathered = self._own
 
     def stages(self) -> list[Stage]:
-        """What is to be done, in order."""
+        """The work, in order."""
         return [
             Stage("codec", self._pack),
             Stage("wire", self._collect),
@@ -86,18 +86,18 @@ class HierarchicalExchange:
             start += nbytes
 
     def _collect(self) -> None:
-        n, mine = self._node.world_size, self._nbytes[self._node.rank]
-        out = self._buffer("from node", n * mine).view(n, mine)
+        n, own = self._node.world_size, self._nbytes[self._node.rank]
+        out = self._buffer("from node", n * own).view(n, own)
         self._received = self._node.all_to_all(self._sent, self._nbytes, f"{self._label} in node", out)
 
     def _average(self) -> None:
         mean = mean_in_rank_order(self._received.view(self._dtype))
-        self._mine[: self._nbytes[self._node.rank]].view(self._dtype).copy_(mean)
+        self._own[: self._nbytes[self._node.rank]].view(self._dtype).copy_(mean)
 
     def _share(self) -> None:
         n = self._node.world_size
         out = self._buffer("all of node", n * self._largest).view(n, self._largest)
-        self._gathered = self._node.all_gather(self._mine, f"{self._label} in node", out)
+        self._gathered = self._node.all_gather(self._own, f"{self._label} in node", out)
 
     def _unpack(self) -> None:
         for rank, row in enumerate(self._gathered):

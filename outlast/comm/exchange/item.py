@@ -29,8 +29,8 @@ class Item:
         state: its parameter's.
         grad: of the state's shape; read when the exchange encodes, and overwritten with the estimate when it decodes.
             Nobody else may touch it in between.
-        direction: what is made of the gradient before it is compressed; of tensors that never are, after the mean.
-        scale: what ``grad`` was multiplied with before; the estimate is multiplied likewise, the state is not.
+        direction: applied to the gradient before it is compressed; to tensors that never are, after the mean.
+        scale: the factor in ``grad``; the estimate gets it too, the state does not.
     """
 
     state: ParamState
@@ -39,17 +39,17 @@ class Item:
     scale: float = 1.0
 
     def read(self) -> Tensor:
-        """The gradient, contiguous, unscaled, in the type it is summed in; a view where it can be."""
+        """The gradient, contiguous, unscaled, in the type it is summed in; a view where possible."""
         g = flat(self.grad).view(self.state.shape)
         return g if self.scale == 1.0 else g / self.scale
 
-    def wanted(self) -> Tensor:
-        """What error feedback is fed: the gradient or its direction; valid until the next call in this thread."""
+    def to_compress(self) -> Tensor:
+        """The input of error feedback: the gradient or its direction; valid until the next call in this thread."""
         g = self.read()
-        return g if self.direction is None else self.state.direct(self.direction, g)
+        return g if self.direction is None else self.state.direction_of(self.direction, g)
 
     def target(self) -> Tensor:
-        """Where an estimate is written: the gradient itself where its memory is as it must be."""
+        """Where an estimate is written: the gradient itself where it is contiguous and of the right type."""
         if self.grad.is_contiguous() and self.grad.dtype == self.state.dtype:
             return self.grad.detach().view(self.state.shape)
         return torch.empty(self.state.shape, dtype=self.state.dtype, device=self.grad.device)

@@ -1,4 +1,4 @@
-"""The method that a reducer uses at present, and what it makes of a bucket."""
+"""The method that a reducer uses at present, and the work it makes of a bucket."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class ExchangeMethod:
     Args:
         config: which method; not ``auto``.
         network: over whom.
-        direction: what is made of gradients first; None to average gradients.
+        direction: applied to gradients first; None to average gradients.
         dense_direction: the same where nothing is compressed.
-        feedback: in place of what ``config`` names.
+        feedback: replaces the one that ``config`` names.
         device: of the gradients.
     """
 
@@ -50,7 +50,7 @@ class ExchangeMethod:
         among = self._network.inter_node
         self.config = config
         self.of_all = feedback or feedback_from_config(config)
-        """The method before it is that of one rank; None where nothing is compressed."""
+        """The method, not bound to a rank; None where nothing is compressed."""
         self.feedback = None if self.of_all is None else self.of_all.of_rank(among.rank)
         """The method as this rank runs it."""
         compressed, dense = self._directions
@@ -69,15 +69,15 @@ class ExchangeMethod:
         scale: float,
         probe: Probe | None,
     ) -> list[Stage]:
-        """Everything that is to be done with one bucket, in order; the last stage is the codec's.
+        """The work on one bucket, in order; the last stage is the codec's.
 
         Args:
             label: what it is, the same on every rank.
             states: of its parameters.
             grads: their gradients, overwritten with the estimates.
             step: the step they belong to.
-            scale: what they were multiplied with before.
-            probe: what is compressed is measured with it.
+            scale: the loss scale in them; 1 where there is none.
+            probe: measures what is compressed; None measures nothing.
         """
         keep = self.feedback is None or step > max(self.config.warmup_steps, 1)
         buffer = self._buffers.of(label, keep=keep)

@@ -27,7 +27,7 @@ class OverflowVote:
         communicator: all ranks.
         pipeline: of the buckets' collectives.
         meter: notes steps that are skipped.
-        stream: where the gradients are looked at.
+        stream: where the gradients are checked.
     """
 
     def __init__(
@@ -45,23 +45,23 @@ class OverflowVote:
         self._stream = stream
         self._all_finite = True
 
-    def look(self, bucket: BucketExchange) -> None:
-        """Take one bucket's gradients into account. Returns at once."""
-        self._codec.submit(partial(self._look, bucket)).add_done_callback(bucket.fail)
+    def check(self, bucket: BucketExchange) -> None:
+        """Check one bucket's gradients. Returns at once."""
+        self._codec.submit(partial(self._check, bucket)).add_done_callback(bucket.fail)
 
     def decide(self, buckets: Sequence[BucketExchange]) -> None:
-        """All gradients have been looked at: use all buckets, or, where a rank's gradients overflowed, skip them all.
+        """All gradients have been checked: use all buckets, or skip them all if some rank's gradients overflowed.
 
         A collective call; returns at once. Failure: every bucket's ``done`` gets the error.
         """
         self._codec.submit(partial(self._send, buckets)).add_done_callback(partial(_fail, buckets))
 
-    def _look(self, bucket: BucketExchange) -> None:
+    def _check(self, bucket: BucketExchange) -> None:
         with torch.no_grad(), self._stream.work(bucket.is_ready):
             self._all_finite = self._all_finite and all(finite(grad) for grad in bucket.grads)
 
     def _send(self, buckets: Sequence[BucketExchange]) -> None:
-        """In the codec's thread, behind the last bucket's look."""
+        """In the codec's thread, behind the last bucket's check."""
         with self._stream.work():
             vote = torch.full((8,), not self._all_finite, dtype=torch.uint8, device=self._stream.device)
         self._all_finite = True

@@ -1,12 +1,12 @@
 """Several exchanges under way at once, in two threads, with collectives in one order on every rank.
 
-When a stage of one exchange becomes ready depends on how fast this rank computes, so collectives must not be issued as
-they become ready. They are issued in an order that follows from the number of exchanges and stages alone: with a, b, c
-the exchanges in the order in which they began, ::
+When a stage becomes ready depends on how fast this rank computes, so collectives must not be issued as they become
+ready. Their order follows from the number of exchanges and stages alone: with exchanges a, b, c in the order in which
+they began, ::
 
     a1  b1 a2  c1 b2 a3  c2 b3  c3
 
-so that while a's messages are decoded b's are on the wire.
+so that b's messages are on the wire while a's are decoded.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ class PipelinedExchange:
     """One exchange under way.
 
     Args:
-        stages: what is to be done.
-        codec: the thread of the codec's stages.
+        stages: the work, in order.
+        codec: the thread that runs the codec's stages.
     """
 
     def __init__(self, stages: list[Stage], codec: OrderedWorker) -> None:
         self._stages = stages
         self._codec = codec
         self._ready: list[Future[None]] = [Future() for _ in stages]
-        """Of each stage: that those before it are done, or the error that keeps it from being run."""
+        """One for each stage, completed once those before it are done, or with the error that keeps it from running."""
         self.done: Future[None] = Future()
-        """Completed when all stages are, or with the error of one."""
+        """Completed when all stages are done, or with the first error."""
         self._reach(0)
 
     def on_wire(self) -> list[Callable[[], None]]:
-        """The communicator's jobs, in order; each waits until it may run."""
+        """The communicator's jobs, in order; each waits until its stage is ready."""
         return [self._job(index) for index, stage in enumerate(self._stages) if stage.thread == "wire"]
 
     def fail(self, error: BaseException) -> None:
-        """End with an error; whoever waits for a stage gets it."""
+        """End with an error, which everyone who waits for a stage gets."""
         for future in (*self._ready, self.done):
             if not future.done():
                 future.set_exception(error)
@@ -77,32 +77,32 @@ class Pipeline:
     """The order of collectives of one step's exchanges.
 
     Args:
-        codec: the thread of the codec's stages.
-        submit: queues a job of the communicator's thread.
+        codec: the thread that runs the codec's stages.
+        submit: queues a job for the communicator's thread.
     """
 
     def __init__(self, codec: OrderedWorker, submit: Callable[[Callable[[], None]], Future[None]]) -> None:
         self._codec = codec
         self._submit = submit
-        self._runs: list[tuple[PipelinedExchange, list[Callable[[], None]]]] = []
+        self._exchanges: list[tuple[PipelinedExchange, list[Callable[[], None]]]] = []
 
     def start(self, stages: list[Stage]) -> PipelinedExchange:
-        """Begin an exchange; all ranks begin the same ones in the same order."""
-        run = PipelinedExchange(stages, self._codec)
-        self._runs.append((run, run.on_wire()))
-        self._diagonal(len(self._runs) - 1)
-        return run
+        """Begin an exchange; every rank begins the same ones in the same order."""
+        exchange = PipelinedExchange(stages, self._codec)
+        self._exchanges.append((exchange, exchange.on_wire()))
+        self._diagonal(len(self._exchanges) - 1)
+        return exchange
 
     def flush(self) -> None:
-        """No more exchanges come: issue what is left of those that were begun."""
-        deepest = max((len(jobs) for _, jobs in self._runs), default=0)
-        for number in range(len(self._runs), len(self._runs) + deepest):
+        """No more exchanges come: issue the remaining collectives of those under way."""
+        deepest = max((len(jobs) for _, jobs in self._exchanges), default=0)
+        for number in range(len(self._exchanges), len(self._exchanges) + deepest):
             self._diagonal(number)
-        self._runs = []
+        self._exchanges = []
 
     def _diagonal(self, number: int) -> None:
         for stage in range(number + 1):
             index = number - stage
-            if index < len(self._runs) and stage < len(self._runs[index][1]):
-                run, jobs = self._runs[index]
-                self._submit(jobs[stage]).add_done_callback(run._fail_with)
+            if index < len(self._exchanges) and stage < len(self._exchanges[index][1]):
+                exchange, jobs = self._exchanges[index]
+                self._submit(jobs[stage]).add_done_callback(exchange._fail_with)

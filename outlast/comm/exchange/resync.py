@@ -1,4 +1,4 @@
-"""Exact means in the place of the running means that rounding lets drift."""
+"""Replaces the running means, which drift by rounding, by exact ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from outlast.comm.transport.communicator import Communicator, settle, slowest
 
 
 def resync_all(states: ParameterStates, feedback: Feedback | None, network: Network, two_phase: bool) -> float:
-    """Of every tensor; a collective call. Returns the largest relative drift there was, the same on every rank.
+    """For every tensor; a collective call. Returns the largest relative drift found, the same on every rank.
 
     Raises:
         CommError: a peer failed.
@@ -32,7 +32,7 @@ def resync_all(states: ParameterStates, feedback: Feedback | None, network: Netw
         mean = among.submit(partial(_settled_mean, among, flat, state.name)).result().view(own.shape)
         aggregates = state.replicated
         if two_phase:
-            aggregates, mean = state.held(feedback), slices(mean, state.units)[state.rank]
+            aggregates, mean = state.owner_slots(feedback), slices(mean, state.units)[state.rank]
         worst = max(worst, resync(aggregates, mean))
     return slowest(network.all_ranks, worst, states.device)
 

@@ -34,7 +34,7 @@ class GatheredRoute:
     def encode(self) -> None:
         assert self.payload is not None
         for item, out in zip(self._items, self.payload.split_with_sizes(self._sizes), strict=True):
-            g = item.wanted()
+            g = item.to_compress()
             if item.state.local is None:
                 item.state.start(self._feedback, g)
             assert item.state.local is not None
@@ -51,7 +51,7 @@ class GatheredRoute:
 
 
 class TwoPhaseRoute:
-    """Every rank's payload of slice j to rank j, which sums, and the sum, compressed anew, to every rank."""
+    """Every rank's payload of slice j to rank j, which sums them; then the sum, compressed again, to every rank."""
 
     def __init__(
         self, items: Sequence[Item], feedback: Feedback, rank: int, n: int, buffer: Buffer, probe: Probe | None
@@ -77,21 +77,21 @@ class TwoPhaseRoute:
         self._sent = self._buffer("send", sum(sum(sizes) for sizes in self._first))
         outs = self._sent.split_with_sizes([size for sizes in self._first for size in sizes])
         for index, item in enumerate(self._items):
-            g = item.wanted()
+            g = item.to_compress()
             if item.state.local is None:
                 item.state.start(self._feedback, g)
             for owner, part in enumerate(slices(g, self._n)):
-                local = item.state.of_slice(self._feedback, owner)
+                local = item.state.unit(self._feedback, owner)
                 self._feedback.encode(local, part, outs[owner * len(self._items) + index], self._probe)
 
     def to_owners(self, communicator: Communicator, label: str) -> None:
         assert self._sent is not None
-        mine = sum(self._first[self._rank])
-        out = self._buffer("receive slice", self._n * mine).view(self._n, mine)
+        own = sum(self._first[self._rank])
+        out = self._buffer("receive slice", self._n * own).view(self._n, own)
         self._received = communicator.all_to_all(self._sent, [sum(sizes) for sizes in self._first], label, out)
 
     def relay(self) -> None:
-        """As owner of a slice of each tensor: sum, and compress anew."""
+        """As owner of a slice of each tensor: sum, and compress again."""
         assert self._received is not None
         largest = max(sum(sizes) for sizes in self._second)
         self._own = self._buffer("relay", largest)
@@ -102,7 +102,7 @@ class TwoPhaseRoute:
             replicated = _cut(state.aggregate(self._feedback), self._rank, self._n)
             like = slices(item.target(), self._n)[self._rank]
             payloads = [row[index] for row in rows]
-            self._feedback.relay(state.held(self._feedback), replicated, payloads, like, outs[index])
+            self._feedback.relay(state.owner_slots(self._feedback), replicated, payloads, like, outs[index])
 
     def to_all(self, communicator: Communicator, label: str) -> None:
         assert self._own is not None

@@ -19,28 +19,28 @@ class ReduceStats:
     """One step's gradient exchange on this rank."""
 
     wire_bytes: int
-    """Bytes of messages this rank sent, as the transport moves them, headers apart."""
+    """Bytes of messages that this rank sent, as the transport moves them, without headers."""
     dense_bytes: int
     """Bytes that a ring all-reduce of the same gradients in fp32 would have sent: 2 (n - 1) / n * 4 * entries."""
     codec_s: float
-    """Time in compression and decompression, hidden behind backward or not."""
+    """Time in compression and decompression, whether backward hides it or not."""
     collective_s: float
-    """Time inside collectives, hidden or not: transfer, and waiting for the last rank to arrive."""
+    """Time inside collectives, hidden or not: transfer, and the wait for the last rank to arrive."""
     exposed_s: float
-    """From the last gradient being ready until the last estimate was written: what backward did not hide."""
+    """From when the last gradient was ready until the last estimate was written: what backward did not hide."""
     collectives: int
     """How many collectives were issued."""
     skipped: bool = False
     """Whether some rank's scaled gradients overflowed, so that nothing was averaged."""
     alpha: float | None = None
-    """Measured contraction of what this rank compressed, all tensors together: 1 - ||C(x) - x||^2 / ||x||^2; None in
-    steps in which it is not measured."""
+    """Measured contraction over all tensors that this rank compressed: 1 - ||C(x) - x||^2 / ||x||^2; None in steps that
+    do not measure it."""
     residual: float | None = None
-    """What this rank holds back over what it was given, all tensors together: ||e|| / ||g||, or where gradients are
-    tracked ||g - h|| / ||g||; None in steps in which it is not measured."""
+    """What this rank holds back, relative to its gradients, over all tensors: ||e|| / ||g||, or where gradients are
+    tracked ||g - h|| / ||g||; None in steps that do not measure it."""
     drift: float | None = None
-    """How far the running mean of what ranks track had come from the exact one, ||h - mean h_i|| / ||mean h_i||, the
-    worst tensor's; None in steps that did not replace it."""
+    """How far the running mean of what ranks track had drifted from the exact one, ||h - mean h_i|| / ||mean h_i||, for
+    the worst tensor; None in steps that did not replace it."""
 
 
 class ReduceMeter:
@@ -76,7 +76,7 @@ class ReduceMeter:
 
     @contextmanager
     def blocking(self, numel: int) -> Iterator[None]:
-        """The context for an exchange of ``numel`` gradients that backward waits for."""
+        """A context for an exchange of ``numel`` gradients that backward waits for."""
         started = time.perf_counter()
         yield
         self.numel += numel
@@ -84,7 +84,7 @@ class ReduceMeter:
 
     @contextmanager
     def codec(self, after: torch.cuda.Event | None = None) -> Iterator[None]:
-        """The context for compression and decompression, in the stream behind ``after``, its time taken."""
+        """A context for codec work, in the stream behind ``after``; takes its time."""
         started = time.perf_counter()
         with torch.no_grad(), self._stream.work(after):
             yield
@@ -92,12 +92,12 @@ class ReduceMeter:
 
     @property
     def exposed_s(self) -> float:
-        """What backward did not hide."""
+        """Seconds that backward did not hide."""
         return self._blocked_s + max(0.0, self._last_done_s - self._last_ready_s)
 
     @property
     def hiding_s(self) -> float:
-        """From the first bucket's being ready to the last's: what may hide an exchange."""
+        """Seconds from the first ready bucket to the last, which may hide an exchange."""
         return self._last_ready_s - self._first_ready_s
 
     def stats(self, totals: CollectiveTotals, dense_bytes: int) -> ReduceStats:

@@ -1,4 +1,4 @@
-"""Which step gradients belong to, which of them it has had, and whether an exchange has failed."""
+"""Which step gradients belong to, which gradients it has exchanged, and whether an exchange has failed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class StepLedger:
     """The steps of one reducer.
 
     The caller names each step (:meth:`begin`), or steps are counted: then one opens with the first gradients after the
-    last step was complete, and with gradients that the open step has had already.
+    last step was complete, and with gradients that the open step has already exchanged.
 
     Args:
         on_open: called with the number of a step that opens, before any of its gradients are exchanged.
@@ -28,7 +28,7 @@ class StepLedger:
         self._closed = False
 
     def begin(self, step: int) -> None:
-        """Open ``step``, because the caller says so; from now on every step must be begun.
+        """Open ``step`` for a caller that names steps; from now on it must name every step.
 
         Raises:
             CommError: ``step`` < 1, or what :meth:`check` raises.
@@ -50,18 +50,18 @@ class StepLedger:
             self._open(step)
 
     def enter(self, key: Hashable, name: str, remedy: str) -> bool:
-        """Note that the gradients ``key`` are about to be exchanged; opens the step where nobody else does.
+        """Note that the gradients ``key`` are about to be exchanged; opens a step if steps are counted.
 
         Args:
             key: the same in every step.
             name: of the gradients, for errors.
-            remedy: what to do where they come twice.
+            remedy: what to do if they come twice.
 
         Returns:
             Whether they are the step's first.
 
         Raises:
-            CommError: the step has had them, and steps are given by :meth:`begin`; or what :meth:`check` raises.
+            CommError: the step has exchanged them, and steps are named by :meth:`begin`; or what :meth:`check` raises.
         """
         self.check()
         if self._given and key in self._seen:
@@ -108,5 +108,5 @@ class StepLedger:
 
 
 def due(step: int, every_steps: int) -> bool:
-    """Whether something that happens every so many steps happens in ``step``; 0 is never."""
+    """Whether something that happens every ``every_steps`` steps (0: never) happens in ``step``."""
     return every_steps > 0 and step % every_steps == 0

@@ -22,11 +22,11 @@ class Network:
         group: the ranks to average over; None for all.
         ranks_per_node: 1, or how many neighbours in rank order share fast links.
         timeout_s: limit of each collective, in seconds.
-        observer: told of every collective.
+        observer: notified of every collective.
         stream: a context in which collectives run.
 
     Raises:
-        CommError: no default process group, or ranks that are no multiple of ``ranks_per_node``.
+        CommError: no default process group, or a world size that is not a multiple of ``ranks_per_node``.
     """
 
     def __init__(
@@ -41,16 +41,16 @@ class Network:
         whole = Communicator(group=group, timeout_s=timeout_s, observer=observer, stream=stream)
         self.all_ranks = whole
         self.intra_node: Communicator | None = None
-        """This node's ranks; None where every rank compresses by itself."""
+        """This node's ranks; None if every rank compresses its own gradients."""
         self.inter_node = whole
-        """Among whom compressed messages are exchanged: the ranks with this one's local rank, one of each node; where
-        every rank compresses by itself, all ranks."""
+        """Among whom compressed messages are exchanged: the ranks with this one's local rank, one of each node; all
+        ranks if every rank compresses its own gradients."""
         if ranks_per_node == 1:
             return
         if whole.world_size % ranks_per_node:
             raise CommError(
-                f"{whole.world_size} ranks are no multiple of comm.ranks_per_node = {ranks_per_node}",
-                "start as many ranks on every node, or set ranks_per_node = 1",
+                f"the world size {whole.world_size} is not a multiple of comm.ranks_per_node = {ranks_per_node}",
+                "start the same number of ranks on every node, or set ranks_per_node = 1",
             )
         members = dist.get_process_group_ranks(whole.group)
 
@@ -66,7 +66,7 @@ class Network:
         return shape if node is None else slice_shape(shape, node.rank, node.world_size)
 
     def take_totals(self) -> CollectiveTotals:
-        """What has been moved since the last call; call it while no job runs."""
+        """The totals of all groups since the last call; call it while no job runs."""
         total = self.all_ranks.take_totals()
         for part in self._parts():
             total = total.plus(part.take_totals())

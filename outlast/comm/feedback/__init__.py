@@ -1,4 +1,4 @@
-"""Error feedback: what becomes of what was not sent."""
+"""Error feedback: what happens to what was not sent."""
 
 from outlast.comm.feedback.base import Feedback
 from outlast.comm.feedback.econtrol import EControl

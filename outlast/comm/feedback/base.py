@@ -1,23 +1,23 @@
 """Error feedback: state machines that make compressed gradients converge.
 
 Notation: n ranks; g_i is rank i's gradient at the current point, C a contractive compressor with constant delta
-(``Compressor.alpha``), x the parameters, gamma the step size. A :class:`Feedback` holds settings only. Its state lies
-in named tensors ("slots") in dicts owned by the caller: *local* ones, different on every rank, *replicated* ones,
-bit-identical on every rank because every rank computes them from the same payloads in the same order, and, in the
-two-phase transport, *owned* ones, which only the rank has that sums a tensor's slice.
+(``Compressor.alpha``), x the parameters, gamma the step size. A :class:`Feedback` holds settings only. Its state is in
+named tensors ("slots") in dicts owned by the caller: *local* ones, different on every rank; *replicated* ones,
+bit-identical on every rank because every rank computes them from the same payloads in the same order; and, in the
+two-phase transport, *owned* ones, which only the rank that sums a tensor's slice has.
 
-One step of one tensor takes one of three ways::
+A tensor is exchanged in one of three ways::
 
     all-gather   encode on every rank, all-gather of payloads, decode on every rank
-    two-phase    encode on every rank; payloads to the owner, which relays their mean, compressed anew; receive on
-                 every rank the owner's payload
+    two-phase    encode on every rank; payloads to the owner, which compresses their mean again and relays it; receive
+                 on every rank the owner's payload
     whole        encode_dense on every rank, a mean over ranks, decode_dense on every rank (settle on the owner)
 
-In the two-phase transport a tensor is cut into one slice per rank (rows), and each slice goes the way by itself: what
+In the two-phase transport a tensor is cut into one slice of rows per rank, and each slice is exchanged separately: what
 is a tensor here is a slice there. The same calls with n local dicts in a list are a simulation of n ranks in one
 process, bit for bit (see :mod:`outlast.comm.analysis.simulate`).
 
-The trainer's optimizer takes the estimate where the papers write ``x -= gamma * estimate``.
+Where the papers write ``x -= gamma * estimate``, the optimizer uses the estimate as its gradient.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class Feedback(ABC):
 
     Args:
         compressor: C, of what ranks send.
-        second: the compressor of what owners send on in the two-phase transport; None takes C.
+        second: the compressor of what owners relay in the two-phase transport; None takes C.
     """
 
     name: ClassVar[str]
     own_slots: tuple[str, ...] = ()
-    """The method's local slots of the tensor's shape and type; :attr:`apart_slots` come to them."""
+    """The method's local slots with the tensor's shape and type; there are also :attr:`apart_slots`."""
     residual_slots: ClassVar[tuple[str, ...]] = ()
-    """Which of the method's slots hold what was not sent yet, and so add up over ranks; the others are trackers."""
+    """The method's slots that hold what was not sent yet, and so add up over ranks; the others are trackers."""
     replicated_slots: ClassVar[tuple[str, ...]] = ()
     relay_slots: ClassVar[tuple[str, ...]] = ()
-    """What the owner of a slice keeps in the two-phase transport; the second compressor's memory comes to it."""
+    """What the owner of a slice keeps in the two-phase transport, besides the second compressor's memory."""
     dense_start: ClassVar[bool] = False
     """Whether the first message is the whole gradient."""
 
@@ -68,28 +68,18 @@ class Feedback(ABC):
 
     @property
     def share(self) -> float:
-        """What this rank's trackers count for in the estimate, times the number of ranks: 1, unless weighted."""
+        """The weight of this rank's trackers in the estimate, times the number of ranks: 1, unless weighted."""
         return 1.0
 
     @property
     def apart_slots(self) -> tuple[str, ...]:
-        """Names of the local slots that have shapes and types of their own, and are kept apart for each slice in the
-        two-phase transport: the compressor's memory, and what the method packs."""
+        """Names of the local slots with other shapes and types, which each slice has for itself in the two-phase
+        transport: the compressor's memory, and what the method packs."""
         return self.compressor.memory_slots
 
     def new_apart(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Slots:
         """The slots ``apart_slots`` of a tensor that was never compressed."""
         return self.compressor.new_memory(shape, dtype, device)
-
-    @property
-    def local_slots(self) -> tuple[str, ...]:
-        """Names of the slots that :meth:`start` makes."""
-        return (*self.own_slots, *self.apart_slots)
-
-    @property
-    def owned_slots(self) -> tuple[str, ...]:
-        """Names of the slots that :meth:`new_owned` makes."""
-        return (*self.relay_slots, *self.second.memory_slots)
 
     def start(self, g: Tensor) -> Slots:
         """Local slots of a rank whose first gradient is ``g``; with ``dense_start`` its first message is ``g``."""
@@ -109,8 +99,8 @@ class Feedback(ABC):
         return own | self.second.new_memory(tuple(like.shape), like.dtype, like.device)
 
     def unpack(self, local: Slots, shape: Shape, dtype: torch.dtype) -> Slots:
-        """The method's own slots of a tensor (or slice) as tensors of its shape and type, for who moves them to
-        another number of ranks. The compressor's memory is not among them. They may be the slots themselves."""
+        """The method's own slots of a tensor (or slice) as tensors of its shape and type, in order to reshard them. The
+        compressor's memory is not among them. They may be the slots themselves."""
         return {slot: local[slot] for slot in self.own_slots}
 
     def pack(self, own: Slots) -> Slots:
@@ -125,7 +115,7 @@ class Feedback(ABC):
             local: this rank's slots of the tensor, moved.
             g: its gradient.
             out: where the payload (nbytes,) uint8 is written; None allocates it.
-            probe: told what was compressed, and what was left; costs two to four passes more.
+            probe: records what was compressed and what was left; costs two to four more passes.
         """
 
     def decode(
@@ -135,14 +125,14 @@ class Feedback(ABC):
 
         Args:
             replicated: this tensor's replicated slots.
-            payloads: one of each rank, rank 0 first: the order of summation. None, for a rank that was not heard, is
+            payloads: one from each rank, rank 0 first: the order of summation. None, for a rank that sent nothing, is
                 for :class:`~outlast.comm.feedback.EF21PP` alone.
             out: where the estimate is written; None allocates it, and needs a replicated slot.
             name: the tensor's name, for errors.
 
         Raises:
             NonFiniteGradient: a payload holds NaN or Inf; raised on every rank alike, before ``replicated`` is touched.
-            CommError: a payload is missing, or not of the size that the tensor's has.
+            CommError: a payload is missing, or has the wrong size for the tensor.
         """
         if out is None:
             out = torch.empty_like(next(iter(replicated.values())))
@@ -157,34 +147,34 @@ class Feedback(ABC):
         return out
 
     def _open_all(self, payloads: Sequence[Tensor | None], like: Tensor) -> Sequence[Message]:
-        heard = [payload for payload in payloads if payload is not None]
-        if len(heard) < len(payloads):
-            raise CommError(f"{self.name} needs a payload of every rank", "use ef21-pp where ranks may be absent")
-        return self.compressor.open_all(heard, tuple(like.shape), like.dtype)
+        present = [payload for payload in payloads if payload is not None]
+        if len(present) < len(payloads):
+            raise CommError(f"{self.name} needs a payload from every rank", "use ef21-pp if ranks may be absent")
+        return self.compressor.open_all(present, tuple(like.shape), like.dtype)
 
     def _aggregate(self, replicated: Slots, messages: Sequence[Message], out: Tensor) -> None:
-        """The mean of what was sent, for methods without replicated state."""
+        """Without replicated state: the mean of what was sent."""
         self._add(messages, out.zero_())
 
     def _add(self, messages: Sequence[Message], out: Tensor) -> None:
-        """``out +=`` what the ranks' messages come to, in rank order: their mean, unless weighted."""
+        """``out +=`` the mean of the ranks' messages, or what weights make of it, in rank order."""
         for message in messages:
             message.add_to(out, 1 / len(messages))
 
     def relay(
         self, owned: Slots, replicated: Slots, payloads: Sequence[Tensor], like: Tensor, out: Tensor | None = None
     ) -> Tensor:
-        """The owner of a slice: sum what the ranks sent of it, and compress the sum anew, with feedback of its own.
+        """As the owner of a slice: sum what the ranks sent of it, and compress the sum again, with feedback of its own.
 
         Args:
             owned: the slice's owned slots, moved.
             replicated: the slice of the replicated slots, read only; :meth:`receive` moves it.
-            payloads: the slice's payload of each rank, rank 0 first.
+            payloads: the slice's payload from each rank, rank 0 first.
             like: any tensor of the slice's shape, type and device.
             out: where the payload (nbytes,) uint8 is written; None allocates it.
 
         Returns:
-            The payload that every rank shall :meth:`receive`. NaN and Inf are carried in it.
+            The payload for every rank to :meth:`receive`. It carries NaN and Inf along.
         """
         messages = self._open_all(payloads, like)
         return self._relay(owned, replicated, messages, like, out)
@@ -215,7 +205,8 @@ class Feedback(ABC):
 
     @abstractmethod
     def encode_dense(self, local: Slots, g: Tensor) -> Tensor:
-        """As :meth:`encode`, for a step that sends the whole tensor: the message, maybe a slot or ``g`` itself."""
+        """As :meth:`encode`, for a step that sends the whole tensor. Returns the message, maybe a slot or ``g``
+        itself."""
 
     def decode_dense(self, replicated: Slots, mean: Tensor, out: Tensor | None = None, name: str = "tensor") -> Tensor:
         """As :meth:`decode`, given the mean over ranks of their whole messages.
@@ -241,10 +232,9 @@ class Feedback(ABC):
 
 
 class Compensated(Feedback):
-    """What methods share whose state is what was not sent yet: in the two-phase transport the owner keeps such a slot
-    too. ::
+    """Methods whose state is what was not sent yet. In the two-phase transport the owner keeps such a slot too. ::
 
-        s += mean of what was sent        C(s) sent        s -= C(s)
+    s += mean of what was sent        C(s) sent        s -= C(s)
     """
 
     relay_slots: ClassVar[tuple[str, ...]] = ("s",)
@@ -259,4 +249,4 @@ class Compensated(Feedback):
         return message.payload
 
     def settle(self, owned: Slots, mean: Tensor) -> None:
-        """What the owner held back stays held back: a whole step says nothing about it."""
+        """What the owner holds back is unchanged: a whole step says nothing about it."""

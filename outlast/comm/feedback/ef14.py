@@ -67,11 +67,11 @@ class EF14(Compensated):
     :func:`outlast.comm.analysis.theory.ef14_step` and :func:`~outlast.comm.analysis.theory.ef14_bound`. Memory: one
     slot, e.
 
-    With ``residual="int8"`` a quarter of that: e is kept as 8-bit integers with a scale for every 256 entries, rounded
-    anew each step (:mod:`outlast.comm.feedback.packed`). **Rounding is an error that nothing feeds back.** It has mean
-    zero over steps, so that small entries still add up and are sent in time, and it is bounded by the scale, 1/126
-    of the largest residual of its 256; but it is noise in the gradient, of a size that falls with the gradients, and on
-    data that differ between ranks it has a floor like the method itself. Slots: ``e_int8``, ``e_scale``, ``e_round``.
+    ``residual="int8"`` takes a quarter of that: e is kept as 8-bit integers with a scale for every 256 entries, rounded
+    again in each step (:mod:`outlast.comm.feedback.packed`). **Nothing feeds this rounding error back.** Its mean over
+    steps is zero, so small entries still add up and are sent in time, and it is bounded by the scale, 1/126 of the
+    largest residual of its 256. But it is noise in the gradient, of a size that falls with the gradients; if data
+    differ between ranks it has a floor, like the method itself. Slots: ``e_int8``, ``e_scale``, ``e_round``.
 
     Args:
         compressor: C.

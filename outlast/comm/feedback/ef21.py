@@ -1,4 +1,4 @@
-"""Methods whose ranks track their gradients, and send the compressed difference."""
+"""Methods whose ranks track their gradients and send the compressed difference."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class EF21(Feedback):
     :func:`outlast.comm.analysis.theory.ef21_step`, :func:`~outlast.comm.analysis.theory.ef21_bound`. Memory: two slots,
     h_i and h.
 
-    In the two-phase transport it is EF21-BC (arXiv 2110.03294): the owner of a slice keeps w = mean h_i,
-    and h follows w by compressed differences: ::
+    In the two-phase transport this is EF21-BC (arXiv 2110.03294): the owner of a slice keeps w = mean h_i, and h
+    follows w by compressed differences: ::
 
         w += mean c_i        d = C'(w - h)  sent        h += d        x -= gamma h
 
@@ -50,7 +50,7 @@ class EF21(Feedback):
         return local["h_i"].copy_(g)
 
     def _track(self, local: Slots, target: Tensor, g: Tensor, out: Tensor | None, probe: Probe | None) -> Tensor:
-        """Send C(target - h_i), and add it to h_i; ``g`` is the gradient as it was handed in."""
+        """Send C(target - h_i), and add it to h_i; ``g`` is the gradient that the caller passed."""
         h_i = local["h_i"]
         difference = scratch("difference", h_i.numel(), h_i.dtype, h_i.device).view(h_i.shape)
         torch.sub(target, h_i, out=difference)
@@ -83,28 +83,29 @@ class EF21(Feedback):
 
 
 class EF21BC(EF21):
-    """EF21 with both directions compressed, by two compressors if wanted. arXiv 2110.03294. ::
+    """EF21 with both directions compressed, optionally by two compressors. arXiv 2110.03294. ::
 
         c_i = C(g_i - h_i)  sent        h_i += c_i        w += mean c_i
         d = C'(w - h)  sent             h += d            x -= gamma h
 
-    from h_i = g_i^0, h = w = mean h_i (first messages dense). It is what :class:`EF21` does in the two-phase transport,
-    under a name that says so, and refuses the all-gather transport, where there is no second direction. Rounds grow as
-    1 / (alpha alpha'). Memory: two slots, and w, one slot for a slice.
+    from h_i = g_i^0, h = w = mean h_i (first messages dense). This is what :class:`EF21` does in the two-phase
+    transport, under a name that says so. It refuses the all-gather transport, which has no second direction. Rounds
+    grow as 1 / (alpha alpha'). Memory: two slots, and w, one slot for a slice.
 
-    Deviation: the server is spread over the ranks, each of which serves one slice and compresses it by itself.
+    Deviation: the server is spread over the ranks, each of which serves one slice and compresses it separately.
     """
 
     name: ClassVar[str] = "ef21-bc"
 
     def _aggregate(self, replicated: Slots, messages: Sequence[Message], out: Tensor) -> None:
         raise CommError(
-            "ef21-bc compresses on the way back too, and all-gather has none", "use the two-phase transport, or ef21"
+            "ef21-bc compresses on the way back too, but all-gather has no way back",
+            "use the two-phase transport, or ef21",
         )
 
 
 class EF21SGDM(EF21):
-    """EF21 of a momentum of the gradient, which makes it right for small batches. arXiv 2305.15155. ::
+    """EF21 of a momentum of the gradient, which suits small batches. arXiv 2305.15155. ::
 
         v_i = (1 - eta) v_i + eta g_i
         c_i = C(v_i - h_i)  sent        h_i += c_i        h += mean c_i        x -= gamma h

@@ -19,13 +19,13 @@ class EF21PP(EF21):
         c_i = C(g_i - h_i) if rank i takes part, else 0        h_i += c_i        h += mean c_i        x -= gamma h
 
     from h_i = g_i^0, h = mean h_i (first message dense). The mean is over all n ranks, whoever takes part, so that h
-    stays the mean of the h_i: an absent rank counts with the gradient it last told of. With ranks that take part with
-    probability p each, rounds grow as 1 / (p alpha). Two-phase as :class:`EF21`. Memory: two slots.
+    stays the mean of the h_i: an absent rank counts with the gradient it last reported. If each rank takes part with
+    probability p, rounds grow as 1 / (p alpha). Two-phase as :class:`EF21`. Memory: two slots.
 
-    A rank that is there but has no gradient in time says so by ``participate=False`` and sends C(0), which decodes to
-    zero for every contractive C, since ||C(0) - 0||^2 <= (1 - alpha) 0: payloads keep their size, and nothing needs a
-    flag. Of a rank that is not heard at all, :meth:`~Feedback.decode` and :meth:`~Feedback.relay` take None for its
-    payload; all ranks must then agree on who was not heard, and the absent rank must not have moved its h_i.
+    A rank that has no gradient in time passes ``participate=False`` and sends C(0), which decodes to zero for every
+    contractive C, since ||C(0) - 0||^2 <= (1 - alpha) 0: payloads keep their size, and no flag is needed. For a rank
+    that sends nothing at all, :meth:`~Feedback.decode` and :meth:`~Feedback.relay` take None as its payload. All ranks
+    must then agree on who was absent, and the absent rank must not have changed its h_i.
     """
 
     name: ClassVar[str] = "ef21-pp"
@@ -43,9 +43,9 @@ class EF21PP(EF21):
 
         Args:
             local: this rank's slots, moved only if it takes part.
-            g: its gradient; of an absent rank only shape, type and device matter.
+            g: its gradient; for an absent rank only shape, type and device matter.
             out: where the payload is written.
-            probe: told nothing of an absent rank.
+            probe: records nothing for an absent rank.
             participate: whether this rank takes part.
         """
         if participate:
@@ -57,12 +57,12 @@ class EF21PP(EF21):
         return super().encode_dense(local, g) if participate else local["h_i"]
 
     def _open_all(self, payloads: Sequence[Tensor | None], like: Tensor) -> Sequence[Message]:
-        heard = iter(super()._open_all([payload for payload in payloads if payload is not None], like))
-        return [_Unheard(like[:0]) if payload is None else next(heard) for payload in payloads]
+        present = iter(super()._open_all([payload for payload in payloads if payload is not None], like))
+        return [_Absent(like[:0]) if payload is None else next(present) for payload in payloads]
 
 
-class _Unheard(Message):
-    """The message of a rank that was not heard: zero."""
+class _Absent(Message):
+    """The message of an absent rank: zero."""
 
     def add_to(self, out: Tensor, scale: float = 1.0) -> None:
         pass

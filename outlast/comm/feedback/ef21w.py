@@ -1,4 +1,4 @@
-"""EF21 with ranks that count for more or less."""
+"""EF21 with weighted ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from outlast.errors import CommError
 
 
 class EF21W(EF21):
-    """EF21 with weighted ranks, which allows a larger step where their functions differ in smoothness.
+    """EF21 with weighted ranks, which allows a larger step if their functions differ in smoothness.
     arXiv 2402.10774. ::
 
         c_i = C(g_i / (n w_i) - h_i)  sent        h_i += c_i        h += sum_i w_i c_i        x -= gamma h
@@ -29,7 +29,7 @@ class EF21W(EF21):
 
     **For a positively homogeneous C**, C(a x) = a C(x) for a > 0 (Top-k, sign, absmax integers, low rank), it is EF21
     itself in other units: the iterates are the same for the same step, and EF21 may take the larger step as well. The
-    weights matter for grids that do not scale with x.
+    weights only matter for grids that do not scale with x.
 
     Weights are settings: every rank needs all of them, bit-identical, before the first step (average measured L_i with
     a dense collective; :class:`outlast.comm.analysis.theory.SmoothnessEstimate` measures one rank's, and
@@ -66,17 +66,17 @@ class EF21W(EF21):
             CommError: there is no weight for that rank.
         """
         if not 0 <= rank < len(self.weights):
-            raise CommError(f"ef21-w has {len(self.weights)} weights, none for rank {rank}", "give one of each rank")
+            raise CommError(f"ef21-w has {len(self.weights)} weights, none for rank {rank}", "give one for each rank")
         bound = copy.copy(self)
         bound._rank = rank
         return bound
 
     @property
     def share(self) -> float:
-        """n w_i of the rank it is bound to.
+        """n w_i of the rank that it is bound to.
 
         Raises:
-            CommError: it is bound to none.
+            CommError: it is not bound to a rank.
         """
         if self._rank is None:
             raise CommError("ef21-w encodes with the weight of its rank", "encode through feedback.of_rank(rank)")
@@ -97,7 +97,7 @@ class EF21W(EF21):
     def _add(self, messages: Sequence[Message], out: Tensor) -> None:
         if len(messages) != len(self.weights):
             raise CommError(
-                f"messages of {len(messages)} ranks, weights of {len(self.weights)}", "give one of each rank"
+                f"messages of {len(messages)} ranks, weights of {len(self.weights)}", "give one weight for each rank"
             )
         for weight, message in zip(self.weights, messages, strict=True):
             message.add_to(out, weight)

@@ -8,7 +8,7 @@ from outlast.comm.feedback import Feedback, make_feedback
 
 
 def feedback_from_config(config: CommConfig) -> Feedback | None:
-    """The feedback, with its compressor, that ``config`` asks for; None where everything is sent whole."""
+    """The feedback that ``config`` asks for, with its compressor; None if everything is sent whole."""
     if config.compressor == "dense":
         return None
     compressor = make_compressor(

@@ -1,7 +1,7 @@
-"""How the local slots of a tensor are kept that is compressed in slices, each by itself.
+"""How to store the local slots of a tensor whose slices are compressed separately.
 
-Slots of the tensor's shape are whole tensors, of which each slice has its rows. Slots with shapes of their own
-(``Feedback.apart_slots``) come once for each slice, under the name ``slot_00003``. A tensor in one piece has every
+Slots with the tensor's shape are whole tensors, of which each slice has its rows. Slots with other shapes
+(``Feedback.apart_slots``) exist once for each slice, under the name ``slot_00003``. A tensor in one piece has every
 slot under its plain name.
 """
 
@@ -17,8 +17,14 @@ from outlast.comm.slices import slices
 
 
 def of_slice(slot: str, index: int) -> str:
-    """The name under which slice ``index`` keeps ``slot``, if that is one of ``Feedback.apart_slots``."""
+    """The name of ``slot``, one of ``Feedback.apart_slots``, for slice ``index``."""
     return f"{slot}_{index:05d}"
+
+
+def slice_of(name: str) -> tuple[str, int]:
+    """The reverse of :func:`of_slice`."""
+    slot, _, index = name.rpartition("_")
+    return slot, int(index)
 
 
 def join(feedback: Feedback, units: Sequence[Slots]) -> Slots:
@@ -32,8 +38,9 @@ def join(feedback: Feedback, units: Sequence[Slots]) -> Slots:
 
 
 def unit(feedback: Feedback, local: Slots, index: int, units: int) -> Slots:
-    """The slots of slice ``index`` of ``units`` in what :func:`join` made, as views that may be moved in place."""
+    """The slots of slice ``index`` of ``units`` in what :func:`join` returned, as views that may be changed in
+    place."""
     if units == 1:
         return local
-    found = {slot: slices(local[slot], units)[index] for slot in feedback.own_slots}
-    return found | {slot: local[of_slice(slot, index)] for slot in feedback.apart_slots}
+    whole = {slot: slices(local[slot], units)[index] for slot in feedback.own_slots}
+    return whole | {slot: local[of_slice(slot, index)] for slot in feedback.apart_slots}

@@ -16,7 +16,7 @@ from outlast.config import nearest
 from outlast.errors import OutOfRange, UnknownCompressor
 
 METHODS = (*FEEDBACKS, "ef21-w", "ef21-pp")
-"""All there are: those that a config can name, and those that need to be told more than a config can say."""
+"""All of them: those that a config can name, and those that take arguments no config has."""
 
 
 def make_feedback(
@@ -35,12 +35,12 @@ def make_feedback(
         compressor: of what ranks send.
         eta: ef21-sgdm (weight of the new gradient, default 0.1) and econtrol (strength, default the compressor's
             alpha).
-        second: of what owners send on in the two-phase transport; None takes ``compressor``.
-        weights: ef21-w: of each rank, rank 0 first; it cannot do without.
+        second: of what owners relay in the two-phase transport; None takes ``compressor``.
+        weights: ef21-w: one for each rank, rank 0 first; required.
         residual: ef14: ``full`` or ``int8``.
 
     Raises:
-        UnknownCompressor: no such method; names the nearest one that is.
+        UnknownCompressor: no such method; names the nearest one that exists.
         OutOfRange: a setting out of its range, of another method, or missing.
     """
     if name not in METHODS:
@@ -60,7 +60,7 @@ def make_feedback(
         return EControl(compressor, eta, second)
     if name == "ef21-w":
         if weights is None:
-            raise OutOfRange("feedback 'ef21-w' has no weights", "give one of each rank, or use ef21")
+            raise OutOfRange("feedback 'ef21-w' has no weights", "give one for each rank, or use ef21")
         return EF21W(compressor, weights, second)
     plain: dict[str, Callable[[Compressor, Compressor | None], Feedback]] = {
         "ef21": EF21,

@@ -4,13 +4,13 @@ The flat tensor x is cut into blocks of 256 entries. With s = max |x| / 126.5 of
 
     q = floor(x / s + u)    kept, one byte        x' = s q        read
 
-u is another for every place in a block and every round: u_t(j) = frac(j phi + t phi'), a Weyl sequence in t for each
-j, so that over rounds x' has the mean x to O(1 / rounds) without a random number generator, and entries far below s are
-not lost but kept whole now and then (plain rounding would drop the same small entry each time). |x' - x| < s, and what
-is 0 stays 0. Blocks whose largest entry is below 1e-36 read as 0.
+u differs for every place in a block and every round: u_t(j) = frac(j phi + t phi'), a Weyl sequence in t for each j. So
+over rounds the mean of x' is x to O(1 / rounds), without a random number generator, and entries far below s are not
+lost but kept whole now and then (plain rounding would drop the same small entry each time). |x' - x| < s, and 0 stays
+0. Blocks whose largest entry is below 1e-36 read as 0.
 
-A slot ``e`` lies in three tensors: ``e_int8`` (x's shape, int8), ``e_scale`` (blocks,) float32 or float64, and
-``e_round`` (1,) int64, how often it was written.
+A slot ``e`` is stored in three tensors: ``e_int8`` (x's shape, int8), ``e_scale`` (blocks,) float32, and ``e_round``
+(1,) int64, the number of times it was written.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PHI_ROUND = 0xB504F333
 
 
 def new_slot(slot: str, shape: Shape, device: torch.device) -> Slots:
-    """The three tensors of a slot that is zero and was never written."""
+    """The three tensors of a slot that is zero and was never written to."""
     return {
         f"{slot}_int8": torch.zeros(shape, dtype=torch.int8, device=device),
         f"{slot}_scale": torch.zeros(-(-numel_of(shape) // BLOCK), dtype=torch.float32, device=device),
@@ -40,7 +40,7 @@ def new_slot(slot: str, shape: Shape, device: torch.device) -> Slots:
 def pack_slot(slots: Slots, slot: str, x: Tensor) -> None:
     """Write ``x`` (contiguous, float32 or float64, of the slot's shape) into the slot's three tensors, in place.
 
-    ``x`` is changed: it becomes what is read back. A block that holds NaN or Inf reads as NaN.
+    ``x`` is overwritten with what is read back. A block that holds NaN or Inf reads as NaN.
     """
     q, scale, written = (slots[f"{slot}_{part}"] for part in PARTS)
     numel, blocks = x.numel(), scale.numel()
@@ -53,7 +53,7 @@ def pack_slot(slots: Slots, slot: str, x: Tensor) -> None:
         padded[:numel].copy_(x.view(-1))
         padded[numel:].zero_()
         rows = padded.view(blocks, BLOCK)
-    # 126.5 leaves room for rounding: with u no q leaves -127 .. 127.
+    # 126.5 leaves room for rounding: even with u, q stays within -127 .. 127.
     largest = torch.maximum(rows.amax(1), -rows.amin(1)).div_(126.5).to(scale.dtype)
     scale.copy_(torch.where(torch.isfinite(largest), largest.where(largest > 1e-38, 0.0), torch.nan))
     inverse = torch.where(scale > 0, 1 / scale, 0.0).to(x.dtype)

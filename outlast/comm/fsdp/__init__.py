@@ -1,13 +1,13 @@
 """FSDP2: gradients compressed on their way to their shards' owners, or between copies of the shards (HSDP).
 
-What FSDP2 hands over, once for each group of parameters that ``fully_shard`` made, in backward, in the same order on
-every rank: a flat buffer in the reduce type with one row for each rank of the shard group; row r holds rank r's slice
-of each parameter's gradient, one behind the other, each padded with zero rows to the size of the largest slice. So the
-buffer is the message of the two-phase transport's first phase, but for compression: slice by slice it is compressed
-with error feedback that belongs to the parameter's name, and padding is neither compressed nor sent.
+During backward, for each group of parameters that ``fully_shard`` made, in the same order on every rank, FSDP2 passes a
+flat buffer in the reduce type. It has one row for each rank of the shard group; row r holds rank r's slice of each
+parameter's gradient, one after another, each padded with zero rows to the size of the largest slice. So the buffer is
+the message of the two-phase transport's first phase before compression. It is compressed slice by slice, with error
+feedback under the parameter's name; padding is neither compressed nor sent.
 
-With a two-dimensional mesh the first dimension holds copies of the shards, most often on other nodes. The
-reduce-scatter then stays as it is, and the mean over the copies is what is compressed.
+With a two-dimensional mesh the first dimension holds copies of the shards, usually on other nodes. The reduce-scatter
+then stays as it is, and the mean over the copies is compressed.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from outlast.comm.config import CommConfig
 from outlast.comm.direction import Direction
 from outlast.comm.exchange.sharded import ShardItem
-from outlast.comm.exchange.sharded_session import ShardSession, cannot_reshard
+from outlast.comm.exchange.sharded_session import ShardSession
 from outlast.comm.exchange.stats import ReduceStats
-from outlast.comm.fsdp.groups import Group, copies_of, find_groups, shards_of, unknown_torch, with_gradient
+from outlast.comm.fsdp.groups import Group, copies_of, find_groups, sharded_param, unknown_torch, with_gradient
 from outlast.comm.reducer import Reducer
+from outlast.comm.state.sharded_state import cannot_reshard
 from outlast.comm.transport.communicator import CollectiveObserver
 from outlast.errors import CommError
 
@@ -57,7 +58,7 @@ class ShardedReducer(Reducer):
         self._ranks, self._rank = saved_by
 
     def begin_step(self, step: int) -> None:
-        """Say which step (1-based) the next backward belongs to; the warm-up goes by it.
+        """Say which step (1-based) the next backward belongs to; the warm-up depends on it.
 
         Optional: without it each synchronised backward is a step, counted from 1 or from the loaded state. Once it has
         been called it must be called before every step.
@@ -80,7 +81,7 @@ class ShardedReducer(Reducer):
         return self._session.end_step()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Error-feedback state for a checkpoint; to be called between steps.
+        """Error-feedback state for a checkpoint; call it between steps.
 
         Returns:
             As :meth:`Reducer.state_dict`, with nothing under ``replicated``. A rank's slots have the shape of the whole
@@ -101,7 +102,7 @@ class ShardedReducer(Reducer):
         self._session.load_state_dict(state)
 
     def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None:
-        """Load the state that as many ranks saved; sharded state is not redistributed over another number of them.
+        """Load the state that ``ranks`` ranks saved, if the world size is the same: sharded state is not redistributed.
 
         Args:
             read: given a rank of the run that saved, its state. Ranks are counted in the group that shards the model,
@@ -109,7 +110,7 @@ class ShardedReducer(Reducer):
             ranks: how many ranks saved.
 
         Raises:
-            CommStateMismatch: another number of ranks, or what :meth:`load_state_dict` says; nothing has been loaded
+            CommStateMismatch: another world size, or what :meth:`load_state_dict` says; nothing has been loaded
                 then.
             CommError: an exchange has failed.
         """
@@ -138,10 +139,10 @@ class ShardedReducer(Reducer):
         rows = buffer.detach().view(n, -1)
         items, start = [], 0
         for name, _ in with_gradient(group):
-            shards = self._session.shards[name]
-            sizes = [cut.stop - cut.start for cut in shards.cuts]
+            param = self._session.states.params[name]
+            sizes = [cut.stop - cut.start for cut in param.cuts]
             parts = [row[start : start + size] for row, size in zip(rows, sizes, strict=True)]
-            items.append(ShardItem(shards, parts, output[start : start + sizes[self._session.rank]], scale))
+            items.append(ShardItem(param, parts, output[start : start + sizes[self._session.rank]], scale))
             start += max(sizes)
         self._matches(group, start, rows.shape[1])
         output.zero_()  # the padding too
@@ -153,30 +154,30 @@ class ShardedReducer(Reducer):
         self._plain_mean(group, output.dtype)
         items, start = [], 0
         for name, padded in with_gradient(group):
-            shards = self._session.shards[name]
-            mine = output.detach()[start : start + shards.cuts[0].stop]
-            items.append(ShardItem(shards, [mine], mine))
+            param = self._session.states.params[name]
+            row = output.detach()[start : start + param.cuts[0].stop]
+            items.append(ShardItem(param, [row], row))
             start += padded
         self._matches(group, start, output.numel())
         self._session.exchange(group.label, items)
 
     def _plain_mean(self, group: Group, dtype: torch.dtype) -> None:
-        """A direction has no scale that FSDP2 could divide out before or multiply back after."""
+        """A direction has no scale that FSDP2 could divide out before the exchange or multiply back after it."""
         inner = group.inner
         if self.config.target == "update" and (
             dtype == torch.float64 or inner.gradient_divide_factor is not None or inner.force_sum_reduction_for_comms
         ):
             raise CommError(
-                f"comm.target = 'update', and FSDP2 scales the gradients of {group.label} itself",
+                f"comm.target = 'update', but FSDP2 scales the gradients of {group.label} itself",
                 "set target = 'gradient', or leave out set_gradient_divide_factor, set_force_sum_reduction_for_comms "
                 "and float64",
             )
 
-    def _matches(self, group: Group, expected: int, found: int) -> None:
-        if expected != found:
+    def _matches(self, group: Group, expected: int, actual: int) -> None:
+        if expected != actual:
             raise CommError(
-                f"FSDP2 hands over {found} entries a rank of {group.label}, its parameters have {expected}",
-                "do not freeze or thaw parameters after attach_fsdp(); call set_reduce_scatter_unused_params(True) "
+                f"FSDP2 passes {actual} entries a rank for {group.label}, but its parameters have {expected}",
+                "do not freeze or unfreeze parameters after attach(); call set_reduce_scatter_unused_params(True) "
                 "if it was switched off",
             )
 
@@ -199,16 +200,15 @@ def attach_fsdp(
         reducer = outlast.comm.attach(model, target="update", density=0.02)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=0.1)
 
-    Over a one-dimensional mesh what is compressed is the reduce-scatter (``FSDPModule.set_custom_reduce_scatter``):
-    each rank sends each owner its slice of every parameter, the owner adds the ranks' slices in rank order in fp32.
-    There is no second compression, so this is EF14, EF21, ... exactly as their papers have them; EF21's h lies with
-    the owner.
-    ``config.transport`` says nothing here: there is this one way.
+    Over a one-dimensional mesh the reduce-scatter is compressed (``FSDPModule.set_custom_reduce_scatter``): each rank
+    sends each owner its slice of every parameter, and the owner adds the ranks' slices in rank order in fp32. There is
+    no second compression, so this is EF14, EF21, ... exactly as in their papers; EF21's h is kept by the owner.
+    ``config.transport`` has no effect: there is only this way.
 
-    Over a two-dimensional mesh (HSDP), or with ``replicas``, the reduce-scatter stays FSDP2's own, and what is
-    compressed is the mean over the copies of each shard (``FSDPModule.set_all_reduce_hook``), by an all-gather. FSDP2
-    runs that hook *behind* its own all-reduce, so the model's groups are told that their mesh has the shard dimension
-    alone, until :meth:`ShardedReducer.close`.
+    Over a two-dimensional mesh (HSDP), or with ``replicas``, the reduce-scatter stays FSDP2's own, and the mean over
+    the copies of each shard is compressed (``FSDPModule.set_all_reduce_hook``), by an all-gather. FSDP2 runs that hook
+    *after* its own all-reduce. So until :meth:`ShardedReducer.close`, the model's groups see a mesh that has the shard
+    dimension alone.
 
     Parameters that get no gradient in a backward count as zero and get one (``set_reduce_scatter_unused_params``; where
     torch has none, as 2.11, a parameter without a gradient is an error), for what is handed over does not say whose it
@@ -220,16 +220,17 @@ def attach_fsdp(
     of its *whole* gradient, as it keeps the error feedback of it: three times the unsharded model in fp32.
 
     Args:
-        module: has been through ``fully_shard``, all of it that ever will; parameters' names are counted from here.
+        module: the outermost one, after the last call of ``fully_shard``; parameters are named from here.
         config: see :class:`CommConfig`; None takes its defaults.
-        replicas: of a model sharded over one dimension, the ranks that hold copies of this rank's shards, and must
-            agree in their weights; None where the mesh says it or there are none.
-        observer: told of every collective.
+        replicas: for a model sharded over one dimension, the ranks that hold copies of this rank's shards and must
+            agree in their weights; None if the mesh says it or there are none.
+        observer: notified of every collective.
         direction: of ``target = "update"``; None takes Adam with beta1 = 0, beta2 = 0.95, clip_rms = 1.
 
     Raises:
         CommError: no FSDP2 module; float16; tensor parallel parameters; several meshes; ``compressor = "auto"``;
-            ``ranks_per_node`` > 1; ``transport = "two-phase"`` between copies; a torch whose FSDP2 is built otherwise.
+            ``ranks_per_node`` > 1; ``transport = "two-phase"`` between copies; a torch whose FSDP2 is built
+            differently.
     """
     config = config or CommConfig()
     groups = find_groups(module)
@@ -260,13 +261,13 @@ def attach_fsdp(
     for group in groups:
         for param in group.inner.fsdp_params:
             name = group.names[id(param)]
-            session.shards[name] = shards_of(name, param, session, of_copy=copies is not None)
+            session.states.params[name] = sharded_param(name, param, session, of_copy=copies is not None)
         _install(reducer, group, copies)
     return reducer
 
 
 class _ReduceScatter:
-    """What ``set_custom_reduce_scatter`` takes."""
+    """The argument of ``set_custom_reduce_scatter``."""
 
     def __init__(self, run: Callable[[Tensor, Tensor, Any], None]) -> None:
         self._run = run
@@ -277,7 +278,7 @@ class _ReduceScatter:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> None:
-        """Done on return, asynchronous or not, so there is no work to wait for."""
+        """Done on return, whether asynchronous or not, so there is no work to wait for."""
         self._run(output_tensor, input_tensor, op)
 
 
@@ -304,7 +305,7 @@ def _install(reducer: ShardedReducer, group: Group, copies: dist.ProcessGroup | 
         sharded = FSDPMeshInfo(mesh=whole.mesh, shard_mesh_dim=whole.shard_mesh_dim)
         if hasattr(whole, "reduce_scatter_process_group"):
             sharded.reduce_scatter_process_group = whole.reduce_scatter_process_group
-        # FSDP2 compares the two: while they are one object, forward and backward use the same shards.
+        # FSDP2 compares the two: as long as they are one object, forward and backward use the same shards.
         together = inner.post_forward_mesh_info is whole
         inner.mesh_info = sharded
         if together:
@@ -319,7 +320,7 @@ def _restore_mesh(inner: Any, whole: Any, together: bool) -> None:
 
 
 def _divisor(op: Any, n: int, group: Group) -> float:
-    """By what the sum over ranks is divided."""
+    """The divisor of the sum over ranks."""
     if op == dist.ReduceOp.AVG:
         return float(n)
     if op == dist.ReduceOp.SUM:

@@ -1,7 +1,7 @@
-"""What FSDP2 has made of a model: its groups of parameters, and how their gradients lie in its buffers.
+"""FSDP2's parameter groups of a model, and how their gradients are laid out in its buffers.
 
-FSDP2 does not say publicly whose gradients are in the buffer that it hands to a custom reduce-scatter, so this reads
-attributes of its objects; where one is missing, that is an error that names it.
+FSDP2 has no public way to learn whose gradients are in the buffer of a custom reduce-scatter, so this reads private
+attributes of its objects; a missing one is an error that names it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import nn
 from outlast.comm.compressors import Shape
 from outlast.comm.compressors.base import numel_of, wire_dtype
 from outlast.comm.exchange.sharded_session import ShardSession
-from outlast.comm.state.shards import Cut, Shards
+from outlast.comm.slices import Cut
+from outlast.comm.state.shards import ShardedParam
 from outlast.errors import CommError
 
 
@@ -30,7 +31,7 @@ class Group:
     module: Any
     inner: Any
     names: dict[int, str]
-    """Of each of torch's FSDPParam, by id."""
+    """Of each of torch's FSDPParam objects, by id."""
     undo: list[Callable[[], None]]
 
 
@@ -51,7 +52,7 @@ def find_groups(module: nn.Module) -> list[Group]:
         if len(inners) > 1:
             raise CommError(
                 f"fully_shard of {path or 'the model'} made {len(inners)} groups over several meshes",
-                "shard parameters of different meshes by fully_shard calls of their own",
+                "call fully_shard once for the parameters of each mesh",
             )
         for inner in inners:
             if id(inner) not in groups and inner.fsdp_params:
@@ -59,7 +60,7 @@ def find_groups(module: nn.Module) -> list[Group]:
     if not groups:
         raise CommError(
             f"{type(module).__name__} has no parameters sharded by FSDP2",
-            "call torch.distributed.fsdp.fully_shard on it first; for other models use attach() or GradientReducer",
+            "call torch.distributed.fsdp.fully_shard on it first; for other models use outlast.comm.attach()",
         )
     shard_ranks = {tuple(dist.get_process_group_ranks(g.inner.mesh_info.shard_process_group)) for g in groups.values()}
     if len(shard_ranks) > 1:
@@ -81,13 +82,13 @@ def _group(label: str, module: Any, inner: Any, names: Mapping[int, str]) -> Gro
         if not hasattr(inner, attribute):
             raise unknown_torch(f"FSDPParamGroup has no {attribute}")
     if not hasattr(inner.mesh_info, "shard_process_group"):
-        raise CommError(f"{label} is replicated, not sharded", "use DistributedDataParallel and attach()")
-    found = {}
+        raise CommError(f"{label} is replicated, not sharded", "wrap the model in DistributedDataParallel")
+    by_id = {}
     for param in inner.fsdp_params:
         if param.is_dtensor:
             raise CommError(
                 f"a parameter of {label} was a DTensor before fully_shard (tensor parallel)",
-                "compress gradients of models that are sharded by FSDP2 alone",
+                "only models that are sharded by FSDP2 alone can be compressed",
             )
         policy = inner.mp_policy
         for dtype in (policy.param_dtype, policy.reduce_dtype, param.sharded_param.dtype):
@@ -100,10 +101,10 @@ def _group(label: str, module: Any, inner: Any, names: Mapping[int, str]) -> Gro
         if name is None:
             raise CommError(
                 f"a parameter of {label} is not among the model's named_parameters()",
-                "call attach_fsdp() on the outermost module, between steps",
+                "call attach() on the outermost module, between steps",
             )
-        found[id(param)] = name
-    return Group(label, module, inner, found, [])
+        by_id[id(param)] = name
+    return Group(label, module, inner, by_id, [])
 
 
 def copies_of(groups: Sequence[Group], replicas: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -113,34 +114,34 @@ def copies_of(groups: Sequence[Group], replicas: dist.ProcessGroup | None) -> di
     if len(ranks) > 1:
         raise CommError("parts of the model have copies on different ranks", "use one mesh")
     if native[0] is not None and replicas is not None:
-        raise CommError("both the mesh and replicas say who holds copies", "leave out replicas")
+        raise CommError("both the mesh and the argument replicas say who holds copies", "leave out replicas")
     return replicas if native[0] is None else native[0]
 
 
-def shards_of(name: str, param: Any, session: ShardSession, *, of_copy: bool) -> Shards:
-    """How a parameter's gradient lies in the buffer.
+def sharded_param(name: str, param: Any, session: ShardSession, *, of_copy: bool) -> ShardedParam:
+    """How a parameter's gradient is laid out in the buffer.
 
-    A gradient sharded along dimension d is cut there and its pieces put end to end: with d = 0 that is the gradient.
+    A gradient sharded along dimension d is cut there and its pieces joined end to end: with d = 0 that is the gradient.
     """
     local: Shape = tuple(param.sharded_size)
     orig: Shape = tuple(param._orig_size)
     dim, dtype = param.fsdp_placement.dim, param.sharded_param.dtype
-    compress = session.compresses(orig)
+    compress = session.states.compresses(orig)
     if of_copy:
-        shape, mine = local, 0
+        shape, own = local, 0
         cuts = [Cut(0, numel_of(local), local)]
     else:
-        n, mine = session.world_size, session.rank
+        n, own = session.world_size, session.rank
         shape = orig if dim == 0 else (n * local[0], *local[1:])
         length = -(-shape[0] // n)
         inner = numel_of(shape[1:])
         edges = [min(index * length, shape[0]) for index in range(n + 1)]
         cuts = [Cut(a * inner, b * inner, (b - a, *shape[1:])) for a, b in pairwise(edges)]
-    return Shards(name, shape, wire_dtype(dtype), param.sharded_param.device, compress, tuple(cuts), mine)
+    return ShardedParam(name, shape, wire_dtype(dtype), param.sharded_param.device, compress, tuple(cuts), own)
 
 
 def with_gradient(group: Group) -> list[tuple[str, int]]:
-    """(name, entries of a slice with its padding) of the parameters in a buffer, in its order."""
+    """(name, entries of a slice with its padding) of the parameters in a buffer, in the buffer's order."""
     return [
         (group.names[id(param)], numel_of(tuple(param.padded_sharded_param_size)))
         for param in group.inner.fsdp_params

@@ -1,7 +1,7 @@
 """The codec's passes over GPU memory, as Triton kernels: fewer passes than torch operations take, and the CPU's bits.
 
-Whoever holds a tensor asks :func:`handles` and takes its torch operations otherwise; they give the same result, except
-where CUDA's own operations round or order differently from the CPU's (each function says where).
+Callers ask :func:`handles`, and use torch operations for other tensors. Both give the same result, except where CUDA's
+own operations round or order differently from the CPU's (each function says where).
 
 ========================  ============================================  =====================================
 function                  in place of                                   memory it goes through, entries of 4 bytes
@@ -17,7 +17,7 @@ function                  in place of                                   memory i
 :func:`add_signs`         shift, convert, multiply, add                 2.03 numel
 ========================  ============================================  =====================================
 
-Indices are packed in torch operations: they are as many as the selected entries, one in a hundred of the tensor.
+Indices are packed in torch operations: there are only as many as selected entries, one in a hundred of the tensor.
 
 They are checked against the CPU codec, bit for bit, on an H100 (docs/gpu.md, which says how fast they are) and, where
 there is no GPU, in Triton's interpreter (``TRITON_INTERPRET=1``, on tensors in the host's memory); and in what they

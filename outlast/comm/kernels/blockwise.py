@@ -23,11 +23,11 @@ def quantise_blocks(x: Tensor, bits: int, block: int, body: Tensor) -> Tensor:
     """Quantise blocks in one pass: with M the largest |x| of a block and L = 2^(bits - 1) - 1, the unit is M / L, up to
     the next bfloat16, and an entry the nearest whole number of units, of two the even one.
 
-    The bytes are those of ``Blocks._write`` on the CPU. (Torch on CUDA divides by a number in multiplying with its
-    inverse, which is another bit in some units.)
+    The bytes are those of ``Blocks._write`` on the CPU. (Torch on CUDA divides by multiplying with the inverse, which
+    gives other bits in some units.)
 
-    x must lie in the range in which the codec works, max |x| = 0 or 2^-60 <= max |x| < 2^100; whether it does is known
-    only afterwards, by the result. Where it does not, the body's bytes mean nothing and shall be written anew.
+    x must be in the range in which the codec works, max |x| = 0 or 2^-60 <= max |x| < 2^100. Whether it is, only the
+    result tells. If it is not, the body's bytes are meaningless and must be written again.
 
     Args:
         x: (n,), contiguous, float32; n > 0.
@@ -96,5 +96,5 @@ def _parts(body: Tensor, numel: int, bits: int, block: int) -> tuple[Tensor, Ten
     at, rest = 2 * ceil_div(numel, block), numel % block
     need = at + ceil_div((numel - rest) * bits, 8) + ceil_div(rest * bits, 8)
     if body.dtype != torch.uint8 or not body.is_contiguous() or body.numel() < need:
-        raise CommError(f"kernels: a body of {body.numel()} x {body.dtype}, needed are {need} bytes")
+        raise CommError(f"kernels: a body of {body.numel()} x {body.dtype}, expected at least {need} bytes")
     return body[:at].view(torch.int16), body[at:]

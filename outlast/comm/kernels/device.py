@@ -20,7 +20,7 @@ def _magnitude(x):
 @triton.jit
 def sample(x, plus, out, stride, count, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """Magnitudes of ``count`` entries of x (of x + plus), one of each ``stride``, scattered by a fixed hash: equally
-    spaced ones would all stand in a few columns of a matrix."""
+    spaced ones would all be in a few columns of a matrix."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     place = i * stride + (((i * 1640531527) & 0x7FFFFFFF) >> 7) % stride

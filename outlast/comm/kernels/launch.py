@@ -14,13 +14,13 @@ from torch import Tensor
 from outlast.errors import CommError, MissingDependency
 
 MOST = 2**31 - 2**22
-"""Entries that a tensor may have: positions are 32-bit integers, and a last program goes up to 2^21 beyond the end."""
+"""Most entries of a tensor: positions are 32-bit integers, and the last program goes up to 2^21 beyond the end."""
 WIDEST_BLOCK = 8192
 """Most entries of a block that one program takes at once."""
 ROUNDED = {"enable_fp_fusion": False}
-"""Launch options of kernels that multiply and add: each of the two rounds, as on the CPU."""
+"""Launch options of kernels that multiply and add: each of the two operations rounds, as on the CPU."""
 ASSERTING = {**ROUNDED, "sanitize_overflow": False}
-"""Launch options of such kernels that assert besides: of the checks that come with assertions, none of integers."""
+"""Launch options of such kernels that also assert: without the integer checks that come with assertions."""
 
 
 @cache
@@ -50,7 +50,7 @@ def device_code() -> Any:
 
 
 def checked(name: str, *tensors: Tensor) -> None:
-    """Each is contiguous float32 of at most MOST entries.
+    """Check that each tensor is contiguous float32 of at most MOST entries.
 
     Raises:
         CommError: one is not.
@@ -59,12 +59,12 @@ def checked(name: str, *tensors: Tensor) -> None:
         if not _takes(x):
             raise CommError(
                 f"kernels.{name}: {x.numel()} entries of {x.dtype}, {'' if x.is_contiguous() else 'not '}contiguous",
-                f"give it contiguous float32 of at most {MOST} entries; other tensors go through torch operations",
+                f"pass contiguous float32 of at most {MOST} entries; use torch operations for other tensors",
             )
 
 
 def on(x: Tensor) -> AbstractContextManager[Any]:
-    """Kernels launched inside run on x's device, on its current stream."""
+    """A context in which kernels run on x's device, on its current stream."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 

@@ -21,7 +21,7 @@ PROGRAMS = 1024
 """Most programs of a histogram: each writes one of its own."""
 _SUMMANDS = (torch.float32, torch.bfloat16, torch.float16)
 _DIGITS = ((20, 11), (10, 10), (0, 10))
-"""(first bit, bits) of the digits of a magnitude, from the highest; the sign is no part of it."""
+"""(first bit, bits) of the digits of a magnitude, from the highest; without the sign."""
 
 
 class Selected(NamedTuple):
@@ -52,7 +52,7 @@ def select(x: Tensor, k: int, selection: str = "auto", *, plus: Tensor | None = 
     Args:
         x: (numel,), contiguous, float32.
         k: 0 < k <= numel.
-        selection: ``auto``, ``exact`` or ``sampled``; it decides about speed, never about the result.
+        selection: ``auto``, ``exact`` or ``sampled``; it affects speed, never the result.
         plus: (numel,), contiguous, float32, bfloat16 or float16: ``x += plus`` comes first.
         take: ``x -= values`` at the indices comes last: it leaves 0 there, and NaN for NaN and Inf.
 
@@ -117,7 +117,7 @@ def _sampled(x: Tensor, k: int, plus: Tensor | None, take: bool, count: int, ran
 
 
 def _exact(values: Tensor, places: Tensor | None, k: int, x: Tensor, take: bool) -> Selected:
-    """The k largest of ``values``, which stand at ``places`` of x (None: they are x)."""
+    """The k largest of ``values``, which are at ``places`` of x (None: they are x)."""
     code = device_code()
     numel, blocks = values.numel(), ceil_div(values.numel(), BLOCK)
     pieces = ceil_div(blocks, PROGRAMS)

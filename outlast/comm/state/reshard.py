@@ -1,23 +1,23 @@
 """Error-feedback state of n ranks on m ranks; and what rounding does to state that should be a mean.
 
-What a method holds of what was not sent (e: EF14, EControl) adds up in the estimate, and what it tracks (h_i, v) is
-averaged, so that both the sum and the mean of the estimates to come depend on the mean over ranks alone. It is kept,
-slot by slot, in float64 until it is stored::
+What was not sent yet (e: EF14, EControl) adds up in the estimate, and what is tracked (h_i, v) is averaged. So all
+estimates to come depend on the mean over ranks alone. That mean is preserved, slot by slot, in float64 until it is
+stored::
 
     residuals   e'_j = (m / n) * sum of e_i over i with i mod m = j             a joiner has 0
     trackers    m > n:  h'_j = h_j                                              a joiner has the mean of all h_i
                 m < n:  h'_j = h_j + mean of all h_i - mean of the first m      so that the mean stays
 
-so that sum_j e'_j / m = sum_i e_i / n and sum_j h'_j / m = sum_i h_i / n. With weights (EF21-W) it is w_i h_i that is
-summed. Where m = n, and every tensor is cut as before, nothing changes, to the bit. Replicated slots stay as they are.
+so that sum_j e'_j / m = sum_i e_i / n and sum_j h'_j / m = sum_i h_i / n. With weights (EF21-W) the w_i h_i are summed.
+If m = n, and every tensor is cut as before, nothing changes, to the bit. Replicated slots stay as they are.
 
-Slots of a slice's owner are cut anew from those of all owners, end to end: s and w are means already. A compressor's
-memory is taken from the rank (or slice) of the same number, or, where there was none, from rank 0 (or the last slice);
-it starts anew where its shape no longer fits. Adam's moments stay with their rank; a joiner has the mean over ranks.
-What is packed in 8 bits is rounded once more, which moves a mean by up to 1/126 of the largest entry of a block.
+The slots of slices' owners are joined end to end and cut for the new owners: s and w are means already. A compressor's
+memory comes from the rank (or slice) of the same number, or, if there was none, from rank 0 (or the last slice); it
+starts afresh if its shape no longer fits. Adam's moments stay with their rank; a joiner gets the mean over ranks. What
+is packed in 8 bits is rounded once more, which moves a mean by up to 1/126 of the largest entry of a block.
 
-With several ranks in a node, of which each exchanges its own slice with its likes in other nodes, n and m count nodes,
-the layouts are those of the slice, and old rank i is the likes' i-th; the number of ranks in a node must stay.
+With ``ranks_per_node`` > 1, n and m count the ranks of an inter-node group, the layouts are those of the slice that
+this group exchanges, and old rank i is the group's i-th; the number of ranks in a node must stay.
 """
 
 from __future__ import annotations
@@ -32,19 +32,9 @@ from outlast.comm.compressors import Shape, Slots
 from outlast.comm.compressors.base import numel_of
 from outlast.comm.feedback import Feedback
 from outlast.comm.feedback.layout import of_slice
-from outlast.comm.slices import cuts, slice_shape
+from outlast.comm.slices import Cut, cuts, slice_shape
+from outlast.comm.state.slots import MOMENT, OWNED
 from outlast.errors import CommStateMismatch
-
-OWNED = "owned_"
-MOMENT = "adam_"
-
-
-class Piece(NamedTuple):
-    """One slice: entries ``start`` to ``stop`` of the tensor in row-major order, seen as ``shape``."""
-
-    start: int
-    stop: int
-    shape: Shape
 
 
 class Layout(NamedTuple):
@@ -53,17 +43,17 @@ class Layout(NamedTuple):
     Attributes:
         shape: of the tensor.
         dtype: of its slots: float32 or float64.
-        pieces: the slice of each rank; one piece, the whole, where every rank decodes everything.
+        pieces: the slice of each rank; a single one, the whole, if every rank decodes everything.
     """
 
     shape: Shape
     dtype: torch.dtype
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Cut, ...]
 
 
 def in_one(shape: Shape, dtype: torch.dtype = torch.float32) -> Layout:
     """The layout of the all-gather transport."""
-    return Layout(tuple(shape), dtype, (Piece(0, numel_of(shape), tuple(shape)),))
+    return Layout(tuple(shape), dtype, (Cut(0, numel_of(shape), tuple(shape)),))
 
 
 def in_rows(shape: Shape, ranks: int, dtype: torch.dtype = torch.float32) -> Layout:
@@ -71,7 +61,7 @@ def in_rows(shape: Shape, ranks: int, dtype: torch.dtype = torch.float32) -> Lay
     rows = shape or (1,)
     row = numel_of(rows[1:])
     pieces = [
-        Piece(start * row, stop * row, slice_shape(shape, index, ranks))
+        Cut(start * row, stop * row, slice_shape(shape, index, ranks))
         for index, (start, stop) in enumerate(cuts(rows[0], ranks))
     ]
     return Layout(tuple(shape), dtype, tuple(pieces))
@@ -91,12 +81,11 @@ def reshard(
 
     Args:
         layouts: of each parameter that has slots: on the n ranks, and on the m ranks.
-        read: given an old rank, its slots by the parameter's name, as state dicts hold them: local slots as laid out in
-            :mod:`outlast.comm.feedback.layout`, those of its slice as ``owned_...``, moments as ``adam_...``. Called
-            once for each old rank that matters, one at a time, in order; what it returns is not kept or changed.
-            Residuals alone need the old ranks with i mod m = rank; trackers and joiners need all of them.
-        n: old number of ranks.
-        m: new number of ranks.
+        read: given an old rank, its slots by the parameter's name, as :mod:`outlast.comm.state.slots` names them.
+            Called once for each old rank that matters, in order; what it returns is neither kept nor changed. Residuals
+            alone need the old ranks with i mod m = rank; trackers and joiners need all of them.
+        n: the old world size.
+        m: the new world size.
         rank: which of the m ranks.
         feedback: the method as it ran on n ranks.
         new_feedback: as it will run on m ranks, if it is another instance (weights); of the same kind.
@@ -120,11 +109,11 @@ def reshard(
     for i in range(n):
         if not (everyone or i % m == rank or any(one.overlaps(i) for one in moved.values())):
             continue
-        held = read(i)
+        slots = read(i)
         for name, one in moved.items():
-            if name not in held:
+            if name not in slots:
                 raise CommStateMismatch(f"error-feedback state of {name!r} is missing on rank {i} of {n}", _FIX)
-            one.take(i, held[name])
+            one.take(i, slots[name])
     return {name: one.slots((replicated or {}).get(name)) for name, one in moved.items()}
 
 
@@ -132,7 +121,7 @@ _FIX = "continue from a checkpoint with the state of all ranks, or start a new r
 
 
 class _Moved:
-    """One parameter on its way."""
+    """One parameter's slots, collected from the old ranks."""
 
     def __init__(
         self,
@@ -151,9 +140,9 @@ class _Moved:
         self.same = n == m and before == after and feedback is new_feedback
         self.changes_transport = (len(before.pieces) == 1) != (len(after.pieces) == 1)
         self.kept: Slots = {}
-        """Slots of the rank's predecessor, as they were."""
+        """Slots of the rank's predecessor, unchanged."""
         self.residuals: Slots = {}
-        self.mine: Slots = {}
+        self.own: Slots = {}
         self.all: Slots = {}
         """Sums over all old ranks."""
         self.survivors: Slots = {}
@@ -170,7 +159,7 @@ class _Moved:
         return old.start < new.stop and new.start < old.stop
 
     def take(self, i: int, slots: Slots) -> None:
-        """Take the slots of old rank ``i`` into account."""
+        """Add the slots of old rank ``i``."""
         predecessor = self.rank if self.rank < self.n else 0
         if i == predecessor:
             self.kept = {slot: tensor.clone() for slot, tensor in slots.items()}
@@ -187,7 +176,7 @@ class _Moved:
             if i < self.m:
                 _add(self.survivors, slot, weighted)
             if i == self.rank:
-                self.mine[slot] = weighted
+                self.own[slot] = weighted
         for slot, tensor in slots.items():
             if slot.startswith(MOMENT):
                 _add(self.moments, slot, tensor)
@@ -211,7 +200,7 @@ class _Moved:
         for index, piece in enumerate(pieces):
             unit = {}
             for slot in method.own_slots:
-                tensor = self._found(slots, slot).reshape(-1)
+                tensor = self._require(slots, slot).reshape(-1)
                 if tensor.numel() != numel_of(self.before.shape):
                     raise CommStateMismatch(
                         f"error-feedback state {slot!r} of {self.name!r} has {tensor.numel()} entries, "
@@ -220,11 +209,11 @@ class _Moved:
                     )
                 unit[slot] = tensor[piece.start : piece.stop].view(piece.shape)
             for slot in method.apart_slots:
-                unit[slot] = self._found(slots, slot if len(pieces) == 1 else of_slice(slot, index))
+                unit[slot] = self._require(slots, slot if len(pieces) == 1 else of_slice(slot, index))
             parts.append(method.unpack(unit, piece.shape, self.before.dtype))
         return {slot: torch.cat([part[slot].reshape(-1) for part in parts]) for slot in parts[0]}
 
-    def _found(self, slots: Slots, slot: str) -> Tensor:
+    def _require(self, slots: Slots, slot: str) -> Tensor:
         if slot not in slots:
             raise CommStateMismatch(f"error-feedback state of {self.name!r} has no {slot!r}", _FIX)
         return slots[slot]
@@ -235,22 +224,24 @@ class _Moved:
             total = torch.zeros(numel_of(self.after.shape), dtype=torch.float64, device=self._device())
         total = total * (self.m / self.n)
         if self.changes_transport and "s" in self.owned:
-            total = total + self.owned["s"]  # what owners held back of the mean: as much on every rank
+            total = total + self.owned["s"]  # what owners held back of the mean, in full on every rank
         return total
 
     def _tracker(self, slot: str, replicated: Slots | None) -> Tensor:
         mean = self.all[slot] / self.n
-        held = min(self.n, self.m)
-        wanted = mean
+        staying = min(self.n, self.m)
+        target = mean
         if slot == "h_i" and self.changes_transport and len(self.after.pieces) == 1:
             if replicated is None or "h" not in replicated:
-                raise CommStateMismatch(f"{self.name!r}: h is needed to leave the two-phase transport", _FIX)
-            wanted = replicated["h"].reshape(-1).to(torch.float64)
-        if slot not in self.mine:
-            return wanted
-        if held < self.n or wanted is not mean:
-            return self.mine[slot] + wanted - self.survivors[slot] / held
-        return self.mine[slot]
+                raise CommStateMismatch(
+                    f"{self.name!r}: leaving the two-phase transport needs the replicated slot h", _FIX
+                )
+            target = replicated["h"].reshape(-1).to(torch.float64)
+        if slot not in self.own:
+            return target
+        if staying < self.n or target is not mean:
+            return self.own[slot] + target - self.survivors[slot] / staying
+        return self.own[slot]
 
     def _laid_out(self, method: Feedback, own: Slots) -> Slots:
         """From the method's whole slots, flat, those of a rank's state, with the compressor's memory."""
@@ -267,13 +258,13 @@ class _Moved:
                 result[slot if len(pieces) == 1 else of_slice(slot, index)] = unit[slot]
         return result
 
-    def _memory(self, method: Feedback, index: int, piece: Piece) -> Slots:
+    def _memory(self, method: Feedback, index: int, piece: Cut) -> Slots:
         memory = method.compressor.new_memory(piece.shape, self.after.dtype, self._device())
         old = len(self.before.pieces)
         for slot, fresh in memory.items():
-            held = self.kept.get(slot if old == 1 else of_slice(slot, min(index, old - 1)))
-            if held is not None and held.shape == fresh.shape:
-                memory[slot] = held.clone()
+            kept = self.kept.get(slot if old == 1 else of_slice(slot, min(index, old - 1)))
+            if kept is not None and kept.shape == fresh.shape:
+                memory[slot] = kept.clone()
         return memory
 
     def _take_owned(self, i: int, slot: str, tensor: Tensor) -> None:
@@ -305,8 +296,8 @@ class _Moved:
             memory = self.new_feedback.second.new_memory(piece.shape, self.after.dtype, self._device())
             source = self.owner_memory.get(self.rank) or self.owner_memory.get(min(self.owner_memory, default=0), {})
             for slot, fresh in memory.items():
-                held = source.get(slot)
-                result[OWNED + slot] = held if held is not None and held.shape == fresh.shape else fresh
+                kept = source.get(slot)
+                result[OWNED + slot] = kept if kept is not None and kept.shape == fresh.shape else fresh
         return result
 
     def _moments(self) -> Slots:
@@ -329,7 +320,7 @@ def _add(sums: Slots, slot: str, tensor: Tensor) -> None:
 
 
 def drift(aggregate: Tensor, exact: Tensor) -> float:
-    """How far an aggregate has come from what it should be: ||aggregate - exact|| / ||exact||; Inf where only the
+    """How far an aggregate has drifted from what it should be: ||aggregate - exact|| / ||exact||; Inf if only the
     latter is 0."""
     off = float(torch.linalg.vector_norm(aggregate - exact))
     size = float(torch.linalg.vector_norm(exact))
@@ -339,34 +330,34 @@ def drift(aggregate: Tensor, exact: Tensor) -> float:
 
 
 def tracked(feedback: Feedback, local: Slots) -> Tensor | None:
-    """What a rank has told the others of its gradient: (n w_i) h_i, whose mean over ranks h should be (or, in the
+    """What the other ranks know of a rank's gradient: (n w_i) h_i. Its mean over ranks should be h (or, in the
     two-phase transport, w, whose slices the owners have). None for methods that track nothing. With weights,
     ``feedback`` must be bound to the rank (``Feedback.of_rank``)."""
     return local["h_i"] * feedback.share if "h_i" in local else None
 
 
 def resync(aggregates: Mapping[str, Tensor], exact: Tensor) -> float:
-    """Put the exact mean in the place of the running one.
+    """Replace the running mean by the exact one.
 
-    h is summed up from messages, as are the h_i, in another order, so that they drift apart by rounding, and nothing in
-    the method ever brings them together. In float32 it is a random walk, with Top-5 % of Gaussian gradients 4e-7 after
-    1000 steps, growing with the root of their number: now and then, or after a restart, is often enough.
+    h and the h_i are sums of the same messages in different orders. So they drift apart by rounding, and nothing in the
+    method brings them together again. In float32 this is a random walk: 4e-7 after 1000 steps with Top-5 % of Gaussian
+    gradients, growing with the root of the number of steps. Now and then, or after a restart, is often enough.
 
     Args:
         aggregates: the replicated slots of a tensor in the all-gather transport, or the owned slots of a slice in the
-            two-phase transport (where h follows w, and is left alone).
-        exact: the mean over ranks of :func:`tracked` (of the slice), from one dense mean: the same bits on every rank,
-            and of the slots' type.
+            two-phase transport (where h follows w and is not changed).
+        exact: the mean over ranks of :func:`tracked` (of the slice), from one dense mean: with the same bits on every
+            rank, and of the slots' type.
 
     Returns:
-        The drift that there was; 0 for methods that track nothing.
+        The drift before; 0 for methods that track nothing.
     """
     aggregate = aggregates.get("w", aggregates.get("h"))
     if aggregate is None:
         return 0.0
-    found = drift(aggregate, exact)
+    before = drift(aggregate, exact)
     aggregate.copy_(exact)
-    return found
+    return before
 
 
 def reshard_all(

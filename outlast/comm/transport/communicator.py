@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class CollectiveObserver(Protocol):
-    """Hears of every collective of this package, in the communicator's thread, in the same order on every rank."""
+    """Notified of every collective of this package, in the communicator's thread, in the same order on every rank."""
 
     def enter(self, op: str, nbytes: int, label: str) -> int:
         """A collective is about to be issued; ``nbytes`` is what this rank contributes. Returns a token."""
@@ -63,18 +63,18 @@ class Communicator:
     same order. Every rank must submit the same jobs in the same order; they run one after the other. The two
     collectives are methods to call inside a submitted job, and block until done. They do not retain their arguments.
 
-    Failure: when a peer has died, gloo raises within moments; when it is silent, after ``timeout_s``. Either way the
-    job ends in a :class:`CommError` that names the collective and the limit, and all jobs behind it end in the same
-    error: the order of collectives is lost, and the communicator must be closed.
+    Failure: gloo raises within moments if a peer has died, and after ``timeout_s`` if it is silent. Either way the job
+    ends in a :class:`CommError` that names the collective and the limit, and all jobs behind it end in the same error:
+    the order of collectives is lost, and the communicator must be closed.
 
     Args:
         group: the ranks that take part; None for all.
-        ranks: those of them that take part, ascending; None for all of the group.
+        ranks: which of them take part, ascending; None for all of the group.
         timeout_s: limit of each collective, in seconds.
-        observer: told of every collective.
+        observer: notified of every collective.
         stream: a context in which every job runs (a CUDA stream).
-        beside: a communicator whose thread issues this one's collectives too, so that those of both have one order on
-            every rank that is in both; close that one first.
+        beside: another communicator, whose thread issues this one's collectives too, so that both together have one
+            order on every rank that is in both; close the other one first.
 
     Raises:
         CommError: no default process group.
@@ -100,9 +100,9 @@ class Communicator:
             ranks = dist.get_process_group_ranks(group)
         if ranks is not None and len(ranks) == dist.get_world_size():
             ranks = None
-        # Local synchronisation: only the members of a part of the ranks have to call this. Torch names such a group
-        # by its ranks and the number of groups there are; were it destroyed, the next one would get its name, and with
-        # it its addresses in the store, where nobody listens any more. So a part's group stays until the end.
+        # With local synchronisation only the members of a subgroup have to call this. Torch names such a group by its
+        # ranks and the number of existing groups. If it were destroyed, the next one would get its name, and with it
+        # its addresses in the store, where nobody listens any more. So a subgroup stays until the end.
         self._disposable = ranks is None
         self._group: dist.ProcessGroup | None = dist.new_group(
             None if ranks is None else list(ranks),
@@ -111,7 +111,8 @@ class Communicator:
             use_local_synchronization=ranks is not None,
         )
         if dist.get_backend(self._group) == "gloo":
-            # Gloo connects every pair of ranks in turn: one that is done, and closes at once, breaks those still at it.
+            # Gloo connects the pairs of ranks one after another: a rank that is done and closes at once breaks the
+            # others.
             dist.barrier(self._group)
         self.rank = dist.get_rank(self._group)
         self.world_size = dist.get_world_size(self._group)
@@ -134,7 +135,7 @@ class Communicator:
         return self._group
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
-        """Queue a job; it runs in the communicator's thread, with gradients off, after all that were queued before.
+        """Queue a job; it runs in the communicator's thread, without autograd, after all that were queued before.
 
         Raises:
             CommError: after :meth:`close`.
@@ -147,11 +148,11 @@ class Communicator:
         return self._worker.submit(run)
 
     def all_gather(self, payload: Tensor, label: str, out: Tensor | None = None) -> Tensor:
-        """All ranks' payloads, in rank order. To be called inside a job.
+        """All ranks' payloads, in rank order. Call it inside a job.
 
         Args:
             payload: (nbytes,) uint8, of the same size on every rank; may be reused on return.
-            label: what it is, for the observer and for errors.
+            label: names the payload, for the observer and for errors.
             out: (world_size, nbytes) uint8, contiguous; None allocates it.
 
         Raises:
@@ -174,12 +175,12 @@ class Communicator:
         return out
 
     def all_to_all(self, payload: Tensor, sizes: Sequence[int], label: str, out: Tensor | None = None) -> Tensor:
-        """A piece of the payload to every rank. To be called inside a job.
+        """Send a piece of the payload to each rank. Call it inside a job.
 
         Args:
             payload: (sum of sizes,) uint8: rank 0's piece, rank 1's, …; may be reused on return.
             sizes: bytes of each rank's piece, the same list on every rank.
-            label: what it is, for the observer and for errors.
+            label: names the payload, for the observer and for errors.
             out: (world_size, sizes[rank]) uint8, contiguous; None allocates it.
 
         Returns:
@@ -188,31 +189,31 @@ class Communicator:
         Raises:
             CommError: a peer died or the limit passed.
         """
-        n, mine = self.world_size, sizes[self.rank]
+        n, own = self.world_size, sizes[self.rank]
         if out is None:
-            out = payload.new_empty((n, mine))
+            out = payload.new_empty((n, own))
         if n == 1:
             return out.copy_(payload.view(1, -1))
         received = out.view(-1)
         self._issue(
             "all_to_all",
             payload.numel(),
-            payload.numel() - mine,
+            payload.numel() - own,
             label,
             payload.device,
-            lambda: dist.all_to_all_single(received, payload, [mine] * n, list(sizes), group=self.group, async_op=True),
+            lambda: dist.all_to_all_single(received, payload, [own] * n, list(sizes), group=self.group, async_op=True),
         )
         return out
 
     def mean(self, x: Tensor, label: str) -> Tensor:
-        """The mean over ranks of ``x``, summed in rank order. To be called inside a job.
+        """The mean over ranks of ``x``, summed in rank order. Call it inside a job.
 
-        Each rank sums one n-th of the tensor (all-to-all) and hands it to all (all-gather): the bytes of a ring
-        all-reduce, with an order of summation that depends on nothing but the ranks.
+        Each rank sums one n-th of the tensor (all-to-all) and sends it to all (all-gather). That is as many bytes as a
+        ring all-reduce, in an order of summation that depends on nothing but the ranks.
 
         Args:
             x: (numel,), contiguous, float32 or float64, of the same size on every rank; may be reused on return.
-            label: what it is, for the observer and for errors.
+            label: names the payload, for the observer and for errors.
 
         Returns:
             A new tensor (numel,).
@@ -237,7 +238,7 @@ class Communicator:
             x.device,
             lambda: dist.all_to_all_single(parts, padded, group=self.group, async_op=True),
         )
-        mine = mean_in_rank_order(parts.view(n, share))
+        own = mean_in_rank_order(parts.view(n, share))
         rows = list(padded.view(n, share).unbind())
         self._issue(
             "all_gather",
@@ -245,7 +246,7 @@ class Communicator:
             (n - 1) * nbytes,
             label,
             x.device,
-            lambda: dist.all_gather(rows, mine, group=self.group, async_op=True),
+            lambda: dist.all_gather(rows, own, group=self.group, async_op=True),
         )
         return padded[:numel]
 
@@ -257,7 +258,7 @@ class Communicator:
     def close(self) -> None:
         """Let queued jobs finish, then drop the process group. Not a collective call; closing twice is harmless.
 
-        The process group of a part of the ranks is kept until ``dist.destroy_process_group()``.
+        A process group of only some ranks stays until ``dist.destroy_process_group()``.
 
         Raises:
             CommError: a collective did not end within the limit; its thread is left behind.
@@ -291,7 +292,7 @@ class Communicator:
             raise CommError(
                 f"{op} of {label} failed on rank {self.rank} of {self.world_size} after {elapsed_s:.1f} s "
                 f"(limit comm.timeout_s = {self.timeout_s:g}): {error}",
-                "a peer died or does not answer: its own log tells why; raise comm.timeout_s if it is only slow",
+                "a peer died or does not answer: look at its log; raise comm.timeout_s if it is only slow",
             ) from error
         self.totals.collective_s += time.perf_counter() - started
         self.totals.collectives += 1
@@ -307,7 +308,7 @@ def settle(device: torch.device) -> None:
 
 
 def mean_in_rank_order(rows: Tensor) -> Tensor:
-    """(n, numel) to (numel,): row 0 + row 1 + ..., then divided by n, in exactly that order, in a new tensor."""
+    """(n, numel) to a new (numel,): row 0 + row 1 + ..., in exactly that order, then divided by n."""
     total = rows[0].clone()
     for row in rows[1:]:
         total.add_(row)
@@ -315,7 +316,7 @@ def mean_in_rank_order(rows: Tensor) -> Tensor:
 
 
 def slowest(communicator: Communicator, seconds: float, device: torch.device) -> float:
-    """The largest of all ranks' figures; a collective call."""
-    mine = torch.tensor([seconds], dtype=torch.float64).view(torch.uint8).to(device)
-    job = communicator.submit(lambda: communicator.all_gather(mine, "figures").cpu())
+    """The largest of all ranks' ``seconds``; a collective call."""
+    own = torch.tensor([seconds], dtype=torch.float64).view(torch.uint8).to(device)
+    job = communicator.submit(lambda: communicator.all_gather(own, "figures").cpu())
     return float(job.result().view(torch.float64).max())

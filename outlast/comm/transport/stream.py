@@ -14,7 +14,7 @@ import torch
 
 
 class DeviceStream:
-    """One device's lane; used by all threads of one reducer."""
+    """A side stream on one device; used by all threads of one reducer."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -30,7 +30,7 @@ class DeviceStream:
 
     @contextmanager
     def work(self, after: torch.cuda.Event | None = None) -> Iterator[None]:
-        """The context for work in the lane, behind ``after``."""
+        """A context for work in the stream, behind ``after``."""
         if self._stream is None:
             yield
             return
@@ -45,7 +45,7 @@ class DeviceStream:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def future(self) -> torch.futures.Future[torch.Tensor]:
-        """A future that carries the lane's stream order to whoever waits for it."""
+        """A future whose waiters are ordered behind the stream."""
         if self._stream is None:
             return torch.futures.Future()
         return torch.futures.Future(devices=[self.device])

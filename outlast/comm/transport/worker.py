@@ -16,24 +16,22 @@ T = TypeVar("T")
 class OrderedWorker:
     """Runs jobs one at a time, first in, first out, in a daemon thread of its own.
 
-    After a job has raised, the jobs behind it do not run: their futures get the same error. So a broken order of
-    collectives is never carried on.
+    After a job has raised, the jobs behind it do not run; their futures get the same error. So no collective is issued
+    after the order is broken.
 
     Args:
         name: of the thread.
-        setup: run in the thread before the first job.
     """
 
-    def __init__(self, name: str, setup: Callable[[], None] | None = None) -> None:
+    def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Callable[[BaseException], None]] | None]
         self._jobs = queue.SimpleQueue()
-        self._setup = setup
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
-        """Queue ``job``; its result or error comes in the future.
+        """Queue ``job``; the future gets its result or error.
 
         Raises:
             CommError: the worker was closed.
@@ -45,7 +43,7 @@ class OrderedWorker:
         return future
 
     def close(self, timeout_s: float) -> bool:
-        """Let the queued jobs finish and end the thread; whether it ended within ``timeout_s`` seconds."""
+        """Let the queued jobs finish, and end the thread; returns whether it ended within ``timeout_s`` seconds."""
         if not self._closed:
             self._closed = True
             self._jobs.put(None)
@@ -54,8 +52,6 @@ class OrderedWorker:
 
     def _run(self) -> None:
         failure: BaseException | None = None
-        if self._setup is not None:
-            self._setup()
         while (item := self._jobs.get()) is not None:
             run, fail = item
             if failure is None:
@@ -65,4 +61,4 @@ class OrderedWorker:
                     failure = error
             if failure is not None:
                 fail(failure)
-            del item, run, fail  # holds no job's tensors while it waits for the next
+            del item, run, fail  # keeps no job's tensors alive while it waits for the next

@@ -1,1 +1,1 @@
-"""Is this machine fit to train?"""
+"""Checks whether this machine can run outlast."""

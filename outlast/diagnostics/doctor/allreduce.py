@@ -1,4 +1,4 @@
-"""A live all-reduce between two real processes of this machine, as proof that gloo and the recorder work here."""
+"""An all-reduce between two processes on this machine, which shows that gloo and the recorder work."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from outlast.diagnostics.doctor.allreduce_probe import ELEMENTS
 from outlast.diagnostics.live.shm import clear, ring_path, shm_directory
 from outlast.errors import DiagnosticsError
 
-FIX = "look at the message; a firewall on 127.0.0.1, a full /dev/shm or a broken torch are the usual causes"
+FIX = "read the message; the usual causes are a firewall on 127.0.0.1, a full /dev/shm or a broken torch"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllReduced:
-    """What it took; of the two ranks the slower."""
+    """How long it took, on the slower of the two ranks."""
 
     nbytes: int
     connect_s: float
     all_reduce_s: float
     whole_s: float
-    """Starting both processes, importing torch and ending them included."""
+    """Includes starting both processes, importing torch, and ending them."""
 
 
 def all_reduce(timeout_s: float) -> AllReduced:
-    """Sum 1 MiB of ones over two processes by gloo on the loopback interface. Neither outlives the call.
+    """Sum 1 MiB of ones over two gloo processes on the loopback interface. Neither outlives the call.
 
     Raises:
-        DiagnosticsError: they could not be started, failed, gave a wrong sum or took longer than ``timeout_s``.
+        DiagnosticsError: they could not be started, failed, returned a wrong sum, or took longer than ``timeout_s``.
     """
     command = [sys.executable, "-m", "outlast.diagnostics.doctor.allreduce_probe"]
     environ = {**os.environ, "GLOO_SOCKET_IFNAME": _loopback(), "OMP_NUM_THREADS": "1"}
@@ -57,35 +57,35 @@ def all_reduce(timeout_s: float) -> AllReduced:
             )
             ranks.append(stack.enter_context(process))
             stack.callback(process.kill)  # runs before the process is waited for
-        found = [json.loads(line) for line in _outputs(ranks, start_s + timeout_s, timeout_s)]
-    if any(one["sum"] != 2.0 * ELEMENTS or not one["recorded"] for one in found):
-        raise DiagnosticsError(f"the two ranks gave wrong results: {found}", FIX)
+        results = [json.loads(line) for line in _outputs(ranks, start_s + timeout_s, timeout_s)]
+    if any(one["sum"] != 2.0 * ELEMENTS or not one["recorded"] for one in results):
+        raise DiagnosticsError(f"the two ranks returned wrong results: {results}", FIX)
     return AllReduced(
         nbytes=4 * ELEMENTS,
-        connect_s=max(one["connect_s"] for one in found),
-        all_reduce_s=max(one["all_reduce_s"] for one in found),
+        connect_s=max(one["connect_s"] for one in results),
+        all_reduce_s=max(one["all_reduce_s"] for one in results),
         whole_s=time.perf_counter() - start_s,
     )
 
 
 def _outputs(ranks: Sequence[subprocess.Popen[str]], deadline_s: float, timeout_s: float) -> list[str]:
-    """The last line each rank printed."""
+    """The last line that each rank printed."""
     lines = []
     for rank, process in enumerate(ranks):
         try:
             out, err = process.communicate(timeout=max(0.1, deadline_s - time.perf_counter()))
         except subprocess.TimeoutExpired as error:
-            raise DiagnosticsError(f"no result of the two ranks within {timeout_s:g} s", FIX) from error
+            raise DiagnosticsError(f"no result from the two ranks within {timeout_s:g} s", FIX) from error
         if process.returncode != 0:
             last = (err.strip().splitlines() or ["no message"])[-1]
-            raise DiagnosticsError(f"rank {rank} ended with status {process.returncode}: {last}", FIX)
+            raise DiagnosticsError(f"rank {rank} exited with status {process.returncode}: {last}", FIX)
         lines.append(out.strip().splitlines()[-1])
     return lines
 
 
 @contextlib.contextmanager
 def _shared_memory() -> Iterator[Path]:
-    """Shared memory of a directory that is ours alone, so that two doctors do not meet."""
+    """Shared memory of a temporary directory, so that concurrent checks do not interfere."""
     with tempfile.TemporaryDirectory(prefix="outlast-doctor-") as own:
         shm = shm_directory(own)
         try:

@@ -1,4 +1,4 @@
-"""``python -m outlast.diagnostics.doctor.allreduce_probe RANK PORT RING``: one of two ranks of doctor's all-reduce.
+"""``python -m outlast.diagnostics.doctor.allreduce_probe RANK PORT RING``: one rank of the doctor's all-reduce.
 
 Prints one JSON object: ``sum``, ``connect_s``, ``all_reduce_s``, ``recorded``.
 """
@@ -18,7 +18,7 @@ TIMEOUT_S = 45.0
 
 
 def main(rank: int, port: int, ring: Path) -> None:
-    """Connect to the other rank over 127.0.0.1 by gloo, sum a MiB of ones, and read the own recorder back."""
+    """Connect to the other rank over 127.0.0.1 with gloo, sum 1 MiB of ones, and read this rank's recorder back."""
     import torch
     import torch.distributed as dist
 
@@ -34,7 +34,7 @@ def main(rank: int, port: int, ring: Path) -> None:
         dist.all_reduce(ones)
         recorder.complete(token)
         reduced_s = time.perf_counter()
-        found = {
+        result = {
             "sum": float(ones.sum()),
             "connect_s": connected_s - start_s,
             "all_reduce_s": reduced_s - connected_s,
@@ -43,7 +43,7 @@ def main(rank: int, port: int, ring: Path) -> None:
         dist.destroy_process_group()
     finally:
         recorder.close()
-    print(json.dumps(found), flush=True)
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

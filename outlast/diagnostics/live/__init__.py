@@ -1,4 +1,4 @@
-"""What every process leaves in shared memory, its collectives and its heartbeat; and who holds the others up."""
+"""What every rank keeps in shared memory, its collectives and its heartbeat, and which rank blocks the others."""
 
 from outlast.diagnostics.live.heartbeat import PHASES, Beat, Heartbeat, Phase, read_heartbeat
 from outlast.diagnostics.live.recorder import Collective, Recorder, Ring, read_ring

@@ -1,9 +1,9 @@
-"""A rank's sign of life in shared memory: what it does now, since when, and how long its steps usually take.
+"""A rank's heartbeat in shared memory: its current phase and step, since when, and how long its steps usually take.
 
 A file of three 64-byte lines: a header (magic, version, rank, pid) and two beats that are written in turn, each
-``opened phase step t_ns median_ns closed`` in native 64-bit words, with guards as
-:mod:`outlast.diagnostics.live.recorder` has them. A writer that is killed in the middle of a beat leaves the one before
-whole.
+``opened phase step t_ns median_ns closed`` in native 64-bit words. ``opened`` and ``closed`` are guards as in
+:mod:`outlast.diagnostics.live.recorder`. A writer that is killed in the middle of a beat leaves the previous one
+intact.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ _TRY_PAUSE_S = 0.0002
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """The newest sign of life of a rank."""
+    """The newest beat of a rank."""
 
     rank: int
     pid: int
     phase: str
     step: int
     t_s: float
-    """When it was given, CLOCK_MONOTONIC seconds."""
+    """CLOCK_MONOTONIC seconds."""
     median_step_s: float
-    """Median duration of the last 32 steps; 0.0 until 3 are known."""
+    """Median duration of the last 32 steps; 0.0 until there are 3."""
 
 
 class Heartbeat:
-    """Tells the launcher that this rank makes progress. The first beat (``setup``, step 0) is given at once.
+    """Shows the launcher that this rank makes progress. The constructor writes the first beat (``setup``, step 0).
 
-    A step lasts from the first beat of one step in phase ``step`` to the first beat of the next step in that phase;
-    it does not count if an evaluation or set-up came between. The time that a checkpoint takes counts.
+    A step lasts from its first beat in phase ``step`` to the next step's first beat in that phase. A step that includes
+    evaluation or set-up does not count towards the median; time spent on checkpoints does.
 
     Args:
-        path: where it lies, :func:`outlast.diagnostics.live.shm.heartbeat_path`; a file that is there is replaced.
+        path: as :func:`outlast.diagnostics.live.shm.heartbeat_path` returns it; an existing file is replaced.
         rank: written into the header.
 
     Raises:
-        DiagnosticsError: the file cannot be made.
+        DiagnosticsError: the file cannot be created.
     """
 
     def __init__(self, path: Path, *, rank: int) -> None:
@@ -78,13 +78,13 @@ class Heartbeat:
         publish(self.path)
 
     def beat(self, phase: str, step: int) -> None:
-        """This rank has just come to ``phase`` of ``step``, or is making progress in it.
+        """Report that this rank has entered ``phase`` of ``step``, or makes progress in it.
 
         Raises:
             DiagnosticsError: an unknown phase, or the heartbeat is closed.
         """
         if phase not in PHASES:
-            raise DiagnosticsError(f"no phase {phase!r}", f"known are: {', '.join(PHASES)}")
+            raise DiagnosticsError(f"no phase {phase!r}", f"phases are: {', '.join(PHASES)}")
         with self._lock:
             if self._closed:
                 raise DiagnosticsError(f"{self.path}: beat after the heartbeat was closed")
@@ -138,10 +138,10 @@ class Heartbeat:
 
 
 def read_heartbeat(path: Path) -> Beat:
-    """The newest whole beat at ``path``, whether its process runs, is stopped or is dead.
+    """The newest complete beat at ``path``, whether its process is running, stopped or dead.
 
     Raises:
-        DiagnosticsError: there is no heartbeat there, or it was written by another version.
+        DiagnosticsError: there is no heartbeat, or another version wrote it.
     """
     path = Path(path)
     mapped = map_for_reading(path, magic=MAGIC, version=VERSION, least_bytes=FILE_BYTES, what="heartbeat")
@@ -156,11 +156,11 @@ def read_heartbeat(path: Path) -> Beat:
                     return Beat(words[2], words[3], PHASES[phase], step, t_ns / 1e9, median_ns / 1e9)
     finally:
         mapped.close()
-    raise DiagnosticsError(f"heartbeat {path} holds no whole beat", "its file is damaged; remove it")
+    raise DiagnosticsError(f"heartbeat {path} has no complete beat", "the file is damaged; remove it")
 
 
 def _read_slot(words: memoryview, at: int) -> tuple[int, int, int, int, int] | None:
-    """Count, phase, step, t_ns, median_ns of a whole beat."""
+    """Count, phase, step, t_ns, median_ns of a beat; None if it is incomplete."""
     closed = words[at + 5]
     body = (words[at], words[at + 1], words[at + 2], words[at + 3], words[at + 4])
     whole = closed == body[0] == words[at] == words[at + 5] and closed > 0 and 0 <= body[1] < len(PHASES)

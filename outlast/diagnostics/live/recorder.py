@@ -1,17 +1,17 @@
-"""A ring of the newest collectives in shared memory, readable while its writer runs and after it was killed.
+"""A ring buffer of the newest collectives in shared memory, readable while its writer runs and after it was killed.
 
 A file of ``HEADER_BYTES`` followed by ``capacity`` records of ``RECORD_BYTES``; all numbers are native 64-bit words::
 
     header   magic  version  capacity  rank  pid  entered          (entered: collectives entered so far)
     record   opened  seq  nbytes  step  entered_ns  completed_ns  op[24 bytes]  label[48 bytes]  closed
 
-Collective ``seq`` (counted from 0) lies in record ``seq % capacity``. The writer sets ``closed`` to 0, then ``opened``
+Collective ``seq`` (counted from 0) is in record ``seq % capacity``. The writer sets ``closed`` to 0, then ``opened``
 to ``seq + 1``, then the body, then ``closed`` to ``seq + 1``; each guard is one aligned 8-byte store. A record is
-whole if both guards agree before and after its body was read; otherwise it is torn: its writer was stopped or killed
-while writing it. The completion time is one word of its own, so that completing needs no guard.
+complete if both guards agree before and after its body is read; otherwise it is torn: its writer was stopped or killed
+while writing it. The completion time is a single word, so it needs no guard.
 
-The order of the stores is what another process sees where stores become visible in program order (x86-64); elsewhere
-the lock that ends every call orders them, and only a read at the very moment of a write could miss a tear.
+On x86-64 other processes see stores in program order. On other architectures the lock released at the end of every call
+orders them, and only a read at the very moment of a write can miss a torn record.
 """
 
 from __future__ import annotations
@@ -45,28 +45,28 @@ class Collective:
     """One collective of one rank. Times are CLOCK_MONOTONIC seconds of its machine."""
 
     seq: int
-    """How many collectives this rank had entered before; ranks that run the same program count alike."""
+    """How many collectives this rank entered before; the same on all ranks that run the same program."""
     op: str
     label: str
     nbytes: int
     step: int
     entered_s: float
     completed_s: float | None
-    """None while it is under way."""
+    """None while it is in progress."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """What :func:`read_ring` found: the newest collectives of a rank, oldest first."""
+    """The newest collectives of a rank, oldest first, as :func:`read_ring` returns them."""
 
     rank: int
     pid: int
     capacity: int
     entered: int
-    """Collectives entered since the recorder was made, the overwritten ones included."""
+    """Collectives entered since the recorder was created, including overwritten ones."""
     records: tuple[Collective, ...]
     torn: tuple[int, ...]
-    """Sequence numbers of records that were being written when the writer stopped; their contents are not given."""
+    """Sequence numbers of records that are incomplete because the writer stopped while writing them."""
 
     @property
     def pending(self) -> tuple[Collective, ...]:
@@ -75,23 +75,23 @@ class Ring:
 
 
 class Recorder:
-    """Writes enter and complete of every collective of this rank into a ring in shared memory.
+    """Records when this rank enters and completes each collective, in a ring buffer in shared memory.
 
-    It satisfies :class:`outlast.comm.CollectiveObserver`. A file that is there already is replaced, not reused. Any
-    number of threads may use one recorder; a process forked from its owner must not.
+    It implements :class:`outlast.comm.CollectiveObserver`. An existing file is replaced, not reused. A recorder is
+    thread-safe; a process forked from its owner must not use it.
 
     Args:
-        path: where the ring lies, :func:`outlast.diagnostics.live.shm.ring_path`.
+        path: as :func:`outlast.diagnostics.live.shm.ring_path` returns it.
         rank: written into the header.
         capacity: collectives kept; the oldest are overwritten.
 
     Raises:
-        DiagnosticsError: the file cannot be made, or the shared memory is full.
+        DiagnosticsError: the file cannot be created, or shared memory is full.
     """
 
     def __init__(self, path: Path, *, rank: int, capacity: int = 4096) -> None:
         if capacity < 1:
-            raise DiagnosticsError(f"a ring of capacity {capacity} cannot be made", "give at least 1")
+            raise DiagnosticsError(f"a recorder ring cannot have a capacity of {capacity}", "it must be at least 1")
         self.path = Path(path)
         self.capacity = capacity
         self.step = 0
@@ -108,9 +108,9 @@ class Recorder:
         publish(self.path)
 
     def enter(self, op: str, nbytes: int, label: str) -> int:
-        """A collective is about to be issued; returns the token for :meth:`complete`.
+        """Record that a collective is about to be issued; returns the token for :meth:`complete`.
 
-        ``op`` is cut to 24 and ``label`` to 48 bytes of UTF-8.
+        ``op`` is truncated to 24 and ``label`` to 48 bytes of UTF-8.
 
         Raises:
             DiagnosticsError: the recorder is closed.
@@ -137,9 +137,9 @@ class Recorder:
         return seq
 
     def complete(self, token: int) -> None:
-        """The collective of ``token`` has completed on this rank.
+        """Record that the collective of ``token`` has completed on this rank.
 
-        Completing one that the ring has overwritten since, or a second time, changes nothing.
+        Has no effect if the record was overwritten, or the collective was already completed.
 
         Raises:
             DiagnosticsError: the recorder is closed.
@@ -178,13 +178,15 @@ def _cut(text: str, size_bytes: int) -> bytes:
 
 
 def read_ring(path: Path) -> Ring:
-    """The newest collectives of the rank whose ring lies at ``path``, whether its process runs, is stopped or is dead.
+    """The newest collectives in the ring at ``path``, whether its process is running, stopped or dead.
 
     Raises:
-        DiagnosticsError: there is no ring there, or it was written by another version.
+        DiagnosticsError: there is no recorder ring, or another version wrote it.
     """
     path = Path(path)
-    mapped = map_for_reading(path, magic=MAGIC, version=VERSION, least_bytes=HEADER_BYTES + RECORD_BYTES, what="ring")
+    mapped = map_for_reading(
+        path, magic=MAGIC, version=VERSION, least_bytes=HEADER_BYTES + RECORD_BYTES, what="recorder ring"
+    )
     try:
         return _read(mapped, path)
     finally:
@@ -194,21 +196,23 @@ def read_ring(path: Path) -> Ring:
 def _read(mapped: mmap.mmap, path: Path) -> Ring:
     with memoryview(mapped) as raw:
         if len(raw) % WORD_BYTES:
-            raise DiagnosticsError(f"{path} is no ring: {len(raw)} bytes")
+            raise DiagnosticsError(f"{path} is not a recorder ring: it has {len(raw)} bytes")
         with raw.cast("q") as words:
             capacity, rank, pid, entered = words[2], words[3], words[4], words[5]
             if capacity < 1 or len(raw) != HEADER_BYTES + capacity * RECORD_BYTES:
-                raise DiagnosticsError(f"{path} is no ring: {len(raw)} bytes for a capacity of {capacity}")
-            found: list[Collective] = []
+                raise DiagnosticsError(
+                    f"{path} is not a recorder ring: it has {len(raw)} bytes for a capacity of {capacity}"
+                )
+            records: list[Collective] = []
             torn: list[int] = []
-            for slot in range(min(capacity, entered + 1)):  # one more: it may be torn before it was counted
+            for slot in range(min(capacity, entered + 1)):  # one more: a record may be torn before it is counted
                 record = _read_record(words, raw, slot)
                 if isinstance(record, Collective):
-                    found.append(record)
+                    records.append(record)
                 elif record is not None:
                     torn.append(record)
-    found.sort(key=lambda record: record.seq)
-    return Ring(rank, pid, capacity, entered, tuple(found), tuple(sorted(torn)))
+    records.sort(key=lambda record: record.seq)
+    return Ring(rank, pid, capacity, entered, tuple(records), tuple(sorted(torn)))
 
 
 def _read_record(words: memoryview, raw: memoryview, slot: int) -> Collective | int | None:
@@ -216,7 +220,7 @@ def _read_record(words: memoryview, raw: memoryview, slot: int) -> Collective | 
     at = _HEADER_WORDS + slot * _WORDS
     for attempt in range(_READ_TRIES):
         if attempt:
-            time.sleep(_TRY_PAUSE_S)  # a live writer is done by then
+            time.sleep(_TRY_PAUSE_S)  # a live writer has finished by then
         closed = words[at + _CLOSED]
         start = at * WORD_BYTES
         body = bytes(raw[start : start + RECORD_BYTES])

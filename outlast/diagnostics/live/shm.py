@@ -1,7 +1,7 @@
-"""Where a run's shared memory lies, and how a file in it is mapped.
+"""Where a run's shared memory is, and how a file in it is mapped.
 
-Shared memory is a folder of plain files on ``/dev/shm``: the launcher finds the files of its ranks by name, a process
-that is stopped or killed leaves them readable, and they cost no disk traffic. Times in them are ``CLOCK_MONOTONIC``,
+Shared memory is a folder of plain files on ``/dev/shm``: the launcher finds its ranks' files by name, they stay
+readable when a process is stopped or killed, and they cause no disk traffic. Times in them are ``CLOCK_MONOTONIC``,
 which all processes of one machine share.
 """
 
@@ -24,21 +24,21 @@ def shm_directory(run_dir: Path | str) -> Path:
     """The folder of shared memory that belongs to ``run_dir``: ``/dev/shm/outlast-<uid>-<hash of the path>``.
 
     It is created with mode 0700 if it does not exist. The name can be guessed and ``/dev/shm`` is open to everyone, so
-    an existing one is used only if it is a real directory, ours, and closed to others.
+    an existing folder is used only if it is a real directory, owned by this user, and closed to others.
 
     Raises:
-        DiagnosticsError: there is no ``/dev/shm``, or the folder is a link, someone else's, or open to others.
+        DiagnosticsError: there is no ``/dev/shm``, or the folder is a link, another user's, or open to others.
     """
     resolved = str(Path(run_dir).resolve())
     folder = SHM_ROOT / f"outlast-{os.getuid()}-{hashlib.sha256(resolved.encode()).hexdigest()[:16]}"
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
-        pass  # judged below, as one that was just made is
+        pass  # checked below
     except OSError as error:
         raise DiagnosticsError(
-            f"shared memory folder {folder} cannot be made: {error.strerror}",
-            f"{SHM_ROOT} must be a writable tmpfs; in a container mount one (docker: --shm-size=1g)",
+            f"shared memory folder {folder} cannot be created: {error.strerror}",
+            f"make sure {SHM_ROOT} is a writable tmpfs; in a container, mount one (docker: --shm-size=1g)",
         ) from error
     _refuse_foreign(folder)
     return folder
@@ -46,7 +46,7 @@ def shm_directory(run_dir: Path | str) -> Path:
 
 def _refuse_foreign(folder: Path) -> None:
     info = folder.lstat()
-    fix = f"look at it (ls -ld {folder}); if it is a leftover, remove it"
+    fix = f"inspect it with ls -ld {folder}, and remove it if it is a leftover"
     if not stat.S_ISDIR(info.st_mode):
         kind = "a symbolic link" if stat.S_ISLNK(info.st_mode) else "not a directory"
         raise DiagnosticsError(f"shared memory folder {folder} is {kind}, refused", fix)
@@ -72,12 +72,10 @@ def heartbeat_path(shm_dir: Path, rank: int) -> Path:
 
 
 def clear(shm_dir: Path) -> None:
-    """Remove all rings and heartbeats and the folder itself; one that does not exist is fine.
-
-    Files of other names are left alone, and the folder with them.
+    """Remove all rings and heartbeats, and the folder unless it has other files. The folder need not exist.
 
     Raises:
-        DiagnosticsError: the folder is a link, someone else's, or open to others.
+        DiagnosticsError: the folder is a link, another user's, or open to others.
     """
     if not os.path.lexists(shm_dir):
         return
@@ -90,14 +88,13 @@ def clear(shm_dir: Path) -> None:
 
 
 def create_mapped(path: Path, size_bytes: int) -> mmap.mmap:
-    """A new zeroed file of ``size_bytes``, mapped for writing; :func:`publish` then names it ``path``.
+    """A new zeroed file of ``size_bytes``, mapped for writing; :func:`publish` then renames it to ``path``.
 
-    The file is new even if one exists: readers that have the old one mapped keep it, and no reader ever sees a header
-    that is being written. The memory is reserved now, since a full tmpfs would otherwise kill the process with SIGBUS
-    on a later write.
+    The file is new even if one exists: readers that have mapped the old one keep it, and no reader sees an incomplete
+    header. The memory is reserved at once, because on a full tmpfs a later write would kill the process with SIGBUS.
 
     Raises:
-        DiagnosticsError: it cannot be made, or the shared memory is full.
+        DiagnosticsError: it cannot be created, or shared memory is full.
     """
     temporary = _temporary(path)
     try:
@@ -110,13 +107,13 @@ def create_mapped(path: Path, size_bytes: int) -> mmap.mmap:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise DiagnosticsError(
-            f"{size_bytes} bytes of shared memory at {path} cannot be had: {error.strerror}",
-            f"free some space on {path.parent}, or lower diagnostics.ring_capacity",
+            f"cannot allocate {size_bytes} bytes of shared memory at {path}: {error.strerror}",
+            f"free space on {path.parent}, or lower diagnostics.ring_capacity",
         ) from error
 
 
 def publish(path: Path) -> None:
-    """Give the file made by :func:`create_mapped` its name; from here on readers find it."""
+    """Rename the file of :func:`create_mapped` to ``path``, where readers find it."""
     os.replace(_temporary(path), path)
 
 
@@ -128,7 +125,7 @@ def map_for_reading(path: Path, *, magic: int, version: int, least_bytes: int, w
     """Map an existing file whose first two words are ``magic`` and ``version``.
 
     Raises:
-        DiagnosticsError: it does not exist, cannot be read, is too short, or is not a ``what`` of this version.
+        DiagnosticsError: it does not exist, cannot be read, is too short, or is not ``what`` of this version.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -140,11 +137,11 @@ def map_for_reading(path: Path, *, magic: int, version: int, least_bytes: int, w
     except OSError as error:
         raise DiagnosticsError(f"{what} {path} cannot be read: {error.strerror}") from error
     if mapped is None:
-        raise DiagnosticsError(f"{path} is no {what}: {size_bytes} bytes, at least {least_bytes} expected")
-    found = struct.unpack("=QQ", mapped[: 2 * WORD_BYTES])
-    if found != (magic, version):
+        raise DiagnosticsError(f"{path} is not a {what}: it has {size_bytes} bytes, expected at least {least_bytes}")
+    header = struct.unpack("=QQ", mapped[: 2 * WORD_BYTES])
+    if header != (magic, version):
         mapped.close()
-        if found[0] == magic:
-            raise DiagnosticsError(f"{path}: {what} of version {found[1]}, this outlast reads {version}")
-        raise DiagnosticsError(f"{path} is no {what}: it begins with {found[0]:#018x}, not {magic:#018x}")
+        if header[0] == magic:
+            raise DiagnosticsError(f"{path}: {what} of version {header[1]}; this version of outlast reads {version}")
+        raise DiagnosticsError(f"{path} is not a {what}: it starts with {header[0]:#018x}, not {magic:#018x}")
     return mapped

@@ -1,8 +1,8 @@
-"""Which of this node's ranks make no progress, and which of them holds the others up.
+"""Which of this node's ranks make no progress, and which of them blocks the others.
 
-Everything here but :func:`observe` is a pure function of what was observed. A collective waits for its last rank, so
-one rank that hangs silences all of them; the culprit is told from its victims by its process state and by where its
-collectives stand: it never entered the one its peers wait in.
+Everything here but :func:`observe` is a pure function of observations. A collective waits for its last rank, so one
+hung rank silences all of them. Two things distinguish the culprit from its victims: its process state, and its
+collectives, since it never entered the one in which its peers wait.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from outlast.diagnostics.live.shm import heartbeat_path, ring_path
 ProcessState = Literal["running", "stopped", "dead"]
 
 SLOW_PHASES = ("setup", "checkpoint", "finish")
-"""Phases whose duration has nothing to do with a step's."""
+"""Phases whose duration is unrelated to that of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StallRules:
-    """When silence is too long. The launcher fills it from its own settings."""
+    """How long a rank may be silent. The launcher fills it from its own settings."""
 
     floor_s: float
     """The limit is never lower than this."""
     factor: float
-    """The limit of a running step, in medians of the last steps' durations."""
+    """The limit of a step, in median step durations."""
     startup_limit_s: float
-    """The limit in set-up, checkpoint and finish, and as long as no median is known."""
+    """The limit in set-up, checkpoint and finish, and until a median is known."""
     patience: float = 3.0
-    """Where the evidence does not tell the culprit from its victims, wait this many limits before naming anyone."""
+    """If the evidence does not distinguish the culprit from its victims, wait this many limits before naming anyone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """One local rank, as seen at one moment."""
+    """The state of one local rank at one moment."""
 
     rank: int
     pid: int
@@ -63,7 +63,7 @@ class Observation:
         return self.ring.pending if self.ring is not None else ()
 
     def silent_s(self, now_s: float) -> float:
-        """Seconds since its last sign of progress."""
+        """Seconds since its last beat."""
         return now_s - (self.beat.t_s if self.beat is not None else self.started_s)
 
     def limit_s(self, rules: StallRules) -> float:
@@ -75,7 +75,7 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True)
 class Culprit:
-    """A rank that holds the others up."""
+    """A rank that blocks the others."""
 
     rank: int
     pid: int
@@ -84,29 +84,29 @@ class Culprit:
     limit_s: float
     evidence: str
     weak: bool
-    """True where it may as well be a victim of a rank on another node, or of the network."""
+    """True if it may just as well be a victim of the network or of a rank on another node."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StallVerdict:
-    """What :func:`judge` found; both empty while all is well, and culprits empty while it is not clear yet."""
+    """The result of :func:`judge`: both are empty while all is well; culprits are empty while it is unclear."""
 
     silent: tuple[int, ...] = ()
-    """Ranks beyond their limits."""
+    """Ranks that have been silent beyond their limits."""
     culprits: tuple[Culprit, ...] = ()
 
 
 def observe(shm_dir: Path, *, rank: int, pid: int, started_s: float) -> Observation:
-    """Look at one rank now. What an earlier process of the same rank left in shared memory is not taken for its own.
+    """Observe one rank now. What an earlier process of the same rank left in shared memory is ignored.
 
     Args:
-        shm_dir: :func:`outlast.diagnostics.live.shm.shm_directory` of the run.
-        rank: which.
+        shm_dir: the run's :func:`outlast.diagnostics.live.shm.shm_directory`.
+        rank: the rank.
         pid: the process that the launcher started for it.
-        started_s: when that was, CLOCK_MONOTONIC seconds.
+        started_s: when it did, CLOCK_MONOTONIC seconds.
 
     Raises:
-        DiagnosticsError: a heartbeat or ring is there but damaged, or of another version.
+        DiagnosticsError: a heartbeat or ring is damaged, or another version wrote it.
     """
     beat_file, ring_file = heartbeat_path(shm_dir, rank), ring_path(shm_dir, rank)
     beat = read_heartbeat(beat_file) if beat_file.exists() else None
@@ -122,7 +122,7 @@ def observe(shm_dir: Path, *, rank: int, pid: int, started_s: float) -> Observat
 
 
 def process_state(pid: int) -> ProcessState:
-    """Whether the process runs (or sleeps), is stopped by a signal or a tracer, or is dead (a zombie included)."""
+    """Whether the process is running (or sleeping), stopped by a signal or a tracer, or dead (or a zombie)."""
     try:
         status = psutil.Process(pid).status()
     except psutil.NoSuchProcess:
@@ -133,22 +133,22 @@ def process_state(pid: int) -> ProcessState:
 
 
 def judge(ranks: Sequence[Observation], rules: StallRules, now_s: float) -> StallVerdict:
-    """Who is stalled, and whose fault it is, as far as this node can tell.
+    """Which ranks are stalled and which caused it, as far as this node can tell.
 
-    Nobody is named before some rank is silent beyond its limit. Then, in this order:
+    No rank is named until one is silent beyond its limit. Then the culprits are the first of these:
 
     1. ranks whose process is stopped or dead;
-    2. silent ranks outside any collective, while others wait inside one, or while every rank of the node is silent
-       (then the one furthest behind);
-    3. nobody, while the silent ranks wait for a local rank that is outside any collective and within its own limit (it
-       writes a checkpoint, say);
-    4. after ``patience`` limits, the silent ranks furthest behind by (step, collectives entered), on weak evidence: all
-       wait for each other, so the network or a rank on another node may be at fault.
+    2. silent ranks outside any collective, if other ranks wait inside one, or if every rank of the node is silent (then
+       only the ranks furthest behind);
+    3. no rank, while the silent ranks wait for a local rank that is outside any collective and within its own limit,
+       for example because it writes a checkpoint;
+    4. after ``patience`` limits, the silent ranks furthest behind by (step, collectives entered). The evidence is weak:
+       all of them wait, so the network or a rank on another node may be at fault.
 
     Args:
         ranks: all ranks of this node.
-        rules: when silence is too long.
-        now_s: CLOCK_MONOTONIC seconds at which they were observed.
+        rules: how long a rank may be silent.
+        now_s: when they were observed, CLOCK_MONOTONIC seconds.
     """
     silent = [one for one in ranks if one.silent_s(now_s) > one.limit_s(rules)]
     if not silent:
@@ -193,8 +193,8 @@ def _furthest_behind(ranks: Sequence[Observation]) -> list[Observation]:
 
 
 def _evidence(culprit: Observation, ranks: Sequence[Observation], now_s: float, *, weak: bool) -> str:
-    parts = [_state_words(culprit, now_s), _collective_words(culprit, now_s)]
-    peers = _waiting_words([one for one in ranks if one.rank != culprit.rank], now_s)
+    parts = [_describe_state(culprit, now_s), _describe_collective(culprit, now_s)]
+    peers = _describe_waiting_peers([one for one in ranks if one.rank != culprit.rank], now_s)
     text = ", ".join(part for part in parts if part)
     if peers:
         text += f"; {peers}"
@@ -203,7 +203,7 @@ def _evidence(culprit: Observation, ranks: Sequence[Observation], now_s: float, 
     return text
 
 
-def _state_words(one: Observation, now_s: float) -> str:
+def _describe_state(one: Observation, now_s: float) -> str:
     if one.state == "stopped":
         return "stopped (state T)"
     if one.state == "dead":
@@ -213,27 +213,27 @@ def _state_words(one: Observation, now_s: float) -> str:
     return f"running, silent for {one.silent_s(now_s):.1f} s in phase {one.beat.phase} of step {one.step}"
 
 
-def _collective_words(one: Observation, now_s: float) -> str:
+def _describe_collective(one: Observation, now_s: float) -> str:
     if one.ring is None:
         return "no recorder"
     if one.pending:
         oldest = one.pending[0]
         return f"inside {oldest.op} #{oldest.seq} of step {oldest.step} for {now_s - oldest.entered_s:.1f} s"
     if not one.ring.records:
-        return "has entered no collective" if one.entered == 0 else f"its collective #{one.entered - 1} is torn"
+        return "has not entered a collective" if one.entered == 0 else f"its collective #{one.entered - 1} is torn"
     last = one.ring.records[-1]
     return f"last entered {last.op} #{last.seq} in step {last.step}, completed"
 
 
-def _waiting_words(peers: Sequence[Observation], now_s: float) -> str:
+def _describe_waiting_peers(peers: Sequence[Observation], now_s: float) -> str:
     """``3 peers have been waiting 9.1 s in all_gather #1235``, grouped by where they wait."""
     groups: dict[tuple[str, int], list[float]] = {}
     for one in peers:
         if one.pending:
             oldest = one.pending[0]
             groups.setdefault((oldest.op, oldest.seq), []).append(now_s - oldest.entered_s)
-    words = []
+    parts = []
     for (op, seq), waits in sorted(groups.items(), key=lambda item: item[0][1]):
         noun = "1 peer has" if len(waits) == 1 else f"{len(waits)} peers have"
-        words.append(f"{noun} been waiting {max(waits):.1f} s in {op} #{seq}")
-    return " and ".join(words)
+        parts.append(f"{noun} been waiting {max(waits):.1f} s in {op} #{seq}")
+    return " and ".join(parts)

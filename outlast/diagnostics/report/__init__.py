@@ -1,4 +1,4 @@
-"""The run told from its events: terminal, HTML, JSON."""
+"""A run's report, computed from its events: on the terminal, as HTML, as JSON."""
 
 from outlast.diagnostics.report.build import build_report
 from outlast.diagnostics.report.html import render_html

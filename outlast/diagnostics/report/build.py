@@ -1,4 +1,4 @@
-"""Computes the report of a run from its events alone, so that it can be computed again at any time."""
+"""Computes the report of a run from its events alone, so it can be recomputed at any time."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ Begun = dict[tuple[int, int, int], Record]
 
 
 def build_report(run_dir: Path | str, config: DiagnosticsConfig | None = None) -> Report:
-    """The report of the run at ``run_dir``.
+    """Compute the report of the run at ``run_dir``.
 
     Args:
         run_dir: the run's directory.
-        config: when a rank is called a straggler; None takes section ``[diagnostics]`` of the run's newest
-            ``config.toml``, and the defaults where it has none.
+        config: when a rank counts as a straggler; None takes section ``[diagnostics]`` of the run's newest
+            ``config.toml``, or the defaults.
 
     Raises:
-        DiagnosticsError: there is no such directory or no events in it, or an event of an unknown schema.
+        DiagnosticsError: the directory does not exist or has no events, or an event has an unknown schema version.
     """
     run_dir = Path(run_dir)
     loaded = load(run_dir)
@@ -93,12 +93,12 @@ def _settings(run_dir: Path) -> DiagnosticsConfig:
 def _first_t(loaded: Loaded) -> float:
     times = [record.t for _, record in loaded.others[:1]] + [span[0] for span in loaded.spans.values()]
     if not times:
-        raise DiagnosticsError("the event files hold no readable event; " + "; ".join(loaded.missing))
+        raise DiagnosticsError("the event files contain no readable event; " + "; ".join(loaded.missing))
     return min(times)
 
 
 def _starts(loaded: Loaded, hosts: Hosts, begun: Begun, began_t: float) -> tuple[Start, ...]:
-    found = []
+    starts = []
     pairs = {(attempt, record.generation) for attempt, record in loaded.others if attempt}
     if len(loaded.rows):
         pairs |= {(int(attempt), int(generation)) for attempt, generation in np.unique(loaded.rows[:, :2], axis=0)}
@@ -108,17 +108,17 @@ def _starts(loaded: Loaded, hosts: Hosts, begun: Begun, began_t: float) -> tuple
         rows = loaded.rows[(loaded.rows[:, 0] == attempt) & (loaded.rows[:, 1] == generation)]
         times = [r.t for a, r in loaded.others if (a, r.generation) == (attempt, generation)]
         times += [float(rows[:, 4].min()), float(rows[:, 4].max())] if len(rows) else []
-        mine = {rank: host for (a, g, rank), host in hosts.items() if (a, g) == (attempt, generation)}
+        ranks_hosts = {rank: host for (a, g, rank), host in hosts.items() if (a, g) == (attempt, generation)}
         worlds = [int(r.fields.get("world_size", 0)) for w, r in begun.items() if w[:2] == (attempt, generation)]
-        # a later launch starts again at generation 0: of its launches, the newest before the first event
+        # a later launch starts at generation 0 again, so take the newest start before the first event
         launches = [r.t for r in launched if r.generation == generation and after_t < r.t <= min(times)]
         after_t = max(times)
-        found.append(
+        starts.append(
             Start(
                 attempt=attempt,
                 generation=generation,
                 world_size=max(worlds, default=len(np.unique(rows[:, 2]))),
-                hosts=tuple(mine[rank] for rank in sorted(mine)),
+                hosts=tuple(ranks_hosts[rank] for rank in sorted(ranks_hosts)),
                 launched_s=max(launches, default=min(times)) - began_t,
                 began_s=min(times) - began_t,
                 training_s=float(rows[:, 4].min()) - began_t if len(rows) else None,
@@ -127,7 +127,7 @@ def _starts(loaded: Loaded, hosts: Hosts, begun: Begun, began_t: float) -> tuple
                 last_step=int(rows[:, 3].max()) if len(rows) else None,
             )
         )
-    return tuple(found)
+    return tuple(starts)
 
 
 def _facts(loaded: Loaded, steps: Steps, starts: tuple[Start, ...], begun: Begun, began_t: float) -> Facts:
@@ -161,7 +161,7 @@ def _facts(loaded: Loaded, steps: Steps, starts: tuple[Start, ...], begun: Begun
 
 
 def _wall_s(loaded: Loaded, starts: tuple[Start, ...], began_t: float) -> float:
-    """First to last event, without the time between a start and the next one that no launcher made."""
+    """From the first to the last event, without the pauses before starts by hand."""
     ends = [span[1] for span in loaded.spans.values()] + [record.t for _, record in loaded.others[-1:]]
     paused = 0.0
     for before, after in itertools.pairwise(starts):
@@ -171,7 +171,7 @@ def _wall_s(loaded: Loaded, starts: tuple[Start, ...], began_t: float) -> float:
 
 
 def _mean(steps: Steps, name: str) -> Floats:
-    """[steps]: the mean over the ranks that took the step; NaN where the value of one of them is."""
+    """[steps]: the mean over the ranks that took the step; NaN if the value of one of them is NaN."""
     if not steps.steps:
         return np.empty(0)
     present: npt.NDArray[np.bool_] = np.isfinite(steps.values["t"])
@@ -186,7 +186,7 @@ def _series(values: Floats) -> Series:
 
 def _loss(loaded: Loaded, steps: Steps) -> LossCurve:
     held_out: dict[int, float] = {}
-    for _, record in loaded.others:  # oldest first: a later evaluation of the same step replaces the one before
+    for _, record in loaded.others:  # oldest first, so a repeated evaluation of a step replaces the earlier one
         if record.kind == "eval":
             held_out[int(record.fields["step"])] = float(record.fields["loss"])
     return LossCurve(
@@ -250,7 +250,7 @@ def _checkpoints(loaded: Loaded, steps: Steps) -> Checkpoints:
         parts = saved.get(where, [])
         committed = any(part.fields.get("committed") for part in parts)
         ranks = len({part.rank for part in parts})
-        # Nobody commits copies of what lies in memory: it was committed there.
+        # Copies of a memory checkpoint have no commit of their own.
         whole = "copied" if tier in ("partner", "local") and ranks == worlds.get(attempt) else "written"
         rows.append(
             CheckpointRow(
@@ -286,23 +286,23 @@ def _lateness(steps: Steps, hosts: Hosts) -> Lateness:
 
 def _verdict(rows: tuple[StragglerRow, ...], ranks: int, config: DiagnosticsConfig) -> str:
     if ranks == 0:
-        return "No step was finished, so nothing can be said about stragglers."
+        return "No verdict on stragglers: no step was finished."
     if ranks == 1:
-        return "No straggler: a single rank has nobody to keep waiting."
-    guilty = [row for row in rows if row.straggler]
-    if guilty:
+        return "No straggler: there is only one rank."
+    stragglers = [row for row in rows if row.straggler]
+    if stragglers:
         parts = [
             f"rank {row.rank} on {row.host} ({row.median_lateness_ms:.1f} ms late in the median step, the latest in "
             f"{row.latest_share:.0%} of {row.steps} steps, which made steps {row.slowdown_share:.0%} longer)"
-            for row in guilty[:3]
+            for row in stragglers[:3]
         ]
-        more = f", and {len(guilty) - 3} more" if len(guilty) > 3 else ""
-        return f"{'Straggler' if len(guilty) == 1 else f'{len(guilty)} stragglers'}: {'; '.join(parts)}{more}."
+        more = f", and {len(stragglers) - 3} more" if len(stragglers) > 3 else ""
+        return f"{'Straggler' if len(stragglers) == 1 else f'{len(stragglers)} stragglers'}: {'; '.join(parts)}{more}."
     judged = max((row.steps for row in rows), default=0)
     if judged < config.straggler_min_steps:
         return (
-            f"No verdict on stragglers: {judged} steps to judge by, {config.straggler_min_steps} are needed "
-            f"(the first {config.straggler_warmup_steps} of every start do not count)."
+            f"No verdict on stragglers: it takes {config.straggler_min_steps} steps, and there are {judged} "
+            f"(not counting the first {config.straggler_warmup_steps} of every start)."
         )
     worst = rows[0]
     return (
@@ -312,13 +312,15 @@ def _verdict(rows: tuple[StragglerRow, ...], ranks: int, config: DiagnosticsConf
 
 
 def _gaps(loaded: Loaded, steps: Steps, begun: Begun) -> list[str]:
-    """Steps that some rank has no record of, and ranks of the newest start that did not say how they ended."""
-    found = []
+    """Steps without an event of every rank, and ranks of the newest start without an event of their end."""
+    gaps = []
     if steps.steps:
         lacking = np.isnan(steps.values["t"]).any(axis=1)
         if lacking.any():
             first, count = steps.steps[int(np.flatnonzero(lacking)[0])], int(lacking.sum())
-            found.append(f"{count} step{'s' if count > 1 else ''} without a record of every rank, the first is {first}")
+            gaps.append(
+                f"{count} step{'s' if count > 1 else ''} without an event of every rank, the first is step {first}"
+            )
     if begun:
         last = max(begun)[:2]
         ranks = {where[2] for where in begun if where[:2] == last}
@@ -326,8 +328,8 @@ def _gaps(loaded: Loaded, steps: Steps, begun: Begun) -> list[str]:
         silent = sorted(ranks - ended)
         if silent:
             names = ", ".join(map(str, silent[:8])) + (" …" if len(silent) > 8 else "")
-            found.append(
-                f"rank{'s' if len(silent) > 1 else ''} {names} of attempt {last[0]} did not say how "
-                f"{'they' if len(silent) > 1 else 'it'} ended: still running, or killed"
+            gaps.append(
+                f"rank{'s' if len(silent) > 1 else ''} {names} of attempt {last[0]}: no event of the end; "
+                "still running, or killed"
             )
-    return found
+    return gaps

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: style, script and data are inside, and nothing is requested."""
+"""Renders the report as one self-contained HTML file: style, script and data are inline, and nothing is fetched."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from outlast.diagnostics import format as words
+from outlast.diagnostics import formatting as fmt
 from outlast.diagnostics.config import DiagnosticsConfig
-from outlast.diagnostics.report import sentences
+from outlast.diagnostics.report import summary
 from outlast.diagnostics.report.load import Floats
 from outlast.diagnostics.report.model import Report
 
@@ -29,8 +29,8 @@ STATES = {"committed": "good", "copied": "good", "failed": "bad", "written": "wa
 def render_html(report: Report) -> str:
     """The report as a complete HTML document."""
     config = report.thresholds
-    first, rest = sentences.headline(report)
-    guilty = any(row.straggler for row in report.stragglers)
+    first, rest = summary.headline(report)
+    has_straggler = any(row.straggler for row in report.stragglers)
     judged = any(row.steps >= config.straggler_min_steps for row in report.stragglers)
     assets = files("outlast.diagnostics.report") / "assets"
     parts = {
@@ -40,21 +40,21 @@ def render_html(report: Report) -> str:
         "data": _script_json(_data(report)),
         "name": escape(report.name),
         "chips": "".join(f"<li>{escape(chip)}</li>" for chip in _chips(report)),
-        "verdict_class": "bad" if guilty else "good" if judged else "",
+        "verdict_class": "bad" if has_straggler else "good" if judged else "",
         "headline": escape(first),
         "evidence": escape(rest),
-        "course": escape(sentences.course(report)),
+        "course": escape(summary.outcome(report)),
         "tiles": "".join(_tile(*tile) for tile in _tiles(report)),
         "missing": _missing(report),
         "heat_label": escape(f"Heat map of lateness, {len(report.lateness.ranks)} ranks. {report.verdict}"),
         "ranking": _ranking(report),
         "loss_label": escape(
-            f"Training loss {words.first_and_last(report.loss.train)}, "
-            f"held-out loss {words.first_and_last(report.loss.evaluated)}"
+            f"Training loss {fmt.first_and_last(report.loss.train)}, "
+            f"held-out loss {fmt.first_and_last(report.loss.evaluated)}"
         ),
         "split_label": escape(
             "Shares of the step time: "
-            + ", ".join(f"{name} {words.share(part)}" for name, part in report.split.shares().items())
+            + ", ".join(f"{name} {fmt.share(part)}" for name, part in report.split.shares().items())
         ),
         "time_label": escape(f"Timeline of {len(report.facts.starts)} attempts and {len(report.incidents)} incidents"),
         "incidents": _incidents(report),
@@ -68,27 +68,27 @@ def render_html(report: Report) -> str:
 
 def _rule(config: DiagnosticsConfig) -> str:
     return (
-        f"{config.straggler_min_s * 1e3:g} ms and {words.share(config.straggler_share)} of a step behind its typical "
-        f"peer, the latest in {words.share(config.straggler_latest_share)} of the steps, of which there are at least "
-        f"{config.straggler_min_steps}, {config.straggler_noise:g} × its own noise and "
-        f"{config.straggler_sigmas:g} standard errors from zero"
+        f"{config.straggler_min_s * 1e3:g} ms and {fmt.share(config.straggler_share)} of a step behind its median "
+        f"peer, the latest in {fmt.share(config.straggler_latest_share)} of at least "
+        f"{config.straggler_min_steps} steps, and late by {config.straggler_noise:g} × its own noise and by "
+        f"{config.straggler_sigmas:g} standard errors"
     )
 
 
 def _script_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """JSON that cannot end the script element that contains it."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=True)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _data(report: Report) -> dict[str, Any]:
-    """What the script draws, binned to what a screen can show."""
-    guilty = {row.rank for row in report.stragglers if row.straggler}
+    """The data that the script draws, in as many bins as a screen can show."""
+    stragglers = {row.rank for row in report.stragglers if row.straggler}
     late, loss, split = report.lateness, report.loss, report.split
     heat = np.asarray(late.late_ms, dtype=np.float64).reshape(len(late.ranks), len(late.steps))
     finite = heat[np.isfinite(heat)]
     medians = [_median_ms(report, rank, row) for rank, row in zip(late.ranks, heat, strict=True)]
-    # the scale reaches at least to twice what makes a straggler, so that mere noise does not glow
+    # the scale reaches at least twice the straggler threshold, so that noise stays dark
     limits = report.thresholds
     least_ms = 2e3 * max(limits.straggler_min_s, limits.straggler_share * report.facts.median_step_s)
     top_ms = max(least_ms, float(np.percentile(finite, 99)) if len(finite) else 0.0)
@@ -100,7 +100,7 @@ def _data(report: Report) -> dict[str, Any]:
         "heat": {
             "ranks": late.ranks,
             "hosts": late.hosts,
-            "guilty": [rank in guilty for rank in late.ranks],
+            "guilty": [rank in stragglers for rank in late.ranks],
             "bins": _bins(late.steps, edges),
             "mean": [_rounded(_binned(row, edges, np.mean), 2) for row in heat],
             "most": [_rounded(_binned(row, edges, np.max), 2) for row in heat],
@@ -115,7 +115,7 @@ def _data(report: Report) -> dict[str, Any]:
         },
         "split": {
             "bins": _bins(split.steps, split_edges),
-            "shares": {name: words.share(part) for name, part in shares.items()},
+            "shares": {name: fmt.share(part) for name, part in shares.items()},
             **{
                 name: _rounded(_binned(np.asarray(values), split_edges, np.mean), 6)
                 for name, values in (
@@ -151,7 +151,7 @@ def _data(report: Report) -> dict[str, Any]:
 
 
 def _median_ms(report: Report, rank: int, late_ms: Floats) -> float:
-    """The rank's median lateness as the ranking has it; over all steps where it had several hosts, or no verdict."""
+    """The rank's median lateness as in the ranking; over all steps if it had several hosts, or no verdict."""
     judged = [row.median_lateness_ms for row in report.stragglers if row.rank == rank]
     if len(judged) == 1:
         return judged[0]
@@ -160,7 +160,7 @@ def _median_ms(report: Report, rank: int, late_ms: Floats) -> float:
 
 
 def _lost_until_s(report: Report) -> list[float | None]:
-    """Of each start: when its failure was noticed, if it failed."""
+    """When the failure of each start was noticed, if it failed."""
     ends = [one.at_s for one in report.incidents if one.kind == "workers_failed"]
     starts = report.facts.starts
     found: list[float | None] = []
@@ -181,7 +181,7 @@ def _bins(steps: Sequence[int], edges: list[int]) -> list[tuple[int, int]]:
 
 
 def _binned(values: Floats, edges: list[int], reduce: Any) -> list[float]:
-    """``reduce`` over the finite values of each bin; NaN where there is none."""
+    """``reduce`` over the finite values of each bin; NaN if there are none."""
     found = []
     for low, high in itertools.pairwise(edges):
         part = values[low:high]
@@ -201,24 +201,32 @@ def _chips(report: Report) -> list[str]:
     chips = ["finished" if facts.finished else "not finished"]
     chips.append(f"{facts.world_size} rank{plural} on {len(hosts)} host{'s' if len(hosts) != 1 else ''}")
     chips += [facts.device, facts.comm]
-    chips.append(f"{words.count(facts.parameters)} parameters" if facts.parameters else "")
-    chips.append(words.date(facts.began_t))
+    chips.append(f"{fmt.count(facts.parameters)} parameters" if facts.parameters else "")
+    chips.append(fmt.date(facts.began_t))
     return [chip for chip in chips if chip]
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
     facts, loss, traffic = report.facts, report.loss, report.traffic
     curve, name = (loss.evaluated, "Held-out loss") if loss.evaluated else (loss.train, "Training loss")
-    useful = facts.useful_s / facts.wall_s if facts.wall_s > 0 else 0.0
+    goodput = facts.useful_s / facts.wall_s if facts.wall_s > 0 else 0.0
     blocked = report.split.totals_s()["checkpoint"]
-    speed = f"{words.count(facts.tokens / facts.useful_s)} tokens/s" if facts.useful_s > 0 else ""
-    wire = f"{words.size(traffic.wire_bytes)} sent, dense {words.size(traffic.dense_bytes)}"
+    speed = f"{fmt.count(facts.tokens / facts.useful_s)} tokens/s" if facts.useful_s > 0 else ""
+    wire = f"{fmt.size(traffic.wire_bytes)} sent; dense {fmt.size(traffic.dense_bytes)}"
     return [
-        (name, words.number(curve[-1]) if curve else words.UNKNOWN, f"from {words.number(curve[0])}" if curve else ""),
-        ("Median step", words.duration(facts.median_step_s) if facts.steps_done else words.UNKNOWN, speed),
-        ("Bytes on the wire", f"{traffic.ratio:.1f} × less" if traffic.ratio is not None else words.UNKNOWN, wire),
-        ("Checkpoint time share", words.share(report.checkpoints.time_share), f"{words.duration(blocked)} blocked"),
-        ("Time well spent", words.share(useful), f"in steps that count, of {words.duration(facts.wall_s)}"),
+        (
+            name,
+            fmt.number(curve[-1]) if curve else fmt.UNKNOWN,
+            f"from {fmt.number(curve[0])}" if curve else "",
+        ),
+        ("Median step", fmt.duration(facts.median_step_s) if facts.steps_done else fmt.UNKNOWN, speed),
+        ("Bytes on the wire", f"{traffic.ratio:.1f} × less" if traffic.ratio is not None else fmt.UNKNOWN, wire),
+        (
+            "Checkpoint share",
+            fmt.share(report.checkpoints.time_share),
+            f"{fmt.duration(blocked)} blocked",
+        ),
+        ("Goodput", fmt.share(goodput), f"of {fmt.duration(facts.wall_s)}, in steps that count"),
         ("Restarts", str(facts.restarts), f"{facts.steps_redone} step{'s' if facts.steps_redone != 1 else ''} redone"),
     ]
 
@@ -234,7 +242,7 @@ def _missing(report: Report) -> str:
     if not report.missing:
         return ""
     items = "".join(f"<li>{escape(one)}</li>" for one in report.missing)
-    return f'<section class="card missing"><h2>What the events do not tell</h2><ul>{items}</ul></section>'
+    return f'<section class="card missing"><h2>Missing events</h2><ul>{items}</ul></section>'
 
 
 def _table(heads: Sequence[tuple[str, str]], rows: Sequence[str], caption: str = "") -> str:
@@ -253,12 +261,12 @@ def _ranking(report: Report) -> str:
     rows = []
     for row in report.stragglers[:MOST_ROWS]:
         badge = '<span class="badge bad">straggler</span>' if row.straggler else '<span class="badge none">fine</span>'
-        slower = f"+{words.share(row.slowdown_share)}" if row.straggler else words.UNKNOWN
+        slower = f"+{fmt.share(row.slowdown_share)}" if row.straggler else fmt.UNKNOWN
         width = round(100 * row.median_lateness_ms / most_ms)
         evidence = (
             row.evidence
             if row.straggler
-            else f"{words.signed(row.behind_typical_ms)} ms against its typical peer, noise {row.noise_ms:.1f} ms, "
+            else f"{fmt.signed(row.behind_typical_ms)} ms behind its median peer, noise {row.noise_ms:.1f} ms, "
             f"{row.steps} steps"
         )
         rows.append(
@@ -266,20 +274,20 @@ def _ranking(report: Report) -> str:
             f'<td class="name">{escape(row.host)}</td>'
             f'<td>{badge}</td><td class="n">{row.median_lateness_ms:.1f} ms</td>'
             f'<td class="barcell"><span class="bar" style="width:{width}px"></span></td>'
-            f'<td class="n">{row.p90_lateness_ms:.1f} ms</td><td class="n">{words.share(row.latest_share)}</td>'
+            f'<td class="n">{row.p90_lateness_ms:.1f} ms</td><td class="n">{fmt.share(row.latest_share)}</td>'
             f'<td class="n">{slower}</td><td class="evidence">{escape(evidence)}</td></tr>'
         )
     hidden = len(report.stragglers) - MOST_ROWS
-    heads = [("rank", ""), ("host", ""), ("verdict", ""), ("median late", "n"), ("", ""), ("90th pct.", "n")]
+    heads = [("rank", ""), ("host", ""), ("verdict", ""), ("median lateness", "n"), ("", ""), ("p90", "n")]
     heads += [("latest in", "n"), ("steps longer", "n"), ("evidence", "")]
-    return _table(heads, rows, f"and {hidden} more, less late" if hidden > 0 else "")
+    return _table(heads, rows, f"and {hidden} more that are less late" if hidden > 0 else "")
 
 
 def _incidents(report: Report) -> str:
     if not report.incidents:
-        return '<p class="quiet">No failure, no restart, no rejected checkpoint.</p>'
+        return '<p class="quiet">No failures, restarts or rejected checkpoints.</p>'
     items = [
-        f'<li><span class="when">{words.duration(one.at_s)}</span><span class="mark {one.severity}"></span>'
+        f'<li><span class="when">{fmt.duration(one.at_s)}</span><span class="mark {one.severity}"></span>'
         f'<div><div>{escape(one.title)}</div><div class="detail">{escape(one.detail)}</div></div></li>'
         for one in report.incidents[:MOST_ROWS]
     ]
@@ -299,12 +307,12 @@ def _checkpoints(report: Report) -> str:
             rows.append(f'{head}<td colspan="4" class="evidence">{escape(row.reason)}</td></tr>')
         else:
             rows.append(
-                f'{head}<td class="n">{row.ranks}</td><td class="n">{words.size(row.size_bytes)}</td>'
-                f'<td class="n">{words.duration(row.blocked_s)}</td>'
-                f'<td class="n">{words.duration(row.durable_s)}</td></tr>'
+                f'{head}<td class="n">{row.ranks}</td><td class="n">{fmt.size(row.size_bytes)}</td>'
+                f'<td class="n">{fmt.duration(row.blocked_s)}</td>'
+                f'<td class="n">{fmt.duration(row.durable_s)}</td></tr>'
             )
     if not rows:
-        return '<p class="quiet">No checkpoint was taken.</p>'
+        return '<p class="quiet">No checkpoint was saved.</p>'
     heads = [("step", "n"), ("attempt", "n"), ("tier", ""), ("state", ""), ("ranks", "n"), ("size", "n")]
     return _table([*heads, ("blocked", "n"), ("durable after", "n")], rows)
 
@@ -322,15 +330,15 @@ def _facts(report: Report) -> str:
         ("communication", facts.comm or "unknown"),
         ("steps", f"{facts.steps_done}{planned}, {facts.steps_redone} redone"),
         ("attempts", str(len(facts.starts))),
-        ("began", words.date(facts.began_t)),
-        ("wall time", words.duration(facts.wall_s)),
+        ("began", fmt.date(facts.began_t)),
+        ("wall time", fmt.duration(facts.wall_s)),
         ("tokens", f"{facts.tokens:,}".replace(",", " ")),
-        ("inside collectives", f"{words.share(traffic.collective_share)} of the step, hidden or not"),
-        ("compression", f"{words.share(traffic.codec_share)} of the step, hidden or not"),
+        ("inside collectives", f"{fmt.share(traffic.collective_share)} of the step time, overlapped or not"),
+        ("compression", f"{fmt.share(traffic.codec_share)} of the step time, overlapped or not"),
     ]
     for name, norms in (("gradient norm", report.loss.grad_norm), ("update norm", report.loss.update_norm)):
         if any(map(math.isfinite, norms)):
-            pairs.append((name, words.first_and_last(norms)))
+            pairs.append((name, fmt.first_and_last(norms)))
     if traffic.alpha is not None and traffic.residual is not None:
-        pairs.append(("error feedback", sentences.feedback(traffic.alpha, traffic.residual)))
+        pairs.append(("error feedback", summary.error_feedback(traffic.alpha, traffic.residual)))
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs) + "</dl>"

@@ -1,4 +1,4 @@
-"""What broke and what was done about it, as one story in order of time."""
+"""What failed and how the run recovered, in order of time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from outlast.events import Record
 Severity = Literal["bad", "warn", "good"]
 
 SAME_RESTART_S = 60.0
-"""Nodes that start their ranks within this time of each other take part in the same restart."""
+"""Nodes that start their ranks within this time of each other belong to the same restart."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Incident:
-    """One thing that went wrong, or that set it right again."""
+    """A failure, or a step of the recovery from one."""
 
     at_s: float
     """Seconds since the first event of the run."""
@@ -33,7 +33,7 @@ class Incident:
 
 
 def find_incidents(loaded: Loaded, steps: Steps, begin_t: float) -> tuple[Incident, ...]:
-    """All incidents, oldest first. The same event of several ranks (a checkpoint that failed, a restore) is one."""
+    """All incidents, oldest first. The same event of several ranks, such as a restore, is one incident."""
     found: list[Incident] = []
     grouped: dict[tuple[object, ...], list[Record]] = {}
     for attempt, record in loaded.others:
@@ -59,10 +59,10 @@ def _from_event(record: Record, begin_t: float) -> list[Incident]:
                 at_s=at_s,
                 kind=record.kind,
                 severity="bad",
-                title=f"rank {get('culprit')} made no progress in step {get('step')}",
+                title=f"rank {get('culprit')} hung in step {get('step')}",
                 detail=(
-                    f"found after {_number(get('silent_s'))} s of silence (limit {_number(get('limit_s'))} s) "
-                    f"and killed: {get('evidence')}"
+                    f"killed after {_number(get('silent_s'))} s without progress (limit "
+                    f"{_number(get('limit_s'))} s): {get('evidence')}"
                 ),
                 step=get("step"),
                 rank=get("culprit"),
@@ -77,8 +77,7 @@ def _from_event(record: Record, begin_t: float) -> list[Incident]:
                 kind=record.kind,
                 severity="bad",
                 title=f"{_ranks(ranks)} failed on {get('host')}",
-                detail="; ".join(reasons)
-                + ("; the ranks are started again" if get("restarting") else "; not restarted"),
+                detail="; ".join(reasons) + ("; restarting" if get("restarting") else "; not restarted"),
                 rank=ranks[0] if len(ranks) == 1 else None,
             )
         ]
@@ -88,7 +87,7 @@ def _from_event(record: Record, begin_t: float) -> list[Incident]:
                 at_s=at_s,
                 kind=record.kind,
                 severity="bad",
-                title=f"rank {record.rank} gave up at step {get('step')}",
+                title=f"rank {record.rank} failed at step {get('step')}",
                 detail=str(get("reason") or "no reason given"),
                 step=get("step"),
                 rank=record.rank,
@@ -98,19 +97,19 @@ def _from_event(record: Record, begin_t: float) -> list[Incident]:
 
 
 def _from_checkpoint(records: Sequence[Record], begin_t: float) -> Incident:
-    """One incident of the same event of one or more ranks."""
+    """One incident for the same event of one or more ranks."""
     first = records[0]
     get = first.fields.get
     step = get("step")
     who = _ranks(sorted({one.rank for one in records}))
     if first.kind == "checkpoint_restored":
         seconds = max(float(one.fields.get("seconds", 0.0)) for one in records)
-        title, detail = f"went back to the checkpoint of step {step}", f"restored in {seconds:.2f} s by {who}"
+        title, detail = f"restored the checkpoint of step {step}", f"in {seconds:.2f} s, on {who}"
     elif first.kind == "checkpoint_rejected":
         file = f" (file {get('file')})" if get("file") else ""
-        title, detail = f"the checkpoint of step {step} was rejected", f"{get('reason')}{file}; seen by {who}"
+        title, detail = f"the checkpoint of step {step} was rejected", f"{get('reason')}{file}; reported by {who}"
     else:
-        title, detail = f"the checkpoint of step {step} was not committed", f"{get('reason')}; seen by {who}"
+        title, detail = f"the checkpoint of step {step} was not committed", f"{get('reason')}; reported by {who}"
     return Incident(
         at_s=min(one.t for one in records) - begin_t,
         kind=first.kind,
@@ -122,7 +121,7 @@ def _from_checkpoint(records: Sequence[Record], begin_t: float) -> Incident:
 
 
 def _restarts(loaded: Loaded, begin_t: float) -> list[Incident]:
-    """One incident for the nodes that started their ranks again at the same time."""
+    """One incident for all nodes that restarted their ranks at the same time."""
     groups: list[list[Record]] = []
     for _, record in loaded.others:
         if record.kind != "workers_started" or record.generation == 0:
@@ -141,15 +140,15 @@ def _restarts(loaded: Loaded, begin_t: float) -> list[Incident]:
                 at_s=group[0].t - begin_t,
                 kind="workers_started",
                 severity="warn",
-                title=f"{_ranks(ranks)} started again on {hosts[0] if len(hosts) == 1 else f'{len(hosts)} hosts'}",
-                detail=f"restart {group[0].generation}; {left} more allowed",
+                title=f"{_ranks(ranks)} restarted on {hosts[0] if len(hosts) == 1 else f'{len(hosts)} hosts'}",
+                detail=f"restart {group[0].generation}; {left} restarts left",
             )
         )
     return found
 
 
 def _recoveries(loaded: Loaded, begin_t: float) -> list[Incident]:
-    """For every failure that was followed by a restart: when the next step was done."""
+    """When the first step after each restart was done."""
     if len(loaded.rows) == 0:
         return []
     found: dict[float, Incident] = {}
@@ -163,14 +162,14 @@ def _recoveries(loaded: Loaded, begin_t: float) -> list[Incident]:
         t, step = float(next_step[4]), int(next_step[3])
         lost = loaded.rows[(loaded.rows[:, 4] < t) & (loaded.rows[:, 3] >= step)]
         redone = len(set(lost[:, 3]))
-        again = f"{redone} step{'s' if redone != 1 else ''} had to be redone"
+        again = f"{redone} step{'s' if redone != 1 else ''} redone"
         found.setdefault(
             t,
             Incident(
                 at_s=t - begin_t,
                 kind="recovered",
                 severity="good",
-                title=f"training went on with step {step}",
+                title=f"training resumed with step {step}",
                 detail=f"{t - record.t:.1f} s after the failure; {again}",
                 step=step,
             ),
@@ -179,7 +178,7 @@ def _recoveries(loaded: Loaded, begin_t: float) -> list[Incident]:
 
 
 def _losses(steps: Steps, begin_t: float) -> list[Incident]:
-    """The first step whose training loss is not a number on some rank that took it."""
+    """The first step whose training loss is NaN or infinite on a rank that took it."""
     if not steps.steps:
         return []
     loss, t = steps.values["loss"], steps.values["t"]
@@ -195,7 +194,7 @@ def _losses(steps: Steps, begin_t: float) -> list[Incident]:
                     at_s=float(min(one for one in t[index] if math.isfinite(one))) - begin_t,
                     kind="loss_not_finite",
                     severity="bad",
-                    title=f"the training loss is not finite from step {step}",
+                    title=f"training loss is NaN or infinite from step {step} on",
                     detail=f"on {_ranks(bad)}",
                     step=step,
                     rank=bad[0] if len(bad) == 1 else None,

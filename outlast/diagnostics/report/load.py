@@ -1,4 +1,4 @@
-"""Reads the events of every attempt of a run, and says what is missing or cannot be read."""
+"""Reads the events of every attempt of a run, and lists what is missing or cannot be read."""
 
 from __future__ import annotations
 
@@ -43,31 +43,31 @@ class Loaded:
     others: list[tuple[int, Record]]
     """(attempt, record) of all other events, oldest first; attempt 0 for the launchers' events."""
     missing: list[str]
-    """What could not be read, in words."""
+    """What could not be read, as text for people."""
     spans: dict[int, tuple[float, float]]
-    """First and last ``t`` of each attempt's ranks."""
+    """The first and last ``t`` of each attempt's ranks."""
 
 
 @dataclass(slots=True)
 class Steps:
-    """The last execution of every step, as arrays of [steps, ranks]; NaN where a rank has no record of it."""
+    """The last execution of every step, as arrays of [steps, ranks]; NaN where a rank has no event of it."""
 
     steps: list[int]
     ranks: list[int]
     attempt: list[int]
-    """Of each step: the attempt whose execution counts."""
+    """The attempt whose execution of each step counts."""
     generation: list[int]
     values: dict[str, Floats] = field(default_factory=dict)
     """By STEP_FIELDS and OPTIONAL_FIELDS, and ``t``."""
     redone: int = 0
-    """Executions that do not count, since the step was executed again later."""
+    """Executions that do not count because the step was executed again later."""
 
 
 def load(run_dir: Path) -> Loaded:
-    """All events below ``run_dir``.
+    """Load all events of the run at ``run_dir``.
 
     Raises:
-        DiagnosticsError: there is no such directory, or no events in it, or their schema is unknown.
+        DiagnosticsError: the directory does not exist or has no events, or their schema version is unknown.
     """
     if not run_dir.is_dir():
         raise DiagnosticsError(f"no run directory at {run_dir}", "give the path of a run, e.g. runs/NAME")
@@ -78,7 +78,7 @@ def load(run_dir: Path) -> Loaded:
     launchers = sorted(run_dir.glob("events/agent_*.jsonl"))
     if not files and not launchers:
         raise DiagnosticsError(
-            f"{run_dir} holds no events", "a run writes them to attempts/NNNN/events/; is this the directory of a run?"
+            f"{run_dir} contains no events", "give the directory of a run; its events are in attempts/NNNN/events/"
         )
     table = array("d")
     loaded = Loaded(np.empty((0, len(_COLUMNS))), [], [], {})
@@ -98,7 +98,7 @@ def _read(path: Path, attempt: int, table: array[float], loaded: Loaded, name: P
         return
     if lines.pop():
         loaded.missing.append(
-            f"{name}: the last line is torn and was left out (its writer was killed while writing it)"
+            f"{name}: the last line is incomplete and was skipped; its writer was killed while writing it"
         )
     torn = 0
     times = []
@@ -118,14 +118,14 @@ def _read(path: Path, attempt: int, table: array[float], loaded: Loaded, name: P
                 fields += [np.nan if value is None else float(value) for value in optional]
                 row = [attempt, record.generation, record.rank, record.fields["step"], record.t, *fields]
             except (KeyError, TypeError, ValueError) as error:
-                raise DiagnosticsError(f"{path}:{number}: a step without a usable {error}") from error
+                raise DiagnosticsError(f"{path}:{number}: a step event without a valid {error}") from error
             table.extend(row)
         else:
             loaded.others.append((attempt, record))
     if torn:
-        loaded.missing.append(f"{name}: {torn} unreadable line{'s' if torn > 1 else ''} left out")
+        loaded.missing.append(f"{name}: {torn} unreadable line{'s' if torn > 1 else ''} skipped")
     if not times:
-        loaded.missing.append(f"{name} holds no events")
+        loaded.missing.append(f"{name} contains no events")
     elif attempt:
         first, last = loaded.spans.get(attempt, (times[0], times[0]))
         loaded.spans[attempt] = (min(first, *times), max(last, *times))
@@ -140,7 +140,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _note_absent(loaded: Loaded, files: list[tuple[int, Path]]) -> None:
-    """Ranks that an attempt had according to its events, and that left none."""
+    """Note the ranks of each attempt that have no event file."""
     worlds = {attempt: int(one["world_size"]) for attempt, one in loaded.others if one.kind == "run_started"}
     for attempt, world_size in sorted(worlds.items()):
         found = set()
@@ -157,7 +157,7 @@ def _note_absent(loaded: Loaded, files: list[tuple[int, Path]]) -> None:
 
 
 def last_executions(rows: Floats) -> Steps:
-    """Of every step the last execution: that of the newest (attempt, generation) in which any rank finished it."""
+    """The last execution of every step: that of the newest (attempt, generation) in which any rank finished it."""
     if len(rows) == 0:
         return Steps([], [], [], [])
     starts, start = np.unique(rows[:, :2], axis=0, return_inverse=True)

@@ -1,4 +1,4 @@
-"""What is to be said about a run: the report as data, made by :func:`outlast.diagnostics.build_report`."""
+"""The report of a run as data; :func:`outlast.diagnostics.build_report` computes it."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ Series = tuple[float, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """One start of the ranks: an attempt."""
+    """One start of the ranks, by a person or by the launcher."""
 
     attempt: int
     generation: int
-    """How often the launcher had restarted the ranks when it began; 0 for the first of a launch."""
+    """How often the launcher had restarted the ranks before; 0 for the first start of a launch."""
     world_size: int
     hosts: tuple[str, ...]
-    """Of each rank, in order."""
+    """The host of each rank, in order."""
     launched_s: float
-    """When a launcher started its processes, seconds since the first event of the run; ``began_s`` where none did."""
+    """When the launcher started the processes, seconds since the run's first event; ``began_s`` without a launcher."""
     began_s: float
-    """The first event of its ranks."""
+    """When its ranks wrote their first event."""
     training_s: float | None
-    """Its first finished step; None if there is none."""
+    """When its first step was done; None if there is none."""
     ended_s: float
-    """Its last event."""
+    """When its ranks wrote their last event."""
     first_step: int | None
     last_step: int | None
-    """The steps it finished; None if none."""
+    """The last step it finished; None if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What ran, and how far it came. Fields are empty or 0 where no rank said so."""
+    """What ran, and how far it got. Fields are empty or 0 if the events do not say."""
 
     world_size: int
     device: str
@@ -47,19 +47,19 @@ class Facts:
     comm: str
     starts: tuple[Start, ...]
     restarts: int
-    """Starts that the launcher made because ranks had failed."""
+    """Starts by the launcher after ranks had failed."""
     steps_done: int
     steps_planned: int
     steps_redone: int
-    """Executions of steps that a restart made void."""
+    """Executions of steps that a restart discarded."""
     finished: bool
-    """Every rank of the newest start said that it ended well."""
+    """Whether every rank of the newest start ended with success."""
     began_t: float
     """First event, seconds since the epoch."""
     wall_s: float
-    """From the first to the last event; pauses between launches by hand are left out."""
+    """From the first to the last event, without the pauses between launches by hand."""
     useful_s: float
-    """Of that, time in steps that count: no set-up, no evaluation, no restart, no redone step."""
+    """The part of it spent in steps that count: without set-up, evaluation, restarts and redone steps."""
     tokens: int
     """Tokens trained on, by all ranks, in steps that count."""
     median_step_s: float
@@ -82,16 +82,16 @@ class LossCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSplit:
-    """Where every step's wall-clock time went, seconds, mean over ranks. The four parts make up the step.
+    """Where every step's wall-clock time went, in seconds, mean over ranks. The four parts add up to the step.
 
-    ``compute = step - data - communication - checkpoint``: forward, backward, update, and communication that they hid.
+    ``compute = step - data - communication - checkpoint``: forward, backward, update, and overlapped communication.
     """
 
     steps: tuple[int, ...]
     compute_s: Series
     data_s: Series
     communication_s: Series
-    """Not hidden by the backward pass."""
+    """Not overlapped with the backward pass."""
     checkpoint_s: Series
 
     def totals_s(self) -> dict[str, float]:
@@ -120,18 +120,18 @@ class Traffic:
     ratio: float | None
     """dense / wire; None without traffic."""
     collective_share: float
-    """Time inside collectives, hidden or not, per step time; mean over ranks."""
+    """Time inside collectives, overlapped or not, as a share of the step time; mean over ranks."""
     codec_share: float
-    """Time in compression and decompression, hidden or not, per step time; mean over ranks."""
+    """Time in compression and decompression, overlapped or not, as a share of the step time; mean over ranks."""
     alpha: float | None = None
-    """Measured contraction, the median over ranks and the steps in which it was measured; None without any."""
+    """Measured contraction: the median over ranks and over the steps in which it was measured, or None."""
     residual: float | None = None
-    """What is held back over what is given, ||e|| / ||g||, likewise."""
+    """Relative residual ||e|| / ||g||, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointRow:
-    """One checkpoint in one tier: the sum or maximum over the ranks that told of it."""
+    """One checkpoint in one tier: the sum or maximum over the ranks that reported it."""
 
     step: int
     attempt: int
@@ -155,29 +155,29 @@ class Checkpoints:
 
     rows: tuple[CheckpointRow, ...]
     time_share: float
-    """Share of the steps' time that checkpointing blocked."""
+    """Share of the step time that checkpoints blocked training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lateness:
-    """How late each rank was in each step; NaN where it took no part."""
+    """How late each rank was in each step; NaN where it did not take the step."""
 
     steps: tuple[int, ...]
     ranks: tuple[int, ...]
     hosts: tuple[str, ...]
-    """Of each rank, in the newest start."""
+    """The host of each rank in the newest start."""
     late_ms: tuple[Series, ...]
     """[ranks][steps]: longest time any rank spent inside collectives minus this rank's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything that is to be said about a run."""
+    """The report of a run."""
 
     name: str
     run_dir: str
     verdict: str
-    """Which ranks are stragglers, with numbers, or that there is none, or why that cannot be told."""
+    """Which ranks are stragglers, with numbers; or that there is none; or why there is no verdict."""
     facts: Facts
     loss: LossCurve
     split: TimeSplit
@@ -188,9 +188,9 @@ class Report:
     stragglers: tuple[StragglerRow, ...]
     """Every rank on every host it had; stragglers first, then by median lateness."""
     thresholds: DiagnosticsConfig
-    """What the verdict on stragglers was made with."""
+    """The thresholds of the verdict on stragglers."""
     missing: tuple[str, ...]
-    """What the events do not tell, or could not be read."""
+    """Events that are missing or could not be read."""
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values; NaN and infinities are None."""

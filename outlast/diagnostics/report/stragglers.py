@@ -1,4 +1,4 @@
-"""Who is late, found without clocks: in a collective, the rank that arrives last waits least."""
+"""Which ranks are late, without comparing clocks: in a collective, the rank that arrives last waits least."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Indices = npt.NDArray[np.int64]
 UNKNOWN_HOST = "unknown host"
 
 MAD_TO_SIGMA = 1.4826
-"""Turns a median absolute deviation into a standard deviation, for normally distributed values."""
+"""Standard deviation / median absolute deviation of normally distributed values."""
 MEDIAN_ERROR = 1.2533
 """Standard error of a median, in standard deviations / sqrt(n)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StragglerRow:
-    """One rank on one host, and how late it was. A rank that moved to another host has a row for each."""
+    """How late one rank was on one host. A rank that moved to another host has a row for each."""
 
     rank: int
     host: str
@@ -32,24 +32,23 @@ class StragglerRow:
     """Median over the judged steps of: longest time any rank spent inside collectives, minus this rank's."""
     p90_lateness_ms: float
     behind_typical_ms: float
-    """Median over the judged steps of: its lateness minus that of its median peer. The verdict goes by this one."""
+    """Median over the judged steps of: its lateness minus that of its median peer. The verdict is based on this."""
     noise_ms: float
-    """Standard deviation of that from step to step, from the median absolute deviation."""
+    """Standard deviation of it from step to step, estimated from the median absolute deviation."""
     latest_share: float
-    """Share of the judged steps in which it was the latest, or within its noise of the latest; stragglers that are
-    later than it left out."""
+    """Share of the judged steps in which it was the latest, or within its noise of the latest, not counting stragglers
+    that are later."""
     slowdown_share: float
-    """How much longer steps took than they would have without it, as far as it alone is to blame: 0.25 is 25 % longer.
-    0 for a rank that is no straggler."""
+    """How much longer steps took because of this rank alone: 0.25 is 25 % longer. 0 unless it is a straggler."""
     steps: int
-    """Steps judged: those it took on this host, warm-up apart, that all its peers took too."""
+    """Judged steps: those that it and all its peers took while it was on this host, without warm-up."""
     longer: tuple[tuple[str, float], ...]
-    """What it spent more time on than its median peer, in ms of the median step, largest first."""
+    """The parts of the step that took it longer than its median peer, in ms of the median step, largest first."""
     evidence: str
 
 
 def lateness_s(collective_s: Floats) -> Floats:
-    """[steps, ranks] of seconds: the longest time any rank spent inside collectives minus this rank's; NaN if alone."""
+    """[steps, ranks], seconds: the longest time any rank spent in collectives minus this rank's; NaN for one rank."""
     late = np.full_like(collective_s, np.nan)
     several = np.sum(np.isfinite(collective_s), axis=1) > 1
     if several.any():
@@ -66,7 +65,7 @@ def rank_stragglers(
     Args:
         steps: the last execution of every step.
         hosts: by (attempt, generation, rank).
-        config: when a rank is called a straggler.
+        config: when a rank counts as a straggler.
     """
     if not steps.steps:
         return ()
@@ -79,7 +78,7 @@ def rank_stragglers(
             where = (steps.attempt[row], steps.generation[row], rank)
             groups.setdefault(hosts.get(where, UNKNOWN_HOST), []).append(int(row))
         subjects |= {(column, host): np.asarray(group) for host, group in groups.items()}
-    # A straggler hides those that are less late than it: name the latest, look at the others without them, and again.
+    # A straggler hides ranks that are less late. Name the latest, judge the others without it, and repeat.
     blamed = np.zeros_like(late, dtype=np.bool_)
     done: dict[tuple[int, str], StragglerRow] = {}
     while True:
@@ -107,7 +106,7 @@ def rank_stragglers(
 
 
 def _judged(steps: Steps, warmup_steps: int) -> Bools:
-    """Which steps count for the verdict: not the first of each start."""
+    """Which steps count for the verdict: all but the first ones of each start."""
     judged = np.ones(len(steps.steps), dtype=np.bool_)
     seen = 0
     start: tuple[int, int] | None = None
@@ -121,16 +120,16 @@ def _judged(steps: Steps, warmup_steps: int) -> Bools:
 def _judge(
     steps: Steps, late: Floats, blamed: Bools, at: Indices, column: int, host: str, config: DiagnosticsConfig
 ) -> StragglerRow:
-    mine = late[at, column]
+    own = late[at, column]
     peers = np.delete(late[at], column, axis=1)
-    behind = mine - np.nanmedian(peers, axis=1)
+    behind = own - np.nanmedian(peers, axis=1)
     median_behind = float(np.median(behind))
     noise = MAD_TO_SIGMA * float(np.median(np.abs(behind - median_behind)))
-    median_late = float(np.median(mine))
-    # a rank that is late every other step has a noise as large as its lateness; that must not make it "always latest"
+    median_late = float(np.median(own))
+    # the noise of a rank that is late every other step is as large as its lateness, but it is not always the latest
     tolerance = min(noise, median_late / 4)
     rivals = np.where(np.delete(blamed[at], column, axis=1) | np.isnan(peers), 0.0, peers)
-    latest_share = float(np.mean(rivals.max(axis=1) - mine <= tolerance))
+    latest_share = float(np.mean(rivals.max(axis=1) - own <= tolerance))
     error = MEDIAN_ERROR * noise / len(at) ** 0.5
     step_s = float(np.median(np.nanmedian(steps.values["step_s"][at], axis=1)))
     straggler = (
@@ -144,7 +143,7 @@ def _judge(
     behind_ms = round(median_behind * 1e3, 1) + 0.0  # no "-0.0"
     evidence = (
         f"{median_late * 1e3:.1f} ms late in the median of {len(at)} steps, {behind_ms:.1f} ms behind its "
-        f"typical peer (noise {noise * 1e3:.1f} ms), the latest in {latest_share:.0%} of the steps"
+        f"median peer (noise {noise * 1e3:.1f} ms), the latest in {latest_share:.0%} of the steps"
     )
     if straggler and longer:
         evidence += f"; its own time per step is longer in {', '.join(f'{part} (+{ms:.1f} ms)' for part, ms in longer)}"
@@ -153,7 +152,7 @@ def _judge(
         host=host,
         straggler=straggler,
         median_lateness_ms=median_late * 1e3,
-        p90_lateness_ms=float(np.percentile(mine, 90)) * 1e3,
+        p90_lateness_ms=float(np.percentile(own, 90)) * 1e3,
         behind_typical_ms=median_behind * 1e3,
         noise_ms=noise * 1e3,
         latest_share=latest_share,
@@ -165,7 +164,7 @@ def _judge(
 
 
 def _longer(steps: Steps, at: Indices, column: int) -> tuple[tuple[str, float], ...]:
-    """Parts of the step outside of communication that took this rank at least 1 ms longer than its median peer."""
+    """Parts of the step, without communication, that took this rank at least 1 ms longer than its median peer."""
     values = {name: steps.values[name][at] for name in ("step_s", "data_s", "comm_s", "checkpoint_s")}
     parts = {
         "compute": values["step_s"] - values["data_s"] - values["comm_s"] - values["checkpoint_s"],
@@ -182,7 +181,7 @@ def _longer(steps: Steps, at: Indices, column: int) -> tuple[tuple[str, float], 
 
 
 def _slowdown(steps: Steps, late: Floats, blamed: Bools, at: Indices, column: int) -> float:
-    """What a straggler costs beyond the latest rank that is none, as a share of the step without it."""
+    """The time that a straggler adds beyond the latest other rank, as a share of the step without it."""
     others = np.max(np.where(blamed[at] | np.isnan(late[at]), 0.0, late[at]), axis=1)
     lost = float(np.median(np.maximum(late[at, column] - others, 0.0)))
     without = float(np.median(np.nanmax(steps.values["step_s"][at], axis=1))) - lost

@@ -1,12 +1,12 @@
-"""The report on a terminal, or in a file at 80 columns."""
+"""Prints the report on a terminal, or to a file 80 columns wide."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-from outlast.diagnostics import format as words
-from outlast.diagnostics.report import sentences
+from outlast.diagnostics import formatting as fmt
+from outlast.diagnostics.report import summary
 from outlast.diagnostics.report.model import Report
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ STATUS = {"bad": "red", "warn": "yellow", "good": "green"}
 
 
 def render_terminal(report: Report, console: Console) -> None:
-    """Print the report: verdict, numbers, where the time went, ranks by lateness, incidents, checkpoints, gaps."""
+    """Print verdict, numbers, where the time went, ranks by lateness, incidents, checkpoints, and missing events."""
     from rich.markup import escape
     from rich.text import Text
 
@@ -31,13 +31,13 @@ def render_terminal(report: Report, console: Console) -> None:
     what = [
         f"{facts.world_size} rank{'s' if facts.world_size != 1 else ''} on {', '.join(hosts) or 'unknown hosts'}",
         facts.device,
-        f"{words.count(facts.parameters)} parameters" if facts.parameters else "",
+        f"{fmt.count(facts.parameters)} parameters" if facts.parameters else "",
         facts.comm,
     ]
     console.print(Text(" · ".join(one for one in what if one), style="dim"))
-    console.print(escape(sentences.course(report)))
-    guilty = any(row.straggler for row in report.stragglers)
-    console.print(Text(report.verdict, style="bold red" if guilty else "bold"))
+    console.print(escape(summary.outcome(report)))
+    has_straggler = any(row.straggler for row in report.stragglers)
+    console.print(Text(report.verdict, style="bold red" if has_straggler else "bold"))
     console.print()
     for table in (_numbers(report), _split(report, console), _ranks(report), _incidents(report), _checkpoints(report)):
         if table is not None:
@@ -63,25 +63,27 @@ def _numbers(report: Report) -> Table | None:
     table.show_header, table.box = False, None
     if not report.loss.steps:
         return None
-    table.add_row("training loss", words.first_and_last(report.loss.train))
+    table.add_row("training loss", fmt.first_and_last(report.loss.train))
     if report.loss.evaluated:
-        table.add_row("held-out loss", words.first_and_last(report.loss.evaluated))
+        table.add_row("held-out loss", fmt.first_and_last(report.loss.evaluated))
     for name, norms in (("gradient norm", report.loss.grad_norm), ("update norm", report.loss.update_norm)):
         if any(map(math.isfinite, norms)):
-            table.add_row(name, words.first_and_last(norms))
+            table.add_row(name, fmt.first_and_last(norms))
     if traffic.ratio is not None:
         table.add_row(
             "gradients on the wire",
-            f"{words.size(traffic.wire_bytes)}, dense {words.size(traffic.dense_bytes)}: {traffic.ratio:.1f} × less",
+            f"{fmt.size(traffic.wire_bytes)}; dense {fmt.size(traffic.dense_bytes)}, {traffic.ratio:.1f} × as much",
         )
-    table.add_row("compression and decompression", f"{words.share(traffic.codec_share)} of the step, hidden or not")
+    table.add_row(
+        "compression and decompression", f"{fmt.share(traffic.codec_share)} of the step time, overlapped or not"
+    )
     if traffic.alpha is not None and traffic.residual is not None:
-        table.add_row("error feedback", sentences.feedback(traffic.alpha, traffic.residual))
-    table.add_row("checkpointing", f"{words.share(report.checkpoints.time_share)} of the step")
-    useful = facts.useful_s / facts.wall_s if facts.wall_s > 0 else 0.0
-    table.add_row("wall time", f"{words.duration(facts.wall_s)}, {words.share(useful)} in steps that count")
+        table.add_row("error feedback", summary.error_feedback(traffic.alpha, traffic.residual))
+    table.add_row("checkpoints", f"{fmt.share(report.checkpoints.time_share)} of the step time")
+    goodput = facts.useful_s / facts.wall_s if facts.wall_s > 0 else 0.0
+    table.add_row("goodput", f"{fmt.share(goodput)} of {fmt.duration(facts.wall_s)} wall time was in steps that count")
     if facts.useful_s > 0:
-        table.add_row("tokens", f"{words.count(facts.tokens)}, {words.count(facts.tokens / facts.useful_s)} a second")
+        table.add_row("tokens", f"{fmt.count(facts.tokens)}, {fmt.count(facts.tokens / facts.useful_s)} per second")
     return table
 
 
@@ -89,12 +91,12 @@ def _split(report: Report, console: Console) -> Table | None:
     if not report.split.steps:
         return None
     block = "#" if console.options.ascii_only else "█"
-    title = f"Where a step's time goes (median step {words.duration(report.facts.median_step_s)})"
+    title = f"Where a step's time goes (median step {fmt.duration(report.facts.median_step_s)})"
     table = _table(title, "", "share", "mean", "", right=(1, 2))
     totals = report.split.totals_s()
     for name, part in report.split.shares().items():
         mean_s = totals[name] / len(report.split.steps)
-        table.add_row(name, words.share(part), words.duration(mean_s), block * round(part * BAR_CHARS))
+        table.add_row(name, fmt.share(part), fmt.duration(mean_s), block * round(part * BAR_CHARS))
     return table
 
 
@@ -103,11 +105,11 @@ def _ranks(report: Report) -> Table | None:
 
     if not report.stragglers:
         return None
-    table = _table("Ranks, the latest first", "rank", "host", "median late", "p90", "latest in", "steps", "verdict")
+    table = _table("Ranks by lateness", "rank", "host", "median lateness", "p90", "latest in", "steps", "verdict")
     for index in (0, 2, 3, 4, 5):
         table.columns[index].justify = "right"
     for row in report.stragglers[:MOST_RANKS]:
-        verdict = f"[bold red]straggler[/], steps {words.share(row.slowdown_share)} longer" if row.straggler else "fine"
+        verdict = f"[bold red]straggler[/], steps {fmt.share(row.slowdown_share)} longer" if row.straggler else "fine"
         if row.straggler and row.longer:
             part, more_ms = row.longer[0]
             verdict += f" ({part} +{more_ms:.0f} ms)"
@@ -116,12 +118,12 @@ def _ranks(report: Report) -> Table | None:
             escape(row.host),
             f"{row.median_lateness_ms:.1f} ms",
             f"{row.p90_lateness_ms:.1f} ms",
-            words.share(row.latest_share),
+            fmt.share(row.latest_share),
             str(row.steps),
             verdict,
         )
     if len(report.stragglers) > MOST_RANKS:
-        table.caption = f"and {len(report.stragglers) - MOST_RANKS} more, less late"
+        table.caption = f"and {len(report.stragglers) - MOST_RANKS} more that are less late"
     return table
 
 
@@ -133,7 +135,7 @@ def _incidents(report: Report) -> Table | None:
     table = _table("Incidents", "after", "what happened", right=(0,))
     for one in report.incidents[:MOST_INCIDENTS]:
         colour = STATUS[one.severity]
-        table.add_row(words.duration(one.at_s), f"[{colour}]{escape(one.title)}[/]\n{escape(one.detail)}")
+        table.add_row(fmt.duration(one.at_s), f"[{colour}]{escape(one.title)}[/]\n{escape(one.detail)}")
     if len(report.incidents) > MOST_INCIDENTS:
         table.caption = f"and {len(report.incidents) - MOST_INCIDENTS} more"
     return table
@@ -152,9 +154,9 @@ def _checkpoints(report: Report) -> Table | None:
             row.tier,
             f"[{colour}]{row.state}[/]",
             str(row.ranks),
-            words.size(row.size_bytes),
-            words.duration(row.blocked_s),
-            words.duration(row.durable_s),
+            fmt.size(row.size_bytes),
+            fmt.duration(row.blocked_s),
+            fmt.duration(row.durable_s),
         )
     if len(rows) > MOST_CHECKPOINTS:
         table.caption = f"the newest {MOST_CHECKPOINTS} of {len(rows)}"

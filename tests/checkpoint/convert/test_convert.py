@@ -14,23 +14,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from outlast.checkpoint.convert import (
-    export_step,
-    import_step,
-)
-from outlast.checkpoint.tools import (
-    describe,
-    diff,
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.convert import export_step, import_step
+from outlast.checkpoint.tools import describe, diff, list_steps, verify
 from outlast.cli.main import main
 from outlast.errors import (
     CheckpointError,
     CorruptCheckpoint,
 )
 from tests.checkpoint.converting import ALL_DTYPES, FORMATS, ODD, leftovers, needs_safetensors, restored, save
-from tests.checkpoint.helpers import same, save_by_ranks, state
+from tests.checkpoint.helpers import save_by_ranks
+from tests.checkpoint.states import same, state
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -126,7 +119,7 @@ def test_a_part(tmp_path: Path, format: Any) -> None:
     assert step == 0
     assert same(got, {"model": ODD["model"]})
     for part in ("nets", "top"):
-        with pytest.raises(CheckpointError, match=r"its parts are: .*model"):
+        with pytest.raises(CheckpointError, match=r"its parts: .*model"):
             export_step(tmp_path / "a", tmp_path / "y", format, part=part)
     assert not (tmp_path / "y").exists()
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from outlast.checkpoint.deepspeed.containers import TakenApart, kind_of_fields, put_together, take_apart
+from outlast.checkpoint.deepspeed.containers import SkeletonAndTensors, kind_of_fields, put_together, take_apart
 from outlast.checkpoint.format.json_values import from_json, to_json
 from outlast.errors import CheckpointError
 
@@ -124,7 +124,7 @@ HOLDS_ITSELF.append(HOLDS_ITSELF)
         ({"t": torch.ones(2).to_sparse()}, "f: t"),
         ({"t": torch.ones(2, device="meta")}, "meta"),
         ({"k" * 300: torch.ones(1)}, "300 bytes"),
-        (HOLDS_ITSELF, "holds itself"),
+        (HOLDS_ITSELF, "contains itself"),
         (lambda: None, "f: the state is a builtins.function"),
         (math.inf.__class__, "builtins.type"),
     ],
@@ -136,6 +136,6 @@ def test_what_cannot_be_stored_is_named(state: Any, message: str) -> None:
 
 @pytest.mark.parametrize("kind", ["unheard-of", "tensor"])
 def test_a_skeleton_that_does_not_fit_is_an_error(kind: str) -> None:
-    taken = TakenApart({"outlast_kind": kind, "value": 1, "at": ["a"], "changing": False}, {}, {})
-    with pytest.raises(CheckpointError, match=r"unheard-of|not there"):
+    taken = SkeletonAndTensors({"outlast_kind": kind, "value": 1, "at": ["a"], "changing": False}, {}, {})
+    with pytest.raises(CheckpointError, match=r"unheard-of|is missing"):
         put_together(taken.skeleton, taken.tensors, taken.changing, kinds=(), device=CPU, where="f")

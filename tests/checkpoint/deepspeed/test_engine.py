@@ -26,10 +26,7 @@ from outlast.checkpoint.deepspeed.containers import put_together, take_apart
 from outlast.checkpoint.deepspeed.files import kinds_of_deepspeed
 from outlast.checkpoint.save.snapshot import Snapshot
 from outlast.checkpoint.storage.local import LocalStore
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import CheckpointError, CheckpointNotFound, MissingDependency, SnapshotMutated
 from outlast.events import CheckpointRejected, CheckpointSaved, Event
 from tests.comm.deepspeed.test_deepspeed import engine_of, load
@@ -139,7 +136,7 @@ def held_copies() -> Iterator[threading.Event]:
 
 def resumed(rank: int, kind: str, folder: str) -> dict[str, Any]:
     engine, events = made(kind), list[Event]()
-    with attach(engine, CONFIG, emit=events.append) as own:
+    with attach(engine, CONFIG, on_event=events.append) as own:
         assert engine.load_checkpoint(folder) == (None, None)
         train(engine, rank, 4)
         with held_copies() as go:
@@ -215,7 +212,7 @@ def killed_in_the_commit(rank: int, folder: str) -> None:
 
 def loaded(rank: int, folder: str) -> tuple[int, list[str]]:
     engine, events = made("zero2"), list[Event]()
-    with attach(engine, CONFIG, emit=events.append):
+    with attach(engine, CONFIG, on_event=events.append):
         path, _ = engine.load_checkpoint(folder)
         assert f"step_{engine.global_steps:08d}" in path
         train(engine, rank, 1)
@@ -297,12 +294,12 @@ def refused(rank: int, folder: str) -> list[str]:
 def test_what_cannot_be_right_is_refused(two_ranks: Ranks, tmp_path: Path) -> None:
     expected = [
         "is not a DeepSpeedEngine",
-        "writes by itself",
+        "writes checkpoints itself",
         "rank 0: mp_rank_00_model_states.pt: args is a argparse.Namespace",
         "save_latest = False",
         "sets newer ones aside",
-        "step 1 was saved as 'one' before, and now as 'uno'",
-        "no committed checkpoint of tag 'two'",
+        "step 1 was already saved as 'one', and cannot be saved as 'uno' too",
+        "no committed checkpoint with the tag 'two'",
         "has no layer_00.pt",
         "tensors/optimizer_state_dict/single_partition_of_fp32_groups/0",
         "takes ('tag',), expected",
@@ -346,7 +343,7 @@ def exported(rank: int, folder: str) -> None:
         other = Path(folder, "other")
         other.mkdir(exist_ok=True)
         (other / "latest").write_text("global_step9")
-        with pytest.raises(CheckpointError, match="holds checkpoints that DeepSpeed wrote"):
+        with pytest.raises(CheckpointError, match="checkpoints in DeepSpeed's own format"):
             engine.load_checkpoint(other)
     engine.destroy()
 

@@ -21,11 +21,10 @@ from outlast.checkpoint import (
 from outlast.checkpoint.format.dtypes import DISGUISED, NATIVE
 from outlast.checkpoint.format.json_values import from_json, to_json
 from outlast.checkpoint.format.names import decode_key, encode_key, parse_step
-from outlast.checkpoint.tools import (
-    describe,
-)
+from outlast.checkpoint.tools import describe
 from outlast.errors import CheckpointError
-from tests.checkpoint.helpers import QUICK, checkpointer, local, same, save_steps, state
+from tests.checkpoint.helpers import QUICK, checkpointer, save_steps
+from tests.checkpoint.states import local, same, state
 
 DTYPES = [*NATIVE, *DISGUISED]
 
@@ -174,7 +173,7 @@ states = st.dictionaries(keys, trees, max_size=4)
 @given(replicated=states, own=states)
 def test_any_nested_state_comes_back(replicated: dict[str, Any], own: dict[str, Any]) -> None:
     url = "memory://round-trip"
-    saver = Checkpointer(url, QUICK, rank=0, world_size=1, epoch=f"{id(replicated)}", emit=lambda event: None)
+    saver = Checkpointer(url, QUICK, rank=0, world_size=1, attempt_id=f"{id(replicated)}", on_event=lambda event: None)
     with saver:
         saver._store.remove_tree("step_00000001")  # type: ignore[attr-defined]
         saver.save(1, replicated=replicated, local=own)

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.cluster import Cluster
 from outlast.checkpoint import CheckpointConfig
-from outlast.checkpoint.peers.addresses import from_elsewhere, is_loopback, own_address, routed_to
+from outlast.checkpoint.peers.addresses import is_loopback, own_address, reachable_address, routed_to
 from outlast.errors import CheckpointError, OutOfRange
 
 UNREACHABLE = "255.255.255.255"
@@ -65,16 +65,16 @@ def test_without_a_name_it_is_the_way_to_rank_0(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_where_all_are_loopback_they_stay() -> None:
-    assert from_elsewhere(0, ["a", "b"], ["127.0.1.1", "127.0.0.1"]) == "127.0.1.1"
-    assert from_elsewhere(1, ["a", "a", "b"], ["10.0.0.1", "127.0.0.1", "127.0.0.1"]) == "127.0.0.1", "one node"
-    assert from_elsewhere(1, ["a", "b"], ["127.0.1.1", "10.0.0.2"]) == "10.0.0.2"
+    assert reachable_address(0, ["a", "b"], ["127.0.1.1", "127.0.0.1"]) == "127.0.1.1"
+    assert reachable_address(1, ["a", "a", "b"], ["10.0.0.1", "127.0.0.1", "127.0.0.1"]) == "127.0.0.1", "one node"
+    assert reachable_address(1, ["a", "b"], ["127.0.1.1", "10.0.0.2"]) == "10.0.0.2"
 
 
 def test_no_way_to_nodes_that_can_be_reached() -> None:
     with pytest.raises(OSError, match=r"denied|unreachable"):
         routed_to(UNREACHABLE)
-    with pytest.raises(CheckpointError, match=rf"127\.0\.1\.1 is of no use to other nodes.*{UNREACHABLE}"):
-        from_elsewhere(0, ["a", "b"], ["127.0.1.1", UNREACHABLE])
+    with pytest.raises(CheckpointError, match=rf"other nodes cannot reach 127\.0\.1\.1,.*{UNREACHABLE}"):
+        reachable_address(0, ["a", "b"], ["127.0.1.1", UNREACHABLE])
 
 
 @pytest.mark.root

@@ -16,8 +16,8 @@ from outlast.errors import CheckpointNotFound, IncompleteCheckpoint
 SCAN = Scan(committed=(1, 3, 4), uncommitted=(5,))
 
 
-def on_nodes(step: int, serial: int = 1) -> SaveOnNodes:
-    return SaveOnNodes(Commit(step, 1, "one", serial, 0.0, 0, ()), {}, {})
+def on_nodes(step: int, save_id: int = 1) -> SaveOnNodes:
+    return SaveOnNodes(Commit(step, 1, "one", save_id, 0.0, 0, ()), {}, {})
 
 
 def test_newest_first_and_of_one_step_nodes_before_storage() -> None:

@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 
 from outlast.checkpoint.format.records import Fault, crc_hex, unseal_commit, unseal_vote
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import (
     CheckpointNotFound,
     CorruptCheckpoint,
@@ -21,20 +18,9 @@ from outlast.errors import (
     UnknownFormatVersion,
 )
 from outlast.events import CheckpointRestored, Event
-from tests.checkpoint.helpers import (
-    DAMAGES,
-    checkpointer,
-    files_of,
-    flip,
-    local,
-    of,
-    rejected,
-    same,
-    save_by_ranks,
-    save_steps,
-    state,
-    steps_at,
-)
+from tests.checkpoint.damage import DAMAGES, files_of, flip, steps_at
+from tests.checkpoint.helpers import checkpointer, of, rejected, save_by_ranks, save_steps
+from tests.checkpoint.states import local, same, state
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +164,7 @@ def test_unknown_version_is_left_alone(url: Path) -> None:
         assert "commit.json" in str(error.value)
     assert steps_at(url) == ["step_00000001", "step_00000002"]
     assert [info.status for info in list_steps(url)] == ["committed", "unknown version"]
-    with checkpointer(url, epoch="two", keep_last=1) as saver:
+    with checkpointer(url, attempt_id="two", keep_last=1) as saver:
         saver.save(3, replicated={}, local={})
     assert steps_at(url) == ["step_00000002", "step_00000003"]
 
@@ -219,14 +205,14 @@ def test_another_number_of_ranks(url: Path) -> None:
         back = reader.restore("auto")  # one vote of two ranks: not a record that outlast wrote
     assert back is not None
     assert back.step == 1
-    save_by_ranks(url, 5, world_size=2, epoch="two")
+    save_by_ranks(url, 5, world_size=2, attempt_id="two")
     with checkpointer(url) as reader, pytest.raises(StateMismatch, match="saved by 2 ranks, this job has 1"):
         reader.restore("auto")
 
 
 def test_going_back_sets_newer_steps_aside(url: Path) -> None:
     events: list[Event] = []
-    with checkpointer(url, events, epoch="two") as runner:
+    with checkpointer(url, events, attempt_id="two") as runner:
         back = runner.restore(1)
         assert back is not None
         assert steps_at(url) == ["step_00000001", "step_00000002.aside-1"]
@@ -238,7 +224,7 @@ def test_going_back_sets_newer_steps_aside(url: Path) -> None:
 
 
 def test_left_overs_of_cut_off_saves(url: Path) -> None:
-    save_steps(url, 3, 4, epoch="two")
+    save_steps(url, 3, 4, attempt_id="two")
     (url / "step_00000003" / "commit.json").unlink()
     (url / "step_00000004" / "commit.json").unlink()
     (url / "step_00000004" / "votes" / "rank_00000.json").unlink()

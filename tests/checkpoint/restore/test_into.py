@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from outlast.errors import CheckpointError, CorruptCheckpoint, StateMismatch
-from tests.checkpoint.helpers import checkpointer, flip, local, same, save_steps, state
+from tests.checkpoint.damage import flip
+from tests.checkpoint.helpers import checkpointer, save_steps
+from tests.checkpoint.states import local, same, state
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
 
@@ -111,7 +113,10 @@ def test_what_does_not_fit_is_not_touched(tmp_path: Path) -> None:
     ("tensor", "said"),
     [
         (torch.zeros(4, 6, device="meta"), "'model/w' cannot be restored into: it is on the meta device"),
-        (torch.zeros(4, 1).expand(4, 6), "'model/w' cannot be restored into: it has elements that share memory"),
+        (
+            torch.zeros(4, 1).expand(4, 6),
+            "'model/w' cannot be restored into: it is expanded, so its elements share memory",
+        ),
     ],
 )
 def test_what_cannot_be_filled_is_refused(tmp_path: Path, tensor: torch.Tensor, said: str) -> None:

@@ -8,26 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import CheckpointError, CheckpointNotFound
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import (
-    checkpointer,
-    failed,
-    files_of,
-    flip,
-    local,
-    of,
-    rejected,
-    same,
-    save_by_ranks,
-    save_steps,
-    state,
-    steps_at,
-)
+from tests.checkpoint.damage import files_of, flip, steps_at
+from tests.checkpoint.helpers import checkpointer, failed, of, rejected, save_by_ranks, save_steps
+from tests.checkpoint.states import local, same, state
 
 pytestmark = pytest.mark.root
 
@@ -86,7 +72,7 @@ def test_no_rank_waits_longer_than_it_may(disk: Disk) -> None:
     save_by_ranks(disk.url, 1, world_size=2)
     events: list[list[Event]] = [[], []]
     ranks = [
-        checkpointer(disk.url, events[rank], rank=rank, world_size=2, epoch="two", commit_timeout_s=1.0)
+        checkpointer(disk.url, events[rank], rank=rank, world_size=2, attempt_id="two", commit_timeout_s=1.0)
         for rank in (0, 1)
     ]
     disk.may_only("ro")
@@ -107,7 +93,7 @@ def test_restoring_changes_nothing_there_and_says_what_it_would_have(disk: Disk)
     flip(disk.url / "step_00000003" / "model" / "blocks.0.norm.bias" / "c.0")
     (disk.url / "step_00000004" / "commit.json").unlink()
     events: list[Event] = []
-    with checkpointer(disk.url, events, epoch="two") as reader:
+    with checkpointer(disk.url, events, attempt_id="two") as reader:
         disk.may_only("ro")
         before = files_of(disk.url)
         back = reader.restore("auto")
@@ -127,7 +113,7 @@ def test_restoring_changes_nothing_there_and_says_what_it_would_have(disk: Disk)
     stays = "left in place, because the storage is read-only: [Errno 30] Read-only file system"
     assert sum(stays in reason for reason in reasons) == 4
     disk.may_only("rw")
-    with checkpointer(disk.url, events, epoch="three") as reader:
+    with checkpointer(disk.url, events, attempt_id="three") as reader:
         again = reader.restore("auto")
     assert again is not None
     assert again.step == 2
@@ -138,7 +124,7 @@ def test_a_step_that_was_to_be_saved_anew_is_not_passed_over(disk: Disk) -> None
     """It could be brought back if the place could be written: to take the one before would be to lose it unasked."""
     save_steps(disk.url, 1, 2)
     (disk.url / "step_00000002").rename(disk.url / "step_00000002.replaced")
-    with checkpointer(disk.url, epoch="two") as reader:
+    with checkpointer(disk.url, attempt_id="two") as reader:
         disk.may_only("ro")
         with pytest.raises(CheckpointError, match=r"step_00000002 exists, but .*Read-only file system"):
             reader.restore("auto")

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import zarr
 
-from outlast.checkpoint.tools import (
-    verify,
-)
+from outlast.checkpoint.tools import verify
 from tests.checkpoint.sharded import run
 from tests.checkpoint.sharded_parts import SHAPES, damaged, memory, parts, refused, some_ranks
 from tests.checkpoint.sharded_training import Leg, Sharding, arrays, documented, train
@@ -125,9 +123,9 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
         assert "'model/w' cannot be stored: its placement is P" in found["partial"]
         assert "'rank_0000" in found["local"]
         assert "put it into replicated" in found["local"]
-        assert "over ranks [0, 1]" in found["submesh"] or "over ranks [2, 3]" in found["submesh"]
+        assert "spans ranks [0, 1]" in found["submesh"] or "spans ranks [2, 3]" in found["submesh"]
         assert "the job has 4" in found["submesh"]
-        assert "dimensions ((1, 0),) of its mesh split it in an order of their own" in found["turned"]
+        assert "the dimensions of its mesh split it in the order ((1, 0),), not in their own" in found["turned"]
         assert "chunk_mb of at least 0.004036" in found["grid"]
         assert found["mismatch"].startswith("StateMismatch: 3 tensors")
         assert "model/rows: (401, 64) torch.float32 in the checkpoint, (402, 64)" in found["mismatch"]

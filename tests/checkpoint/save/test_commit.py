@@ -16,25 +16,12 @@ import torch
 from outlast.checkpoint.format.names import vote_path
 from outlast.checkpoint.format.records import Vote, seal, unseal_vote
 from outlast.checkpoint.storage.local import LocalStore
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import (
-    checkpointer,
-    failed,
-    files_of,
-    local,
-    of,
-    rejected,
-    same,
-    save_by_ranks,
-    save_steps,
-    state,
-    steps_at,
-)
+from tests.checkpoint.damage import files_of, steps_at
+from tests.checkpoint.helpers import checkpointer, failed, of, rejected, save_by_ranks, save_steps
+from tests.checkpoint.states import local, same, state
 
 
 def test_three_ranks_commit(tmp_path: Path) -> None:
@@ -60,7 +47,7 @@ def test_three_ranks_commit(tmp_path: Path) -> None:
 def test_a_rank_that_does_not_vote(tmp_path: Path) -> None:
     save_by_ranks(tmp_path, 1, world_size=2)
     events: list[Event] = []
-    with checkpointer(tmp_path, events, world_size=2, epoch="two", commit_timeout_s=0.3) as alone:
+    with checkpointer(tmp_path, events, world_size=2, attempt_id="two", commit_timeout_s=0.3) as alone:
         alone.save(2, replicated=state(2), local=local(2))
         alone.wait_copied()
     assert len(failed(events)) == 1
@@ -106,7 +93,7 @@ def test_saving_a_step_again_after_a_cut_off_save(tmp_path: Path) -> None:
     for path in ("model/stale/c.0", "rank_00001/stale/zarr.json", "votes/rank_00001.json", "zarr.json"):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(b"{}")
-    save_by_ranks(tmp_path, 2, world_size=2, epoch="two")
+    save_by_ranks(tmp_path, 2, world_size=2, attempt_id="two")
     assert not [file for file in files_of(folder) if "stale" in file or "left over" in file]
     assert verify(tmp_path, 2).ok
 
@@ -114,7 +101,7 @@ def test_saving_a_step_again_after_a_cut_off_save(tmp_path: Path) -> None:
 def test_saving_a_step_twice(tmp_path: Path) -> None:
     save_steps(tmp_path, 2)
     events: list[Event] = []
-    with checkpointer(tmp_path, events, epoch="two") as saver:
+    with checkpointer(tmp_path, events, attempt_id="two") as saver:
         saver.save(2, replicated=state(5), local=local(2))
         saver.wait_copied()
         saver.save(2, replicated=state(6), local=local(2))
@@ -123,15 +110,15 @@ def test_saving_a_step_twice(tmp_path: Path) -> None:
     assert same(back.replicated, state(5))
     assert rejected(events) == [(2, "")]
     assert steps_at(tmp_path) == ["step_00000002", "step_00000002.aside-1"]
-    assert ["saved and committed before" in reason for reason in failed(events)] == [True]
+    assert ["already saved and committed step" in reason for reason in failed(events)] == [True]
 
 
 def test_saving_a_step_again_that_fails_brings_the_old_one_back(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2)
-    with checkpointer(tmp_path, [], world_size=2, epoch="two", commit_timeout_s=0.1) as alone:
+    with checkpointer(tmp_path, [], world_size=2, attempt_id="two", commit_timeout_s=0.1) as alone:
         alone.save(2, replicated=state(5), local=local(2))
     assert [info.status for info in list_steps(tmp_path)] == ["committed", "uncommitted", "aside"]
-    with checkpointer(tmp_path, [], epoch="three") as saver:
+    with checkpointer(tmp_path, [], attempt_id="three") as saver:
         back = saver.restore("auto")
         assert back is not None
         assert back.step == 2
@@ -193,9 +180,9 @@ def test_a_file_that_vanishes_before_the_commit(tmp_path: Path, monkeypatch: pyt
 def test_retention(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2, 3, 4, keep_last=2)
     assert steps_at(tmp_path) == ["step_00000003", "step_00000004"]
-    save_steps(tmp_path, 5, epoch="two", keep_last=1)
+    save_steps(tmp_path, 5, attempt_id="two", keep_last=1)
     assert steps_at(tmp_path) == ["step_00000005"]
-    save_steps(tmp_path, 6, 7, epoch="three", keep_last=0)
+    save_steps(tmp_path, 6, 7, attempt_id="three", keep_last=0)
     assert steps_at(tmp_path) == ["step_00000005", "step_00000006", "step_00000007"]
 
 
@@ -211,7 +198,7 @@ def test_pruning_that_is_cut_off_leaves_nothing_that_looks_complete(
 
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", stopped)
-        save_steps(tmp_path, 2, epoch="two", keep_last=1)
+        save_steps(tmp_path, 2, attempt_id="two", keep_last=1)
     assert gone == [True]
     assert [info.status for info in list_steps(tmp_path)] == ["uncommitted", "committed"]
 
@@ -328,6 +315,17 @@ def test_a_vote_that_may_have_been_counted_keeps_its_files(tmp_path: Path, monke
     assert all(verify(tmp_path, step).ok for step in committed)
 
 
+def end_without_closing(code: str, *arguments: str) -> str:
+    """What a process prints to stderr that ends by itself, with a Checkpointer that was not closed."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, timeout=60, cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+PROCESS_ENDED = "checkpoint of step 1 failed: the process ended before the checkpoint was committed\n"
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_ends_without_closing_ends(tmp_path: Path, rank: int) -> None:
     code = (
@@ -336,9 +334,58 @@ def test_a_process_that_ends_without_closing_ends(tmp_path: Path, rank: int) -> 
         "big = {str(n): torch.ones(100_000) for n in range(300)}; "
         "c.save(1, replicated={'model': big}, local={})"
     )
-    root = Path(__file__).parents[3]
-    command = [sys.executable, "-c", code, str(tmp_path), str(rank)]
-    done = subprocess.run(command, timeout=60, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "training ended" in done.stderr
+    said = end_without_closing(code, str(tmp_path), str(rank))
+    assert said.startswith(PROCESS_ENDED)
+    assert said.count("failed") == 1
     assert [info.status for info in list_steps(tmp_path)] in ([], ["uncommitted"])
+
+
+REFUSED = """
+import atexit, sys, threading, torch
+from outlast.checkpoint.storage.local import LocalStore
+from tests.checkpoint.helpers import checkpointer
+
+exiting, put_new = threading.Event(), LocalStore.put_new
+
+
+def late(store, path, data):
+    exiting.wait()
+    if sys.argv[2] == "the client's":
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+    put_new(store, path, data)
+
+
+LocalStore.put_new = late
+saver = checkpointer(sys.argv[1])
+# Called before the Checkpointer's own callback, and after threads of concurrent.futures were shut down.
+atexit.register(lambda: (exiting.set(), saver._saving.join()))
+saver.save(1, replicated={"model": {"w": torch.ones(100_000)}})
+"""
+
+
+@pytest.mark.parametrize("threads", ["ours", "the client's"])
+def test_threads_that_refuse_work_at_exit_are_no_fault_of_the_save(tmp_path: Path, threads: str) -> None:
+    said = end_without_closing(REFUSED, str(tmp_path), threads)
+    assert said.startswith(PROCESS_ENDED)
+    assert said.count("failed") == 1
+    assert [info.status for info in list_steps(tmp_path)] in ([], ["uncommitted"])
+
+
+@pytest.mark.parametrize("only", ["replicated", "local"])
+def test_either_kind_of_state_is_enough(tmp_path: Path, only: str) -> None:
+    with checkpointer(tmp_path) as saver:
+        if only == "replicated":
+            saver.save(1, replicated=state(1))
+        else:
+            saver.save(1, local=local(1))
+        saver.wait_copied()
+        back = saver.restore(1)
+    assert back is not None
+    assert same(back.replicated, state(1) if only == "replicated" else {})
+    assert same(back.local, local(1) if only == "local" else {})
+
+
+def test_a_save_of_nothing_is_an_error(tmp_path: Path) -> None:
+    with checkpointer(tmp_path) as saver, pytest.raises(CheckpointError, match="step 3 was given nothing to save"):
+        saver.save(3)
+    assert list_steps(tmp_path) == []

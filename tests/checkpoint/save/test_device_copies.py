@@ -57,11 +57,15 @@ def test_copies_that_run_ahead_are_the_same(
     monkeypatch.setattr(Snapshot, "runs_ahead", property(lambda self: True))
     state = {f"w{number}": torch.randn(300, 64) for number in range(20)}
     config = CheckpointConfig(chunk_mb=0.02, host_memory_mb=host_memory_mb, memory_every_steps=memory)
-    with Checkpointer(tmp_path / "c", config, rank=0, world_size=1, epoch="a", emit=lambda event: None) as saver:
+    with Checkpointer(
+        tmp_path / "c", config, rank=0, world_size=1, attempt_id="a", on_event=lambda event: None
+    ) as saver:
         for step in range(2):
             saver.save(step, replicated={"m": state}, local={"e": {"x": torch.ones(1000)}}, eager={"e"})
             saver.wait_copied()
-    with Checkpointer(tmp_path / "c", config, rank=0, world_size=1, epoch="b", emit=lambda event: None) as saver:
+    with Checkpointer(
+        tmp_path / "c", config, rank=0, world_size=1, attempt_id="b", on_event=lambda event: None
+    ) as saver:
         restored = saver.restore("auto")
     assert restored is not None
     assert restored.step == 1

@@ -10,12 +10,11 @@ import pytest
 
 from outlast.checkpoint.storage.fsspec import FsspecStore
 from outlast.checkpoint.storage.local import LocalStore
-from outlast.checkpoint.tools import (
-    verify,
-)
+from outlast.checkpoint.tools import verify
 from outlast.events import Event
-from tests.checkpoint.helpers import before, checkpointer, failed, local, same, save_and_join, state
+from tests.checkpoint.helpers import before, checkpointer, failed, save_and_join
 from tests.checkpoint.s3 import BUCKET
+from tests.checkpoint.states import local, same, state
 
 Place = tuple[str, type]
 
@@ -40,18 +39,18 @@ def test_the_second_commit_of_a_step_is_refused(place: Place, monkeypatch: pytes
         assert go.wait(60)
 
     before(monkeypatch, kind, "put_new", lambda path: path.endswith("/commit.json"), stand)
-    first = checkpointer(url, late, epoch="one", pack_below_kb=16.0)
+    first = checkpointer(url, late, attempt_id="one", pack_below_kb=16.0)
     first.save(7, replicated=state(1), local=local(1))
     first.wait_copied()
     assert stands.wait(60)
-    with checkpointer(url, events, epoch="two", pack_below_kb=16.0) as second:
+    with checkpointer(url, events, attempt_id="two", pack_below_kb=16.0) as second:
         save_and_join(second, 7, state(2))
         assert failed(events) == []
         go.set()
         first.close()
         (reason,) = failed(late)
         assert "FileExistsError" in reason
-        assert "written by another attempt" in reason
+        assert "another attempt, or a late rank of one, wrote" in reason
         assert f"{url}/step_00000007/commit.json" in reason
         back = second.restore("auto")
     assert back is not None
@@ -74,13 +73,13 @@ def test_a_coordinator_whose_step_was_opened_anew_does_not_commit(
         first.close()
 
     before(monkeypatch, kind, "sync_dirs", lambda paths: paths == ["step_00000007/votes/rank_00000.json"], stand)
-    first = checkpointer(url, late, epoch="one", pack_below_kb=16.0)
+    first = checkpointer(url, late, attempt_id="one", pack_below_kb=16.0)
     first.save(7, replicated=state(1), local=local(1))
     first.wait_copied()
     assert stands.wait(60)
     before(monkeypatch, kind, "put_new", lambda path: path.endswith("/commit.json"), let_the_first_go_on)
-    with checkpointer(url, events, epoch="two", pack_below_kb=16.0) as second:
+    with checkpointer(url, events, attempt_id="two", pack_below_kb=16.0) as second:
         save_and_join(second, 7, state(2))
     assert failed(events) == []
-    assert "was opened anew meanwhile, by ('two', 1)" in failed(late)[0]
+    assert "was opened again meanwhile, by attempt two, save 1" in failed(late)[0]
     assert verify(url, 7).ok

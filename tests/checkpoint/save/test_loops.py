@@ -16,7 +16,8 @@ from torch import nn, optim
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from outlast.errors import SnapshotMutated
-from tests.checkpoint.helpers import checkpointer, same
+from tests.checkpoint.helpers import checkpointer
+from tests.checkpoint.states import same
 
 OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "sgd, one by one": partial(optim.SGD, lr=0.1, momentum=0.9, foreach=False),

@@ -20,16 +20,14 @@ from outlast.checkpoint import (
 )
 from outlast.checkpoint.memory.arena import PAGE_BYTES, Arena, room
 from outlast.checkpoint.save.chunk_grid import chunk_shape
-from outlast.checkpoint.save.plan import share_of
+from outlast.checkpoint.save.plan import plan_rank
 from outlast.checkpoint.state.tree import StateTree, lay_out
 from outlast.checkpoint.storage.local import LocalStore
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import ConfigError, StateMismatch
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import checkpointer, failed, of, same, save_by_ranks, state
+from tests.checkpoint.helpers import checkpointer, failed, of, save_by_ranks
+from tests.checkpoint.states import same, state
 
 shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
 
@@ -61,7 +59,7 @@ def test_every_byte_is_written_once_in_equal_shares(
         groups["a" if eager else "b"][str(index)] = torch.randn(shape)
     lay_out(plan, groups, "", eager={"a"})
     shares = [
-        share_of(plan, StateTree(), rank, ranks, chunk_bytes=chunk_bytes, pack_below_bytes=pack_below)
+        plan_rank(plan, StateTree(), rank, ranks, chunk_bytes=chunk_bytes, pack_below_bytes=pack_below)
         for rank in range(ranks)
     ]
     files = [part.path for share in shares for part in share.parts] + [d for share in shares for d in share.documents]
@@ -131,7 +129,7 @@ def test_chunked_and_packed_state_comes_back(
     sizes = [event.size_bytes for seen in events for event in of(CheckpointSaved, seen)]
     assert sum(sizes) == list_steps(tmp_path)[0].size_bytes
     if ranks == 1:
-        back = checkpointer(tmp_path, epoch="two").restore(1)
+        back = checkpointer(tmp_path, attempt_id="two").restore(1)
         assert back is not None
         assert same(back.replicated, large(1))
         assert same(back.local, own)

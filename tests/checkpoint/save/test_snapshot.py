@@ -12,7 +12,9 @@ import torch
 from outlast.checkpoint import Checkpointer
 from outlast.errors import CheckpointError, SnapshotMutated
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import checkpointer, failed, of, same, steps_at
+from tests.checkpoint.damage import steps_at
+from tests.checkpoint.helpers import checkpointer, failed, of
+from tests.checkpoint.states import same
 
 
 def model() -> torch.nn.Module:

@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from outlast.checkpoint.format.zarr import CRC_BYTES, ArrayInfo, chunk_name, parse_node, payload, put_chunk
 from outlast.checkpoint.save.chunk_grid import shard_chunk_shape
-from outlast.checkpoint.save.plan import RankPlan, share_of
+from outlast.checkpoint.save.plan import RankPlan, plan_rank
 from outlast.checkpoint.save.snapshot import Snapshot
 from outlast.checkpoint.state.boxes import Box, ShardLayout, Split, divisors, spread_over
 from outlast.checkpoint.state.target import part_of
@@ -119,7 +119,7 @@ def shares(
             spread = placed[name][rank] if name in placed else None
             part = part_of(tensor, spread.box) if spread else tensor
             items.append(TensorEntry(name, name, part, False, spread))
-        share = share_of(StateTree(items=items), StateTree(), rank, ranks, chunk_bytes=chunk_bytes, pack_below_bytes=0)
+        share = plan_rank(StateTree(items=items), StateTree(), rank, ranks, chunk_bytes=chunk_bytes, pack_below_bytes=0)
         snapshot, written = Snapshot(share.parts), {}
         for index, part in enumerate(share.parts):
             memory = torch.full((part.nbytes + CRC_BYTES,), 7, dtype=torch.uint8)
@@ -204,7 +204,7 @@ def test_shards_that_fit_no_grid_are_refused() -> None:
         shard_chunk_shape(twice, 4, 10_000_000)
     item = TensorEntry("w", "model/w", torch.zeros(twice.box.size), False, twice)
     with pytest.raises(CheckpointError, match="'model/w'"):
-        share_of(StateTree(items=[item]), StateTree(), 0, 4, chunk_bytes=10_000_000, pack_below_bytes=0)
+        plan_rank(StateTree(items=[item]), StateTree(), 0, 4, chunk_bytes=10_000_000, pack_below_bytes=0)
 
 
 def test_ranks_that_place_a_tensor_differently_disagree() -> None:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outlast.checkpoint.state.shares import share_out
-from tests.checkpoint.helpers import flip, save_by_ranks
+from tests.checkpoint.damage import flip
+from tests.checkpoint.helpers import save_by_ranks
 from tests.checkpoint.ranks import Orders, run
 
 

@@ -18,8 +18,8 @@ from outlast.checkpoint.storage.fsspec import FsspecStore
 from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.crash import Expected
 from tests.checkpoint.faulty import CHANGES, Place
-from tests.checkpoint.helpers import local, same, state
 from tests.checkpoint.recorder import Mark
+from tests.checkpoint.states import local, same, state
 
 CONFIG = CheckpointConfig(keep_last=2, io_threads=2)
 """Everything packed: a handful of objects a step."""
@@ -54,12 +54,12 @@ def content(step: int, version: str) -> dict[str, Any]:
     return {**state(step), "version": version}
 
 
-def attempt(place: Place, record: Record | None, epoch: str) -> Checkpointer:
-    def emit(event: Event) -> None:
+def attempt(place: Place, record: Record | None, attempt_id: str) -> Checkpointer:
+    def on_event(event: Event) -> None:
         if record is not None and isinstance(event, CheckpointSaved):
-            record.mark("acked", event.step, epoch)
+            record.mark("acked", event.step, attempt_id)
 
-    return Checkpointer(place.url, CONFIG, rank=0, world_size=1, epoch=epoch, emit=emit)
+    return Checkpointer(place.url, CONFIG, rank=0, world_size=1, attempt_id=attempt_id, on_event=on_event)
 
 
 def save(saver: Checkpointer, record: Record, step: int, version: str) -> None:

@@ -15,16 +15,14 @@ import pytest
 
 from outlast.checkpoint.storage import retry
 from outlast.checkpoint.storage.open import open_store
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint
 from outlast.events import CheckpointRejected, CheckpointSaved, Event
 from tests.checkpoint.crash import Expected
 from tests.checkpoint.faulty import Place
-from tests.checkpoint.helpers import checkpointer, failed, local, of, same, save_by_ranks, save_steps, state
+from tests.checkpoint.helpers import checkpointer, failed, of, save_by_ranks, save_steps
 from tests.checkpoint.recorder import Mark
+from tests.checkpoint.states import local, same, state
 
 CHUNK = "step_00000002/model/blocks.0.norm.bias/c.0"
 PASSING: list[Callable[[], Exception]] = [
@@ -88,7 +86,9 @@ def test_but_not_for_ever(place: Place, error: Callable[[], Exception]) -> None:
     assert failing.calls == 5
     assert [event.step for event in of(CheckpointSaved, events)] == [1, 3]
     (reason,) = failed(events)
-    assert reason.startswith(f"ConnectionError: {place.url}/{CHUNK}: given up after 5 of 5 tries in 0.0 s, the last")
+    assert reason.startswith(
+        f"ConnectionError: {place.url}/{CHUNK}: given up after 5 of 5 tries in 0.0 s, last error: "
+    )
     assert type(error()).__name__ in reason
     assert [info.step for info in list_steps(place.url)] == [1, 3]
 
@@ -133,7 +133,7 @@ def test_an_error_is_not_taken_for_a_missing_record(place: Place) -> None:
     """fsspec's ``isfile`` would: and a step without a record is cleared away."""
     save_steps(place.url, 1, 2)
     events: list[Event] = []
-    with checkpointer(place.url, events, epoch="two") as reader:
+    with checkpointer(place.url, events, attempt_id="two") as reader:
         place.around = Failing("info", "step_00000002/commit.json", ConnectionResetError, 5)
         with pytest.raises(CheckpointError, match=r"cannot be listed.*step_00000002/commit\.json: given up"):
             reader.restore("auto")
@@ -160,7 +160,7 @@ def test_an_error_is_not_taken_for_an_empty_folder(place: Place) -> None:
 def test_an_error_is_not_taken_for_damage(place: Place, error: Callable[[], Exception]) -> None:
     save_steps(place.url, 1, 2)
     events: list[Event] = []
-    with checkpointer(place.url, events, epoch="two") as reader:
+    with checkpointer(place.url, events, attempt_id="two") as reader:
         for end in ("model/blocks.0.norm.bias/c.0", "step_00000002/zarr.json", "votes/rank_00000.json", "commit.json"):
             place.around = Failing("cat_file", end, error, 5)
             with pytest.raises(CheckpointError, match=rf"step_00000002.*{error.__name__}"):
@@ -177,7 +177,7 @@ def test_a_store_that_cannot_refuse(place: Place, caplog: pytest.LogCaptureFixtu
     place.conditional = False
     with caplog.at_level(logging.WARNING, "outlast.checkpoint"):
         save_steps(place.url, 1)
-    assert "cannot be told to write a file only if there is none" in caplog.text
+    assert "cannot create a file exclusively" in caplog.text
     store = open_store(place.url)
     store.prepare()
     store.put_new("file", b"one")
@@ -225,22 +225,22 @@ class Weather:
         return do()
 
 
-def _attempt(place: Place, epoch: str, expected: Expected) -> Expected:
+def _attempt(place: Place, attempt_id: str, expected: Expected) -> Expected:
     """One process: restores what it can, saves that step anew and two more."""
     events: list[Event] = []
     try:
-        with checkpointer(place.url, events, epoch=epoch, keep_last=2, pack_below_kb=16.0) as saver:
+        with checkpointer(place.url, events, attempt_id=attempt_id, keep_last=2, pack_below_kb=16.0) as saver:
             back = saver.restore("auto")
             expected = _judge(back, expected)
             first = 1 if back is None else back.step
             for step in (first, first + 1, first + 2):
-                expected = expected.after(Mark("begin", step, epoch))
-                saver.save(step, replicated={**state(step), "version": epoch}, local=local(step))
+                expected = expected.after(Mark("begin", step, attempt_id))
+                saver.save(step, replicated={**state(step), "version": attempt_id}, local=local(step))
                 saver.wait_copied()
                 assert saver._saving is not None
                 saver._saving.join()
                 if [event.step for event in of(CheckpointSaved, events)][-1:] == [step]:
-                    expected = expected.after(Mark("acked", step, epoch))
+                    expected = expected.after(Mark("acked", step, attempt_id))
                 else:
                     assert place.url in failed(events)[-1]
     except (CorruptCheckpoint, CheckpointNotFound) as error:
@@ -271,7 +271,7 @@ def _sweep(place: Place, seeds: range) -> None:
             for number in range(4):
                 expected = _attempt(place, f"attempt-{number}", expected)
             place.around = lambda name, path, do: do()
-            with checkpointer(place.url, epoch="judge") as reader:
+            with checkpointer(place.url, attempt_id="judge") as reader:
                 _judge(reader.restore("auto"), expected)
             for info in list_steps(place.url):
                 if info.status == "committed":

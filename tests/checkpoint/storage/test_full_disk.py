@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import checkpointer, failed, files_of, flip, of, same, small_disk, steps_at
+from tests.checkpoint.damage import files_of, flip, steps_at
+from tests.checkpoint.helpers import checkpointer, failed, of, small_disk
+from tests.checkpoint.states import same
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
 

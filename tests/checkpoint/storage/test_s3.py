@@ -14,15 +14,12 @@ from obstore.fsspec import register
 from outlast.checkpoint.storage import fsspec as fsspec_store
 from outlast.checkpoint.storage import retry
 from outlast.checkpoint.storage.fsspec import FsspecStore
-from outlast.checkpoint.tools import (
-    list_steps,
-    prune,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, prune, verify
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import before, checkpointer, failed, local, of, rejected, same, save_and_join, state
+from tests.checkpoint.helpers import before, checkpointer, failed, of, rejected, save_and_join
 from tests.checkpoint.s3 import BUCKET, Server
+from tests.checkpoint.states import local, same, state
 
 PACKED = {"pack_below_kb": 16.0}
 """A handful of objects a step."""
@@ -72,7 +69,7 @@ def test_save_restore_save_anew_prune(url: str) -> None:
         save_and_join(saver, 1, state(1))
         save_and_join(saver, 2, state(2))
     assert [info.step for info in list_steps(url)] == [2]
-    with checkpointer(url, events, epoch="two", **PACKED) as saver:
+    with checkpointer(url, events, attempt_id="two", **PACKED) as saver:
         back = saver.restore("auto")
         assert back is not None
         assert same(back.replicated, state(2))
@@ -91,9 +88,9 @@ def test_save_restore_save_anew_prune(url: str) -> None:
 
 def test_a_bucket_that_is_not_there(s3_server: Server) -> None:
     with s3_server.used():
-        with pytest.raises(CheckpointError, match=r"s3://bukcet/run.*there is no such bucket"):
+        with pytest.raises(CheckpointError, match=r"s3://bukcet/run.*the bucket does not exist"):
             checkpointer("s3://bukcet/run")
-        with pytest.raises(CheckpointError, match="there is no such bucket"):
+        with pytest.raises(CheckpointError, match="the bucket does not exist"):
             list_steps("s3://bukcet/run")
 
 
@@ -147,7 +144,7 @@ def test_a_server_that_does_not_answer_for_a_while(mortal: Server, monkeypatch: 
         (reason,) = failed(events)
         assert f"{url}/step_00000002/votes/rank_00000.json: given up after" in reason
         save_and_join(saver, 3, big(3))
-    with checkpointer(url, events, epoch="two", **PACKED) as reader:
+    with checkpointer(url, events, attempt_id="two", **PACKED) as reader:
         with monkeypatch.context() as patch:
             before(patch, FsspecStore, "read", lambda path: path.endswith("/c.0.0"), gone(patch, mortal.freeze))
             with pytest.raises(CheckpointError, match=r"step_00000003.*ConnectionError.*given up after"):
@@ -187,11 +184,11 @@ def by_obstore(s3_server: Server, tmp_path: Path) -> Iterator[str]:
 
 
 def test_obstore_does_as_well_and_says_what_it_cannot(by_obstore: str, caplog: pytest.LogCaptureFixture) -> None:
-    for epoch, steps in (("one", (1, 2)), ("two", (2, 3))):
-        with checkpointer(by_obstore, epoch=epoch, keep_last=2, **PACKED) as saver:
+    for attempt_id, steps in (("one", (1, 2)), ("two", (2, 3))):
+        with checkpointer(by_obstore, attempt_id=attempt_id, keep_last=2, **PACKED) as saver:
             for step in steps:
                 saver.save(step, replicated=state(step), local=local(step))
-    assert "cannot be told to write a file only if there is none" in caplog.text
+    assert "cannot create a file exclusively" in caplog.text
     with checkpointer(by_obstore) as reader:
         back = reader.restore("auto")
     assert back is not None

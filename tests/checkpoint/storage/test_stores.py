@@ -15,26 +15,13 @@ import torch
 from outlast.checkpoint.storage.base import Store
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.checkpoint.storage.open import open_store
-from outlast.checkpoint.tools import (
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import CheckpointError, ConfigError, CorruptCheckpoint, MissingDependency
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import (
-    checkpointer,
-    failed,
-    files_of,
-    local,
-    of,
-    rejected,
-    same,
-    save_by_ranks,
-    save_steps,
-    state,
-    steps_at,
-)
+from tests.checkpoint.damage import files_of, steps_at
+from tests.checkpoint.helpers import checkpointer, failed, of, rejected, save_by_ranks, save_steps
 from tests.checkpoint.s3 import BUCKET
+from tests.checkpoint.states import local, same, state
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -53,7 +40,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 def test_everything_works_at_any_url(url: str) -> None:
     save_by_ranks(url, 1, 2, world_size=2)
-    save_steps(url, 3, 4, 5, epoch="two", keep_last=3)
+    save_steps(url, 3, 4, 5, attempt_id="two", keep_last=3)
     assert [info.step for info in list_steps(url)] == [3, 4, 5]
     assert verify(url, 5).ok
     store = open_store(url)
@@ -65,7 +52,7 @@ def test_everything_works_at_any_url(url: str) -> None:
     store.remove("step_00000004/votes/rank_00000.json")
     assert [problem.file for problem in verify(url, 5).problems] == ["model/blocks.0.norm.bias/c.0"]
     events: list[Event] = []
-    with checkpointer(url, events, epoch="three") as runner:
+    with checkpointer(url, events, attempt_id="three") as runner:
         with pytest.raises(CorruptCheckpoint, match="norm"):
             runner.restore(5)
         back = runner.restore("auto")
@@ -210,7 +197,7 @@ def test_a_full_disk(small_disk: Path) -> None:
     assert len(failed(events)) == 2
     assert all("No space left on device" in reason for reason in failed(events))
     assert steps_at(url) == ["step_00000001", "step_00000004"]
-    with checkpointer(url, epoch="two") as reader:
+    with checkpointer(url, attempt_id="two") as reader:
         back = reader.restore(1)
     assert back is not None
     assert same(back.replicated, big)
@@ -223,6 +210,6 @@ def test_a_full_disk_does_not_hold_the_other_ranks(small_disk: Path) -> None:
     for seen in events:
         assert [event.kind for event in seen] == ["checkpoint_failed"] * 2
     (small_disk / "ballast").unlink()
-    save_by_ranks(small_disk, 3, world_size=2, epoch="two")
+    save_by_ranks(small_disk, 3, world_size=2, attempt_id="two")
     assert verify(small_disk).ok
     assert [path.name for path in small_disk.iterdir()] == ["step_00000003"]

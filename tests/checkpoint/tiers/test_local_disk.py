@@ -16,8 +16,10 @@ from outlast.checkpoint import CheckpointConfig
 from outlast.checkpoint.tiers.slots import local_folder, memory_folder
 from outlast.errors import CheckpointError, ConfigError
 from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
-from tests.checkpoint.helpers import checkpointer, flip, local, of, restored_by_one, small_disk, state, tiers_taken
+from tests.checkpoint.damage import flip
+from tests.checkpoint.helpers import checkpointer, of, restored_by_one, small_disk, tiers_taken
 from tests.checkpoint.ranks import Orders, Outcome, run
+from tests.checkpoint.states import local, state
 
 LOCAL = {"memory_every_steps": 1, "local_every_steps": 2}
 
@@ -37,7 +39,7 @@ def settings(url: Path) -> dict[str, Any]:
 def killed(url: Path, *steps: int, disk: tuple[int, ...], durable: tuple[int, ...] = (), **orders: Any) -> None:
     """A job of one rank that saves these steps and is then killed, once those are on its disk."""
     after = [(steps[-1], "memory"), *((step, "local") for step in disk), *((step, "storage") for step in durable)]
-    orders = {"epoch": "first", "settings": settings(url), **orders}
+    orders = {"attempt_id": "first", "settings": settings(url), **orders}
     order = Orders((str(url),), save=steps, durable=durable, die_after=tuple(after), **orders)
     assert [one.exitcode for one in run(order)] == [-9]
 
@@ -137,13 +139,13 @@ def test_old_copies_go(url: Path) -> None:
     assert [path.name.split(".")[2] for path in files(url, ".data")] == ["14", "16"]
     assert len(files(url, ".json")) == len(files(url, ".commit")) == 2
     boot(url)
-    killed(url, *range(17, 25), disk=(18, 20, 22, 24), epoch="second", restore=True)
+    killed(url, *range(17, 25), disk=(18, 20, 22, 24), attempt_id="second", restore=True)
     assert {path.name.partition(".")[0] for path in files(url, "")} - {"own"} == {"second"}
 
 
 def test_a_run_that_ends_well_leaves_nothing(url: Path) -> None:
     killed(url, 1, 2, disk=(2,))
-    with checkpointer(url, [], epoch="second", **settings(url)) as one:
+    with checkpointer(url, [], attempt_id="second", **settings(url)) as one:
         assert one.restore("auto") is not None
         for step in (3, 4):
             one.save(step, replicated=state(step), local=local(step), durable=step == 4)
@@ -154,8 +156,8 @@ def test_a_run_that_ends_well_leaves_nothing(url: Path) -> None:
 def test_a_run_that_begins_anew_forgets_what_lies_there(url: Path) -> None:
     killed(url, 1, 2, disk=(2,))
     boot(url)
-    killed(url, 1, disk=(), epoch="second")
-    assert restored(url, epoch="third")[0] == 1
+    killed(url, 1, disk=(), attempt_id="second")
+    assert restored(url, attempt_id="third")[0] == 1
 
 
 def test_what_storage_lacks_is_kept_at_the_end(url: Path) -> None:
@@ -184,17 +186,17 @@ def test_a_full_disk_is_reported_and_training_goes_on(url: Path) -> None:
 def test_what_attempts_before_left_makes_room(url: Path) -> None:
     """With room for three parts, of which the attempt before has filled two."""
     with small_disk(url.parent / "disk", "3600k"):
-        for first, epoch in ((1, "one"), (11, "two"), (21, "three")):
+        for first, attempt_id in ((1, "one"), (11, "two"), (21, "three")):
             events: list[Event] = []
-            one = checkpointer(url, events, epoch=epoch, **{**settings(url), "local_every_steps": 1})
-            assert epoch == "one" or one.restore("auto") is not None
+            one = checkpointer(url, events, attempt_id=attempt_id, **{**settings(url), "local_every_steps": 1})
+            assert attempt_id == "one" or one.restore("auto") is not None
             for step in range(first, first + 8):
                 one.save(step, replicated={"w": torch.full((250_000,), float(step))}, local={}, durable=False)
                 one.wait_copied()
             one._finish()
             assert one._tiers is not None
-            assert one._tiers._to_disk is not None
-            one._tiers._to_disk.join()
+            assert one._tiers._disk is not None
+            one._tiers._disk.close()
             one.abort()
             saved = [event.step for event in of(CheckpointSaved, events) if event.tier == "local"]
             assert saved == list(range(first, first + 8)), of(CheckpointFailed, events)

@@ -15,8 +15,10 @@ from outlast.checkpoint import CheckpointConfig
 from outlast.checkpoint.tiers.slots import memory_folder
 from outlast.errors import CheckpointError, ConfigError
 from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
-from tests.checkpoint.helpers import checkpointer, flip, local, of, restored_by_one, state, tiers_taken
+from tests.checkpoint.damage import flip
+from tests.checkpoint.helpers import checkpointer, of, restored_by_one, tiers_taken
 from tests.checkpoint.ranks import Orders, run
+from tests.checkpoint.states import local, state
 
 MEMORY = {"memory_every_steps": 1}
 
@@ -32,7 +34,7 @@ def url(tmp_path: Path) -> Iterator[Path]:
 def killed(url: Path, *steps: int, durable: tuple[int, ...] = (), ranks: int = 1, **orders: Any) -> None:
     """A job that saves these steps and is then killed: nothing of it is closed."""
     after = ((steps[-1], "memory"), *((step, "storage") for step in durable))
-    orders = {"epoch": "first", "settings": MEMORY, **orders}
+    orders = {"attempt_id": "first", "settings": MEMORY, **orders}
     order = Orders((str(url),), save=steps, durable=durable, die_after=after, **orders)
     assert [one.exitcode for one in run(*[order] * ranks)] == [-9] * ranks
 
@@ -54,23 +56,23 @@ def test_what_lies_in_memory_outlives_the_process(url: Path) -> None:
 
 def test_the_next_attempts_commits_take_the_place_of_those_before(url: Path) -> None:
     killed(url, 1, 2)
-    killed(url, 3, 4, 5, 6, epoch="second", restore=True)
+    killed(url, 3, 4, 5, 6, attempt_id="second", restore=True)
     assert {path.name.partition(".")[0] for path in files(url, "")} >= {"second"}
     assert not [path for path in files(url, ".data") if path.name.startswith("first.")]
     assert len(files(url, ".data")) == 3
-    assert restored(url, epoch="third")[0] == 6
+    assert restored(url, attempt_id="third")[0] == 6
 
 
 def test_a_run_that_begins_anew_forgets_what_lies_there(url: Path) -> None:
     killed(url, 1, 2, 3)
-    killed(url, 1, epoch="second")
-    assert restored(url, epoch="third")[0] == 1
+    killed(url, 1, attempt_id="second")
+    assert restored(url, attempt_id="third")[0] == 1
 
 
 def test_a_step_that_is_gone_back_to_makes_newer_ones_forgotten(url: Path) -> None:
     killed(url, 1, 2, 3, durable=(1,))
     assert restored(url, which=1)[0] == 1
-    assert restored(url, epoch="third")[0] == 1
+    assert restored(url, attempt_id="third")[0] == 1
 
 
 def test_a_step_in_memory_can_be_asked_for(url: Path) -> None:
@@ -95,7 +97,7 @@ def test_a_run_that_ends_well_leaves_no_memory_behind(url: Path) -> None:
 
 def test_nor_what_attempts_before_it_left(url: Path) -> None:
     killed(url, 1, 2)
-    with checkpointer(url, [], epoch="second", **MEMORY) as one:
+    with checkpointer(url, [], attempt_id="second", **MEMORY) as one:
         assert one.restore("auto") is not None
         one.save(3, replicated=state(3), local=local(3))
     assert not files(url, ".data") + files(url, ".json") + files(url, ".commit")

@@ -10,15 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from outlast.checkpoint.tools import (
-    Comparison,
-    TensorDifference,
-    ValueDifference,
-    diff,
-)
+from outlast.checkpoint.tools import Comparison, TensorDifference, ValueDifference, diff
 from outlast.cli.main import main
 from outlast.errors import CheckpointNotFound, CorruptCheckpoint
-from tests.checkpoint.helpers import checkpointer, files_of, flip, save_by_ranks, save_steps
+from tests.checkpoint.damage import files_of, flip
+from tests.checkpoint.helpers import checkpointer, save_by_ranks, save_steps
 
 
 def save(url: Path, replicated: dict[str, Any], local: dict[str, Any] | None = None, step: int = 1) -> None:
@@ -34,7 +30,7 @@ def compare(tmp_path: Path, a: dict[str, Any], b: dict[str, Any]) -> Comparison:
 
 def test_a_step_is_equal_to_itself_and_to_the_same_saved_elsewhere(tmp_path: Path) -> None:
     save_by_ranks(tmp_path / "a", 3, 4, world_size=2)
-    save_by_ranks(tmp_path / "b", 4, world_size=2, epoch="two")
+    save_by_ranks(tmp_path / "b", 4, world_size=2, attempt_id="two")
     before = files_of(tmp_path)
     for found in (diff(tmp_path / "a", tmp_path / "a"), diff(tmp_path / "a", tmp_path / "b")):
         assert found.equal

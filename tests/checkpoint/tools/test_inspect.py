@@ -14,14 +14,10 @@ from outlast.checkpoint import (
     CheckpointConfig,
     check_like,
 )
-from outlast.checkpoint.tools import (
-    TensorInfo,
-    describe,
-    list_steps,
-    verify,
-)
+from outlast.checkpoint.tools import TensorInfo, describe, list_steps, verify
 from outlast.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, OutOfRange, StateMismatch
-from tests.checkpoint.helpers import checkpointer, files_of, flip, save_by_ranks, save_steps
+from tests.checkpoint.damage import files_of, flip
+from tests.checkpoint.helpers import checkpointer, save_by_ranks, save_steps
 
 
 def test_describe(tmp_path: Path) -> None:
@@ -37,7 +33,7 @@ def test_describe(tmp_path: Path) -> None:
     flip(tmp_path / "step_00000004" / "rank_00001" / "zarr.json")
     with pytest.raises(CorruptCheckpoint, match=r"rank_00001/zarr\.json"):
         describe(tmp_path)
-    with pytest.raises(CheckpointNotFound, match="committed steps there are: 3, 4"):
+    with pytest.raises(CheckpointNotFound, match="committed steps: 3, 4"):
         describe(tmp_path, 5)
 
 
@@ -115,8 +111,8 @@ def test_settings_out_of_range(key: str, value: float) -> None:
 def test_ranks_and_epochs_that_make_no_sense(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="rank 2 of 2"):
         checkpointer(tmp_path, rank=2, world_size=2)
-    with pytest.raises(CheckpointError, match="epoch ''"):
-        checkpointer(tmp_path, epoch="")
+    with pytest.raises(CheckpointError, match="attempt_id ''"):
+        checkpointer(tmp_path, attempt_id="")
     with checkpointer(tmp_path, world_size=2) as saver, pytest.raises(CheckpointError, match="without a process group"):
         saver.restore("auto")
 

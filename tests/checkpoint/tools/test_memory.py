@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 
-from outlast.checkpoint.tiers.run_lock import Use, alone, is_used
+from outlast.checkpoint.tiers.run_lock import RunLock, alone, is_used
 from outlast.checkpoint.tiers.slots import memory_path
-from outlast.checkpoint.tools import (
-    list_memory,
-    remove_memory,
-)
+from outlast.checkpoint.tools import list_memory, remove_memory
 from outlast.cli.main import main
 from outlast.errors import CheckpointError
-from tests.checkpoint.helpers import checkpointer, files_of, local, state
+from tests.checkpoint.damage import files_of
+from tests.checkpoint.helpers import checkpointer
 from tests.checkpoint.ranks import Orders, run
+from tests.checkpoint.states import local, state
 
 MEMORY = {"memory_every_steps": 1}
 
@@ -57,7 +56,7 @@ def test_steps_are_listed_and_given_back(url: Path) -> None:
     assert remove_memory(url) == found
     assert not folder.exists()
     assert list_memory(url).steps == ()
-    with checkpointer(url, [], epoch="second", **MEMORY) as one:
+    with checkpointer(url, [], attempt_id="second", **MEMORY) as one:
         assert one.restore("auto") is None
 
 
@@ -77,7 +76,7 @@ def test_not_while_a_run_uses_it(url: Path) -> None:
 def test_several_use_it_until_they_are_let_go_of(tmp_path: Path) -> None:
     folder = memory_path("somewhere", tmp_path)
     assert not is_used(folder)
-    one, other = Use("somewhere", tmp_path), Use("somewhere", tmp_path)
+    one, other = RunLock("somewhere", tmp_path), RunLock("somewhere", tmp_path)
     one.close()
     one.close()
     assert is_used(folder)
@@ -87,9 +86,9 @@ def test_several_use_it_until_they_are_let_go_of(tmp_path: Path) -> None:
 
 def test_a_run_that_begins_meanwhile_waits(tmp_path: Path) -> None:
     folder = memory_path("somewhere", tmp_path)
-    Use("somewhere", tmp_path).close()
+    RunLock("somewhere", tmp_path).close()
     found: list[Any] = []
-    begins = threading.Thread(target=lambda: found.append(Use("somewhere", tmp_path)))
+    begins = threading.Thread(target=lambda: found.append(RunLock("somewhere", tmp_path)))
     with alone(folder):
         begins.start()
         begins.join(0.2)
@@ -144,7 +143,7 @@ def test_command(url: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ckpt", "memory", str(url), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["removed"], told["in_use"], [one["step"] for one in told["steps"]]) == (False, False, [1, 2])
-    with checkpointer(url, [], epoch="second", **MEMORY) as one:
+    with checkpointer(url, [], attempt_id="second", **MEMORY) as one:
         assert main(["ckpt", "memory", str(url)]) == 0
         assert "in use by a run" in capsys.readouterr().out
         assert main(["ckpt", "memory", str(url), "--remove"]) == 1

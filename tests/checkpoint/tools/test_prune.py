@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from outlast.checkpoint.tools import (
-    list_steps,
-    prune,
-    verify,
-)
+from outlast.checkpoint.tools import list_steps, prune, verify
 from outlast.cli.main import main
 from outlast.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, OutOfRange
-from tests.checkpoint.helpers import checkpointer, files_of, flip, save_by_ranks, save_steps, steps_at
+from tests.checkpoint.damage import files_of, flip, steps_at
+from tests.checkpoint.helpers import checkpointer, save_by_ranks, save_steps
 
 NAMES = {step: f"step_{step:08d}" for step in range(10)}
 

@@ -101,7 +101,7 @@ def test_damage_is_found_where_the_number_of_indices_shows_it() -> None:
     out = torch.zeros(indices_nbytes(100, 5000), dtype=torch.uint8)
     encode(indices, 5000, out)
     out[-1] = 0xFF
-    with pytest.raises(CommError, match="100 were expected"):
+    with pytest.raises(CommError, match="expected 100"):
         decode(out, 100, 5000)
 
 
@@ -116,7 +116,7 @@ def test_damage_of_one_row_of_many_is_found_even_where_another_makes_up_for_it()
     rows[1, planes] -= lost
     gained = next(bit for bit in (1, 2, 4, 8, 16) if not int(rows[2, planes]) & bit)
     rows[2, planes] += gained
-    with pytest.raises(CommError, match="99 indices where 100 were expected"):
+    with pytest.raises(CommError, match="marks 99 indices, expected 100"):
         decode_rows(rows, 100, 5000)
 
 

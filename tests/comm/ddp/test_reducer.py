@@ -278,7 +278,7 @@ def run_mismatches(rank: int) -> Any:
         assert expected in caught.value.what
     assert frozen(reducer.state_dict()) == before, "a state that is refused changes nothing"
     reducer.close()
-    with pytest.raises(CommError, match="comes twice"):
+    with pytest.raises(CommError, match="is given twice"):
         GradientReducer([("a", torch.zeros(2)), ("a", torch.zeros(2))], CommConfig())
     with pytest.raises(CommError, match="belongs to none"):
         reducer._states.of(torch.zeros(3))

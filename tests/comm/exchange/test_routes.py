@@ -199,7 +199,7 @@ def run_odd_nodes(rank: int) -> str:
 
 
 def test_nodes_of_different_size_are_refused(three_ranks: Ranks) -> None:
-    assert set(three_ranks.run(run_odd_nodes)) == {"3 ranks are no multiple of comm.ranks_per_node = 2"}
+    assert set(three_ranks.run(run_odd_nodes)) == {"the world size 3 is not a multiple of comm.ranks_per_node = 2"}
 
 
 def run_scaled(rank: int, scales: list[float], overflow_at: int, settings: dict[str, Any]) -> Any:

@@ -180,7 +180,7 @@ class TestPartialParticipation:
         ]
         found = method.decode(other.replicated, [*payloads, None])
         assert torch.equal(found, expected)
-        with pytest.raises(CommError, match="ef21 needs a payload of every rank"):
+        with pytest.raises(CommError, match="ef21 needs a payload from every rank"):
             EF21(TopK(0.2)).decode(other.replicated, [*payloads, None])
 
     def test_whole_steps(self) -> None:

@@ -283,7 +283,7 @@ def test_other_tensors_are_refused() -> None:
         kernels.add_sparse(x, torch.zeros(1, dtype=torch.int32, device=DEVICE), x[:1])
     with pytest.raises(CommError, match="fits_blocks"):
         kernels.quantise_blocks(x, 4, 3, body)
-    with pytest.raises(CommError, match="needed are 10 bytes"):
+    with pytest.raises(CommError, match="expected at least 10 bytes"):
         kernels.quantise_blocks(x, 8, 8, body[:9])
     with pytest.raises(CommError, match="block = 0"):
         kernels.largest_in_blocks(x, 0)

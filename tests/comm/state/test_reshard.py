@@ -16,11 +16,10 @@ from outlast.comm.compressors import LowRank, RandK, Slots, TopK
 from outlast.comm.config import CommConfig
 from outlast.comm.feedback import EF14, EF21, EF21BC, EF21SGDM, EF21W, EControl, Feedback
 from outlast.comm.feedback.layout import unit
+from outlast.comm.slices import Cut
 from outlast.comm.state.parameters import ParameterStates, ParamState
 from outlast.comm.state.reshard import (
-    OWNED,
     Layout,
-    Piece,
     drift,
     in_one,
     in_rows,
@@ -29,6 +28,7 @@ from outlast.comm.state.reshard import (
     resync,
     tracked,
 )
+from outlast.comm.state.slots import OWNED
 from outlast.errors import CommStateMismatch
 
 SHAPE = (7, 6)
@@ -182,7 +182,7 @@ def test_slices_of_any_entries() -> None:
     """As where each rank decodes its own shard alone: the replicated slots are then cut as well, anywhere."""
 
     def cut(*at: int) -> Layout:
-        pieces = tuple(Piece(a, b, (b - a,)) for a, b in itertools.pairwise(at))
+        pieces = tuple(Cut(a, b, (b - a,)) for a, b in itertools.pairwise(at))
         return Layout(SHAPE, torch.float32, pieces)
 
     before, after = cut(0, 12, 42), cut(0, 30, 30, 42)
@@ -307,11 +307,10 @@ def test_it_is_what_a_reducer_loads(name: str, transport: str) -> None:
         mine = state(method, rank, 4)
         mine.start(method, torch.randn(SHAPE, generator=torch.Generator().manual_seed(rank)))
         assert mine.local is not None
-        owned = mine.held(method) if transport == "two-phase" else {}
+        owned = mine.owner_slots(method) if transport == "two-phase" else {}
         old.append({"p": {**mine.local, **{OWNED + slot: tensor for slot, tensor in owned.items()}}})
     layouts = {"p": (layout(4, transport), layout(3, transport))}
     for rank, found in enumerate(reshard_all(layouts, old, 3, METHODS[name](4), METHODS[name](3))):
         method = METHODS[name](3).of_rank(rank)
-        local, _, owned_slots = state(method, rank, 3).expected(method)
-        expected = local | {OWNED + slot: form for slot, form in owned_slots.items()}
+        expected = state(method, rank, 3).schema(method, None).local
         assert {slot: (tuple(t.shape), t.dtype) for slot, t in found["p"].items()} == expected

@@ -109,7 +109,7 @@ def test_a_beat_cut_off_in_the_middle_leaves_the_one_before(shm: Path) -> None:
     assert read_heartbeat(path).step == 1
     data[64:] = bytes(128)
     path.write_bytes(data)
-    with pytest.raises(DiagnosticsError, match="no whole beat"):
+    with pytest.raises(DiagnosticsError, match="no complete beat"):
         read_heartbeat(path)
 
 

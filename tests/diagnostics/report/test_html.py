@@ -73,7 +73,7 @@ def test_it_says_who_the_straggler_is_and_what_happened(tmp_path: Path) -> None:
     eventful(tmp_path, late_s={2: 0.05})
     page = render_html(build_report(tmp_path))
     assert "Rank 2 on node-b is a straggler" in page
-    assert "rank 3 made no progress in step 49" in page
+    assert "rank 3 hung in step 49" in page
     data = json.loads(parse(page).scripts["data"])
     assert data["heat"]["ranks"] == [0, 1, 2, 3]
     assert data["heat"]["guilty"] == [False, False, True, False]

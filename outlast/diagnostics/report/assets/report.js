@@ -121,7 +121,7 @@
     const heat = data.heat;
     if (!heat.bins.length || heat.ranks.length < 2) {
       document.getElementById("heat-legend").replaceChildren();
-      return empty("heat", heat.ranks.length === 1 ? "A single rank has nobody to keep waiting." : "No step was finished.");
+      return empty("heat", heat.ranks.length === 1 ? "There is only one rank." : "No step was finished.");
     }
     const rows = heat.ranks.length;
     const rowHeight = Math.max(4, Math.min(26, Math.floor(620 / rows)));
@@ -198,10 +198,10 @@
       const mean = heat.mean[row][bin], highest = heat.most[row][bin];
       const [from, to] = heat.bins[bin];
       const lines = [stepName(heat.bins[bin])];
-      if (mean === null) lines.push("no record");
+      if (mean === null) lines.push("no event");
       else if (from === to) lines.push(`${mean.toFixed(1)} ms late`);
       else lines.push(`${mean.toFixed(1)} ms late on average, at most ${highest.toFixed(1)} ms`);
-      lines.push(`median over all steps ${heat.median[row].toFixed(1)} ms`);
+      lines.push(`median over all steps: ${heat.median[row].toFixed(1)} ms`);
       showTip(event, `rank ${heat.ranks[row]} on ${heat.hosts[row]}`, lines);
     });
     canvas.addEventListener("mouseleave", hideTip);
@@ -333,7 +333,7 @@
     const { starts, incidents, wall_s: wall } = data.time;
     if (!starts.length && !incidents.length) {
       document.getElementById("time-legend").replaceChildren();
-      return empty("time", "Nothing was recorded.");
+      return empty("time", "No events were recorded.");
     }
     const rowHeight = 26;
     const shown = starts.slice(-12);
@@ -367,7 +367,7 @@
         start.generation ? `restart ${start.generation} by the launcher` : "started by hand",
         start.training_s === null ? "no step was finished" : `steps ${start.first_step}–${start.last_step}`,
         `${start.world_size} ranks; launched ${seconds(start.launched_s)} into the run, last event at ${seconds(start.ended_s)}`,
-        start.training_s === null ? "" : `${seconds(start.training_s - start.launched_s)} until its first step was done`,
+        start.training_s === null ? "" : `${seconds(start.training_s - start.launched_s)} until its first step`,
         start.lost_until_s === null ? "" : `${seconds(start.lost_until_s - start.ended_s)} from its last event until the failure was noticed`,
       ].filter(Boolean)));
       cover.addEventListener("mouseleave", hideTip);

@@ -1,4 +1,4 @@
-"""Numbers as people read them, and the sentences that head a report."""
+"""Numbers, sizes, durations and dates as text for people."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def share(value: float) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """Fixed digits after the point; a dash for NaN."""
+    """A fixed number of decimals; a dash for NaN and infinities."""
     return f"{value:.{digits}f}" if math.isfinite(value) else UNKNOWN
 
 
@@ -67,7 +67,7 @@ def date(t: float) -> str:
 
 
 def first_and_last(values: tuple[float, ...]) -> str:
-    """``5.512 → 2.301``; a dash where there is none."""
+    """``5.512 → 2.301``; a dash if there are no values."""
     if not values:
         return UNKNOWN
     if len(values) == 1:
