@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,7 +167,7 @@ def _copy_rate(report: Report, settings: Settings) -> None:
     """What everything else is compared with: a copy on the device."""
     x = torch.empty(settings.size(1 << 30, 1 << 16), device=settings.device).normal_()
     y = torch.empty_like(x)
-    taken = interleaved({"copy": lambda: y.copy_(x)}, settings.device, rounds=5)["copy"]
+    taken = interleaved({"copy": partial(y.copy_, x)}, settings.device, rounds=5)["copy"]
     report.add("a copy", None, GB=x.nbytes / 1e9, GB_read_and_written_a_s=2 * x.nbytes / 1e9 / statistics.median(taken))
 
 
@@ -175,7 +176,7 @@ def section(report: Report, settings: Settings) -> None:
     one_rank(settings)
     _copy_rate(report, settings)
     for rows in (64, 96) if settings.tiny else (3162, 10_000, 32_768):
-        report.attempt(f"{rows * rows / 1e6:.0f} M entries", lambda rows=rows: speed(report, settings, rows))  # type: ignore[misc]
+        report.attempt(f"{rows * rows / 1e6:.0f} M entries", partial(speed, report, settings, rows))
         if settings.cuda:
             torch.cuda.empty_cache()
     report.attempt("beside a product", lambda: overlap(report, settings))

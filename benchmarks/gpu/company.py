@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import tempfile
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -125,6 +126,7 @@ def accumulation(report: Report, settings: Settings) -> None:
         task = Task(settings)
         ddp = None if bare else ddp_of(task.model, settings)
         model: nn.Module = ddp if ddp is not None else task.model
+        reducer: Any
         if ddp is not None:
             reducer = outlast.comm.attach(ddp, **HOW)
         else:
@@ -299,7 +301,7 @@ def section(report: Report, settings: Settings) -> None:
     """One after the other."""
     one_rank(settings)
     for part in (autocast, scaler, accumulation, methods, hybrid, compiled, deepspeed):
-        report.attempt(part.__name__, lambda part=part: part(report, settings))  # type: ignore[misc]
+        report.attempt(part.__name__, partial(part, report, settings))
 
 
 if __name__ == "__main__":

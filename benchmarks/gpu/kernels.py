@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -154,7 +155,7 @@ def section(report: Report, settings: Settings) -> None:
         ("large tensors", large),
         ("tests of the kernels", kernel_tests),
     ):
-        report.attempt(what, lambda part=part: part(report, settings))  # type: ignore[misc]
+        report.attempt(what, partial(part, report, settings))
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class Job:
 def start(settings: Settings, root: Path, backend: str, ranks: int, fault: signal.Signals | None) -> Job:
     """Begin a run."""
     label = f"{backend}-{'straight' if fault is None else fault.name}"
-    folder, steps = root / label, settings.size(120, 40)
+    folder, steps = root / label, settings.size(60, 40)
     config = root / f"{label}.toml"
     text = CONFIG.format(
         folder=folder, width=settings.size(256, 32), steps=steps, device=settings.device.type,
