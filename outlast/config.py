@@ -89,13 +89,13 @@ def load(
     joined = {}
     for section, cls in sections.items():
         hints = get_type_hints(cls)
-        unknown = {field.name: _unknown(field) for field in dataclasses.fields(cls)}
+        fields = {field.name: field for field in dataclasses.fields(cls)}
         values = {
-            key: _convert(one.value, hints[key], f"{section}.{key}", one.source, unknown[key])
+            key: _convert(one.value, hints[key], f"{section}.{key}", one.source, _unknown(fields[key]))
             for (owner, key), one in chosen.items()
             if owner == section
         }
-        missing = [f.name for f in dataclasses.fields(cls) if _required(f) and f.name not in values]
+        missing = [f.name for f in fields.values() if _required(f) and f.name not in values]
         if missing:
             raise ConfigError(
                 f"no value for {', '.join(f'{section}.{name}' for name in missing)}", "set it in the file"
