@@ -23,7 +23,7 @@ def test_make_train_learns(root: Path, tmp_path: Path) -> None:
     assert "outlast launch configs/stdlib_gpt.toml --nproc-per-node 2" in done.stdout
     losses = [record["loss"] for record in events(run, "eval") if record.rank == 0]
     assert 5.3 < losses[0] < 5.8
-    assert losses[-1] < 3.0
+    assert losses[-1] < 2.6
     summary = done.stdout[-1500:]
     assert re.search(r"held-out loss  5\.\d+ at step 0, 2\.\d+ at step 200", summary), summary
     for word in ("wire", "dense", "checkpoint", str(run / "report.html")):
