@@ -50,7 +50,7 @@ def test_the_second_commit_of_a_step_is_refused(place: Place, monkeypatch: pytes
         first.close()
         (reason,) = failed(late)
         assert "FileExistsError" in reason
-        assert "another attempt, or a late rank of one, wrote" in reason
+        assert "written by another attempt, or a late rank of one" in reason
         assert f"{url}/step_00000007/commit.json" in reason
         back = second.restore("auto")
     assert back is not None
