@@ -32,6 +32,7 @@ from outlast.checkpoint.format.records import (
     check_file,
     check_pieces,
     unseal_vote,
+    wrong_size,
 )
 from outlast.checkpoint.format.zarr import (
     ArrayInfo,
@@ -48,8 +49,9 @@ from outlast.checkpoint.format.zarr import (
 from outlast.checkpoint.memory.pages import Buffer, allocate
 from outlast.checkpoint.state.boxes import Box, whole
 from outlast.checkpoint.state.target import RestoreTarget, part_of
-from outlast.checkpoint.steps.commit import read_commit
-from outlast.checkpoint.storage.base import Store
+from outlast.checkpoint.steps.commit import as_fault, read_commit
+from outlast.checkpoint.steps.structure import check_structure, check_votes
+from outlast.checkpoint.storage.base import FileTooLarge, Store
 from outlast.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion
 
 T = TypeVar("T")
@@ -133,6 +135,7 @@ class StepReader:
         self.votes: tuple[Vote, ...] = tuple(
             votes[rank] if rank in votes else self._vote(rank, entry) for rank, entry in enumerate(self.commit.votes)
         )
+        check_votes(self.commit, self.votes)
 
     def files_of(self, rank: int | None) -> list[FileEntry]:
         """The files of a rank's local state, or (None) of the replicated state. A pack may hold parts of both."""
@@ -153,6 +156,33 @@ class StepReader:
                 progress(done, total)
         return faults
 
+    def check(self, ranks: Iterable[int | None], progress: Progress | None = None) -> list[Fault]:
+        """All that keeps local states, or (None) the replicated state, from being loaded; no tensor is made.
+
+        Args:
+            ranks: whose states.
+            progress: called with the bytes verified so far and in total.
+
+        Returns:
+            The files that are missing or damaged; and of each state, if its documents are intact, the first thing in
+            them that no save writes.
+        """
+        files = {rank: self.files_of(rank) for rank in ranks}
+        faults = self.verify({entry.path: entry for of_rank in files.values() for entry in of_rank}.values(), progress)
+        damaged = {fault.file for fault in faults}
+        for rank, entries in files.items():
+            if damaged.isdisjoint(entry.path for entry in entries if not entry.chunk):
+                try:
+                    self._groups(rank, self._nodes(rank, entries))
+                except Fault as fault:
+                    faults.append(fault)
+        return faults
+
+    @property
+    def states(self) -> list[int | None]:
+        """The states of the step: the replicated one (None), and the local ones of all ranks."""
+        return [None, *range(self.commit.world_size)]
+
     def load(self, rank: int | None, target: RestoreTarget | None = None) -> dict[str, Any]:
         """The local state of a rank, or (None) the replicated state; tensors on the CPU.
 
@@ -168,19 +198,12 @@ class StepReader:
         """
         entries = self.files_of(rank)
         top = "" if rank is None else rank_name(rank)
-        nodes = self._nodes(entries)
+        nodes = self._nodes(rank, entries)
         arrays = {path: info for path, info in nodes.items() if isinstance(info, ArrayInfo)}
+        groups = self._groups(rank, nodes)
         if target is not None:
             target.check(_described(rank, arrays))
-        if top not in nodes:
-            raise Fault(IncompleteCheckpoint, node_path(top), "no vote lists this file")
-        groups: dict[str, dict[Any, Any]] = {}
-        # A parent's path is shorter than its children's, so parents come first.
-        for path in sorted((path for path in nodes if path not in arrays), key=len):
-            values: Any = nodes[path]
-            groups[path] = {key: from_json(item) for key, item in values.items() if path or key != HEADER}
-            if path != top:
-                _put(groups, path, groups[path])
+        self._check_sizes(arrays, entries)
         for path, tensor in self._tensors(rank, arrays, entries, target).items():
             _put(groups, path, tensor if target is None else target.placed(path, tensor))
         return groups[top]
@@ -193,9 +216,9 @@ class StepReader:
         """
         arrays: dict[str, ArrayInfo] = {}
         values: dict[str, dict[str, Any]] = {}
-        for path, info in self._nodes(self.files_of(rank)).items():
+        for path, info in self._nodes(rank, self.files_of(rank)).items():
             if not isinstance(info, ArrayInfo):
-                values[path] = from_json(info)
+                values[path] = _values(path, info)
             elif info.packed is None:
                 arrays[path] = info
             else:
@@ -204,15 +227,45 @@ class StepReader:
                         arrays[name] = ArrayInfo(entry.shape, entry.dtype, entry.shape)
         return arrays, values
 
-    def _nodes(self, entries: Iterable[FileEntry]) -> dict[str, ArrayInfo | dict[str, Any]]:
-        """Arrays and attributes of groups, by path."""
+    def _nodes(self, rank: int | None, entries: Sequence[FileEntry]) -> dict[str, ArrayInfo | dict[str, Any]]:
+        """Arrays and attributes of groups, by path; raises :class:`Fault` if they do not fit together."""
         documents = [entry for entry in entries if not entry.chunk]
         nodes = {
-            entry.path.removesuffix(NODE).rstrip("/"): parse_node(bytes(data), entry.path)
+            entry.path.removesuffix(NODE).rstrip("/"): parse_node(data, entry.path)
             for entry, data in zip(documents, self._io.map(self.read, documents), strict=True)
         }
         nodes.pop(PACKS, None)  # a group of the format, not of the state
+        check_structure(rank, nodes, entries)
         return nodes
+
+    def _groups(self, rank: int | None, nodes: Mapping[str, ArrayInfo | dict[str, Any]]) -> dict[str, dict[Any, Any]]:
+        """The values of groups, by path; each group is a value of its parent. Raises :class:`Fault`."""
+        top = "" if rank is None else rank_name(rank)
+        groups: dict[str, dict[Any, Any]] = {}
+        # A parent's path is shorter than its children's, so parents come first.
+        for path in sorted(nodes, key=len):
+            info = nodes[path]
+            if isinstance(info, ArrayInfo):
+                continue
+            groups[path] = _values(path, {key: item for key, item in info.items() if path or key != HEADER})
+            if path != top:
+                _put(groups, path, groups[path])
+        return groups
+
+    def _check_sizes(self, arrays: Mapping[str, ArrayInfo], entries: Iterable[FileEntry]) -> None:
+        """Compare chunks with their votes before memory is taken for a tensor of several; raises :class:`Fault`.
+
+        A faster source has compared the sizes of its own copies, and a single chunk is compared when it is read.
+        """
+        chunks = [entry for entry in entries if entry.chunk and arrays[entry.path.rpartition("/")[0]].has_parts]
+        if self._faster is not None or not chunks:
+            return
+        sizes = self._store.sizes(step_name(self.step))
+        for entry in chunks:
+            if entry.path not in sizes:
+                raise Fault(IncompleteCheckpoint, entry.path, "missing")
+            if sizes[entry.path] != entry.size_bytes:
+                raise wrong_size(entry, sizes[entry.path])
 
     def _tensors(
         self,
@@ -257,7 +310,7 @@ class StepReader:
         """A file's bytes, verified against the vote; raises :class:`Fault`."""
         if self._faster is not None and (copy := self._faster(entry)) is not None:
             return copy
-        data = self._stored(entry, self._store.read)
+        data = self._stored(entry, lambda path: self._store.read(path, entry.size_bytes))
         check_file(entry, data.data)
         return data
 
@@ -267,7 +320,7 @@ class StepReader:
         if self._faster is not None and self._faster.fill(entry, room):
             return
         seen = RunningChecksum()
-        end = self._stored(entry, lambda path: self._store.read_into(path, room.data, seen))
+        end = self._stored(entry, lambda path: self._store.read_into(path, room.data, seen, entry.size_bytes))
         check_pieces(entry, seen, end)
 
     def _stored(self, entry: FileEntry, read: Callable[[str], T]) -> T:
@@ -275,12 +328,10 @@ class StepReader:
             self.stored_bytes += entry.size_bytes
         try:
             return read(f"{step_name(self.step)}/{entry.path}")
-        except FileNotFoundError as error:
-            raise Fault(IncompleteCheckpoint, entry.path, "missing") from error
-        except (ConnectionError, TimeoutError, PermissionError):
-            raise  # says nothing about the file
+        except FileTooLarge as error:
+            raise wrong_size(entry, error.size_bytes) from error
         except OSError as error:
-            raise Fault(CorruptCheckpoint, entry.path, f"cannot be read: {error}") from error
+            raise as_fault(error, entry.path) from error
 
     def read_all(self, entries: Iterable[FileEntry]) -> list[Buffer]:
         """Several files' bytes, verified; raises :class:`Fault`, of the first in order."""
@@ -296,9 +347,10 @@ class StepReader:
     def _vote(self, rank: int, entry: FileEntry) -> Vote:
         vote = unseal_vote(bytes(self.read(entry)), entry.path)
         commit = self.commit
-        if (vote.rank, vote.step, vote.attempt_id, vote.save_id) != (
+        if (vote.rank, vote.step, vote.world_size, vote.attempt_id, vote.save_id) != (
             rank,
             commit.step,
+            commit.world_size,
             commit.attempt_id,
             commit.save_id,
         ):
@@ -357,6 +409,15 @@ def _chunk_reads(
 def _box_of(path: str, info: ArrayInfo, boxes: Mapping[str, Box]) -> Box:
     """This rank's part of a tensor."""
     return boxes.get(path) or whole(info.shape)
+
+
+def _values(path: str, attributes: Mapping[str, Any]) -> dict[Any, Any]:
+    """A group's values; raises :class:`Fault`."""
+    try:
+        return {key: from_json(item) for key, item in attributes.items()}
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        reason = f"has a value that no save writes: {type(error).__name__}: {str(error)[:200]}"
+        raise Fault(CorruptCheckpoint, node_path(path), reason) from error
 
 
 def _put(groups: dict[str, dict[Any, Any]], path: str, value: Any) -> None:
