@@ -10,10 +10,12 @@ import torch
 
 from outlast.checkpoint.format.names import readable
 from outlast.checkpoint.state.boxes import Box
+from outlast.checkpoint.state.containers import close_container
 from outlast.checkpoint.state.dtensor import Meshes, is_dtensor, local_part, with_part
 from outlast.checkpoint.state.tensors import as_plain
 from outlast.checkpoint.state.tree import check_same, tensors_of
-from outlast.errors import CheckpointError
+from outlast.checkpoint.state.wrappers import check_wrapper
+from outlast.errors import CheckpointError, StateMismatch
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -46,7 +48,8 @@ class RestoreTarget:
         self._names: dict[str, str] = {}
         self._described: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         lines = []
-        for path, name, tensor in tensors_of(like):
+        self._wrappers: dict[str, tuple[str, torch.Tensor]] = {}
+        for path, name, tensor in tensors_of(like, self._wrappers):
             placed = ""
             if fill:
                 self._into[path], self._targets[path] = tensor, _memory_of(tensor, name)
@@ -64,6 +67,23 @@ class RestoreTarget:
             {names.get(path) or readable(path): (shape, dtype) for path, (shape, dtype) in have.items()},
             {names[path]: described for path, described in self._described.items()},
         )
+
+    def check_wrappers(self, shapes: Mapping[str, dict[str, Any]]) -> None:
+        """Raise :class:`StateMismatch` unless a step's wrappers, given as shapes by path, are those of this state."""
+        for path, (name, running) in self._wrappers.items():
+            if path not in shapes:
+                raise StateMismatch(
+                    f"{name!r} is a {type(running).__qualname__} in the running state, and not in the checkpoint",
+                    "restore into the state as it was when the step was saved",
+                )
+            check_wrapper(shapes[path], running, name)
+
+    def closed(self, path: str, shape: dict[str, Any], items: dict[Any, Any]) -> Any:
+        """The container that was at a path, as :func:`close_container` gives it; a wrapper as the running one is."""
+        _, running = self._wrappers.get(path, ("", None))
+        if running is not None and self.fill:
+            return running
+        return close_container(shape, items, running, stand_ins=False)
 
     def target(self, path: str) -> torch.Tensor | None:
         """The memory to read this rank's part of a tensor into; None: new memory."""

@@ -12,12 +12,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from outlast.checkpoint.format.json_values import from_json
 from outlast.checkpoint.format.names import (
-    HEADER,
     NODE,
     PACKS,
-    decode_key,
     parse_local,
     parse_pack,
     rank_name,
@@ -49,6 +46,7 @@ from outlast.checkpoint.memory.pages import Buffer, allocate
 from outlast.checkpoint.state.boxes import Box, whole
 from outlast.checkpoint.state.target import RestoreTarget, part_of
 from outlast.checkpoint.steps.commit import read_commit
+from outlast.checkpoint.steps.groups import Groups
 from outlast.checkpoint.storage.base import Store
 from outlast.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion
 
@@ -153,18 +151,20 @@ class StepReader:
                 progress(done, total)
         return faults
 
-    def load(self, rank: int | None, target: RestoreTarget | None = None) -> dict[str, Any]:
+    def load(self, rank: int | None, target: RestoreTarget | None = None, *, stand_ins: bool = False) -> dict[str, Any]:
         """The local state of a rank, or (None) the replicated state; tensors on the CPU.
 
         Args:
             rank: whose state.
             target: this rank's tensors, and whether to fill them; chunks outside of its parts are not read. None: all
                 tensors, whole, in new memory.
+            stand_ins: for objects of classes that this program has not imported, give stand-ins.
 
         Raises:
             Fault: a file is missing or damaged; the first in the order of the votes. Some of the tensors to be filled
                 may be overwritten.
-            StateMismatch: the step does not have the target's tensors; no chunk is read.
+            StateMismatch: the step does not have the target's tensors, or a value needs a class that is not loaded or
+                has changed; no chunk is read.
         """
         entries = self.files_of(rank)
         top = "" if rank is None else rank_name(rank)
@@ -174,35 +174,35 @@ class StepReader:
             target.check(_described(rank, arrays))
         if top not in nodes:
             raise Fault(IncompleteCheckpoint, node_path(top), "no vote lists this file")
-        groups: dict[str, dict[Any, Any]] = {}
-        # A parent's path is shorter than its children's, so parents come first.
-        for path in sorted((path for path in nodes if path not in arrays), key=len):
-            values: Any = nodes[path]
-            groups[path] = {key: from_json(item) for key, item in values.items() if path or key != HEADER}
-            if path != top:
-                _put(groups, path, groups[path])
-        for path, tensor in self._tensors(rank, arrays, entries, target).items():
-            _put(groups, path, tensor if target is None else target.placed(path, tensor))
-        return groups[top]
+        attributes = {path: info for path, info in nodes.items() if not isinstance(info, ArrayInfo)}
+        groups = Groups(attributes, top, stand_ins=stand_ins)
+        if target is not None:
+            target.check_wrappers(groups.wrappers())
+        tensors = self._tensors(rank, arrays, entries, target)
+        if target is not None:
+            tensors = {path: target.placed(path, tensor) for path, tensor in tensors.items()}
+        state: dict[str, Any] = groups.close(tensors, target)
+        return state
 
     def describe(self, rank: int | None) -> tuple[dict[str, ArrayInfo], dict[str, dict[str, Any]]]:
-        """The arrays, and the attributes of groups, by path relative to the step; chunks are not read.
+        """The arrays, and the values of groups, by path relative to the step; chunks are not read.
 
         Raises:
             Fault: a metadata file is missing or damaged.
         """
         arrays: dict[str, ArrayInfo] = {}
-        values: dict[str, dict[str, Any]] = {}
+        attributes: dict[str, dict[str, Any]] = {}
         for path, info in self._nodes(self.files_of(rank)).items():
             if not isinstance(info, ArrayInfo):
-                values[path] = from_json(info)
+                attributes[path] = info
             elif info.packed is None:
                 arrays[path] = info
             else:
                 for name, entry in info.packed.items():
                     if parse_local(name) == rank:
                         arrays[name] = ArrayInfo(entry.shape, entry.dtype, entry.shape)
-        return arrays, values
+        groups = Groups(attributes, "", stand_ins=True)
+        return arrays, {path: groups.shown(path) for path in attributes}
 
     def _nodes(self, entries: Iterable[FileEntry]) -> dict[str, ArrayInfo | dict[str, Any]]:
         """Arrays and attributes of groups, by path."""
@@ -357,8 +357,3 @@ def _chunk_reads(
 def _box_of(path: str, info: ArrayInfo, boxes: Mapping[str, Box]) -> Box:
     """This rank's part of a tensor."""
     return boxes.get(path) or whole(info.shape)
-
-
-def _put(groups: dict[str, dict[Any, Any]], path: str, value: Any) -> None:
-    parent, _, name = path.rpartition("/")
-    groups[parent][decode_key(name)] = value
