@@ -1,4 +1,4 @@
-"""What ``torch.load(weights_only=True)`` reads: exports in PyTorch's formats hold nothing else."""
+"""What PyTorch reads back without running what a file names: exports in its formats hold nothing else."""
 
 from __future__ import annotations
 
