@@ -11,6 +11,7 @@ import torch
 from outlast.checkpoint.state.boxes import Box
 from outlast.checkpoint.state.dtensor import Meshes, is_dtensor, local_part, with_part
 from outlast.checkpoint.state.matching import TensorType
+from outlast.checkpoint.state.tensors import as_plain
 from outlast.checkpoint.state.tree import tensors_of
 from outlast.errors import CheckpointError
 
@@ -71,7 +72,9 @@ class RestoreTarget:
 
 def _memory_of(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """This rank's part of a tensor, to write to."""
-    part = local_part(tensor, name) if is_dtensor(tensor) else tensor.detach()
+    part = local_part(tensor, name) if is_dtensor(tensor) else tensor
+    if not part.is_meta:
+        part = as_plain(part, name)
     if part.is_meta or any(stride == 0 < size - 1 for size, stride in zip(part.shape, part.stride(), strict=True)):
         reason = "is on the meta device" if part.is_meta else "is expanded, so its elements share memory"
         raise CheckpointError(

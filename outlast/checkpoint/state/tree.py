@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from outlast.checkpoint.format.dtypes import check_storable
 from outlast.checkpoint.format.json_values import to_json
 from outlast.checkpoint.format.names import HEADER, encode_key
 from outlast.checkpoint.state.boxes import ShardLayout
 from outlast.checkpoint.state.dtensor import Meshes, is_dtensor, local_part
 from outlast.checkpoint.state.matching import Mismatch, TensorType
 from outlast.checkpoint.state.mismatch_text import mismatch_error
+from outlast.checkpoint.state.tensors import as_plain
 from outlast.errors import CheckpointError
 
 
@@ -107,14 +107,12 @@ def _group(
         if is_group:
             _group(tree, value, child, child_name, meshes, top=False, eager=child_eager, eager_keys=())
         elif is_dtensor(value) and meshes is not None:
-            part = local_part(value, child_name)
-            check_storable(part, child_name)
+            part = as_plain(local_part(value, child_name), child_name)
             tree.items.append(
                 TensorEntry(child, child_name, part, child_eager, meshes.spread(value, child_name), value)
             )
         else:
-            check_storable(value, child_name)
-            tree.items.append(TensorEntry(child, child_name, value.detach(), child_eager))
+            tree.items.append(TensorEntry(child, child_name, as_plain(value, child_name), child_eager))
 
 
 def child_path(path: str, key: str | int) -> str:
