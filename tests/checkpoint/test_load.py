@@ -179,7 +179,7 @@ def test_a_chosen_step_that_is_pruned_while_it_is_read(tmp_path: Path, monkeypat
     save_steps(tmp_path, 1, 2)
     gone = tmp_path / "step_00000001"
     before(monkeypatch, LocalStore, "read", lambda path: "step_00000001/model" in path, lambda: shutil.rmtree(gone))
-    with pytest.raises(CheckpointNotFound, match="step 1(.|\n)*committed steps: 2"):
+    with pytest.raises(CheckpointNotFound, match=r"step 1(.|\n)*committed steps: 2"):
         load(tmp_path, 1)
 
 
