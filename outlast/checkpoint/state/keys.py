@@ -24,10 +24,15 @@ def component(key: Any, *, at_root: bool = False) -> str:
     Raises:
         CannotStore: the key is of a type that cannot be stored.
     """
-    if (type(key) is str or type(key) is int) and fits(key):
+    if is_plain(key):
         return encode_key(key, at_root=at_root)
     text = json.dumps(encoded_key(key), sort_keys=True)
     return f"~k{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}"
+
+
+def is_plain(key: Any) -> bool:
+    """Whether a key's component tells the key."""
+    return (type(key) is str or type(key) is int) and fits(key)
 
 
 def attribute_name(key: Any) -> str:

@@ -16,9 +16,11 @@ from outlast.checkpoint.state.boxes import ShardLayout
 from outlast.checkpoint.state.containers import Opened, holds_tensor, open_container
 from outlast.checkpoint.state.dtensor import Meshes, is_dtensor, local_part
 from outlast.checkpoint.state.keys import attribute_name, component, encoded_key
+from outlast.checkpoint.state.matching import Mismatch, TensorType
+from outlast.checkpoint.state.mismatch_text import mismatch_error
 from outlast.checkpoint.state.tensors import as_plain
 from outlast.checkpoint.state.wrappers import is_wrapper
-from outlast.errors import CheckpointError, StateMismatch
+from outlast.errors import CheckpointError
 
 _MAX_PATH_BYTES = 3000
 """Of the keys that lead to a tensor, as path components: file systems allow 4096 in all."""
@@ -164,33 +166,14 @@ def check_like(saved: Mapping[str, Any], running: Mapping[str, Any]) -> None:
     Raises:
         StateMismatch: names the tensors that are missing, unexpected, or differ in shape or dtype.
     """
-    check_same(
-        {name: (tuple(tensor.shape), tensor.dtype) for _, name, tensor in tensors_of(saved)},
-        {name: (tuple(tensor.shape), tensor.dtype) for _, name, tensor in tensors_of(running)},
+    have, want = (
+        {name: TensorType(tuple(tensor.shape), tensor.dtype) for _, name, tensor in tensors_of(state)}
+        for state in (saved, running)
     )
-
-
-Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Shape and dtype of tensors, by name."""
-
-
-def check_same(have: Described, want: Described) -> None:
-    """Raise :class:`StateMismatch` unless a checkpoint has exactly the running state's tensors."""
-    problems = [f"{name}: in the running state, not in the checkpoint" for name in want if name not in have]
-    problems += [f"{name}: in the checkpoint, not in the running state" for name in have if name not in want]
-    for name in want.keys() & have.keys():
-        (shape_a, dtype_a), (shape_b, dtype_b) = have[name], want[name]
-        if (shape_a, dtype_a) != (shape_b, dtype_b):
-            problems.append(f"{name}: {shape_a} {dtype_a} in the checkpoint, {shape_b} {dtype_b} in the running state")
-    if problems:
-        shown = sorted(problems)[:10]
-        more = f"\n  and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-        raise StateMismatch(
-            f"{len(problems)} tensors of the checkpoint do not match the running state:\n  "
-            + "\n  ".join(shown)
-            + more,
-            "run with the settings that the checkpoint was saved with, or start another run",
-        )
+    names = dict.fromkeys([*have, *want])
+    differ = [Mismatch(name, have.get(name), want.get(name)) for name in names if have.get(name) != want.get(name)]
+    if differ:
+        raise mismatch_error(differ, have, want)
 
 
 def tensors_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from outlast.checkpoint.format.json_values import UnknownKind, from_json, key_text
@@ -11,8 +11,7 @@ from outlast.checkpoint.format.names import CONTAINER, HEADER, decode_key
 from outlast.checkpoint.format.records import Fault
 from outlast.checkpoint.format.zarr import node_path
 from outlast.checkpoint.state.containers import close_container
-from outlast.checkpoint.state.keys import attribute_name, component
-from outlast.checkpoint.state.target import RestoreTarget
+from outlast.checkpoint.state.keys import attribute_name, component, is_plain
 from outlast.checkpoint.state.wrappers import WRAPPER
 from outlast.errors import CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion
 
@@ -26,6 +25,7 @@ class Groups:
     Args:
         attributes: of each group, as they are stored.
         top: path of the state's own group.
+        parts: keys of that group to take; None: all.
         stand_ins: for objects of classes that are not loaded, give stand-ins.
 
     Raises:
@@ -33,19 +33,25 @@ class Groups:
         StateMismatch: a value needs a class that this program has not imported, or that has changed.
     """
 
-    def __init__(self, attributes: Mapping[str, dict[str, Any]], top: str, *, stand_ins: bool) -> None:
+    def __init__(
+        self,
+        attributes: Mapping[str, dict[str, Any]],
+        top: str,
+        *,
+        parts: Collection[str] | None = None,
+        stand_ins: bool,
+    ) -> None:
         self._top = top
+        self._parts = parts
         self._stand_ins = stand_ins
         self._values: dict[str, dict[str, Any]] = {}
         self._keys: dict[str, Sequence[Any] | None] = {}
         self.shapes: dict[str, dict[str, Any]] = {}
         """Of each group, what :func:`open_container` told of it; groups of version 2 have none."""
+        self.odd_keys: dict[str, Any] = {}
+        """Keys by their path components, if these do not tell them."""
         for path, stored in attributes.items():
             self._checked(path, self._read, path, stored)
-
-    def wrappers(self) -> dict[str, dict[str, Any]]:
-        """The shapes of the groups that are the inner tensors of a wrapper."""
-        return {path: shape for path, shape in self.shapes.items() if shape["type"] == WRAPPER}
 
     def shown(self, path: str) -> dict[str, Any]:
         """The values of a group by their keys as text."""
@@ -55,15 +61,20 @@ class Groups:
         by_name = {attribute_name(key): key_text(key) for key in (range(len(values)) if type(keys) is range else keys)}
         return {by_name.get(name, name): value for name, value in values.items()}
 
-    def close(self, tensors: Mapping[str, Any], target: RestoreTarget | None) -> Any:
-        """The state, with these tensors by path; raises as the constructor does."""
+    def close(self, tensors: Mapping[str, Any], wrapper: Callable[[str, dict[str, Any], dict[Any, Any]], Any]) -> Any:
+        """The state; raises as the constructor does.
+
+        Args:
+            tensors: by path.
+            wrapper: makes the wrapper of tensors that a group becomes, of its path, shape and items; or returns None.
+        """
         children: defaultdict[str, dict[str, Any]] = defaultdict(dict)
         for path, tensor in tensors.items():
             parent, _, name = path.rpartition("/")
             children[parent][name] = tensor
         # A group's path is shorter than those of the groups in it.
         for path in sorted(self._values, key=len, reverse=True):
-            made = self._checked(path, self._close, path, children.pop(path, {}), target)
+            made = self._checked(path, self._close, path, children.pop(path, {}), wrapper)
             if path == self._top:
                 result = made
             else:
@@ -78,12 +89,19 @@ class Groups:
         shape = stored.get(CONTAINER)
         if shape is not None:
             self.shapes[path] = shape
-            self._keys[path] = self._read_keys(shape)
+            keys = self._read_keys(shape)
+            if path == self._top and self._parts is not None:
+                keys = [key for key in keys if key in self._parts]
+            self._keys[path] = keys
+            if type(keys) is not range:
+                self.odd_keys |= {component(key): key for key in keys if not is_plain(key)}
         else:
             self._keys[path] = None
         special = (CONTAINER, HEADER) if not path else (CONTAINER,)
         self._values[path] = {
-            name: from_json(value, stand_ins=self._stand_ins) for name, value in stored.items() if name not in special
+            name: from_json(value, stand_ins=self._stand_ins)
+            for name, value in stored.items()
+            if name not in special and (path != self._top or self._parts is None or name in self._parts)
         }
 
     def _read_keys(self, shape: dict[str, Any]) -> Sequence[Any]:
@@ -91,7 +109,7 @@ class Groups:
             return range(shape["length"])
         return [key if type(key) is str else from_json(key, stand_ins=self._stand_ins) for key in shape["keys"]]
 
-    def _close(self, path: str, children: dict[str, Any], target: RestoreTarget | None) -> Any:
+    def _close(self, path: str, children: dict[str, Any], wrapper: Callable[..., Any]) -> Any:
         values, keys = self._values[path], self._keys[path]
         if keys is None:  # version 2: plain dictionaries, in no order
             return {**values, **{decode_key(name): child for name, child in children.items()}}
@@ -104,9 +122,8 @@ class Groups:
         if len(items) != len(keys):
             raise ValueError("two of its keys are equal")
         shape = self.shapes[path]
-        if target is not None:
-            return target.closed(path, shape, items)
-        return close_container(shape, items, None, stand_ins=self._stand_ins)
+        made = wrapper(path, shape, items) if shape["type"] == WRAPPER else None
+        return close_container(shape, items, None, stand_ins=self._stand_ins) if made is None else made
 
     def _checked(self, path: str, do: Callable[..., Any], *arguments: Any) -> Any:
         try:
