@@ -23,6 +23,7 @@ from tests.docs.blocks import Block, all_blocks, looks_like_python
 PRELUDES = {
     "docs/checkpointing.md: Sharded state": "sharded",
     "docs/checkpointing.md: The format (2)": "saved_run",
+    "docs/compression.md: Steps": "adversaries",
     "docs/extending.md: A verb": "reported_run",
     "docs/extending.md: A report section": "reported_run",
     "outlast.checkpoint": "saved_run",
