@@ -208,7 +208,8 @@ class StepReader:
             groups[path] = {key: from_json(item) for key, item in values.items() if path or key != HEADER}
             if path != top:
                 _put(groups, path, groups[path])
-        for path, tensor in self._tensors(rank, arrays, entries, matched).items():
+        # In one order on all ranks, which may issue a collective for each tensor of what they get.
+        for path, tensor in sorted(self._tensors(rank, arrays, entries, matched).items()):
             _put(groups, path, matched.placed(path, tensor))
         for path in matched.left_out:
             _put(groups, path, LEFT_OUT)
