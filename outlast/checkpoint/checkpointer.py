@@ -22,9 +22,6 @@ from outlast.checkpoint.memory.arena import Arena
 from outlast.checkpoint.ownership.lease import Lease
 from outlast.checkpoint.peers.collectives import Agreement, check_ranks
 from outlast.checkpoint.restore.load import Restored
-from outlast.checkpoint.restore.request import RestoreContext, agree_on_request
-from outlast.checkpoint.restore.restore import restore
-from outlast.checkpoint.restore.survey import Survey
 from outlast.checkpoint.save.device import DeviceRoom
 from outlast.checkpoint.save.hooks import Hooks
 from outlast.checkpoint.save.io_threads import IoThreads, process_ended
@@ -34,7 +31,8 @@ from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import TensorSource
 from outlast.checkpoint.save.stall_forecast import StallForecast
 from outlast.checkpoint.save.storage_save import StorageSave
-from outlast.checkpoint.start import Start, check_place
+from outlast.checkpoint.start import Reading, Start, check_place
+from outlast.checkpoint.state.selection import Rename, make_selection
 from outlast.checkpoint.storage.open import open_store
 from outlast.checkpoint.tiers.manager import Tiers
 from outlast.errors import CheckpointError
@@ -305,6 +303,10 @@ class Checkpointer:
         like: Mapping[str, Any] | None = None,
         into: Mapping[str, Any] | None = None,
         any_world_size: bool = False,
+        parts: Collection[str] | None = None,
+        strict: bool | Collection[str] = True,
+        rename: Rename | None = None,
+        cast: bool | torch.dtype = False,
     ) -> Restored | None:
         """Read a checkpoint back, and verify every byte.
 
@@ -332,6 +334,18 @@ class Checkpointer:
                 ``Restored.replicated``.
             any_world_size: accept a step that was saved with another world size: then ``Restored.local`` is empty, and
                 ``Restored.read_local`` gives the local state of any rank that saved it.
+            parts: take only these top-level keys of the state, e.g. ``("model",)``; of others nothing is read, verified
+                or compared.
+            strict: False takes those tensors of ``like`` or ``into`` that the step has in the same shape and dtype, and
+                leaves the others as they are; ``Restored.not_taken`` names them. Top-level keys, e.g. ``("model",)``:
+                below these the tensors must be the same.
+            rename: what names in the step (keys joined by ``/``) are in the running state. A mapping of names, and of
+                beginnings of names that end at a ``/`` or ``.``, of which the longest that fits counts; a function,
+                which returns None for what is to be left out; or ``"unwrapped"``, which drops what wrappers of modules
+                put into names. With ``like`` and ``into`` names need not agree in that in any case: what torch.compile
+                (``_orig_mod.``), DDP (``module.``), FSDP and activation checkpointing put there is not compared.
+            cast: True converts floating-point tensors to the dtype that they have in ``like`` or ``into``; without
+                these, a dtype to convert all of them to. Numbers that it cannot hold are an error.
 
         Returns:
             The state, or None if ``"auto"`` finds no checkpoint at all.
@@ -342,7 +356,8 @@ class Checkpointer:
             IncompleteCheckpoint: a file or the commit record of the step asked for is missing.
             UnknownFormatVersion: written by another version of outlast; it is left as it is.
             StateMismatch: saved with another world size, without ``any_world_size``; the step has other tensors than
-                ``like`` or ``into``, of which none was overwritten then; or these differ between ranks.
+                ``like`` or ``into``, of which none was overwritten then (the message says which argument helps); it
+                lacks one of ``parts``; or what is asked for differs between ranks.
             CheckpointError: the storage cannot be read; there are several ranks without a process group; ``like`` or
                 ``into`` has a DTensor that could not be saved; or both were given.
         """
@@ -351,31 +366,19 @@ class Checkpointer:
         if which != "auto":
             which = as_step(which, "restore", 'an integer, or "auto"')
         self._finish()
-        saver, tiers = self._context, self._tiers
-        agreement = Agreement(self._group, saver.rank, saver.world_size)
-        context = RestoreContext(saver.store, saver.rank, saver.world_size, agreement, saver.on_event, self._io)
-        request = agree_on_request(like, into, self._group, context, any_world_size=any_world_size)
-        survey = None
-        if tiers is not None:
-            survey = Survey(tiers.folder, tiers.disk_folder, tiers.meeting.nodes, saver.rank, agreement, self._io)
-        restored, settlement = restore(which, context, request, survey)
-        self._start.restored(settlement)
-        if restored is not None and survey is not None and tiers is not None:
-            self._heal(restored, survey, tiers, agreement)
+        running = like is not None or into is not None
+        select = partial(make_selection, parts, strict, rename, cast, running=running)
+        reading = Reading(self._context, self._tiers, self._group)
+        restored = reading.restore(self._start, which, like, into, select, any_world_size=any_world_size)
+        if restored is not None and reading.lacks_copies(restored) and self._start.try_claim(reading.agreement):
+            # Before training goes on. If another job has the place, it sees to its copies.
+            _log.info("step %d is in the memory of too few nodes; it is copied again", restored.step)
+            with self._start.deferred():
+                self.save(restored.step, replicated=restored.replicated, local=restored.local, durable=False)
+            self._finish()
+            if self._tiers is not None:
+                self._tiers.wait_partner()
         return restored
-
-    def _heal(self, restored: Restored, survey: Survey, tiers: Tiers, agreement: Agreement) -> None:
-        """A step that fewer nodes hold in memory than should is copied again before training goes on."""
-        same_world_size = restored.world_size == self._context.world_size
-        if not same_world_size or not survey.lacks_copies(restored.step, tiers.copies_in_memory):
-            return
-        if not self._start.try_claim(agreement):
-            return  # whoever has the place sees to its copies
-        _log.info("step %d is in the memory of too few nodes; it is copied again", restored.step)
-        with self._start.deferred():
-            self.save(restored.step, replicated=restored.replicated, local=restored.local, durable=False)
-        self._finish()
-        tiers.wait_partner()
 
     def close(self) -> None:
         """Wait until the running save is committed or has failed, and end the threads; closing twice is harmless.

@@ -7,19 +7,28 @@ the first :meth:`Checkpointer.wait_copied`, which comes before the first update.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 from outlast.checkpoint.format.names import step_name
 from outlast.checkpoint.ownership.lease import Lease
 from outlast.checkpoint.peers.collectives import Agreement
 from outlast.checkpoint.restore.housekeeping import Settlement
+from outlast.checkpoint.restore.load import Restored
 from outlast.checkpoint.restore.messages import Failure, all_gather_messages
+from outlast.checkpoint.restore.request import RestoreContext, agree_on_request
+from outlast.checkpoint.restore.restore import restore
+from outlast.checkpoint.restore.survey import Survey
 from outlast.checkpoint.save.request import SaveContext
+from outlast.checkpoint.state.selection import Selection
 from outlast.checkpoint.steps.catalog import move_all_aside, scan
 from outlast.checkpoint.storage.base import Store
 from outlast.checkpoint.tiers.manager import Tiers
 from outlast.errors import CheckpointError, PlaceInUse
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _log = logging.getLogger("outlast.checkpoint")
 
@@ -170,6 +179,51 @@ class Start:
             if in_memory:
                 _log.warning("this run begins anew: %s in this node's memory removed", _steps(in_memory))
             tiers.start_anew()
+
+
+class Reading:
+    """One restore of one rank. Methods are collective over the group.
+
+    Args:
+        context: of the rank that reads.
+        tiers: None: there is no tier but storage.
+        group: see :class:`Checkpointer`.
+    """
+
+    def __init__(self, context: SaveContext, tiers: Tiers | None, group: ProcessGroup | None) -> None:
+        self.agreement = Agreement(group, context.rank, context.world_size)
+        self._context = context
+        self._tiers = tiers
+        self._group = group
+        self._survey: Survey | None = None
+
+    def restore(
+        self,
+        start: Start,
+        which: Literal["auto"] | int,
+        like: Mapping[str, Any] | None,
+        into: Mapping[str, Any] | None,
+        select: Callable[[], Selection],
+        *,
+        any_world_size: bool,
+    ) -> Restored | None:
+        """See :meth:`Checkpointer.restore`; ``start`` learns from what the run goes on."""
+        saver, tiers = self._context, self._tiers
+        context = RestoreContext(saver.store, saver.rank, saver.world_size, self.agreement, saver.on_event, saver.io)
+        request = agree_on_request(like, into, self._group, context, any_world_size=any_world_size, select=select)
+        if tiers is not None:
+            nodes = tiers.meeting.nodes
+            self._survey = Survey(tiers.folder, tiers.disk_folder, nodes, saver.rank, self.agreement, saver.io)
+        restored, settlement = restore(which, context, request, self._survey)
+        start.restored(settlement)
+        return restored
+
+    def lacks_copies(self, restored: Restored) -> bool:
+        """Whether fewer nodes have the step in memory than should."""
+        if self._survey is None or self._tiers is None:
+            return False
+        whole = restored.as_saved and restored.world_size == self._context.world_size
+        return whole and self._survey.lacks_copies(restored.step, self._tiers.copies_in_memory)
 
 
 def check_place(store: Store) -> None:

@@ -158,14 +158,14 @@ def restore(root: Path, world_size: int, step: int | None = None, *, go_on: bool
     with Checkpointer(
         root / URL, config, rank=0, world_size=1, attempt_id="r", on_event=lambda event: None
     ) as checkpointer:
-        checkpointer._io = _Inline(1)
+        checkpointer._context = replace(checkpointer._context, io=_Inline(1))
         if world_size == 1:
             found = checkpointer.restore("auto" if step is None else step)
             if go_on:
                 checkpointer.wait_copied()
             return found
         saver, agreement = checkpointer._context, Agreement(None, 0, 1)
-        context = RestoreContext(saver.store, 0, world_size, agreement, saver.on_event, checkpointer._io)
+        context = RestoreContext(saver.store, 0, world_size, agreement, saver.on_event, saver.io)
         scanned, reading = find_steps(context)
         loader = _AllRanks(reading, RestoreRequest(None, any_world_size=False, read_once=False), None)
         if step is not None:

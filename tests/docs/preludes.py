@@ -104,6 +104,15 @@ def saved_run() -> Names:
     return {"zarr": import_module("zarr")}
 
 
+def saved_model() -> Names:
+    """The model of ``loop``, saved in ``runs/mine/checkpoints``."""
+    names = loop()
+    with outlast.checkpoint.attach("runs/mine/checkpoints") as checkpointer:
+        checkpointer.save(20, replicated={"model": names["model"].state_dict(), "optimizer": {"lr": 0.1}})
+    dist.barrier()
+    return names
+
+
 def reported_run() -> Names:
     """The events of a run of two ranks that was started twice, in ``runs/stdlib_gpt``."""
     run = SyntheticRun(run_dir=Path("runs/stdlib_gpt"), ranks=2, steps=20)

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from outlast.checkpoint.format.dtypes import check_storable, dtype_name, dtype_of
+from outlast.checkpoint.format.dtypes import dtype_name, dtype_of
 from outlast.checkpoint.format.names import encode_key
+from outlast.checkpoint.state.tensors import as_plain
 from outlast.errors import CheckpointError
 
 TAG = "outlast_kind"
@@ -216,17 +217,12 @@ class _Walk:
         return made
 
     def _tensor(self, value: torch.Tensor, path: tuple[str, ...]) -> dict[str, Any]:
-        check_storable(value, self._name(path))
-        if type(value) not in (torch.Tensor, torch.nn.Parameter):
-            raise CheckpointError(
-                f"{self._name(path)} is a {type(value).__module__}.{type(value).__qualname__}, not a plain tensor",
-                "store the plain tensors it consists of",
-            )
-        stays = self._stays(path, value)
-        same = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride(), stays)
-        place = self._seen.get(same) if value.numel() else None
+        plain = as_plain(value, self._name(path))
+        stays = self._stays(path, plain)
+        same = (plain.data_ptr(), plain.device, plain.dtype, plain.shape, plain.stride(), stays)
+        place = self._seen.get(same) if plain.numel() else None
         if place is None:
-            self._insert(self.tensors if stays else self.changing, path or ("(all)",), value.detach())
+            self._insert(self.tensors if stays else self.changing, path or ("(all)",), plain)
             place = self._seen[same] = {"at": list(path or ("(all)",)), "changing": not stays}
         if isinstance(value, torch.nn.Parameter):
             return {TAG: "parameter", **place, "requires_grad": value.requires_grad}

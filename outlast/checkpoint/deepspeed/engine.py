@@ -24,6 +24,7 @@ from outlast.checkpoint.deepspeed.containers import take_apart
 from outlast.checkpoint.deepspeed.files import CHANGING, HEADER, Files, kinds_of_deepspeed, step_of
 from outlast.checkpoint.peers.collectives import Agreement
 from outlast.checkpoint.restore.messages import Failure, Message, all_gather_messages
+from outlast.checkpoint.state.tensors import address_of_storage
 from outlast.checkpoint.tools.open_step import OpenedStep
 from outlast.errors import CheckpointError, CheckpointNotFound
 from outlast.events import Event
@@ -276,11 +277,11 @@ class DeepSpeedCheckpointEngine:
 
     def _local(self, collected: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's local state: the files that DeepSpeed passed, taken apart."""
-        weights = {weight.untyped_storage().data_ptr() for weight in self._engine.module.parameters()} - {0}
+        weights = {address_of_storage(weight) for weight in self._engine.module.parameters()} - {0}
 
         def stays(path: tuple[str, ...], tensor: torch.Tensor) -> bool:
             if path[:1] == ("module",):  # the next forward may change buffers, and what get_extra_state returns
-                return tensor.untyped_storage().data_ptr() in weights
+                return address_of_storage(tensor) in weights
             return bool(path) and path[0] in _CHANGED_BY_UPDATES_ONLY
 
         local: dict[str, Any] = {CHANGING: {}}

@@ -53,11 +53,6 @@ def check_storable(tensor: torch.Tensor, name: str) -> None:
             f"the tensor {name!r} has dtype {dtype_name(tensor.dtype)}, which cannot be stored",
             f"dtypes that can be stored: {', '.join(sorted(_NAMES))}",
         )
-    if hasattr(tensor, "full_tensor"):
-        raise CheckpointError(
-            f"the tensor {name!r} is a DTensor, which spans all ranks",
-            "put it into replicated, or its to_local() into local",
-        )
     if tensor.layout is not torch.strided or tensor.is_meta:
         kind = "meta" if tensor.is_meta else str(tensor.layout)
         raise CheckpointError(f"the tensor {name!r} is {kind}; only dense local tensors can be stored")

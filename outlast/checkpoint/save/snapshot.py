@@ -140,6 +140,10 @@ class Snapshot:
             event.synchronize()
         payload = target[: self._layouts[index].nbytes]
         part = self._parts[index]
+        marks = [self._marks.get(id(content.item)) for content in part.contents] if part is not None else []
+        for mark in marks:
+            if mark is not None:
+                mark.check_place()  # memory that was freed must not be read
         crc, at = 0, 0
         with torch.no_grad():
             for number, (offset, nbytes, on_device) in enumerate(self._layouts[index].pieces):
@@ -151,10 +155,14 @@ class Snapshot:
                     crc = crc32c.crc32c(piece.numpy().data, crc) if nbytes else crc
                 else:
                     assert part is not None
-                    crc = self._copy(part.contents[number], piece, crc, verify)
+                    try:
+                        crc = self._copy(part.contents[number], piece, crc, verify)
+                    except RuntimeError:
+                        if (mark := marks[number]) is not None:
+                            mark.check_place()  # that it was resized meanwhile tells more than what PyTorch ran into
+                        raise
             crc = _zero(payload[at:], crc)
-        for content in part.contents if part is not None else ():
-            mark = self._marks.get(id(content.item))
+        for mark in marks:
             if mark is not None:
                 mark.check()
         trailer = target[len(payload) :].numpy()
@@ -276,13 +284,17 @@ class _Mark:
         self._watched = [item.tensor] if item.dtensor is None else [item.tensor, item.dtensor]
         self._versions = [tensor._version for tensor in self._watched]
         self._address = item.tensor.data_ptr()
+        self._storage_bytes = item.tensor.untyped_storage().nbytes()
         self._places = _places(item.tensor) if item.tensor.device.type == "cpu" else []
         self._sample = self._read()
 
-    def check(self) -> None:
+    def check_place(self) -> None:
         tensor = self._item.tensor
-        if tensor.data_ptr() != self._address:
-            self._fail("its storage was replaced")
+        if tensor.data_ptr() != self._address or tensor.untyped_storage().nbytes() != self._storage_bytes:
+            self._fail("its storage was freed, resized or replaced")
+
+    def check(self) -> None:
+        self.check_place()
         versions = [tensor._version for tensor in self._watched]
         if versions != self._versions:
             self._fail(f"_version {self._versions} became {versions}")
