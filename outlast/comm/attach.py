@@ -67,8 +67,8 @@ def attach(
     Raises:
         UnknownKey: there is no such setting; names the nearest one that exists.
         UnknownCompressor, OutOfRange: a setting is wrong.
-        CommError: nothing averages this model's gradients yet, there is no process group, an argument does not apply to it, or what it is set up
-            to do cannot be compressed.
+        CommError: nothing averages this model's gradients yet, there is no process group, an argument does not apply to
+            the model, or what it is set up to do cannot be compressed.
     """
     settled = _settle(config, settings)
     _check_group()
