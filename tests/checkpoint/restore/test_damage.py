@@ -158,7 +158,7 @@ def test_a_vote_of_another_save(url: Path) -> None:
 
 
 def test_unknown_version_is_left_alone(url: Path) -> None:
-    reseal(url / "step_00000002" / "commit.json", '"format_version": 2', '"format_version": 99')
+    reseal(url / "step_00000002" / "commit.json", '"format_version": 3', '"format_version": 99')
     for which in ("auto", 2):
         with checkpointer(url) as reader, pytest.raises(UnknownFormatVersion) as error:
             reader.restore(which)  # type: ignore[arg-type]
