@@ -62,6 +62,22 @@ def loop() -> Names:
     return {"model": model, "ddp": ddp, "optimizer": optimizer, "batch": batch, "loss": loss, "step": 1} | SHARED
 
 
+def adversaries() -> Names:
+    """A generator's samples, real ones, and a discriminator with compressed gradients, all on their way."""
+    torch.manual_seed(0)
+    generator, discriminator = (DistributedDataParallel(nn.Linear(80, 80)) for _ in range(2))
+    real, noise = (torch.randn(16, 80) for _ in range(2))
+    return {
+        "discriminator": discriminator,
+        "compressed": outlast.comm.attach(discriminator),
+        "optimizer_d": torch.optim.SGD(discriminator.parameters(), lr=1e-3),
+        "optimizer_g": torch.optim.SGD(generator.parameters(), lr=1e-3),
+        "real": real,
+        "fake": generator(noise),
+        "loss_of": lambda verdict, wanted: (verdict - wanted).square().mean(),
+    }
+
+
 def unwrapped() -> Names:
     """A model that no DDP has seen."""
     torch.manual_seed(0)

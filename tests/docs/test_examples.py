@@ -24,6 +24,7 @@ PRELUDES = {
     "docs/checkpointing.md: Reading without resuming": "saved_model",
     "docs/checkpointing.md: Sharded state": "sharded",
     "docs/checkpointing.md: The format (2)": "saved_run",
+    "docs/compression.md: Steps": "adversaries",
     "docs/extending.md: A verb": "reported_run",
     "docs/extending.md: A report section": "reported_run",
     "outlast.checkpoint": "saved_run",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from outlast.checkpoint.convert.loadable import check_loadable
 from outlast.checkpoint.convert.safe_unpickle import load_archive
 from outlast.errors import CheckpointError
 
@@ -18,9 +19,11 @@ def write(state: dict[str, Any], path: str, step: int) -> list[str]:
         Names of what is left out: always empty.
 
     Raises:
+        CheckpointError: PyTorch would not read something back; names it.
         OSError, RuntimeError: the file cannot be written.
     """
     del step
+    check_loadable(state, "torch")
     with open(path, "xb") as file:
         torch.save(state, file)
         file.flush()

@@ -79,8 +79,12 @@ def match_new_names(saved: Types, selection: Selection) -> Matching:
         StateMismatch: two get the same name.
         CheckpointError: a new name that cannot be a path.
     """
+    if selection.rename is None:
+        return Matching({path: path for path in saved}, frozenset(), ())
     renamed = {path: selection.renamed(readable(path)) for path in saved}
-    taken = {path: path_of(new, path) for path, new in renamed.items() if new is not None}
+    taken = {
+        path: path if new == readable(path) else path_of(new, path) for path, new in renamed.items() if new is not None
+    }
     _check_distinct(taken)
     return Matching(taken, frozenset(saved.keys() - taken.keys()), ())
 
