@@ -13,6 +13,8 @@
         commit.json                 without it there is no checkpoint
       step_00000030.aside-1/        damaged or superseded; never read
       step_00000040.replaced/       is being overwritten; becomes the step again if that is interrupted
+      earlier-1/step_00000020/      of an earlier run, moved away because a run began anew here
+      lease_00000001.json           which job saves here; removed when it ends
       step_00000040.failed-E-S      a rank gave up this save (attempt E, save S); the others need not wait
 """
 
@@ -36,6 +38,8 @@ PACKS = "packed"
 NODE = "zarr.json"
 """The metadata document of a Zarr group or array."""
 
+EARLIER = re.compile(r"earlier-([0-9]+)")
+"""The folder of the steps that a run which began anew has moved away."""
 _STEP = re.compile(r"step_([0-9]{8,})")
 _ASIDE = re.compile(r"step_([0-9]{8,})\.aside-([0-9]+)")
 _REPLACED = re.compile(r"step_([0-9]{8,})\.replaced")

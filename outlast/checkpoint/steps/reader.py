@@ -209,8 +209,9 @@ class StepReader:
         attributes = {path: info for path, info in nodes.items() if not isinstance(info, ArrayInfo)}
         groups = Groups(attributes, top, parts=selection.parts, stand_ins=stand_ins)
         matched.check_wrappers(groups.shapes)
-        read = self._tensors(rank, arrays, entries, matched)
-        tensors: dict[str, Any] = {path: matched.placed(path, tensor) for path, tensor in read.items()}
+        # In one order on all ranks, which may issue a collective for each tensor of what they get.
+        read = sorted(self._tensors(rank, arrays, entries, matched).items())
+        tensors: dict[str, Any] = {path: matched.placed(path, tensor) for path, tensor in read}
         tensors |= dict.fromkeys(matched.left_out, LEFT_OUT)
         state: dict[str, Any] = groups.close(tensors, matched.wrapper)
         matched.arrange(state, groups.odd_keys)
