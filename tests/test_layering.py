@@ -26,12 +26,13 @@ FLOORS = [
 INNER_FLOORS: dict[str, list[set[str]]] = {
     "checkpoint": [
         {"convert", "deepspeed"},
-        {"attach"},
+        {"attach", "load"},
         {"tools", "checkpointer"},
+        {"start"},
         {"restore"},
         {"tiers"},
         {"save"},
-        {"steps"},
+        {"steps", "ownership"},
         {"storage", "state"},
         {"format"},
         {"memory", "peers", "auto_interval"},
@@ -249,10 +250,12 @@ FACES = {
         "Checkpointer",
         "Interval",
         "AutoInterval",
+        "Mismatch",
         "Restored",
         "attach",
         "check_like",
         "expected_mtbf_s",
+        "load",
         "optimal_interval_s",
     },
     "diagnostics": {

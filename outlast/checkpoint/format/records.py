@@ -31,7 +31,9 @@ from outlast.checkpoint.format.file_paths import check_file as check_path
 from outlast.checkpoint.format.names import COMMIT, VOTES, rank_name
 from outlast.errors import CheckpointError, CorruptCheckpoint, UnknownFormatVersion
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Of what is written. Version 2 recorded neither the order of containers nor their types."""
+READABLE_VERSIONS = (2, 3)
 _MAX_VERSION = 1_000_000
 CRC_BYTES = 4
 """Size of the checksum at the end of a chunk."""
@@ -108,6 +110,7 @@ class Commit:
     """Total size of all files that the votes list."""
     votes: tuple[FileEntry, ...]
     """By rank."""
+    format_version: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,7 @@ def seal(record: Vote | Commit | SlotIndex) -> bytes:
 
 def unseal_vote(data: bytes | memoryview, file: str) -> Vote:
     """The vote in a file's bytes; raises :class:`Fault`."""
-    body = _unseal(data, file, _KINDS[Vote])
+    body, _ = _unseal(data, file, _KINDS[Vote])
     try:
         return _vote(body)
     except Malformed as error:
@@ -205,7 +208,7 @@ def unseal_vote(data: bytes | memoryview, file: str) -> Vote:
 
 def unseal_placed(data: bytes | memoryview, file: str) -> SlotIndex:
     """The index in a file's bytes; raises :class:`Fault`."""
-    body = _unseal(data, file, _KINDS[SlotIndex])
+    body, _ = _unseal(data, file, _KINDS[SlotIndex])
     try:
         only(body, "vote", "places")
         vote = _vote(as_mapping(field(body, "vote"), "vote"))
@@ -217,7 +220,7 @@ def unseal_placed(data: bytes | memoryview, file: str) -> SlotIndex:
 
 def unseal_commit(data: bytes | memoryview) -> Commit:
     """The commit record in a file's bytes; raises :class:`Fault`."""
-    body = _unseal(data, COMMIT, _KINDS[Commit])
+    body, version = _unseal(data, COMMIT, _KINDS[Commit])
     try:
         only(body, "step", "world_size", "epoch", "serial", "saved_at", "size_bytes", "votes")
         votes = as_list(field(body, "votes"), "votes")
@@ -229,13 +232,16 @@ def unseal_commit(data: bytes | memoryview) -> Commit:
             saved_at=as_time(field(body, "saved_at"), "saved_at"),
             size_bytes=as_count(field(body, "size_bytes"), "size_bytes"),
             votes=tuple(_entry_of_vote(entry, rank) for rank, entry in enumerate(votes)),
+            format_version=version,
         )
     except Malformed as error:
         raise Fault(CorruptCheckpoint, COMMIT, f"is not a commit record: {error}") from error
 
 
 def _keyed(record: Vote | Commit) -> dict[str, Any]:
-    return {_KEYS.get(name, name): value for name, value in asdict(record).items()}
+    fields = {_KEYS.get(name, name): value for name, value in asdict(record).items()}
+    fields.pop("format_version", None)  # comes first, in every record
+    return fields
 
 
 def _vote(body: dict[str, Any]) -> Vote:
@@ -282,7 +288,8 @@ def _entry_of_vote(value: Any, rank: int) -> FileEntry:
     return entry
 
 
-def _unseal(data: bytes | memoryview, file: str, kind: str) -> dict[str, Any]:
+def _unseal(data: bytes | memoryview, file: str, kind: str) -> tuple[dict[str, Any], int]:
+    """A record's fields, and its format version."""
     match = _SEAL.search(data[-_SEAL_BYTES - 1 :])
     if match is None:
         raise Fault(CorruptCheckpoint, file, f"its {len(data)} bytes do not end in a checksum")
@@ -296,11 +303,12 @@ def _unseal(data: bytes | memoryview, file: str, kind: str) -> dict[str, Any]:
     version = body.pop("format_version", None)
     if type(version) is not int or not 0 < version <= _MAX_VERSION:
         raise Fault(CorruptCheckpoint, file, "has no format version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
+        readable = ", ".join(map(str, READABLE_VERSIONS))
         raise Fault(
-            UnknownFormatVersion, file, f"has format version {version}; this version of outlast reads {FORMAT_VERSION}"
+            UnknownFormatVersion, file, f"has format version {version}; this version of outlast reads {readable}"
         )
     if body.pop("kind", None) != kind:
         raise Fault(CorruptCheckpoint, file, f"is not a {kind} record")
     body.pop("crc32c", None)
-    return body
+    return body, version

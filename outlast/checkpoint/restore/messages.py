@@ -69,6 +69,8 @@ class Ask(Message):
     node: str
     digest: int = -1
     """Of the tensors that it asks for; -1 for all tensors, whole."""
+    selection: str = ""
+    """What it takes of them, in words."""
     problem: str = ""
     """Why it cannot ask, if so."""
     fix: str = ""
@@ -80,6 +82,8 @@ class StoredStep(Message):
 
     step: int
     committed: bool
+    replaced: bool = False
+    """Whether its older commit is read, because overwriting it was interrupted."""
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,12 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from outlast.checkpoint.format.json_values import from_json
 from outlast.checkpoint.format.names import (
-    HEADER,
     NODE,
     PACKS,
     decode_key,
     parse_local,
     parse_pack,
-    rank_name,
     step_name,
 )
 from outlast.checkpoint.format.records import (
@@ -39,7 +36,6 @@ from outlast.checkpoint.format.zarr import (
     as_tensor,
     check_size,
     chunk_name,
-    node_path,
     parse_node,
     payload,
     put_chunk,
@@ -48,9 +44,19 @@ from outlast.checkpoint.format.zarr import (
 )
 from outlast.checkpoint.memory.pages import Buffer, allocate
 from outlast.checkpoint.state.boxes import Box, whole
+from outlast.checkpoint.state.matched import LEFT_OUT, Matched
+from outlast.checkpoint.state.selection import EVERYTHING, Selection
 from outlast.checkpoint.state.target import RestoreTarget, part_of
 from outlast.checkpoint.steps.commit import as_fault, read_commit
-from outlast.checkpoint.steps.structure import check_structure, check_votes
+from outlast.checkpoint.steps.groups import Groups
+from outlast.checkpoint.steps.structure import (
+    arrays_in,
+    check_structure,
+    check_votes,
+    groups_in,
+    top_of,
+    types_of,
+)
 from outlast.checkpoint.storage.base import FileTooLarge, Store
 from outlast.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion
 
@@ -144,6 +150,18 @@ class StepReader:
             return [entry for entry in files if parse_local(entry.path) is None]
         return [entry for entry in self.votes[rank].files if rank in (parse_local(entry.path), parse_pack(entry.path))]
 
+    def parts(self) -> list[str]:
+        """The top-level keys of the replicated state, and of local states, that are dictionaries; sorted."""
+        found = set()
+        for vote in self.votes:
+            for entry in vote.files:
+                keys = entry.path.split("/")
+                if parse_local(entry.path) is not None:
+                    keys = keys[1:]
+                if len(keys) == 2 and keys[1] == NODE and keys[0] != PACKS:
+                    found.add(str(decode_key(keys[0])))
+        return sorted(found)
+
     def verify(self, entries: Iterable[FileEntry], progress: Progress | None = None) -> list[Fault]:
         """Verify files; returns what is wrong with them, in their order."""
         entries = list(entries)
@@ -156,24 +174,30 @@ class StepReader:
                 progress(done, total)
         return faults
 
-    def check(self, ranks: Iterable[int | None], progress: Progress | None = None) -> list[Fault]:
+    def check(
+        self, ranks: Iterable[int | None], progress: Progress | None = None, selection: Selection = EVERYTHING
+    ) -> list[Fault]:
         """All that keeps local states, or (None) the replicated state, from being loaded; no tensor is made.
 
         Args:
             ranks: whose states.
             progress: called with the bytes verified so far and in total.
+            selection: what of them; of local state, only its parts matter.
 
         Returns:
             The files that are missing or damaged; and of each state, if its documents are intact, the first thing in
             them that no save writes.
         """
-        files = {rank: self.files_of(rank) for rank in ranks}
+        files = {rank: [entry for entry in self.files_of(rank) if selection.takes_file(entry.path)] for rank in ranks}
         faults = self.verify({entry.path: entry for of_rank in files.values() for entry in of_rank}.values(), progress)
         damaged = {fault.file for fault in faults}
         for rank, entries in files.items():
             if damaged.isdisjoint(entry.path for entry in entries if not entry.chunk):
                 try:
-                    self._groups(rank, self._nodes(rank, entries))
+                    nodes = self._nodes(rank, entries, selection)
+                    taken = {path for path in types_of(rank, arrays_in(nodes)) if selection.takes_part(path)}
+                    groups = Groups(groups_in(nodes), top_of(rank), parts=selection.parts, stand_ins=True)
+                    groups.close(dict.fromkeys(taken), lambda path, shape, items: items)
                 except Fault as fault:
                     faults.append(fault)
         return faults
@@ -183,51 +207,76 @@ class StepReader:
         """The states of the step: the replicated one (None), and the local ones of all ranks."""
         return [None, *range(self.commit.world_size)]
 
-    def load(self, rank: int | None, target: RestoreTarget | None = None) -> dict[str, Any]:
-        """The local state of a rank, or (None) the replicated state; tensors on the CPU.
+    def load(self, rank: int | None, *, stand_ins: bool = False) -> dict[str, Any]:
+        """The local state of a rank, or (None) the replicated state, whole; tensors on the CPU.
+
+        Args:
+            rank: whose state.
+            stand_ins: for objects of classes that this program has not imported, give stand-ins.
+
+        Raises:
+            Fault: a file is missing or damaged; the first in the order of the votes.
+            StateMismatch: a value needs a class that is not loaded or has changed.
+        """
+        return self.load_selected(rank, None, EVERYTHING, stand_ins=stand_ins)[0]
+
+    def load_selected(
+        self, rank: int | None, target: RestoreTarget | None, selection: Selection, *, stand_ins: bool = False
+    ) -> tuple[dict[str, Any], Matched]:
+        """What is selected of the local state of a rank, or (None) of the replicated state; and how that was matched.
 
         Args:
             rank: whose state.
             target: this rank's tensors, and whether to fill them; chunks outside of its parts are not read. None: all
                 tensors, whole, in new memory.
+            selection: which tensors and values; of local state, only its parts matter.
+            stand_ins: see :meth:`load`.
 
         Raises:
             Fault: a file is missing or damaged; the first in the order of the votes. Some of the tensors to be filled
                 may be overwritten.
-            StateMismatch: the step does not have the target's tensors; no chunk is read.
+            StateMismatch: the step does not have the target's tensors, or a value needs a class that is not loaded or
+                has changed, and no chunk was read; or an element is too large for the type that it is converted to.
         """
-        entries = self.files_of(rank)
-        top = "" if rank is None else rank_name(rank)
-        nodes = self._nodes(rank, entries)
-        arrays = {path: info for path, info in nodes.items() if isinstance(info, ArrayInfo)}
-        groups = self._groups(rank, nodes)
-        if target is not None:
-            target.check(_described(rank, arrays))
+        entries = [entry for entry in self.files_of(rank) if selection.takes_file(entry.path)]
+        nodes = self._nodes(rank, entries, selection)
+        arrays = arrays_in(nodes)
+        types = {path: of for path, of in types_of(rank, arrays).items() if selection.takes_part(path)}
+        matched = Matched(types, target, selection if rank is None else Selection(selection.parts))
+        groups = Groups(groups_in(nodes), top_of(rank), parts=selection.parts, stand_ins=stand_ins)
+        matched.check_wrappers(groups.shapes)
         self._check_sizes(arrays, entries)
-        for path, tensor in self._tensors(rank, arrays, entries, target).items():
-            _put(groups, path, tensor if target is None else target.placed(path, tensor))
-        return groups[top]
+        # In one order on all ranks, which may issue a collective for each tensor of what they get.
+        read = sorted(self._tensors(rank, arrays, entries, matched).items())
+        tensors: dict[str, Any] = {path: matched.placed(path, tensor) for path, tensor in read}
+        tensors |= dict.fromkeys(matched.left_out, LEFT_OUT)
+        state: dict[str, Any] = groups.close(tensors, matched.wrapper)
+        matched.arrange(state, groups.odd_keys)
+        return state, matched
 
     def describe(self, rank: int | None) -> tuple[dict[str, ArrayInfo], dict[str, dict[str, Any]]]:
-        """The arrays, and the attributes of groups, by path relative to the step; chunks are not read.
+        """The arrays, and the values of groups, by path relative to the step; chunks are not read.
 
         Raises:
             Fault: a metadata file is missing or damaged.
         """
         arrays: dict[str, ArrayInfo] = {}
-        values: dict[str, dict[str, Any]] = {}
+        attributes: dict[str, dict[str, Any]] = {}
         for path, info in self._nodes(rank, self.files_of(rank)).items():
             if not isinstance(info, ArrayInfo):
-                values[path] = _values(path, info)
+                attributes[path] = info
             elif info.packed is None:
                 arrays[path] = info
             else:
                 for name, entry in info.packed.items():
                     if parse_local(name) == rank:
                         arrays[name] = ArrayInfo(entry.shape, entry.dtype, entry.shape)
-        return arrays, values
+        groups = Groups(attributes, "", stand_ins=True)
+        return arrays, {path: groups.shown(path) for path in attributes}
 
-    def _nodes(self, rank: int | None, entries: Sequence[FileEntry]) -> dict[str, ArrayInfo | dict[str, Any]]:
+    def _nodes(
+        self, rank: int | None, entries: Sequence[FileEntry], selection: Selection = EVERYTHING
+    ) -> dict[str, ArrayInfo | dict[str, Any]]:
         """Arrays and attributes of groups, by path; raises :class:`Fault` if they do not fit together."""
         documents = [entry for entry in entries if not entry.chunk]
         nodes = {
@@ -235,22 +284,8 @@ class StepReader:
             for entry, data in zip(documents, self._io.map(self.read, documents), strict=True)
         }
         nodes.pop(PACKS, None)  # a group of the format, not of the state
-        check_structure(rank, nodes, entries)
+        check_structure(rank, nodes, entries, selection.takes_part)
         return nodes
-
-    def _groups(self, rank: int | None, nodes: Mapping[str, ArrayInfo | dict[str, Any]]) -> dict[str, dict[Any, Any]]:
-        """The values of groups, by path; each group is a value of its parent. Raises :class:`Fault`."""
-        top = "" if rank is None else rank_name(rank)
-        groups: dict[str, dict[Any, Any]] = {}
-        # A parent's path is shorter than its children's, so parents come first.
-        for path in sorted(nodes, key=len):
-            info = nodes[path]
-            if isinstance(info, ArrayInfo):
-                continue
-            groups[path] = _values(path, {key: item for key, item in info.items() if path or key != HEADER})
-            if path != top:
-                _put(groups, path, groups[path])
-        return groups
 
     def _check_sizes(self, arrays: Mapping[str, ArrayInfo], entries: Iterable[FileEntry]) -> None:
         """Compare chunks with their votes before memory is taken for a tensor of several; raises :class:`Fault`.
@@ -268,28 +303,24 @@ class StepReader:
                 raise wrong_size(entry, sizes[entry.path])
 
     def _tensors(
-        self,
-        rank: int | None,
-        arrays: Mapping[str, ArrayInfo],
-        entries: Iterable[FileEntry],
-        target: RestoreTarget | None,
+        self, rank: int | None, arrays: Mapping[str, ArrayInfo], entries: Iterable[FileEntry], matched: Matched
     ) -> dict[str, torch.Tensor]:
-        """By path, whole or (where a part is needed) a part of it.
+        """What is taken, by path: whole or (where a part is needed) a part of it.
 
         A chunk's memory becomes its tensor's, or is freed once it is copied to its place there.
         """
-        boxes = target.boxes if target is not None else {}
-        tensors = _memory_to_fill(arrays, target)
-        reads = _chunk_reads(arrays, boxes, tensors, [entry for entry in entries if entry.chunk])
-        for made in list(self._io.map(lambda chunk: self._read_chunk(chunk, rank, boxes), reads)):
+        arrays = {path: info for path, info in arrays.items() if matched.takes(path, info)}
+        tensors = _memory_to_fill(arrays, matched)
+        reads = _chunk_reads(arrays, matched.boxes, tensors, [entry for entry in entries if entry.chunk])
+        for made in list(self._io.map(lambda chunk: self._read_chunk(chunk, rank, matched), reads)):
             for path, tensor in made.items():
-                place = target.target(path) if target is not None else None
+                place = matched.memory(path)
                 tensors[path] = tensor if place is None else place.copy_(tensor)
         return tensors
 
-    def _read_chunk(self, chunk: ChunkRead, rank: int | None, boxes: Mapping[str, Box]) -> dict[str, torch.Tensor]:
+    def _read_chunk(self, chunk: ChunkRead, rank: int | None, matched: Matched) -> dict[str, torch.Tensor]:
         """Read one chunk to its place, or else return what is made of it: its tensor, or those of a pack, by path."""
-        info, out = chunk.info, chunk.out
+        info, out, boxes = chunk.info, chunk.out, matched.boxes
         if out is not None and (room := room_for(info, chunk.index, out, chunk.start)) is not None:
             self._read_to(room, info, chunk.entry)
             return {}
@@ -297,13 +328,14 @@ class StepReader:
         if info.packed is not None:
             tensors = unpack(info, data, chunk.entry.path)
             return {
-                path: part_of(tensor, boxes[path]) if path in boxes else tensor
+                path: matched.converted(path, part_of(tensor, boxes[path]) if path in boxes else tensor)
                 for path, tensor in tensors.items()
-                if parse_local(path) == rank
+                if parse_local(path) == rank and matched.takes(path)
             }
+        elements = matched.converted(chunk.path, as_tensor(data, info.chunk, info.dtype))
         if out is None:
-            return {chunk.path: as_tensor(data, info.chunk, info.dtype)}
-        put_chunk(info, data, chunk.index, out, chunk.start)
+            return {chunk.path: elements}
+        put_chunk(info, elements, chunk.index, out, chunk.start)
         return {}
 
     def read(self, entry: FileEntry) -> Buffer:
@@ -358,31 +390,23 @@ class StepReader:
         return vote
 
 
-def _described(rank: int | None, arrays: Mapping[str, ArrayInfo]) -> dict[str, tuple[Any, ...]]:
-    """Shape and dtype of a state's tensors, by path."""
-    described: dict[str, tuple[Any, ...]] = {
-        path: (info.shape, info.dtype) for path, info in arrays.items() if info.packed is None
-    }
-    for info in arrays.values():
-        packed = info.packed or {}
-        described |= {path: (at.shape, at.dtype) for path, at in packed.items() if parse_local(path) == rank}
-    return described
-
-
-def _memory_to_fill(arrays: Mapping[str, ArrayInfo], target: RestoreTarget | None) -> dict[str, torch.Tensor]:
+def _memory_to_fill(arrays: Mapping[str, ArrayInfo], matched: Matched) -> dict[str, torch.Tensor]:
     """What chunks are read or copied to, by path: the running job's tensors, or new ones.
 
     There is none for packs, and none for a tensor of one chunk, which is made of the chunk's own memory.
     """
     memory: dict[str, torch.Tensor] = {}
     for path, info in arrays.items():
-        box = _box_of(path, info, target.boxes if target is not None else {})
-        running = target.target(path) if target is not None else None
+        if info.packed is not None:
+            continue
+        box = _box_of(path, info, matched.boxes)
+        running = matched.memory(path)
         is_one_chunk = box.size == info.chunk and len(box.places(info.chunk)) == 1
         if running is not None:
             memory[path] = running
-        elif info.packed is None and not is_one_chunk:
-            memory[path] = as_tensor(allocate(math.prod(box.size) * info.dtype.itemsize), box.size, info.dtype)
+        elif not is_one_chunk:
+            dtype = matched.dtype(path, info.dtype)
+            memory[path] = as_tensor(allocate(math.prod(box.size) * dtype.itemsize), box.size, dtype)
     return memory
 
 
@@ -409,17 +433,3 @@ def _chunk_reads(
 def _box_of(path: str, info: ArrayInfo, boxes: Mapping[str, Box]) -> Box:
     """This rank's part of a tensor."""
     return boxes.get(path) or whole(info.shape)
-
-
-def _values(path: str, attributes: Mapping[str, Any]) -> dict[Any, Any]:
-    """A group's values; raises :class:`Fault`."""
-    try:
-        return {key: from_json(item) for key, item in attributes.items()}
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        reason = f"has a value that no save writes: {type(error).__name__}: {str(error)[:200]}"
-        raise Fault(CorruptCheckpoint, node_path(path), reason) from error
-
-
-def _put(groups: dict[str, dict[Any, Any]], path: str, value: Any) -> None:
-    parent, _, name = path.rpartition("/")
-    groups[parent][decode_key(name)] = value

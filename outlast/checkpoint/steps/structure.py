@@ -7,7 +7,7 @@ each group and array has its place in one tree, and each array's chunks are all 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from outlast.checkpoint.format.fields import Malformed
@@ -16,24 +16,50 @@ from outlast.checkpoint.format.names import COMMIT, PACKS, decode_key, parse_loc
 from outlast.checkpoint.format.records import CRC_BYTES, Commit, Fault, FileEntry, Vote
 from outlast.checkpoint.format.zarr import ArrayInfo, chunk_name, node_path
 from outlast.checkpoint.state.boxes import whole
+from outlast.checkpoint.state.matching import TensorType
 from outlast.errors import CorruptCheckpoint, IncompleteCheckpoint
 
 Nodes = Mapping[str, ArrayInfo | dict[str, Any]]
 """Arrays, and the attributes of groups, by path relative to the step."""
 
 
-def check_structure(rank: int | None, nodes: Nodes, entries: Iterable[FileEntry]) -> None:
+def top_of(rank: int | None) -> str:
+    """The path of the group of a rank's local state, or (None) of the replicated state."""
+    return "" if rank is None else rank_name(rank)
+
+
+def arrays_in(nodes: Nodes) -> dict[str, ArrayInfo]:
+    """The arrays, packs included."""
+    return {path: info for path, info in nodes.items() if isinstance(info, ArrayInfo)}
+
+
+def groups_in(nodes: Nodes) -> dict[str, dict[str, Any]]:
+    """The attributes of the groups."""
+    return {path: info for path, info in nodes.items() if not isinstance(info, ArrayInfo)}
+
+
+def types_of(rank: int | None, arrays: Mapping[str, ArrayInfo]) -> dict[str, TensorType]:
+    """Shape and dtype of a state's tensors, by path."""
+    types = {path: TensorType(info.shape, info.dtype) for path, info in arrays.items() if info.packed is None}
+    for info in arrays.values():
+        packed = info.packed or {}
+        types |= {path: TensorType(at.shape, at.dtype) for path, at in packed.items() if parse_local(path) == rank}
+    return types
+
+
+def check_structure(rank: int | None, nodes: Nodes, entries: Iterable[FileEntry], takes: Callable[[str], bool]) -> None:
     """Check one rank's local state, or (None) the replicated state.
 
     Args:
         rank: whose state.
         nodes: its arrays and groups, and the packs that may hold its small tensors.
         entries: its files, those of the packs included.
+        takes: whether the groups of a packed tensor are among the nodes.
 
     Raises:
         Fault: what does not fit; names the file.
     """
-    top = "" if rank is None else rank_name(rank)
+    top = top_of(rank)
     if isinstance(nodes.get(top), ArrayInfo) or top not in nodes:
         raise Fault(IncompleteCheckpoint, node_path(top), "no vote lists this file as a group")
     chunks: dict[str, list[FileEntry]] = {}
@@ -53,7 +79,7 @@ def check_structure(rank: int | None, nodes: Nodes, entries: Iterable[FileEntry]
         if path != top:
             _check_place(path, top, nodes, path)
     for path, pack in packed.items():
-        if parse_local(path) == rank:
+        if parse_local(path) == rank and takes(path):
             _check_place(path, top, nodes, pack)
             if path in nodes:
                 raise _fault(pack, f"has {path[:80]!r}, which has a file of its own, too")
