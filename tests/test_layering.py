@@ -26,7 +26,7 @@ FLOORS = [
 INNER_FLOORS: dict[str, list[set[str]]] = {
     "checkpoint": [
         {"convert", "deepspeed"},
-        {"attach"},
+        {"attach", "load"},
         {"tools", "checkpointer"},
         {"restore"},
         {"tiers"},
@@ -249,10 +249,12 @@ FACES = {
         "Checkpointer",
         "Interval",
         "AutoInterval",
+        "Mismatch",
         "Restored",
         "attach",
         "check_like",
         "expected_mtbf_s",
+        "load",
         "optimal_interval_s",
     },
     "diagnostics": {

@@ -8,6 +8,7 @@ One array a tensor, but for small ones, which lie packed in arrays of bytes with
 the votes, JSON for everything else, no pickle. A step is a checkpoint if and only if it has a valid commit record;
 there is no pointer to the latest one that could be wrong.
 
+Reading one, beside the run that saves there, or with other ranks, or none: :func:`outlast.checkpoint.load`.
 Looking at checkpoints needs no ranks: :mod:`outlast.checkpoint.tools`. Other formats:
 :mod:`outlast.checkpoint.convert`.
 """
@@ -16,7 +17,9 @@ from outlast.checkpoint.attach import attach
 from outlast.checkpoint.auto_interval import AutoInterval, Interval, expected_mtbf_s, optimal_interval_s
 from outlast.checkpoint.checkpointer import Checkpointer
 from outlast.checkpoint.config import CheckpointConfig
+from outlast.checkpoint.load import load
 from outlast.checkpoint.restore.load import Restored
+from outlast.checkpoint.state.matching import Mismatch
 from outlast.checkpoint.state.tree import check_like
 from outlast.lazy import lazy_modules
 
@@ -25,10 +28,12 @@ __all__ = [
     "CheckpointConfig",
     "Checkpointer",
     "Interval",
+    "Mismatch",
     "Restored",
     "attach",
     "check_like",
     "expected_mtbf_s",
+    "load",
     "optimal_interval_s",
 ]
 

@@ -32,6 +32,7 @@ from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import TensorSource
 from outlast.checkpoint.save.stall_forecast import StallForecast
 from outlast.checkpoint.save.storage_save import StorageSave
+from outlast.checkpoint.state.selection import Rename, make_selection
 from outlast.checkpoint.storage.open import open_store
 from outlast.checkpoint.tiers.manager import Tiers
 from outlast.errors import CheckpointError
@@ -286,6 +287,10 @@ class Checkpointer:
         like: Mapping[str, Any] | None = None,
         into: Mapping[str, Any] | None = None,
         any_world_size: bool = False,
+        parts: Collection[str] | None = None,
+        strict: bool | Collection[str] = True,
+        rename: Rename | None = None,
+        cast: bool | torch.dtype = False,
     ) -> Restored | None:
         """Read a checkpoint back, and verify every byte.
 
@@ -312,6 +317,18 @@ class Checkpointer:
                 ``Restored.replicated``.
             any_world_size: accept a step that was saved with another world size: then ``Restored.local`` is empty, and
                 ``Restored.read_local`` gives the local state of any rank that saved it.
+            parts: take only these top-level keys of the state, e.g. ``("model",)``; of others nothing is read, verified
+                or compared.
+            strict: False takes those tensors of ``like`` or ``into`` that the step has in the same shape and dtype, and
+                leaves the others as they are; ``Restored.not_taken`` names them. Top-level keys, e.g. ``("model",)``:
+                below these the tensors must be the same.
+            rename: what names in the step (keys joined by ``/``) are in the running state. A mapping of names, and of
+                beginnings of names that end at a ``/`` or ``.``, of which the longest that fits counts; a function,
+                which returns None for what is to be left out; or ``"unwrapped"``, which drops what wrappers of modules
+                put into names. With ``like`` and ``into`` names need not agree in that in any case: what torch.compile
+                (``_orig_mod.``), DDP (``module.``), FSDP and activation checkpointing put there is not compared.
+            cast: True converts floating-point tensors to the dtype that they have in ``like`` or ``into``; without
+                these, a dtype to convert all of them to. Numbers that it cannot hold are an error.
 
         Returns:
             The state, or None if ``"auto"`` finds no checkpoint at all.
@@ -322,7 +339,8 @@ class Checkpointer:
             IncompleteCheckpoint: a file or the commit record of the step asked for is missing.
             UnknownFormatVersion: written by another version of outlast; it is left as it is.
             StateMismatch: saved with another world size, without ``any_world_size``; the step has other tensors than
-                ``like`` or ``into``, of which none was overwritten then; or these differ between ranks.
+                ``like`` or ``into``, of which none was overwritten then (the message says which argument helps); it
+                lacks one of ``parts``; or what is asked for differs between ranks.
             CheckpointError: the storage cannot be read; there are several ranks without a process group; ``like`` or
                 ``into`` has a DTensor that could not be saved; or both were given.
         """
@@ -332,7 +350,9 @@ class Checkpointer:
         saver, tiers = self._context, self._tiers
         agreement = Agreement(self._group, saver.rank, saver.world_size)
         context = RestoreContext(saver.store, saver.rank, saver.world_size, agreement, saver.on_event, self._io)
-        request = agree_on_request(like, into, self._group, context, any_world_size=any_world_size)
+        running = like is not None or into is not None
+        select = partial(make_selection, parts, strict, rename, cast, running=running)
+        request = agree_on_request(like, into, self._group, context, any_world_size=any_world_size, select=select)
         self._start_decided = True
         if tiers is None:
             return restore(which, context, request, None)
@@ -345,7 +365,11 @@ class Checkpointer:
     def _heal(self, restored: Restored, survey: Survey, tiers: Tiers) -> None:
         """A step that fewer nodes hold in memory than should is copied again before training goes on."""
         same_world_size = restored.world_size == self._context.world_size
-        if not same_world_size or not survey.lacks_copies(restored.step, tiers.copies_in_memory):
+        if (
+            not same_world_size
+            or not restored.as_saved
+            or not survey.lacks_copies(restored.step, tiers.copies_in_memory)
+        ):
             return
         _log.info("step %d is in the memory of too few nodes; it is copied again", restored.step)
         self.save(restored.step, replicated=restored.replicated, local=restored.local, durable=False)

@@ -62,6 +62,22 @@ def loop() -> Names:
     return {"model": model, "ddp": ddp, "optimizer": optimizer, "batch": batch, "loss": loss, "step": 1} | SHARED
 
 
+def adversaries() -> Names:
+    """A generator's samples, real ones, and a discriminator with compressed gradients, all on their way."""
+    torch.manual_seed(0)
+    generator, discriminator = (DistributedDataParallel(nn.Linear(80, 80)) for _ in range(2))
+    real, noise = (torch.randn(16, 80) for _ in range(2))
+    return {
+        "discriminator": discriminator,
+        "compressed": outlast.comm.attach(discriminator),
+        "optimizer_d": torch.optim.SGD(discriminator.parameters(), lr=1e-3),
+        "optimizer_g": torch.optim.SGD(generator.parameters(), lr=1e-3),
+        "real": real,
+        "fake": generator(noise),
+        "loss_of": lambda verdict, wanted: (verdict - wanted).square().mean(),
+    }
+
+
 def unwrapped() -> Names:
     """A model that no DDP has seen."""
     torch.manual_seed(0)
@@ -102,6 +118,15 @@ def saved_run() -> Names:
     with outlast.checkpoint.attach("runs/stdlib_gpt/checkpoints") as checkpointer:
         checkpointer.save(200, replicated={"model": tensors}, local={})
     return {"zarr": import_module("zarr")}
+
+
+def saved_model() -> Names:
+    """The model of ``loop``, saved in ``runs/mine/checkpoints``."""
+    names = loop()
+    with outlast.checkpoint.attach("runs/mine/checkpoints") as checkpointer:
+        checkpointer.save(20, replicated={"model": names["model"].state_dict(), "optimizer": {"lr": 0.1}})
+    dist.barrier()
+    return names
 
 
 def reported_run() -> Names:

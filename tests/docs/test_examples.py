@@ -21,11 +21,14 @@ from tests.comm.ranks import Ranks
 from tests.docs.blocks import Block, all_blocks, looks_like_python
 
 PRELUDES = {
+    "docs/checkpointing.md: Reading without resuming": "saved_model",
     "docs/checkpointing.md: Sharded state": "sharded",
     "docs/checkpointing.md: The format (2)": "saved_run",
+    "docs/compression.md: Steps": "adversaries",
     "docs/extending.md: A verb": "reported_run",
     "docs/extending.md: A report section": "reported_run",
     "outlast.checkpoint": "saved_run",
+    "outlast.checkpoint.load.load": "saved_model",
 }
 """What comes before a block, where it is neither ``loop`` nor seen from the block itself."""
 

@@ -165,18 +165,22 @@ def as_tensor(data: Buffer, shape: tuple[int, ...], dtype: torch.dtype) -> torch
 
 
 def put_chunk(
-    info: ArrayInfo, data: Buffer, place: tuple[int, ...], out: torch.Tensor, start: tuple[int, ...] | None = None
+    info: ArrayInfo,
+    elements: torch.Tensor,
+    place: tuple[int, ...],
+    out: torch.Tensor,
+    start: tuple[int, ...] | None = None,
 ) -> None:
     """Copy the elements that a chunk has in common with a part of its tensor to their place there.
 
     Args:
         info: of the whole tensor.
-        data: the chunk's payload.
+        elements: the chunk's, in its shape.
         place: the chunk's index in the grid.
         out: the part.
         start: where in the whole tensor the part begins; None: the part is the whole tensor.
     """
-    target, chunk = out, as_tensor(data, info.chunk, info.dtype)
+    target, chunk = out, elements
     for d, (begin, low, high, at) in enumerate(_overlap(info, place, out, start)):
         target = target.narrow(d, low - begin, high - low)
         chunk = chunk.narrow(d, low - at, high - low)
@@ -190,6 +194,8 @@ def room_for(
 
     Takes the arguments of :func:`put_chunk`.
     """
+    if out.dtype != info.dtype:
+        return None
     target = out
     for d, (begin, low, high, _) in enumerate(_overlap(info, place, out, start)):
         target = target.narrow(d, low - begin, high - low)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ from outlast.checkpoint.restore.read_once import SharedFiles, read_once
 from outlast.checkpoint.restore.request import RestoreContext, RestoreRequest
 from outlast.checkpoint.restore.survey import SaveOnNodes, Survey
 from outlast.checkpoint.restore.transfer import gather_copies
+from outlast.checkpoint.state.matching import Mismatch
+from outlast.checkpoint.state.selection import Selection
 from outlast.checkpoint.steps.commit import read_commit
 from outlast.checkpoint.steps.reader import StepReader, as_error
 from outlast.checkpoint.storage.base import Store
@@ -42,6 +44,11 @@ class Restored:
     """The local state of any rank that saved it, read and verified again; until the Checkpointer is closed.
     (Where the step is in memory alone and the world size is the same: of this rank.) Raises CorruptCheckpoint,
     IncompleteCheckpoint and their like if it is no longer there as it was."""
+    not_taken: tuple[Mismatch, ...] = ()
+    """What was not taken of the replicated state, because step and running state differ in it: in both directions,
+    sorted by name; always empty unless ``strict`` allows for it."""
+    as_saved: bool = True
+    """Whether this is all of the step's state, with the names and types that it was saved with."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +107,13 @@ class Loader:
         """What the nodes have of a candidate; collective."""
         if candidate.on_nodes is None or self.survey is None:
             return None
-        return gather_copies(self.survey, candidate.on_nodes, self.request.target, verify=verify)
+        return gather_copies(self.survey, candidate.on_nodes, self.request.boxes, verify=verify)
 
     def _shared(self, candidate: Candidate) -> SharedFiles | None:
         """What all ranks need of a step in storage; collective."""
         if candidate.on_nodes is not None or not self.request.read_once or self.context.world_size == 1:
             return None
-        target = self.request.target
-        return read_once(self.context, candidate.step, target.boxes if target is not None else ())
+        return read_once(self.context, candidate.step, self.request.boxes, self.request.selection)
 
     def _read(
         self, candidate: Candidate, copies: AvailableCopies | None, shared: SharedFiles | None
@@ -129,24 +135,31 @@ class Loader:
         saved_by = reader.commit.world_size
         # Every rank reads the replicated state, those ranks a shard that need it (together they need all of a tensor),
         # and its owner a local state: so together the ranks verify every file.
+        selection = self.request.selection
         local: dict[str, Any] = {}
         if saved_by == context.world_size:
-            local = reader.load(context.rank)
+            local, _ = reader.load_selected(context.rank, None, selection)
         elif self.request.any_world_size:
-            for rank in range(context.rank, saved_by, context.world_size):
-                for fault in reader.verify(reader.files_of(rank)):
+            others = range(context.rank, saved_by, context.world_size) if self.request.verify_other_ranks else ()
+            for rank in others:
+                files = [entry for entry in reader.files_of(rank) if selection.takes_file(entry.path)]
+                for fault in reader.verify(files):
                     raise fault
         else:
             raise StateMismatch(
                 f"{context.store.url}/{step_name(step)} was saved by {saved_by} ranks, "
                 f"this job has {context.world_size}",
-                "start with the world size that saved it",
+                "pass any_world_size=True (each rank's own state then comes by `read_local`), or start with the world "
+                "size that saved it",
             )
-        replicated = reader.load(None, self.request.target)
+        replicated, matched = reader.load_selected(None, self.request.target, selection)
+        _check_parts(selection, {*replicated, *local}, context, reader)
         bytes_by_tier = Counter(source.bytes_by_tier.counts if source is not None else {})
         if reader.stored_bytes:
             bytes_by_tier[STORAGE] += reader.stored_bytes
-        return Restored(step, replicated, local, saved_by, partial(_read_local, reader, context.store)), bytes_by_tier
+        read_local = partial(_read_local, reader, context.store)
+        as_saved = selection.takes_all and matched.is_as_saved
+        return Restored(step, replicated, local, saved_by, read_local, matched.not_taken, as_saved), bytes_by_tier
 
     def _faults_of_all(self, step: int, failures: list[Failure]) -> list[Fault]:
         """The faults of files on any rank, one for each file; raises every other failure. Collective."""
@@ -162,6 +175,16 @@ class Loader:
         for _, failure in of_all:
             by_file.setdefault(failure.file, failure.as_fault())
         return list(by_file.values())
+
+
+def _check_parts(selection: Selection, found: Collection[str], context: RestoreContext, reader: StepReader) -> None:
+    """Raise :class:`StateMismatch` if a part that was asked for is in neither state of the step."""
+    missing = sorted((selection.parts or frozenset()) - set(found))
+    if missing and (missing := sorted(set(missing) - set(reader.parts()))):
+        raise StateMismatch(
+            f"{context.store.url}/{step_name(reader.step)} has no part {', '.join(map(repr, missing))}",
+            f"its parts: {', '.join(reader.parts()) or 'none'}",
+        )
 
 
 def _is_in_storage(store: Store, save: SaveOnNodes) -> bool:

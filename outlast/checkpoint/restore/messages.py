@@ -67,6 +67,8 @@ class Ask(Message):
     node: str
     digest: int = -1
     """Of the tensors that it asks for; -1 for all tensors, whole."""
+    selection: str = ""
+    """What it takes of them, in words."""
     problem: str = ""
     """Why it cannot ask, if so."""
     fix: str = ""

@@ -18,6 +18,7 @@ from outlast.checkpoint.format.records import Fault, FileEntry, check_file, crc_
 from outlast.checkpoint.memory.pages import Buffer
 from outlast.checkpoint.restore.copies import BytesByTier
 from outlast.checkpoint.restore.request import RestoreContext
+from outlast.checkpoint.state.selection import Selection
 from outlast.checkpoint.state.shares import share_out
 from outlast.checkpoint.steps.reader import StepReader
 
@@ -58,7 +59,7 @@ class SharedFiles:
         return data is not None
 
 
-def read_once(context: RestoreContext, step: int, parted: Collection[str]) -> SharedFiles | None:
+def read_once(context: RestoreContext, step: int, parted: Collection[str], selection: Selection) -> SharedFiles | None:
     """Have each file that all ranks need read by one of them and sent to the others; collective.
 
     Fails as :class:`Agreement` does. No buffer is shared with other ranks once this returns.
@@ -67,6 +68,7 @@ def read_once(context: RestoreContext, step: int, parted: Collection[str]) -> Sh
         context: of this rank.
         step: in storage.
         parted: paths of the tensors of which each rank needs a part; their chunks are not read here.
+        selection: what is taken; of files that hold nothing else, none is read.
 
     Returns:
         None on all ranks if any of them cannot read its share: each rank then reads, and finds out, for itself.
@@ -76,7 +78,11 @@ def read_once(context: RestoreContext, step: int, parted: Collection[str]) -> Sh
     read: dict[str, Buffer] = {}
     try:
         reader = StepReader(context.store, step, context.io)
-        files = [entry for entry in reader.files_of(None) if entry.path.rpartition("/")[0] not in parted]
+        files = [
+            entry
+            for entry in reader.files_of(None)
+            if entry.path.rpartition("/")[0] not in parted and selection.takes_file(entry.path)
+        ]
         owners = share_out([entry.size_bytes for entry in files], context.world_size)
         own = [entry for entry, owner in zip(files, owners, strict=True) if owner == context.rank]
         read = dict(zip((entry.path for entry in own), reader.read_all(own), strict=True))

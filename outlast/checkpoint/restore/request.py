@@ -13,7 +13,9 @@ from outlast.checkpoint.format.records import Fault
 from outlast.checkpoint.peers.collectives import Agreement
 from outlast.checkpoint.peers.topology import node_name
 from outlast.checkpoint.restore.messages import Ask, all_gather_messages
+from outlast.checkpoint.state.boxes import Box
 from outlast.checkpoint.state.dtensor import Meshes
+from outlast.checkpoint.state.selection import EVERYTHING, Selection
 from outlast.checkpoint.state.target import RestoreTarget
 from outlast.checkpoint.storage.base import Store
 from outlast.checkpoint.storage.local import LocalStore
@@ -60,6 +62,15 @@ class RestoreRequest:
     """Whether a step saved by another world size may be taken."""
     read_once: bool
     """Whether what all ranks need from storage is read by one rank and sent to the others."""
+    verify_other_ranks: bool = True
+    """Whether local states of ranks that this job does not have are verified all the same."""
+    selection: Selection = EVERYTHING
+    """What is taken of the step."""
+
+    @property
+    def boxes(self) -> Mapping[str, Box]:
+        """This rank's parts of DTensors, by path in the step; only as far as these are known before it is read."""
+        return self.target.boxes if self.target is not None and self.selection.rename is None else {}
 
 
 def agree_on_request(
@@ -69,6 +80,7 @@ def agree_on_request(
     context: RestoreContext,
     *,
     any_world_size: bool,
+    select: Callable[[], Selection] = lambda: EVERYTHING,
 ) -> RestoreRequest:
     """Make sure that all ranks ask for the same tensors; collective.
 
@@ -80,16 +92,20 @@ def agree_on_request(
         group: of the DTensors' ranks; None takes the default group.
         context: of this rank.
         any_world_size: see :meth:`Checkpointer.restore`.
+        select: makes the selection; may raise CheckpointError.
 
     Raises:
-        StateMismatch: the tensors or placements differ between ranks.
-        CheckpointError: see :class:`RestoreTarget`; raised on every rank, and names the rank at fault.
+        StateMismatch: the tensors, placements or selections differ between ranks.
+        CheckpointError: see :class:`RestoreTarget` and :func:`make_selection`; raised on every rank,
+            and names the rank at fault.
     """
-    target = None
+    target, selection = None, EVERYTHING
     ask = Ask(node_name())
     try:
         if like is not None and into is not None:
             raise CheckpointError("restore got both like and into", "pass one of the two")
+        selection = select()
+        ask = replace(ask, selection=selection.described)
         state = into if into is not None else like
         if state is not None:
             target = RestoreTarget(state, Meshes(group, context.world_size), fill=into is not None)
@@ -106,6 +122,14 @@ def agree_on_request(
             f"ranks {ranks} restore into other tensors, shapes, types or placements than rank 0",
             "pass the same `like`, or `into`, on all ranks",
         )
+    ranks = [rank for rank, other in enumerate(asks) if other.selection != asks[0].selection]
+    if ranks:
+        raise StateMismatch(
+            f"ranks {ranks} select by {asks[ranks[0]].selection}, rank 0 by {asks[0].selection}",
+            "pass the same `parts`, `strict`, `rename` and `cast` on all ranks",
+        )
     # Ranks of one node read a local disk once in any case, through the page cache.
     one_node = len({other.node for other in asks}) == 1
-    return RestoreRequest(target, any_world_size, not (one_node and isinstance(context.store, LocalStore)))
+    return RestoreRequest(
+        target, any_world_size, not (one_node and isinstance(context.store, LocalStore)), selection=selection
+    )

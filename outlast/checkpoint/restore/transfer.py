@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from outlast.checkpoint.restore.messages import FileOnNode
 from outlast.checkpoint.restore.slot_files import SlotFiles
 from outlast.checkpoint.restore.survey import SaveOnNodes, Survey
 from outlast.checkpoint.restore.verify_copies import Verification, verify_copies
-from outlast.checkpoint.state.target import RestoreTarget
+from outlast.checkpoint.state.boxes import Box
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Route:
     receivers: tuple[int, ...]
 
 
-def gather_copies(survey: Survey, save: SaveOnNodes, target: RestoreTarget | None, *, verify: bool) -> AvailableCopies:
+def gather_copies(survey: Survey, save: SaveOnNodes, boxes: Mapping[str, Box], *, verify: bool) -> AvailableCopies:
     """Verify this node's copies of a save, and receive what its ranks need and it lacks from other nodes; collective.
 
     Every byte is verified: a node's copies by the ranks of the node, in equal shares; what is sent, by its receiver.
@@ -38,7 +38,7 @@ def gather_copies(survey: Survey, save: SaveOnNodes, target: RestoreTarget | Non
     Args:
         survey: of the nodes.
         save: which.
-        target: this rank's tensors; chunks outside of its parts are not sent to it. None: it needs all chunks.
+        boxes: this rank's parts of DTensors, by path; chunks outside of them are not sent to it.
         verify: False leaves this node's copies to be verified by whoever reads them.
     """
     votes = survey.votes(save)
@@ -50,7 +50,6 @@ def gather_copies(survey: Survey, save: SaveOnNodes, target: RestoreTarget | Non
     received = _send(survey, [route for route in routes if not route.entry.chunk], files)
     chunks = [route for route in routes if route.entry.chunk]
     if chunks:
-        boxes = target.boxes if target is not None else {}
         documents = {path: files.view(path) for path in good if path.endswith(NODE)} if boxes else {}
         needs = who_needs([route.entry.path for route in chunks], boxes, documents | received, survey.agreement)
         received |= _send(survey, [_narrowed(route, needs[route.entry.path]) for route in chunks], files)

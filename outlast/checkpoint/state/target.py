@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from outlast.checkpoint.format.names import readable
 from outlast.checkpoint.state.boxes import Box
 from outlast.checkpoint.state.dtensor import Meshes, is_dtensor, local_part, with_part
+from outlast.checkpoint.state.matching import TensorType
 from outlast.checkpoint.state.tensors import as_plain
-from outlast.checkpoint.state.tree import check_same, tensors_of
+from outlast.checkpoint.state.tree import tensors_of
 from outlast.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class RestoreTarget:
     Attributes:
         boxes: this rank's parts of DTensors, by path relative to the step.
         fill: as above.
+        names: of the tensors, by path.
+        types: shapes and dtypes, by path.
         digest: equal on ranks whose targets have the same tensors.
 
     Raises:
@@ -43,8 +45,8 @@ class RestoreTarget:
         self._like: dict[str, DTensor] = {}
         self._into: dict[str, torch.Tensor] = {}
         self._targets: dict[str, torch.Tensor] = {}
-        self._names: dict[str, str] = {}
-        self._described: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self.names: dict[str, str] = {}
+        self.types: dict[str, TensorType] = {}
         lines = []
         for path, name, tensor in tensors_of(like):
             placed = ""
@@ -53,17 +55,9 @@ class RestoreTarget:
             if is_dtensor(tensor):
                 spread = meshes.spread(tensor, name)
                 self._like[path], self.boxes[path], placed = tensor, spread.box, spread.placed
-            self._names[path], self._described[path] = name, (tuple(tensor.shape), tensor.dtype)
+            self.names[path], self.types[path] = name, TensorType(tuple(tensor.shape), tensor.dtype)
             lines.append(f"{path} {tuple(tensor.shape)} {tensor.dtype} {placed} {fill}\n")
         self.digest = zlib.crc32("".join(sorted(lines)).encode())
-
-    def check(self, have: Mapping[str, tuple[Any, ...]]) -> None:
-        """Raise :class:`StateMismatch` unless a step, given as shapes and dtypes by path, has these tensors."""
-        names = self._names
-        check_same(
-            {names.get(path) or readable(path): (shape, dtype) for path, (shape, dtype) in have.items()},
-            {names[path]: described for path, described in self._described.items()},
-        )
 
     def target(self, path: str) -> torch.Tensor | None:
         """The memory to read this rank's part of a tensor into; None: new memory."""

@@ -13,8 +13,10 @@ from outlast.checkpoint.format.json_values import to_json
 from outlast.checkpoint.format.names import HEADER, encode_key
 from outlast.checkpoint.state.boxes import ShardLayout
 from outlast.checkpoint.state.dtensor import Meshes, is_dtensor, local_part
+from outlast.checkpoint.state.matching import Mismatch, TensorType
+from outlast.checkpoint.state.mismatch_text import mismatch_error
 from outlast.checkpoint.state.tensors import as_plain
-from outlast.errors import CheckpointError, StateMismatch
+from outlast.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -137,33 +139,14 @@ def check_like(saved: Mapping[str, Any], running: Mapping[str, Any]) -> None:
     Raises:
         StateMismatch: names the tensors that are missing, unexpected, or differ in shape or dtype.
     """
-    check_same(
-        {name: (tuple(tensor.shape), tensor.dtype) for _, name, tensor in tensors_of(saved)},
-        {name: (tuple(tensor.shape), tensor.dtype) for _, name, tensor in tensors_of(running)},
+    have, want = (
+        {name: TensorType(tuple(tensor.shape), tensor.dtype) for _, name, tensor in tensors_of(state)}
+        for state in (saved, running)
     )
-
-
-Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Shape and dtype of tensors, by name."""
-
-
-def check_same(have: Described, want: Described) -> None:
-    """Raise :class:`StateMismatch` unless a checkpoint has exactly the running state's tensors."""
-    problems = [f"{name}: in the running state, not in the checkpoint" for name in want if name not in have]
-    problems += [f"{name}: in the checkpoint, not in the running state" for name in have if name not in want]
-    for name in want.keys() & have.keys():
-        (shape_a, dtype_a), (shape_b, dtype_b) = have[name], want[name]
-        if (shape_a, dtype_a) != (shape_b, dtype_b):
-            problems.append(f"{name}: {shape_a} {dtype_a} in the checkpoint, {shape_b} {dtype_b} in the running state")
-    if problems:
-        shown = sorted(problems)[:10]
-        more = f"\n  and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-        raise StateMismatch(
-            f"{len(problems)} tensors of the checkpoint do not match the running state:\n  "
-            + "\n  ".join(shown)
-            + more,
-            "run with the settings that the checkpoint was saved with, or start another run",
-        )
+    names = dict.fromkeys([*have, *want])
+    differ = [Mismatch(name, have.get(name), want.get(name)) for name in names if have.get(name) != want.get(name)]
+    if differ:
+        raise mismatch_error(differ, have, want)
 
 
 def tensors_of(state: Mapping[Any, Any], path: str = "", name: str = "") -> Iterator[tuple[str, str, torch.Tensor]]:

@@ -47,6 +47,9 @@ from outlast.checkpoint.format.zarr import (
 )
 from outlast.checkpoint.memory.pages import Buffer, allocate
 from outlast.checkpoint.state.boxes import Box, whole
+from outlast.checkpoint.state.matched import LEFT_OUT, Matched
+from outlast.checkpoint.state.matching import TensorType
+from outlast.checkpoint.state.selection import EVERYTHING, Selection
 from outlast.checkpoint.state.target import RestoreTarget, part_of
 from outlast.checkpoint.steps.commit import read_commit
 from outlast.checkpoint.storage.base import Store
@@ -141,6 +144,18 @@ class StepReader:
             return [entry for entry in files if parse_local(entry.path) is None]
         return [entry for entry in self.votes[rank].files if rank in (parse_local(entry.path), parse_pack(entry.path))]
 
+    def parts(self) -> list[str]:
+        """The top-level keys of the replicated state, and of local states, that are dictionaries; sorted."""
+        found = set()
+        for vote in self.votes:
+            for entry in vote.files:
+                keys = entry.path.split("/")
+                if parse_local(entry.path) is not None:
+                    keys = keys[1:]
+                if len(keys) == 2 and keys[1] == NODE and keys[0] != PACKS:
+                    found.add(str(decode_key(keys[0])))
+        return sorted(found)
+
     def verify(self, entries: Iterable[FileEntry], progress: Progress | None = None) -> list[Fault]:
         """Verify files; returns what is wrong with them, in their order."""
         entries = list(entries)
@@ -153,25 +168,37 @@ class StepReader:
                 progress(done, total)
         return faults
 
-    def load(self, rank: int | None, target: RestoreTarget | None = None) -> dict[str, Any]:
-        """The local state of a rank, or (None) the replicated state; tensors on the CPU.
+    def load(self, rank: int | None) -> dict[str, Any]:
+        """The local state of a rank, or (None) the replicated state, whole; tensors on the CPU.
+
+        Raises:
+            Fault: a file is missing or damaged; the first in the order of the votes.
+        """
+        return self.load_selected(rank, None, EVERYTHING)[0]
+
+    def load_selected(
+        self, rank: int | None, target: RestoreTarget | None, selection: Selection
+    ) -> tuple[dict[str, Any], Matched]:
+        """What is selected of the local state of a rank, or (None) of the replicated state; and how that was matched.
 
         Args:
             rank: whose state.
             target: this rank's tensors, and whether to fill them; chunks outside of its parts are not read. None: all
                 tensors, whole, in new memory.
+            selection: which tensors and values; of local state, only its parts matter.
 
         Raises:
             Fault: a file is missing or damaged; the first in the order of the votes. Some of the tensors to be filled
                 may be overwritten.
-            StateMismatch: the step does not have the target's tensors; no chunk is read.
+            StateMismatch: the step does not have the target's tensors, and no chunk was read; or an element is too
+                large for the type that it is converted to.
         """
-        entries = self.files_of(rank)
+        entries = [entry for entry in self.files_of(rank) if selection.takes_file(entry.path)]
         top = "" if rank is None else rank_name(rank)
         nodes = self._nodes(entries)
         arrays = {path: info for path, info in nodes.items() if isinstance(info, ArrayInfo)}
-        if target is not None:
-            target.check(_described(rank, arrays))
+        types = {path: of for path, of in _types(rank, arrays).items() if selection.takes_part(path)}
+        matched = Matched(types, target, selection if rank is None else Selection(selection.parts))
         if top not in nodes:
             raise Fault(IncompleteCheckpoint, node_path(top), "no vote lists this file")
         groups: dict[str, dict[Any, Any]] = {}
@@ -181,9 +208,15 @@ class StepReader:
             groups[path] = {key: from_json(item) for key, item in values.items() if path or key != HEADER}
             if path != top:
                 _put(groups, path, groups[path])
-        for path, tensor in self._tensors(rank, arrays, entries, target).items():
-            _put(groups, path, tensor if target is None else target.placed(path, tensor))
-        return groups[top]
+        for path, tensor in self._tensors(rank, arrays, entries, matched).items():
+            _put(groups, path, matched.placed(path, tensor))
+        for path in matched.left_out:
+            _put(groups, path, LEFT_OUT)
+        state = groups[top]
+        if selection.parts is not None:
+            state = {key: value for key, value in state.items() if key in selection.parts}
+        matched.arrange(state)
+        return state, matched
 
     def describe(self, rank: int | None) -> tuple[dict[str, ArrayInfo], dict[str, dict[str, Any]]]:
         """The arrays, and the attributes of groups, by path relative to the step; chunks are not read.
@@ -215,28 +248,24 @@ class StepReader:
         return nodes
 
     def _tensors(
-        self,
-        rank: int | None,
-        arrays: Mapping[str, ArrayInfo],
-        entries: Iterable[FileEntry],
-        target: RestoreTarget | None,
+        self, rank: int | None, arrays: Mapping[str, ArrayInfo], entries: Iterable[FileEntry], matched: Matched
     ) -> dict[str, torch.Tensor]:
-        """By path, whole or (where a part is needed) a part of it.
+        """What is taken, by path: whole or (where a part is needed) a part of it.
 
         A chunk's memory becomes its tensor's, or is freed once it is copied to its place there.
         """
-        boxes = target.boxes if target is not None else {}
-        tensors = _memory_to_fill(arrays, target)
-        reads = _chunk_reads(arrays, boxes, tensors, [entry for entry in entries if entry.chunk])
-        for made in list(self._io.map(lambda chunk: self._read_chunk(chunk, rank, boxes), reads)):
+        arrays = {path: info for path, info in arrays.items() if matched.takes(path, info)}
+        tensors = _memory_to_fill(arrays, matched)
+        reads = _chunk_reads(arrays, matched.boxes, tensors, [entry for entry in entries if entry.chunk])
+        for made in list(self._io.map(lambda chunk: self._read_chunk(chunk, rank, matched), reads)):
             for path, tensor in made.items():
-                place = target.target(path) if target is not None else None
+                place = matched.memory(path)
                 tensors[path] = tensor if place is None else place.copy_(tensor)
         return tensors
 
-    def _read_chunk(self, chunk: ChunkRead, rank: int | None, boxes: Mapping[str, Box]) -> dict[str, torch.Tensor]:
+    def _read_chunk(self, chunk: ChunkRead, rank: int | None, matched: Matched) -> dict[str, torch.Tensor]:
         """Read one chunk to its place, or else return what is made of it: its tensor, or those of a pack, by path."""
-        info, out = chunk.info, chunk.out
+        info, out, boxes = chunk.info, chunk.out, matched.boxes
         if out is not None and (room := room_for(info, chunk.index, out, chunk.start)) is not None:
             self._read_to(room, info, chunk.entry)
             return {}
@@ -244,13 +273,14 @@ class StepReader:
         if info.packed is not None:
             tensors = unpack(info, data, chunk.entry.path)
             return {
-                path: part_of(tensor, boxes[path]) if path in boxes else tensor
+                path: matched.converted(path, part_of(tensor, boxes[path]) if path in boxes else tensor)
                 for path, tensor in tensors.items()
-                if parse_local(path) == rank
+                if parse_local(path) == rank and matched.takes(path)
             }
+        elements = matched.converted(chunk.path, as_tensor(data, info.chunk, info.dtype))
         if out is None:
-            return {chunk.path: as_tensor(data, info.chunk, info.dtype)}
-        put_chunk(info, data, chunk.index, out, chunk.start)
+            return {chunk.path: elements}
+        put_chunk(info, elements, chunk.index, out, chunk.start)
         return {}
 
     def read(self, entry: FileEntry) -> Buffer:
@@ -306,31 +336,32 @@ class StepReader:
         return vote
 
 
-def _described(rank: int | None, arrays: Mapping[str, ArrayInfo]) -> dict[str, tuple[Any, ...]]:
+def _types(rank: int | None, arrays: Mapping[str, ArrayInfo]) -> dict[str, TensorType]:
     """Shape and dtype of a state's tensors, by path."""
-    described: dict[str, tuple[Any, ...]] = {
-        path: (info.shape, info.dtype) for path, info in arrays.items() if info.packed is None
-    }
+    types = {path: TensorType(info.shape, info.dtype) for path, info in arrays.items() if info.packed is None}
     for info in arrays.values():
         packed = info.packed or {}
-        described |= {path: (at.shape, at.dtype) for path, at in packed.items() if parse_local(path) == rank}
-    return described
+        types |= {path: TensorType(at.shape, at.dtype) for path, at in packed.items() if parse_local(path) == rank}
+    return types
 
 
-def _memory_to_fill(arrays: Mapping[str, ArrayInfo], target: RestoreTarget | None) -> dict[str, torch.Tensor]:
+def _memory_to_fill(arrays: Mapping[str, ArrayInfo], matched: Matched) -> dict[str, torch.Tensor]:
     """What chunks are read or copied to, by path: the running job's tensors, or new ones.
 
     There is none for packs, and none for a tensor of one chunk, which is made of the chunk's own memory.
     """
     memory: dict[str, torch.Tensor] = {}
     for path, info in arrays.items():
-        box = _box_of(path, info, target.boxes if target is not None else {})
-        running = target.target(path) if target is not None else None
+        if info.packed is not None:
+            continue
+        box = _box_of(path, info, matched.boxes)
+        running = matched.memory(path)
         is_one_chunk = box.size == info.chunk and len(box.places(info.chunk)) == 1
         if running is not None:
             memory[path] = running
-        elif info.packed is None and not is_one_chunk:
-            memory[path] = as_tensor(allocate(math.prod(box.size) * info.dtype.itemsize), box.size, info.dtype)
+        elif not is_one_chunk:
+            dtype = matched.dtype(path, info.dtype)
+            memory[path] = as_tensor(allocate(math.prod(box.size) * dtype.itemsize), box.size, dtype)
     return memory
 
 

@@ -124,9 +124,9 @@ def measure_link(communicator: Communicator, device: torch.device) -> Link:
     def timed(nbytes: int) -> float:
         payload = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         out = torch.empty((communicator.world_size, nbytes), dtype=torch.uint8, device=device)
-        communicator.submit(lambda: communicator.all_gather(payload, "link probe", out)).result()
+        communicator.run(lambda: communicator.all_gather(payload, "link probe", out), "measuring the link")
         started = time.perf_counter()
-        communicator.submit(lambda: communicator.all_gather(payload, "link probe", out)).result()
+        communicator.run(lambda: communicator.all_gather(payload, "link probe", out), "measuring the link")
         return time.perf_counter() - started
 
     latency_s = slowest(communicator, statistics.median(timed(64) for _ in range(5)), device)

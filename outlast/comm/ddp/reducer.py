@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import wait
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,26 +14,23 @@ from torch.nn.parallel import DistributedDataParallel
 from outlast.comm.auto.chooser import Auto
 from outlast.comm.auto.policy import DENSE_STEPS, Choice
 from outlast.comm.config import UPDATE_CLIP_RMS, CommConfig
-from outlast.comm.ddp.hook import Bucket, at_end_of_backward, hook
+from outlast.comm.ddp.averager import BucketAverager
+from outlast.comm.ddp.backward import DdpBackward
+from outlast.comm.ddp.checks import refuse_complex, refuse_sparse_gradient
 from outlast.comm.direction import Adam, Direction, default_direction
-from outlast.comm.exchange.bucket import BucketExchange, pass_error
 from outlast.comm.exchange.method import ExchangeMethod
-from outlast.comm.exchange.overflow import OverflowVote
-from outlast.comm.exchange.pipeline import Pipeline
 from outlast.comm.exchange.resync import resync_all
-from outlast.comm.exchange.stats import ReduceMeter, ReduceStats
-from outlast.comm.exchange.step_ledger import StepLedger, due
+from outlast.comm.exchange.stats import ReduceStats
+from outlast.comm.exchange.step_ledger import due
 from outlast.comm.exchange.topology import Network
 from outlast.comm.feedback import Feedback, Probe
 from outlast.comm.reducer import Reducer
 from outlast.comm.state.parameters import ParameterStates
 from outlast.comm.transport.communicator import CollectiveObserver
 from outlast.comm.transport.stream import DeviceStream
-from outlast.comm.transport.worker import OrderedWorker
 from outlast.errors import CommError
 
 _REDUCE_BYTES = 8 << 20
-_ONCE = "call begin_step() before every step, and wrap all but its last backward in ddp.no_sync()"
 
 
 class GradientReducer(Reducer):
@@ -50,16 +45,25 @@ class GradientReducer(Reducer):
     With ``config.target = "update"`` what is averaged is the direction in which Adam would take each rank's gradient.
     The step is then ``x -= lr * grad``, ``torch.optim.SGD(lr, weight_decay)``, and no gradient is clipped.
 
-    With a ``GradScaler``, pass its scale to :meth:`begin_step`. The state is kept unscaled. A step in which some rank's
-    gradients overflow leaves the state as it was and Inf in every rank's gradients, so that all scalers skip it.
-    Exchanges then begin after backward has ended.
+    Without :meth:`begin_step`, a step is what an optimizer's step ends. Gradients that are averaged again before any
+    ``torch.optim.Optimizer`` that has them made a step are an error. Where no optimizer of torch's has the parameters,
+    every average is a step.
+
+    With a ``GradScaler``, pass its scale to :meth:`begin_step`; without, its step is an error. The state is kept
+    unscaled. A step in which some rank's gradients overflow leaves the state as it was and Inf in every rank's
+    gradients, so that all scalers skip it. Exchanges then begin after backward has ended.
+
+    A parameter that no rank used in a step (``find_unused_parameters``, ``static_graph``) keeps its state, as DDP keeps
+    its ``.grad``: nothing that is sent is lost.
 
     **Making one is a collective call**: it makes process groups of its own. All calls belong to one thread.
 
     Failure: when a peer dies or is silent for ``config.timeout_s``, or a gradient that is compressed holds NaN or Inf,
-    ``backward()`` (or :meth:`reduce`) raises, as does every later call. The gradients and the state are then undefined:
-    end the process and resume from a checkpoint. NaN and Inf are found on every rank in the same step; in tensors that
-    are never compressed they pass, as in DDP.
+    ``backward()`` (or :meth:`reduce`) raises, as does every later call but :meth:`close`. The gradients and the state
+    are then undefined: resume from a checkpoint, or close this reducer and attach a new one, on all ranks. A rank that
+    fails alone (an error in its backward, of memory, of its own) leaves the exchange, and its peers' errors name it and
+    its reason. NaN and Inf are found on every rank in the same step; in tensors that are never compressed they pass, as
+    in DDP.
 
     Args:
         named_parameters: of the model; with DDP those of ``ddp.module``. State is kept under these names.
@@ -75,7 +79,7 @@ class GradientReducer(Reducer):
 
     Raises:
         CommError: no default process group; parameters on several devices; a duplicate parameter; a world size that is
-            not a multiple of ``config.ranks_per_node``.
+            not a multiple of ``config.ranks_per_node``; a complex parameter.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class GradientReducer(Reducer):
     ) -> None:
         self.config = config
         parameters = list(named_parameters)
+        refuse_complex(parameters)
         self._stream = DeviceStream(next((param.device for _, param in parameters), torch.device("cpu")))
         self._network = Network(
             group,
@@ -124,21 +129,18 @@ class GradientReducer(Reducer):
         self.choice: Choice | None = None
         """What ``compressor = "auto"`` became, and why; None before it was chosen."""
         self._on_choice = on_choice
-        all_ranks = self._network.all_ranks
-        self._codec = OrderedWorker("outlast-codec")
-        self._pipeline = Pipeline(self._codec, all_ranks.submit)
-        self._meter = ReduceMeter(self._stream)
-        self._vote = OverflowVote(self._codec, all_ranks, self._pipeline, self._meter, self._stream)
-        self._ledger = StepLedger(self._open)
-        self._loss_scale: float | None = None
-        self._buckets: list[BucketExchange] = []
-        """Of the backward pass that is under way."""
+        self._averager = BucketAverager(
+            self._network, self._method, self._states, self._stream, config.timeout_s, self._open
+        )
+        self._ddp: DdpBackward | None = None
 
     def attach(self, ddp: DistributedDataParallel) -> None:
-        """Become ``ddp``'s communication hook; call it once, before the first backward.
+        """Average what ``ddp`` would average, from the next backward on; :meth:`close` ends that.
 
         Raises:
-            CommError: ``ddp`` averages over other ranks than this reducer.
+            CommError: ``ddp`` averages over other ranks than this reducer, has another communication hook, or is set up
+                in a way that cannot be followed: ``python_reducer``, ``skip_all_reduce_unused_params``,
+                ``mixed_precision``, ``delay_all_reduce_named_params``, or modules that make sparse gradients.
         """
         ranks = dist.get_process_group_ranks(ddp.process_group)
         own = dist.get_process_group_ranks(self._network.all_ranks.group)
@@ -148,7 +150,7 @@ class GradientReducer(Reducer):
             )
         for param in ddp.module.parameters():
             self._states.of(param)
-        ddp.register_comm_hook(self, hook)
+        self._ddp = DdpBackward(ddp, self._averager, self._stream)
 
     def begin_step(self, step: int, loss_scale: float | None = None) -> None:
         """Say which step (1-based) the next backward belongs to; the warm-up depends on it.
@@ -163,9 +165,7 @@ class GradientReducer(Reducer):
         Raises:
             CommError: the reducer has failed or was closed, or ``step`` < 1.
         """
-        self._finish()
-        self._ledger.begin(step)
-        self._loss_scale = loss_scale
+        self._averager.begin_step(step, loss_scale)
 
     def end_step(self) -> ReduceStats:
         """Wait for the step's exchanges, and return what they cost.
@@ -173,10 +173,7 @@ class GradientReducer(Reducer):
         Raises:
             CommError: an exchange failed, in this step or before.
         """
-        self._finish()
-        self._ledger.complete()
-        n = self.world_size
-        return self._meter.stats(self._network.take_totals(), 2 * (n - 1) * 4 * self._meter.numel // n)
+        return self._averager.stats()
 
     def reduce(self) -> None:
         """Average the ``.grad`` of all parameters that require one, in place; for loops without DDP.
@@ -186,36 +183,25 @@ class GradientReducer(Reducer):
         Raises:
             CommError, NonFiniteGradient: see the class.
         """
-        self._finish()
-        self._ledger.enter(0, "bucket 0", _ONCE)
-        batch: list[Tensor] = []
-        size = index = 0
-        for param in reversed([state.param for state in self._states.params.values() if state.param.requires_grad]):
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-            if batch and (batch[0].dtype != param.dtype or size >= _REDUCE_BYTES):
-                self._start(f"bucket {index}", batch)
-                batch, size, index = [], 0, index + 1
-            batch.append(param)
-            size += param.grad.numel() * param.grad.element_size()
-        if batch:
-            self._start(f"bucket {index}", batch)
-        self._backward_done()
-        self._finish()
-
-    def on_bucket(self, bucket: Bucket) -> torch.futures.Future[Tensor]:
-        """DDP's hook: queue a bucket and return at once; the future completes with the bucket's buffer, averaged."""
-        label = f"bucket {bucket.index()}"
-        if self._ledger.enter(bucket.index(), label, _ONCE):
-            at_end_of_backward(self._finish)
-        buffer, future = bucket.buffer(), self._stream.future()
-        exchange = self._start(
-            label, bucket.parameters(), bucket.gradients(), on_written=lambda: future.set_result(buffer)
-        )
-        exchange.done.add_done_callback(partial(pass_error, target=future))
-        if bucket.is_last():
-            self._backward_done()
-        return future
+        self._averager.settle()
+        states = [state for state in self._states.params.values() if state.param.requires_grad]
+        for state in states:
+            if state.param.grad is None:
+                state.param.grad = torch.zeros_like(state.param)
+            refuse_sparse_gradient(state.name, state.param.grad)
+        self._averager.begin_bucket(0, [state.param for state in states], None)
+        batches: list[list[Tensor]] = []
+        size = 0
+        for param in reversed([state.param for state in states]):
+            if not batches or batches[-1][0].dtype != param.dtype or size >= _REDUCE_BYTES:
+                batches.append([])
+                size = 0
+            batches[-1].append(param)
+            size += param.numel() * param.element_size()
+        for index, batch in enumerate(batches):
+            self._averager.start_bucket(index, batch, [param.grad for param in batch if param.grad is not None], None)
+        self._averager.end_backward()
+        self._averager.settle()
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Error-feedback state for a checkpoint; see :meth:`Reducer.state_dict`.
@@ -225,8 +211,8 @@ class GradientReducer(Reducer):
         Raises:
             CommError: the reducer has failed.
         """
-        self._finish()
-        return self._states.state_dict(self._ledger.step, self.world_size)
+        self._averager.settle()
+        return self._states.state_dict(self._averager.ledger.step, self.world_size)
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """See :meth:`Reducer.load_state_dict`.
@@ -235,9 +221,9 @@ class GradientReducer(Reducer):
             CommStateMismatch: names what does not fit; nothing has been loaded then.
             CommError: the reducer has failed.
         """
-        self._finish()
+        self._averager.settle()
         self._take_choice(state["meta"])
-        self._ledger.resume_after(self._states.load_state_dict(state, self.world_size))
+        self._averager.ledger.resume_after(self._states.load_state_dict(state, self.world_size))
 
     def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None:
         """Load the state of ``ranks`` ranks, on this number of ranks.
@@ -258,10 +244,10 @@ class GradientReducer(Reducer):
         if ranks == n:
             self.load_state_dict(read(rank))
             return
-        self._finish()
+        self._averager.settle()
         self._take_choice(read(0)["meta"])
         state = self._states.resharded(read, ranks, n, rank, self._method.of_all)
-        self._ledger.resume_after(self._states.load_state_dict(state, n))
+        self._averager.ledger.resume_after(self._states.load_state_dict(state, n))
 
     def resync(self) -> float:
         """Replace the running means of what ranks track by exact ones; a collective call, between steps.
@@ -275,7 +261,7 @@ class GradientReducer(Reducer):
         Raises:
             CommError: the reducer has failed, or a peer.
         """
-        self._finish()
+        self._averager.settle()
         return resync_all(self._states, self._method.feedback, self._network, self._method.two_phase)
 
     def check(self) -> None:
@@ -284,34 +270,35 @@ class GradientReducer(Reducer):
         Raises:
             CommError: an exchange has failed, or the reducer was closed.
         """
-        self._ledger.check()
+        self._averager.ledger.check()
 
     def close(self) -> None:
-        """End both threads and drop the process group. Not a collective call; closing twice is harmless.
+        """End both threads, drop the process group, and let DDP average by itself again, densely. What was not sent yet
+        is lost. Not a collective call; closing twice is harmless.
+
+        After a failure, or in the middle of a backward pass, it issues nothing: peers that wait for this rank get an
+        error that names it and the exception that is being handled here.
 
         Raises:
             CommError: a collective did not end within the limit.
         """
-        self._ledger.close()
-        self._pipeline.flush()
-        # Codec and communicator hand jobs to one another; both are idle once all exchanges are done.
-        wait([bucket.done for bucket in self._buckets], timeout=self.config.timeout_s + 10)
-        self._network.close()
-        self._codec.close(self.config.timeout_s)
+        if self._ddp is not None:
+            self._ddp.detach()
+        self._averager.close()
 
     def _open(self, step: int) -> None:
         """Step ``step`` begins."""
         if self._auto is not None:
-            self.choice = self._auto.next_step(self._meter)
+            self.choice = self._auto.next_step(self._averager.meter)
             if self.choice is not None:
                 self._adopt(self.choice.config)
                 if self._on_choice is not None:
                     self._on_choice(self.choice)
         self._network.take_totals()
-        self._meter.reset(Probe() if due(step, self.config.probe_every_steps) else None)
+        self._averager.meter.reset(Probe() if due(step, self.config.probe_every_steps) else None)
         feedback = self._method.feedback
         if due(step, self.config.resync_every_steps) and feedback is not None and feedback.replicated_slots:
-            self._meter.drift = self.resync()
+            self._averager.meter.drift = self.resync()
 
     def _take_choice(self, meta: Mapping[str, Any]) -> None:
         """What ``auto`` chose is part of the state: a run that goes on does not choose again."""
@@ -326,54 +313,3 @@ class GradientReducer(Reducer):
         self._auto = None
         self._method.use(config)
         self._states.adopt(config, self._method.feedback, self._method.direction, self._method.units)
-
-    def _start(
-        self,
-        label: str,
-        params: list[Tensor],
-        grads: list[Tensor] | None = None,
-        *,
-        on_written: Callable[[], None] = lambda: None,
-    ) -> BucketExchange:
-        """Send one bucket on its way; with a loss scale, only once all gradients are known.
-
-        ``grads`` None takes those of ``params``.
-        """
-        bucket = BucketExchange(
-            label,
-            [self._states.of(param) for param in params],
-            [param.grad for param in params if param.grad is not None] if grads is None else grads,
-            method=self._method,
-            pipeline=self._pipeline,
-            meter=self._meter,
-            step=self._ledger.step,
-            loss_scale=self._loss_scale or 1.0,
-            ready=self._stream.mark(),
-            on_written=on_written,
-        )
-        self._buckets.append(bucket)
-        if self._loss_scale is None:
-            bucket.use()
-        else:
-            self._vote.check(bucket)
-        return bucket
-
-    def _backward_done(self) -> None:
-        """All gradients are known: issue the last collectives, or with a loss scale vote on whether there are any."""
-        self._ledger.complete()
-        if self._loss_scale is None:
-            self._pipeline.flush()
-        else:
-            self._vote.decide(list(self._buckets))
-
-    def _finish(self) -> None:
-        """Wait for all exchanges; raise the first error there was."""
-        self._ledger.check()
-        buckets, self._buckets = self._buckets, []
-        for bucket in buckets:
-            try:
-                bucket.done.result()
-            except Exception as error:
-                self._ledger.fail(error)
-        self._stream.join()  # what was written is read in the caller's stream
-        self._ledger.check()

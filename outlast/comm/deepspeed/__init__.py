@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from outlast.comm.config import CommConfig
+from outlast.comm.ddp.checks import refuse_complex
 from outlast.comm.deepspeed.integrations import Integration, Partitions, WholeGradients
 from outlast.comm.direction import Direction
 from outlast.comm.exchange.stats import ReduceStats
@@ -157,6 +158,7 @@ def attach_deepspeed(
     deepspeed, zero, bf16 = import_deepspeed("runtime.zero.stage_1_and_2", "runtime.bf16_optimizer")
     check_engine(engine, deepspeed, CommError)
     config = config or CommConfig()
+    refuse_complex(engine.module.named_parameters())
     optimizer = engine.optimizer
     with known_attributes(deepspeed, CommError):
         partitioned, in_bf16 = zero.DeepSpeedZeroOptimizer, bf16.BF16_Optimizer

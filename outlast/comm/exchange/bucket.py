@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from outlast.comm.exchange.item import Stage
+from outlast.comm.exchange.item import Presence, Stage
 from outlast.comm.exchange.method import ExchangeMethod
 from outlast.comm.exchange.pipeline import Pipeline
 from outlast.comm.exchange.stats import ReduceMeter
@@ -32,6 +32,7 @@ class BucketExchange:
         step: the step it belongs to.
         loss_scale: the factor in the gradients; 1 where there is no scaler.
         ready: the event after which the gradients are ready; None where there are no streams.
+        presence: which of them take part; None where all do.
         on_written: called by the codec's thread once the estimates are written.
     """
 
@@ -47,12 +48,13 @@ class BucketExchange:
         step: int,
         loss_scale: float,
         ready: torch.cuda.Event | None,
+        presence: Sequence[Presence] | None,
         on_written: Callable[[], None],
     ) -> None:
         self.grads = grads
         self.done: Future[None] = Future()
         """Completed once the estimates are written, or with the error that kept them from it."""
-        self._label = label
+        self.label = label
         self._states = states
         self._method = method
         self._pipeline = pipeline
@@ -61,13 +63,14 @@ class BucketExchange:
         self._loss_scale = loss_scale
         self.is_ready = ready
         """The event after which the gradients are ready; None where there are no streams."""
+        self._presence = presence
         self._on_written = on_written
         meter.ready(sum(grad.numel() for grad in grads))
 
     def use(self) -> None:
         """Compress and exchange the gradients, in the pipeline's two threads. Returns at once."""
         *others, last = self._method.stages(
-            self._label, self._states, self.grads, self._step, self._loss_scale, self._meter.probe
+            self.label, self._states, self.grads, self._step, self._loss_scale, self._meter.probe, self._presence
         )
         stages = [*others, Stage("codec", partial(self._write, last))]
         running = self._pipeline.start([self._timed(stage) for stage in stages])

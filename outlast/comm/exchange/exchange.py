@@ -120,7 +120,11 @@ class Exchange:
                 self._whole.flat = self._buffer("whole", nbytes).view(dtype)
             at = 0
             for item in self._whole.items:
-                self._whole.flat[at : at + item.grad.numel()].copy_(self._whole_message(item).view(-1))
+                place = self._whole.flat[at : at + item.grad.numel()]
+                if item.absent:
+                    place.zero_()
+                else:
+                    place.copy_(self._whole_message(item).view(-1))
                 at += item.grad.numel()
         if route is not None:
             route.encode()
@@ -172,6 +176,8 @@ class Exchange:
             state = item.state
             piece = mean[at : at + item.grad.numel()].view(state.shape)
             at += item.grad.numel()
+            if item.absent:
+                continue
             if feedback is not None and state.compress:
                 out = item.target()
                 feedback.decode_dense(state.aggregate(feedback), piece, out, state.name)

@@ -16,7 +16,7 @@ from outlast.comm.buffers import Buffer
 from outlast.comm.compressors.base import flat
 from outlast.comm.direction import Direction
 from outlast.comm.exchange.exchange import Exchange
-from outlast.comm.exchange.item import Item, Stage
+from outlast.comm.exchange.item import Item, Presence, Stage
 from outlast.comm.slices import slices
 from outlast.comm.state.parameters import ParamState
 from outlast.comm.transport.communicator import Communicator, mean_in_rank_order
@@ -34,6 +34,7 @@ class HierarchicalExchange:
         node: the ranks of this node.
         inner: makes the exchange over the inter-node group, of this rank's slices.
         buffer: provides the buffers.
+        presence: see :class:`Item`; one for each tensor.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class HierarchicalExchange:
         node: Communicator,
         inner: Callable[[list[Item]], Exchange],
         buffer: Buffer,
+        presence: Sequence[Presence | None],
     ) -> None:
         self._label = label
         self._grads = list(grads)
@@ -60,7 +62,10 @@ class HierarchicalExchange:
         self._own = buffer("own", self._largest)
         """(largest,) uint8: this rank's slices, first as gradients and then as estimates."""
         pieces = self._split(self._own, node.rank)
-        items = [Item(state, g.view(state.shape), direction) for state, g in zip(states, pieces, strict=True)]
+        items = [
+            Item(state, g.view(state.shape), direction, presence=present)
+            for state, g, present in zip(states, pieces, presence, strict=True)
+        ]
         self._exchange = inner(items)
         self._sent = self._received = self._gathered = self._own
 

@@ -22,6 +22,17 @@ class Stage(NamedTuple):
 
 
 @dataclass(slots=True)
+class Presence:
+    """Whether a tensor takes part in a step. One that no rank used does not: its gradient stays as it is, and its state
+    too, so that what is not applied is not lost."""
+
+    here: bool
+    """Whether this rank used it."""
+    anywhere: bool = True
+    """Whether some rank did; agreed on before the exchange."""
+
+
+@dataclass(slots=True)
 class Item:
     """One tensor to average over ranks, in place.
 
@@ -31,12 +42,19 @@ class Item:
             Nobody else may touch it in between.
         direction: applied to the gradient before it is compressed; to tensors that never are, after the mean.
         scale: the factor in ``grad``; the estimate gets it too, the state does not.
+        presence: None where it takes part whatever happens.
     """
 
     state: ParamState
     grad: Tensor
     direction: Direction | None = None
     scale: float = 1.0
+    presence: Presence | None = None
+
+    @property
+    def absent(self) -> bool:
+        """Whether no rank used it; known once the exchange begins."""
+        return self.presence is not None and not self.presence.anywhere
 
     def read(self) -> Tensor:
         """The gradient, contiguous, unscaled, in the type it is summed in; a view where possible."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from outlast.comm.buffers import BufferPool
+from outlast.comm.compressors.base import aligned
 from outlast.comm.config import CommConfig, two_phase
 from outlast.comm.direction import Direction
 from outlast.comm.exchange.exchange import Exchange
 from outlast.comm.exchange.hierarchical import HierarchicalExchange
-from outlast.comm.exchange.item import Item, Stage
+from outlast.comm.exchange.item import Item, Presence, Stage
 from outlast.comm.exchange.topology import Network
 from outlast.comm.feedback import Feedback, Probe
 from outlast.comm.feedback.from_config import feedback_from_config
@@ -68,6 +70,7 @@ class ExchangeMethod:
         step: int,
         scale: float,
         probe: Probe | None,
+        presence: Sequence[Presence] | None = None,
     ) -> list[Stage]:
         """The work on one bucket, in order; the last stage is the codec's.
 
@@ -78,6 +81,7 @@ class ExchangeMethod:
             step: the step they belong to.
             scale: the loss scale in them; 1 where there is none.
             probe: measures what is compressed; None measures nothing.
+            presence: which of them take part, on which the ranks agree first; None where all do.
         """
         keep = self.feedback is None or step > max(self.config.warmup_steps, 1)
         buffer = self._buffers.of(label, keep=keep)
@@ -95,7 +99,28 @@ class ExchangeMethod:
             )
 
         node = self._network.intra_node
+        present: Sequence[Presence | None] = [None] * len(states) if presence is None else presence
         if node is None:
-            pairs = zip(states, grads, strict=True)
-            return exchange([Item(state, grad, self.direction, scale) for state, grad in pairs]).stages()
-        return HierarchicalExchange(label, states, grads, self.direction, scale, node, exchange, buffer).stages()
+            items = zip(states, grads, present, strict=True)
+            work = exchange([Item(state, grad, self.direction, scale, here) for state, grad, here in items]).stages()
+        else:
+            work = HierarchicalExchange(
+                label, states, grads, self.direction, scale, node, exchange, buffer, present
+            ).stages()
+        if presence is None:
+            return work
+        return [Stage("wire", partial(self._agree, label, presence)), *work]
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether an average depends on those before, so that it matters what became of them."""
+        return self.feedback is not None or self.direction is not None
+
+    def _agree(self, label: str, presence: Sequence[Presence]) -> None:
+        """Which of the tensors some rank used; in the communicator's thread."""
+        among = self._network.all_ranks
+        mine = torch.zeros(aligned(len(presence)), dtype=torch.uint8)
+        mine[: len(presence)] = torch.tensor([one.here for one in presence], dtype=torch.uint8)
+        used = among.all_gather(mine.to(self._device), f"{label} used").amax(0).tolist()
+        for one, anywhere in zip(presence, used, strict=False):
+            one.anywhere = bool(anywhere)

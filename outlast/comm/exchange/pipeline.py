@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from outlast.comm.exchange.item import Stage
-from outlast.comm.transport.worker import OrderedWorker
+from outlast.comm.transport.worker import OrderedWorker, outcome
 
 
 class PipelinedExchange:
@@ -24,11 +24,13 @@ class PipelinedExchange:
     Args:
         stages: the work, in order.
         codec: the thread that runs the codec's stages.
+        limit_s: how long the codec may get nothing done while a collective waits for it.
     """
 
-    def __init__(self, stages: list[Stage], codec: OrderedWorker) -> None:
+    def __init__(self, stages: list[Stage], codec: OrderedWorker, limit_s: float) -> None:
         self._stages = stages
         self._codec = codec
+        self._limit_s = limit_s
         self._ready: list[Future[None]] = [Future() for _ in stages]
         """One for each stage, completed once those before it are done, or with the error that keeps it from running."""
         self.done: Future[None] = Future()
@@ -47,7 +49,7 @@ class PipelinedExchange:
 
     def _job(self, index: int) -> Callable[[], None]:
         def job() -> None:
-            self._ready[index].result()
+            outcome(self._ready[index], [self._codec], self._limit_s, "compression of a bucket")
             self._stages[index].work()
             self._reach(index + 1)
 
@@ -55,6 +57,8 @@ class PipelinedExchange:
 
     def _reach(self, index: int) -> None:
         """All stages before ``index`` are done."""
+        if self.done.done():
+            return  # it was given up meanwhile
         if index == len(self._stages):
             self.done.set_result(None)
             return
@@ -79,16 +83,20 @@ class Pipeline:
     Args:
         codec: the thread that runs the codec's stages.
         submit: queues a job for the communicator's thread.
+        limit_s: see :class:`PipelinedExchange`.
     """
 
-    def __init__(self, codec: OrderedWorker, submit: Callable[[Callable[[], None]], Future[None]]) -> None:
+    def __init__(
+        self, codec: OrderedWorker, submit: Callable[[Callable[[], None]], Future[None]], limit_s: float
+    ) -> None:
         self._codec = codec
         self._submit = submit
+        self._limit_s = limit_s
         self._exchanges: list[tuple[PipelinedExchange, list[Callable[[], None]]]] = []
 
     def start(self, stages: list[Stage]) -> PipelinedExchange:
         """Begin an exchange; every rank begins the same ones in the same order."""
-        exchange = PipelinedExchange(stages, self._codec)
+        exchange = PipelinedExchange(stages, self._codec, self._limit_s)
         self._exchanges.append((exchange, exchange.on_wire()))
         self._diagonal(len(self._exchanges) - 1)
         return exchange
@@ -99,6 +107,12 @@ class Pipeline:
         for number in range(len(self._exchanges), len(self._exchanges) + deepest):
             self._diagonal(number)
         self._exchanges = []
+
+    def abort(self, error: BaseException) -> None:
+        """Give up the exchanges whose collectives have not all been issued; issues none of them."""
+        exchanges, self._exchanges = self._exchanges, []
+        for exchange, _ in exchanges:
+            exchange.fail(error)
 
     def _diagonal(self, number: int) -> None:
         for stage in range(number + 1):

@@ -29,7 +29,7 @@ def resync_all(states: ParameterStates, feedback: Feedback | None, network: Netw
             continue
         flat, among = own.reshape(-1), network.inter_node
         settle(flat.device)  # the communicator has a stream of its own
-        mean = among.submit(partial(_settled_mean, among, flat, state.name)).result().view(own.shape)
+        mean = among.run(partial(_settled_mean, among, flat, state.name), f"resync of {state.name}").view(own.shape)
         aggregates = state.replicated
         if two_phase:
             aggregates, mean = state.owner_slots(feedback), slices(mean, state.units)[state.rank]

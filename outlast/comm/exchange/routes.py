@@ -34,6 +34,9 @@ class GatheredRoute:
     def encode(self) -> None:
         assert self.payload is not None
         for item, out in zip(self._items, self.payload.split_with_sizes(self._sizes), strict=True):
+            if item.absent:
+                out.zero_()  # the same bytes in every run; nobody opens them
+                continue
             g = item.to_compress()
             if item.state.local is None:
                 item.state.start(self._feedback, g)
@@ -44,6 +47,8 @@ class GatheredRoute:
         assert self.gathered is not None
         rows = [row[: self.nbytes].split_with_sizes(self._sizes) for row in self.gathered]
         for index, item in enumerate(self._items):
+            if item.absent:
+                continue
             out = item.target()
             replicated = item.state.aggregate(self._feedback)
             self._feedback.decode(replicated, [row[index] for row in rows], out, item.state.name)
@@ -77,6 +82,10 @@ class TwoPhaseRoute:
         self._sent = self._buffer("send", sum(sum(sizes) for sizes in self._first))
         outs = self._sent.split_with_sizes([size for sizes in self._first for size in sizes])
         for index, item in enumerate(self._items):
+            if item.absent:
+                for owner in range(self._n):
+                    outs[owner * len(self._items) + index].zero_()
+                continue
             g = item.to_compress()
             if item.state.local is None:
                 item.state.start(self._feedback, g)
@@ -98,6 +107,9 @@ class TwoPhaseRoute:
         rows = [row.split_with_sizes(self._first[self._rank]) for row in self._received]
         outs = self._own[: sum(self._second[self._rank])].split_with_sizes(self._second[self._rank])
         for index, item in enumerate(self._items):
+            if item.absent:
+                outs[index].zero_()
+                continue
             state = item.state
             replicated = _cut(state.aggregate(self._feedback), self._rank, self._n)
             like = slices(item.target(), self._n)[self._rank]
@@ -116,6 +128,8 @@ class TwoPhaseRoute:
             row[: sum(sizes)].split_with_sizes(sizes) for row, sizes in zip(self._spread, self._second, strict=True)
         ]
         for index, item in enumerate(self._items):
+            if item.absent:
+                continue
             out = item.target()
             replicated = item.state.aggregate(self._feedback)
             for owner, part in enumerate(slices(out, self._n)):

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from outlast.comm.buffers import BufferPool
 from outlast.comm.compressors.base import numel_of
 from outlast.comm.config import CommConfig
 from outlast.comm.direction import Direction, default_direction
+from outlast.comm.exchange.optimizer_steps import OptimizerSteps
 from outlast.comm.exchange.sharded import ShardExchange, ShardItem
 from outlast.comm.exchange.stats import ReduceMeter, ReduceStats
 from outlast.comm.exchange.step_ledger import StepLedger, due
@@ -83,6 +86,7 @@ class ShardSession:
         self._buffers = BufferPool(device)
         self._meter = ReduceMeter(self._stream)
         self._ledger = StepLedger(self._open)
+        self._steps = OptimizerSteps(self._refuse_scaler)
 
     def begin_step(self, step: int) -> None:
         """See :meth:`GradientReducer.begin_step`.
@@ -102,13 +106,29 @@ class ShardSession:
         dense_bytes = int(self._dense_share(self.world_size) * 4 * self._meter.numel)
         return self._meter.stats(self._communicator.take_totals(), dense_bytes)
 
-    def enter(self, key: Hashable, name: str, remedy: str) -> None:
+    def enter(self, key: Hashable, name: str, params: Sequence[tuple[str, Tensor]], once: str, wrap: str) -> None:
         """Note that the gradients ``key`` are about to be exchanged; opens a step if steps are counted.
 
+        Args:
+            key: the same in every step.
+            name: of the gradients, for errors.
+            params: whose gradients they are, as an optimizer has them, with their names.
+            once: what to do if they come twice in a step that was named.
+            wrap: what to do if they come twice before an optimizer has used them.
+
         Raises:
-            CommError: this step has already exchanged them, and steps are given by :meth:`begin_step`.
+            CommError: they were exchanged before, in this step or without an optimizer's step since.
         """
-        self._ledger.enter(key, name, remedy)
+        if not self._ledger.named and self._keeps_state:
+            try:
+                self._steps.check(params, wrap)
+            except CommError as error:
+                if not self._ledger.opens(key):  # others of this backward have been exchanged
+                    self._ledger.fail(error)
+                    self._communicator.leave(error)
+                raise
+        self._ledger.enter(key, name, once)
+        self._steps.averaged(params)
 
     def at_step(self, step: int) -> None:
         """Open ``step`` unless it is open."""
@@ -164,6 +184,7 @@ class ShardSession:
         Raises:
             CommError: a collective did not end within the limit.
         """
+        self._steps.close()
         self._ledger.close()
         self._communicator.close()
 
@@ -174,6 +195,19 @@ class ShardSession:
             CommError: an exchange has failed, or the session was closed.
         """
         self._ledger.check()
+
+    @property
+    def _keeps_state(self) -> bool:
+        return self._feedback is not None or self._direction is not None
+
+    def _refuse_scaler(self, scaler: GradScaler) -> None:
+        if not self._keeps_state:
+            return
+        raise CommError(
+            f"a GradScaler steps the optimizer, with a scale of {scaler.get_scale():g}, which error feedback cannot "
+            "follow in sharded gradients",
+            "use bfloat16, which needs no scale",
+        )
 
     def _open(self, step: int) -> None:
         """Step ``step`` begins."""
@@ -189,12 +223,13 @@ class ShardSession:
                 exchange = make()
                 exchange.encode()
             self._settle()
-            self._communicator.submit(exchange.move).result()
+            self._communicator.run(exchange.move, "an exchange of sharded gradients")
             with self._meter.codec():
                 exchange.decode()
             self._settle()
         except BaseException as error:
             self._ledger.fail(error)
+            self._communicator.leave(error)
             raise
 
     def _resync(self, param: ShardedParam) -> float:

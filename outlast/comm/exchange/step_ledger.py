@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
-from outlast.errors import CommError
+from outlast.errors import CommError, OutlastError
 
 
 class StepLedger:
@@ -25,7 +25,18 @@ class StepLedger:
         self._complete = True
         self._seen: set[Hashable] = set()
         self._failure: BaseException | None = None
+        self._failed_in = 0
         self._closed = False
+
+    @property
+    def named(self) -> bool:
+        """Whether the caller names steps, and so says itself which averages belong to one."""
+        return self._given
+
+    @property
+    def failed(self) -> bool:
+        """Whether an exchange has failed."""
+        return self._failure is not None
 
     def begin(self, step: int) -> None:
         """Open ``step`` for a caller that names steps; from now on it must name every step.
@@ -49,13 +60,14 @@ class StepLedger:
         if step != self.step or self._complete:
             self._open(step)
 
-    def enter(self, key: Hashable, name: str, remedy: str) -> bool:
+    def enter(self, key: Hashable, name: str, remedy: str, *, counted: bool = False) -> bool:
         """Note that the gradients ``key`` are about to be exchanged; opens a step if steps are counted.
 
         Args:
             key: the same in every step.
             name: of the gradients, for errors.
             remedy: what to do if they come twice.
+            counted: count the step, though the caller names steps: it has no say in this one.
 
         Returns:
             Whether they are the step's first.
@@ -64,13 +76,18 @@ class StepLedger:
             CommError: the step has exchanged them, and steps are named by :meth:`begin`; or what :meth:`check` raises.
         """
         self.check()
-        if self._given and key in self._seen:
+        given = self._given and not counted
+        if given and key in self._seen:
             raise CommError(f"gradients of {name} were averaged twice in step {self.step}", remedy)
-        if not self._given and (self._complete or key in self._seen):
+        if not given and (self._complete or key in self._seen):
             self._open(self.step + 1)
         first = not self._seen
         self._seen.add(key)
         return first
+
+    def opens(self, key: Hashable) -> bool:
+        """Whether gradients ``key`` would be the first of a step that is counted."""
+        return not self._given and (self._complete or key in self._seen or not self._seen)
 
     def complete(self) -> None:
         """The open step gets no more gradients."""
@@ -82,8 +99,9 @@ class StepLedger:
         self._complete = True
 
     def fail(self, error: BaseException) -> None:
-        """Have every later call raise ``error``, unless there was one before."""
-        self._failure = self._failure or error
+        """Have every later call raise an error that tells of ``error``, unless there was one before."""
+        if self._failure is None:
+            self._failure, self._failed_in = error, self.step
 
     def close(self) -> None:
         """Have every later call raise."""
@@ -93,12 +111,22 @@ class StepLedger:
         """Raise what has gone wrong before, if anything has.
 
         Raises:
-            CommError: an exchange has failed (whatever it raised), or the reducer was closed.
+            CommError: an exchange has failed (whatever it raised), or the reducer was closed. It is of the kind that
+                was raised first.
         """
         if self._failure is not None:
-            raise self._failure
+            raise self._again(self._failure) from self._failure
         if self._closed:
             raise CommError("the reducer was closed")
+
+    def _again(self, first: BaseException) -> CommError:
+        kind = type(first) if isinstance(first, CommError) else CommError
+        what = first.what if isinstance(first, OutlastError) else f"{type(first).__name__}: {first}"
+        return kind(
+            f"nothing can be averaged any more, because step {self._failed_in} failed: {what}",
+            "gradients and error feedback are undefined since: resume from a checkpoint, or close() the reducer on all "
+            "ranks and attach() a new one",
+        )
 
     def _open(self, step: int) -> None:
         self.step = step

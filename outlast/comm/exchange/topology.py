@@ -72,6 +72,11 @@ class Network:
             total = total.plus(part.take_totals())
         return total
 
+    def leave(self, error: BaseException) -> None:
+        """Give up after ``error``, and let the peers know why; see :meth:`Communicator.leave`."""
+        for part in (*self._parts(), self.all_ranks):
+            part.leave(error)
+
     def close(self) -> None:
         """Let queued jobs finish, then drop the process groups.
 

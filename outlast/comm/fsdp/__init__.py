@@ -20,11 +20,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from outlast.comm.config import CommConfig
+from outlast.comm.ddp.checks import refuse_complex, refuse_sparse
 from outlast.comm.direction import Direction
 from outlast.comm.exchange.sharded import ShardItem
 from outlast.comm.exchange.sharded_session import ShardSession
 from outlast.comm.exchange.stats import ReduceStats
-from outlast.comm.fsdp.groups import Group, copies_of, find_groups, sharded_param, unknown_torch, with_gradient
+from outlast.comm.fsdp.groups import (
+    Group,
+    copies_of,
+    find_groups,
+    sharded_param,
+    sharded_params,
+    unknown_torch,
+    with_gradient,
+)
 from outlast.comm.reducer import Reducer, refuse_loss_scale
 from outlast.comm.state.sharded_state import cannot_reshard
 from outlast.comm.transport.communicator import CollectiveObserver
@@ -32,6 +41,11 @@ from outlast.errors import CommError
 
 _ONCE = (
     "call begin_step() before every step, and set_requires_gradient_sync(False) for all but the last backward of a step"
+)
+_WRAP = (
+    "call set_requires_gradient_sync(False) for all but the last backward of a step, and also for a backward that only "
+    "passes through this model on its way to another; where updates are skipped on purpose, call begin_step() before "
+    "every step"
 )
 
 
@@ -133,7 +147,7 @@ class ShardedReducer(Reducer):
 
     def _scatter(self, group: Group, output: Tensor, buffer: Tensor, op: Any) -> None:
         """One reduce-scatter: ``output`` becomes this rank's row of the mean (or sum, as ``op`` says)."""
-        self._session.enter(id(group), group.label, _ONCE)
+        self._session.enter(id(group), group.label, sharded_params(group), _ONCE, _WRAP)
         n = self.world_size
         scale = n / _divisor(op, n, group)
         self._plain_mean(group, buffer.dtype)
@@ -151,7 +165,7 @@ class ShardedReducer(Reducer):
 
     def _replicate(self, group: Group, output: Tensor) -> None:
         """One all-reduce between the copies of a shard: ``output``, a row, becomes the mean over them."""
-        self._session.enter(id(group), group.label, _ONCE)
+        self._session.enter(id(group), group.label, sharded_params(group), _ONCE, _WRAP)
         self._plain_mean(group, output.dtype)
         items, start = [], 0
         for name, padded in with_gradient(group):
@@ -230,10 +244,12 @@ def attach_fsdp(
 
     Raises:
         CommError: no FSDP2 module; float16; tensor parallel parameters; several meshes; ``compressor = "auto"``;
-            ``ranks_per_node`` > 1; ``transport = "two-phase"`` between copies; a torch whose FSDP2 is built
-            differently.
+            ``ranks_per_node`` > 1; complex parameters, or modules that make sparse gradients;
+            ``transport = "two-phase"`` between copies; a torch whose FSDP2 is built differently.
     """
     config = config or CommConfig()
+    refuse_complex(module.named_parameters())
+    refuse_sparse(module)
     groups = find_groups(module)
     copies = copies_of(groups, replicas)
     first = groups[0].inner

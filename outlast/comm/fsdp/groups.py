@@ -149,6 +149,15 @@ def with_gradient(group: Group) -> list[tuple[str, int]]:
     ]
 
 
+def sharded_params(group: Group) -> list[tuple[str, torch.Tensor]]:
+    """(name, parameter as the optimizer has it) of those that get gradients."""
+    return [
+        (group.names[id(param)], param.sharded_param)
+        for param in group.inner.fsdp_params
+        if param.sharded_param.requires_grad
+    ]
+
+
 def unknown_torch(what: str) -> CommError:
     return CommError(
         f"torch {torch.__version__}: FSDP2 is not built as outlast knows it ({what})",

@@ -216,7 +216,10 @@ class ParameterStates:
             for part, slots in zip((local, replicated), param.saved(), strict=True):
                 if slots:
                     part[name] = slots
-        return {"local": local, "replicated": replicated, "meta": self._meta(step, world_size)}
+        unused = [
+            name for name, param in self.params.items() if step and param.compress and param.local is None
+        ]  # no rank has used them yet: that they have no slots is no loss
+        return {"local": local, "replicated": replicated, "meta": {**self._meta(step, world_size), "unused": unused}}
 
     def load_state_dict(self, state: State, world_size: int) -> int:
         """Copy the state in, all of it or (on an error) none; returns the step it was saved after.

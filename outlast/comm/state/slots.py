@@ -110,6 +110,10 @@ def read_slots(state: State, schemas: Mapping[str, SlotSchema], step: int) -> di
     Raises:
         CommStateMismatch: names the parameter and the slot, shape or type that does not fit.
     """
+    unused = frozenset(state["meta"].get("unused", ()))
+    schemas = {
+        name: schema._replace(required=schema.required and name not in unused) for name, schema in schemas.items()
+    }
     for part in PARTS:
         for name in state[part]:
             if name not in schemas or not (schemas[name].local or schemas[name].replicated):

@@ -7,19 +7,20 @@ gradients into buckets never shows in a result.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from outlast.comm.transport.worker import OrderedWorker
+from outlast.comm.transport.groups import agreed_name, open_group
+from outlast.comm.transport.worker import MARGIN_S, OrderedWorker, outcome
 from outlast.errors import CommError
 
 T = TypeVar("T")
@@ -59,17 +60,19 @@ class CollectiveTotals:
 class Communicator:
     """A process group of its own and one thread that issues its collectives.
 
-    **Making one is a collective call** (``dist.new_group``): every rank of ``group`` makes its communicators in the
-    same order. Every rank must submit the same jobs in the same order; they run one after the other. The two
-    collectives are methods to call inside a submitted job, and block until done. They do not retain their arguments.
+    **Making one is a collective call**: every rank of ``group`` makes its communicators in the same order. What other
+    process groups a process has made does not matter. Every rank must submit the same jobs in the same order; they run
+    one after the other. The collectives are methods to call inside a submitted job, and block until done. They do not
+    retain their arguments.
 
     Failure: gloo raises within moments if a peer has died, and after ``timeout_s`` if it is silent. Either way the job
-    ends in a :class:`CommError` that names the collective and the limit, and all jobs behind it end in the same error:
-    the order of collectives is lost, and the communicator must be closed.
+    ends in a :class:`CommError` that names the collective, the limit, and ranks that have said that they left
+    (:meth:`leave`). All jobs behind it end in the same error: the order of collectives is lost, and the communicator
+    must be closed.
 
     Args:
         group: the ranks that take part; None for all.
-        ranks: which of them take part, ascending; None for all of the group.
+        ranks: which of them take part, ascending; None for all of the group. Needs ``beside``.
         timeout_s: limit of each collective, in seconds.
         observer: notified of every collective.
         stream: a context in which every job runs (a CUDA stream).
@@ -77,7 +80,7 @@ class Communicator:
             order on every rank that is in both; close the other one first.
 
     Raises:
-        CommError: no default process group.
+        CommError: no default process group, or a rank did not come within ``timeout_s``.
     """
 
     def __init__(
@@ -95,25 +98,21 @@ class Communicator:
                 "no process group to exchange gradients in",
                 "call torch.distributed.init_process_group() first (for one rank too)",
             )
-        timeout = timedelta(seconds=timeout_s)
-        if ranks is None and group is not None:
-            ranks = dist.get_process_group_ranks(group)
-        if ranks is not None and len(ranks) == dist.get_world_size():
-            ranks = None
-        # With local synchronisation only the members of a subgroup have to call this. Torch names such a group by its
-        # ranks and the number of existing groups. If it were destroyed, the next one would get its name, and with it
-        # its addresses in the store, where nobody listens any more. So a subgroup stays until the end.
-        self._disposable = ranks is None
-        self._group: dist.ProcessGroup | None = dist.new_group(
-            None if ranks is None else list(ranks),
-            timeout=timeout,
-            backend=dist.get_backend(group),
-            use_local_synchronization=ranks is not None,
+        self._made: int = 0
+        """How many communicators were made beside this one."""
+        if ranks is None:
+            members = list(range(dist.get_world_size())) if group is None else dist.get_process_group_ranks(group)
+            self._name = agreed_name(group, timeout_s)
+        else:
+            assert beside is not None
+            members = list(ranks)
+            # All ranks of the other communicator make the same ones beside it, so they count alike.
+            beside._made += 1
+            self._name = f"{beside._name}.{beside._made}.{members[0]}"
+        self._group: dist.ProcessGroup | None
+        self._group, self._farewells = open_group(
+            self._name, members, dist.get_backend(beside.group if beside else group), timeout_s
         )
-        if dist.get_backend(self._group) == "gloo":
-            # Gloo connects the pairs of ranks one after another: a rank that is done and closes at once breaks the
-            # others.
-            dist.barrier(self._group)
         self.rank = dist.get_rank(self._group)
         self.world_size = dist.get_world_size(self._group)
         self.timeout_s = timeout_s
@@ -121,6 +120,7 @@ class Communicator:
         self._observer = observer
         self._stream = stream
         self._beside = beside
+        self._left = False
         self._worker: OrderedWorker = beside._worker if beside else OrderedWorker("outlast-communicator")
 
     @property
@@ -146,6 +146,26 @@ class Communicator:
                 return job()
 
         return self._worker.submit(run)
+
+    def run(self, job: Callable[[], T], what: str) -> T:
+        """:meth:`submit`, and wait for the result.
+
+        Args:
+            job: may issue any number of collectives.
+            what: what it does, for errors.
+
+        Raises:
+            CommError: a peer died, the limit of a collective passed, or the thread is stuck.
+        """
+        return self.wait(self.submit(job), what)
+
+    def wait(self, future: Future[T], what: str, *others: OrderedWorker) -> T:
+        """The result of a job or of a chain of them, here and in ``others``; raises what they raised.
+
+        Raises:
+            CommError: nothing has moved for longer than the limit of a collective.
+        """
+        return outcome(future, [self._worker, *others], self.timeout_s + MARGIN_S, what)
 
     def all_gather(self, payload: Tensor, label: str, out: Tensor | None = None) -> Tensor:
         """All ranks' payloads, in rank order. Call it inside a job.
@@ -255,18 +275,37 @@ class Communicator:
         taken, self.totals = self.totals, CollectiveTotals()
         return taken
 
+    def leave(self, error: BaseException) -> None:
+        """Give up after ``error``: issue nothing more, and let the peers know why. Returns at once; close it then.
+
+        A peer that waits for this rank gets an error that says so, over gloo within moments.
+        """
+        if self._left or self._group is None:
+            return
+        self._left = True
+        self._farewells.leave(f"{type(error).__name__}: {error}")
+        self._worker.abort(error)
+        self._drop()
+
     def close(self) -> None:
         """Let queued jobs finish, then drop the process group. Not a collective call; closing twice is harmless.
-
-        A process group of only some ranks stays until ``dist.destroy_process_group()``.
 
         Raises:
             CommError: a collective did not end within the limit; its thread is left behind.
         """
-        if self._beside is None and not self._worker.close(self.timeout_s + 10):
-            raise CommError(f"a collective still runs {self.timeout_s + 10:g} s after close()")
+        limit_s = self.timeout_s + MARGIN_S
+        if self._beside is None and not self._worker.close(limit_s):
+            raise CommError(f"a collective still runs {limit_s:g} s after close()")
+        if self._group is not None:
+            error = sys.exception()
+            after = "" if error is None else f" after {type(error).__name__}: {error}"
+            self._farewells.leave(f"it closed its reducer{after}")
+            self._drop()
+
+    def _drop(self) -> None:
+        """The group goes with its last reference, and gloo's connections with it: that is how peers learn of it."""
         group, self._group = self._group, None
-        if group is not None and self._disposable and dist.is_initialized():
+        if group is not None and dist.is_initialized():
             dist.destroy_process_group(group)
 
     def _issue(
@@ -289,11 +328,20 @@ class Communicator:
             settle(device)  # NCCL's wait() only orders streams; errors and times are true once the stream has passed
         except RuntimeError as error:
             elapsed_s = time.perf_counter() - started
-            raise CommError(
+            failed = (
                 f"{op} of {label} failed on rank {self.rank} of {self.world_size} after {elapsed_s:.1f} s "
-                f"(limit comm.timeout_s = {self.timeout_s:g}): {error}",
+                f"(limit comm.timeout_s = {self.timeout_s:g})"
+            )
+            said = [f"rank {rank} left the exchange: {reason}" for rank, reason in self._farewells.heard().items()]
+            if said:
+                raise CommError(
+                    f"{failed}: {'; '.join(said)}", "look at that rank's log for what went wrong there"
+                ) from error
+            raise CommError(
+                f"{failed}: {error}",
                 "a peer died or does not answer: look at its log; raise comm.timeout_s if it is only slow",
             ) from error
+        self._worker.progress += 1
         self.totals.collective_s += time.perf_counter() - started
         self.totals.collectives += 1
         self.totals.wire_bytes += wire_bytes
@@ -318,5 +366,5 @@ def mean_in_rank_order(rows: Tensor) -> Tensor:
 def slowest(communicator: Communicator, seconds: float, device: torch.device) -> float:
     """The largest of all ranks' ``seconds``; a collective call."""
     own = torch.tensor([seconds], dtype=torch.float64).view(torch.uint8).to(device)
-    job = communicator.submit(lambda: communicator.all_gather(own, "figures").cpu())
-    return float(job.result().view(torch.float64).max())
+    figures = communicator.run(lambda: communicator.all_gather(own, "figures").cpu(), "the exchange of figures")
+    return float(figures.view(torch.float64).max())

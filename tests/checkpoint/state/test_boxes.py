@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from outlast.checkpoint.format.zarr import CRC_BYTES, ArrayInfo, chunk_name, parse_node, payload, put_chunk
+from outlast.checkpoint.format.zarr import CRC_BYTES, ArrayInfo, as_tensor, chunk_name, parse_node, payload, put_chunk
 from outlast.checkpoint.save.chunk_grid import shard_chunk_shape
 from outlast.checkpoint.save.plan import RankPlan, plan_rank
 from outlast.checkpoint.save.snapshot import Snapshot
@@ -134,7 +134,7 @@ def read(info: ArrayInfo, name: str, box: Box, files: dict[str, np.ndarray]) -> 
     out = torch.full(box.size, -1, dtype=info.dtype)
     for place in box.places(info.chunk):
         file = f"{name}/{chunk_name(place)}"
-        put_chunk(info, payload(info, files[file], file), place, out, box.start)
+        put_chunk(info, as_tensor(payload(info, files[file], file), info.chunk, info.dtype), place, out, box.start)
     return out
 
 

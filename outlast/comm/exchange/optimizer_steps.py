@@ -1,0 +1,159 @@
+"""Whether an optimizer has used the gradients that were averaged: a step is what an optimizer's step ends.
+
+Error feedback counts what it sends as applied, and trackers take what they get for the gradient of the whole step. So
+two averages without an update in between would be wrong in silence: the second is of gradients that hold the first, or
+the first was thrown away. That they follow one another is seen by the hooks that torch's optimizers have.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from outlast.errors import CommError
+
+_FRAMES = 20
+"""How far up from an optimizer's step a GradScaler's is looked for; wrappers stand between."""
+
+
+class OptimizerSteps:
+    """The optimizer steps of one reducer's parameters.
+
+    Loops whose update is not a ``torch.optim.Optimizer`` have none, and every average is taken for a step there.
+
+    Args:
+        scaled: called when a ``GradScaler`` steps an optimizer of these parameters, before it updates any; may raise.
+    """
+
+    def __init__(self, scaled: Callable[[GradScaler], None]) -> None:
+        self._scaled = scaled
+        self._mine: set[int] = set()
+        self._unused: dict[int, str] = {}
+        """By id, the names of parameters whose average no optimizer has used yet."""
+        self._held: set[int] = set()
+        """Parameters that some optimizer has."""
+        self._stepping: set[int] = set()
+        """Those of an optimizer whose step is under way; its closure may average again and again."""
+        self._doubts = 0
+        this = weakref.ref(self)
+        self._handles = [
+            register_optimizer_step_pre_hook(partial(_before, this)),
+            register_optimizer_step_post_hook(partial(_after, this)),
+        ]
+        self._end = weakref.finalize(self, _remove, self._handles)
+
+    def check(self, params: Iterable[tuple[str, Tensor]], remedy: str) -> None:
+        """These are about to be averaged.
+
+        Args:
+            params: (name, parameter).
+            remedy: what to do about what is wrong.
+
+        Raises:
+            CommError: some were averaged before, an optimizer has them, and it has not made a step since.
+        """
+        again = [(name, id(param)) for name, param in params if id(param) in self._unused]
+        if not again:
+            return
+        if not all(key in self._held for _, key in again):
+            self._look_for_optimizers()
+        twice = [name for name, key in again if key in self._held]
+        if twice:
+            more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+            raise CommError(
+                f"gradients of {twice[0]}{more} are averaged again, though no optimizer has made a step with the "
+                "average from before: error feedback would count them twice",
+                remedy,
+            )
+
+    def averaged(self, params: Iterable[tuple[str, Tensor]]) -> None:
+        """These are being averaged."""
+        for name, param in params:
+            self._mine.add(id(param))
+            if id(param) not in self._stepping:
+                self._unused[id(param)] = name
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        self._end()
+
+    def _look_for_optimizers(self) -> None:
+        """One that was never stepped can only be found among all objects, which takes a moment: so at the first doubt,
+        the second, the fourth, ..."""
+        self._doubts += 1
+        if self._doubts & (self._doubts - 1):
+            return
+        for each in gc.get_objects():
+            if issubclass(type(each), Optimizer):
+                self._held |= _params(each) & self._mine
+
+    def _before(self, optimizer: Optimizer) -> None:
+        params = _params(optimizer)
+        if params & self._mine:
+            scaler = _scaler_on_stack()
+            if scaler is not None:
+                self._scaled(scaler)
+        self._stepping |= params
+        self._use(params)
+
+    def _after(self, optimizer: Optimizer) -> None:
+        params = _params(optimizer)
+        self._stepping -= params
+        self._use(params)
+
+    def _use(self, params: set[int]) -> None:
+        self._held |= params & self._mine
+        for key in params:
+            self._unused.pop(key, None)
+
+
+def live_scaler() -> GradScaler | None:
+    """A scaler of this process that has scaled a loss, if there is one; looks at all objects, so only for an error."""
+    for each in gc.get_objects():
+        if issubclass(type(each), GradScaler) and each.is_enabled() and getattr(each, "_scale", None) is not None:
+            return each  # type: ignore[no-any-return]
+    return None
+
+
+def _scaler_on_stack() -> GradScaler | None:
+    frame = sys._getframe(1)
+    for _ in range(_FRAMES):
+        if frame.f_code.co_filename.endswith("grad_scaler.py"):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, GradScaler) and owner.is_enabled():
+                return owner
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return None
+
+
+def _params(optimizer: Any) -> set[int]:
+    groups = getattr(optimizer, "param_groups", None)  # a wrapper may not have been given its own yet
+    return {id(param) for group in groups or () for param in group.get("params", ())}
+
+
+def _before(this: weakref.ref[OptimizerSteps], optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    steps = this()
+    if steps is not None:
+        steps._before(optimizer)
+
+
+def _after(this: weakref.ref[OptimizerSteps], optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    steps = this()
+    if steps is not None:
+        steps._after(optimizer)
+
+
+def _remove(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        handle.remove()
