@@ -34,7 +34,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"steps"},
         {"storage", "state"},
         {"format"},
-        {"memory", "peers", "auto_interval"},
+        {"memory", "peers", "auto_interval", "rng"},
         {"config"},
     ],
     "comm": [

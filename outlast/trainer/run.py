@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from outlast.checkpoint import Checkpointer, Restored
+from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.diagnostics import Heartbeat, Recorder
 from outlast.errors import StateMismatch
 from outlast.events import EvalDone, EventLog, StepDone
@@ -19,7 +20,6 @@ from outlast.trainer.config import Config
 from outlast.trainer.data import Loader
 from outlast.trainer.engine import Engine
 from outlast.trainer.progress import Progress
-from outlast.trainer.rng import load_rng_state, rng_state
 from outlast.trainer.run_directory import Attempt
 from outlast.trainer.saved_settings import changed_settings, saved_settings
 
