@@ -18,6 +18,7 @@
     │   ├── CorruptCheckpoint        a file does not match its checksum; names the file
     │   ├── IncompleteCheckpoint     a file or the commit record is missing
     │   ├── UnknownFormatVersion     written in a format that this version cannot read
+    │   ├── PlaceInUse               another job saves there, or did: names who
     │   ├── StateMismatch            the checkpoint's tensors do not match the model's
     │   └── SnapshotMutated          a tensor changed before its snapshot was copied; names it
     ├── DiagnosticsError             events or shared memory could not be written or read
@@ -127,6 +128,12 @@ class IncompleteCheckpoint(CheckpointError):
 
 class UnknownFormatVersion(CheckpointError):
     """The checkpoint is in a format that this version cannot read."""
+
+    restartable = False
+
+
+class PlaceInUse(CheckpointError):
+    """Another job saves there, or its steps are there."""
 
     restartable = False
 

@@ -37,6 +37,16 @@ class CheckpointConfig:
     After that, the save is given up and reported, and training goes on. Choose more than the longest time by which one
     rank's storage may lag behind another's."""
 
+    lease_s: float = 60.0
+    """One job at a time saves in a place: it holds a lease there, and renews it six times in this many seconds. If its
+    node dies, another job waits this long before it takes the place. A job that a launcher restarts, or whose
+    predecessor died on the same machine, does not wait."""
+
+    old_steps: Literal["refuse", "set_aside", "keep"] = "refuse"
+    """What a run that restores nothing does in a place that has committed steps: ``refuse`` to save there, move them to
+    a folder of their own (``set_aside``), or ``keep`` them as if they were its own, e.g. because it has loaded one of
+    them by other means."""
+
     io_threads: int = 4
     """Threads per rank that checksum, write and fsync files (and read and verify them at restore)."""
 
@@ -87,6 +97,9 @@ class CheckpointConfig:
         require(self.interval_limit_s > 0, "checkpoint.interval_limit_s", self.interval_limit_s, "seconds > 0")
         require(self.keep_last >= 0, "checkpoint.keep_last", self.keep_last, "keep_last >= 0 (0 keeps all)")
         require(self.commit_timeout_s > 0, "checkpoint.commit_timeout_s", self.commit_timeout_s, "seconds > 0")
+        require(1 <= self.lease_s <= 600, "checkpoint.lease_s", self.lease_s, "1 to 600 seconds")
+        known = ("refuse", "set_aside", "keep")
+        require(self.old_steps in known, "checkpoint.old_steps", self.old_steps, ", ".join(known))
         require(1 <= self.io_threads <= 64, "checkpoint.io_threads", self.io_threads, "1 to 64")
         require(self.host_memory_mb >= 0, "checkpoint.host_memory_mb", self.host_memory_mb, "MB >= 0 (0: as needed)")
         require(self.chunk_mb > 0, "checkpoint.chunk_mb", self.chunk_mb, "MB > 0")

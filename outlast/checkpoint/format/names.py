@@ -13,6 +13,8 @@
         commit.json                 without it there is no checkpoint
       step_00000030.aside-1/        damaged or superseded; never read
       step_00000040.replaced/       is being overwritten; becomes the step again if that is interrupted
+      earlier-1/step_00000020/      of an earlier run, moved away because a run began anew here
+      lease_00000001.json           which job saves here; removed when it ends
       step_00000040.failed-E-S      a rank gave up this save (attempt E, save S); the others need not wait
 """
 
@@ -26,6 +28,8 @@ from outlast.errors import CheckpointError
 
 HEADER = "outlast"
 """The root group's attribute that says what the checkpoint is; no key of the state may have this name."""
+CONTAINER = "outlast_container"
+"""The attribute of a group that says which type of container it is, and which keys in which order."""
 MEMORY, PARTNER, LOCAL_DISK, STORAGE = "memory", "partner", "local", "storage"
 """The tiers, as events name them."""
 COMMIT = "commit.json"
@@ -34,6 +38,8 @@ PACKS = "packed"
 NODE = "zarr.json"
 """The metadata document of a Zarr group or array."""
 
+EARLIER = re.compile(r"earlier-([0-9]+)")
+"""The folder of the steps that a run which began anew has moved away."""
 _STEP = re.compile(r"step_([0-9]{8,})")
 _ASIDE = re.compile(r"step_([0-9]{8,})\.aside-([0-9]+)")
 _REPLACED = re.compile(r"step_([0-9]{8,})\.replaced")
@@ -43,6 +49,7 @@ _PACK = re.compile(r"packed/rank_([0-9]{5,})\.[0-9]+/.+")
 _LOCAL = re.compile(r"rank_([0-9]{5,})/.+")
 _INTEGER = re.compile(r"~-?[0-9]+")
 _MAX_NAME_BYTES = 255
+_MAX_INTEGER_BITS = 256
 _PLAIN = " +=,@()_.-~"
 
 
@@ -149,6 +156,19 @@ def encode_key(key: str | int, *, at_root: bool = False) -> str:
             "shorten the key",
         )
     return name
+
+
+def fits(key: str | int) -> bool:
+    """Whether a key becomes a path component by :func:`encode_key`, which refuses others."""
+    if type(key) is int:
+        return key.bit_length() <= _MAX_INTEGER_BITS
+    text = str(key)
+    if text.isascii():  # each character takes up to three bytes
+        return bool(text) and (3 * len(text) <= _MAX_NAME_BYTES or len(quote(text, safe=_PLAIN)) + 2 <= _MAX_NAME_BYTES)
+    try:
+        return len(quote(text, safe=_PLAIN)) + 2 <= _MAX_NAME_BYTES
+    except UnicodeEncodeError:
+        return False
 
 
 def decode_key(name: str) -> str | int:

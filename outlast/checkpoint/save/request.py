@@ -8,6 +8,7 @@ from typing import Any
 
 from outlast.checkpoint.config import CheckpointConfig
 from outlast.checkpoint.format.zarr import root_document
+from outlast.checkpoint.ownership.lease import Lease
 from outlast.checkpoint.save.io_threads import IoThreads
 from outlast.checkpoint.save.plan import RankPlan
 from outlast.checkpoint.save.snapshot import Snapshot
@@ -28,6 +29,8 @@ class SaveContext:
     on_event: Callable[[Event], None]
     io: IoThreads
     """Read and write files."""
+    lease: Lease
+    """On the store's place; the coordinator takes it, and confirms it before anything counts."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 It has two phases, through the store alone; no collective is issued, and no port is listened on:
 
-1. The coordinator (rank 0) *opens* the save: it clears away what interrupted saves left, and writes the root group's
-   document, which names the attempt and the save. The other ranks write nothing before that.
+1. The coordinator (rank 0), which holds the lease on the place, *opens* the save: it clears away what interrupted saves
+   left, and writes the root group's document, which names the attempt and the save. The other ranks write nothing
+   before that.
 2. Each rank writes its share of the files and fsyncs them, then the directories, and then writes its *vote*: files,
    sizes, checksums.
 3. The coordinator waits for all votes of this very save, checks that all ranks have the same replicated state and that
@@ -135,6 +136,7 @@ class StorageSave(SaveJob):
 
     def _open_for_all(self) -> list[FileEntry]:
         context = self._context
+        context.lease.confirm()
         for name in context.store.names(""):
             flag = parse_failed(name)
             if flag is not None and (flag[0] != context.attempt_id or flag[1] < self._request.save_id - 1):
@@ -198,6 +200,7 @@ class StorageSave(SaveJob):
         if opened != self._save:
             other = f"attempt {opened[0]}, save {opened[1]}" if opened is not None else "nobody"
             raise CheckpointError(f"step {self.step} was opened again meanwhile, by {other}: this save is over")
+        self._context.lease.confirm()
         store.put_new(f"{folder}/{COMMIT}", seal(commit))
 
     def _collect(self) -> list[ReceivedVote]:
