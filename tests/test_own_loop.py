@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import psutil
 import pytest
 
 from tests.forked import Job
-from tests.helpers import arrays, clean_env, free_port, torchrun, wait_for
+from tests.helpers import arrays, clean_env, free_port, outlast, torchrun, wait_for
 
 
 def losses_in(said: str) -> list[float]:
@@ -49,9 +50,12 @@ def test_killed_at_any_moment_it_ends_like_a_run_that_was_not(root: Path, tmp_pa
     os.kill(job.pid, signal.SIGKILL)  # the ranks end with it, as on a node that is lost
     wait_for(lambda: not ranks_of(tmp_path / "killed"))
     assert "going on from step" in torchrun(*script, tmp_path / "killed")
-    straight, killed = (arrays(tmp_path / name / "step_00000100") for name in ("straight", "killed"))
-    assert straight.keys() == killed.keys()
-    assert all(straight[name].tobytes() == killed[name].tobytes() for name in straight)
+    same = ["--step", "100", "--other-step", "100", "--json"]
+    compared = json.loads(outlast("ckpt", "diff", tmp_path / "straight", tmp_path / "killed", *same, check=None).stdout)
+    differing = {difference["name"] for kind in ("tensors", "values") for difference in compared[kind]}
+    # Nothing seeds or uses these two, so each start has states of its own.
+    assert all(name.startswith(("rng/numpy", "rng/python")) for name in differing), differing
+    assert len(compared["equal_tensors"]) > 10
 
 
 def ranks_of(folder: Path) -> list[int]:
