@@ -129,7 +129,8 @@ def import_step(
     Pickles are read without running anything that they name.
 
     Args:
-        source: a local path; a folder for ``dcp``, a file otherwise.
+        source: a local path; a folder for ``dcp``, otherwise a file, or a folder as Hugging Face's ``save_pretrained``
+            writes it: one file, or shards and their index.
         url: of the checkpoints, existing or new.
         format: of the source.
         step: the number that the step gets.

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from outlast.checkpoint.convert.hugging_face import is_index, read_folder, read_shards
 from outlast.checkpoint.format.dtypes import dtype_name
 from outlast.checkpoint.format.json_values import TAG, VALUES, UnknownKind, from_json, key_text
 from outlast.checkpoint.format.records import crc_hex
@@ -79,11 +80,18 @@ def write(state: dict[str, Any], path: str, step: int) -> list[str]:
 def read(path: str) -> dict[str, Any]:
     """The state in a file: nested as it was if outlast wrote it, otherwise flat, with the file's keys.
 
+    Args:
+        path: of a file, of a folder as Hugging Face's ``save_pretrained`` writes it, or of the index in one.
+
     Raises:
         MissingDependency: safetensors is not installed.
         OSError: the file cannot be opened.
         CheckpointError: it is damaged, or in another format.
     """
+    if os.path.isdir(path):
+        return read_folder(path, "model", "safetensors", read)
+    if is_index(path):
+        return read_shards(os.path.dirname(path), path, read)
     package = _package("safetensors")
     with open(path, "rb"):
         pass  # the operating system's error is clearer than the package's

@@ -196,10 +196,10 @@ def _create(path: str, extra_flags: int = 0) -> int:
     """An empty file, opened for writing; its directory is made if it is missing."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | extra_flags
     try:
-        return os.open(path, flags, 0o644)
+        return os.open(path, flags, 0o666)
     except FileNotFoundError:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        return os.open(path, flags, 0o644)
+        return os.open(path, flags, 0o666)
 
 
 def _write_direct(path: str, block: memoryview, size_bytes: int) -> None:
