@@ -15,7 +15,7 @@
       step_00000040.replaced/       is being overwritten; becomes the step again if that is interrupted
       earlier-1/step_00000020/      of an earlier run, moved away because a run began anew here
       lease_00000001.json           which job saves here; removed when it ends
-      step_00000040.failed-E-S      a rank gave up this save (attempt E, save S); the others need not wait
+      step_00000040.failed-E-S      a rank gave up this save (attempt E, save S), for the reason in it
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from outlast.checkpoint.format.names import rank_name
 from outlast.checkpoint.save.device import DeviceRoom
 from outlast.checkpoint.save.plan import plan_rank
+from outlast.checkpoint.save.replicas import Replicas
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.snapshot import Snapshot
 from outlast.checkpoint.state.dtensor import Meshes
@@ -61,7 +62,9 @@ def make_request(
             pack_below_bytes=int(context.config.pack_below_kb * 1e3),
         )
         snapshot = Snapshot(plan.parts, room)
-    return SaveRequest(step, save_id, of_all.groups[""], plan, snapshot, began, durable, replicate_now)
+        compared = context.config.compare_replicas if context.world_size > 1 else "off"
+        replicas = Replicas(plan.pieces, of_all.groups, compared, step)
+    return SaveRequest(step, save_id, of_all.groups[""], plan, snapshot, replicas, began, durable, replicate_now)
 
 
 @contextmanager

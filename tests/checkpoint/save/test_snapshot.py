@@ -186,7 +186,13 @@ def test_packs_of_small_tensors_of_any_layout_hold_their_bytes_and_checksum(veri
     covered = torch.zeros(part.nbytes, dtype=torch.bool)
     for content in part.contents:
         at = slice(content.offset, content.offset + content.source.numel() * content.source.itemsize)
-        want = tensors[content.item.path.split("/")[1]].resolve_conj().resolve_neg().contiguous().reshape(-1)
+        want = (
+            tensors[content.item.path.split("/")[1]]
+            .resolve_conj()
+            .resolve_neg()
+            .clone(memory_format=torch.contiguous_format)
+            .reshape(-1)
+        )
         assert torch.equal(payload[at], want.view(torch.uint8))
         covered[at] = True
     assert not payload[~covered].any()
