@@ -76,7 +76,7 @@ def as_flag(value: Any, name: str) -> bool:
     return value
 
 
-def field(fields: dict[str, Any], name: str) -> Any:
+def member(fields: dict[str, Any], name: str) -> Any:
     """A field's value; raises :class:`Malformed` if it is missing."""
     if name not in fields:
         raise Malformed(f"it has no {name}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import crc32c
@@ -23,7 +23,7 @@ from outlast.checkpoint.format.fields import (
     as_mapping,
     as_text,
     as_time,
-    field,
+    member,
     only,
     parse,
 )
@@ -94,6 +94,8 @@ class Vote:
     layout: str
     """Checksum of the names, shapes and types of the replicated state, which must be equal on all ranks."""
     files: tuple[FileEntry, ...]
+    replicas: dict[str, str] = field(default_factory=dict)
+    """CRC32C of pieces of the replicated state as this rank has them, of each from two ranks, and of its values."""
 
 
 @dataclass(frozen=True)
@@ -211,9 +213,9 @@ def unseal_placed(data: bytes | memoryview, file: str) -> SlotIndex:
     body, _ = _unseal(data, file, _KINDS[SlotIndex])
     try:
         only(body, "vote", "places")
-        vote = _vote(as_mapping(field(body, "vote"), "vote"))
-        places = as_mapping(field(body, "places"), "places")
-        return SlotIndex(vote, {entry.path: as_count(field(places, entry.path), "a place") for entry in vote.files})
+        vote = _vote(as_mapping(member(body, "vote"), "vote"))
+        places = as_mapping(member(body, "places"), "places")
+        return SlotIndex(vote, {entry.path: as_count(member(places, entry.path), "a place") for entry in vote.files})
     except Malformed as error:
         raise Fault(CorruptCheckpoint, file, f"is not the index of a slot: {error}") from error
 
@@ -223,14 +225,14 @@ def unseal_commit(data: bytes | memoryview) -> Commit:
     body, version = _unseal(data, COMMIT, _KINDS[Commit])
     try:
         only(body, "step", "world_size", "epoch", "serial", "saved_at", "size_bytes", "votes")
-        votes = as_list(field(body, "votes"), "votes")
+        votes = as_list(member(body, "votes"), "votes")
         return Commit(
-            step=as_count(field(body, "step"), "step"),
-            world_size=as_count(field(body, "world_size"), "world_size", len(votes), len(votes)),
-            attempt_id=as_text(field(body, "epoch"), "epoch"),
-            save_id=as_count(field(body, "serial"), "serial"),
-            saved_at=as_time(field(body, "saved_at"), "saved_at"),
-            size_bytes=as_count(field(body, "size_bytes"), "size_bytes"),
+            step=as_count(member(body, "step"), "step"),
+            world_size=as_count(member(body, "world_size"), "world_size", len(votes), len(votes)),
+            attempt_id=as_text(member(body, "epoch"), "epoch"),
+            save_id=as_count(member(body, "serial"), "serial"),
+            saved_at=as_time(member(body, "saved_at"), "saved_at"),
+            size_bytes=as_count(member(body, "size_bytes"), "size_bytes"),
             votes=tuple(_entry_of_vote(entry, rank) for rank, entry in enumerate(votes)),
             format_version=version,
         )
@@ -241,38 +243,44 @@ def unseal_commit(data: bytes | memoryview) -> Commit:
 def _keyed(record: Vote | Commit) -> dict[str, Any]:
     fields = {_KEYS.get(name, name): value for name, value in asdict(record).items()}
     fields.pop("format_version", None)  # comes first, in every record
+    if not fields.get("replicas", True):
+        del fields["replicas"]  # as in votes of one rank, and of versions without
     return fields
 
 
 def _vote(body: dict[str, Any]) -> Vote:
-    only(body, "step", "rank", "world_size", "epoch", "serial", "layout", "files")
-    world_size = as_count(field(body, "world_size"), "world_size", 1)
-    rank = as_count(field(body, "rank"), "rank", 0, world_size - 1)
-    files = tuple(_entry(entry) for entry in as_list(field(body, "files"), "files"))
+    only(body, "step", "rank", "world_size", "epoch", "serial", "layout", "files", "replicas")
+    world_size = as_count(member(body, "world_size"), "world_size", 1)
+    rank = as_count(member(body, "rank"), "rank", 0, world_size - 1)
+    files = tuple(_entry(entry) for entry in as_list(member(body, "files"), "files"))
     for entry in files:
         check_path(entry.path, chunk=entry.chunk, rank=rank)
     if len({entry.path for entry in files}) != len(files):
         raise Malformed("it lists a file twice")
     return Vote(
-        step=as_count(field(body, "step"), "step"),
+        step=as_count(member(body, "step"), "step"),
         rank=rank,
         world_size=world_size,
-        attempt_id=as_text(field(body, "epoch"), "epoch"),
-        save_id=as_count(field(body, "serial"), "serial"),
-        layout=as_text(field(body, "layout"), "layout"),
+        attempt_id=as_text(member(body, "epoch"), "epoch"),
+        save_id=as_count(member(body, "serial"), "serial"),
+        layout=as_text(member(body, "layout"), "layout"),
         files=files,
+        replicas={
+            as_text(name, "a replica"): as_text(digest, "a digest")
+            for name, digest in as_mapping(body.get("replicas", {}), "replicas").items()
+        },
     )
 
 
 def _entry(value: Any) -> FileEntry:
     fields = as_mapping(value, "a file")
     only(fields, "path", "size_bytes", "crc32c", "chunk")
-    path, checksum = as_text(field(fields, "path"), "path"), as_text(field(fields, "crc32c"), "crc32c")
+    path, checksum = as_text(member(fields, "path"), "path"), as_text(member(fields, "crc32c"), "crc32c")
     if not _CRC.fullmatch(checksum):
         raise Malformed(f"crc32c must be 8 hex digits, and is {checksum[:20]!r}")
-    chunk = as_flag(field(fields, "chunk"), "chunk")
+    chunk = as_flag(member(fields, "chunk"), "chunk")
     size_bytes = as_count(
-        field(fields, "size_bytes"),
+        member(fields, "size_bytes"),
         "size_bytes",
         CRC_BYTES if chunk else 1,
         MAX_INTEGER if chunk else MAX_DOCUMENT_BYTES,

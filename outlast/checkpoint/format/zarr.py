@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from outlast.checkpoint.format.fields import (
     as_list,
     as_mapping,
     as_text,
-    field,
+    member,
     parse,
 )
 from outlast.checkpoint.format.names import HEADER, NODE
@@ -37,6 +37,8 @@ from outlast.checkpoint.format.records import CRC_BYTES, FORMAT_VERSION, Fault
 from outlast.checkpoint.memory.pages import Buffer
 from outlast.errors import CheckpointError, CorruptCheckpoint, UnknownFormatVersion
 
+_READ_BY_PEOPLE = 100_000
+"""Characters up to which a document has line breaks. (In a pack's index of many tensors they would take longest.)"""
 PACKED = "outlast_packed"
 """The attribute of a pack that is its index."""
 MAX_PACKED = 1 << 20
@@ -70,8 +72,7 @@ def array_document(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: torch.
     return _array(shape, chunk, dtype, {})
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """Where a small tensor is in a pack."""
 
     offset: int
@@ -146,18 +147,18 @@ def parse_node(data: bytes | Buffer, file: str) -> ArrayInfo | dict[str, Any]:
     """
     try:
         document = parse(data)
-        attributes = as_mapping(field(document, "attributes"), "attributes")
-        kind = field(document, "node_type")
+        attributes = as_mapping(member(document, "attributes"), "attributes")
+        kind = member(document, "node_type")
         if kind == "group":
             return attributes
         if kind != "array":
             raise Malformed(f"node_type is {as_text(kind, 'node_type')[:20]!r}")
-        name = as_text(field(attributes, "outlast_dtype"), "outlast_dtype")
+        name = as_text(member(attributes, "outlast_dtype"), "outlast_dtype")
         dtype = _dtype(name, file)
-        shape = _shape(field(document, "shape"), dtype, "shape")
-        grid = as_mapping(field(document, "chunk_grid"), "chunk_grid")
-        configuration = as_mapping(field(grid, "configuration"), "configuration")
-        chunk = _shape(field(configuration, "chunk_shape"), dtype, "chunk_shape")
+        shape = _shape(member(document, "shape"), dtype, "shape")
+        grid = as_mapping(member(document, "chunk_grid"), "chunk_grid")
+        configuration = as_mapping(member(grid, "configuration"), "configuration")
+        chunk = _shape(member(configuration, "chunk_shape"), dtype, "chunk_shape")
         if len(chunk) != len(shape) or 0 in chunk:
             raise Malformed(f"shape {shape}, chunk shape {chunk}")
         for key, expected in _layout(shape, chunk, dtype).items():
@@ -310,7 +311,8 @@ def node_path(path: str) -> str:
 
 
 def _dump(document: dict[str, Any]) -> bytes:
-    return _indented(json.dumps(document, allow_nan=False))
+    compact = json.dumps(document, allow_nan=False)
+    return _indented(compact) if len(compact) <= _READ_BY_PEOPLE else compact.encode()
 
 
 @lru_cache(maxsize=16_384)

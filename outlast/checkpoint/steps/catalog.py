@@ -12,7 +12,7 @@ from outlast.checkpoint.format.fields import (
     as_count,
     as_mapping,
     as_text,
-    field,
+    member,
     parse,
 )
 from outlast.checkpoint.format.names import (
@@ -57,9 +57,9 @@ def opened_by(store: Store, step: int) -> tuple[str, int] | None:
     """Epoch and number of the save that this step was opened for last; None if none, or if it is half there."""
     try:
         document = parse(store.read(f"{step_name(step)}/{NODE}"))
-        attributes = as_mapping(field(document, "attributes"), "attributes")
-        header = as_mapping(field(attributes, HEADER), HEADER)
-        return as_text(field(header, "epoch"), "epoch"), as_count(field(header, "serial"), "serial")
+        attributes = as_mapping(member(document, "attributes"), "attributes")
+        header = as_mapping(member(attributes, HEADER), HEADER)
+        return as_text(member(header, "epoch"), "epoch"), as_count(member(header, "serial"), "serial")
     except Malformed:
         return None
     except OSError as error:
