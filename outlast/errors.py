@@ -18,6 +18,8 @@
     │   ├── CorruptCheckpoint        a file does not match its checksum; names the file
     │   ├── IncompleteCheckpoint     a file or the commit record is missing
     │   ├── UnknownFormatVersion     written in a format that this version cannot read
+    │   ├── PlaceInUse               another job saves there, or did: names who
+    │   ├── ReplicasDiffer           replicated state is not the same on all ranks; names what, and where
     │   ├── StateMismatch            the checkpoint's tensors do not match the model's
     │   └── SnapshotMutated          a tensor changed before its snapshot was copied; names it
     ├── DiagnosticsError             events or shared memory could not be written or read
@@ -131,10 +133,20 @@ class UnknownFormatVersion(CheckpointError):
     restartable = False
 
 
+class PlaceInUse(CheckpointError):
+    """Another job saves there, or its steps are there."""
+
+    restartable = False
+
+
 class StateMismatch(CheckpointError):
     """The checkpoint's tensors do not match the model's."""
 
     restartable = False
+
+
+class ReplicasDiffer(CheckpointError):
+    """Replicated state is not the same on all ranks."""
 
 
 class SnapshotMutated(CheckpointError):

@@ -260,7 +260,7 @@ class EventLog:
         self.path = Path(path)
         self.rank = rank
         self.generation = generation
-        self._fd: int | None = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._fd: int | None = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
     def write(self, event: Event) -> None:
         """Append one event. Once the call returns, the event survives the death of this process.

@@ -170,7 +170,7 @@ def test_a_missing_file(copy: tuple[Path, Path], gone: str) -> None:
 def test_an_unknown_version(copy: tuple[Path, Path]) -> None:
     config, run = copy
     record = run / "checkpoints" / "step_00000020" / "commit.json"
-    body = record.read_bytes().replace(b'"format_version": 2', b'"format_version": 99').rpartition(b',"crc32c":')[0]
+    body = record.read_bytes().replace(b'"format_version": 3', b'"format_version": 99').rpartition(b',"crc32c":')[0]
     record.write_bytes(body + b',"crc32c":"%08x"}\n' % crc32c.crc32c(body))  # whole, and of a later outlast
     said = outlast("train", config, "--resume", "auto", check=1).stderr
     assert "99" in said

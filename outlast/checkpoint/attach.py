@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from outlast.checkpoint.checkpointer import Checkpointer
 from outlast.checkpoint.config import CheckpointConfig
-from outlast.checkpoint.peers.collectives import Agreement
+from outlast.checkpoint.peers.collectives import Agreement, check_ranks
 from outlast.events import Event
 
 
@@ -37,6 +37,7 @@ def attach(
     Raises:
         MissingDependency, ConfigError, CheckpointError: see :class:`Checkpointer`.
     """
+    check_ranks(1, group, "outlast.checkpoint.attach")
     rank, world_size = 0, 1
     if dist.is_initialized():
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)

@@ -17,12 +17,11 @@ from torch import nn
 
 from outlast.checkpoint.config import CheckpointConfig
 from outlast.checkpoint.format.records import CRC_BYTES
+from outlast.checkpoint.format.step_number import as_step
 from outlast.checkpoint.memory.arena import Arena
-from outlast.checkpoint.peers.collectives import Agreement
+from outlast.checkpoint.ownership.lease import Lease
+from outlast.checkpoint.peers.collectives import Agreement, check_ranks
 from outlast.checkpoint.restore.load import Restored
-from outlast.checkpoint.restore.request import RestoreContext, agree_on_request
-from outlast.checkpoint.restore.restore import restore
-from outlast.checkpoint.restore.survey import Survey
 from outlast.checkpoint.save.device import DeviceRoom
 from outlast.checkpoint.save.hooks import Hooks
 from outlast.checkpoint.save.io_threads import IoThreads, process_ended
@@ -32,6 +31,7 @@ from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import TensorSource
 from outlast.checkpoint.save.stall_forecast import StallForecast
 from outlast.checkpoint.save.storage_save import StorageSave
+from outlast.checkpoint.start import Reading, Start, check_place
 from outlast.checkpoint.state.selection import Rename, make_selection
 from outlast.checkpoint.storage.open import open_store
 from outlast.checkpoint.tiers.manager import Tiers
@@ -81,7 +81,8 @@ class Checkpointer:
     Raises:
         MissingDependency: the package for this kind of URL is not installed.
         ConfigError: no such kind of URL.
-        CheckpointError: the URL cannot be written to; or, with a memory tier, a rank cannot reach the others.
+        CheckpointError: this is one of several ranks, which its launcher's environment says, and there is no process
+            group; or, with a memory tier, a rank cannot reach the others.
     """
 
     def __init__(
@@ -101,30 +102,27 @@ class Checkpointer:
                 f"rank {rank} of {world_size}, attempt_id {attempt_id!r}",
                 "0 <= rank < world_size, and an attempt_id that is not empty",
             )
+        check_ranks(world_size, group, "outlast.checkpoint.Checkpointer")
         self._store = open_store(url)
-        try:
-            self._store.prepare()
-        except OSError as error:
-            raise CheckpointError(
-                f"checkpoints cannot be written to {self._store.url}: {error}",
-                "choose another place with checkpoint.url, or fix its permissions",
-            ) from error
+        check_place(self._store)
         self._io = IoThreads(config.io_threads, thread_name_prefix="outlast-checkpoint")
-        self._context = SaveContext(self._store, config, rank, world_size, attempt_id, on_event, self._io)
+        lease = Lease(
+            self._store, config.lease_s, token=attempt_id, ways_out="save to another place; to read, no job has to end"
+        )
+        self._context = SaveContext(self._store, config, rank, world_size, attempt_id, on_event, self._io, lease)
         self._group = group
         self._arena = Arena(int(config.host_memory_mb * 1e6))
         self._device_room = DeviceRoom()
         self._tiers: Tiers | None = None
         if config.memory_every_steps:
             self._tiers = Tiers(self._context, Agreement(group, rank, world_size), host)
+        self._start = Start(self._context, self._tiers)
         self._saving: SaveJob | None = None
         self._awaited: SaveJob | None = None
         """The save whose copy the training thread has waited for."""
         self._hooks = Hooks(self.wait_copied, self._confirm_early)
         self._stall = StallForecast()
         self._save_id = 0
-        self._start_decided = False
-        """Whether it is decided from what this run goes on."""
         self._replicated = False
         """Whether a copy was due at the partner in this attempt."""
         self._closed = False
@@ -135,6 +133,15 @@ class Checkpointer:
     def url(self) -> str:
         """Where checkpoints are saved."""
         return self._store.url
+
+    def claim(self) -> None:
+        """Own the place from now on, rather than from the first save; collective over the group.
+
+        Raises:
+            PlaceInUse: another job saves there; names its process.
+            CheckpointError: the place cannot be written to; or there are several ranks without a process group.
+        """
+        self._start.claim(Agreement(self._group, self._context.rank, self._context.world_size))
 
     @property
     def running(self) -> bool:
@@ -154,13 +161,16 @@ class Checkpointer:
     ) -> None:
         """Begin to save the state after ``step``; every rank calls it with the same step.
 
+        The first save, or after a restore the first :meth:`wait_copied`, takes the place for this job alone, and puts
+        in order what the restored step leaves behind.
+
         One save runs at a time: while the one before is still being written, this call waits for it, and the wait
         counts as ``blocked_s`` of the new save's ``CheckpointSaved`` event. (Save less often if that happens.) With a
         memory tier, this call waits only until the save before is in memory, and in the other tiers for which the new
         one is due.
 
         Args:
-            step: number of the step just done, >= 0.
+            step: number of the step just done, >= 0; an integer of any kind.
             replicated: state that is equal on all ranks, each of which writes an equal share of it. Nested: keys to
                 tensors, JSON values, or dictionaries. DTensors on meshes of all ranks may be among the tensors: each
                 rank writes its part, or a share of it where several ranks hold the same part.
@@ -173,14 +183,17 @@ class Checkpointer:
         Raises:
             CheckpointError: there is nothing to save; a key, value, dtype or DTensor's placement cannot be stored
                 (named in the message); or the save is not durable, and there is no memory tier.
+            PlaceInUse: (rank 0) another job saves there; or this run restored nothing, and there are committed steps of
+                an earlier one (see ``checkpoint.old_steps``).
             SnapshotMutated: a tensor of the save before was changed too early.
             StateMismatch: in the save before, the replicated state of some rank was laid out differently (on rank 0).
         """
         began = time.monotonic()
         # Counted before anything can fail, so that all ranks number their saves alike.
         self._save_id += 1
-        if self._closed or step < 0:
-            raise CheckpointError(f"save of step {step} on a {'closed' if self._closed else 'running'} Checkpointer")
+        step = as_step(step, "save")
+        if self._closed:
+            raise CheckpointError(f"save of step {step} on a closed Checkpointer")
         if replicated is None and local is None:
             raise CheckpointError(
                 f"the save of step {step} was given nothing to save", "pass replicated=, local=, or both"
@@ -191,6 +204,7 @@ class Checkpointer:
                 "set checkpoint.memory_every_steps",
             )
         self._finish()
+        problem = self._start.before_save()
         request = make_request(
             self._context,
             self._group,
@@ -205,7 +219,10 @@ class Checkpointer:
             # The partner gets the first save at once: what a restart went on from may be in one place alone.
             replicate_now=not self._replicated,
         )
-        saving = self._save_to_memory(request) if self._tiers is not None else None
+        saving: SaveJob | None = None
+        if self._tiers is not None:
+            saving = self._tiers.begin(request)
+            self._replicated = True
         if saving is None:
             if not durable:
                 return
@@ -213,25 +230,19 @@ class Checkpointer:
         self._saving = saving
         copied_bytes = sum(part.nbytes for part in request.plan.parts)
         saving.predicted_stall_s = self._stall.begin(copied_bytes, time.monotonic())
+        if problem is not None:
+            saving.give_up(problem)
         saving.start()
         saving.eager_copied.wait()
         saving.blocked_s += time.monotonic() - began
-
-    def _save_to_memory(self, request: SaveRequest) -> SaveJob | None:
-        assert self._tiers is not None
-        if not self._start_decided:
-            self._tiers.start_anew()
-        self._start_decided = True
-        saving = self._tiers.begin(request)
-        self._replicated = True
-        return saving
 
     def _save_to_storage(self, request: SaveRequest) -> SaveJob:
         plan, snapshot = request.plan, request.snapshot
         assert snapshot is not None
         sizes = [part.nbytes + CRC_BYTES for part in plan.parts]
         reserve = partial(self._arena.reserve, sizes, pinned=snapshot.pinned)
-        return StorageSave(self._context, request, TensorSource(plan, snapshot, self._arena, prepare=reserve))
+        source = TensorSource(plan, snapshot, self._arena, prepare=lambda: (request.replicas.digests(), reserve()))
+        return StorageSave(self._context, request, source)
 
     def wait_copied(self) -> float:
         """Wait until the running save needs no tensor any more; call it right before anything changes them.
@@ -241,8 +252,14 @@ class Checkpointer:
 
         Raises:
             SnapshotMutated: a tensor was changed too early; the save is given up.
+            PlaceInUse, CheckpointError: as :meth:`save`, in the first call after a restore; and whenever another job
+                was found to have taken the place over.
             Exception: a bug that ended the save before, or an error of ``on_event``.
         """
+        self._start.before_update()
+        return self._wait_copied()
+
+    def _wait_copied(self) -> float:
         saving = self._saving
         if saving is None:
             return 0.0
@@ -299,10 +316,11 @@ class Checkpointer:
 
         ``"auto"`` takes the newest step that all ranks find complete and undamaged. Each file is read from the fastest
         undamaged copy: this node's memory, another node's, the local disks, storage. Newer damaged steps are reported
-        (a ``CheckpointRejected`` event, and a log line that names the file) and set aside: renamed to
-        ``step_XXXXXXXX.aside-N``. Interrupted saves are reported and cleared away. An integer takes that step, and sets
-        newer ones aside. A run that never calls this starts from scratch: its first save removes what earlier attempts
-        left in memory.
+        (a ``CheckpointRejected`` event, and a log line that names the file). An integer takes that step.
+
+        Reading changes nothing. If the run goes on from there (see :meth:`save`), newer steps are set aside then, by
+        the name ``step_XXXXXXXX.aside-N``, and interrupted saves are cleared away. With a memory tier, a step that is
+        in the memory of too few nodes is copied again at once, unless another job has the place.
 
         Args:
             which: ``"auto"``, or a step.
@@ -346,35 +364,22 @@ class Checkpointer:
         """
         if self._closed:
             raise CheckpointError("restore on a closed Checkpointer")
+        if which != "auto":
+            which = as_step(which, "restore", 'an integer, or "auto"')
         self._finish()
-        saver, tiers = self._context, self._tiers
-        agreement = Agreement(self._group, saver.rank, saver.world_size)
-        context = RestoreContext(saver.store, saver.rank, saver.world_size, agreement, saver.on_event, self._io)
         running = like is not None or into is not None
         select = partial(make_selection, parts, strict, rename, cast, running=running)
-        request = agree_on_request(like, into, self._group, context, any_world_size=any_world_size, select=select)
-        self._start_decided = True
-        if tiers is None:
-            return restore(which, context, request, None)
-        survey = Survey(tiers.folder, tiers.disk_folder, tiers.meeting.nodes, saver.rank, agreement, self._io)
-        restored = restore(which, context, request, survey)
-        if restored is not None:
-            self._heal(restored, survey, tiers)
+        reading = Reading(self._context, self._tiers, self._group)
+        restored = reading.restore(self._start, which, like, into, select, any_world_size=any_world_size)
+        if restored is not None and reading.lacks_copies(restored) and self._start.try_claim(reading.agreement):
+            # Before training goes on. If another job has the place, it sees to its copies.
+            _log.info("step %d is in the memory of too few nodes; it is copied again", restored.step)
+            with self._start.deferred():
+                self.save(restored.step, replicated=restored.replicated, local=restored.local, durable=False)
+            self._finish()
+            if self._tiers is not None:
+                self._tiers.wait_partner()
         return restored
-
-    def _heal(self, restored: Restored, survey: Survey, tiers: Tiers) -> None:
-        """A step that fewer nodes hold in memory than should is copied again before training goes on."""
-        same_world_size = restored.world_size == self._context.world_size
-        if (
-            not same_world_size
-            or not restored.as_saved
-            or not survey.lacks_copies(restored.step, tiers.copies_in_memory)
-        ):
-            return
-        _log.info("step %d is in the memory of too few nodes; it is copied again", restored.step)
-        self.save(restored.step, replicated=restored.replicated, local=restored.local, durable=False)
-        self._finish()
-        tiers.wait_partner()
 
     def close(self) -> None:
         """Wait until the running save is committed or has failed, and end the threads; closing twice is harmless.
@@ -429,6 +434,7 @@ class Checkpointer:
             self._saving.join()
         if self._tiers is not None:
             self._tiers.close()
+        self._context.lease.close()
         self._io.shutdown()
         self._arena.clear()
         self._device_room.clear()
@@ -437,6 +443,6 @@ class Checkpointer:
     def _finish(self) -> None:
         """Confirm the running save, and wait for its end."""
         if self._saving is not None:
-            self.wait_copied()
+            self._wait_copied()
             self._saving.done.wait()
             raise_error(self._saving)

@@ -37,6 +37,16 @@ class CheckpointConfig:
     After that, the save is given up and reported, and training goes on. Choose more than the longest time by which one
     rank's storage may lag behind another's."""
 
+    lease_s: float = 60.0
+    """One job at a time saves in a place: it holds a lease there, and renews it six times in this many seconds. If its
+    node dies, another job waits this long before it takes the place. A job that a launcher restarts, or whose
+    predecessor died on the same machine, does not wait."""
+
+    old_steps: Literal["refuse", "set_aside", "keep"] = "refuse"
+    """What a run that restores nothing does in a place that has committed steps: ``refuse`` to save there, move them to
+    a folder of their own (``set_aside``), or ``keep`` them as if they were its own, e.g. because it has loaded one of
+    them by other means."""
+
     io_threads: int = 4
     """Threads per rank that checksum, write and fsync files (and read and verify them at restore)."""
 
@@ -50,6 +60,11 @@ class CheckpointConfig:
 
     pack_below_kb: float = 16.0
     """Tensors smaller than this are packed into arrays of bytes, of up to ``chunk_mb``; 0 gives each its own array."""
+
+    compare_replicas: Literal["sampled", "whole", "off"] = "sampled"
+    """How replicated state is compared before a step is committed. Each piece of it is digested by the rank that writes
+    it and by one other: ``sampled``, 4 kB of each MiB, other ones with each step, and whole what is smaller; or the
+    ``whole`` of it. Where they differ, the save fails, and names tensor and ranks. Values are compared on all ranks."""
 
     memory_every_steps: int = 0
     """Optimizer steps from one checkpoint in host memory to the next; 0: none. These checkpoints are in shared memory
@@ -87,10 +102,17 @@ class CheckpointConfig:
         require(self.interval_limit_s > 0, "checkpoint.interval_limit_s", self.interval_limit_s, "seconds > 0")
         require(self.keep_last >= 0, "checkpoint.keep_last", self.keep_last, "keep_last >= 0 (0 keeps all)")
         require(self.commit_timeout_s > 0, "checkpoint.commit_timeout_s", self.commit_timeout_s, "seconds > 0")
+        require(1 <= self.lease_s <= 600, "checkpoint.lease_s", self.lease_s, "1 to 600 seconds")
+        known = ("refuse", "set_aside", "keep")
+        require(self.old_steps in known, "checkpoint.old_steps", self.old_steps, ", ".join(known))
         require(1 <= self.io_threads <= 64, "checkpoint.io_threads", self.io_threads, "1 to 64")
         require(self.host_memory_mb >= 0, "checkpoint.host_memory_mb", self.host_memory_mb, "MB >= 0 (0: as needed)")
         require(self.chunk_mb > 0, "checkpoint.chunk_mb", self.chunk_mb, "MB > 0")
         require(self.pack_below_kb >= 0, "checkpoint.pack_below_kb", self.pack_below_kb, "kB >= 0 (0: never)")
+        modes = ("sampled", "whole", "off")
+        require(
+            self.compare_replicas in modes, "checkpoint.compare_replicas", self.compare_replicas, " or ".join(modes)
+        )
         least = 4 * self.chunk_mb
         require(
             not self.host_memory_mb or self.host_memory_mb >= least,

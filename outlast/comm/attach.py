@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -66,10 +67,11 @@ def attach(
     Raises:
         UnknownKey: there is no such setting; names the nearest one that exists.
         UnknownCompressor, OutOfRange: a setting is wrong.
-        CommError: nothing averages this model's gradients yet, an argument does not apply to it, or what it is set up
-            to do cannot be compressed.
+        CommError: nothing averages this model's gradients yet, there is no process group, an argument does not apply to
+            the model, or what it is set up to do cannot be compressed.
     """
     settled = _settle(config, settings)
+    _check_group()
     ddp_only = {"dense_direction": dense_direction, "on_choice": on_choice}
     if isinstance(model_or_engine, DistributedDataParallel):
         _refuse("DistributedDataParallel", {"replicas": replicas})
@@ -106,6 +108,19 @@ def _settle(config: CommConfig | None, settings: Mapping[str, Any]) -> CommConfi
         if name not in known:
             raise UnknownKey(f"attach: no setting {name}", nearest(name, known))
     return CommConfig(**settings) if config is None else replace(config, **settings)
+
+
+def _check_group() -> None:
+    """Raises CommError if the environment says that there are other ranks, and there is no process group."""
+    rank, ranks = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    others = rank.isdecimal() and ranks.isdecimal() and int(ranks) > 1
+    if others and not dist.is_initialized():
+        raise CommError(
+            f"RANK={rank} and WORLD_SIZE={ranks} say that this is one of {ranks} ranks, but there is no process group, "
+            "so nothing would be averaged with the others",
+            "call torch.distributed.init_process_group() first, then wrap the model, then outlast.comm.attach(); for a "
+            "process on its own, unset RANK and WORLD_SIZE",
+        )
 
 
 def _refuse(what: str, arguments: Mapping[str, object]) -> None:

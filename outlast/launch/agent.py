@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import signal
 import time
 from pathlib import Path
@@ -27,6 +28,8 @@ from outlast.launch.rank_output import RankOutput
 
 STARTS = "outlast/starts"
 """Key in the rendezvous store that counts how often the job's ranks were started."""
+JOB_NAME = "outlast/job"
+"""Key in the rendezvous store of a name that no other job has."""
 
 log = logging.getLogger("outlast.launch")
 
@@ -92,12 +95,15 @@ class WatchedAgent(LocalElasticAgent):
         """How often the job's ranks were started before.
 
         Node 0 of the round counts it in the store that outlives rounds, and hands it to the others through the round's
-        own store.
+        own store; likewise the job's name, which the first round draws.
         """
         store = worker_group.store
         assert isinstance(store, dist.PrefixStore)  # type: ignore[attr-defined]
         if worker_group.group_rank == 0:
-            store.set(STARTS, str(store.underlying_store.add(STARTS, 1) - 1))
+            lasting = store.underlying_store
+            store.set(JOB_NAME, lasting.compare_set(JOB_NAME, "", secrets.token_hex(8)))
+            store.set(STARTS, str(lasting.add(STARTS, 1) - 1))
+        self._output.job = store.get(JOB_NAME).decode()
         return int(store.get(STARTS))
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:

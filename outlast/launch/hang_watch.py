@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+import psutil
 
 from outlast.diagnostics.live import (
     Culprit,
@@ -20,9 +23,11 @@ from outlast.diagnostics.live import (
     ring_path,
     shm_directory,
 )
-from outlast.errors import DiagnosticsError
+from outlast.errors import DiagnosticsError, RunDirectoryError
 from outlast.launch.config import LaunchConfig
 
+_GRAIN_S = 1.0
+"""The kernel's start times, and the clock that they are counted from, are coarse."""
 _NO_TIME_S = 1e-9
 """Replaces a median step that is not known yet, so that the floor is the limit."""
 
@@ -39,6 +44,7 @@ class HangWatch:
     """
 
     def __init__(self, run_dir: Path, config: LaunchConfig) -> None:
+        self._run_dir = run_dir
         self.shm_dir = shm_directory(run_dir)
         self.rules = StallRules(
             floor_s=config.hang_floor_s,
@@ -49,18 +55,43 @@ class HangWatch:
         self._started_s = time.monotonic()
 
     def begin(self, ranks: tuple[int, ...]) -> None:
-        """``ranks`` are about to be started: remove what their predecessors left."""
+        """``ranks`` are about to be started: remove what their predecessors left.
+
+        Raises:
+            RunDirectoryError: processes of another job, which are alive, are these ranks of this run; nothing is
+                removed.
+        """
+        others = self._others(ranks)
+        if others:
+            rank, pid = next(iter(others.items()))
+            raise RunDirectoryError(
+                f"the run in {self._run_dir} is being trained on this node: process {pid} is its rank {rank}",
+                f"stop that job, or wait until it ends; or start elsewhere: --run.dir OTHER (if process {pid} is "
+                f"something else, remove {self.shm_dir})",
+            )
         self._remove_files(ranks)
         self._started_s = time.monotonic()
 
     def close(self, ranks: tuple[int, ...]) -> None:
         """Remove what ``ranks`` left, and the folder unless other processes of this machine still use it."""
-        self._remove_files(ranks)
+        self._remove_files(tuple(rank for rank in ranks if rank not in self._others(ranks)))
         try:
             self.shm_dir.rmdir()
         except OSError as error:  # still in use, or already removed by another process
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                 raise
+
+    def _others(self, ranks: tuple[int, ...]) -> dict[int, int]:
+        """The processes of those ranks whose heartbeat is that of another job's process, and alive."""
+        others = {}
+        for rank in ranks:
+            try:
+                beat = read_heartbeat(heartbeat_path(self.shm_dir, rank))
+            except DiagnosticsError:
+                continue
+            if _is_of_others(beat.pid, beat.t_s):
+                others[rank] = beat.pid
+        return others
 
     def find_hung(self, pids: Mapping[int, int], *, alone: bool) -> tuple[Culprit, ...]:
         """The ranks to kill now; usually none.
@@ -111,6 +142,19 @@ class HangWatch:
                 _stopped_in_step(Observation(rank=rank, pid=pid, state=state, started_s=self._started_s, beat=beat))
             )
         return seen
+
+
+def _is_of_others(pid: int, since_s: float) -> bool:
+    """Whether the process is neither this one nor started by it, and has lived since a time on the monotonic clock."""
+    try:
+        process = psutil.Process(pid)
+        ours = os.getpid() in (pid, *(parent.pid for parent in process.parents()))
+        if ours or process_state(pid) == "dead":
+            return False
+        # A pid may be used again.
+        return bool(process.create_time() <= time.time() - (time.monotonic() - since_s) + _GRAIN_S)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _stopped_in_step(one: Observation) -> Observation:

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import LogsDest
 
+from outlast.checkpoint.ownership import JOB
 from outlast.launch.place import GENERATION
 
 
@@ -25,6 +26,8 @@ class RankOutput(LogsSpecs):
         super().__init__(log_dir=str(self.folder))
         self.generation = 0
         """The generation of the ranks that start next; the agent sets it."""
+        self.job = ""
+        """Names the job to its ranks, the same after each restart and on all nodes; the agent sets it."""
 
     @property
     def root_log_dir(self) -> str:
@@ -32,7 +35,7 @@ class RankOutput(LogsSpecs):
         return str(self.folder)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Destinations by local rank; also sets each rank's error file and generation in its environment."""
+        """Destinations by local rank; also sets each rank's error file, job and generation in its environment."""
         folder = self.folder / f"restart_{self.generation}"
         folder.mkdir(parents=True)
         out = LogsDest()
@@ -45,5 +48,6 @@ class RankOutput(LogsSpecs):
                 out.tee_stderrs[local_rank] = f"{stem}.err"
             out.error_files[local_rank] = f"{stem}.error.json"
             environ[GENERATION] = str(self.generation)
+            environ[JOB] = self.job
             environ["TORCHELASTIC_ERROR_FILE"] = f"{stem}.error.json"
         return out

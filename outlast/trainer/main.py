@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from outlast.checkpoint import Checkpointer
+from outlast.checkpoint.ownership import Lease
 from outlast.comm import Choice
 from outlast.config import Overrides, load, split_overrides
 from outlast.diagnostics import (
@@ -55,7 +56,7 @@ from outlast.trainer.model import GPT
 from outlast.trainer.progress import Progress
 from outlast.trainer.rng import seed_all
 from outlast.trainer.run import Run
-from outlast.trainer.run_directory import Attempt, begin_attempt, run_path
+from outlast.trainer.run_directory import Attempt, begin_attempt, run_lease, run_path
 from outlast.trainer.summary import render_summary
 
 _LOG = logging.getLogger("outlast")
@@ -116,7 +117,8 @@ def run_rank(config: Config, place: Place) -> None:
         # torchrun counts restarts per node; a node whose own ranks never failed would not resume.
         place = replace(place, generation=process_group.maximum(device, place.generation))
         resume = "auto" if place.generation > 0 else config.run.resume
-        attempt, epoch = _claim_attempt(config, device, resuming=resume != "never")
+        lease = stack.enter_context(closing(run_lease(config)))
+        attempt, epoch = _claim_attempt(config, device, lease, resuming=resume != "never")
         logs.set_up_file(attempt.log_path(place.rank), place.rank)
         run = None
         try:
@@ -135,13 +137,16 @@ def run_rank(config: Config, place: Place) -> None:
             _remove_shared_memory(run)
 
 
-def _claim_attempt(config: Config, device: torch.device, *, resuming: bool) -> tuple[Attempt, str]:
-    """Rank 0 claims the next attempt; returns it and a token on every rank. If rank 0 is refused, every rank raises."""
+def _claim_attempt(config: Config, device: torch.device, lease: Lease, *, resuming: bool) -> tuple[Attempt, str]:
+    """Rank 0 takes the run's directory, and the next attempt's folder; returns it and a token on every rank.
+
+    If rank 0 is refused, every rank raises.
+    """
     refusal: RunDirectoryError | None = None
     number = 0
     if dist.get_rank() == 0:
         try:
-            number = begin_attempt(config, resuming=resuming).number
+            number = begin_attempt(config, lease, resuming=resuming).number
         except RunDirectoryError as error:
             refusal = error
     number, epoch = process_group.broadcast_token(device, number)
@@ -203,6 +208,7 @@ def _build_run(
             on_event=emit,
         )
     )
+    checkpointer.claim()
     checkpointer.watch(model)
     order: dict[str, Any] = {
         "context": config.model.context,

@@ -19,8 +19,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from outlast.checkpoint.ownership import Lease
+from outlast.checkpoint.storage.local import LocalStore
 from outlast.config import to_toml
-from outlast.errors import RunDirectoryError
+from outlast.errors import PlaceInUse, RunDirectoryError
 from outlast.trainer.config import Config
 
 
@@ -55,6 +57,17 @@ class Attempt:
             (self.path / folder).mkdir(parents=True, exist_ok=True)
 
 
+def _take(lease: Lease) -> None:
+    try:
+        lease.take()
+    except PlaceInUse as error:
+        raise RunDirectoryError(error.what, error.fix) from error
+    except OSError as error:
+        raise RunDirectoryError(
+            f"the run directory cannot be taken: {error}", "choose another: --run.dir OTHER"
+        ) from error
+
+
 def is_used(run: Path) -> bool:
     """Whether a run was started in this directory."""
     return any((run / name).exists() for name in ("config.toml", "attempts", "checkpoints"))
@@ -85,13 +98,24 @@ def check_usable(config: Config, *, resuming: bool) -> Path:
     return run
 
 
-def begin_attempt(config: Config, *, resuming: bool) -> Attempt:
-    """Claim the next attempt's folder; called on one rank, which broadcasts the number.
+def run_lease(config: Config) -> Lease:
+    """The lease on the run's directory, not taken yet: one job at a time trains in it."""
+    run = run_path(config)
+    return Lease(
+        LocalStore(str(run)), config.checkpoint.lease_s, what=f"the run directory {run}", ways_out="--run.dir OTHER"
+    )
+
+
+def begin_attempt(config: Config, lease: Lease, *, resuming: bool) -> Attempt:
+    """Take the run's directory and the next attempt's folder; called on one rank, which broadcasts the number.
 
     Raises:
-        RunDirectoryError: see :func:`check_usable`.
+        RunDirectoryError: see :func:`check_usable`; or another job trains in it, which is named.
     """
+    if run_path(config).is_dir():
+        _take(lease)  # before anything is changed
     run = check_usable(config, resuming=resuming)
+    _take(lease)
     attempts = run / "attempts"
     attempts.mkdir(exist_ok=True)
     taken = [int(entry.name) for entry in attempts.iterdir() if entry.name.isdecimal()]

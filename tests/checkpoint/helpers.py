@@ -17,8 +17,8 @@ from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointResto
 from tests.checkpoint.states import local, same, state
 
 E = TypeVar("E", bound=Event)
-QUICK = CheckpointConfig(commit_timeout_s=60.0, keep_last=0, io_threads=2, pack_below_kb=0)
-"""Nothing is packed, so that every tensor is a file whose path tells which it is."""
+QUICK = CheckpointConfig(commit_timeout_s=60.0, keep_last=0, io_threads=2, pack_below_kb=0, old_steps="keep")
+"""Nothing is packed, so that every tensor is a file whose path tells which it is. A test may save in a used place."""
 
 
 def checkpointer(
@@ -100,10 +100,12 @@ def restored_by_one(
     with checkpointer(url, events, attempt_id=attempt_id, **settings) as one:
         back = one.restore(which, into=state(99) if into else None)
         if back is None:
+            one.wait_copied()
             return None, events
         assert same(back.replicated, state(back.step))
         assert same(back.local, local(back.step))
         assert same(back.read_local(0), back.local)
+        one.wait_copied()  # the run goes on from there
         return back.step, events
 
 

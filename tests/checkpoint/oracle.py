@@ -20,9 +20,10 @@ import torch
 from outlast.checkpoint import CheckpointConfig, Checkpointer, Restored
 from outlast.checkpoint.format.names import COMMIT, parse_step, rank_name
 from outlast.checkpoint.format.records import Fault
+from outlast.checkpoint.ownership import lease
 from outlast.checkpoint.peers.collectives import Agreement
 from outlast.checkpoint.restore.candidates import Candidate
-from outlast.checkpoint.restore.housekeeping import Housekeeping
+from outlast.checkpoint.restore.housekeeping import NO_STEP, Settlement, find_steps, records_of
 from outlast.checkpoint.restore.load import Loader
 from outlast.checkpoint.restore.request import RestoreContext, RestoreRequest
 from outlast.checkpoint.restore.restore import restore_newest, restore_step
@@ -35,6 +36,7 @@ from tests.checkpoint.damage import flip
 from tests.checkpoint.recorder import Mark, Names, Tree
 from tests.checkpoint.states import same
 
+lease._UNREADABLE_S = 0.01  # thousands of crashes leave a lease half written
 URL = "run/checkpoints"
 """Below the recorded directory, so that the making of directories is recorded too."""
 
@@ -89,7 +91,9 @@ class Program:
         self._recording = recording
         self._world_size = world_size
         # Some tensors packed, some not.
-        self._config = CheckpointConfig(commit_timeout_s=60.0, keep_last=keep_last, io_threads=1, pack_below_kb=0.02)
+        self._config = CheckpointConfig(
+            commit_timeout_s=60.0, keep_last=keep_last, io_threads=1, pack_below_kb=0.02, old_steps="keep"
+        )
 
     def save(self, version: str, *steps: int) -> None:
         """An attempt that saves these steps; all are committed."""
@@ -124,7 +128,7 @@ class Program:
 
     def restore(self) -> Version | None:
         """Restore what is newest."""
-        found = restore(self._recording.root, self._world_size)
+        found = restore(self._recording.root, self._world_size, go_on=True)
         if found is None:
             self._recording.recorder.mark("nothing")
             return None
@@ -135,26 +139,47 @@ class Program:
     def go_back(self, step: int, version: str) -> None:
         """Restore one step; newer ones must go."""
         self._recording.recorder.mark("back", step, version)
-        found = restore(self._recording.root, self._world_size, step)
+        found = restore(self._recording.root, self._world_size, step, go_on=True)
         assert found is not None
         assert version_of(found, self._world_size) == (step, version)
         self._recording.recorder.mark("restored", step, version)
 
 
-def restore(root: Path, world_size: int, step: int | None = None) -> Restored | None:
-    """As the program would: a ``Checkpointer``, or all ranks' parts of a restore without a process group."""
+def restore(root: Path, world_size: int, step: int | None = None, *, go_on: bool = False) -> Restored | None:
+    """As the program would: a ``Checkpointer``, or all ranks' parts of a restore without a process group.
+
+    Args:
+        root: the recorded directory.
+        world_size: ranks.
+        step: None: the newest.
+        go_on: whether training goes on from there, so that the place is put in order.
+    """
     config = CheckpointConfig(io_threads=1)
     with Checkpointer(
         root / URL, config, rank=0, world_size=1, attempt_id="r", on_event=lambda event: None
     ) as checkpointer:
-        checkpointer._io = _Inline(1)
+        checkpointer._context = replace(checkpointer._context, io=_Inline(1))
         if world_size == 1:
-            return checkpointer.restore("auto" if step is None else step)
+            found = checkpointer.restore("auto" if step is None else step)
+            if go_on:
+                checkpointer.wait_copied()
+            return found
         saver, agreement = checkpointer._context, Agreement(None, 0, 1)
-        context = RestoreContext(saver.store, 0, world_size, agreement, saver.on_event, checkpointer._io)
-        loader = _AllRanks(context, RestoreRequest(None, any_world_size=False, read_once=False), None)
-        housekeeping = Housekeeping(context, None)
-        return restore_newest(loader, housekeeping) if step is None else restore_step(step, loader, housekeeping)
+        context = RestoreContext(saver.store, 0, world_size, agreement, saver.on_event, saver.io)
+        scanned, reading = find_steps(context)
+        loader = _AllRanks(reading, RestoreRequest(None, any_world_size=False, read_once=False), None)
+        if step is not None:
+            found = restore_step(step, loader, scanned)
+            newer = records_of(reading, [other for other in scanned.committed if other > step])
+            settlement = Settlement(context, None, scanned, step, superseded=newer)
+        else:
+            found, damaged = restore_newest(loader, scanned)
+            at = found.step if found is not None else NO_STEP
+            settlement = Settlement(context, None, scanned, at, damaged=records_of(reading, damaged))
+        checkpointer._start.restored(settlement)
+        if go_on:
+            checkpointer.wait_copied()
+        return found
 
 
 def version_of(found: Restored, world_size: int) -> Version:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,10 +43,21 @@ def test_it_opens_and_verifies(url: Path) -> None:
     assert verification.files > 30
 
 
-def without_date(path: Path) -> str:
-    """A file's bytes as text; of the commit record without the time of the commit, and so without its checksum."""
-    text = path.read_text("latin-1")
-    return re.sub(r'"saved_at": [0-9.]+|"crc32c":"[0-9a-f]{8}"', "", text) if path.name == "commit.json" else text
+def as_version_2(path: Path) -> Any:
+    """A file's bytes; of JSON what version 2 wrote too, but for the time, and for checksums and sizes of JSON."""
+    if path.suffix != ".json":
+        return path.read_bytes()
+    document = json.loads(path.read_bytes())
+    if path.name == "zarr.json":
+        document["attributes"].pop("outlast_container", None)
+        document["attributes"].get("outlast", {}).pop("format_version", None)
+        return document
+    for changed in ("format_version", "saved_at", "size_bytes", "crc32c"):
+        document.pop(changed, None)
+    for entry in document.get("files", document.get("votes", [])):
+        if not entry["chunk"]:
+            del entry["size_bytes"], entry["crc32c"]
+    return document
 
 
 def resume(rank: int, url: str, again: str) -> dict[str, Any]:
@@ -69,7 +79,7 @@ def resume(rank: int, url: str, again: str) -> dict[str, Any]:
         run.reducer.close()
 
 
-def test_it_resumes_and_what_is_saved_anew_is_the_same_byte_for_byte(url: Path, tmp_path: Path) -> None:
+def test_it_resumes_and_what_is_saved_anew_is_the_same_but_for_what_version_2_lacked(url: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     ranks = Ranks(WORLD_SIZE)
     try:
@@ -84,4 +94,4 @@ def test_it_resumes_and_what_is_saved_anew_is_the_same_byte_for_byte(url: Path, 
     files = files_of(KEPT / STEP)
     assert files_of(again / STEP) == files
     for file in files:
-        assert without_date(again / STEP / file) == without_date(KEPT / STEP / file), file
+        assert as_version_2(again / STEP / file) == as_version_2(KEPT / STEP / file), file

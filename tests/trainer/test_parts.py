@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.config import load, split_overrides
 from outlast.errors import RunDirectoryError
 from outlast.trainer.config import Config, ModelConfig, OptimConfig
@@ -22,8 +23,7 @@ from outlast.trainer.optim import (
     lr_share,
     optimizer_state,
 )
-from outlast.trainer.rng import load_rng_state, rng_state
-from outlast.trainer.run_directory import begin_attempt, is_used
+from outlast.trainer.run_directory import begin_attempt, is_used, run_lease
 
 SMALL = ModelConfig(layers=1, heads=2, width=8, context=8)
 
@@ -91,14 +91,16 @@ def settings(run: Path, *words: str) -> Config:
 
 def test_attempts_are_numbered_and_latest_links_to_the_newest(tmp_path: Path) -> None:
     run = tmp_path / "a" / "run"
+    lease = run_lease(settings(run))
     assert not is_used(run)
-    assert begin_attempt(settings(run), resuming=False).number == 1
+    assert begin_attempt(settings(run), lease, resuming=False).number == 1
     assert is_used(run)
     with pytest.raises(RunDirectoryError, match="already contains a run"):
-        begin_attempt(settings(run), resuming=False)
-    second = begin_attempt(settings(run, "--trainer.steps", "7"), resuming=True)
+        begin_attempt(settings(run), lease, resuming=False)
+    second = begin_attempt(settings(run, "--trainer.steps", "7"), lease, resuming=True)
     assert second.number == 2
     assert (run / "attempts" / "latest").resolve() == second.path
     assert load(Config, run / "config.toml", {}).trainer.steps == 100
     assert load(Config, second.path / "config.toml", {}).trainer.steps == 7
+    lease.close()
     assert sorted(p.name for p in run.iterdir()) == ["attempts", "config.toml"]

@@ -129,7 +129,8 @@ def import_step(
     Pickles are read without running anything that they name.
 
     Args:
-        source: a local path; a folder for ``dcp``, a file otherwise.
+        source: a local path; a folder for ``dcp``, otherwise a file, or a folder as Hugging Face's ``save_pretrained``
+            writes it: one file, or shards and their index.
         url: of the checkpoints, existing or new.
         format: of the source.
         step: the number that the step gets.
@@ -207,7 +208,7 @@ def _check_free(url: str | os.PathLike[str], step: int) -> None:
 
 def _save(url: str | os.PathLike[str], step: int, replicated: dict[str, Any]) -> CheckpointSaved:
     events: list[Event] = []
-    config = CheckpointConfig(keep_last=0)
+    config = CheckpointConfig(keep_last=0, old_steps="keep")
     attempt_id = f"import-{uuid.uuid4().hex}"
     with Checkpointer(url, config, rank=0, world_size=1, attempt_id=attempt_id, on_event=events.append) as saver:
         saver.save(step, replicated=replicated)

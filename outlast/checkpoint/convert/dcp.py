@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from outlast.checkpoint.convert.loadable import check_loadable
 from outlast.checkpoint.convert.safe_unpickle import Record, load_archive, load_records
 from outlast.checkpoint.storage.local import sync_dir
 from outlast.errors import CheckpointError, CorruptCheckpoint
@@ -28,8 +29,10 @@ def write(state: dict[str, Any], path: str, step: int) -> list[str]:
         Names of what the format cannot hold: empty dictionaries.
 
     Raises:
+        CheckpointError: PyTorch would not read something back; names it.
         OSError, ValueError, CheckpointError: the folder cannot be written.
     """
+    check_loadable(state, "dcp")
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save

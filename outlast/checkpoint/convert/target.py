@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ def new_target(path: str, *, folder: bool, force: bool) -> Iterator[str]:
     try:
         yield temporary
         check_target(path, folder=folder, force=force)
+        _take_mode(temporary)
         _publish(temporary, path)
     except OutlastError as error:
         if isinstance(error, CheckpointError) and path not in error.what:
@@ -86,6 +88,24 @@ def _publish(temporary: str, path: str) -> None:
     sync_dir(os.path.dirname(path))
     if old is not None:
         _discard(old)
+
+
+def _take_mode(path: str) -> None:
+    """Give files the mode that new ones have here (by umask, or by the folder), whatever wrote them and how."""
+    probe = _beside(path, "mode")
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    try:
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+        os.unlink(probe)
+    files = (
+        [path]
+        if not os.path.isdir(path)
+        else [os.path.join(at, name) for at, _, names in os.walk(path) for name in names]
+    )
+    for file in files:
+        os.chmod(file, mode)
 
 
 def _beside(path: str, end: str) -> str:

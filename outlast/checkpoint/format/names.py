@@ -13,19 +13,22 @@
         commit.json                 without it there is no checkpoint
       step_00000030.aside-1/        damaged or superseded; never read
       step_00000040.replaced/       is being overwritten; becomes the step again if that is interrupted
-      step_00000040.failed-E-S      a rank gave up this save (attempt E, save S); the others need not wait
+      earlier-1/step_00000020/      of an earlier run, moved away because a run began anew here
+      lease_00000001.json           which job saves here; removed when it ends
+      step_00000040.failed-E-S      a rank gave up this save (attempt E, save S), for the reason in it
 """
 
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from urllib.parse import quote, unquote
 
 from outlast.errors import CheckpointError
 
 HEADER = "outlast"
 """The root group's attribute that says what the checkpoint is; no key of the state may have this name."""
+CONTAINER = "outlast_container"
+"""The attribute of a group that says which type of container it is, and which keys in which order."""
 MEMORY, PARTNER, LOCAL_DISK, STORAGE = "memory", "partner", "local", "storage"
 """The tiers, as events name them."""
 COMMIT = "commit.json"
@@ -34,6 +37,8 @@ PACKS = "packed"
 NODE = "zarr.json"
 """The metadata document of a Zarr group or array."""
 
+EARLIER = re.compile(r"earlier-([0-9]+)")
+"""The folder of the steps that a run which began anew has moved away."""
 _STEP = re.compile(r"step_([0-9]{8,})")
 _ASIDE = re.compile(r"step_([0-9]{8,})\.aside-([0-9]+)")
 _REPLACED = re.compile(r"step_([0-9]{8,})\.replaced")
@@ -43,6 +48,9 @@ _PACK = re.compile(r"packed/rank_([0-9]{5,})\.[0-9]+/.+")
 _LOCAL = re.compile(r"rank_([0-9]{5,})/.+")
 _INTEGER = re.compile(r"~-?[0-9]+")
 _MAX_NAME_BYTES = 255
+_USUAL = re.compile(rf"(?!zarr\.json\Z)[A-Za-z0-9][A-Za-z0-9_.-]{{0,{_MAX_NAME_BYTES - 1}}}")
+"""Keys that are path components as they are, unless they are at the root."""
+_MAX_INTEGER_BITS = 256
 _PLAIN = " +=,@()_.-~"
 
 
@@ -112,7 +120,6 @@ def parse_failed(name: str) -> tuple[str, int] | None:
     return (unquote(match[2]), int(match[3])) if match else None
 
 
-@lru_cache(maxsize=65_536, typed=True)
 def encode_key(key: str | int, *, at_root: bool = False) -> str:
     """A key of the state as one path component; :func:`decode_key` is its inverse.
 
@@ -123,6 +130,8 @@ def encode_key(key: str | int, *, at_root: bool = False) -> str:
         CheckpointError: the key is empty, or not a string or integer, or its encoded form is longer than file systems
             allow.
     """
+    if type(key) is str and _USUAL.fullmatch(key) and not at_root:
+        return key
     if type(key) is int:
         return f"~{key}"
     if not isinstance(key, str):
@@ -149,6 +158,21 @@ def encode_key(key: str | int, *, at_root: bool = False) -> str:
             "shorten the key",
         )
     return name
+
+
+def fits(key: str | int) -> bool:
+    """Whether a key becomes a path component by :func:`encode_key`, which refuses others."""
+    if type(key) is int:
+        return key.bit_length() <= _MAX_INTEGER_BITS
+    text = str(key)
+    if _USUAL.fullmatch(text):
+        return True
+    if text.isascii():  # each character takes up to three bytes
+        return bool(text) and (3 * len(text) <= _MAX_NAME_BYTES or len(quote(text, safe=_PLAIN)) + 2 <= _MAX_NAME_BYTES)
+    try:
+        return len(quote(text, safe=_PLAIN)) + 2 <= _MAX_NAME_BYTES
+    except UnicodeEncodeError:
+        return False
 
 
 def decode_key(name: str) -> str | int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import crc32c
@@ -16,7 +16,9 @@ import crc32c
 from outlast.checkpoint.format.names import COMMIT
 from outlast.errors import CheckpointError, CorruptCheckpoint, UnknownFormatVersion
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Of what is written. Version 2 recorded neither the order of containers nor their types."""
+READABLE_VERSIONS = (2, 3)
 CRC_BYTES = 4
 """Size of the checksum at the end of a chunk."""
 _SEAL = re.compile(rb',"crc32c":"([0-9a-f]{8})"\}\n\Z')
@@ -74,6 +76,8 @@ class Vote:
     layout: str
     """Checksum of the names, shapes and types of the replicated state, which must be equal on all ranks."""
     files: tuple[FileEntry, ...]
+    replicas: dict[str, str] = field(default_factory=dict)
+    """CRC32C of pieces of the replicated state as this rank has them, of each from two ranks, and of its values."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class Commit:
     """Total size of all files that the votes list."""
     votes: tuple[FileEntry, ...]
     """By rank."""
+    format_version: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ def seal(record: Vote | Commit | SlotIndex) -> bytes:
 
 def unseal_vote(data: bytes, file: str) -> Vote:
     """The vote in a file's bytes; raises :class:`Fault`."""
-    body = _unseal(data, file, _KINDS[Vote])
+    body, _ = _unseal(data, file, _KINDS[Vote])
     try:
         return _vote(body)
     except (KeyError, TypeError) as error:
@@ -181,7 +186,7 @@ def unseal_vote(data: bytes, file: str) -> Vote:
 
 def unseal_placed(data: bytes, file: str) -> SlotIndex:
     """The index in a file's bytes; raises :class:`Fault`."""
-    body = _unseal(data, file, _KINDS[SlotIndex])
+    body, _ = _unseal(data, file, _KINDS[SlotIndex])
     try:
         vote = _vote(body["vote"])
         return SlotIndex(vote, {entry.path: int(body["places"][entry.path]) for entry in vote.files})
@@ -191,16 +196,20 @@ def unseal_placed(data: bytes, file: str) -> SlotIndex:
 
 def unseal_commit(data: bytes) -> Commit:
     """The commit record in a file's bytes; raises :class:`Fault`."""
-    body = _unseal(data, COMMIT, _KINDS[Commit])
+    body, version = _unseal(data, COMMIT, _KINDS[Commit])
     try:
         votes = tuple(FileEntry(**entry) for entry in body.pop("votes"))
-        return Commit(attempt_id=body.pop("epoch"), save_id=body.pop("serial"), votes=votes, **body)
+        return Commit(
+            attempt_id=body.pop("epoch"), save_id=body.pop("serial"), votes=votes, format_version=version, **body
+        )
     except (KeyError, TypeError) as error:
         raise Fault(CorruptCheckpoint, COMMIT, f"is not a commit record: {error}") from error
 
 
 def _keyed(record: Vote | Commit) -> dict[str, Any]:
-    return {_KEYS.get(name, name): value for name, value in asdict(record).items()}
+    fields = {_KEYS.get(name, name): value for name, value in asdict(record).items()}
+    fields.pop("format_version", None)  # comes first, in every record
+    return fields
 
 
 def _vote(body: dict[str, Any]) -> Vote:
@@ -208,7 +217,8 @@ def _vote(body: dict[str, Any]) -> Vote:
     return Vote(attempt_id=body.pop("epoch"), save_id=body.pop("serial"), files=files, **body)
 
 
-def _unseal(data: bytes, file: str, kind: str) -> dict[str, Any]:
+def _unseal(data: bytes, file: str, kind: str) -> tuple[dict[str, Any], int]:
+    """A record's fields, and its format version."""
     match = _SEAL.search(data)
     if match is None:
         raise Fault(CorruptCheckpoint, file, f"its {len(data)} bytes do not end in a checksum")
@@ -217,11 +227,12 @@ def _unseal(data: bytes, file: str, kind: str) -> dict[str, Any]:
         raise Fault(CorruptCheckpoint, file, f"expected CRC32C {match[1].decode()}, found {computed}")
     body: dict[str, Any] = json.loads(data)
     version = body.pop("format_version", None)
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
+        readable = ", ".join(map(str, READABLE_VERSIONS))
         raise Fault(
-            UnknownFormatVersion, file, f"has format version {version}; this version of outlast reads {FORMAT_VERSION}"
+            UnknownFormatVersion, file, f"has format version {version}; this version of outlast reads {readable}"
         )
     if body.pop("kind", None) != kind:
         raise Fault(CorruptCheckpoint, file, f"is not a {kind} record")
     del body["crc32c"]
-    return body
+    return body, version

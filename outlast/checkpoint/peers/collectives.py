@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from outlast.errors import CheckpointError
+
+
+def check_ranks(world_size: int, group: dist.ProcessGroup | None, caller: str) -> None:
+    """Refuse a process that is alone in its own eyes, but one of several ranks in its launcher's.
+
+    Args:
+        world_size: that it would have.
+        group: its process group, if it was given one.
+        caller: what was called, for the message.
+
+    Raises:
+        CheckpointError: ``RANK`` and ``WORLD_SIZE`` say that there are others, and there is no process group.
+    """
+    rank, ranks = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    others = rank.isdecimal() and ranks.isdecimal() and int(ranks) > 1
+    if world_size == 1 and others and group is None and not dist.is_initialized():
+        raise CheckpointError(
+            f"RANK={rank} and WORLD_SIZE={ranks} say that this is one of {ranks} ranks, but there is no process group: "
+            "each of them would save as if it were alone",
+            f"call torch.distributed.init_process_group() before {caller}(); for a process on its own, unset RANK and "
+            "WORLD_SIZE",
+        )
 
 
 class Agreement:

@@ -1,98 +1,121 @@
-"""What a restore puts in order in the storage and on the nodes, before it looks for a step and once it has one.
+"""What a restore finds in the storage, and what is put in order once the run goes on from the restored step.
 
-Nothing is changed that the next start needs: interrupted overwrites are undone first, and damaged or newer steps are
-set aside only once a valid one is loaded.
+A restore itself changes nothing: a job that only reads must not. What it leaves to be done is a :class:`Settlement`,
+which is carried out when the run takes the place for its own, with the first step or save after the restore.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from outlast.checkpoint.format.names import COMMIT, step_name
 from outlast.checkpoint.restore.messages import Failure, StoredStep, all_gather_messages
 from outlast.checkpoint.restore.request import RestoreContext
 from outlast.checkpoint.restore.survey import Survey
 from outlast.checkpoint.steps.catalog import Scan, bring_back, clear_leftover, only_readable, scan, set_aside
+from outlast.checkpoint.steps.overlay import overlay, scan_readable
 from outlast.checkpoint.storage.base import Store
-from outlast.errors import CheckpointError
+from outlast.errors import CheckpointError, PlaceInUse
 
 _log = logging.getLogger("outlast.checkpoint")
-T = TypeVar("T")
 NO_STEP = -1
 """Stands for the restored step where there is none."""
 _FIX = "check the storage and its permissions"
 
 
-@dataclass(frozen=True)
-class Housekeeping:
-    """Rank 0 changes the storage, and each node's leader its node. The methods are collective.
+def find_steps(context: RestoreContext) -> tuple[Scan, RestoreContext]:
+    """The steps in storage, and a context that reads them; the list is the same on all ranks. Collective.
 
-    Failure contract: where the storage fails rank 0, every rank raises :class:`CheckpointError`. A storage that is
-    read-only is no failure: what cannot be changed stays, and the report says so.
+    A step whose overwrite was interrupted is read from where its older commit is kept.
+
+    Raises:
+        CheckpointError: rank 0 cannot list the storage; raised on every rank.
     """
+    own: list[StoredStep] = []
+    failures: list[Failure] = []
+    if context.rank == 0:
+        try:
+            scanned = scan_readable(context.store)
+            own = [StoredStep(step, committed=True, replaced=step in scanned.replaced) for step in scanned.committed]
+            own += [StoredStep(step, committed=False) for step in scanned.uncommitted]
+        except OSError as error:
+            what = f"{context.store.url} cannot be listed: {error}"
+            failures = [Failure(CheckpointError.__name__, what, _FIX)]
+    for _, failure in all_gather_messages(context.agreement, Failure, failures):
+        raise failure.as_error()
+    stored = [message for _, message in all_gather_messages(context.agreement, StoredStep, own)]
+    found = Scan(
+        tuple(message.step for message in stored if message.committed),
+        tuple(message.step for message in stored if not message.committed),
+        tuple(message.step for message in stored if message.replaced),
+    )
+    return found, replace(context, store=overlay(context.store, found.replaced))
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """What is left to do when the run goes on from a restored step. Not collective."""
 
     context: RestoreContext
+    """With the store itself."""
     survey: Survey | None
     """Of the nodes; None: there is no tier but storage."""
+    found: Scan
+    """The steps that the restore saw."""
+    restored: int
+    """The step that was loaded; ``NO_STEP`` where there is none."""
+    damaged: Mapping[int, bytes] = field(default_factory=dict)
+    """Commit records of committed steps to set aside, whose faults are reported; by step."""
+    superseded: Mapping[int, bytes] = field(default_factory=dict)
+    """Likewise of those that are newer than the one that was asked for."""
 
-    def prepare(self, step: int | None) -> Scan:
-        """Undo interrupted overwrites, and list the steps in storage; the list is the same on all ranks.
+    def settle_storage(self) -> None:
+        """Undo interrupted overwrites, clear away cut-off saves, and set aside what the restored step leaves behind.
 
-        Args:
-            step: the one to restore; None: the newest. Where an interrupted overwrite of it cannot be undone, that is
-                an error: an older step must not be taken in its place.
+        On rank 0, once this run owns the place. What cannot be changed because the storage is read-only stays, and the
+        report says so.
+
+        Raises:
+            PlaceInUse: another job has saved newer steps since the restore.
+            OSError: the storage fails.
         """
-        scanned = self._on_rank_0(lambda: self._bring_back_and_scan(step))
-        own = []
-        if scanned is not None:
-            own = [StoredStep(step, committed=True) for step in scanned.committed]
-            own += [StoredStep(step, committed=False) for step in scanned.uncommitted]
-        stored = [message for _, message in all_gather_messages(self.context.agreement, StoredStep, own)]
-        return Scan(
-            tuple(message.step for message in stored if message.committed),
-            tuple(message.step for message in stored if not message.committed),
-        )
+        store = self.context.store
+        scanned = self._bring_back_and_scan()
+        newer = [step for step in scanned.committed if step > self.restored]
+        strangers = [step for step in newer if step not in self.found.committed]
+        if strangers:
+            since = "found no step" if self.restored == NO_STEP else f"restored step {self.restored}"
+            raise PlaceInUse(
+                f"{store.url}: another job has saved {_steps(strangers)} since this one {since}",
+                "restore again, or save to another place",
+            )
+        for step in self._unchanged(scanned, self.damaged):
+            _log.warning("%s: %s", step_name(step), self._set_aside(step))
+        for step in scanned.uncommitted:
+            outcome = self._unless_read_only(step, clear_leftover)
+            _log.warning("%s: the save was cut off before its commit record; %s", step_name(step), outcome)
+        for step in self._unchanged(scanned, self.superseded):
+            _log.warning("%s: newer than step %d; %s", step_name(step), self.restored, self._set_aside(step))
 
-    def finish(
-        self, scanned: Scan, restored: int, *, damaged: Iterable[int] = (), superseded: Iterable[int] = ()
-    ) -> None:
-        """Clear away what the restored step leaves behind: in storage, and newer steps on the nodes.
-
-        Args:
-            scanned: what :meth:`prepare` returned; its uncommitted steps are removed, or set aside.
-            restored: the step that was loaded; ``NO_STEP`` where there is none.
-            damaged: committed steps to set aside, whose faults are reported.
-            superseded: committed steps to set aside because they are newer than the one that was asked for.
-        """
-
-        def clear() -> None:
-            for step in damaged:
-                _log.warning("%s: %s", step_name(step), self._set_aside(step))
-            for step in scanned.uncommitted:
-                outcome = self._unless_read_only(step, clear_leftover)
-                self.context.report(step, f"the save was cut off before its commit record; {outcome}", COMMIT)
-            for step in superseded:
-                self.context.report(step, f"newer than the restored step {restored}; {self._set_aside(step)}")
-
-        self._on_rank_0(clear)
+    def settle_node(self) -> None:
+        """Remove newer steps from this node's memory and disk; on its leader."""
         if self.survey is not None:
-            self.survey.discard(newer_than=restored)
+            self.survey.discard(newer_than=self.restored)
 
-    def _bring_back_and_scan(self, step: int | None) -> Scan:
+    def _bring_back_and_scan(self) -> Scan:
         scanned = scan(self.context.store)
         if not scanned.replaced:
             return scanned
-        left_replaced = bring_back(self.context.store, scanned.replaced)
-        scanned = scan(self.context.store)
-        for replaced, reason in left_replaced:
-            self.context.report(replaced, reason)
-        for replaced, reason in left_replaced:
-            if replaced == step or (step is None and replaced > max(scanned.committed, default=NO_STEP)):
-                raise CheckpointError(f"{self.context.store.url}/{step_name(replaced)} exists, but {reason}", _FIX)
-        return scanned
+        for step, reason in bring_back(self.context.store, scanned.replaced):
+            self.context.report(step, reason)
+        return scan(self.context.store)
+
+    def _unchanged(self, scanned: Scan, records: Mapping[int, bytes]) -> list[int]:
+        """Those steps that are still what the restore saw."""
+        store = self.context.store
+        return [step for step, data in records.items() if step in scanned.committed and record_of(store, step) == data]
 
     def _set_aside(self, step: int) -> str:
         return self._unless_read_only(step, lambda store, step: f"set aside as {set_aside(store, step)}")
@@ -106,18 +129,19 @@ class Housekeeping:
                 raise
             return f"left in place, because the storage is read-only: {error}"
 
-    def _on_rank_0(self, task: Callable[[], T]) -> T | None:
-        """Rank 0's result, None on the other ranks; if it fails, every rank raises."""
-        result, failures = None, []
-        if self.context.rank == 0:
-            try:
-                result = task()
-            except OSError as error:
-                what = f"{self.context.store.url} cannot be listed or put in order: {error}"
-                failures = [Failure(CheckpointError.__name__, what, _FIX)]
-            except CheckpointError as error:
-                failures = [Failure.of(error)]
-        # No rank goes on before all are here.
-        for _, failure in all_gather_messages(self.context.agreement, Failure, failures):
-            raise failure.as_error()
-        return result
+
+def record_of(store: Store, step: int) -> bytes:
+    """The bytes of a step's commit record, as far as they can be read: they tell whether it is still the same save."""
+    try:
+        return bytes(store.read(f"{step_name(step)}/{COMMIT}"))
+    except OSError:
+        return b""
+
+
+def records_of(context: RestoreContext, steps: Iterable[int]) -> dict[int, bytes]:
+    """The commit records of some steps, on rank 0."""
+    return {step: record_of(context.store, step) for step in steps} if context.rank == 0 else {}
+
+
+def _steps(steps: list[int]) -> str:
+    return f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"

@@ -80,6 +80,8 @@ class StoredStep(Message):
 
     step: int
     committed: bool
+    replaced: bool = False
+    """Whether its older commit is read, because overwriting it was interrupted."""
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,27 @@
-"""A restore: candidates are chosen, the first valid one is loaded, and what it leaves behind is cleared away."""
+"""A restore: candidates are chosen, and the first valid one is loaded. Nothing is changed.
+
+What the run has to put in order before it goes on from there is returned.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
+from outlast.checkpoint.format.names import COMMIT
 from outlast.checkpoint.format.records import Fault
 from outlast.checkpoint.restore.candidates import newest_first, of_step
-from outlast.checkpoint.restore.housekeeping import NO_STEP, Housekeeping
+from outlast.checkpoint.restore.housekeeping import NO_STEP, Settlement, find_steps, records_of
 from outlast.checkpoint.restore.load import Loader, Restored
 from outlast.checkpoint.restore.request import RestoreContext, RestoreRequest
 from outlast.checkpoint.restore.survey import Survey
+from outlast.checkpoint.steps.catalog import Scan
 from outlast.checkpoint.steps.reader import as_error
 from outlast.errors import CorruptCheckpoint
 
 
 def restore(
     which: Literal["auto"] | int, context: RestoreContext, request: RestoreRequest, survey: Survey | None
-) -> Restored | None:
+) -> tuple[Restored | None, Settlement]:
     """Load the newest valid step, or the step asked for; collective over the context's agreement.
 
     Args:
@@ -25,23 +30,43 @@ def restore(
         request: equal on all ranks, see :func:`agree_on_request`.
         survey: of the nodes; None: there is no tier but storage.
 
+    Returns:
+        The state, or None if there is no step at all, and what to do when the run goes on from there.
+
     Raises:
         CheckpointError: see :meth:`Checkpointer.restore`. What one rank finds, every rank raises.
     """
-    loader, housekeeping = Loader(context, request, survey), Housekeeping(context, survey)
-    return restore_newest(loader, housekeeping) if which == "auto" else restore_step(which, loader, housekeeping)
+    found, reading = find_steps(context)
+    loader = Loader(reading, request, survey)
+    if which != "auto":
+        restored = restore_step(which, loader, found)
+        newer = [other for other in found.committed if other > which]
+        _report_uncommitted(context, found)
+        for other in newer:
+            context.report(
+                other, f"newer than the restored step {which}; if the run goes on from there, it is set aside"
+            )
+        return restored, Settlement(context, survey, found, which, superseded=records_of(reading, newer))
+    newest, damaged = restore_newest(loader, found)
+    _report_uncommitted(context, found)
+    step = newest.step if newest is not None else NO_STEP
+    return newest, Settlement(context, survey, found, step, damaged=records_of(reading, damaged))
 
 
-def restore_newest(loader: Loader, housekeeping: Housekeeping) -> Restored | None:
-    """The newest valid step; damaged ones are set aside. None if there is no step at all; collective."""
+def _report_uncommitted(context: RestoreContext, found: Scan) -> None:
+    for step in found.uncommitted:
+        reason = "the save was cut off before its commit record, or is in progress: it is not used"
+        context.report(step, reason, COMMIT)
+
+
+def restore_newest(loader: Loader, found: Scan) -> tuple[Restored | None, list[int]]:
+    """The newest valid step, None if there is no step at all; and the newer damaged ones. Collective."""
     context, survey = loader.context, loader.survey
-    scanned = housekeeping.prepare(None)
     damaged: dict[int, list[Fault]] = {}
-    for candidate in newest_first(scanned, survey.saves() if survey is not None else []):
+    for candidate in newest_first(found, survey.saves() if survey is not None else []):
         outcome = loader.load(candidate)
         if isinstance(outcome, Restored):
-            housekeeping.finish(scanned, outcome.step, damaged=damaged)
-            return outcome
+            return outcome, list(damaged)
         context.report_faults(candidate.step, outcome)
         if candidate.on_nodes is None:
             damaged[candidate.step] = outcome
@@ -53,20 +78,16 @@ def restore_newest(loader: Loader, housekeeping: Housekeeping) -> Restored | Non
             "nothing was changed; repair one, or move them away to start over",
         )
     # What a node's memory has lost cannot be repaired, so it is no reason to stop.
-    housekeeping.finish(scanned, NO_STEP)
-    return None
+    return None, []
 
 
-def restore_step(step: int, loader: Loader, housekeeping: Housekeeping) -> Restored:
-    """One step; newer ones are set aside; collective."""
+def restore_step(step: int, loader: Loader, found: Scan) -> Restored:
+    """One step; collective."""
     context, survey = loader.context, loader.survey
-    scanned = housekeeping.prepare(step)
     saves = survey.saves() if survey is not None else []
-    for candidate in of_step(step, scanned, saves, context.store):
+    for candidate in of_step(step, found, saves, context.store):
         outcome = loader.load(candidate)
         if isinstance(outcome, Restored):
-            newer = [other for other in scanned.committed if other > step]
-            housekeeping.finish(scanned, step, superseded=newer)
             return outcome
         if candidate.on_nodes is None:
             raise as_error(outcome[0], context.store, step)

@@ -10,7 +10,7 @@ from typing import Protocol
 from outlast.checkpoint.format.names import STORAGE
 from outlast.checkpoint.save.request import SaveRequest
 from outlast.checkpoint.save.source import Source
-from outlast.errors import CheckpointError, SnapshotMutated, StateMismatch
+from outlast.errors import CheckpointError, PlaceInUse, SnapshotMutated, StateMismatch
 from outlast.events import CheckpointFailed, Event
 
 _log = logging.getLogger("outlast.checkpoint")
@@ -108,6 +108,7 @@ class SaveJob:
         self._confirmed.set()
         if self._snapshot is not None:
             self._snapshot.release()
+        self._request.replicas.release()
         self.done.set()
 
     def _report(self, reason: Exception, tier: str, on_event: Callable[[Event], None]) -> None:
@@ -142,5 +143,10 @@ def raise_error(running: Background) -> None:
 
 
 def must_be_raised(error: Exception) -> bool:
-    """Whether an error is the program's fault. What the environment does is reported, and training goes on."""
-    return not isinstance(error, (OSError, CheckpointError)) or isinstance(error, (SnapshotMutated, StateMismatch))
+    """Whether an error is the program's fault, or nothing can be saved any more because another job has the place.
+
+    What else the environment does is reported, and training goes on.
+    """
+    return not isinstance(error, (OSError, CheckpointError)) or isinstance(
+        error, (SnapshotMutated, StateMismatch, PlaceInUse)
+    )

@@ -8,8 +8,10 @@ from typing import Any
 
 from outlast.checkpoint.config import CheckpointConfig
 from outlast.checkpoint.format.zarr import root_document
+from outlast.checkpoint.ownership.lease import Lease
 from outlast.checkpoint.save.io_threads import IoThreads
 from outlast.checkpoint.save.plan import RankPlan
+from outlast.checkpoint.save.replicas import Replicas
 from outlast.checkpoint.save.snapshot import Snapshot
 from outlast.checkpoint.storage.base import Store
 from outlast.events import Event
@@ -28,6 +30,8 @@ class SaveContext:
     on_event: Callable[[Event], None]
     io: IoThreads
     """Read and write files."""
+    lease: Lease
+    """On the store's place; the coordinator takes it, and confirms it before anything counts."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class SaveRequest:
     """What this rank writes."""
     snapshot: Snapshot | None
     """Of the plan's parts. None: they were copied before, and the training thread has confirmed the copy."""
+    replicas: Replicas
+    """This rank's digests of what all ranks have, or some."""
     began: float
     """When the call began, on the monotonic clock."""
     durable: bool = True
@@ -53,7 +59,7 @@ class SaveRequest:
     def without_tensors(self) -> SaveRequest:
         """The same request without references to the tensors, for whoever keeps it longer than they may be kept."""
         parts = tuple(replace(part, contents=()) for part in self.plan.parts)
-        return replace(self, plan=replace(self.plan, parts=parts), snapshot=None)
+        return replace(self, plan=replace(self.plan, parts=parts, pieces=()), snapshot=None)
 
     def root_document(self, context: SaveContext) -> bytes:
         """The root group's ``zarr.json``, which names the attempt and the save."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -49,6 +50,7 @@ class Matched:
         self.not_taken: tuple[Mismatch, ...] = self._matching.not_taken
         boxes = target.boxes if target is not None else {}
         self.boxes: dict[str, Box] = {old: boxes[new] for old, new in self._taken.items() if new in boxes}
+        self._wrappers: dict[str, str] = {}
 
     @property
     def left_out(self) -> frozenset[str]:
@@ -101,11 +103,26 @@ class Matched:
         """See :meth:`RestoreTarget.placed`."""
         return tensor if self._target is None else self._target.placed(self._taken[path], tensor)
 
-    def arrange(self, state: MutableMapping[Any, Any]) -> None:
+    def check_wrappers(self, shapes: Mapping[str, dict[str, Any]]) -> None:
+        """See :meth:`RestoreTarget.check_wrappers`."""
+        if self._target is not None:
+            self._wrappers = self._target.check_wrappers(shapes, self._taken)
+
+    def wrapper(self, path: str, shape: dict[str, Any], inner: dict[Any, Any]) -> Any:
+        """The wrapper that a group becomes; None: it becomes what its shape says."""
+        if self._target is None or path not in self._wrappers:
+            return None
+        return self._target.wrapper(self._wrappers[path], shape, inner)
+
+    def arrange(self, state: MutableMapping[Any, Any], odd_keys: Mapping[str, Any]) -> None:
         """Move what has a new name to its place, and remove :data:`LEFT_OUT`, in a state as it was saved.
 
         A dictionary that loses all its tensors is removed with the values in it. Values go where the tensors beside
-        them go.
+        them go. A list or tuple has None in the place of what it loses.
+
+        Args:
+            state: nested.
+            odd_keys: the keys whose components do not tell them.
         """
         if self.is_as_saved:
             return
@@ -114,10 +131,34 @@ class Matched:
         stayed = {old.rpartition("/")[0] for old in self._taken if old not in moves}
         for old in beside.keys() & stayed:
             del beside[old]  # some tensors are still there: values stay with them
+        moves |= _container_moves(self._taken)
         moved: list[tuple[str, Any]] = []
         _walk(state, "", moves, {old: new for old, new in beside.items() if old != new}, moved)
         for path, value in moved:
-            _insert(state, path, value)
+            _insert(state, path, value, odd_keys)
+
+
+def _container_moves(taken: Mapping[str, str]) -> dict[str, str]:
+    """Old and new paths of the containers that move as they are: with all tensors that are below either."""
+    below_old, below_new, below_both = Counter[str](), Counter[str](), Counter[tuple[str, str]]()
+    for old, new in taken.items():
+        below_old.update(_above(old))
+        below_new.update(_above(new))
+        for pair in zip(_above(old), _above(new), strict=False):
+            if old[len(pair[0]) :] != new[len(pair[1]) :]:
+                break
+            below_both[pair] += 1
+    return {
+        old: new for (old, new), count in below_both.items() if old != new and count == below_old[old] == below_new[new]
+    }
+
+
+def _above(path: str) -> list[str]:
+    """The paths of the containers around a tensor, innermost first, without the state itself."""
+    found = []
+    while path := path.rpartition("/")[0]:
+        found.append(path)
+    return found
 
 
 def _walk(
@@ -135,7 +176,12 @@ def _walk(
             del state[key]
             lost = True
         elif below in moves:
-            moved.append((moves[below], state.pop(key)))
+            if isinstance(value, MutableMapping):
+                _walk(value, below, {}, {}, moved)
+            elif _has_tensor(value) and not isinstance(value, torch.Tensor):
+                value = _walk_items(value, below, {}, {}, moved)[2]
+            moved.append((moves[below], value))
+            del state[key]
             lost = True
         elif isinstance(value, MutableMapping):
             lost_there, has_there = _walk(value, below, moves, beside, moved)
@@ -144,15 +190,42 @@ def _walk(
             lost, has = lost or lost_there, has or has_there
         elif isinstance(value, torch.Tensor):
             has = True
+        elif _has_tensor(value):
+            lost_there, has_there, state[key] = _walk_items(value, below, moves, beside, moved)
+            lost, has = lost or lost_there, has or has_there
         elif path in beside:
             moved.append((child_path(beside[path], key), state.pop(key)))
-        elif isinstance(value, list):
-            state[key] = [None if item is LEFT_OUT else item for item in value]
     return lost, has
 
 
-def _insert(state: MutableMapping[Any, Any], path: str, value: Any) -> None:
-    *above, last = keys_of(path)
+def _has_tensor(value: Any) -> bool:
+    """Whether a value is a tensor, one that is left out, or a container with one."""
+    if value is LEFT_OUT or isinstance(value, torch.Tensor):
+        return True
+    if isinstance(value, Mapping):
+        return any(map(_has_tensor, value.values()))
+    return isinstance(value, list | tuple | deque) and any(map(_has_tensor, value))
+
+
+def _walk_items(
+    items: Any,
+    path: str,
+    moves: Mapping[str, str],
+    beside: Mapping[str, str],
+    moved: list[tuple[str, Any]],
+) -> tuple[bool, bool, Any]:
+    """As :func:`_walk`, of a list, tuple, named tuple or deque; also what becomes of it."""
+    numbered = dict(zip(getattr(type(items), "_fields", range(len(items))), items, strict=True))
+    left = dict(numbered)
+    lost, has = _walk(left, path, moves, beside, moved)
+    values = [left.get(key) for key in numbered]
+    if isinstance(items, tuple):
+        return lost, has, tuple.__new__(type(items), values)
+    return lost, has, type(items)(values) if isinstance(items, list) else deque(values, items.maxlen)
+
+
+def _insert(state: MutableMapping[Any, Any], path: str, value: Any, odd_keys: Mapping[str, Any]) -> None:
+    *above, last = [odd_keys.get(component, key) for component, key in zip(path.split("/"), keys_of(path), strict=True)]
     node: Any = state
     for key in above:
         node = node.setdefault(key, {}) if isinstance(node, MutableMapping) else None
@@ -160,4 +233,6 @@ def _insert(state: MutableMapping[Any, Any], path: str, value: Any) -> None:
         raise StateMismatch(
             f"{readable(path)!r} lies in something that is no dictionary", "give it another name in `rename`"
         )
+    if isinstance(value, MutableMapping) and isinstance(there := node.get(last), Mapping):
+        value.update({key: item for key, item in there.items() if key not in value})
     node[last] = value

@@ -79,8 +79,12 @@ def match_new_names(saved: Types, selection: Selection) -> Matching:
         StateMismatch: two get the same name.
         CheckpointError: a new name that cannot be a path.
     """
+    if selection.rename is None:
+        return Matching({path: path for path in saved}, frozenset(), ())
     renamed = {path: selection.renamed(readable(path)) for path in saved}
-    taken = {path: path_of(new, path) for path, new in renamed.items() if new is not None}
+    taken = {
+        path: path if new == readable(path) else path_of(new, path) for path, new in renamed.items() if new is not None
+    }
     _check_distinct(taken)
     return Matching(taken, frozenset(saved.keys() - taken.keys()), ())
 
@@ -130,10 +134,12 @@ def match(saved: Types, running: Types, names: Mapping[str, str], selection: Sel
 
 def _by_name(
     saved: Types, names: Mapping[str, str], selection: Selection
-) -> tuple[dict[str, str], list[str], Collection[str]]:
-    """Pairs of saved and running paths; saved paths without one; those that are to be left out."""
+) -> tuple[dict[str, str], dict[str, str], Collection[str]]:
+    """Pairs of saved and running paths; saved paths without one, with their new names; those to be left out."""
     by_name = {name: path for path, name in names.items()}
-    pairs, left_over, dropped = {}, [], set()
+    pairs: dict[str, str] = {}
+    left_over: dict[str, str] = {}
+    dropped: set[str] = set()
     for path in saved:
         if selection.rename is None and path in names:
             pairs[path] = path  # also where two keys, "5" and 5, have the same name
@@ -144,15 +150,15 @@ def _by_name(
         elif new in by_name:
             pairs[path] = by_name[new]
         else:
-            left_over.append(path)
+            left_over[path] = new
     return pairs, left_over, dropped
 
 
-def _by_unwrapped_name(left_over: Iterable[str], free: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
+def _by_unwrapped_name(left_over: Mapping[str, str], free: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
     ours: defaultdict[str, list[str]] = defaultdict(list)
     theirs: defaultdict[str, list[str]] = defaultdict(list)
-    for path in left_over:
-        theirs[unwrapped(readable(path))].append(path)
+    for path, name in left_over.items():
+        theirs[unwrapped(name)].append(path)
     for path in free:
         ours[unwrapped(names[path])].append(path)
     return {theirs[name][0]: ours[name][0] for name in theirs if len(theirs[name]) == 1 == len(ours.get(name, ()))}

@@ -15,6 +15,7 @@ _SHOWN = 10
 _TRIED = 8
 """Unexpected tensors for which another name is looked for."""
 _OTHERWISE = "run with the settings that the checkpoint was saved with, or start another run"
+_MAKE_IT = "torch.distributed.checkpoint.state_dict.get_state_dict makes it"
 
 
 def mismatch_error(
@@ -72,7 +73,10 @@ def _other_parts(
     if not parts or of_kind["shape"] or of_kind["dtype"]:
         return ""
     if not of_kind["missing"] and {name.split("/")[0] for name in of_kind["unexpected"]} <= theirs - ours:
-        return f"to take a part of the checkpoint alone, pass parts=({parts},)"
+        advice = f"to take a part of the checkpoint alone, pass parts=({parts},)"
+        if all(map(_optimizer_owner, of_kind["unexpected"])):
+            advice += f"; for the optimizer's, its state must be there first: {_MAKE_IT}"
+        return advice
     if (
         not of_kind["unexpected"]
         and (only_ours := {name.split("/")[0] for name in of_kind["missing"]}) <= ours - theirs
@@ -103,12 +107,12 @@ def _no_optimizer_state(
         )
     if not any(held):
         return (
-            "the running optimizer has no state yet: make it first (get_state_dict of "
-            f"torch.distributed.checkpoint.state_dict does), or restore {part!r} without `like` and `into`"
+            f"the running optimizer has no state yet, which must be there first: {_MAKE_IT}; or restore {part!r} "
+            "without `like` and `into`"
         )
     return (
-        "the running optimizer has no state of these parameters (frozen, or not yet given a gradient): make it first "
-        f"(get_state_dict of torch.distributed.checkpoint.state_dict does), or pass {strict}, which leaves theirs out"
+        "the running optimizer has no state of these parameters (frozen, or not yet given a gradient): make it first, "
+        f"as {_MAKE_IT}, or pass {strict}, which leaves theirs out"
     )
 
 

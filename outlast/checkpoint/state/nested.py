@@ -5,16 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
+from outlast.checkpoint.format.json_values import key_text
+from outlast.checkpoint.state.containers import holds_tensor, open_container
 from outlast.errors import CheckpointError
 
 
-def leaves(state: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The values that are not dictionaries, and empty dictionaries, each with its keys as strings."""
-    for key, value in state.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, (*path, str(key)))
+def leaves(state: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The tensors and values of a state, each with its keys as strings.
+
+    Dictionaries are followed, and other containers if they have tensors in them; empty dictionaries are values.
+    """
+    opened = open_container(state) if isinstance(state, Mapping) or holds_tensor(state) else None
+    for key, value in opened.items if opened is not None else state.items():
+        below = (*path, key_text(key))
+        follow = bool(value) if isinstance(value, Mapping) else not _is_tensor(value) and holds_tensor(value)
+        if follow:
+            yield from leaves(value, below)
         else:
-            yield (*path, str(key)), value
+            yield below, value
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def insert(state: dict[str, Any], path: Sequence[Any], value: Any, where: str) -> None:

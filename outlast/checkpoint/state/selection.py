@@ -161,8 +161,10 @@ def path_of(name: str, saved: str) -> str:
     Raises:
         CheckpointError: the name has an empty key.
     """
-    before, after = keys_of(saved), name.split("/")
-    typed: list[Any] = list(after)
-    if len(before) == len(after):
-        typed = [old if str(old) == new else new for old, new in zip(before, after, strict=True)]
-    return "/".join(encode_key(key, at_root=not number) for number, key in enumerate(typed))
+    before, after = saved.split("/"), name.split("/")
+    if len(before) != len(after):
+        before = [""] * len(after)
+    return "/".join(
+        old if old and str(decode_key(old)) == new else encode_key(new, at_root=not number)
+        for number, (old, new) in enumerate(zip(before, after, strict=True))
+    )

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import zlib
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from outlast.checkpoint.state.boxes import Box
+from outlast.checkpoint.state.containers import close_container
 from outlast.checkpoint.state.dtensor import Meshes, is_dtensor, local_part, with_part
 from outlast.checkpoint.state.matching import TensorType
 from outlast.checkpoint.state.tensors import as_plain
 from outlast.checkpoint.state.tree import tensors_of
-from outlast.errors import CheckpointError
+from outlast.checkpoint.state.wrappers import check_wrapper
+from outlast.errors import CheckpointError, StateMismatch
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -48,16 +51,63 @@ class RestoreTarget:
         self.names: dict[str, str] = {}
         self.types: dict[str, TensorType] = {}
         lines = []
-        for path, name, tensor in tensors_of(like):
+        self._wrappers: dict[str, tuple[str, torch.Tensor]] = {}
+        self._inner: defaultdict[str, list[str]] = defaultdict(list)
+        for path, name, tensor in tensors_of(like, self._wrappers):
             placed = ""
             if fill:
                 self._into[path], self._targets[path] = tensor, _memory_of(tensor, name)
             if is_dtensor(tensor):
                 spread = meshes.spread(tensor, name)
                 self._like[path], self.boxes[path], placed = tensor, spread.box, spread.placed
+            above = path.rpartition("/")[0] if self._wrappers else ""
+            while above:
+                if above in self._wrappers:
+                    self._inner[above].append(path)
+                above = above.rpartition("/")[0]
             self.names[path], self.types[path] = name, TensorType(tuple(tensor.shape), tensor.dtype)
             lines.append(f"{path} {tuple(tensor.shape)} {tensor.dtype} {placed} {fill}\n")
         self.digest = zlib.crc32("".join(sorted(lines)).encode())
+
+    def check_wrappers(self, shapes: Mapping[str, dict[str, Any]], taken: Mapping[str, str]) -> dict[str, str]:
+        """Check that the wrappers of which inner tensors are taken are those of this state.
+
+        Args:
+            shapes: of the step's groups, by path.
+            taken: by the path of a saved tensor, the path of the running one.
+
+        Returns:
+            The paths of running wrappers, by the paths of the groups that they are in the step.
+
+        Raises:
+            StateMismatch: a wrapper is of another class, context, shape or dtype, or not all of it is taken.
+        """
+        old_of = {new: old for old, new in taken.items()}
+        found: dict[str, str] = {}
+        for path, inner in self._inner.items():
+            name, running = self._wrappers[path]
+            olds = set()
+            for new in inner:
+                if new in old_of:
+                    above = old_of[new].split("/")[: path.count("/") - new.count("/")]
+                    olds.add("/".join(above))
+            if not olds:
+                continue  # all of it is missing, which the matching has judged
+            old = min(olds)
+            if len(olds) > 1 or not all(new in old_of for new in inner) or old not in shapes:
+                raise StateMismatch(
+                    f"{name!r} is a {type(running).__qualname__} of {len(inner)} tensors, which the checkpoint does "
+                    "not have as one",
+                    "restore into the state as it was when the step was saved, or leave this tensor out with `rename`",
+                )
+            check_wrapper(shapes[old], running, name)
+            found[old] = path
+        return found
+
+    def wrapper(self, path: str, shape: dict[str, Any], inner: dict[Any, Any]) -> Any:
+        """The running wrapper at a path, which was filled, or one like it of these inner tensors."""
+        _, running = self._wrappers[path]
+        return running if self.fill else close_container(shape, inner, running, stand_ins=False)
 
     def target(self, path: str) -> torch.Tensor | None:
         """The memory to read this rank's part of a tensor into; None: new memory."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from outlast.checkpoint.format.names import (
     COMMIT,
+    EARLIER,
     HEADER,
     NODE,
     parse_aside,
@@ -67,6 +68,16 @@ def set_aside(store: Store, step: int, *, folder: str = "") -> str:
     name = f"{step_name(step)}.aside-{number}"
     store.move_tree(folder or step_name(step), name)
     return name
+
+
+def move_all_aside(store: Store) -> str:
+    """Move all committed steps into a folder of their own, from which they can be restored; returns its name."""
+    bring_back(store, scan(store).replaced)
+    taken = [int(match[1]) for name in store.names("") if (match := EARLIER.fullmatch(name))]
+    folder = f"earlier-{max(taken, default=0) + 1}"
+    for step in scan(store).committed:
+        store.move_tree(step_name(step), f"{folder}/{step_name(step)}")
+    return folder
 
 
 def clear_leftover(store: Store, step: int) -> str:

@@ -12,9 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from outlast.checkpoint.format.json_values import from_json
 from outlast.checkpoint.format.names import (
-    HEADER,
     NODE,
     PACKS,
     decode_key,
@@ -52,6 +50,7 @@ from outlast.checkpoint.state.matching import TensorType
 from outlast.checkpoint.state.selection import EVERYTHING, Selection
 from outlast.checkpoint.state.target import RestoreTarget, part_of
 from outlast.checkpoint.steps.commit import read_commit
+from outlast.checkpoint.steps.groups import Groups
 from outlast.checkpoint.storage.base import Store
 from outlast.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion
 
@@ -168,16 +167,21 @@ class StepReader:
                 progress(done, total)
         return faults
 
-    def load(self, rank: int | None) -> dict[str, Any]:
+    def load(self, rank: int | None, *, stand_ins: bool = False) -> dict[str, Any]:
         """The local state of a rank, or (None) the replicated state, whole; tensors on the CPU.
+
+        Args:
+            rank: whose state.
+            stand_ins: for objects of classes that this program has not imported, give stand-ins.
 
         Raises:
             Fault: a file is missing or damaged; the first in the order of the votes.
+            StateMismatch: a value needs a class that is not loaded or has changed.
         """
-        return self.load_selected(rank, None, EVERYTHING)[0]
+        return self.load_selected(rank, None, EVERYTHING, stand_ins=stand_ins)[0]
 
     def load_selected(
-        self, rank: int | None, target: RestoreTarget | None, selection: Selection
+        self, rank: int | None, target: RestoreTarget | None, selection: Selection, *, stand_ins: bool = False
     ) -> tuple[dict[str, Any], Matched]:
         """What is selected of the local state of a rank, or (None) of the replicated state; and how that was matched.
 
@@ -186,12 +190,13 @@ class StepReader:
             target: this rank's tensors, and whether to fill them; chunks outside of its parts are not read. None: all
                 tensors, whole, in new memory.
             selection: which tensors and values; of local state, only its parts matter.
+            stand_ins: see :meth:`load`.
 
         Raises:
             Fault: a file is missing or damaged; the first in the order of the votes. Some of the tensors to be filled
                 may be overwritten.
-            StateMismatch: the step does not have the target's tensors, and no chunk was read; or an element is too
-                large for the type that it is converted to.
+            StateMismatch: the step does not have the target's tensors, or a value needs a class that is not loaded or
+                has changed, and no chunk was read; or an element is too large for the type that it is converted to.
         """
         entries = [entry for entry in self.files_of(rank) if selection.takes_file(entry.path)]
         top = "" if rank is None else rank_name(rank)
@@ -201,41 +206,36 @@ class StepReader:
         matched = Matched(types, target, selection if rank is None else Selection(selection.parts))
         if top not in nodes:
             raise Fault(IncompleteCheckpoint, node_path(top), "no vote lists this file")
-        groups: dict[str, dict[Any, Any]] = {}
-        # A parent's path is shorter than its children's, so parents come first.
-        for path in sorted((path for path in nodes if path not in arrays), key=len):
-            values: Any = nodes[path]
-            groups[path] = {key: from_json(item) for key, item in values.items() if path or key != HEADER}
-            if path != top:
-                _put(groups, path, groups[path])
-        for path, tensor in self._tensors(rank, arrays, entries, matched).items():
-            _put(groups, path, matched.placed(path, tensor))
-        for path in matched.left_out:
-            _put(groups, path, LEFT_OUT)
-        state = groups[top]
-        if selection.parts is not None:
-            state = {key: value for key, value in state.items() if key in selection.parts}
-        matched.arrange(state)
+        attributes = {path: info for path, info in nodes.items() if not isinstance(info, ArrayInfo)}
+        groups = Groups(attributes, top, parts=selection.parts, stand_ins=stand_ins)
+        matched.check_wrappers(groups.shapes)
+        # In one order on all ranks, which may issue a collective for each tensor of what they get.
+        read = sorted(self._tensors(rank, arrays, entries, matched).items())
+        tensors: dict[str, Any] = {path: matched.placed(path, tensor) for path, tensor in read}
+        tensors |= dict.fromkeys(matched.left_out, LEFT_OUT)
+        state: dict[str, Any] = groups.close(tensors, matched.wrapper)
+        matched.arrange(state, groups.odd_keys)
         return state, matched
 
     def describe(self, rank: int | None) -> tuple[dict[str, ArrayInfo], dict[str, dict[str, Any]]]:
-        """The arrays, and the attributes of groups, by path relative to the step; chunks are not read.
+        """The arrays, and the values of groups, by path relative to the step; chunks are not read.
 
         Raises:
             Fault: a metadata file is missing or damaged.
         """
         arrays: dict[str, ArrayInfo] = {}
-        values: dict[str, dict[str, Any]] = {}
+        attributes: dict[str, dict[str, Any]] = {}
         for path, info in self._nodes(self.files_of(rank)).items():
             if not isinstance(info, ArrayInfo):
-                values[path] = from_json(info)
+                attributes[path] = info
             elif info.packed is None:
                 arrays[path] = info
             else:
                 for name, entry in info.packed.items():
                     if parse_local(name) == rank:
                         arrays[name] = ArrayInfo(entry.shape, entry.dtype, entry.shape)
-        return arrays, values
+        groups = Groups(attributes, "", stand_ins=True)
+        return arrays, {path: groups.shown(path) for path in attributes}
 
     def _nodes(self, entries: Iterable[FileEntry]) -> dict[str, ArrayInfo | dict[str, Any]]:
         """Arrays and attributes of groups, by path."""
@@ -388,8 +388,3 @@ def _chunk_reads(
 def _box_of(path: str, info: ArrayInfo, boxes: Mapping[str, Box]) -> Box:
     """This rank's part of a tensor."""
     return boxes.get(path) or whole(info.shape)
-
-
-def _put(groups: dict[str, dict[Any, Any]], path: str, value: Any) -> None:
-    parent, _, name = path.rpartition("/")
-    groups[parent][decode_key(name)] = value

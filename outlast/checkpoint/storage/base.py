@@ -21,6 +21,9 @@ class Store(Protocol):
 
     url: str
 
+    def check(self) -> None:
+        """Check that the directory exists or can be made, as far as that can be told without writing."""
+
     def prepare(self) -> None:
         """Create the directory durably, where the storage has directories, and check that it can be written."""
 
@@ -43,6 +46,19 @@ class Store(Protocol):
         """As :meth:`put_atomic`, for a new file; raises FileExistsError if one with other bytes exists.
 
         Object stores reject the second of two such writes themselves; a local directory is checked before the rename.
+        """
+
+    def create(self, path: str, data: bytes) -> None:
+        """Write a small file that did not exist; raises FileExistsError if it does, whatever is in it.
+
+        Of several that create the same file at once, one succeeds. Readers may see a part of it, or nothing in it, for
+        a moment. Not durable: it says what is so while its writer lives.
+        """
+
+    def overwrite(self, path: str, data: bytes) -> None:
+        """Write a small file again, with as many bytes as it has; raises FileNotFoundError if its folder is gone.
+
+        Needs no room on a disk. Not durable, and readers may see a part of it.
         """
 
     def sync_dirs(self, paths: Iterable[str]) -> None:
@@ -71,7 +87,10 @@ class Store(Protocol):
         """Remove a file, durably; no error if it does not exist."""
 
     def remove_tree(self, path: str) -> None:
-        """Remove a directory and everything below it; the commit record first, so that no part looks complete."""
+        """Remove a directory and everything below it; the commit record first, so that no part looks complete.
+
+        Links are removed, and never followed.
+        """
 
     def move_tree(self, old: str, new: str) -> None:
         """Rename a directory; raises OSError if the new name exists.

@@ -78,6 +78,9 @@ class FsspecStore:
         self._lists_all = getattr(type(filesystem), generic.__name__) is not generic
         self._has_limits = isinstance(filesystem, AsyncFileSystem)
 
+    def check(self) -> None:
+        return
+
     def prepare(self) -> None:
         protocol = self._fs.protocol
         if not _BUCKETS & {protocol, *(() if isinstance(protocol, str) else protocol)}:
@@ -126,6 +129,19 @@ class FsspecStore:
                 raise FileExistsError(
                     errno.EEXIST, f"{self.url}/{path} was written by another attempt, or a late rank of one"
                 ) from error
+
+    def create(self, path: str, data: bytes) -> None:
+        if not self._creates_exclusively and self.exists(path):
+            raise FileExistsError(errno.EEXIST, f"{self.url}/{path}")
+        try:
+            self._put_if_absent(path, data)
+        except FileExistsError:
+            # As in put_new: the answer to a write that succeeded may have been lost.
+            if bytes(self.read(path)) != data:
+                raise
+
+    def overwrite(self, path: str, data: bytes) -> None:
+        self.put(path, [data])
 
     def sync_dirs(self, paths: Iterable[str]) -> None:
         del paths

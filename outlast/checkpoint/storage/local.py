@@ -31,6 +31,15 @@ class LocalStore:
         self.url = self.root
         self._direct = True
 
+    def check(self) -> None:
+        path = Path(self.root)
+        while not os.path.lexists(path):
+            path = path.parent
+        if not path.is_dir():
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), self.root)
+        if str(path) != self.root:
+            _check_writable(str(path), self.root)
+
     def prepare(self) -> None:
         missing = []
         path = Path(self.root)
@@ -40,10 +49,7 @@ class LocalStore:
         os.makedirs(self.root, exist_ok=True)
         for made in missing:
             sync_dir(str(made.parent))
-        if not os.access(self.root, os.W_OK | os.X_OK):
-            read_only = os.statvfs(self.root).f_flag & os.ST_RDONLY
-            number = errno.EROFS if read_only else errno.EACCES
-            raise OSError(number, os.strerror(number), self.root)
+        _check_writable(self.root, self.root)
 
     def put(self, path: str, parts: Sequence[Bytes]) -> None:
         _write(self._at(path), parts)
@@ -82,6 +88,24 @@ class LocalStore:
         if os.path.isfile(final) and bytes(self.read(path)) != data:
             raise FileExistsError(errno.EEXIST, "written by another attempt, or a late rank of one", final)
         self.put_atomic(path, data)
+
+    def create(self, path: str, data: bytes) -> None:
+        full = self._at(path)
+        fd = _create(full, os.O_EXCL)
+        try:
+            os.pwrite(fd, data, 0)
+        except OSError:
+            _unlink(full)
+            raise
+        finally:
+            os.close(fd)
+
+    def overwrite(self, path: str, data: bytes) -> None:
+        fd = os.open(self._at(path), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.pwrite(fd, data, 0)
+        finally:
+            os.close(fd)
 
     def sync_dirs(self, paths: Iterable[str]) -> None:
         folders = {""}
@@ -156,7 +180,12 @@ class LocalStore:
         sync_dir(self.root)
 
     def move_tree(self, old: str, new: str) -> None:
+        folder = os.path.dirname(self._at(new))
+        if folder != self.root and not os.path.isdir(folder):
+            os.makedirs(folder)
         os.rename(self._at(old), self._at(new))
+        if folder != self.root:
+            sync_dir(folder)
         sync_dir(self.root)
 
     def _at(self, path: str) -> str:
@@ -167,10 +196,10 @@ def _create(path: str, extra_flags: int = 0) -> int:
     """An empty file, opened for writing; its directory is made if it is missing."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | extra_flags
     try:
-        return os.open(path, flags, 0o644)
+        return os.open(path, flags, 0o666)
     except FileNotFoundError:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        return os.open(path, flags, 0o644)
+        return os.open(path, flags, 0o666)
 
 
 def _write_direct(path: str, block: memoryview, size_bytes: int) -> None:
@@ -201,6 +230,13 @@ def _write(path: str, parts: Sequence[Bytes]) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _check_writable(folder: str, named: str) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+        number = errno.EROFS if read_only else errno.EACCES
+        raise OSError(number, os.strerror(number), named)
 
 
 def sync_dir(path: str) -> None:

@@ -119,6 +119,16 @@ class Tiers:
         """Where the tier on this node's own disk keeps its copies; None: there is no such tier."""
         return self._memory.disk.folder if self._memory.disk is not None else None
 
+    @property
+    def is_node_leader(self) -> bool:
+        """Whether this rank sees to what earlier attempts left on its node."""
+        return self._memory.is_node_leader
+
+    def steps_of_earlier_attempts(self) -> list[int]:
+        """The committed steps of earlier attempts in this node's memory and on its disk."""
+        records = [commit for folder in self._folders for commit in slots.commits(folder).values()]
+        return sorted({commit.step for commit in records if commit.attempt_id != self._context.attempt_id})
+
     def start_anew(self) -> None:
         """Remove what earlier attempts left in memory and on disk: this run does not go on from it."""
         if self._memory.is_node_leader:

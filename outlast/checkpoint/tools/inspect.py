@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from outlast.checkpoint.format.dtypes import dtype_name
 from outlast.checkpoint.format.names import (
-    HEADER,
     parse_aside,
     parse_replaced,
     parse_step,
@@ -17,7 +16,7 @@ from outlast.checkpoint.format.names import (
     readable,
     step_name,
 )
-from outlast.checkpoint.format.records import FORMAT_VERSION, Fault
+from outlast.checkpoint.format.records import Fault
 from outlast.checkpoint.steps.commit import read_commit
 from outlast.checkpoint.steps.reader import Progress, StepReader
 from outlast.checkpoint.storage.base import Store
@@ -147,14 +146,13 @@ def describe(url: str | os.PathLike[str], step: int | None = None) -> StepDescri
             ]
             for path, items in sorted(attributes.items()):
                 for key, value in items.items():
-                    if path or key != HEADER:
-                        values[f"{readable(path)}/{key}" if path else key] = value
+                    values[f"{readable(path)}/{key}" if path else key] = value
         return StepDescription(
             opened.url,
             opened.step,
             commit.world_size,
             commit.attempt_id,
-            FORMAT_VERSION,
+            commit.format_version,
             commit.saved_at,
             commit.size_bytes,
             tuple(tensors),

@@ -51,12 +51,14 @@ class OpenedStep:
     def load(self, rank: int | None) -> dict[str, Any]:
         """The local state of a rank, or (None) the replicated state; every byte is verified, tensors are on the CPU.
 
+        Objects of classes that this program has not imported are stand-ins (``format.classes.Unloaded``).
+
         Raises:
             CorruptCheckpoint, IncompleteCheckpoint: names the file.
             CheckpointError: the storage cannot be read.
         """
         with storage(self._url), self._faults():
-            return self._reader.load(rank)
+            return self._reader.load(rank, stand_ins=True)
 
     def describe(self, rank: int | None) -> tuple[dict[str, ArrayInfo], dict[str, dict[str, Any]]]:
         """As :meth:`StepReader.describe`; raises as :meth:`load` does."""

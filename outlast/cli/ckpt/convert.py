@@ -55,7 +55,7 @@ class Import(Action):
     """Save the contents of another format as a committed step. Code named by a pickle is never run."""
 
     source: Source
-    """A local path: a folder for dcp, else a file."""
+    """A local path: a folder for dcp, else a file, or a folder (or its index) as save_pretrained writes it."""
     url: Url
     """The folder or fsspec URL for checkpoints; created if it does not exist."""
     format: Literal["safetensors", "dcp", "torch"]

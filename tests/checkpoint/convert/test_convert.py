@@ -10,11 +10,13 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 from outlast.checkpoint.convert import export_step, import_step
+from outlast.checkpoint.format.records import crc_hex
 from outlast.checkpoint.tools import describe, diff, list_steps, verify
 from outlast.cli.main import main
 from outlast.errors import (
@@ -23,7 +25,9 @@ from outlast.errors import (
 )
 from tests.checkpoint.converting import ALL_DTYPES, FORMATS, ODD, leftovers, needs_safetensors, restored, save
 from tests.checkpoint.helpers import save_by_ranks
-from tests.checkpoint.states import same, state
+from tests.checkpoint.state.storable import Colour, Place
+from tests.checkpoint.state.storable_rows import CHANGED, STORED
+from tests.checkpoint.states import alike, same, state
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -107,7 +111,7 @@ def test_stock_safetensors_reads_it(tmp_path: Path) -> None:
     with safe_open(tmp_path / "x", framework="pt") as file:
         metadata = file.metadata()
     assert metadata["outlast.step"] == "4"
-    assert json.loads(metadata["outlast.values"])["numbers"]["list"] == [1, 2.0, {"k": "é"}]
+    assert json.loads(metadata["outlast.state"])["numbers"]["list"] == [1, 2.0, {"k": "é"}]
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -126,16 +130,18 @@ def test_a_part(tmp_path: Path, format: Any) -> None:
 
 def test_files_of_others_are_imported(tmp_path: Path) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
-    want = dict(module.state_dict())
+    want = module.state_dict()
     torch.save(module.state_dict(), tmp_path / "x.pt")
     torch.save(OrderedDict(module.state_dict()), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     for name in ("x.pt", "old.pt"):
         import_step(tmp_path / name, tmp_path / f"from-{name}", "torch", part="model")
         assert same(restored(tmp_path / f"from-{name}")[1], {"model": want})
+    model = restored(tmp_path / "from-x.pt")[1]["model"]
+    assert model._metadata == want._metadata  # type: ignore[attr-defined]
     with pytest.warns(UserWarning, match="single process"):
         dcp.save({"net": module.state_dict(), "step": 3}, checkpoint_id=tmp_path / "x", no_dist=True)
     import_step(tmp_path / "x", tmp_path / "from-dcp", "dcp")
-    assert same(restored(tmp_path / "from-dcp")[1], {"net": want, "step": 3})
+    assert same(restored(tmp_path / "from-dcp")[1], {"net": dict(want), "step": 3})
 
 
 @needs_safetensors
@@ -146,6 +152,45 @@ def test_safetensors_of_others_are_imported(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "x", metadata={"format": "pt"})
     import_step(tmp_path / "x", tmp_path / "b", "safetensors")
     assert same(restored(tmp_path / "b")[1], tensors)
+
+
+@needs_safetensors
+def test_safetensors_of_the_version_before_are_imported(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {"model/a/b": torch.ones(2), "model/c": torch.arange(3)}
+    texts = {
+        "outlast.step": "7",
+        "outlast.values": json.dumps({"model": {}, "lr": 0.1, "betas": {"outlast_tuple": [0.9, 0.99]}}),
+        "outlast.paths": json.dumps({"model/a/b": ["model", "a/b"]}),
+    }
+    crcs = {"__metadata__": crc_hex("\n".join(texts.values()).encode())}
+    for name, tensor in tensors.items():
+        kind = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode()
+        crcs[name] = crc_hex(kind, tensor.view(torch.uint8).numpy().data)
+    save_file(tensors, tmp_path / "x", metadata={**texts, "outlast.crc32c": json.dumps(crcs)})
+    import_step(tmp_path / "x", tmp_path / "b", "safetensors")
+    want = {"model": {"a/b": torch.ones(2), "c": torch.arange(3)}, "lr": 0.1, "betas": (0.9, 0.99)}
+    assert same(restored(tmp_path / "b")[1], want)
+
+
+@pytest.mark.parametrize("row", [*STORED, *CHANGED])
+@needs_safetensors
+def test_whatever_can_be_stored_goes_to_safetensors_and_back(tmp_path: Path, row: str) -> None:
+    values = [*STORED.get(row, ()), *(value for value, _ in CHANGED.get(row, ()))]
+    save(tmp_path / "a", {"values": values})
+    export_step(tmp_path / "a", tmp_path / "x", "safetensors")
+    import_step(tmp_path / "x", tmp_path / "b", "safetensors")
+    assert alike(restored(tmp_path / "b")[1], restored(tmp_path / "a")[1])
+
+
+@pytest.mark.parametrize("format", ["torch", "dcp"])
+@pytest.mark.parametrize("value", [frozenset({1}), range(3), np.float32(1), np.ones(2), Place(1), Colour.RED])
+def test_what_torch_does_not_read_back_is_not_exported(tmp_path: Path, format: Any, value: Any) -> None:
+    save(tmp_path / "a", {"model": {"w": torch.ones(1), "deep": [{"v": value}]}})
+    with pytest.raises(CheckpointError, match="'model/deep/0/v' is a "):
+        export_step(tmp_path / "a", tmp_path / "x", format)
+    assert not (tmp_path / "x").exists()
 
 
 def test_views_and_parameters_are_imported(tmp_path: Path) -> None:
@@ -219,7 +264,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @needs_safetensors
 def test_an_optimizers_own_state_comes_from_torch_and_goes_back(tmp_path: Path) -> None:
-    """Integer keys and tuples; safetensors, which has names only, refuses them."""
+    """Integer keys and tuples, in every format."""
+    from safetensors.torch import load_file
+
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], betas=(0.8, 0.9))
     weight.grad = torch.ones(3)
@@ -232,6 +279,7 @@ def test_an_optimizers_own_state_comes_from_torch_and_goes_back(tmp_path: Path) 
     assert same(back, state)
     assert isinstance(back["optimizer"]["param_groups"][0]["betas"], tuple)
     assert {t.name for t in describe(tmp_path / "b").tensors} >= {"optimizer/state/0/exp_avg"}
-    with pytest.raises(CheckpointError, match="the key 0"):
-        export_step(tmp_path / "b", tmp_path / "z", "safetensors")
-    assert not (tmp_path / "z").exists()
+    export_step(tmp_path / "b", tmp_path / "z", "safetensors")
+    import_step(tmp_path / "z", tmp_path / "c", "safetensors")
+    assert same(restored(tmp_path / "c")[1], state)
+    assert set(load_file(tmp_path / "z")) == {f"optimizer/state/0/{name}" for name in ("step", "exp_avg", "exp_avg_sq")}

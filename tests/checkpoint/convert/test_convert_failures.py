@@ -41,14 +41,11 @@ def small_disk(limit_bytes: int) -> Iterator[None]:
     ("content", "said"),
     [
         ([torch.ones(1)], "holds a list"),
-        ({"state": {0.5: torch.ones(1)}}, "the key 0.5"),
-        ({"w": torch.ones(1), "t": torch.Size([1, 2])}, "'t' is a torch.Size"),
         ({"outlast": 1}, "reserved"),
-        ({"": torch.ones(1)}, "empty string"),
+        ({5: torch.ones(1)}, "at the top"),
         ({"s": torch.ones(2, 2).to_sparse()}, "only dense"),
-        ({"l": [torch.ones(1)]}, "cannot be stored"),
     ],
-    ids=["list", "key", "named tuple", "reserved", "empty", "sparse", "tensor in a list"],
+    ids=["list", "reserved", "key", "sparse"],
 )
 def test_what_cannot_be_stored(tmp_path: Path, content: Any, said: str) -> None:
     torch.save(content, tmp_path / "x")
@@ -57,11 +54,11 @@ def test_what_cannot_be_stored(tmp_path: Path, content: Any, said: str) -> None:
     assert list_steps(tmp_path / "b") == []
 
 
-def test_dcp_lists_of_tensors_cannot_be_stored(tmp_path: Path) -> None:
+def test_dcp_lists_of_tensors_are_imported(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="single process"):
-        dcp.save({"l": [torch.ones(1)]}, checkpoint_id=tmp_path / "x", no_dist=True)
-    with pytest.raises(CheckpointError, match=r"'l\[0\]' is a torch"):
-        import_step(tmp_path / "x", tmp_path / "b", "dcp")
+        dcp.save({"l": [torch.ones(1), {"a": torch.zeros(2)}]}, checkpoint_id=tmp_path / "x", no_dist=True)
+    import_step(tmp_path / "x", tmp_path / "b", "dcp")
+    assert same(restored(tmp_path / "b")[1], {"l": [torch.ones(1), {"a": torch.zeros(2)}]})
 
 
 def test_what_dcp_cannot_hold_is_told(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import CheckpointError, CheckpointNotFound
 from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.damage import files_of, flip, steps_at
-from tests.checkpoint.helpers import checkpointer, failed, of, rejected, save_by_ranks, save_steps
+from tests.checkpoint.helpers import checkpointer, failed, of, rejected, save_steps
 from tests.checkpoint.states import local, same, state
 
 pytestmark = pytest.mark.root
@@ -42,10 +42,15 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 def test_a_checkpointer_needs_a_place_to_write_to(disk: Disk) -> None:
     save_steps(disk.url, 1)
     disk.may_only("ro")
-    for url in (disk.url, disk.place / "elsewhere" / "deep"):
-        with pytest.raises(CheckpointError, match=r"cannot be written to .*Read-only file system") as error:
-            checkpointer(url)
-        assert str(url) in str(error.value)
+    refused = pytest.raises(CheckpointError, match=r"cannot be written to .*Read-only file system")
+    with refused as error:
+        checkpointer(disk.place / "elsewhere" / "deep")
+    assert str(disk.place / "elsewhere" / "deep") in str(error.value)
+    with checkpointer(disk.url) as reader:  # it may only want to read
+        assert reader.restore("auto") is not None
+        with refused as error:
+            reader.save(2, replicated=state(2), local=local(2))
+        assert str(disk.url) in str(error.value)
     assert verify(disk.url).ok
 
 
@@ -69,17 +74,20 @@ def test_a_disk_that_becomes_read_only_in_a_run(disk: Disk) -> None:
 
 def test_no_rank_waits_longer_than_it_may(disk: Disk) -> None:
     """They cannot tell each other, on that disk."""
-    save_by_ranks(disk.url, 1, world_size=2)
     events: list[list[Event]] = [[], []]
     ranks = [
         checkpointer(disk.url, events[rank], rank=rank, world_size=2, attempt_id="two", commit_timeout_s=1.0)
         for rank in (0, 1)
     ]
-    disk.may_only("ro")
-    for rank, saver in enumerate(ranks):
-        saver.save(2, replicated=state(2), local=local(2, rank))
-    for saver in ranks:
-        saver.wait_copied()
+    for step in (1, 2):
+        for rank, saver in enumerate(ranks):
+            saver.save(step, replicated=state(step), local=local(step, rank))
+        for saver in ranks:
+            saver.wait_copied()
+        for saver in ranks:
+            assert saver._saving is not None
+            saver._saving.done.wait()
+        disk.may_only("ro")
     for saver in ranks:
         saver.close()
     assert "Read-only file system" in failed(events[0])[0]
@@ -110,30 +118,35 @@ def test_restoring_changes_nothing_there_and_says_what_it_would_have(disk: Disk)
             reader.restore(9)
         assert files_of(disk.url) == before
     reasons = [event.reason for event in events if event.kind == "checkpoint_rejected"]
-    stays = "left in place, because the storage is read-only: [Errno 30] Read-only file system"
-    assert sum(stays in reason for reason in reasons) == 4
+    assert sum("not used" in reason or "set aside" in reason for reason in reasons) == 4
     disk.may_only("rw")
     with checkpointer(disk.url, events, attempt_id="three") as reader:
         again = reader.restore("auto")
+        reader.wait_copied()
     assert again is not None
     assert again.step == 2
     assert [info.status for info in list_steps(disk.url)] == ["committed", "committed", "aside", "aside"]
 
 
 def test_a_step_that_was_to_be_saved_anew_is_not_passed_over(disk: Disk) -> None:
-    """It could be brought back if the place could be written: to take the one before would be to lose it unasked."""
+    """It is read where the interrupted overwrite has left it, and brought back when the run goes on."""
     save_steps(disk.url, 1, 2)
     (disk.url / "step_00000002").rename(disk.url / "step_00000002.replaced")
     with checkpointer(disk.url, attempt_id="two") as reader:
         disk.may_only("ro")
-        with pytest.raises(CheckpointError, match=r"step_00000002 exists, but .*Read-only file system"):
-            reader.restore("auto")
-        with pytest.raises(CheckpointError, match=r"step_00000002 exists, but"):
-            reader.restore(2)
+        for which in ("auto", 2):
+            there = reader.restore(which)
+            assert there.step == 2
+            assert same(there.replicated, state(2))
+            assert same(there.read_local(0), local(2))
         asked_for = reader.restore(1)
         assert asked_for.step == 1
         disk.may_only("rw")
         back = reader.restore("auto")
+        assert steps_at(disk.url) == ["step_00000001", "step_00000002.replaced"]
+        reader.wait_copied()
+        assert same(back.read_local(0), local(2))
+        assert [info.status for info in list_steps(disk.url)] == ["committed", "committed"]
     assert back is not None
     assert back.step == 2
     assert same(back.replicated, state(2))

@@ -74,6 +74,7 @@ def restored(place: Place) -> tuple[int, str] | None:
     """What a fresh process finds."""
     with attempt(place, None, "judge") as reader:
         back = reader.restore("auto")
+        reader.wait_copied()  # it goes on from there
     if back is None:
         return None
     version = back.replicated["version"]
@@ -105,11 +106,13 @@ def run(place: Place) -> list[tuple[Files, Expected]]:
         save(saver, record, 2, "one")
     with attempt(place, record, "two") as saver:
         assert saver.restore("auto") is not None
+        saver.wait_copied()
         record.mark("restored", 2, "one")
         save(saver, record, 2, "two")
     with attempt(place, record, "three") as saver:
         record.mark("back", 1, "one")
         saver.restore(1)
+        saver.wait_copied()
         record.mark("restored", 1, "one")
         save(saver, record, 2, "three")
         save(saver, record, 3, "three")

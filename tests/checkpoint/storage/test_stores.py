@@ -60,6 +60,8 @@ def test_everything_works_at_any_url(url: str) -> None:
         assert back.step == 3
         assert same(back.replicated, state(3))
         assert rejected(events) == [(5, "model/blocks.0.norm.bias/c.0"), (4, "commit.json")]
+        assert [info.status for info in list_steps(url)] == ["committed", "uncommitted", "committed"]
+        runner.wait_copied()
         assert [(info.step, info.status) for info in list_steps(url)] == [(3, "committed"), (5, "aside")]
         runner.save(5, replicated=state(5), local=local(5))
         again = runner.restore("auto")

@@ -156,7 +156,7 @@ def test_a_run_that_ends_well_leaves_nothing(url: Path) -> None:
 def test_a_run_that_begins_anew_forgets_what_lies_there(url: Path) -> None:
     killed(url, 1, 2, disk=(2,))
     boot(url)
-    killed(url, 1, disk=(), attempt_id="second")
+    killed(url, 1, disk=(), attempt_id="second", settings={**settings(url), "old_steps": "set_aside"})
     assert restored(url, attempt_id="third")[0] == 1
 
 

@@ -65,7 +65,7 @@ def test_the_next_attempts_commits_take_the_place_of_those_before(url: Path) -> 
 
 def test_a_run_that_begins_anew_forgets_what_lies_there(url: Path) -> None:
     killed(url, 1, 2, 3)
-    killed(url, 1, attempt_id="second")
+    killed(url, 1, attempt_id="second", settings={**MEMORY, "old_steps": "set_aside"})
     assert restored(url, attempt_id="third")[0] == 1
 
 
