@@ -1,17 +1,18 @@
 # make train   a first run: two ranks train on the standard library's own sources
 # make test    the whole suite; make check: types and style; make bench: the communication benchmark (root)
+# make docs    the documentation as a site, in build/docs
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: train test check bench clean env
+.PHONY: train test check docs bench clean env
 env: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,mpi,deepspeed]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,mpi,deepspeed,docs]'
 	touch $@
 
 train: $(READY)
@@ -24,6 +25,9 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.comm --rounds 4 --train 0 --tokens 128 $(ARGS)

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 import outlast.checkpoint
 import outlast.comm
+from outlast.checkpoint.rng import load_rng_state, rng_state
 
 STEPS = 200
 
@@ -32,7 +33,10 @@ def main(folder: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 1))
+    model = nn.Sequential(
+        nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Dropout(0.01), nn.Linear(256, 1)
+    )
+    torch.manual_seed(1 + rank)  # equal weights so far; from here on each rank drops entries of its own
     for layer in (model[0], model[2]):
         fully_shard(layer)
     fully_shard(model)
@@ -47,6 +51,7 @@ def main(folder: str) -> None:
             reducer.load_state_dict(
                 {"local": restored.local["comm"], "replicated": {}, "meta": restored.replicated["comm"]}
             )
+            load_rng_state(restored.local["rng"])  # which entries dropout takes next
             first = restored.step + 1
             print(f"rank {rank}: going on from step {restored.step}")
 
@@ -65,8 +70,8 @@ def main(folder: str) -> None:
                 checkpointer.save(
                     step,
                     replicated={"model": model.state_dict(), "comm": comm["meta"]},
-                    local={"comm": comm["local"]},
-                    eager={"comm"},  # the next backward changes it
+                    local={"comm": comm["local"], "rng": rng_state()},
+                    eager={"comm", "rng"},  # the next forward or backward changes them
                 )
                 if rank == 0:
                     sent = f"{stats.wire_bytes / 1e3:.1f} kB of gradients sent, dense {stats.dense_bytes / 1e3:.1f} kB"

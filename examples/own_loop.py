@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import outlast.checkpoint
 import outlast.comm
+from outlast.checkpoint.rng import load_rng_state, rng_state
 
 STEPS = 200
 
@@ -32,7 +33,10 @@ def main(folder: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 1))
+    model = nn.Sequential(
+        nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Dropout(0.01), nn.Linear(256, 1)
+    )
+    torch.manual_seed(1 + rank)  # equal weights so far; from here on each rank drops entries of its own
     ddp = DistributedDataParallel(model)
     reducer = outlast.comm.attach(ddp, target="update", density=0.02, dense_below=1024)
     optimizer = torch.optim.SGD(model.parameters(), lr=3e-3)  # of the direction in which Adam, in the reducer, would go
@@ -45,6 +49,7 @@ def main(folder: str) -> None:
             settings = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": {int(i): s for i, s in names.items()}, "param_groups": settings})
             reducer.load_state_dict({"local": restored.local["comm"], **restored.replicated["comm"]})
+            load_rng_state(restored.local["rng"])  # which entries dropout takes next
             first = restored.step + 1
             print(f"rank {rank}: going on from step {restored.step}")
 
@@ -67,8 +72,8 @@ def main(folder: str) -> None:
                         "optimizer": {str(i): s for i, s in optimizer.state_dict()["state"].items()},
                         "comm": {"replicated": comm["replicated"], "meta": comm["meta"]},
                     },
-                    local={"comm": comm["local"]},
-                    eager={"comm"},  # the next backward changes it
+                    local={"comm": comm["local"], "rng": rng_state()},
+                    eager={"comm", "rng"},  # the next forward or backward changes them
                 )
                 if rank == 0:
                     sent = f"{stats.wire_bytes / 1e3:.1f} kB sent, dense {stats.dense_bytes / 1e3:.1f} kB"

@@ -153,7 +153,7 @@ def to_toml(config: object, *, explain: bool = False) -> str:
                 out += ["", *textwrap.wrap(docs[field.name], 100, initial_indent="# ", subsequent_indent="# ")]
                 out.append(f"# values: {_type_name(hints[field.name])}")
             if value is not None:
-                out.append(f"{field.name} = {_toml_value(value)}")
+                out.append(f"{field.name} = {to_toml_value(value)}")
             elif explain:
                 out.append(f"# {field.name} is not set")
         out.append("")
@@ -182,7 +182,12 @@ def _unknown(field: dataclasses.Field[Any]) -> type[ConfigError]:
     return error
 
 
-def _toml_value(value: object) -> str:
+def to_toml_value(value: object) -> str:
+    """A setting's value as TOML.
+
+    Raises:
+        ConfigError: it is of a type that no setting has.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -192,7 +197,7 @@ def _toml_value(value: object) -> str:
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        return "[" + ", ".join(to_toml_value(item) for item in value) + "]"
     raise ConfigError(f"{value!r} of type {type(value).__name__} cannot be written as TOML")
 
 

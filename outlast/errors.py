@@ -19,6 +19,7 @@
     │   ├── IncompleteCheckpoint     a file or the commit record is missing
     │   ├── UnknownFormatVersion     written in a format that this version cannot read
     │   ├── PlaceInUse               another job saves there, or did: names who
+    │   ├── ReplicasDiffer           replicated state is not the same on all ranks; names what, and where
     │   ├── StateMismatch            the checkpoint's tensors do not match the model's
     │   └── SnapshotMutated          a tensor changed before its snapshot was copied; names it
     ├── DiagnosticsError             events or shared memory could not be written or read
@@ -142,6 +143,10 @@ class StateMismatch(CheckpointError):
     """The checkpoint's tensors do not match the model's."""
 
     restartable = False
+
+
+class ReplicasDiffer(CheckpointError):
+    """Replicated state is not the same on all ranks."""
 
 
 class SnapshotMutated(CheckpointError):

@@ -35,7 +35,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"steps", "ownership"},
         {"storage", "state"},
         {"format"},
-        {"memory", "peers", "auto_interval"},
+        {"memory", "peers", "auto_interval", "rng"},
         {"config"},
     ],
     "comm": [
@@ -69,9 +69,10 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"checkpoint_schedule", "engine"},
         {"failure_history", "optim", "data", "model"},
         {"run_directory"},
-        {"config", "logs", "process_group", "progress", "rng", "step_timer"},
+        {"saved_settings", "logs", "process_group", "progress", "rng", "step_timer"},
+        {"config"},
     ],
-    "cli": [{"main"}, {"ckpt", "config", "doctor", "launch", "report", "train"}, {"verb"}],
+    "cli": [{"main"}, {"ckpt", "config", "doctor", "launch", "predict", "report", "train"}, {"verb"}],
 }
 """Top to bottom, the folders and files of a room: each imports only from floors below its own."""
 

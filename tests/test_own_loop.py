@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.helpers import arrays, torchrun
+from tests.forked import Job
+from tests.helpers import arrays, clean_env, free_port, outlast, torchrun, wait_for
 
 
 def losses_in(said: str) -> list[float]:
@@ -31,6 +36,36 @@ def test_it_learns_and_goes_on(root: Path, tmp_path: Path, example: str, steps: 
     again = arrays(newest)
     assert straight.keys() == again.keys()
     assert all(straight[name].tobytes() == again[name].tobytes() for name in straight)
+
+
+@pytest.mark.parametrize("example", ["own_loop", pytest.param("fsdp_loop", marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_ends_like_a_run_that_was_not(root: Path, tmp_path: Path, example: str) -> None:
+    """Dropout included: what the ranks' generators drop next is part of the state."""
+    script = [root / "tests" / "fewer_steps.py", "100", root / "examples" / f"{example}.py"]
+    torchrun(*script, tmp_path / "straight")
+    words = ["--nproc-per-node", "2", "--master-port", str(free_port()), *map(str, script), str(tmp_path / "killed")]
+    log = tmp_path / "log"
+    job = Job("torch.distributed.run", words, env=clean_env(), stdout=log, stderr=log)
+    wait_for(lambda: (tmp_path / "killed/step_00000040/commit.json").exists())
+    os.kill(job.pid, signal.SIGKILL)  # the ranks end with it, as on a node that is lost
+    wait_for(lambda: not ranks_of(tmp_path / "killed"))
+    assert "going on from step" in torchrun(*script, tmp_path / "killed")
+    same = ["--step", "100", "--other-step", "100", "--json"]
+    compared = json.loads(outlast("ckpt", "diff", tmp_path / "straight", tmp_path / "killed", *same, check=None).stdout)
+    differing = {difference["name"] for kind in ("tensors", "values") for difference in compared[kind]}
+    # Nothing seeds or uses these two, so each start has states of its own.
+    assert all(name.startswith(("rng/numpy", "rng/python")) for name in differing), differing
+    assert len(compared["equal_tensors"]) > 10
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """Processes that were started to save in a folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if str(folder) in (process.info["cmdline"] or []):
+            process.kill()
+            found.append(process.pid)
+    return found
 
 
 @pytest.mark.slow

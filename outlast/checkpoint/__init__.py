@@ -37,4 +37,4 @@ __all__ = [
     "optimal_interval_s",
 ]
 
-__getattr__ = lazy_modules(__name__, ["convert", "deepspeed", "tools"])
+__getattr__ = lazy_modules(__name__, ["convert", "deepspeed", "rng", "tools"])

@@ -241,7 +241,8 @@ class Checkpointer:
         assert snapshot is not None
         sizes = [part.nbytes + CRC_BYTES for part in plan.parts]
         reserve = partial(self._arena.reserve, sizes, pinned=snapshot.pinned)
-        return StorageSave(self._context, request, TensorSource(plan, snapshot, self._arena, prepare=reserve))
+        source = TensorSource(plan, snapshot, self._arena, prepare=lambda: (request.replicas.digests(), reserve()))
+        return StorageSave(self._context, request, source)
 
     def wait_copied(self) -> float:
         """Wait until the running save needs no tensor any more; call it right before anything changes them.

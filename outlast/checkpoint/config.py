@@ -61,6 +61,11 @@ class CheckpointConfig:
     pack_below_kb: float = 16.0
     """Tensors smaller than this are packed into arrays of bytes, of up to ``chunk_mb``; 0 gives each its own array."""
 
+    compare_replicas: Literal["sampled", "whole", "off"] = "sampled"
+    """How replicated state is compared before a step is committed. Each piece of it is digested by the rank that writes
+    it and by one other: ``sampled``, 4 kB of each MiB, other ones with each step, and whole what is smaller; or the
+    ``whole`` of it. Where they differ, the save fails, and names tensor and ranks. Values are compared on all ranks."""
+
     memory_every_steps: int = 0
     """Optimizer steps from one checkpoint in host memory to the next; 0: none. These checkpoints are in shared memory
     (``/dev/shm``) and outlive the processes; a restart on the same nodes takes them first."""
@@ -104,6 +109,10 @@ class CheckpointConfig:
         require(self.host_memory_mb >= 0, "checkpoint.host_memory_mb", self.host_memory_mb, "MB >= 0 (0: as needed)")
         require(self.chunk_mb > 0, "checkpoint.chunk_mb", self.chunk_mb, "MB > 0")
         require(self.pack_below_kb >= 0, "checkpoint.pack_below_kb", self.pack_below_kb, "kB >= 0 (0: never)")
+        modes = ("sampled", "whole", "off")
+        require(
+            self.compare_replicas in modes, "checkpoint.compare_replicas", self.compare_replicas, " or ".join(modes)
+        )
         least = 4 * self.chunk_mb
         require(
             not self.host_memory_mb or self.host_memory_mb >= least,

@@ -13,6 +13,7 @@ from outlast.cli.ckpt import Ckpt
 from outlast.cli.config import Config
 from outlast.cli.doctor import Doctor
 from outlast.cli.launch import Launch
+from outlast.cli.predict import Predict
 from outlast.cli.report import Report
 from outlast.cli.train import Train
 from outlast.config import split_overrides
@@ -30,6 +31,7 @@ AnyVerb = (
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Ckpt, tyro.conf.subcommand("ckpt")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[Config, tyro.conf.subcommand("config")]
 )
 

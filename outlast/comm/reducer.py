@@ -70,8 +70,17 @@ class Reducer(Protocol):
         """
 
     @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, strict: bool = True) -> tuple[str, ...]:
         """Load a copy of what :meth:`state_dict` returned on the same rank; training goes on bit for bit.
+
+        Args:
+            state: of this rank.
+            strict: False takes the state of those parameters that it fits. The others, of which parameters or state are
+                missing (frozen, ignored or thawed since), begin without any, as at the first step. Pass the same on all
+                ranks.
+
+        Returns:
+            The names of the parameters whose state was not taken, in either direction; empty if ``strict``.
 
         Raises:
             CommStateMismatch: names what does not fit; nothing has been loaded then.
@@ -79,12 +88,15 @@ class Reducer(Protocol):
         """
 
     @abstractmethod
-    def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None:
+    def load_resharded(
+        self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int, *, strict: bool = True
+    ) -> tuple[str, ...]:
         """Load the state that ``ranks`` ranks saved. With as many ranks as today this is :meth:`load_state_dict`.
 
         Args:
             read: returns what :meth:`state_dict` was on a given rank of the run that saved.
             ranks: how many ranks saved.
+            strict: see :meth:`load_state_dict`, as for what is returned.
 
         Raises:
             CommStateMismatch: state of this kind cannot be redistributed over another world size, or does not fit;

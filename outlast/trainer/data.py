@@ -205,18 +205,19 @@ class Loader:
             "origin_window": self.origin_window,
         }
 
-    def resumed_from(self, saved: dict[str, int | str], step: int, *, world_size_changed: bool) -> Loader:
+    def resumed_from(self, saved: dict[str, int | str], step: int) -> Loader:
         """The loader that continues after ``step`` where the loader of ``saved`` (a :meth:`state`) stopped.
+
+        A step may take another number of windows than before: it continues with the first that no step has taken.
 
         Args:
             saved: the state in the checkpoint.
             step: the checkpoint's step.
-            world_size_changed: the world size was another one, so a step may have taken another number of windows.
 
         Raises:
             DataError: names what differs, with both values.
         """
-        movable = {"origin_step", "origin_window", *(["windows_per_step"] if world_size_changed else [])}
+        movable = {"origin_step", "origin_window", "windows_per_step"}
         for key, now in self.state().items():
             if key not in movable and saved.get(key) != now:
                 raise DataError(

@@ -61,7 +61,11 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: dict[str
 
 
 def load_scheduler_state(scheduler: LambdaLR, saved: dict[str, Any]) -> None:
-    """Load a scheduler's ``state_dict``, and set the optimizer's learning rate to the one it had reached."""
-    scheduler.load_state_dict(saved)
-    for group, lr in zip(scheduler.optimizer.param_groups, saved["_last_lr"], strict=True):
+    """Take the number of steps from a scheduler's ``state_dict``; peak and shape are those of the running schedule."""
+    steps = int(saved["last_epoch"])
+    rates = [base * share(steps) for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler.last_epoch = steps
+    scheduler._step_count = steps + 1
+    scheduler._last_lr = rates
+    for group, lr in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = lr

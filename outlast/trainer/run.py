@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from outlast.checkpoint import Checkpointer, Restored
+from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.diagnostics import Heartbeat, Recorder
 from outlast.errors import StateMismatch
 from outlast.events import EvalDone, EventLog, StepDone
@@ -21,8 +22,8 @@ from outlast.trainer.config import Config
 from outlast.trainer.data import Loader
 from outlast.trainer.engine import Engine
 from outlast.trainer.progress import Progress
-from outlast.trainer.rng import load_rng_state, rng_state
 from outlast.trainer.run_directory import Attempt
+from outlast.trainer.saved_settings import changed_settings, saved_settings
 
 _LOG = logging.getLogger("outlast")
 
@@ -118,7 +119,7 @@ class Run:
         """
         self.heartbeat.beat("checkpoint", step)
         state = self.engine.state()
-        replicated = {**state.replicated, "data": self.loader.state()}
+        replicated = {**state.replicated, "data": self.loader.state(), "settings": saved_settings(self.config)}
         local: dict[str, Any] = {**state.local, "rng": rng_state()}
         eager = state.eager | {"rng"}
         self.checkpointer.save(step, replicated=replicated, local=local, eager=eager, durable=self._durable)
@@ -152,9 +153,11 @@ class Run:
                 f"the newest checkpoint is of step {restored.step}, but training ends at step {self.last_step}",
                 f"raise trainer.steps, or resume from an earlier step with --resume STEP (at most {self.last_step})",
             )
+        # Checkpoints of earlier versions do not say with which settings they were trained.
+        changed = changed_settings(restored.replicated.get("settings", {}), self.config, restored.step)
         rank, ranks = self.place.rank, restored.world_size
         same = ranks == self.place.world_size
-        self.loader = self.loader.resumed_from(restored.replicated["data"], restored.step, world_size_changed=not same)
+        self.loader = self.loader.resumed_from(restored.replicated["data"], restored.step)
 
         def read_local(number: int) -> dict[str, Any]:
             return restored.local if same and number == rank else restored.read_local(number)
@@ -163,6 +166,8 @@ class Run:
         if rank < ranks:
             load_rng_state(read_local(rank)["rng"])
         self.first_step = restored.step + 1
+        for line in changed if rank == 0 else ():
+            _LOG.info("changed since step %d: %s", restored.step, line)
         if not same and rank == 0:
             _LOG.info(
                 "step %d was saved by %d ranks and continues on %d; a step now takes %d windows of the text",

@@ -34,8 +34,9 @@ def local(step: int, rank: int = 0) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal bit for bit, NaN like NaN, -0.0 unlike 0.0, 1 unlike 1.0 and True."""
-    if type(a) is not type(b):
+    """Equal bit for bit, NaN like NaN, -0.0 unlike 0.0, 1 unlike 1.0 and True. `alike` tells kinds of dictionaries
+    and their order apart, too."""
+    if type(a) is not type(b) and not (isinstance(a, dict) and isinstance(b, dict)):
         return False
     if isinstance(a, torch.Tensor):
         if a.dtype != b.dtype or a.shape != b.shape:

@@ -2,7 +2,8 @@
 
 ``rank.py RUN_DIR STEPS [--rank R --at STEP --do kill|stop|spin|torn|exit:N|raise|wait:S|skip] [--once] [--all]``
 
-``--do skip`` leaves out the step's all-reduce. With ``--all``, all ranks misbehave. With ``--once`` it misbehaves only in generation 0. Every rank appends ``generation rank step`` to ``RUN_DIR/steps``.
+``--do skip`` leaves out the step's all-reduce. With ``--all``, all ranks misbehave; with ``--once``, only in generation
+0. Every rank appends ``generation rank step`` to ``RUN_DIR/steps``.
 """
 
 from __future__ import annotations
@@ -80,11 +81,10 @@ def main() -> None:
                 told.once and place.generation
             ):
                 misbehave(told.do)
-            if (
-                told.do == "skip"
-                and (place.rank, step) == (told.rank, told.at)
-                and not (told.once and place.generation)
-            ):
+            odd = step == told.at and place.rank in (told.rank, *everybody) and not (told.once and place.generation)
+            if odd:
+                misbehave(told.do)
+            if odd and told.do == "skip":
                 recorder.enter("recv", 16, "what comes after the all-reduce")
                 dist.recv(torch.ones(4), src=1 - place.rank)
             ones = torch.ones(4)

@@ -159,8 +159,8 @@ def test_a_rank_that_leaves_out_a_collective(tmp_path: Path) -> None:
     (hang,) = events(run, "hang_found")
     assert (hang["culprit"], hang["step"]) == (1, 6)
     assert hang["evidence"].startswith(
-        "desynchronised: ranks 0 and 1 are in different collectives; rank 1 left the order first: its collective #5 was "
-        "recv 'what comes after the all-reduce' of 16 bytes in step 6, that of rank 0 all_reduce 'ones'"
+        "desynchronised: ranks 0 and 1 are in different collectives; rank 1 left the order first: its collective #5 "
+        "was recv 'what comes after the all-reduce' of 16 bytes in step 6, that of rank 0 all_reduce 'ones'"
     )
     assert "another node" not in said
 

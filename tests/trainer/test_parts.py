@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.config import load, split_overrides
 from outlast.errors import RunDirectoryError
 from outlast.trainer.config import Config, ModelConfig, OptimConfig
@@ -22,7 +23,6 @@ from outlast.trainer.optim import (
     lr_share,
     optimizer_state,
 )
-from outlast.trainer.rng import load_rng_state, rng_state
 from outlast.trainer.run_directory import begin_attempt, is_used, run_lease
 
 SMALL = ModelConfig(layers=1, heads=2, width=8, context=8)

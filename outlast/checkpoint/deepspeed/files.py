@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from outlast.checkpoint.deepspeed.containers import Kind, kind_of_fields, put_together
+from outlast.checkpoint.deepspeed.containers import put_together
+from outlast.checkpoint.format.kinds import Kind, kind_of_fields
 from outlast.checkpoint.format.names import decode_key, encode_key, rank_name, step_name
 from outlast.checkpoint.steps.catalog import scan
 from outlast.checkpoint.tools.open_step import OpenedStep, storage

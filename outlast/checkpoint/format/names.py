@@ -15,13 +15,12 @@
       step_00000040.replaced/       is being overwritten; becomes the step again if that is interrupted
       earlier-1/step_00000020/      of an earlier run, moved away because a run began anew here
       lease_00000001.json           which job saves here; removed when it ends
-      step_00000040.failed-E-S      a rank gave up this save (attempt E, save S); the others need not wait
+      step_00000040.failed-E-S      a rank gave up this save (attempt E, save S), for the reason in it
 """
 
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from urllib.parse import quote, unquote
 
 from outlast.errors import CheckpointError
@@ -49,6 +48,8 @@ _PACK = re.compile(r"packed/rank_([0-9]{5,})\.[0-9]+/.+")
 _LOCAL = re.compile(r"rank_([0-9]{5,})/.+")
 _INTEGER = re.compile(r"~-?[0-9]+")
 _MAX_NAME_BYTES = 255
+_USUAL = re.compile(rf"(?!zarr\.json\Z)[A-Za-z0-9][A-Za-z0-9_.-]{{0,{_MAX_NAME_BYTES - 1}}}")
+"""Keys that are path components as they are, unless they are at the root."""
 _MAX_INTEGER_BITS = 256
 _PLAIN = " +=,@()_.-~"
 
@@ -119,7 +120,6 @@ def parse_failed(name: str) -> tuple[str, int] | None:
     return (unquote(match[2]), int(match[3])) if match else None
 
 
-@lru_cache(maxsize=65_536, typed=True)
 def encode_key(key: str | int, *, at_root: bool = False) -> str:
     """A key of the state as one path component; :func:`decode_key` is its inverse.
 
@@ -130,6 +130,8 @@ def encode_key(key: str | int, *, at_root: bool = False) -> str:
         CheckpointError: the key is empty, or not a string or integer, or its encoded form is longer than file systems
             allow.
     """
+    if type(key) is str and _USUAL.fullmatch(key) and not at_root:
+        return key
     if type(key) is int:
         return f"~{key}"
     if not isinstance(key, str):
@@ -163,6 +165,8 @@ def fits(key: str | int) -> bool:
     if type(key) is int:
         return key.bit_length() <= _MAX_INTEGER_BITS
     text = str(key)
+    if _USUAL.fullmatch(text):
+        return True
     if text.isascii():  # each character takes up to three bytes
         return bool(text) and (3 * len(text) <= _MAX_NAME_BYTES or len(quote(text, safe=_PLAIN)) + 2 <= _MAX_NAME_BYTES)
     try:

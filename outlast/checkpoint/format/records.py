@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import crc32c
@@ -76,6 +76,8 @@ class Vote:
     layout: str
     """Checksum of the names, shapes and types of the replicated state, which must be equal on all ranks."""
     files: tuple[FileEntry, ...]
+    replicas: dict[str, str] = field(default_factory=dict)
+    """CRC32C of pieces of the replicated state as this rank has them, of each from two ranks, and of its values."""
 
 
 @dataclass(frozen=True)

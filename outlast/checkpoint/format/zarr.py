@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from outlast.checkpoint.format.records import CRC_BYTES, FORMAT_VERSION, Fault
 from outlast.checkpoint.memory.pages import Buffer
 from outlast.errors import CorruptCheckpoint, UnknownFormatVersion
 
+_READ_BY_PEOPLE = 100_000
+"""Characters up to which a document has line breaks. (In a pack's index of many tensors they would take longest.)"""
 PACKED = "outlast_packed"
 """The attribute of a pack that is its index."""
 
@@ -52,8 +54,7 @@ def array_document(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: torch.
     return _array(shape, chunk, dtype, {})
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """Where a small tensor is in a pack."""
 
     offset: int
@@ -237,7 +238,8 @@ def node_path(path: str) -> str:
 
 
 def _dump(document: dict[str, Any]) -> bytes:
-    return _indented(json.dumps(document, allow_nan=False))
+    compact = json.dumps(document, allow_nan=False)
+    return _indented(compact) if len(compact) <= _READ_BY_PEOPLE else compact.encode()
 
 
 @lru_cache(maxsize=16_384)

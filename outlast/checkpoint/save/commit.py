@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from outlast.checkpoint.format.names import vote_path
 from outlast.checkpoint.format.records import Commit, Fault, FileEntry, Vote, crc_hex, unseal_vote
+from outlast.checkpoint.save.replicas import check_replicas
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.errors import CheckpointError, StateMismatch
 
@@ -37,6 +38,7 @@ def make_vote(context: SaveContext, request: SaveRequest, files: Iterable[FileEn
         save_id=request.save_id,
         layout=request.plan.digest,
         files=tuple(sorted(files, key=lambda entry: entry.path)),
+        replicas=request.replicas.digests(),
     )
 
 
@@ -74,7 +76,8 @@ def build_commit(votes: Sequence[ReceivedVote], digest: str) -> Commit:
         digest: of the coordinator's replicated state.
 
     Raises:
-        StateMismatch: a rank has another replicated state.
+        StateMismatch: a rank has a replicated state of another layout.
+        ReplicasDiffer: a rank has other numbers in it.
     """
     for received in votes:
         if received.vote.layout != digest:
@@ -82,6 +85,7 @@ def build_commit(votes: Sequence[ReceivedVote], digest: str) -> Commit:
                 f"the replicated state of rank {received.vote.rank} has other names, shapes or types than rank 0's",
                 "pass the same keys on all ranks; what differs belongs into local",
             )
+    check_replicas(received.vote for received in votes)
     first = votes[0].vote
     return Commit(
         step=first.step,

@@ -108,6 +108,7 @@ class SaveJob:
         self._confirmed.set()
         if self._snapshot is not None:
             self._snapshot.release()
+        self._request.replicas.release()
         self.done.set()
 
     def _report(self, reason: Exception, tier: str, on_event: Callable[[Event], None]) -> None:

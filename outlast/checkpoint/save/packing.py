@@ -28,7 +28,7 @@ def pack(items: Sequence[TensorEntry], rank: int, chunk_bytes: int) -> list[Pack
     packs = []
     for number, contents in enumerate(_fill(items, chunk_bytes)):
         path = pack_path(rank, number)
-        nbytes = max(1, sum(_aligned(content.source.nbytes) for content in contents))
+        nbytes = max(1, _aligned(contents[-1].offset + contents[-1].source.nbytes))
         index = {
             content.item.path: Packed(content.offset, tuple(content.source.shape), content.source.dtype)
             for content in contents
@@ -42,7 +42,9 @@ def _fill(items: Sequence[TensorEntry], chunk_bytes: int) -> Iterator[list[Conte
     for eager in (True, False):
         contents: list[Content] = []
         end = 0
-        for item in [item for item in items if item.eager == eager]:
+        for item in items:
+            if item.eager != eager:
+                continue
             nbytes = _aligned(item.tensor.nbytes)
             if contents and end + nbytes > chunk_bytes:
                 yield contents

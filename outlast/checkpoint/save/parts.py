@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +17,7 @@ from outlast.checkpoint.state.tree import TensorEntry
 from outlast.errors import CheckpointError
 
 
-@dataclass(frozen=True)
-class Content:
+class Content(NamedTuple):
     """Some rows of a tensor, and where in a part they go."""
 
     item: TensorEntry

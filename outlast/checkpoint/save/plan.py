@@ -16,7 +16,8 @@ from outlast.checkpoint.format.names import PACKS
 from outlast.checkpoint.format.records import crc_hex
 from outlast.checkpoint.format.zarr import array_document, group_document, node_path
 from outlast.checkpoint.save.packing import pack
-from outlast.checkpoint.save.parts import Part, chunk_of, cut
+from outlast.checkpoint.save.parts import Content, Part, chunk_of, cut
+from outlast.checkpoint.save.replicas import Piece
 from outlast.checkpoint.state.shares import owner_of
 from outlast.checkpoint.state.tree import StateTree, TensorEntry
 
@@ -33,6 +34,8 @@ class RankPlan:
     """Of all replicated tensors, whichever rank writes them."""
     local_bytes: int
     """Of this rank's local tensors."""
+    pieces: tuple[Piece, ...]
+    """Of the replicated tensors, what this rank and another one digest."""
     digest: str
     """Checksum of names, shapes, types and placements of the replicated state; ranks must agree on it to commit."""
 
@@ -65,6 +68,7 @@ def plan_rank(
         parts=tuple(sorted(draft.parts, key=lambda part: not part.eager)),
         replicated_bytes=sum(item.nbytes for item in of_all),
         local_bytes=sum(item.tensor.nbytes for item in own),
+        pieces=tuple(draft.pieces),
         digest=_digest(of_all),
     )
 
@@ -79,6 +83,8 @@ class _Draft:
     pack_below_bytes: int
     documents: dict[str, bytes] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    """Of replicated tensors, those that this rank writes or checks."""
     small: list[TensorEntry] = field(default_factory=list)
     """To be packed."""
 
@@ -86,8 +92,11 @@ class _Draft:
         division = _Division(items, self.world_size)
         for number, item in enumerate(items):
             if item.spread is None and item.tensor.nbytes < self.pack_below_bytes:
-                if division.owner_of_next(item, item.tensor.nbytes) == self.rank:
+                owner = division.owner_of_next(item, item.tensor.nbytes)
+                if owner == self.rank:
                     self.small.append(item)
+                if item.tensor.nbytes and self.rank in division.compared_by(item, owner):
+                    self.pieces.append(Piece(item.path, Content(item, item.tensor, 0)))
                 continue
             chunk = chunk_of(item, self.chunk_bytes)
             owners = []
@@ -95,6 +104,8 @@ class _Draft:
                 owners.append(division.owner_of_next(item, part.contents[0].source.nbytes))
                 if owners[-1] == self.rank:
                     self.parts.append(part)
+                if self.rank in division.compared_by(item, owners[-1]):
+                    self.pieces.append(Piece(part.path, part.contents[0]))
             if item.spread:
                 writer = number % self.world_size  # no rank knows who holds the shards of the others
             else:
@@ -147,6 +158,11 @@ class _Division:
         owner = owner_of(holders, self._divided_bytes[holders], nbytes, self._total_bytes[holders])
         self._divided_bytes[holders] += nbytes
         return owner
+
+    def compared_by(self, item: TensorEntry, owner: int) -> tuple[int, ...]:
+        """The ranks that digest a piece which ``owner`` writes: it and the next that holds it; none if it is alone."""
+        holders = self._holders(item)
+        return () if len(holders) == 1 else (owner, holders[(holders.index(owner) + 1) % len(holders)])
 
     def _holders(self, item: TensorEntry) -> tuple[int, ...]:
         return item.spread.holders if item.spread else self._everyone

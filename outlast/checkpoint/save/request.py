@@ -11,6 +11,7 @@ from outlast.checkpoint.format.zarr import root_document
 from outlast.checkpoint.ownership.lease import Lease
 from outlast.checkpoint.save.io_threads import IoThreads
 from outlast.checkpoint.save.plan import RankPlan
+from outlast.checkpoint.save.replicas import Replicas
 from outlast.checkpoint.save.snapshot import Snapshot
 from outlast.checkpoint.storage.base import Store
 from outlast.events import Event
@@ -46,6 +47,8 @@ class SaveRequest:
     """What this rank writes."""
     snapshot: Snapshot | None
     """Of the plan's parts. None: they were copied before, and the training thread has confirmed the copy."""
+    replicas: Replicas
+    """This rank's digests of what all ranks have, or some."""
     began: float
     """When the call began, on the monotonic clock."""
     durable: bool = True
@@ -56,7 +59,7 @@ class SaveRequest:
     def without_tensors(self) -> SaveRequest:
         """The same request without references to the tensors, for whoever keeps it longer than they may be kept."""
         parts = tuple(replace(part, contents=()) for part in self.plan.parts)
-        return replace(self, plan=replace(self.plan, parts=parts), snapshot=None)
+        return replace(self, plan=replace(self.plan, parts=parts, pieces=()), snapshot=None)
 
     def root_document(self, context: SaveContext) -> bytes:
         """The root group's ``zarr.json``, which names the attempt and the save."""

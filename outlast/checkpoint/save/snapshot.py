@@ -14,8 +14,10 @@ has to wait for it. That nothing was changed before then is checked, not believe
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import crc32c
 import torch
@@ -27,6 +29,11 @@ from outlast.checkpoint.state.tree import TensorEntry
 from outlast.errors import CheckpointError, SnapshotMutated
 
 _SAMPLES = 16
+_WHOLE_BYTES = 64
+"""Contiguous tensors up to this size are compared whole, which is one read."""
+_SMALL_BYTES = 64 << 10
+"""Contiguous tensors up to this size are copied without PyTorch, each call of which takes longer than the copy."""
+_ZEROS = bytes(64)
 _STRIDE_BYTES = 512 << 10
 """Copied and checksummed at a time, so that what is checksummed is in the processor's cache."""
 
@@ -144,12 +151,23 @@ class Snapshot:
         for mark in marks:
             if mark is not None:
                 mark.check_place()  # memory that was freed must not be read
-        crc, at = 0, 0
+        crc, at, view = 0, 0, payload.numpy().data
         with torch.no_grad():
             for number, (offset, nbytes, on_device) in enumerate(self._layouts[index].pieces):
                 if offset > at:
-                    crc = _zero(payload[at:offset], crc)
+                    gap = offset - at
+                    view[at:offset] = zeros = _ZEROS[:gap] if gap <= len(_ZEROS) else bytes(gap)
+                    crc = crc32c.crc32c(zeros, crc)
                 at = offset + nbytes
+                if nbytes <= _SMALL_BYTES and not on_device:
+                    assert part is not None
+                    small = _bytes_of(part.contents[number], nbytes)
+                    if small is not None:
+                        view[offset:at] = small
+                        before, crc = crc, crc32c.crc32c(small, crc)
+                        if verify and crc32c.crc32c(view[offset:at], before) != crc:
+                            raise _differs(part.contents[number].item, 0)
+                        continue
                 piece = payload[offset:at]
                 if on_device:
                     crc = crc32c.crc32c(piece.numpy().data, crc) if nbytes else crc
@@ -208,13 +226,25 @@ class Snapshot:
                 if verify and crc32c.crc32c(copy[at : at + _STRIDE_BYTES], before) != crc:
                     if id(content.item) in self._marks:
                         self._marks[id(content.item)].check()  # a change tells more than a difference
-                    raise CheckpointError(
-                        f"the copy of the tensor {content.item.name!r} differs from it at byte {at} or after",
-                        "the tensor was changed while it was copied, or this host's memory is faulty",
-                    )
+                    raise _differs(content.item, at)
             return crc
         _corner(content, target).copy_(source)
         return crc32c.crc32c(target.numpy().data, crc)
+
+
+def _bytes_of(content: Content, nbytes: int) -> bytes | None:
+    """The elements of a small tensor in the host's memory, end to end; None if PyTorch has to copy them."""
+    source = content.source
+    if content.block or not source.is_cpu or not source.is_contiguous() or source.is_conj() or source.is_neg():
+        return None
+    return ctypes.string_at(source.data_ptr(), nbytes) if nbytes else b""
+
+
+def _differs(item: TensorEntry, at: int) -> CheckpointError:
+    return CheckpointError(
+        f"the copy of the tensor {item.name!r} differs from it at byte {at} or after",
+        "the tensor was changed while it was copied, or this host's memory is faulty",
+    )
 
 
 class _Layout:
@@ -244,7 +274,7 @@ def _hold_eager(parts: list[Part | None], room: DeviceRoom) -> set[int]:
             part = parts[index]
             assert part is not None
             replaced = list(part.contents)
-            replaced[number] = replace(content, source=copy)
+            replaced[number] = content._replace(source=copy)
             parts[index] = replace(part, contents=tuple(replaced))
             copied.add((index, number))
     return {
@@ -274,18 +304,27 @@ def _zero(target: torch.Tensor, crc: int) -> int:
 class _Mark:
     """What a tensor was when the snapshot began."""
 
+    __slots__ = ("_address", "_item", "_places", "_sample", "_storage_bytes", "_version", "_width")
+
     def __init__(self, item: TensorEntry) -> None:
-        if item.tensor.is_inference():
+        tensor = item.tensor
+        if tensor.is_inference():
             raise CheckpointError(
                 f"the tensor {item.name!r} was made in inference mode, so changes to it cannot be detected",
                 "name its top-level key in `eager`",
             )
         self._item = item
-        self._watched = [item.tensor] if item.dtensor is None else [item.tensor, item.dtensor]
-        self._versions = [tensor._version for tensor in self._watched]
-        self._address = item.tensor.data_ptr()
-        self._storage_bytes = item.tensor.untyped_storage().nbytes()
-        self._places = _places(item.tensor) if item.tensor.device.type == "cpu" else []
+        self._version = self._versions()
+        self._address = tensor.data_ptr()
+        self._storage_bytes = tensor.untyped_storage().nbytes()
+        self._places: Sequence[int] = ()
+        self._width = tensor.itemsize
+        if tensor.device.type == "cpu" and tensor.numel():
+            nbytes = tensor.numel() * self._width
+            if nbytes <= _WHOLE_BYTES and tensor.is_contiguous():
+                self._places, self._width = (0,), nbytes
+            else:
+                self._places = _places(tuple(tensor.shape), tensor.stride(), self._width)
         self._sample = self._read()
 
     def check_place(self) -> None:
@@ -295,15 +334,19 @@ class _Mark:
 
     def check(self) -> None:
         self.check_place()
-        versions = [tensor._version for tensor in self._watched]
-        if versions != self._versions:
-            self._fail(f"_version {self._versions} became {versions}")
+        version = self._versions()
+        if version != self._version:
+            self._fail(f"_version {self._version} became {version}")
         if self._read() != self._sample:
             self._fail("its elements differ, though its _version does not")
 
+    def _versions(self) -> int | tuple[int, int]:
+        own = self._item.tensor._version
+        return own if self._item.dtensor is None else (own, self._item.dtensor._version)
+
     def _read(self) -> list[bytes]:
-        width = self._item.tensor.itemsize
-        return [ctypes.string_at(self._address + place, width) for place in self._places]
+        address, width = self._address, self._width
+        return [ctypes.string_at(address + place, width) for place in self._places]
 
     def _fail(self, evidence: str) -> None:
         raise _mutated(self._item.name, evidence)
@@ -317,16 +360,17 @@ def _mutated(name: str, evidence: str) -> SnapshotMutated:
     )
 
 
-def _places(tensor: torch.Tensor) -> list[int]:
-    """Byte offsets from ``data_ptr()`` of a few elements, evenly spread over the tensor, first and last included."""
-    count = tensor.numel()
+@lru_cache(maxsize=4096)
+def _places(shape: tuple[int, ...], strides: tuple[int, ...], width: int) -> tuple[int, ...]:
+    """Byte offsets from ``data_ptr()`` of a few elements, evenly spread over a tensor, first and last included."""
+    count = math.prod(shape)
     samples = min(_SAMPLES, count)
     places = []
     for sample in range(samples):
         index = sample * (count - 1) // max(1, samples - 1)
         offset = 0
-        for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        for size, stride in zip(reversed(shape), reversed(strides), strict=True):
             index, position = divmod(index, size)
             offset += position * stride
-        places.append(offset * tensor.itemsize)
-    return places
+        places.append(offset * width)
+    return tuple(places)

@@ -27,7 +27,7 @@ from outlast.checkpoint.format.records import Fault, FileEntry, crc_hex, seal
 from outlast.checkpoint.format.zarr import node_path
 from outlast.checkpoint.save.commit import ReceivedVote, build_commit, make_vote, read_vote
 from outlast.checkpoint.save.io_threads import process_ended
-from outlast.checkpoint.save.job import SaveJob
+from outlast.checkpoint.save.job import SaveJob, failure_text
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import Source
 from outlast.checkpoint.save.writer import Writer
@@ -36,6 +36,8 @@ from outlast.errors import CheckpointError
 from outlast.events import CheckpointRejected, CheckpointSaved
 
 _log = logging.getLogger("outlast.checkpoint")
+_VERDICT_S = 10.0
+"""How long a rank waits, once it has voted, to hear whether the step was committed."""
 _FIRST_POLL_S, _LAST_POLL_S = 0.005, 0.25
 _PER_FILE_BYTES = 12_288
 """What a file takes on a disk besides its bytes, at most: its directory, its entry, and the rest of its last block."""
@@ -68,6 +70,8 @@ class StorageSave(SaveJob):
             self.give_up,
         )
         self._voted = False
+        self._flagged = False
+        """Whether another rank has told all that the save failed."""
         self.committed = False
         """Whether the step is committed (coordinator), or this rank's part durable (others); final once done."""
 
@@ -87,6 +91,8 @@ class StorageSave(SaveJob):
             size_bytes = self._write_and_vote()
             if self._context.rank == 0:
                 self._commit()
+            else:
+                self._hear_verdict()
             finished = self.committed = True
             self._context.on_event(
                 CheckpointSaved(
@@ -111,7 +117,7 @@ class StorageSave(SaveJob):
             self._end()
 
     def _fail(self, reason: Exception) -> None:
-        self._clean_up()
+        self._clean_up(reason)
         self._report(reason, STORAGE, self._context.on_event)
 
     def _write_and_vote(self) -> int:
@@ -232,24 +238,39 @@ class StorageSave(SaveJob):
                     "see their events; on slow storage raise checkpoint.commit_timeout_s",
                 )
 
+    def _hear_verdict(self) -> None:
+        """Wait for the commit, or for rank 0's reason against it.
+
+        Rank 0 may be gone, or slow: this rank's part is durable, which is all that it reports without a verdict.
+        """
+        store, commit = self._context.store, f"{step_name(self.step)}/{COMMIT}"
+        poll = Poll(min(_VERDICT_S, self._context.config.commit_timeout_s))
+        while not store.exists(commit):
+            self._check_cancelled(others=True)
+            if not poll.wait():
+                return
+
     def _check_cancelled(self, *, others: bool = False) -> None:
         """Raise if this save was given up, on this rank or (``others``) on another."""
         super()._check_cancelled()
         if others and self._context.store.exists(self._flag()):
-            raise CheckpointError(f"another rank gave up the save of step {self.step}", "see its events for the reason")
+            self._flagged = True
+            reason = bytes(self._context.store.read(self._flag())).decode(errors="replace")
+            why = f": {reason}" if reason else ""
+            raise CheckpointError(f"another rank gave up the save of step {self.step}{why}", "see its events for more")
 
     def _flag(self) -> str:
         return failed_name(self.step, self._context.attempt_id, self._request.save_id)
 
-    def _clean_up(self) -> None:
+    def _clean_up(self, reason: Exception) -> None:
         """Remove what this rank wrote, beginning with what makes it count, and leave a flag for the other ranks."""
         try:
             self._remove_own()
         except OSError as error:
             _log.warning("files of the failed save of step %d could not be removed yet: %s", self.step, error)
-        if self._context.world_size > 1:
+        if self._context.world_size > 1 and not self._flagged:
             try:
-                self._context.store.put(self._flag(), [])
+                self._context.store.put(self._flag(), [failure_text(reason).encode()])
             except OSError as error:
                 _log.warning("could not flag for the other ranks that step %d failed: %s", self.step, error)
 

@@ -73,7 +73,13 @@ class MemorySave(SaveJob):
 
     def __init__(self, memory: Memory, request: SaveRequest, slot: Slot, feeds: Sequence[Tier]) -> None:
         assert request.snapshot is not None
-        prepare = slot.pin if request.snapshot.pinned else lambda: None
+        pin = slot.pin if request.snapshot.pinned else lambda: None
+        replicas = request.replicas
+
+        def prepare() -> None:
+            replicas.digests()
+            pin()
+
         super().__init__(request, TensorSource(request.plan, request.snapshot, slot, prepare=prepare, verify=True))
         self._memory = memory
         self._slot = slot

@@ -146,10 +146,16 @@ def measure_codec(config: CommConfig, communicator: Communicator, device: torch.
     Raises:
         CommError: a peer died or the limit passed.
     """
+    if feedback_from_config(config) is None:
+        return 0.0
+    return slowest(communicator, codec_s_per_entry(config, communicator.world_size, device), device)
+
+
+def codec_s_per_entry(config: CommConfig, n: int, device: torch.device) -> float:
+    """Seconds an entry of one step's encode and decode among ``n`` ranks take on this device; 0 for dense."""
     feedback = feedback_from_config(config)
     if feedback is None:
         return 0.0
-    n = communicator.world_size
     g = torch.randn((1024, _SAMPLE // 1024), generator=torch.Generator().manual_seed(0)).to(device)
     local, out = feedback.start(g), torch.empty_like(g)
     replicated = feedback.new_replicated(g)
@@ -163,7 +169,7 @@ def measure_codec(config: CommConfig, communicator: Communicator, device: torch.
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best_s = min(best_s, time.perf_counter() - started)
-    return slowest(communicator, best_s, device) / _SAMPLE
+    return best_s / _SAMPLE
 
 
 def wire_bytes(config: CommConfig, tensors: Mapping[tuple[int, ...], int], whole_numel: int, n: int) -> int:

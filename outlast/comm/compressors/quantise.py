@@ -59,7 +59,7 @@ class Quantiser(Compressor):
 
 
 class Int8(Quantiser):
-    """Eight bits per entry: the nearest multiple of max |x| / 127 of its block.
+    """Eight bits per entry: the nearest multiple of ``max |x|`` / 127 of its block.
 
     With B = ``block`` and c = (1 + 2^-7) / 254, ``alpha = (1 - c^2) / (1 + (B - 1) c^2)``: 0.9960 for B = 256. It
     sends 8 + numel + 2 ceil(numel / B) bytes, up to a multiple of 8. Entries of 1.5 * 2^127 = 2.6e38 (float64: 1.3e308)
@@ -79,7 +79,7 @@ class Int8(Quantiser):
 
 
 class Int4(Quantiser):
-    """Four bits per entry: the nearest multiple of max |x| / 7 of its block.
+    """Four bits per entry: the nearest multiple of ``max |x|`` / 7 of its block.
 
     With B = ``block`` and c = (1 + 2^-7) / 14, ``alpha = (1 - c^2) / (1 + (B - 1) c^2)``: 0.857 for B = 32. It sends
     8 + ceil(numel / 2) + 2 ceil(numel / B) bytes, up to a multiple of 8. Entries of 1.5 * 2^127 = 2.6e38 (float64:
@@ -99,7 +99,7 @@ class Int4(Quantiser):
 
 
 class Sign(Quantiser):
-    """One bit per entry, times the mean of |x|. arXiv 1809.07599::
+    """One bit per entry, times the mean of ``|x|``. arXiv 1809.07599::
 
         C(x) = (||x||_1 / B) sign(x)        ||C(x) - x||^2 = ||x||^2 - ||x||_1^2 / B
 

@@ -55,8 +55,7 @@ class TopK(_Selection):
     :mod:`outlast.comm.compressors.indices`): at a density of 1 % an index takes 8.6 bits, at 5 % 6.3 bits.
 
     Contraction: ``alpha = k / numel * alpha_values``, with alpha_values = 1 for fp32. Proof: let T be the selected
-        entries
-    and Q(T) what is sent. T and the rest of x have no entry in common, so ::
+    entries and Q(T) what is sent. T and the rest of x have no entry in common, so ::
 
         ||x - Q(T)||^2 = ||x - T||^2 + ||T - Q(T)||^2
                       <= ||x||^2 - ||T||^2 + (1 - alpha_values) ||T||^2 = ||x||^2 - alpha_values ||T||^2

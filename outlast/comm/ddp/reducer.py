@@ -214,7 +214,7 @@ class GradientReducer(Reducer):
         self._averager.settle()
         return self._states.state_dict(self._averager.ledger.step, self.world_size)
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, strict: bool = True) -> tuple[str, ...]:
         """See :meth:`Reducer.load_state_dict`.
 
         Raises:
@@ -223,9 +223,14 @@ class GradientReducer(Reducer):
         """
         self._averager.settle()
         self._take_choice(state["meta"])
-        self._averager.ledger.resume_after(self._states.load_state_dict(state, self.world_size))
+        left: list[str] = []
+        step = self._states.load_state_dict(state, self.world_size, None if strict else left)
+        self._averager.ledger.resume_after(step)
+        return tuple(left)
 
-    def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None:
+    def load_resharded(
+        self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int, *, strict: bool = True
+    ) -> tuple[str, ...]:
         """Load the state of ``ranks`` ranks, on this number of ranks.
 
         Kept is what all estimates to come depend on: the sum over ranks, over their number, of what was not sent, and
@@ -235,6 +240,7 @@ class GradientReducer(Reducer):
             read: given a rank of the run that saved, what its :meth:`state_dict` was; called for those that matter to
                 this rank, one at a time. With fewer ranks than before, together they read all.
             ranks: how many ranks saved.
+            strict: see :meth:`Reducer.load_state_dict`, as for what is returned.
 
         Raises:
             CommStateMismatch: names what does not fit; nothing has been loaded then.
@@ -242,12 +248,13 @@ class GradientReducer(Reducer):
         """
         rank, n = self._network.all_ranks.rank, self.world_size
         if ranks == n:
-            self.load_state_dict(read(rank))
-            return
+            return self.load_state_dict(read(rank), strict=strict)
         self._averager.settle()
         self._take_choice(read(0)["meta"])
         state = self._states.resharded(read, ranks, n, rank, self._method.of_all)
-        self._averager.ledger.resume_after(self._states.load_state_dict(state, n))
+        left: list[str] = []
+        self._averager.ledger.resume_after(self._states.load_state_dict(state, n, None if strict else left))
+        return tuple(left)
 
     def resync(self) -> float:
         """Replace the running means of what ranks track by exact ones; a collective call, between steps.

@@ -89,7 +89,7 @@ class DeepSpeedReducer(Reducer):
         """
         return self._integration.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, strict: bool = True) -> tuple[str, ...]:
         """See :meth:`Reducer.load_state_dict`.
 
         Raises:
@@ -97,21 +97,24 @@ class DeepSpeedReducer(Reducer):
                 of parameters to ranks); nothing has been loaded then.
             CommError: an exchange has failed.
         """
-        self._integration.load_state_dict(state)
+        return self._integration.load_state_dict(state, strict=strict)
 
-    def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None:
+    def load_resharded(
+        self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int, *, strict: bool = True
+    ) -> tuple[str, ...]:
         """See :meth:`Reducer.load_resharded`. Where whole gradients are averaged, the number of ranks may change.
 
         Args:
             read: given a rank of the run that saved, in its data-parallel group, its state.
             ranks: how many ranks saved.
+            strict: see :meth:`Reducer.load_state_dict`, as for what is returned.
 
         Raises:
             CommStateMismatch: another world size where partitions are averaged, or what :meth:`load_state_dict`
                 says; nothing has been loaded then.
             CommError: an exchange has failed.
         """
-        self._integration.load_resharded(read, ranks)
+        return self._integration.load_resharded(read, ranks, strict=strict)
 
     def close(self) -> None:
         """Give the engine its own averaging back, and end the threads. Closing twice is harmless.

@@ -33,9 +33,11 @@ class Integration(Protocol):
 
     def state_dict(self) -> dict[str, dict[str, Any]]: ...
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, strict: bool = True) -> tuple[str, ...]: ...
 
-    def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None: ...
+    def load_resharded(
+        self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int, *, strict: bool = True
+    ) -> tuple[str, ...]: ...
 
     def close(self) -> None: ...
 
@@ -81,11 +83,13 @@ class WholeGradients:
     def state_dict(self) -> dict[str, dict[str, Any]]:
         return self._reducer.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        self._reducer.load_state_dict(state)
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, strict: bool = True) -> tuple[str, ...]:
+        return self._reducer.load_state_dict(state, strict=strict)
 
-    def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None:
-        self._reducer.load_resharded(read, ranks)
+    def load_resharded(
+        self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int, *, strict: bool = True
+    ) -> tuple[str, ...]:
+        return self._reducer.load_resharded(read, ranks, strict=strict)
 
     def close(self) -> None:
         vars(self._engine).pop("buffered_allreduce_fallback", None)
@@ -153,15 +157,17 @@ class Partitions:
         self._complete()
         return self._session.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, strict: bool = True) -> tuple[str, ...]:
         self._complete()
-        self._session.load_state_dict(state)
+        return self._session.load_state_dict(state, strict=strict)
 
-    def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None:
+    def load_resharded(
+        self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int, *, strict: bool = True
+    ) -> tuple[str, ...]:
         self._session.check()
         if ranks != self._session.world_size:
             raise cannot_reshard("ZeRO", ranks, self._session.world_size)
-        self.load_state_dict(read(self._session.rank))
+        return self.load_state_dict(read(self._session.rank), strict=strict)
 
     def close(self) -> None:
         vars(self._optimizer).pop("average_tensor", None)

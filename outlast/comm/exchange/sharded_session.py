@@ -168,15 +168,17 @@ class ShardSession:
         self.check()
         return self.states.state_dict(self._ledger.step)
 
-    def load_state_dict(self, state: State) -> None:
-        """Load a copy of the state, all of it or (on an error) none.
+    def load_state_dict(self, state: State, *, strict: bool = True) -> tuple[str, ...]:
+        """Load a copy of the state, all of it or (on an error) none; see :meth:`Reducer.load_state_dict`.
 
         Raises:
             CommStateMismatch: names the setting, parameter, slot, shape or type that does not fit.
             CommError: an exchange has failed.
         """
         self.check()
-        self._ledger.resume_after(self.states.load_state_dict(state))
+        left: list[str] = []
+        self._ledger.resume_after(self.states.load_state_dict(state, None if strict else left))
+        return tuple(left)
 
     def close(self) -> None:
         """End the thread and drop the process group. Not a collective call; closing twice is harmless.

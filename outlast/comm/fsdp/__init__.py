@@ -107,22 +107,25 @@ class ShardedReducer(Reducer):
         """
         return self._session.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], *, strict: bool = True) -> tuple[str, ...]:
         """See :meth:`Reducer.load_state_dict`.
 
         Raises:
             CommStateMismatch: names what does not fit, another world size included; nothing has been loaded then.
             CommError: an exchange has failed.
         """
-        self._session.load_state_dict(state)
+        return self._session.load_state_dict(state, strict=strict)
 
-    def load_resharded(self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int) -> None:
+    def load_resharded(
+        self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int, *, strict: bool = True
+    ) -> tuple[str, ...]:
         """Load the state that ``ranks`` ranks saved, if the world size is the same: sharded state is not redistributed.
 
         Args:
             read: given a rank of the run that saved, its state. Ranks are counted in the group that shards the model,
                 with HSDP in the mesh, row by row: copy 0's ranks first.
             ranks: how many ranks saved.
+            strict: see :meth:`Reducer.load_state_dict`, as for what is returned.
 
         Raises:
             CommStateMismatch: another world size, or what :meth:`load_state_dict` says; nothing has been loaded
@@ -132,7 +135,7 @@ class ShardedReducer(Reducer):
         self._session.check()
         if ranks != self._ranks:
             raise cannot_reshard("FSDP2", ranks, self._ranks)
-        self.load_state_dict(read(self._rank))
+        return self.load_state_dict(read(self._rank), strict=strict)
 
     def close(self) -> None:
         """Give the model its own collectives back, and end the thread. Closing twice is harmless.

@@ -221,8 +221,13 @@ class ParameterStates:
         ]  # no rank has used them yet: that they have no slots is no loss
         return {"local": local, "replicated": replicated, "meta": {**self._meta(step, world_size), "unused": unused}}
 
-    def load_state_dict(self, state: State, world_size: int) -> int:
+    def load_state_dict(self, state: State, world_size: int, left: list[str] | None = None) -> int:
         """Copy the state in, all of it or (on an error) none; returns the step it was saved after.
+
+        Args:
+            state: a state dict.
+            world_size: ranks that exchange.
+            left: see :func:`read_slots`.
 
         Raises:
             CommStateMismatch: names the setting, parameter, slot, shape or type that does not fit.
@@ -233,7 +238,7 @@ class ParameterStates:
         check_meta(state["meta"], self._meta(0, world_size), keys)
         step = int(state["meta"]["step"])
         schemas = {name: param.schema(self.feedback, self.direction) for name, param in self.params.items()}
-        for name, (local, replicated) in read_slots(state, schemas, step).items():
+        for name, (local, replicated) in read_slots(state, schemas, step, left).items():
             self.params[name].load(local, replicated)
         return step
 
@@ -276,7 +281,9 @@ class ParameterStates:
                 layouts, lambda old: read(old)["local"], n, m, rank, feedback, replicated=first["replicated"]
             )
         meta["world_size"] = m
-        return {"local": dict(local), "replicated": dict(first["replicated"]), "meta": meta}
+        # What belongs to no parameter is refused, or named, by load_state_dict.
+        strange = {name: slots for name, slots in first["local"].items() if name not in self.params}
+        return {"local": {**local, **strange}, "replicated": dict(first["replicated"]), "meta": meta}
 
     def _layout(self, state: ParamState, ranks: int) -> Layout:
         if two_phase(self._config, ranks):

@@ -54,8 +54,12 @@ class ShardedStates:
         local = {name: slots for name, param in self.params.items() if (slots := param.saved())}
         return {"local": local, "replicated": {}, "meta": self._meta(step)}
 
-    def load_state_dict(self, state: State) -> int:
+    def load_state_dict(self, state: State, left: list[str] | None = None) -> int:
         """Copy the state in, all of it or (on an error) none; returns the step it was saved after.
+
+        Args:
+            state: a state dict.
+            left: see :func:`read_slots`.
 
         Raises:
             CommStateMismatch: names the setting, parameter, slot, shape or type that does not fit.
@@ -65,7 +69,7 @@ class ShardedStates:
         check_meta(state["meta"], self._meta(0), keys)
         step = int(state["meta"]["step"])
         schemas = {name: param.schema(self._feedback, self._direction) for name, param in self.params.items()}
-        for name, (local, _) in read_slots(state, schemas, step).items():
+        for name, (local, _) in read_slots(state, schemas, step, left).items():
             self.params[name].load(local)
         return step
 

@@ -11,7 +11,7 @@ The name of a slot that exists once for each slice ends in the slice's number; s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -24,6 +24,11 @@ MOMENT = "adam_"
 PARTS = ("local", "replicated")
 
 _FIX = "it belongs to another model, or to other [comm] settings"
+_LESS = (
+    "if these parameters were frozen, ignored or thawed since it was saved, strict=False takes the state of the others "
+    "and returns these names; otherwise it belongs to another model, or to other [comm] settings"
+)
+_SHOWN = 10
 
 T = TypeVar("T")
 State = Mapping[str, Mapping[str, Any]]
@@ -99,13 +104,17 @@ def check_meta(saved: Mapping[str, Any], expected: Mapping[str, Any], keys: Iter
             )
 
 
-def read_slots(state: State, schemas: Mapping[str, SlotSchema], step: int) -> dict[str, tuple[Slots, Slots]]:
+def read_slots(
+    state: State, schemas: Mapping[str, SlotSchema], step: int, left: list[str] | None = None
+) -> dict[str, tuple[Slots, Slots]]:
     """Copies of every parameter's (local, replicated) slots; empty if there are none and none are required.
 
     Args:
         state: a state dict.
         schemas: by the parameter's name.
         step: the step after which it was saved; 0 before the first, when there are no slots yet.
+        left: gets the names of parameters whose state does not fit, is missing, or belongs to no parameter; those
+            begin without any. None: that is an error.
 
     Raises:
         CommStateMismatch: names the parameter and the slot, shape or type that does not fit.
@@ -115,16 +124,46 @@ def read_slots(state: State, schemas: Mapping[str, SlotSchema], step: int) -> di
         name: schema._replace(required=schema.required and name not in unused) for name, schema in schemas.items()
     }
     for part in PARTS:
-        for name in state[part]:
-            if name not in schemas or not (schemas[name].local or schemas[name].replicated):
-                raise CommStateMismatch(f"{part} error-feedback state of {name!r}: no such compressed parameter", _FIX)
-    return {
-        name: (
-            _read(name, "local", state["local"].get(name), schema, schema.local, step),
-            _read(name, "replicated", state["replicated"].get(name), schema, schema.replicated, step),
-        )
-        for name, schema in schemas.items()
-    }
+        unknown = [
+            name for name in state[part] if name not in schemas or not (schemas[name].local or schemas[name].replicated)
+        ]
+        if left is not None:
+            left += [name for name in unknown if name not in left]
+        elif unknown:
+            raise CommStateMismatch(
+                f"{part} error-feedback state of {_listed(unknown)}: no such compressed parameter", _LESS
+            )
+    if left is None:
+        _check_all_there(state, schemas, step)
+    read: dict[str, tuple[Slots, Slots]] = {}
+    for name, schema in schemas.items():
+        try:
+            read[name] = (
+                _read(name, "local", state["local"].get(name), schema, schema.local, step),
+                _read(name, "replicated", state["replicated"].get(name), schema, schema.replicated, step),
+            )
+        except CommStateMismatch:
+            if left is None:
+                raise
+            read[name] = {}, {}
+            left += [name] * (name not in left)
+    return read
+
+
+def _check_all_there(state: State, schemas: Mapping[str, SlotSchema], step: int) -> None:
+    for part in PARTS:
+        missing = [
+            name
+            for name, schema in schemas.items()
+            if step and schema.required and getattr(schema, part) and name not in state[part]
+        ]
+        if missing:
+            raise CommStateMismatch(f"{part} error-feedback state of {_listed(missing)} is missing", _LESS)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
 def _read(name: str, part: str, slots: Slots | None, schema: SlotSchema, expected: Forms, step: int) -> Slots:

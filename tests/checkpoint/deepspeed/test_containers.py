@@ -8,15 +8,19 @@ import math
 from collections import Counter, OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from outlast.checkpoint.deepspeed.containers import SkeletonAndTensors, kind_of_fields, put_together, take_apart
+from outlast.checkpoint.deepspeed.containers import SkeletonAndTensors, put_together, take_apart
 from outlast.checkpoint.format.json_values import from_json, to_json
+from outlast.checkpoint.format.kinds import kind_of_fields
 from outlast.errors import CheckpointError
+from tests.checkpoint.state.storable_rows import STORED
+from tests.checkpoint.states import alike
 
 
 class Scaler:
@@ -106,6 +110,50 @@ def test_tensors_lie_under_the_keys_that_lead_to_them() -> None:
     assert list(taken.changing["groups"]["0"]) == ["0", "0'"]
 
 
+@pytest.mark.parametrize("row", STORED)
+def test_whatever_other_states_hold_comes_back(row: str) -> None:
+    for value in STORED[row]:
+        assert alike(back({"value": value, "deep": [{"a": value}]}), {"value": value, "deep": [{"a": value}]})
+
+
+def test_what_the_version_before_took_apart_is_put_together() -> None:
+    def tensor(*at: str) -> dict[str, Any]:
+        return {"outlast_kind": "tensor", "at": list(at), "changing": False}
+
+    skeleton = {
+        "module": {
+            "outlast_kind": "OrderedDict",
+            "items": {"w": tensor("module", "w")},
+            "attributes": {"_metadata": {"outlast_kind": "OrderedDict", "items": {"": {"version": 1}}}},
+        },
+        "state": {
+            "outlast_kind": "dict",
+            "pairs": [[0, tensor("state", "0")], ["0", {"outlast_kind": "set", "value": [1]}]],
+        },
+        "size": {"outlast_kind": "torch.Size", "value": [2, 3]},
+        "dtype": {"outlast_kind": "torch.dtype", "value": "bfloat16"},
+        "device": {"outlast_kind": "torch.device", "value": "cpu"},
+        "betas": {"outlast_kind": "tuple", "value": [0.9, math.inf]},
+        "scaler": {"outlast_kind": "scaler", "value": {"scale": 2.0}},
+    }
+    tensors = {"module": {"w": torch.ones(2)}, "state": {"0": torch.zeros(1)}}
+    found = put_together(skeleton, tensors, {}, kinds=KINDS, device=CPU, where="f")
+    module = OrderedDict(w=torch.ones(2))
+    module._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
+    assert same(found.pop("scaler"), Scaler(2.0))
+    assert alike(
+        found,
+        {
+            "module": module,
+            "state": {0: torch.zeros(1), "0": {1}},
+            "size": torch.Size([2, 3]),
+            "dtype": torch.bfloat16,
+            "device": CPU,
+            "betas": (0.9, math.inf),
+        },
+    )
+
+
 class Text(str):
     """No plain string."""
 
@@ -119,11 +167,10 @@ HOLDS_ITSELF.append(HOLDS_ITSELF)
     [
         ({"args": {"deep": [argparse.Namespace()]}}, "f: args/deep/0 is a argparse.Namespace"),
         ({"lr": Text("a")}, "f: lr is a .*Text"),
-        ({"n": torch.ones(1).numpy()}, "f: n is a numpy.ndarray"),
+        ({"n": np.array([None])}, "f: n is a NumPy array of dtype object"),
         ({Text("k"): 1}, "Text"),
         ({"t": torch.ones(2).to_sparse()}, "f: t"),
         ({"t": torch.ones(2, device="meta")}, "meta"),
-        ({"k" * 300: torch.ones(1)}, "300 bytes"),
         (HOLDS_ITSELF, "contains itself"),
         (lambda: None, "f: the state is a builtins.function"),
         (math.inf.__class__, "builtins.type"),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import crc32c
 import pytest
 import torch
 
 from outlast.checkpoint import Checkpointer
+from outlast.checkpoint.save.plan import plan_rank
+from outlast.checkpoint.save.snapshot import Snapshot
+from outlast.checkpoint.state.tree import StateTree, lay_out
 from outlast.errors import CheckpointError, SnapshotMutated
 from outlast.events import CheckpointSaved, Event
 from tests.checkpoint.damage import steps_at
@@ -152,3 +157,56 @@ def test_host_memory_is_used_again(tmp_path: Path) -> None:
             saver.wait_copied()
             places.add(saver._arena._pages.data_ptr())
     assert len(places) == 1
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_packs_of_small_tensors_of_any_layout_hold_their_bytes_and_checksum(verify: bool) -> None:
+    """Small tensors take a shorter way; those that are views, conjugated or without elements take PyTorch's."""
+    tensors = {
+        "plain": torch.arange(5.0),
+        "view": torch.arange(12.0).reshape(3, 4).T,
+        "every other": torch.arange(9)[::2],
+        "conjugate": torch.tensor([1 + 2j, 3j]).conj(),
+        "negative": torch.tensor([1 + 2j]).conj().imag,
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(True),
+        "odd": torch.arange(7, dtype=torch.uint8),
+        "large": torch.arange(30_000.0),
+        "expanded": torch.ones(1).expand(6),
+    }
+    tree = StateTree()
+    lay_out(tree, {"m": tensors}, "", ())
+    plan = plan_rank(tree, StateTree(), 0, 1, chunk_bytes=1 << 20, pack_below_bytes=1 << 20)
+    (part,) = plan.parts
+    target = torch.full((part.nbytes + 4096,), 255, dtype=torch.uint8)
+    crc = Snapshot(plan.parts).copy(0, target, verify=verify)
+    payload = target[: part.nbytes]
+    assert crc == crc32c.crc32c(payload.numpy().data)
+    assert bytes(target[part.nbytes :].numpy()) == crc.to_bytes(4, "little") + bytes(4092)
+    covered = torch.zeros(part.nbytes, dtype=torch.bool)
+    for content in part.contents:
+        at = slice(content.offset, content.offset + content.source.numel() * content.source.itemsize)
+        want = (
+            tensors[content.item.path.split("/")[1]]
+            .resolve_conj()
+            .resolve_neg()
+            .clone(memory_format=torch.contiguous_format)
+            .reshape(-1)
+        )
+        assert torch.equal(payload[at], want.view(torch.uint8))
+        covered[at] = True
+    assert not payload[~covered].any()
+
+
+def test_the_collector_is_as_it_was_after_a_save(tmp_path: Path) -> None:
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            with checkpointer(tmp_path / str(enabled)) as saver:
+                saver.save(1, replicated={"m": {"w": torch.ones(2)}})
+                assert gc.isenabled() == enabled
+                with pytest.raises(CheckpointError):
+                    saver.save(2, replicated={"m": {"w": object()}})
+                assert gc.isenabled() == enabled
+        finally:
+            gc.enable()
