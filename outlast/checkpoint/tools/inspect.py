@@ -161,7 +161,7 @@ def describe(url: str | os.PathLike[str], step: int | None = None) -> StepDescri
 
 
 def verify(url: str | os.PathLike[str], step: int | None = None, progress: Progress | None = None) -> Verification:
-    """Read every file of a step and compare it with its checksum.
+    """Read every file of a step, compare it with its checksum, and check that it can be loaded.
 
     Args:
         url: of the checkpoints.
@@ -184,7 +184,7 @@ def verify(url: str | os.PathLike[str], step: int | None = None, progress: Progr
         except Fault as fault:
             return Verification(where, step, 0, 0, (_problem(fault),))
         entries = [entry for vote in reader.votes for entry in vote.files]
-        faults = reader.verify(entries, progress)
+        faults = reader.check(reader.states, progress)
         size_bytes = sum(entry.size_bytes for entry in entries)
         return Verification(where, step, len(entries), size_bytes, tuple(_problem(fault) for fault in faults))
 
