@@ -42,8 +42,12 @@ def _sentence(text: str) -> str:
 def headline(report: Report) -> tuple[str, str]:
     """The cause of what went wrong, or else the verdict in a few words, and the evidence or the verdict."""
     why = cause(report)
-    if why:
-        return why.rstrip("."), report.verdict
+    first, rest = _verdict(report)
+    return (why.rstrip("."), f"{first}. {rest}") if why else (first, rest)
+
+
+def _verdict(report: Report) -> tuple[str, str]:
+    """The verdict on stragglers in a few words, and its evidence."""
     stragglers = [row for row in report.stragglers if row.straggler]
     if not stragglers:
         first, _, rest = report.verdict.partition(": ")
