@@ -13,7 +13,6 @@ from rich.console import Console
 
 from outlast.cli.verb import Verb
 from outlast.config import Overrides
-from outlast.errors import OutlastError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +28,14 @@ class Report(Verb):
 
     def run(self, overrides: Overrides) -> int:
         """Build the report and show it."""
-        from outlast.diagnostics import build_report, render_html, render_terminal
+        from outlast.diagnostics import build_report, render_terminal
+        from outlast.diagnostics.report.html_file import check_html_target, write_html
 
+        if self.html is not None:
+            check_html_target(self.html)
         report = build_report(self.run_dir)
         if self.html is not None:
-            try:
-                self.html.write_text(render_html(report), encoding="utf-8")
-            except OSError as error:
-                raise OutlastError(f"{self.html} cannot be written: {error.strerror}", "choose another file") from error
+            write_html(report, self.html)
             print(f"written: {self.html}", file=sys.stderr)
         if self.json:
             print(json.dumps(report.to_json()))

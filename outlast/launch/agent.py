@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ class WatchedAgent(LocalElasticAgent):
         self._processes: RankProcesses | None = None
         self._watch = HangWatch(run_dir, config) if config.watch else None
         self._hung: dict[int, Culprit] = {}
+        self._waits = False
+        self._ended: dict[int, int] = {}
         self._requeues = requeues(os.environ)
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
@@ -111,6 +114,7 @@ class WatchedAgent(LocalElasticAgent):
         if self._watch is not None:
             self._watch.begin(ranks)
         self._hung = {}
+        self._ended = {}
         started_at = time.time()
         pids: dict[int, Any] = super()._start_workers(worker_group)
         assert isinstance(self._pcontext, SubprocessContext)  # as always where the entrypoint is a program
@@ -136,7 +140,10 @@ class WatchedAgent(LocalElasticAgent):
             alone = worker_group.group_world_size == 1
             for culprit in self._watch.find_hung(processes.running(), alone=alone):
                 self._kill_hung(processes, culprit)
-        self.failures = processes.failures({rank: culprit.evidence for rank, culprit in self._hung.items()})
+            self._end_wrappers(processes, self._watch.ended)
+            self._tell_wait(self._watch.waiting)
+        evidence = {rank: culprit.evidence for rank, culprit in self._hung.items()}
+        self.failures = processes.failures(evidence, self._ended)
         undying = sorted(self._hung.keys() & processes.running().keys()) if self._hung else []
         if self.failures or undying:
             self._end_peers(processes)
@@ -185,6 +192,23 @@ class WatchedAgent(LocalElasticAgent):
         """Remove the ranks' heartbeats and rings. After a failure they stay: they show what the ranks were doing."""
         if self._watch is not None:
             self._watch.close(self.ranks)
+
+    def _end_wrappers(self, processes: RankProcesses, ended: Mapping[int, int]) -> None:
+        """A rank whose process has ended is a crash, even if what had started the process still runs."""
+        for rank, pid in ended.items():
+            if rank not in self._ended:
+                self._ended[rank] = pid
+                log.error("outlast: rank %d (pid %d) has ended, but what started it still runs; ending that", rank, pid)
+                processes.kill(rank)
+
+    def _tell_wait(self, waiting: str) -> None:
+        """One line when the watch begins to wait, and one when progress goes on."""
+        if bool(waiting) != self._waits:
+            self._waits = bool(waiting)
+            if waiting:
+                log.warning("outlast: %s", waiting)
+            elif not self._hung:
+                log.warning("outlast: the ranks make progress again")
 
     def _kill_hung(self, processes: RankProcesses, culprit: Culprit) -> None:
         """Have a hung rank write its stacks, then kill it."""

@@ -11,8 +11,10 @@ from outlast.config import require
 class LaunchConfig:
     """How often ranks are restarted, and when a rank that makes no progress is killed.
 
-    A rank hangs when it has made no progress for ``max(hang_floor_s, hang_factor x median step)``. The launcher checks
-    every ``monitor_interval_s``, so with the defaults it finds a hang within ``max(10 s, 5 x median step)``.
+    A rank hangs when it has made no progress for ``max(hang_floor_s, hang_factor x median step)`` while its peers wait
+    for it. The launcher checks every ``monitor_interval_s``, so with the defaults it finds a hang within
+    ``max(10 s, 5 x median step)``. What all ranks do at once is a phase, which may take much longer. Time in which the
+    launcher itself did not run (a suspended machine) does not count, and it looks again before it kills.
     """
 
     max_restarts: int = 3
@@ -27,8 +29,15 @@ class LaunchConfig:
     hang_factor: float = 4.0
     """... and for this many of its median steps."""
     startup_limit_s: float = 600.0
-    """... and for this many seconds in set-up, checkpoint and finish, and until there is a median of 3 steps. This does
-    not apply to a stopped process."""
+    """... and for this many seconds in set-up, evaluation, data wait, checkpoint and finish, and until there is a
+    median of 3 steps (the first ones may compile). This does not apply to a stopped process."""
+    alone_limit_s: float = 60.0
+    """Seconds that its peers, inside a collective, wait for a rank that still evaluates or waits for data."""
+    together_limit_s: float = 90.0
+    """Seconds for which all ranks of this node may be silent in a step, if none is inside a collective: they do the
+    same, such as wait for storage."""
+    recheck_s: float = 0.3
+    """Seconds between the look that finds a rank hung and the one before it is killed; a rank that moved is spared."""
     patience: float = 3.0
     """If every rank of this node waits for others, so that none is known to be at fault, wait this many limits. With
     more than one node, wait ``startup_limit_s``: a rank on another node may be in one of those phases."""
@@ -44,6 +53,9 @@ class LaunchConfig:
         require(self.hang_floor_s > 0, "launch.hang_floor_s", self.hang_floor_s, "more than 0 seconds")
         require(self.hang_factor >= 1, "launch.hang_factor", self.hang_factor, "1 or more median steps")
         require(self.startup_limit_s > 0, "launch.startup_limit_s", self.startup_limit_s, "more than 0 seconds")
+        require(self.alone_limit_s > 0, "launch.alone_limit_s", self.alone_limit_s, "more than 0 seconds")
+        require(self.together_limit_s > 0, "launch.together_limit_s", self.together_limit_s, "more than 0 seconds")
+        require(0 <= self.recheck_s <= 10, "launch.recheck_s", self.recheck_s, "0 to 10 seconds")
         require(self.patience >= 1, "launch.patience", self.patience, "1 or more limits")
         require(self.stop_grace_s >= 0, "launch.stop_grace_s", self.stop_grace_s, "0 or more seconds")
         require(self.exit_barrier_s >= 0, "launch.exit_barrier_s", self.exit_barrier_s, "0 or more seconds")

@@ -34,6 +34,8 @@ class RankFailure:
     """The log that has more."""
     hang: str = ""
     """The evidence, if the launcher killed it because it hung."""
+    ended_alone: bool = False
+    """Its process ended by itself with an unknown status; ``status`` is that of what had started it."""
 
     def sort_key(self) -> tuple[bool, bool, bool, bool, int]:
         """Sorts the likely cause first: hung ranks, then killed ones, and last those that report a lost peer."""
@@ -48,7 +50,8 @@ class RankFailure:
         lines = self.message.splitlines()
         # An error's own line is not indented; frames of a traceback and advice are.
         telling = [line for line in lines if line and not line[0].isspace()] or lines
-        return describe_exit(self.status) + (f": {telling[-1].strip()}" if telling and self.status > 0 else "")
+        words = f": {telling[-1].strip()}" if telling and (self.status > 0 or self.ended_alone) else ""
+        return ("its process ended" if self.ended_alone else describe_exit(self.status)) + words
 
 
 def describe_exit(status: int) -> str:

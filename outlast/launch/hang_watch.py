@@ -28,8 +28,45 @@ from outlast.launch.config import LaunchConfig
 
 _GRAIN_S = 1.0
 """The kernel's start times, and the clock that they are counted from, are coarse."""
+_LATE_S = 1.0
+"""A tick that is late by less than this is only slow."""
+_SETUP_S = 30.0
+"""A set-up that is shorter than this is nothing to write about."""
 _NO_TIME_S = 1e-9
 """Replaces a median step that is not known yet, so that the floor is the limit."""
+
+
+class WatchClock:
+    """How long the watch itself did not run: its launcher was stopped, or its machine suspended, paused or overloaded.
+
+    The ranks had no chance to beat then, or nobody looked at their beats, so that time is no silence. While a machine
+    is suspended CLOCK_MONOTONIC stands still, and nothing needs to be excused; in a paused virtual machine it may not.
+
+    Args:
+        interval_s: the time between two ticks, when all is well.
+    """
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._lost: list[tuple[float, float]] = []  # (end, seconds) of each gap
+        self._last_s = time.monotonic()
+
+    def begin(self) -> None:
+        """The ranks start anew."""
+        self._lost.clear()
+        self._last_s = time.monotonic()
+
+    def tick(self) -> None:
+        """The watch runs."""
+        now_s = time.monotonic()
+        late_s = now_s - self._last_s - self._interval_s
+        if late_s > _LATE_S:
+            self._lost.append((now_s, late_s))
+        self._last_s = now_s
+
+    def lost_s(self, since_s: float) -> float:
+        """Seconds since ``since_s``, CLOCK_MONOTONIC, in which the watch did not run."""
+        return sum(min(lost_s, end_s - since_s) for end_s, lost_s in self._lost if end_s > since_s)
 
 
 class HangWatch:
@@ -50,8 +87,18 @@ class HangWatch:
             floor_s=config.hang_floor_s,
             factor=config.hang_factor,
             startup_limit_s=config.startup_limit_s,
+            alone_limit_s=config.alone_limit_s,
+            together_limit_s=config.together_limit_s,
             patience=config.patience,
         )
+        self.waiting = ""
+        """What the watch waits for, and for how long, while ranks make no progress and none is to blame; else empty."""
+        self.ended: dict[int, int] = {}
+        """By rank, the process that has ended while the one that the launcher started for it, a wrapper, still runs."""
+        self._alive: set[int] = set()
+        self._recheck_s = config.recheck_s
+        self._clock = WatchClock(config.monitor_interval_s)
+        self._stopped_until_s: dict[int, float] = {}
         self._started_s = time.monotonic()
 
     def begin(self, ranks: tuple[int, ...]) -> None:
@@ -70,6 +117,11 @@ class HangWatch:
                 f"something else, remove {self.shm_dir})",
             )
         self._remove_files(ranks)
+        self._clock.begin()
+        self._stopped_until_s = {}
+        self._alive = set()
+        self.ended = {}
+        self.waiting = ""
         self._started_s = time.monotonic()
 
     def close(self, ranks: tuple[int, ...]) -> None:
@@ -101,17 +153,84 @@ class HangWatch:
                 among them: it would be silent for ever.
             alone: whether there are no other nodes.
         """
+        self._clock.tick()
+        beats = self._observe_heartbeats(pids)
         now_s = time.monotonic()
-        if not any(one.silent_s(now_s) > one.limit_s(self.rules) for one in self._observe_heartbeats(pids)):
+        for one in beats:  # who was stopped until now has had no chance to beat
+            if one.state == "stopped":
+                self._stopped_until_s[one.rank] = now_s
+        self.ended = {
+            one.rank: one.beat.pid
+            for one in beats
+            if one.state == "dead" and one.beat is not None and one.silent_s(now_s) > self.rules.floor_s
+        }
+        if not any(one.silent_s(now_s) > self._first_limit_s(one) for one in beats):
+            self.waiting = ""
             return ()
+        seen, culprits = self._judge(pids, alone)
+        if not culprits:
+            return ()
+        time.sleep(self._recheck_s)
+        again, culprits = self._judge(pids, alone)
+        before = {one.rank: one for one in seen}
+        moved = {one.rank for one in again if one.has_moved_since(before[one.rank])}
+        return tuple(one for one in culprits if one.rank not in moved)
+
+    def _judge(self, pids: Mapping[int, int], alone: bool) -> tuple[list[Observation], tuple[Culprit, ...]]:
+        """What is seen now, and whom it convicts."""
         seen = [_stopped_in_step(one) for one in self.observe(pids)]
         now_s = time.monotonic()
         verdict = judge(seen, self.rules, now_s)
-        return tuple(one for one in verdict.culprits if not one.weak or self._nobody_else_is_busy(seen, now_s, alone))
+        culprits = tuple(
+            one for one in verdict.culprits if not one.weak or self._nobody_else_is_busy(seen, now_s, alone)
+        )
+        silent = [one for one in seen if one.silent_s(now_s) > self._told_after_s(one) and one.state != "dead"]
+        self.waiting = "" if culprits or not silent else self._describe_wait(silent, now_s, alone)
+        return seen, culprits
+
+    def _describe_wait(self, silent: list[Observation], now_s: float, alone: bool) -> str:
+        longest = max(silent, key=lambda one: one.silent_s(now_s))
+        limit_s = max(self._patience_s(one, alone) for one in silent)
+        return (
+            f"no progress for {longest.silent_s(now_s):.0f} s: {', '.join(one.where for one in silent[:4])}"
+            f"{' …' if len(silent) > 4 else ''}; nobody is to blame yet; waiting up to {limit_s:.0f} s, then "
+            f"the ranks at fault, or else those furthest behind, are killed"
+        )
+
+    def _told_after_s(self, one: Observation) -> float:
+        """From when on a silent rank is worth a line."""
+        is_set_up = one.beat is not None and one.beat.phase != "setup"
+        return self.rules.floor_s if is_set_up else max(self.rules.floor_s, _SETUP_S)
+
+    def _patience_s(self, one: Observation, alone: bool) -> float:
+        """How long a silent rank is waited for at most."""
+        if not one.pending:
+            return max(one.limit_s(self.rules), self.rules.together_limit_s)
+        return max(self.rules.patience * one.limit_s(self.rules), 0.0 if alone else self.rules.startup_limit_s)
+
+    def _first_limit_s(self, one: Observation) -> float:
+        """From when on a look at the rings is worth it: phases with long limits count, because their peers may wait."""
+        return min(one.limit_s(self.rules), self.rules.floor_s, self.rules.alone_limit_s)
 
     def observe(self, pids: Mapping[int, int]) -> list[Observation]:
         """Heartbeats, process states and collectives of these ranks now."""
-        return [observe(self.shm_dir, rank=rank, pid=pid, started_s=self._started_s) for rank, pid in pids.items()]
+        found = [observe(self.shm_dir, rank=rank, pid=pid, started_s=self._started_s) for rank, pid in pids.items()]
+        return [self._excused(self._with_true_state(one, pids[one.rank])) for one in found]
+
+    def _with_true_state(self, one: Observation, started_pid: int) -> Observation:
+        """A process that was never seen alive may live in another PID namespace; then its wrapper's state has to do."""
+        if one.state != "dead":
+            self._alive.add(one.pid)
+            return one
+        return one if one.pid in self._alive else replace(one, state=process_state(started_pid))
+
+    def _excused(self, one: Observation) -> Observation:
+        """With the time that does not count: in which the watch did not run, or it saw the rank stopped."""
+        since_s = one.beat.t_s if one.beat is not None else one.started_s
+        excused_s = self._clock.lost_s(since_s)
+        if one.state == "running":
+            excused_s = max(excused_s, self._stopped_until_s.get(one.rank, since_s) - since_s)
+        return replace(one, excused_s=excused_s)
 
     def _remove_files(self, ranks: tuple[int, ...]) -> None:
         for rank in ranks:
@@ -137,10 +256,9 @@ class HangWatch:
                 beat = None  # none yet: silence counts from the start
             if beat is not None and beat.t_s < self._started_s:
                 beat = None
-            state = process_state(beat.pid if beat is not None else pid)
-            seen.append(
-                _stopped_in_step(Observation(rank=rank, pid=pid, state=state, started_s=self._started_s, beat=beat))
-            )
+            own = beat.pid if beat is not None else pid
+            one = Observation(rank=rank, pid=own, state=process_state(own), started_s=self._started_s, beat=beat)
+            seen.append(_stopped_in_step(self._excused(self._with_true_state(one, pid))))
         return seen
 
 

@@ -45,11 +45,12 @@ class RankProcesses:
         """Process id of every rank that has not exited."""
         return {rank: process.pid for rank, process in self._by_rank().items() if process.poll() is None}
 
-    def failures(self, hang_evidence: Mapping[int, str]) -> list[RankFailure]:
+    def failures(self, hang_evidence: Mapping[int, str], ended: Mapping[int, int]) -> list[RankFailure]:
         """Ranks that exited with a status other than 0, the likely cause first.
 
         Args:
             hang_evidence: of each rank that was killed because it hung.
+            ended: the process of each rank that had ended before its wrapper was killed.
         """
         failures = []
         for rank, process in self._by_rank().items():
@@ -63,11 +64,12 @@ class RankProcesses:
             failures.append(
                 RankFailure(
                     rank=rank,
-                    pid=process.pid,
+                    pid=ended.get(rank, process.pid),
                     status=status,
                     message=message,
                     log=log,
                     hang=hang_evidence.get(rank, ""),
+                    ended_alone=rank in ended,
                 )
             )
         return sorted(failures, key=RankFailure.sort_key)

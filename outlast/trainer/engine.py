@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,7 +77,7 @@ class Engine(Protocol):
         """Clip, update parameters, advance the schedule."""
         ...
 
-    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
         """Mean loss of this rank's batches, a scalar on the engine's device; no state changes."""
         ...
 
@@ -178,7 +178,7 @@ class DDPEngine:
         return UpdateStats(lr=lr, grad_norm=norm)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
         """See :class:`Engine`."""
         self.model.eval()
         losses = torch.stack([self._loss(self.model, batch) for batch in batches])

@@ -19,7 +19,7 @@ def train(run: Run) -> None:
         timer = StepTimer()
         run.begin_step(step)
         with timer("data"):
-            batches = run.loader.batches(step)
+            batches = run.batches(step)
 
         loss, reduced = run.engine.forward_backward(step, batches)  # gradients are exchanged while backward runs
 

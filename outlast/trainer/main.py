@@ -28,13 +28,13 @@ from outlast.diagnostics import (
     Heartbeat,
     Recorder,
     build_report,
-    render_html,
 )
 from outlast.diagnostics.live import (
     heartbeat_path,
     ring_path,
     shm_directory,
 )
+from outlast.diagnostics.report.html_file import write_html
 from outlast.errors import ConfigError, DataError, OutlastError, RunDirectoryError
 from outlast.events import CommChosen, Event, EventLog, RunEnded, RunStarted
 from outlast.launch import (
@@ -300,7 +300,7 @@ def _write_report(run: Run) -> None:
     """Write the report and print its summary; on rank 0, after all ranks have finished."""
     report = build_report(run.attempt.run)
     path = run.attempt.run / "report.html"
-    path.write_text(render_html(report), encoding="utf-8")
+    write_html(report, path)
     render_summary(report, Console(), path)
 
 

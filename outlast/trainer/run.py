@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from outlast.checkpoint import Checkpointer, Restored
 from outlast.checkpoint.rng import load_rng_state, rng_state
@@ -66,11 +68,7 @@ class Run:
         Collective: raises within the process group's timeout when a peer is lost.
         """
         start_s = time.perf_counter()
-        self.heartbeat.beat("eval", step)
-        batches = [
-            pair for number in range(self.config.trainer.eval_batches) for pair in self.held_out.batches(number + 1)
-        ]
-        mean = self.engine.evaluate(batches)
+        mean = self.engine.evaluate(self._held_out_batches(step))
         token = self.recorder.enter("all_reduce", mean.nbytes, "held-out loss")
         dist.all_reduce(mean)
         total = float(mean)  # with NCCL the collective is over only now
@@ -79,6 +77,21 @@ class Run:
         self.events.write(EvalDone(step=step, loss=loss, seconds=time.perf_counter() - start_s))
         if self.place.rank == 0:
             _LOG.info("step %d: held-out loss %.4f", step, loss)
+
+    def _held_out_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each batch is a sign of life, so that a long evaluation is no hang."""
+        self.heartbeat.beat("eval", step)
+        for number in range(self.config.trainer.eval_batches):
+            for pair in self.held_out.batches(number + 1):
+                yield pair
+                self.heartbeat.beat("eval", step)
+
+    def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """The micro-batches of ``step``; waiting for them is a phase of its own."""
+        self.heartbeat.beat("data", step)
+        batches = self.loader.batches(step)
+        self.heartbeat.beat("step", step)
+        return batches
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether to save a checkpoint after ``step``, to any tier.

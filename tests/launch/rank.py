@@ -1,8 +1,9 @@
 """A rank that does nothing but beat, meet its peers in an all-reduce, and misbehave as told.
 
-``rank.py RUN_DIR STEPS [--rank R --at STEP --do kill|stop|spin|torn|exit:N|raise] [--once] [--step-s SECONDS]``
+``rank.py RUN_DIR STEPS [--rank R --at STEP --do kill|stop|spin|torn|exit:N|raise|wait:S|skip] [--once] [--all]``
 
-With ``--once`` it misbehaves only in generation 0. Every rank appends ``generation rank step`` to ``RUN_DIR/steps``.
+``--do skip`` leaves out the step's all-reduce. With ``--all``, all ranks misbehave; with ``--once``, only in generation
+0. Every rank appends ``generation rank step`` to ``RUN_DIR/steps``.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def misbehave(how: str) -> None:
     elif how == "spin":
         while True:
             time.sleep(3600)
+    elif how.startswith("wait:"):
+        time.sleep(float(how.removeprefix("wait:")))
     elif how.startswith("exit:"):
         print(f"leaving with {how}", file=sys.stderr, flush=True)
         os._exit(int(how.removeprefix("exit:")))
@@ -56,9 +59,11 @@ def main() -> None:
     parser.add_argument("--at", type=int, default=0)
     parser.add_argument("--do", default="")
     parser.add_argument("--once", action="store_true")
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--step-s", type=float, default=0.05)
     told = parser.parse_args()
     place = find_place()
+    everybody = range(place.world_size) if told.all else ()
     faulthandler.register(signal.SIGUSR1)
     shm = shm_directory(told.run_dir)
     heartbeat = Heartbeat(heartbeat_path(shm, place.rank), rank=place.rank)
@@ -72,8 +77,16 @@ def main() -> None:
             record.write(f"{place.generation} {place.rank} {step}\n")
             record.flush()
             time.sleep(told.step_s)
-            if (place.rank, step) == (told.rank, told.at) and not (told.once and place.generation):
+            if (place.rank in (told.rank, *everybody), step) == (True, told.at) and not (
+                told.once and place.generation
+            ):
                 misbehave(told.do)
+            odd = step == told.at and place.rank in (told.rank, *everybody) and not (told.once and place.generation)
+            if odd:
+                misbehave(told.do)
+            if odd and told.do == "skip":
+                recorder.enter("recv", 16, "what comes after the all-reduce")
+                dist.recv(torch.ones(4), src=1 - place.rank)
             ones = torch.ones(4)
             token = recorder.enter("all_reduce", ones.nbytes, "ones")
             dist.all_reduce(ones)

@@ -6,16 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from outlast.diagnostics.live import process_state
 from outlast.launch import LaunchConfig
 from outlast.launch.hang_watch import HangWatch
 from tests.helpers import wait_for
 
-RULES = LaunchConfig(hang_floor_s=0.4, startup_limit_s=1.6, patience=2.0)
+RULES = LaunchConfig(hang_floor_s=0.4, together_limit_s=0.8, startup_limit_s=1.6, patience=2.0)
 LIVE = """
 import sys, time
 from pathlib import Path
@@ -116,3 +120,82 @@ def test_the_folder_goes_with_its_last_rank(ranks: Ranks) -> None:
     ranks.watch.close((1,))
     assert not ranks.watch.shm_dir.exists()
     ranks.watch.close((1,))
+
+
+@pytest.mark.parametrize("phase", ["eval", "data", "step"])
+def test_what_all_ranks_do_at_once_is_a_phase(tmp_path: Path, root: Path, phase: str) -> None:
+    rules = replace(RULES, startup_limit_s=60.0, together_limit_s=60.0)
+    ranks = Ranks(HangWatch(tmp_path, rules), root)
+    try:
+        pids = ranks.start(phase, phase)
+        both = f"rank 0 in phase {phase} of step 5, rank 1 in phase {phase}"
+        wait_for(lambda: (ranks.watch.find_hung(pids, alone=True), both in ranks.watch.waiting)[1])
+        said = ranks.watch.waiting
+        assert said.startswith("no progress for ")
+        assert "waiting up to 60 s" in said
+    finally:
+        ranks.end()
+
+
+def test_a_rank_that_its_peers_wait_for_in_a_phase(tmp_path: Path, root: Path) -> None:
+    ranks = Ranks(HangWatch(tmp_path, replace(RULES, startup_limit_s=60.0, alone_limit_s=0.6)), root)
+    try:
+        pids = ranks.start("step inside", "data")
+        (culprit,) = wait_for(lambda: ranks.watch.find_hung(pids, alone=True))
+        assert (culprit.rank, culprit.limit_s) == (1, 0.6)
+    finally:
+        ranks.end()
+
+
+def test_time_in_which_the_watch_did_not_run_is_no_silence(tmp_path: Path, root: Path) -> None:
+    """As where launcher and ranks are stopped and continued, or the machine is."""
+    ranks = Ranks(HangWatch(tmp_path, replace(RULES, hang_floor_s=3.0)), root)
+    try:
+        pids = ranks.start("step inside", "step")
+        ranks.watch.find_hung(pids, alone=True)
+        began_s = time.monotonic()
+        time.sleep(6.0)  # twice the limit
+        ranks.watch.find_hung(pids, alone=True)
+        assert _silence_s(ranks, pids) < time.monotonic() - began_s - 4.0
+        (culprit,) = wait_for(lambda: ranks.watch.find_hung(pids, alone=True))
+        assert culprit.rank == 1
+        assert culprit.silent_s < time.monotonic() - began_s - 4.0, "what was lost is not counted later either"
+    finally:
+        ranks.end()
+
+
+def test_a_rank_that_was_stopped_and_continued_gets_its_time_again(ranks: Ranks) -> None:
+    pids = ranks.start("step inside", "step")
+    os.kill(pids[1], signal.SIGSTOP)
+    wait_for(lambda: process_state(pids[1]) == "stopped")
+    ranks.watch.find_hung(pids, alone=True)
+    before = _silence_s(ranks, pids)
+    os.kill(pids[1], signal.SIGCONT)
+    wait_for(lambda: process_state(pids[1]) == "running")
+    assert _silence_s(ranks, pids) < before + 0.4
+
+
+def test_who_moves_between_two_looks_is_spared(ranks: Ranks) -> None:
+    """Rank 1 is continued just after the limit: the second look sees it run."""
+    pids = ranks.start("step inside", "step")
+    os.kill(pids[1], signal.SIGSTOP)
+    wait_for(lambda: process_state(pids[1]) == "stopped")
+    wait_for(lambda: any(one.rank == 1 for one in ranks.watch._judge(pids, True)[1]))
+    waker = threading.Timer(0.05, os.kill, (pids[1], signal.SIGCONT))
+    ranks.watch._recheck_s = 2.0
+    waker.start()
+    assert ranks.watch.find_hung(pids, alone=True) == ()
+    waker.join()
+
+
+def test_a_process_that_has_ended_does_not_hang(ranks: Ranks) -> None:
+    pids = ranks.start("step", "step inside")
+    ranks.watch.find_hung(pids, alone=True)
+    ranks.processes[0].kill()
+    ended = wait_for(lambda: (ranks.watch.find_hung(pids, alone=True), ranks.watch.ended)[1])
+    assert ended == {0: pids[0]}
+
+
+def _silence_s(ranks: Ranks, pids: dict[int, int]) -> float:
+    """How long rank 1 counts as silent."""
+    return ranks.watch.observe(pids)[1].silent_s(time.monotonic())

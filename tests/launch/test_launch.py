@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,43 @@ def test_a_hung_rank_is_found_and_replaced(tmp_path: Path, how: str) -> None:
     else:
         assert "running, silent for" in hang["evidence"]
         assert "in misbehave" in stderr.read_text(), "the stacks of a hung rank are dumped before it is killed"
+
+
+def test_a_rank_that_leaves_out_a_collective(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said = finish(start(run, RANK, str(run), "8", "--rank", "1", "--at", "6", "--do", "skip", "--once"), run)
+    assert "rank 0 of 2 done in generation 1" in said
+    (hang,) = events(run, "hang_found")
+    assert (hang["culprit"], hang["step"]) == (1, 6)
+    assert hang["evidence"].startswith(
+        "desynchronised: ranks 0 and 1 are in different collectives; rank 1 left the order first: its collective #5 "
+        "was recv 'what comes after the all-reduce' of 16 bytes in step 6, that of rank 0 all_reduce 'ones'"
+    )
+    assert "another node" not in said
+
+
+def test_launcher_and_ranks_are_stopped_and_continued(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = start(run, RANK, str(run), "60", "--step-s", "0.1")
+    wait_for(lambda: (run / "steps").exists() and len(steps(run)) > 12)
+    pids = [*events(run, "workers_started")[0]["pids"], job.pid]
+    for pid in (job.pid, *pids[:2]):
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(5.0)  # more than twice the limit
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    finish(job, run)
+    assert events(run, "hang_found") == []
+    assert events(run, "workers_failed") == []
+
+
+def test_all_ranks_wait_for_the_same_storage(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said = finish(start(run, RANK, str(run), "8", "--at", "6", "--do", "wait:5", "--all"), run)
+    assert events(run, "hang_found") == []
+    assert events(run, "workers_failed") == []
+    assert "no progress for " in said
+    assert "the ranks make progress again" in said
 
 
 @IN_PROCESS

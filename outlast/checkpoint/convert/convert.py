@@ -14,7 +14,7 @@ import torch
 from outlast.checkpoint.checkpointer import Checkpointer
 from outlast.checkpoint.config import CheckpointConfig
 from outlast.checkpoint.convert import dcp, safetensors, torch_save
-from outlast.checkpoint.convert.target import check_target, new_target, size_of
+from outlast.checkpoint.convert.target import check_link, check_target, new_target, size_of
 from outlast.checkpoint.format.names import step_name
 from outlast.checkpoint.state.nested import leaves
 from outlast.checkpoint.steps.catalog import scan
@@ -106,6 +106,7 @@ def export_step(
         ConfigError: the format does not exist, or the target is not a local path.
     """
     foreign, path = _foreign(format), _local(target, "target")
+    check_link(os.path.expanduser(os.fspath(target)))
     check_target(path, folder=foreign.folder, force=force)
     with OpenedStep(url, step) as opened:
         state = _part(opened.load(None), part, opened.url)

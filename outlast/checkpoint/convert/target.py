@@ -15,6 +15,15 @@ from outlast.checkpoint.storage.local import sync_dir
 from outlast.errors import CheckpointError, OutlastError
 
 
+def check_link(path: str) -> None:
+    """Raise :class:`CheckpointError` if a target as it was given is a link to nothing: others may have put it there."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise CheckpointError(
+            f"{path} is a symbolic link to {os.readlink(path)}, which does not exist",
+            "remove the link, or pass the file that is to be made",
+        )
+
+
 def check_target(path: str, *, folder: bool, force: bool) -> None:
     """Raise :class:`CheckpointError` unless a target can be made, or may be replaced.
 
@@ -26,8 +35,15 @@ def check_target(path: str, *, folder: bool, force: bool) -> None:
     parent = os.path.dirname(path)
     if not os.path.isdir(parent):
         raise CheckpointError(f"the folder {parent} does not exist", "make it, or pass another target")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"nothing can be made in the folder {parent}", "fix its permissions, or pass another target"
+        )
     if not os.path.lexists(path):
         return
+    if not (os.path.isdir(path) or os.path.isfile(path)) or os.path.ismount(path):
+        kind = "a mounted file system" if os.path.ismount(path) else "no regular file (a link, device, pipe or socket)"
+        raise CheckpointError(f"{path} is {kind}, which an export does not replace", "pass another target")
     if not force:
         raise CheckpointError(f"{path} already exists", "pass another target, or --force to replace it")
     is_folder = os.path.isdir(path)

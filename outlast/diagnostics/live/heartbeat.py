@@ -20,7 +20,7 @@ from typing import Literal, get_args
 from outlast.diagnostics.live.shm import create_mapped, map_for_reading, publish
 from outlast.errors import DiagnosticsError
 
-Phase = Literal["setup", "step", "eval", "checkpoint", "finish"]
+Phase = Literal["setup", "step", "eval", "checkpoint", "finish", "data"]
 PHASES: tuple[str, ...] = get_args(Phase)
 
 MAGIC = int.from_bytes(b"OUTLBEAT", "little")
@@ -51,7 +51,7 @@ class Heartbeat:
     """Shows the launcher that this rank makes progress. The constructor writes the first beat (``setup``, step 0).
 
     A step lasts from its first beat in phase ``step`` to the next step's first beat in that phase. A step that includes
-    evaluation or set-up does not count towards the median; time spent on checkpoints does.
+    evaluation or set-up does not count towards the median; time spent on checkpoints and on waiting for data does.
 
     Args:
         path: as :func:`outlast.diagnostics.live.shm.heartbeat_path` returns it; an existing file is replaced.
@@ -102,7 +102,7 @@ class Heartbeat:
             words[at + 5] = self._count
 
     def _count_step(self, phase: str, step: int, now: int) -> None:
-        if phase == "checkpoint":
+        if phase in ("checkpoint", "data"):
             return
         if phase != "step":
             self._step_began = None

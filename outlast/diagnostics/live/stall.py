@@ -2,7 +2,8 @@
 
 Everything here but :func:`observe` is a pure function of observations. A collective waits for its last rank, so one
 hung rank silences all of them. Two things distinguish the culprit from its victims: its process state, and its
-collectives, since it never entered the one in which its peers wait.
+collectives, since it never entered the one in which its peers wait. What all ranks do at once is no hang but a phase:
+they evaluate, wait for the same storage, or were suspended with their machine.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from typing import Literal
 
 import psutil
 
+from outlast.diagnostics.live.desync import find_desync
 from outlast.diagnostics.live.heartbeat import Beat, read_heartbeat
 from outlast.diagnostics.live.recorder import Collective, Ring, read_ring
 from outlast.diagnostics.live.shm import heartbeat_path, ring_path
 
 ProcessState = Literal["running", "stopped", "dead"]
 
-SLOW_PHASES = ("setup", "checkpoint", "finish")
+SLOW_PHASES = ("setup", "eval", "data", "checkpoint", "finish")
 """Phases whose duration is unrelated to that of a step."""
+SHARED_PHASES = ("eval", "data")
+"""Phases that all ranks enter together and leave at about the same time: a rank that its peers wait for is late."""
+AWAITED_SHARE = 0.5
+"""A rank is blamed for what its peers wait in only once they have waited for this share of its limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,11 @@ class StallRules:
     factor: float
     """The limit of a step, in median step durations."""
     startup_limit_s: float
-    """The limit in set-up, checkpoint and finish, and until a median is known."""
+    """The limit in set-up, evaluation, data wait, checkpoint and finish, and until a median is known."""
+    alone_limit_s: float = 60.0
+    """How long its peers wait for a rank that evaluates or waits for data."""
+    together_limit_s: float = 90.0
+    """The limit of a step while all ranks are outside collectives: they do the same, which takes this long today."""
     patience: float = 3.0
     """If the evidence does not distinguish the culprit from its victims, wait this many limits before naming anyone."""
 
@@ -49,6 +59,8 @@ class Observation:
     """When the launcher started it, CLOCK_MONOTONIC seconds; silence counts from here until its first beat."""
     beat: Beat | None = None
     ring: Ring | None = None
+    excused_s: float = 0.0
+    """Seconds since its last beat that do not count: the watcher did not run, or saw the process stopped until then."""
 
     @property
     def step(self) -> int:
@@ -63,14 +75,40 @@ class Observation:
         return self.ring.pending if self.ring is not None else ()
 
     def silent_s(self, now_s: float) -> float:
-        """Seconds since its last beat."""
-        return now_s - (self.beat.t_s if self.beat is not None else self.started_s)
+        """Seconds since its last beat that count."""
+        return now_s - (self.beat.t_s if self.beat is not None else self.started_s) - self.excused_s
+
+    def waited_s(self, now_s: float) -> float:
+        """Seconds for which it has been inside its oldest pending collective; 0 if it is in none."""
+        return min(now_s - self.pending[0].entered_s, self.silent_s(now_s)) if self.pending else 0.0
 
     def limit_s(self, rules: StallRules) -> float:
         """How long it may be silent: ``max(floor, factor x median step)``, or the start-up limit."""
         if self.beat is None or self.beat.phase in SLOW_PHASES or self.beat.median_step_s <= 0.0:
             return rules.startup_limit_s
-        return max(rules.floor_s, rules.factor * self.beat.median_step_s)
+        return self.step_limit_s(rules)
+
+    def step_limit_s(self, rules: StallRules) -> float:
+        """The limit of a step, which also holds for a stopped process in any phase."""
+        return max(rules.floor_s, rules.factor * (self.beat.median_step_s if self.beat is not None else 0.0))
+
+    def has_moved_since(self, earlier: Observation) -> bool:
+        """Whether it has beaten, or entered or left a collective, or been continued or ended, since it was observed."""
+        return (self.pid, self.state, self.beat, self.entered, self.pending) != (
+            earlier.pid,
+            earlier.state,
+            earlier.beat,
+            earlier.entered,
+            earlier.pending,
+        )
+
+    @property
+    def where(self) -> str:
+        """``rank 1 in all_gather #12 of step 3``, or ``rank 1 in phase data of step 3``."""
+        if self.pending:
+            return f"rank {self.rank} in {self.pending[0].op} #{self.pending[0].seq} of step {self.step}"
+        phase = self.beat.phase if self.beat is not None else "setup"
+        return f"rank {self.rank} in phase {phase} of step {self.step}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +173,19 @@ def process_state(pid: int) -> ProcessState:
 def judge(ranks: Sequence[Observation], rules: StallRules, now_s: float) -> StallVerdict:
     """Which ranks are stalled and which caused it, as far as this node can tell.
 
-    No rank is named until one is silent beyond its limit. Then the culprits are the first of these:
+    No rank is named until one is silent beyond its limit, or has been awaited for ``alone_limit_s`` while it evaluates
+    or waits for data. A process that is dead is never named, because that is a crash. The culprits are the first of
+    these:
 
-    1. ranks whose process is stopped or dead;
-    2. silent ranks outside any collective, if other ranks wait inside one, or if every rank of the node is silent (then
-       only the ranks furthest behind);
-    3. no rank, while the silent ranks wait for a local rank that is outside any collective and within its own limit,
+    1. ranks whose process is stopped;
+    2. silent ranks outside any collective, if other ranks have waited inside one for at least half the limit;
+    3. the ranks that are silent and furthest behind, if none is inside a collective: after ``together_limit_s``,
+       because all may wait for the same thing;
+    4. no rank, while the silent ranks wait for a local rank that is outside any collective and within its own limit,
        for example because it writes a checkpoint;
-    4. after ``patience`` limits, the silent ranks furthest behind by (step, collectives entered). The evidence is weak:
+    5. if all ranks are silent inside collectives that cannot meet, the rank that left the common order first
+       (:func:`~outlast.diagnostics.live.desync.find_desync`);
+    6. after ``patience`` limits, the silent ranks furthest behind by (step, collectives entered). The evidence is weak:
        all of them wait, so the network or a rank on another node may be at fault.
 
     Args:
@@ -150,11 +193,14 @@ def judge(ranks: Sequence[Observation], rules: StallRules, now_s: float) -> Stal
         rules: how long a rank may be silent.
         now_s: when they were observed, CLOCK_MONOTONIC seconds.
     """
-    silent = [one for one in ranks if one.silent_s(now_s) > one.limit_s(rules)]
+    ranks = [one for one in ranks if one.state != "dead"]
+    longest_s = {one.rank: max((p.waited_s(now_s) for p in ranks if p is not one), default=0.0) for one in ranks}
+    late = [one for one in ranks if _is_late_for_peers(one, longest_s[one.rank], rules)]
+    silent = [one for one in ranks if one in late or one.silent_s(now_s) > one.limit_s(rules)]
     if not silent:
         return StallVerdict()
 
-    def verdict(culprits: Sequence[Observation], *, weak: bool) -> StallVerdict:
+    def verdict(culprits: Sequence[Observation], *, weak: bool, why: str = "") -> StallVerdict:
         return StallVerdict(
             silent=tuple(one.rank for one in silent),
             culprits=tuple(
@@ -163,26 +209,39 @@ def judge(ranks: Sequence[Observation], rules: StallRules, now_s: float) -> Stal
                     pid=one.pid,
                     step=one.step,
                     silent_s=one.silent_s(now_s),
-                    limit_s=one.limit_s(rules),
-                    evidence=_evidence(one, ranks, now_s, weak=weak),
+                    limit_s=rules.alone_limit_s if one in late else one.limit_s(rules),
+                    evidence=why or _evidence(one, ranks, now_s, weak=weak),
                     weak=weak,
                 )
                 for one in culprits
             ),
         )
 
-    halted = [one for one in ranks if one.state != "running"]
+    halted = [one for one in ranks if one.state == "stopped" and one.silent_s(now_s) > one.step_limit_s(rules)]
     if halted:
         return verdict(halted, weak=False)
     outside = [one for one in silent if not one.pending]
-    if outside and any(one.pending for one in ranks):
-        return verdict(outside, weak=False)
-    if outside and len(silent) == len(ranks):
-        return verdict(_furthest_behind(outside), weak=False)
-    if not outside and any(not one.pending for one in ranks):
+    awaited = [
+        one for one in outside if one in late or longest_s[one.rank] >= AWAITED_SHARE * min(one.limit_s(rules), 60.0)
+    ]
+    if awaited:
+        return verdict(awaited, weak=False)
+    if outside and not any(one.pending for one in ranks):
+        patient = [one for one in outside if one.silent_s(now_s) > max(rules.together_limit_s, one.limit_s(rules))]
+        return verdict(_furthest_behind(patient), weak=False)
+    if any(not one.pending for one in ranks):
         return verdict([], weak=True)
+    if len(silent) == len(ranks) and (found := find_desync([one.ring for one in ranks if one.ring is not None])):
+        return verdict([one for one in ranks if one.rank == found.first], weak=False, why=found.evidence)
     patient = [one for one in silent if one.silent_s(now_s) > rules.patience * one.limit_s(rules)]
     return verdict(_furthest_behind(patient), weak=True)
+
+
+def _is_late_for_peers(one: Observation, waited_s: float, rules: StallRules) -> bool:
+    """Whether it evaluates or waits for data, and its peers have long finished doing so."""
+    return (
+        one.beat is not None and one.beat.phase in SHARED_PHASES and not one.pending and waited_s > rules.alone_limit_s
+    )
 
 
 def _furthest_behind(ranks: Sequence[Observation]) -> list[Observation]:
@@ -206,8 +265,6 @@ def _evidence(culprit: Observation, ranks: Sequence[Observation], now_s: float, 
 def _describe_state(one: Observation, now_s: float) -> str:
     if one.state == "stopped":
         return "stopped (state T)"
-    if one.state == "dead":
-        return f"process {one.pid} is dead"
     if one.beat is None:
         return f"no heartbeat {one.silent_s(now_s):.1f} s after its start"
     return f"running, silent for {one.silent_s(now_s):.1f} s in phase {one.beat.phase} of step {one.step}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -124,14 +125,41 @@ def test_a_target_is_replaced_only_by_force(tmp_path: Path, format: Any) -> None
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_link_is_followed(tmp_path: Path, format: Any) -> None:
+def test_a_link_to_what_is_there_is_followed_if_forced(tmp_path: Path, format: Any) -> None:
     save(tmp_path / "a", {"w": torch.ones(1)})
+    export_step(tmp_path / "a", tmp_path / "real", format)
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    for force in (False, True):
-        done = export_step(tmp_path / "a", tmp_path / "link", format, force=force)
-        assert done.target == str(tmp_path / "real")
+    with pytest.raises(CheckpointError, match="already exists"):
+        export_step(tmp_path / "a", tmp_path / "link", format)
+    done = export_step(tmp_path / "a", tmp_path / "link", format, force=True)
+    assert done.target == str(tmp_path / "real")
     assert (tmp_path / "link").is_symlink()
     assert steps_at(tmp_path) == ["a", "link", "real"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_link_to_nothing_is_refused_before_anything_is_read(tmp_path: Path, format: Any, force: bool) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "file")
+    (tmp_path / "self").symlink_to("self")
+    for name in ("link", "self"):
+        with pytest.raises(CheckpointError, match=r"is a symbolic link to .*, which does not exist"):
+            export_step(tmp_path / "no checkpoint", tmp_path / name, format, force=force)
+    assert files_of(tmp_path / "elsewhere") == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link", "self"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, format: Any, force: bool) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for target in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(CheckpointError, match="no regular file"):
+            export_step(tmp_path / "no checkpoint", target, format, force=force)
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(CheckpointError, match="a mounted file system"):
+        export_step(tmp_path / "no checkpoint", "/proc", format, force=force)
 
 
 @pytest.mark.parametrize("format", FORMATS)

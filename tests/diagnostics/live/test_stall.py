@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ class TestLimit:
         assert rank(0, silent_s=0).limit_s(RULES) == 10.0
         assert rank(0, silent_s=0, median_step_s=4.0).limit_s(RULES) == 20.0
 
-    @pytest.mark.parametrize("phase", ["setup", "checkpoint", "finish"])
+    @pytest.mark.parametrize("phase", ["setup", "eval", "data", "checkpoint", "finish"])
     def test_slow_phases_have_the_startup_limit(self, phase: str) -> None:
         assert rank(0, silent_s=0, phase=phase).limit_s(RULES) == 600.0
 
@@ -140,12 +141,45 @@ class TestJudge:
         assert verdict.culprits == ()
 
     def test_a_single_rank_that_hangs_outside_collectives(self) -> None:
-        (culprit,) = judge([rank(0, silent_s=11)], RULES, NOW_S).culprits
+        assert judge([rank(0, silent_s=89)], RULES, NOW_S).culprits == ()
+        (culprit,) = judge([rank(0, silent_s=91)], RULES, NOW_S).culprits
         assert not culprit.weak
 
     def test_all_silent_and_none_waiting_names_the_one_behind(self) -> None:
-        seen = [rank(0, silent_s=11, step=35, entered=100), rank(1, silent_s=12, step=34, entered=96)]
+        seen = [rank(0, silent_s=91, step=35, entered=100), rank(1, silent_s=92, step=34, entered=96)]
         assert [one.rank for one in judge(seen, RULES, NOW_S).culprits] == [1]
+
+    def test_what_all_do_at_once_is_a_phase(self) -> None:
+        together = [rank(0, silent_s=60), rank(1, silent_s=60), rank(2, silent_s=60)]
+        verdict = judge(together, RULES, NOW_S)
+        assert (verdict.silent, verdict.culprits) == ((0, 1, 2), ())
+
+    @pytest.mark.parametrize("phase", ["eval", "data"])
+    def test_a_rank_alone_in_a_phase_has_less_time_than_all_together(self, phase: str) -> None:
+        together = [rank(0, silent_s=500, phase=phase), rank(1, silent_s=500, phase=phase)]
+        assert judge(together, RULES, NOW_S).silent == ()
+        late = rank(1, silent_s=500, phase=phase)
+        assert judge([rank(0, silent_s=40, phase=phase, inside=True), late], RULES, NOW_S).culprits == ()
+        (culprit,) = judge([rank(0, silent_s=61, phase=phase, inside=True), late], RULES, NOW_S).culprits
+        assert (culprit.rank, culprit.limit_s, culprit.weak) == (1, 60.0, False)
+
+    def test_who_has_only_just_entered_waits_for_nobody(self) -> None:
+        """As a rank does that was stopped, and continued a moment ago."""
+        back = rank(1, silent_s=0.0, inside=True, entered=101)
+        assert judge([rank(0, silent_s=11), back], RULES, NOW_S).culprits == ()
+
+    def test_a_rank_that_was_stopped_a_moment_ago_is_not_to_blame(self) -> None:
+        seen = [rank(0, silent_s=25, inside=True), rank(1, silent_s=0.5, state="stopped")]
+        assert judge(seen, RULES, NOW_S).culprits == ()
+
+    def test_a_dead_process_does_not_hang(self) -> None:
+        seen = [rank(0, silent_s=700, state="dead"), rank(1, silent_s=9, inside=True)]
+        assert judge(seen, RULES, NOW_S).silent == ()
+
+    def test_time_that_does_not_count(self) -> None:
+        suspended = [replace(rank(n, silent_s=25, inside=n == 0), excused_s=20.0) for n in (0, 1)]
+        assert judge(suspended, RULES, NOW_S).silent == ()
+        assert judge(suspended, RULES, NOW_S + 6).culprits[0].rank == 1
 
     def test_all_inside_is_weak_evidence_and_needs_patience(self) -> None:
         def seen(silent_s: float) -> list[Observation]:
