@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import operator
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -17,18 +16,18 @@ import torch.distributed as dist
 
 from outlast.checkpoint.format.names import COMMIT, parse_step, step_name
 from outlast.checkpoint.format.records import Fault
+from outlast.checkpoint.format.step_number import as_step
 from outlast.checkpoint.peers.collectives import Agreement
 from outlast.checkpoint.restore.candidates import Candidate
+from outlast.checkpoint.restore.housekeeping import find_steps
 from outlast.checkpoint.restore.load import Loader, Restored
-from outlast.checkpoint.restore.messages import Failure, StoredStep, all_gather_messages
+from outlast.checkpoint.restore.messages import Failure, all_gather_messages
 from outlast.checkpoint.restore.request import RestoreContext, agree_on_request
 from outlast.checkpoint.state.selection import Rename, make_selection
-from outlast.checkpoint.steps.catalog import scan
-from outlast.checkpoint.steps.reader import as_error
+from outlast.checkpoint.steps.reader import StepReader, as_error
 from outlast.checkpoint.storage.base import Store
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.checkpoint.storage.open import open_store
-from outlast.checkpoint.tools.open_step import OpenedStep
 from outlast.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint
 from outlast.events import Event
 
@@ -84,7 +83,7 @@ def load(
         UnknownFormatVersion, StateMismatch, CheckpointError: see :meth:`Checkpointer.restore`.
         MissingDependency, ConfigError: see :class:`Checkpointer`.
     """
-    wanted = _as_step(step)
+    wanted = None if isinstance(step, str) and step == "newest" else as_step(step, "load", 'an integer, or "newest",')
     store = open_store(url)
     rank, world_size = 0, 1
     if dist.is_initialized() and not alone:
@@ -96,8 +95,9 @@ def load(
         select = partial(make_selection, parts, strict, rename, cast, running=running)
         request = agree_on_request(like, into, group, context, any_world_size=True, select=select)
         request = dataclasses.replace(request, verify_other_ranks=False)
-        restored = _Search(context, Loader(context, request, None), wanted).run()
-    return dataclasses.replace(restored, read_local=partial(_read_local, url, restored.step, restored.world_size))
+        restored, found_in = _Search(context, Loader(context, request, None), wanted).run()
+    read_local = partial(_read_local, found_in, restored.step, restored.world_size)
+    return dataclasses.replace(restored, read_local=read_local)
 
 
 class _Search:
@@ -110,12 +110,14 @@ class _Search:
         self._tries: Counter[int] = Counter()
         self._damaged: dict[int, list[Fault]] = {}
 
-    def run(self) -> Restored:
+    def run(self) -> tuple[Restored, Store]:
+        """The state, and the store that has it."""
         for _ in range(_LOOKS):
-            step = self._choose(_committed(self._context, self._wanted))
-            outcome = self._loader.load(Candidate(step, None))
+            committed, reading = _find(self._context, self._wanted)
+            step = self._choose(committed)
+            outcome = dataclasses.replace(self._loader, context=reading).load(Candidate(step, None))
             if isinstance(outcome, Restored):
-                return outcome
+                return outcome, reading.store
             self._tries[step] += 1
             if self._tries[step] == _TRIES:
                 self._damaged[step] = outcome
@@ -141,29 +143,27 @@ class _Search:
         return left[-1]
 
 
-def _committed(context: RestoreContext, wanted: int | None) -> tuple[int, ...]:
-    """The committed steps, oldest first, with the one that is wanted among them; collective.
+def _find(context: RestoreContext, wanted: int | None) -> tuple[tuple[int, ...], RestoreContext]:
+    """The committed steps, oldest first, with the one that is wanted among them; and what reads them. Collective.
 
     Raises:
         CheckpointNotFound: there is none, or not the one that is wanted.
         CheckpointError: the storage cannot be read.
     """
-    own: list[StoredStep] = []
+    found, reading = find_steps(context)
     failures: list[Failure] = []
-    if context.rank == 0:
+    if context.rank == 0 and (not found.committed or wanted not in (None, *found.committed)):
         try:
-            own = [StoredStep(step, committed=True) for step in scan(context.store).committed]
-            if not own or wanted not in (None, *(stored.step for stored in own)):
-                failures = [Failure.of(_not_found(context.store, wanted, [stored.step for stored in own]))]
+            failures = [Failure.of(_not_found(context.store, wanted, found.committed))]
         except OSError as error:
             what = f"{context.store.url} cannot be read: {error}"
             failures = [Failure(CheckpointError.__name__, what, "check the storage and its permissions")]
     for _, failure in all_gather_messages(context.agreement, Failure, failures):
         raise failure.as_error()
-    return tuple(stored.step for _, stored in all_gather_messages(context.agreement, StoredStep, own))
+    return found.committed, reading
 
 
-def _not_found(store: Store, wanted: int | None, committed: list[int]) -> CheckpointNotFound:
+def _not_found(store: Store, wanted: int | None, committed: tuple[int, ...]) -> CheckpointNotFound:
     """Says what was looked for, and what is there instead."""
     looked_for = f"looked for {step_name(wanted) if wanted is not None else 'step_*'}/{COMMIT}"
     if committed:
@@ -190,22 +190,16 @@ def _not_found(store: Store, wanted: int | None, committed: list[int]) -> Checkp
     return CheckpointNotFound(f"no checkpoint at {store.url}: {looked_for}, and {there}", fix)
 
 
-def _as_step(step: object) -> int | None:
-    if step == "newest":
-        return None
-    try:
-        if isinstance(step, bool) or not hasattr(step, "__index__"):
-            raise TypeError
-        return operator.index(step)
-    except TypeError as error:
-        raise CheckpointError(f"step = {step!r}", 'pass an integer, or "newest"') from error
-
-
-def _read_local(url: str | os.PathLike[str], step: int, world_size: int, rank: int) -> dict[str, Any]:
+def _read_local(store: Store, step: int, world_size: int, rank: int) -> dict[str, Any]:
     if not 0 <= rank < world_size:
         raise CheckpointError(f"step {step} has no rank {rank}", f"it was saved by {world_size} ranks, from 0")
-    with OpenedStep(url, step) as opened:
-        return opened.load(rank)
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="outlast-load") as io:
+        try:
+            return StepReader(store, step, io).load(rank)
+        except Fault as fault:
+            raise as_error(fault, store, step) from fault
+        except OSError as error:
+            raise CheckpointError(f"{store.url} cannot be read: {error}") from error
 
 
 def _discard(event: Event) -> None:

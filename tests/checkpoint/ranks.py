@@ -213,21 +213,23 @@ def _inject(orders: Orders) -> None:
             with open(orders.reads, "a") as file:
                 file.write(f"{path}\n")
 
-    def read_wrongly(store: LocalStore, path: str) -> Any:
+    def read_wrongly(store: LocalStore, path: str, *bound: int) -> Any:
         note(path)
-        data = read(store, path)
+        data = read(store, path, *bound)
         if orders.misread and orders.misread in path:
             data[0] ^= 1
         return data
 
-    def read_wrongly_into(store: LocalStore, path: str, out: memoryview, seen: Callable[[memoryview], object]) -> bytes:
+    def read_wrongly_into(
+        store: LocalStore, path: str, out: memoryview, seen: Callable[[memoryview], object], bound: int
+    ) -> bytes:
         note(path)
 
         def seen_wrongly(piece: memoryview) -> None:
             piece[0] ^= bool(orders.misread) and orders.misread in path
             seen(piece)
 
-        return read_into(store, path, out, seen_wrongly)
+        return read_into(store, path, out, seen_wrongly, bound)
 
     LocalStore.put, LocalStore.put_atomic = put_or_die, put_atomic_or_die  # type: ignore[method-assign, assignment]
     LocalStore.read, LocalStore.read_into = read_wrongly, read_wrongly_into  # type: ignore[method-assign]

@@ -108,13 +108,13 @@ class Counting:
             if path.rpartition("/")[2].startswith("c.") and "/packed/" not in path:
                 self.bytes[path.partition("/")[2]] = nbytes
 
-        def read(store: LocalStore, path: str) -> Any:
-            data = self._read(store, path)
+        def read(store: LocalStore, path: str, *bound: int) -> Any:
+            data = self._read(store, path, *bound)
             count(path, len(data))
             return data
 
-        def read_into(store: LocalStore, path: str, out: memoryview, seen: Any) -> bytes:
-            end = self._read_into(store, path, out, seen)
+        def read_into(store: LocalStore, path: str, out: memoryview, seen: Any, bound: int) -> bytes:
+            end = self._read_into(store, path, out, seen, bound)
             count(path, len(out) + len(end))
             return end
 

@@ -45,8 +45,8 @@ def test_the_newest_and_any_other(tmp_path: Path) -> None:
     assert right(3, load(tmp_path))
     assert right(2, load(str(tmp_path), 2))
     assert right(2, load(tmp_path, np.int64(2)))
-    for wrong in (True, "2", 2.0):
-        with pytest.raises(CheckpointError, match='pass an integer, or "newest"'):
+    for wrong in (True, "2", 2.0, -1):
+        with pytest.raises(CheckpointError, match='load: a step is an integer, or "newest"'):
             load(tmp_path, wrong)  # type: ignore[arg-type]
 
 
@@ -77,6 +77,19 @@ def test_nothing_is_changed(tmp_path: Path) -> None:
     for step, error in ((4, CorruptCheckpoint), (9, CheckpointNotFound), (7, CheckpointNotFound)):
         with pytest.raises(error):
             load(tmp_path, step)
+    assert tree(tmp_path) == found
+
+
+def test_a_step_whose_overwrite_was_interrupted(tmp_path: Path) -> None:
+    """Its older commit is what a run would go on from, once it has put that back; a reader leaves it where it is."""
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "step_00000002").rename(tmp_path / "step_00000002.replaced")
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000002")
+    (tmp_path / "step_00000002" / "commit.json").unlink()
+    found = tree(tmp_path)
+    assert right(2, load(tmp_path))
+    assert right(2, load(tmp_path, 2))
+    assert same(load(tmp_path, 2).read_local(0), local(2))
     assert tree(tmp_path) == found
 
 

@@ -32,6 +32,8 @@ CONTAINER = "outlast_container"
 MEMORY, PARTNER, LOCAL_DISK, STORAGE = "memory", "partner", "local", "storage"
 """The tiers, as events name them."""
 COMMIT = "commit.json"
+VOTES = "votes"
+"""The folder of the ranks' votes."""
 PACKS = "packed"
 """The group of all ranks' small tensors."""
 NODE = "zarr.json"
@@ -40,7 +42,7 @@ NODE = "zarr.json"
 EARLIER = re.compile(r"earlier-([0-9]+)")
 """The folder of the steps that a run which began anew has moved away."""
 _STEP = re.compile(r"step_([0-9]{8,})")
-_ASIDE = re.compile(r"step_([0-9]{8,})\.aside-([0-9]+)")
+_ASIDE = re.compile(r"step_([0-9]{8,})\.aside-([0-9]{1,18})")
 _REPLACED = re.compile(r"step_([0-9]{8,})\.replaced")
 _FAILED = re.compile(r"step_([0-9]{8,})\.failed-(.+)-([0-9]+)")
 _RESERVED = re.compile(r"votes|packed|commit\.json|rank_[0-9]+")
@@ -59,16 +61,21 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def _is_step(digits: str) -> bool:
+    """Whether a save writes a step's number like this: otherwise the folder is not one of outlast's."""
+    return len(digits) < 20 and f"{int(digits):08d}" == digits and int(digits) < 1 << 63
+
+
 def parse_step(name: str) -> int | None:
     """The step of a folder's name, or None if it is not one of a step."""
     match = _STEP.fullmatch(name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and _is_step(match[1]) else None
 
 
 def parse_aside(name: str) -> int | None:
     """The step of a folder that is set aside, or None."""
     match = _ASIDE.fullmatch(name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and _is_step(match[1]) else None
 
 
 def replaced_name(step: int) -> str:
@@ -79,7 +86,7 @@ def replaced_name(step: int) -> str:
 def parse_replaced(name: str) -> int | None:
     """The step of such a folder, or None."""
     match = _REPLACED.fullmatch(name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and _is_step(match[1]) else None
 
 
 def rank_name(rank: int) -> str:
@@ -106,7 +113,7 @@ def parse_local(path: str) -> int | None:
 
 def vote_path(step: int, rank: int) -> str:
     """The path of a rank's vote, relative to the URL."""
-    return f"{step_name(step)}/votes/{rank_name(rank)}.json"
+    return f"{step_name(step)}/{VOTES}/{rank_name(rank)}.json"
 
 
 def failed_name(step: int, attempt_id: str, save_id: int) -> str:

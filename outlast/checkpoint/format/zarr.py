@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,15 +21,32 @@ import numpy as np
 import torch
 
 from outlast.checkpoint.format.dtypes import DISGUISED, NATIVE, dtype_name, dtype_of
+from outlast.checkpoint.format.fields import (
+    MAX_DOCUMENT_BYTES,
+    MAX_INTEGER,
+    Malformed,
+    as_count,
+    as_list,
+    as_mapping,
+    as_text,
+    member,
+    parse,
+)
 from outlast.checkpoint.format.names import HEADER, NODE
 from outlast.checkpoint.format.records import CRC_BYTES, FORMAT_VERSION, Fault
 from outlast.checkpoint.memory.pages import Buffer
-from outlast.errors import CorruptCheckpoint, UnknownFormatVersion
+from outlast.errors import CheckpointError, CorruptCheckpoint, UnknownFormatVersion
 
 _READ_BY_PEOPLE = 100_000
 """Characters up to which a document has line breaks. (In a pack's index of many tensors they would take longest.)"""
 PACKED = "outlast_packed"
 """The attribute of a pack that is its index."""
+MAX_PACKED = 1 << 20
+"""How many tensors a pack has at most."""
+_DTYPE = re.compile(r"(bool|bfloat|float|u?int|complex)[0-9a-z_]{0,30}")
+"""How PyTorch may name the types of a later version."""
+_MAX_DIMENSIONS = 64
+"""As many as PyTorch computes with."""
 
 
 def group_document(attributes: dict[str, Any]) -> bytes:
@@ -70,21 +88,23 @@ def pack_document(nbytes: int, index: dict[str, Packed]) -> bytes:
 
 
 def _array(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: torch.dtype, more: dict[str, Any]) -> bytes:
+    return _dump({**_layout(shape, chunk, dtype), "attributes": {"outlast_dtype": dtype_name(dtype), **more}})
+
+
+def _layout(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    """What an array's document says of its bytes: all but its attributes."""
     stored = NATIVE.get(dtype) or DISGUISED[dtype]
     fill: Any = False if stored == "bool" else [0.0, 0.0] if dtype.is_complex else 0.0 if "float" in stored else 0
-    return _dump(
-        {
-            "zarr_format": 3,
-            "node_type": "array",
-            "shape": list(shape),
-            "data_type": stored,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(1, size) for size in chunk]}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-            "fill_value": fill,
-            "attributes": {"outlast_dtype": dtype_name(dtype), **more},
-        }
-    )
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": stored,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(1, size) for size in chunk]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "fill_value": fill,
+    }
 
 
 def chunk_name(place: Sequence[int]) -> str:
@@ -109,39 +129,92 @@ class ArrayInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
+    def has_parts(self) -> bool:
+        """Whether it has several chunks."""
+        return any(size > step for size, step in zip(self.shape, self.chunk, strict=True)) and 0 not in self.shape
+
+    @property
     def chunk_bytes(self) -> int:
         """Size of the elements of a chunk."""
         return math.prod(self.chunk) * self.dtype.itemsize
 
 
-def parse_node(data: bytes, file: str) -> ArrayInfo | dict[str, Any]:
-    """A ``zarr.json``: an array, or a group's attributes; raises :class:`Fault`."""
+def parse_node(data: bytes | Buffer, file: str) -> ArrayInfo | dict[str, Any]:
+    """A ``zarr.json``: an array, or a group's attributes; raises :class:`Fault`.
+
+    An array is at most as large as memory could be, its packed tensors lie side by side within it, and the whole is
+    what outlast writes for an array of that shape and dtype.
+    """
     try:
-        document = json.loads(data)
-        attributes: dict[str, Any] = document["attributes"]
-        if document["node_type"] == "group":
+        document = parse(data)
+        attributes = as_mapping(member(document, "attributes"), "attributes")
+        kind = member(document, "node_type")
+        if kind == "group":
             return attributes
-        name = attributes["outlast_dtype"]
-        shape = tuple(int(size) for size in document["shape"])
-        chunk = tuple(int(size) for size in document["chunk_grid"]["configuration"]["chunk_shape"])
-        if len(chunk) != len(shape) or min(chunk, default=1) < 1:
-            raise ValueError(f"shape {shape}, chunk shape {chunk}")
+        if kind != "array":
+            raise Malformed(f"node_type is {as_text(kind, 'node_type')[:20]!r}")
+        name = as_text(member(attributes, "outlast_dtype"), "outlast_dtype")
+        dtype = _dtype(name, file)
+        shape = _shape(member(document, "shape"), dtype, "shape")
+        grid = as_mapping(member(document, "chunk_grid"), "chunk_grid")
+        configuration = as_mapping(member(grid, "configuration"), "configuration")
+        chunk = _shape(member(configuration, "chunk_shape"), dtype, "chunk_shape")
+        if len(chunk) != len(shape) or 0 in chunk:
+            raise Malformed(f"shape {shape}, chunk shape {chunk}")
+        for key, expected in _layout(shape, chunk, dtype).items():
+            if document.get(key) != expected:
+                raise Malformed(f"{key} is not the one of a {name} array")
         entries = attributes.get(PACKED)
-        packed = None
-        if entries is not None:
-            packed = {
-                path: Packed(int(at), tuple(size), _dtype(kind, file)) for path, (at, size, kind) in entries.items()
-            }
-    except (ValueError, KeyError, TypeError) as error:
+        packed = _index(as_mapping(entries, "its index"), shape, chunk, dtype, file) if entries is not None else None
+    except Malformed as error:
         raise Fault(CorruptCheckpoint, file, f"is not a Zarr document that outlast wrote: {error}") from error
-    return ArrayInfo(shape, _dtype(name, file), chunk, packed)
+    return ArrayInfo(shape, dtype, chunk, packed)
+
+
+def _index(
+    entries: dict[str, Any], shape: tuple[int, ...], chunk: tuple[int, ...], dtype: torch.dtype, file: str
+) -> dict[str, Packed]:
+    """The index of a pack; raises :class:`Malformed`."""
+    if len(shape) != 1 or shape != chunk or dtype != torch.uint8 or len(entries) > MAX_PACKED:
+        raise Malformed(f"its pack of {len(entries)} tensors has shape {shape}, chunk shape {chunk}")
+    index, spans = {}, []
+    for path, entry in entries.items():
+        values = as_list(entry, "an entry of its index")
+        if len(values) != 3:
+            raise Malformed(f"the entry of {path[:80]!r} has {len(values)} values")
+        kind = _dtype(as_text(values[2], "dtype"), file)
+        packed = Packed(as_count(values[0], "offset"), _shape(values[1], kind, f"the shape of {path[:80]!r}"), kind)
+        index[path] = packed
+        spans.append((packed.offset, packed.offset + math.prod(packed.shape) * kind.itemsize, path))
+    end = 0
+    for begin, after, path in sorted(spans):
+        # One after the other: each has a copy, and together they must not take more than the pack has.
+        if begin < end or after > shape[0]:
+            raise Malformed(f"{path[:80]!r} at bytes {begin} to {after} of {shape[0]} overlaps another, or the end")
+        end = after
+    return index
+
+
+def _shape(value: Any, dtype: torch.dtype, name: str) -> tuple[int, ...]:
+    sizes = as_list(value, name)
+    if len(sizes) > _MAX_DIMENSIONS:
+        raise Malformed(f"{name} has {len(sizes)} dimensions; at most {_MAX_DIMENSIONS} are read")
+    shape = tuple(as_count(size, name) for size in sizes)
+    # Strides of an empty tensor count its empty dimensions as 1.
+    if math.prod(max(1, size) for size in shape) * dtype.itemsize > MAX_INTEGER:
+        raise Malformed(f"{name} {shape} does not fit into memory")
+    return shape
 
 
 def _dtype(name: str, file: str) -> torch.dtype:
     dtype = dtype_of(name)
+    if dtype is None and not _DTYPE.fullmatch(name):
+        raise Malformed(f"the dtype {name[:40]!r}")
     if dtype is None:
         raise Fault(
-            UnknownFormatVersion, file, f"holds a tensor of dtype {name}, which this version of outlast does not know"
+            UnknownFormatVersion,
+            file,
+            f"holds a tensor of dtype {name[:40]!r}, which this version of outlast does not know",
         )
     return dtype
 
@@ -245,4 +318,11 @@ def _dump(document: dict[str, Any]) -> bytes:
 @lru_cache(maxsize=16_384)
 def _indented(compact: str) -> bytes:
     """With line breaks, for people. That takes ten times as long, and most saves write what the save before wrote."""
-    return json.dumps(json.loads(compact), indent=1).encode()
+    data = json.dumps(json.loads(compact), indent=1).encode()
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise CheckpointError(
+            f"the values of one dictionary of the state take {len(data)} bytes as JSON; "
+            f"at most {MAX_DOCUMENT_BYTES} are read",
+            "store long lists of numbers as tensors",
+        )
+    return data

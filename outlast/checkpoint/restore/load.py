@@ -83,11 +83,14 @@ class Loader:
         restored: Restored | None = None
         bytes_by_tier: Counter[str] = Counter()
         failures: list[Failure] = []
+        unforeseen: Exception | None = None
         try:
             restored, bytes_by_tier = self._read(candidate, copies, shared)
         except (Fault, StateMismatch, OSError) as error:
             failures = [Failure.of(error)]
-        faults = self._faults_of_all(candidate.step, failures)
+        except Exception as error:  # too little memory, or a bug: the other ranks wait for this one's answer
+            unforeseen, failures = error, [Failure.of(error)]
+        faults = self._faults_of_all(candidate.step, failures, unforeseen)
         if restored is None or faults:
             return faults
         if copies is not None and copies.damaged and candidate.on_nodes is not None and self.survey is not None:
@@ -141,10 +144,8 @@ class Loader:
             local, _ = reader.load_selected(context.rank, None, selection)
         elif self.request.any_world_size:
             others = range(context.rank, saved_by, context.world_size) if self.request.verify_other_ranks else ()
-            for rank in others:
-                files = [entry for entry in reader.files_of(rank) if selection.takes_file(entry.path)]
-                for fault in reader.verify(files):
-                    raise fault
+            for fault in reader.check(others, selection=selection):
+                raise fault
         else:
             raise StateMismatch(
                 f"{context.store.url}/{step_name(step)} was saved by {saved_by} ranks, "
@@ -161,9 +162,11 @@ class Loader:
         as_saved = selection.takes_all and matched.is_as_saved
         return Restored(step, replicated, local, saved_by, read_local, matched.not_taken, as_saved), bytes_by_tier
 
-    def _faults_of_all(self, step: int, failures: list[Failure]) -> list[Fault]:
+    def _faults_of_all(self, step: int, failures: list[Failure], unforeseen: Exception | None) -> list[Fault]:
         """The faults of files on any rank, one for each file; raises every other failure. Collective."""
         of_all = all_gather_messages(self.context.agreement, Failure, failures)
+        if unforeseen is not None:
+            raise unforeseen
         for rank, failure in of_all:
             if failure.error_type is StateMismatch:
                 raise StateMismatch(failure.reason, failure.fix)

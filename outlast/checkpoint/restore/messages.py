@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple, Self, TypeVar
 
 from outlast import errors
+from outlast.checkpoint.format.fields import Malformed, as_list, as_mapping
 from outlast.checkpoint.format.records import Fault
 from outlast.checkpoint.peers.collectives import Agreement
 from outlast.errors import CheckpointError
@@ -37,7 +39,7 @@ class Failure(Message):
     """Relative to the step's folder; empty where no single file is at fault."""
 
     @classmethod
-    def of(cls, error: Fault | CheckpointError | OSError) -> Self:
+    def of(cls, error: Exception) -> Self:
         """The record of what was raised."""
         if isinstance(error, Fault):
             return cls(error.kind.__name__, error.reason, file=error.file)
@@ -48,8 +50,8 @@ class Failure(Message):
     @property
     def error_type(self) -> type[CheckpointError]:
         """The class of the error."""
-        kind: type[CheckpointError] = getattr(errors, self.kind)
-        return kind
+        kind = getattr(errors, self.kind, None)
+        return kind if isinstance(kind, type) and issubclass(kind, CheckpointError) else CheckpointError
 
     def as_fault(self) -> Fault:
         """The fault of a file."""
@@ -133,17 +135,36 @@ class DamagedCopy(Message):
 
 
 M = TypeVar("M", bound=Message)
+_TYPES = {"str": str, "int": int, "bool": bool}
 
 
 def all_gather_messages(agreement: Agreement, kind: type[M], messages: Sequence[M]) -> list[tuple[int, M]]:
     """Every rank's messages, each with its sender's rank, in the order of the ranks; collective.
 
     Where no rank has any (the common case), this is one all-reduce. Fails as :class:`Agreement` does.
+
+    Raises:
+        CheckpointError: what a rank sent is no such message; raised on every rank, and names the rank.
     """
     text = json.dumps([asdict(message) for message in messages]) if messages else ""
     return [
-        (rank, kind(**fields))
+        (rank, message)
         for rank, received in enumerate(agreement.all_gather_text(text))
         if received
-        for fields in json.loads(received)
+        for message in _parse(received, kind, rank)
     ]
+
+
+def _parse(text: str, kind: type[M], rank: int) -> list[M]:
+    types = {field.name: _TYPES[str(field.type)] for field in dataclasses.fields(kind)}
+    try:
+        parsed = [as_mapping(item, "a message") for item in as_list(json.loads(text), "the messages")]
+        for item in parsed:
+            if item.keys() != types.keys() or any(type(item[name]) is not types[name] for name in types):
+                raise Malformed(f"a {kind.__name__} has the fields {sorted(item)[:9]}")
+    except (RecursionError, ValueError) as error:
+        raise CheckpointError(
+            f"rank {rank} sent what is no {kind.__name__}: {str(error)[:200]}",
+            "run the same version of outlast on all ranks",
+        ) from error
+    return [kind(**item) for item in parsed]

@@ -19,6 +19,7 @@ import numpy as np
 from outlast.checkpoint.format.names import LOCAL_DISK
 from outlast.checkpoint.format.records import Fault, FileEntry, RunningChecksum, check_pieces
 from outlast.checkpoint.memory.pages import CACHED_BYTES, Buffer, allocate
+from outlast.checkpoint.storage.regular import open_regular
 from outlast.errors import CorruptCheckpoint
 
 
@@ -120,7 +121,7 @@ def _opened(path: Path, file: str) -> Iterator[int]:
 
 def _open(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return open_regular(path)
     except FileNotFoundError:
         return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 

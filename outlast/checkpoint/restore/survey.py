@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from outlast.checkpoint.storage.local import sync_dir
 from outlast.checkpoint.tiers.slots import OWN, SlotContents, commits, holdings
 from outlast.errors import IncompleteCheckpoint
 
+_log = logging.getLogger("outlast.checkpoint")
 _FASTEST_FIRST = (MEMORY, PARTNER, LOCAL_DISK)
 """The tiers of a node."""
 
@@ -97,16 +99,22 @@ class Survey:
         parts: list[PartOnNode] = []
         records: list[SealedCommit] = []
         if self.is_node_leader and self._parts:
+            records = [SealedCommit(seal(commit).decode()) for _, commit in self._commits()]
+        committed: dict[SaveKey, Commit] = {}
+        for _, record in all_gather_messages(self.agreement, SealedCommit, records):
+            try:
+                commit = unseal_commit(record.text.encode())
+            except Fault as fault:
+                _log.warning("a commit record on a node is not used: %s", fault)
+                continue
+            committed.setdefault(SaveKey(commit.attempt_id, commit.save_id), commit)
+        self._parts = {key: _counting(self._parts[key], committed[key]) for key in self._parts if key in committed}
+        if self.is_node_leader:
             parts = [
                 PartOnNode(self.node, *key, rank, copies[0].tier != LOCAL_DISK)
                 for key, by_rank in self._parts.items()
                 for rank, copies in sorted(by_rank.items())
             ]
-            records = [SealedCommit(seal(commit).decode()) for _, commit in self._commits()]
-        committed: dict[SaveKey, Commit] = {}
-        for _, record in all_gather_messages(self.agreement, SealedCommit, records):
-            commit = unseal_commit(record.text.encode())
-            committed.setdefault(SaveKey(commit.attempt_id, commit.save_id), commit)
         on_nodes: dict[SaveKey, list[PartOnNode]] = {}
         for _, part in all_gather_messages(self.agreement, PartOnNode, parts):
             on_nodes.setdefault(SaveKey(part.attempt_id, part.save_id), []).append(part)
@@ -125,9 +133,14 @@ class Survey:
             own = [SealedVote(rank, seal(copies[0].placed.vote).decode()) for rank, copies in by_rank.items()]
         votes: dict[int, Vote] = {}
         for _, vote in all_gather_messages(self.agreement, SealedVote, own):
+            if not 0 <= vote.rank < save.commit.world_size:
+                continue
             data, entry = vote.text.encode(), save.commit.votes[vote.rank]
             if crc_hex(data) == entry.crc32c:
-                votes[vote.rank] = unseal_vote(data, entry.path)
+                try:
+                    votes[vote.rank] = unseal_vote(data, entry.path)
+                except Fault as fault:
+                    _log.warning("a vote on a node is not used: %s", fault)
         return votes
 
     def files(self, save: SaveOnNodes) -> SlotFiles:
@@ -184,6 +197,22 @@ class Survey:
     def _contents(self) -> Iterator[SlotContents]:
         for folder, own_tier in zip(self._folders, (MEMORY, LOCAL_DISK), strict=False):
             yield from holdings(folder, own_tier)
+
+
+def _counting(parts: dict[int, list[SlotContents]], commit: Commit) -> dict[int, list[SlotContents]]:
+    """Those parts of a save whose vote is the one that its commit record counts."""
+    return {
+        rank: counting
+        for rank, copies in parts.items()
+        if rank < commit.world_size
+        and (
+            counting := [
+                copy
+                for copy in copies
+                if copy.placed.vote.step == commit.step and crc_hex(seal(copy.placed.vote)) == commit.votes[rank].crc32c
+            ]
+        )
+    }
 
 
 def _speed(part: SlotContents) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from outlast.checkpoint.format.names import pack_path
-from outlast.checkpoint.format.zarr import Packed, chunk_name, node_path, pack_document
+from outlast.checkpoint.format.zarr import MAX_PACKED, Packed, chunk_name, node_path, pack_document
 from outlast.checkpoint.save.parts import Content, Part
 from outlast.checkpoint.state.tree import TensorEntry
 
@@ -46,7 +46,7 @@ def _fill(items: Sequence[TensorEntry], chunk_bytes: int) -> Iterator[list[Conte
             if item.eager != eager:
                 continue
             nbytes = _aligned(item.tensor.nbytes)
-            if contents and end + nbytes > chunk_bytes:
+            if contents and (end + nbytes > chunk_bytes or len(contents) == MAX_PACKED):
                 yield contents
                 contents, end = [], 0
             contents.append(Content(item, item.tensor, end))

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from outlast.checkpoint.format.fields import (
+    Malformed,
+    as_count,
+    as_mapping,
+    as_text,
+    member,
+    parse,
+)
 from outlast.checkpoint.format.names import (
     COMMIT,
     EARLIER,
@@ -20,7 +27,7 @@ from outlast.checkpoint.format.names import (
     step_name,
 )
 from outlast.checkpoint.format.records import Fault
-from outlast.checkpoint.steps.commit import has_all_votes, read_commit
+from outlast.checkpoint.steps.commit import as_fault, has_all_votes, read_commit
 from outlast.checkpoint.storage.base import Store
 from outlast.errors import CheckpointError
 
@@ -49,9 +56,14 @@ def scan(store: Store) -> Scan:
 def opened_by(store: Store, step: int) -> tuple[str, int] | None:
     """Epoch and number of the save that this step was opened for last; None if none, or if it is half there."""
     try:
-        header = json.loads(bytes(store.read(f"{step_name(step)}/{NODE}")))["attributes"][HEADER]
-        return header["epoch"], header["serial"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        document = parse(store.read(f"{step_name(step)}/{NODE}"))
+        attributes = as_mapping(member(document, "attributes"), "attributes")
+        header = as_mapping(member(attributes, HEADER), HEADER)
+        return as_text(member(header, "epoch"), "epoch"), as_count(member(header, "serial"), "serial")
+    except Malformed:
+        return None
+    except OSError as error:
+        as_fault(error, NODE)  # raises what says nothing about the file
         return None
 
 

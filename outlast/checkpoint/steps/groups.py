@@ -7,13 +7,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from outlast.checkpoint.format.json_values import UnknownKind, from_json, key_text
+from outlast.checkpoint.format.kinds import CannotStore
 from outlast.checkpoint.format.names import CONTAINER, HEADER, decode_key
 from outlast.checkpoint.format.records import Fault
 from outlast.checkpoint.format.zarr import node_path
 from outlast.checkpoint.state.containers import close_container
 from outlast.checkpoint.state.keys import attribute_name, component, is_plain
 from outlast.checkpoint.state.wrappers import WRAPPER
-from outlast.errors import CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion
+from outlast.errors import (
+    CheckpointError,
+    CorruptCheckpoint,
+    IncompleteCheckpoint,
+    StateMismatch,
+    UnknownFormatVersion,
+)
 
 _MALFORMED = (AttributeError, LookupError, OverflowError, RecursionError, RuntimeError, TypeError, ValueError)
 """What JSON that :func:`to_json` did not write can raise when it is read."""
@@ -88,6 +95,8 @@ class Groups:
     def _read(self, path: str, stored: dict[str, Any]) -> None:
         shape = stored.get(CONTAINER)
         if shape is not None:
+            if type(shape) is not dict or type(shape.get("type")) is not str:
+                raise ValueError("it has no type of container")
             self.shapes[path] = shape
             keys = self._read_keys(shape)
             if path == self._top and self._parts is not None:
@@ -132,6 +141,8 @@ class Groups:
             raise Fault(
                 UnknownFormatVersion, node_path(path), f"holds {unknown}, which this version of outlast does not know"
             ) from unknown
-        except _MALFORMED as error:
-            reason = f"its attributes are not as outlast writes them: {type(error).__name__}: {error}"
+        except (StateMismatch, Fault):
+            raise
+        except (CannotStore, CheckpointError, *_MALFORMED) as error:
+            reason = f"its attributes are not as outlast writes them: {type(error).__name__}: {str(error)[:200]}"
             raise Fault(CorruptCheckpoint, node_path(path), reason) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar, cast
 
+from outlast.checkpoint.format.fields import MAX_DOCUMENT_BYTES
 from outlast.checkpoint.format.names import COMMIT, parse_step, replaced_name, step_name
 from outlast.checkpoint.memory.pages import Buffer
 from outlast.checkpoint.steps.catalog import Scan, scan
@@ -47,15 +48,19 @@ class _Overlay:
         self._store = store
         self._replaced = replaced
 
-    def read(self, path: str) -> Buffer:
-        return self._first(path, self._store.read)
+    def read(self, path: str, at_most_bytes: int = MAX_DOCUMENT_BYTES) -> Buffer:
+        return self._first(path, lambda there: self._store.read(there, at_most_bytes))
 
-    def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object]) -> bytes:
-        return self._first(path, lambda there: self._store.read_into(there, out, seen))
+    def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object], at_most_bytes: int) -> bytes:
+        return self._first(path, lambda there: self._store.read_into(there, out, seen, at_most_bytes))
 
     def exists(self, path: str) -> bool:
         kept = self._kept(path)
         return self._store.exists(path) if kept is None else self._store.exists(kept) or self._store.exists(path)
+
+    def sizes(self, path: str) -> dict[str, int]:
+        kept = (self._kept(path) or path).rstrip("/")
+        return self._store.sizes(kept if self._store.exists(f"{kept}/{COMMIT}") else path)
 
     def _kept(self, path: str) -> str | None:
         """The path in the older commit; None if the step has none."""

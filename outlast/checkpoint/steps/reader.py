@@ -18,7 +18,6 @@ from outlast.checkpoint.format.names import (
     decode_key,
     parse_local,
     parse_pack,
-    rank_name,
     step_name,
 )
 from outlast.checkpoint.format.records import (
@@ -30,13 +29,13 @@ from outlast.checkpoint.format.records import (
     check_file,
     check_pieces,
     unseal_vote,
+    wrong_size,
 )
 from outlast.checkpoint.format.zarr import (
     ArrayInfo,
     as_tensor,
     check_size,
     chunk_name,
-    node_path,
     parse_node,
     payload,
     put_chunk,
@@ -46,12 +45,19 @@ from outlast.checkpoint.format.zarr import (
 from outlast.checkpoint.memory.pages import Buffer, allocate
 from outlast.checkpoint.state.boxes import Box, whole
 from outlast.checkpoint.state.matched import LEFT_OUT, Matched
-from outlast.checkpoint.state.matching import TensorType
 from outlast.checkpoint.state.selection import EVERYTHING, Selection
 from outlast.checkpoint.state.target import RestoreTarget, part_of
-from outlast.checkpoint.steps.commit import read_commit
+from outlast.checkpoint.steps.commit import as_fault, read_commit
 from outlast.checkpoint.steps.groups import Groups
-from outlast.checkpoint.storage.base import Store
+from outlast.checkpoint.steps.structure import (
+    arrays_in,
+    check_structure,
+    check_votes,
+    groups_in,
+    top_of,
+    types_of,
+)
+from outlast.checkpoint.storage.base import FileTooLarge, Store
 from outlast.errors import CheckpointError, CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion
 
 T = TypeVar("T")
@@ -135,6 +141,7 @@ class StepReader:
         self.votes: tuple[Vote, ...] = tuple(
             votes[rank] if rank in votes else self._vote(rank, entry) for rank, entry in enumerate(self.commit.votes)
         )
+        check_votes(self.commit, self.votes)
 
     def files_of(self, rank: int | None) -> list[FileEntry]:
         """The files of a rank's local state, or (None) of the replicated state. A pack may hold parts of both."""
@@ -166,6 +173,39 @@ class StepReader:
             if progress is not None:
                 progress(done, total)
         return faults
+
+    def check(
+        self, ranks: Iterable[int | None], progress: Progress | None = None, selection: Selection = EVERYTHING
+    ) -> list[Fault]:
+        """All that keeps local states, or (None) the replicated state, from being loaded; no tensor is made.
+
+        Args:
+            ranks: whose states.
+            progress: called with the bytes verified so far and in total.
+            selection: what of them; of local state, only its parts matter.
+
+        Returns:
+            The files that are missing or damaged; and of each state, if its documents are intact, the first thing in
+            them that no save writes.
+        """
+        files = {rank: [entry for entry in self.files_of(rank) if selection.takes_file(entry.path)] for rank in ranks}
+        faults = self.verify({entry.path: entry for of_rank in files.values() for entry in of_rank}.values(), progress)
+        damaged = {fault.file for fault in faults}
+        for rank, entries in files.items():
+            if damaged.isdisjoint(entry.path for entry in entries if not entry.chunk):
+                try:
+                    nodes = self._nodes(rank, entries, selection)
+                    taken = {path for path in types_of(rank, arrays_in(nodes)) if selection.takes_part(path)}
+                    groups = Groups(groups_in(nodes), top_of(rank), parts=selection.parts, stand_ins=True)
+                    groups.close(dict.fromkeys(taken), lambda path, shape, items: items)
+                except Fault as fault:
+                    faults.append(fault)
+        return faults
+
+    @property
+    def states(self) -> list[int | None]:
+        """The states of the step: the replicated one (None), and the local ones of all ranks."""
+        return [None, *range(self.commit.world_size)]
 
     def load(self, rank: int | None, *, stand_ins: bool = False) -> dict[str, Any]:
         """The local state of a rank, or (None) the replicated state, whole; tensors on the CPU.
@@ -199,16 +239,13 @@ class StepReader:
                 has changed, and no chunk was read; or an element is too large for the type that it is converted to.
         """
         entries = [entry for entry in self.files_of(rank) if selection.takes_file(entry.path)]
-        top = "" if rank is None else rank_name(rank)
-        nodes = self._nodes(entries)
-        arrays = {path: info for path, info in nodes.items() if isinstance(info, ArrayInfo)}
-        types = {path: of for path, of in _types(rank, arrays).items() if selection.takes_part(path)}
+        nodes = self._nodes(rank, entries, selection)
+        arrays = arrays_in(nodes)
+        types = {path: of for path, of in types_of(rank, arrays).items() if selection.takes_part(path)}
         matched = Matched(types, target, selection if rank is None else Selection(selection.parts))
-        if top not in nodes:
-            raise Fault(IncompleteCheckpoint, node_path(top), "no vote lists this file")
-        attributes = {path: info for path, info in nodes.items() if not isinstance(info, ArrayInfo)}
-        groups = Groups(attributes, top, parts=selection.parts, stand_ins=stand_ins)
+        groups = Groups(groups_in(nodes), top_of(rank), parts=selection.parts, stand_ins=stand_ins)
         matched.check_wrappers(groups.shapes)
+        self._check_sizes(arrays, entries)
         # In one order on all ranks, which may issue a collective for each tensor of what they get.
         read = sorted(self._tensors(rank, arrays, entries, matched).items())
         tensors: dict[str, Any] = {path: matched.placed(path, tensor) for path, tensor in read}
@@ -225,7 +262,7 @@ class StepReader:
         """
         arrays: dict[str, ArrayInfo] = {}
         attributes: dict[str, dict[str, Any]] = {}
-        for path, info in self._nodes(self.files_of(rank)).items():
+        for path, info in self._nodes(rank, self.files_of(rank)).items():
             if not isinstance(info, ArrayInfo):
                 attributes[path] = info
             elif info.packed is None:
@@ -237,15 +274,33 @@ class StepReader:
         groups = Groups(attributes, "", stand_ins=True)
         return arrays, {path: groups.shown(path) for path in attributes}
 
-    def _nodes(self, entries: Iterable[FileEntry]) -> dict[str, ArrayInfo | dict[str, Any]]:
-        """Arrays and attributes of groups, by path."""
+    def _nodes(
+        self, rank: int | None, entries: Sequence[FileEntry], selection: Selection = EVERYTHING
+    ) -> dict[str, ArrayInfo | dict[str, Any]]:
+        """Arrays and attributes of groups, by path; raises :class:`Fault` if they do not fit together."""
         documents = [entry for entry in entries if not entry.chunk]
         nodes = {
-            entry.path.removesuffix(NODE).rstrip("/"): parse_node(bytes(data), entry.path)
+            entry.path.removesuffix(NODE).rstrip("/"): parse_node(data, entry.path)
             for entry, data in zip(documents, self._io.map(self.read, documents), strict=True)
         }
         nodes.pop(PACKS, None)  # a group of the format, not of the state
+        check_structure(rank, nodes, entries, selection.takes_part)
         return nodes
+
+    def _check_sizes(self, arrays: Mapping[str, ArrayInfo], entries: Iterable[FileEntry]) -> None:
+        """Compare chunks with their votes before memory is taken for a tensor of several; raises :class:`Fault`.
+
+        A faster source has compared the sizes of its own copies, and a single chunk is compared when it is read.
+        """
+        chunks = [entry for entry in entries if entry.chunk and arrays[entry.path.rpartition("/")[0]].has_parts]
+        if self._faster is not None or not chunks:
+            return
+        sizes = self._store.sizes(step_name(self.step))
+        for entry in chunks:
+            if entry.path not in sizes:
+                raise Fault(IncompleteCheckpoint, entry.path, "missing")
+            if sizes[entry.path] != entry.size_bytes:
+                raise wrong_size(entry, sizes[entry.path])
 
     def _tensors(
         self, rank: int | None, arrays: Mapping[str, ArrayInfo], entries: Iterable[FileEntry], matched: Matched
@@ -287,7 +342,7 @@ class StepReader:
         """A file's bytes, verified against the vote; raises :class:`Fault`."""
         if self._faster is not None and (copy := self._faster(entry)) is not None:
             return copy
-        data = self._stored(entry, self._store.read)
+        data = self._stored(entry, lambda path: self._store.read(path, entry.size_bytes))
         check_file(entry, data.data)
         return data
 
@@ -297,7 +352,7 @@ class StepReader:
         if self._faster is not None and self._faster.fill(entry, room):
             return
         seen = RunningChecksum()
-        end = self._stored(entry, lambda path: self._store.read_into(path, room.data, seen))
+        end = self._stored(entry, lambda path: self._store.read_into(path, room.data, seen, entry.size_bytes))
         check_pieces(entry, seen, end)
 
     def _stored(self, entry: FileEntry, read: Callable[[str], T]) -> T:
@@ -305,12 +360,10 @@ class StepReader:
             self.stored_bytes += entry.size_bytes
         try:
             return read(f"{step_name(self.step)}/{entry.path}")
-        except FileNotFoundError as error:
-            raise Fault(IncompleteCheckpoint, entry.path, "missing") from error
-        except (ConnectionError, TimeoutError, PermissionError):
-            raise  # says nothing about the file
+        except FileTooLarge as error:
+            raise wrong_size(entry, error.size_bytes) from error
         except OSError as error:
-            raise Fault(CorruptCheckpoint, entry.path, f"cannot be read: {error}") from error
+            raise as_fault(error, entry.path) from error
 
     def read_all(self, entries: Iterable[FileEntry]) -> list[Buffer]:
         """Several files' bytes, verified; raises :class:`Fault`, of the first in order."""
@@ -326,23 +379,15 @@ class StepReader:
     def _vote(self, rank: int, entry: FileEntry) -> Vote:
         vote = unseal_vote(bytes(self.read(entry)), entry.path)
         commit = self.commit
-        if (vote.rank, vote.step, vote.attempt_id, vote.save_id) != (
+        if (vote.rank, vote.step, vote.world_size, vote.attempt_id, vote.save_id) != (
             rank,
             commit.step,
+            commit.world_size,
             commit.attempt_id,
             commit.save_id,
         ):
             raise Fault(CorruptCheckpoint, entry.path, f"is rank {vote.rank}'s vote for another save")
         return vote
-
-
-def _types(rank: int | None, arrays: Mapping[str, ArrayInfo]) -> dict[str, TensorType]:
-    """Shape and dtype of a state's tensors, by path."""
-    types = {path: TensorType(info.shape, info.dtype) for path, info in arrays.items() if info.packed is None}
-    for info in arrays.values():
-        packed = info.packed or {}
-        types |= {path: TensorType(at.shape, at.dtype) for path, at in packed.items() if parse_local(path) == rank}
-    return types
 
 
 def _memory_to_fill(arrays: Mapping[str, ArrayInfo], matched: Matched) -> dict[str, torch.Tensor]:

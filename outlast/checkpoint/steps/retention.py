@@ -53,4 +53,4 @@ def prune_all_but_newest_valid(store: Store, io: ThreadPoolExecutor) -> None:
             _log.warning("%s is removed to make room for the next checkpoint", step_name(step))
             store.remove_tree(step_name(step))
         else:
-            has_valid = not reader.verify(entry for vote in reader.votes for entry in vote.files)
+            has_valid = not reader.check(reader.states)

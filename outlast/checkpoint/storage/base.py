@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from outlast.checkpoint.format.fields import MAX_DOCUMENT_BYTES
 from outlast.checkpoint.memory.pages import Buffer
 
 Bytes = bytes | memoryview
+
+
+class FileTooLarge(OSError):
+    """A file has more bytes than it may have.
+
+    Args:
+        path: of the file.
+        size_bytes: that it has.
+        at_most_bytes: that it may have.
+    """
+
+    def __init__(self, path: str, size_bytes: int, at_most_bytes: int) -> None:
+        super().__init__(errno.EFBIG, f"it has {size_bytes} bytes; at most {at_most_bytes} are read", path)
+        self.size_bytes = size_bytes
 
 
 class Store(Protocol):
@@ -64,11 +80,16 @@ class Store(Protocol):
     def sync_dirs(self, paths: Iterable[str]) -> None:
         """Make the names of these files, and of all directories that lead to them, durable."""
 
-    def read(self, path: str) -> Buffer:
-        """A file's bytes, writable."""
+    def read(self, path: str, at_most_bytes: int = MAX_DOCUMENT_BYTES) -> Buffer:
+        """A file's bytes, writable.
 
-    def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object]) -> bytes:
-        """Read the first bytes of a file into ``out``, and return the rest.
+        Raises:
+            FileTooLarge: it is larger; nothing is read, and no memory taken.
+            OSError: see the class, and where the name is a link, a pipe, a device or a folder.
+        """
+
+    def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object], at_most_bytes: int) -> bytes:
+        """Read the first bytes of a file into ``out``, and return the rest; raises as :meth:`read` does.
 
         ``seen`` is called with each piece of ``out`` in turn, as soon as it is read. If the file is shorter than
         ``out``, the rest of ``out`` is unchanged.
@@ -78,7 +99,7 @@ class Store(Protocol):
         """The names in a directory, sorted; empty if it does not exist."""
 
     def exists(self, path: str) -> bool:
-        """Whether the file exists."""
+        """Whether there is a file, or what is taken for one until it is read: a link, a pipe."""
 
     def sizes(self, path: str) -> dict[str, int]:
         """Sizes in bytes of all files below a directory, by path relative to it."""

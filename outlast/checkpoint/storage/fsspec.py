@@ -18,7 +18,9 @@ import numpy as np
 from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from outlast.checkpoint.format.fields import MAX_DOCUMENT_BYTES
 from outlast.checkpoint.format.names import COMMIT
+from outlast.checkpoint.storage.base import FileTooLarge
 from outlast.checkpoint.storage.retry import retry
 
 if TYPE_CHECKING:
@@ -146,7 +148,13 @@ class FsspecStore:
     def sync_dirs(self, paths: Iterable[str]) -> None:
         del paths
 
-    def read(self, path: str) -> Buffer:
+    def read(self, path: str, at_most_bytes: int = MAX_DOCUMENT_BYTES) -> Buffer:
+        self._fs.invalidate_cache()
+        info = self._do(path, lambda: self._fs.info(self._at(path)))
+        if info["type"] != "file":
+            raise OSError(errno.EINVAL, f"it is a {info['type']}, not a file", f"{self.url}/{path}")
+        if info.get("size") is not None and info["size"] > at_most_bytes:
+            raise FileTooLarge(f"{self.url}/{path}", int(info["size"]), at_most_bytes)
         try:
             data = self._do(path, lambda: self._fs.cat_file(self._at(path)))
         except (FileNotFoundError, PermissionError, ConnectionError):
@@ -156,8 +164,8 @@ class FsspecStore:
             raise ConnectionError(str(error)) from error
         return np.frombuffer(bytearray(data), np.uint8)
 
-    def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object]) -> bytes:
-        data = self.read(path).data
+    def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object], at_most_bytes: int) -> bytes:
+        data = self.read(path, at_most_bytes).data
         count = min(len(data), len(out))
         out[:count] = data[:count]
         seen(out[:count])
@@ -175,7 +183,7 @@ class FsspecStore:
         # Not fsspec's isfile: it reports a missing file on any error, and a step without a record is cleared away.
         self._fs.invalidate_cache()
         try:
-            return bool(self._do(path, lambda: self._fs.info(self._at(path)))["type"] == "file")
+            return bool(self._do(path, lambda: self._fs.info(self._at(path)))["type"] != "directory")
         except FileNotFoundError:
             return False
 

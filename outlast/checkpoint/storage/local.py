@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from outlast.checkpoint.format.fields import MAX_DOCUMENT_BYTES
 from outlast.checkpoint.format.names import COMMIT
 from outlast.checkpoint.memory.pages import CACHED_BYTES, Buffer, allocate
-from outlast.checkpoint.storage.base import Bytes
+from outlast.checkpoint.storage.base import Bytes, FileTooLarge
+from outlast.checkpoint.storage.regular import create_flags, open_regular
 
 DIRECT_FROM_BYTES = 1 << 20
 """Blocks of at least this size bypass the page cache, where the file system supports it."""
@@ -85,7 +88,7 @@ class LocalStore:
 
     def put_new(self, path: str, data: bytes) -> None:
         final = self._at(path)
-        if os.path.isfile(final) and bytes(self.read(path)) != data:
+        if os.path.lexists(final) and bytes(self.read(path)) != data:
             raise FileExistsError(errno.EEXIST, "written by another attempt, or a late rank of one", final)
         self.put_atomic(path, data)
 
@@ -118,9 +121,10 @@ class LocalStore:
         for folder in sorted(folders, key=len, reverse=True):
             sync_dir(self._at(folder))
 
-    def read(self, path: str) -> Buffer:
-        with open(self._at(path), "rb", buffering=0) as file:
-            data = allocate(os.fstat(file.fileno()).st_size)
+    def read(self, path: str, at_most_bytes: int = MAX_DOCUMENT_BYTES) -> Buffer:
+        fd = self._opened(path, at_most_bytes)
+        with open(fd, "rb", buffering=0) as file:
+            data = allocate(os.fstat(fd).st_size)
             view, done = data.data, 0
             while done < len(view):
                 count = file.readinto(view[done:])
@@ -129,8 +133,8 @@ class LocalStore:
                 done += count
         return data[:done]
 
-    def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object]) -> bytes:
-        with open(self._at(path), "rb", buffering=0) as file:
+    def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object], at_most_bytes: int) -> bytes:
+        with open(self._opened(path, at_most_bytes), "rb", buffering=0) as file:
             done = 0
             while done < len(out):
                 count = file.readinto(out[done : done + CACHED_BYTES])
@@ -138,7 +142,15 @@ class LocalStore:
                     return b""
                 seen(out[done : done + count])
                 done += count
-            return file.readall()
+            return file.read(max(0, at_most_bytes - done)) or b""
+
+    def _opened(self, path: str, at_most_bytes: int) -> int:
+        fd = open_regular(self._at(path))
+        size_bytes = os.fstat(fd).st_size
+        if size_bytes > at_most_bytes:
+            os.close(fd)
+            raise FileTooLarge(self._at(path), size_bytes, at_most_bytes)
+        return fd
 
     def names(self, path: str) -> list[str]:
         try:
@@ -147,7 +159,10 @@ class LocalStore:
             return []
 
     def exists(self, path: str) -> bool:
-        return os.path.isfile(self._at(path))
+        try:
+            return not stat.S_ISDIR(os.lstat(self._at(path)).st_mode)
+        except OSError:
+            return False
 
     def sizes(self, path: str) -> dict[str, int]:
         top = self._at(path)
@@ -155,7 +170,7 @@ class LocalStore:
         for folder, _, files in os.walk(top, onerror=_raise):
             for name in files:
                 full = os.path.join(folder, name)
-                sizes[os.path.relpath(full, top)] = os.stat(full).st_size
+                sizes[os.path.relpath(full, top)] = os.lstat(full).st_size
         return sizes
 
     def remove(self, path: str) -> None:
@@ -194,7 +209,7 @@ class LocalStore:
 
 def _create(path: str, extra_flags: int = 0) -> int:
     """An empty file, opened for writing; its directory is made if it is missing."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | extra_flags
+    flags = create_flags(extra_flags)
     try:
         return os.open(path, flags, 0o666)
     except FileNotFoundError:

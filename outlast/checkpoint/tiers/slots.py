@@ -27,12 +27,14 @@ from pathlib import Path
 
 import torch
 
+from outlast.checkpoint.format.fields import MAX_DOCUMENT_BYTES
 from outlast.checkpoint.format.names import MEMORY, PARTNER, encode_key, rank_name
 from outlast.checkpoint.format.records import Commit, Fault, SlotIndex, seal, unseal_commit, unseal_placed
 from outlast.checkpoint.memory.arena import Region, room
 from outlast.checkpoint.memory.pages import map_all
 from outlast.checkpoint.memory.pinning import pin, unpin
 from outlast.checkpoint.storage.local import sync_dir
+from outlast.checkpoint.storage.regular import check_regular, read_regular
 from outlast.errors import CheckpointError
 
 SHM_ROOT = Path("/dev/shm")
@@ -315,11 +317,16 @@ def holdings(folder: Path, own: str = MEMORY) -> Iterator[SlotContents]:
     """
     for inner in (OWN, PARTNER):
         for path in sorted((folder / inner).glob(f"*{INDEX}")):
+            data = path.with_suffix(DATA)
             try:
-                placed = unseal_placed(path.read_bytes(), path.name)
-                yield SlotContents(placed, path.with_suffix(DATA), PARTNER if inner == PARTNER else own)
-            except (Fault, FileNotFoundError):
-                continue  # torn, of another version, or just removed: not a copy
+                placed = unseal_placed(read_regular(path, MAX_DOCUMENT_BYTES), path.name)
+                info = data.lstat()
+                check_regular(info, data)
+            except (Fault, OSError):
+                continue  # torn, of another version, no file, or just removed: not a copy
+            ends = [placed.places[entry.path] + entry.size_bytes for entry in placed.vote.files]
+            if max(ends, default=0) <= info.st_size:  # otherwise memory would be taken for what is not there
+                yield SlotContents(placed, data, PARTNER if inner == PARTNER else own)
 
 
 def commits(folder: Path) -> dict[Path, Commit]:
@@ -327,8 +334,8 @@ def commits(folder: Path) -> dict[Path, Commit]:
     records = {}
     for path in sorted((folder / OWN).glob(f"*{_COMMIT}")):
         try:
-            records[path] = unseal_commit(path.read_bytes())
-        except (Fault, FileNotFoundError):
+            records[path] = unseal_commit(read_regular(path, MAX_DOCUMENT_BYTES))
+        except (Fault, OSError):
             continue
     return records
 

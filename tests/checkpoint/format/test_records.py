@@ -55,7 +55,7 @@ VOTE_BYTES = b"""{
 
 COMMIT = Commit(
     step=40,
-    world_size=2,
+    world_size=1,
     attempt_id="00c0ffee",
     save_id=7,
     saved_at=1700000000.5,
@@ -66,7 +66,7 @@ COMMIT_BYTES = b"""{
  "format_version": 2,
  "kind": "commit",
  "step": 40,
- "world_size": 2,
+ "world_size": 1,
  "epoch": "00c0ffee",
  "serial": 7,
  "saved_at": 1700000000.5,
@@ -78,7 +78,7 @@ COMMIT_BYTES = b"""{
    "crc32c": "11111111",
    "chunk": false
   }
- ],"crc32c":"a35fc35d"}
+ ],"crc32c":"2a14ddac"}
 """
 
 INDEX = SlotIndex(VOTE, {"model/w/c.0": 0, "model/zarr.json": 4096})
