@@ -55,7 +55,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "diagnostics": [{"doctor", "report"}, {"live"}, {"formatting", "config"}],
     "launch": [
         {"launcher"},
-        {"agent", "spec", "rendezvous"},
+        {"agent", "spec", "rendezvous", "trusted_rendezvous"},
         {"processes"},
         {"hang_watch", "failures", "rank_output"},
         {"place"},

@@ -112,7 +112,7 @@ class Verify(Action):
             print_json([dataclasses.asdict(result) for result in results])
         else:
             for result, rate in zip(results, rates, strict=True):
-                verdict = "good" if result.ok else "DAMAGED"
+                verdict = result.not_judged or ("good" if result.ok else "DAMAGED")
                 read = f"{result.files} files, {size(result.size_bytes)} {rate}"
                 console.print(f"step {result.step}: {verdict}, {read}", soft_wrap=True)
                 for problem in result.problems:
