@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import time
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Any, ClassVar, Self
 from outlast.errors import DiagnosticsError
 
 VERSION = 1
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode's categories of characters that are not seen themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +296,39 @@ class EventLog:
         self.close()
 
 
+def plain_text(text: str, keep: str = "") -> str:
+    """The text with control characters, and those that change the direction of writing, made visible: ``\\x1b``.
+
+    Host names, error texts and names in files are other people's: on a terminal or a page they must not move the
+    cursor, hide a line, or look like one of outlast's own. A line break becomes a space.
+
+    Args:
+        text: any.
+        keep: characters that stay as they are.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char if char in keep or unicodedata.category(char) not in _UNSEEN else " " if char == "\n" else _shown(char)
+        for char in text
+    )
+
+
+def _shown(char: str) -> str:
+    return char.encode("unicode_escape").decode()
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value with all its texts made plain."""
+    if isinstance(value, str):
+        return plain_text(value)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {plain_text(key): _plain(item) for key, item in value.items()}
+    return value
+
+
 def read_events(path: Path | str) -> Iterator[Record]:
     """Yield the records of one file, oldest first; a torn last line is skipped.
 
@@ -307,16 +343,18 @@ def read_events(path: Path | str) -> Iterator[Record]:
 
 
 def parse_event(line: bytes, where: str) -> Record:
-    """Parse one line; ``where`` (``file:line``) appears in the error message.
+    """Parse one line; ``where`` (``file:line``) appears in the error message. Texts are made plain.
 
     Raises:
         DiagnosticsError: it is not an event, or has an unknown schema version.
     """
     try:
         raw = json.loads(line)
+        if b"\\" in line or b"\x7f" in line or not line.isascii():
+            raw = _plain(raw)
         version = raw.pop("v")
         envelope = {key: raw.pop(key) for key in ("t", "rank", "generation", "kind")}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DiagnosticsError(f"{where}: not an event: {line[:80]!r} ({error})") from error
     if version != VERSION:
         raise DiagnosticsError(f"{where}: event schema {version}; this version of outlast reads {VERSION}")

@@ -24,7 +24,7 @@ def test_round_trip_with_envelope(tmp_path: Path) -> None:
         log.write(RunEnded(step=5, ok=False, reason="ünïcode\nline"))
     first, second = read_events(path)
     assert (first.rank, first.generation, first.kind, first["loss"]) == (3, 2, "eval", 2.5)
-    assert second["reason"] == "ünïcode\nline"
+    assert second["reason"] == "ünïcode line"
     assert before <= first.t <= second.t <= time.time()
     assert json.loads(path.read_text().splitlines()[0])["v"] == 1
 
