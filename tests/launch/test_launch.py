@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import signal
@@ -15,7 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+from rich.console import Console
 
+from outlast.diagnostics import build_report, render_terminal
 from outlast.diagnostics.live import (
     clear,
     shm_directory,
@@ -318,3 +321,19 @@ def test_several_nodes_that_do_not_come(tmp_path: Path) -> None:
     )
     with pytest.raises(LaunchError, match=r"the rendezvous at 127\.0\.0\.1"):
         launch(spec)
+
+
+def test_starts_that_fail_before_any_event_are_counted_in_the_report(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = start(run, "-c", "import a_module_that_is_not_there", max_restarts=3)
+    finish(job, run, status=1)
+    report = build_report(run)
+    assert (report.facts.restarts, report.facts.world_size, report.facts.finished) == (3, 2, False)
+    console = Console(width=120, record=True, file=io.StringIO())
+    render_terminal(report, console)
+    text = console.export_text()
+    assert "a_module_that_is_not_there" in text.splitlines()[0] + text.splitlines()[1]
+    assert f"2 ranks on {socket.gethostname()}" in text
+    shown = text[text.index("Incidents") :]
+    assert "not restarted" in shown.split("restarting")[0]  # the newest failure comes first
+    assert shown.rindex("failed on") < shown.index("restart 1;")  # and failures before restarts

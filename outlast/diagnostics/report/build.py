@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from outlast.diagnostics.config import DiagnosticsConfig
-from outlast.diagnostics.report.incidents import find_incidents
+from outlast.diagnostics.report.incidents import find_incidents, restarts_of
 from outlast.diagnostics.report.load import Floats, Loaded, Steps, last_executions, load
 from outlast.diagnostics.report.model import (
     CheckpointRow,
@@ -147,13 +147,18 @@ def _facts(loaded: Loaded, steps: Steps, starts: tuple[Start, ...], begun: Begun
         and (attempt, record.generation) == (last.attempt, last.generation)
     }
     step_s = _mean(steps, "step_s")
+    groups = [[r for _, r in loaded.others if r.kind == "workers_started" and r.generation == 0], *restarts_of(loaded)]
+    launched = {int(rank) for one in groups[-1] for rank in one.fields.get("ranks") or []}
+    launched_on = sorted({str(one.fields.get("host", UNKNOWN_HOST)) for one in groups[-1]})
     return Facts(
-        world_size=last.world_size if last is not None else 0,
+        world_size=last.world_size if last is not None else len(launched),
         device=str(newest.get("device", "")),
         parameters=int(newest.get("parameters", 0)),
         comm=str(newest.get("comm", "")),
         starts=starts,
-        restarts=sum(start.generation > 0 for start in starts),
+        hosts=tuple(sorted({host for start in starts for host in start.hosts}) or launched_on),
+        # Ranks that failed before they wrote anything are known to the launcher alone.
+        restarts=max(len(restarts_of(loaded)), sum(start.generation > 0 for start in starts)),
         steps_done=len(steps.steps),
         steps_planned=int(newest.get("last_step", 0)),
         steps_redone=steps.redone,

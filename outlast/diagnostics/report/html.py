@@ -16,6 +16,7 @@ import numpy as np
 from outlast.diagnostics import formatting as fmt
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.report import summary
+from outlast.diagnostics.report.incidents import worst_first
 from outlast.diagnostics.report.load import Floats
 from outlast.diagnostics.report.model import Report
 
@@ -196,7 +197,7 @@ def _rounded(values: Sequence[float], digits: int) -> list[float | None]:
 
 def _chips(report: Report) -> list[str]:
     facts = report.facts
-    hosts = {host for start in facts.starts for host in start.hosts}
+    hosts = facts.hosts
     plural = "s" if facts.world_size != 1 else ""
     chips = ["finished" if facts.finished else "not finished"]
     chips.append(f"{facts.world_size} rank{plural} on {len(hosts)} host{'s' if len(hosts) != 1 else ''}")
@@ -289,7 +290,7 @@ def _incidents(report: Report) -> str:
     items = [
         f'<li><span class="when">{fmt.duration(one.at_s)}</span><span class="mark {one.severity}"></span>'
         f'<div><div>{escape(one.title)}</div><div class="detail">{escape(one.detail)}</div></div></li>'
-        for one in report.incidents[:MOST_ROWS]
+        for one in worst_first(report.incidents)[:MOST_ROWS]
     ]
     hidden = len(report.incidents) - MOST_ROWS
     more = f'<p class="quiet">and {hidden} more</p>' if hidden > 0 else ""
@@ -319,7 +320,7 @@ def _checkpoints(report: Report) -> str:
 
 def _facts(report: Report) -> str:
     facts, traffic = report.facts, report.traffic
-    hosts = sorted({host for start in facts.starts for host in start.hosts})
+    hosts = facts.hosts
     planned = f" of {facts.steps_planned}" if facts.steps_planned else ""
     pairs = [
         ("directory", report.run_dir),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -147,8 +147,14 @@ def _from_checkpoint(records: Sequence[Record], begin_t: float) -> Incident:
     )
 
 
-def _restarts(loaded: Loaded, begin_t: float) -> list[Incident]:
-    """One incident for all nodes that restarted their ranks at the same time."""
+def worst_first(incidents: Iterable[Incident]) -> list[Incident]:
+    """As people look for them: what is bad, then what is worth a look, then the rest; in each the newest first."""
+    ranks = {"bad": 0, "warn": 1}
+    return sorted(incidents, key=lambda one: (ranks.get(one.severity, 2), -one.at_s))
+
+
+def restarts_of(loaded: Loaded) -> list[list[Record]]:
+    """The restarts by launchers, oldest first: of each the events of the nodes that started their ranks together."""
     groups: list[list[Record]] = []
     for _, record in loaded.others:
         if record.kind != "workers_started" or record.generation == 0:
@@ -157,8 +163,13 @@ def _restarts(loaded: Loaded, begin_t: float) -> list[Incident]:
         if last is None or last.generation != record.generation or record.t - last.t > SAME_RESTART_S:
             groups.append([])
         groups[-1].append(record)
+    return groups
+
+
+def _restarts(loaded: Loaded, begin_t: float) -> list[Incident]:
+    """One incident for all nodes that restarted their ranks at the same time."""
     found = []
-    for group in groups:
+    for group in restarts_of(loaded):
         hosts = sorted({str(one.fields.get("host")) for one in group})
         ranks = sorted({int(rank) for one in group for rank in one.fields.get("ranks") or []})
         left = min(int(one.fields.get("restarts_left", 0)) for one in group)

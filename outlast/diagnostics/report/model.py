@@ -46,6 +46,8 @@ class Facts:
     parameters: int
     comm: str
     starts: tuple[Start, ...]
+    hosts: tuple[str, ...]
+    """Where ranks ran; where none wrote an event, where the launchers started them."""
     restarts: int
     """Starts by the launcher after ranks had failed."""
     steps_done: int

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from outlast.diagnostics import formatting as fmt
 from outlast.diagnostics.report import summary
+from outlast.diagnostics.report.incidents import worst_first
 from outlast.diagnostics.report.model import Report
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def render_terminal(report: Report, console: Console) -> None:
     from rich.text import Text
 
     facts = report.facts
-    hosts = sorted({host for start in facts.starts for host in start.hosts})
+    hosts = facts.hosts
     why = summary.cause(report)
     if why:
         console.print(Text(why, style="bold red"))
@@ -136,7 +137,7 @@ def _incidents(report: Report) -> Table | None:
     if not report.incidents:
         return None
     table = _table("Incidents", "after", "what happened", right=(0,))
-    for one in report.incidents[:MOST_INCIDENTS]:
+    for one in worst_first(report.incidents)[:MOST_INCIDENTS]:
         colour = STATUS[one.severity]
         table.add_row(fmt.duration(one.at_s), f"[{colour}]{escape(one.title)}[/]\n{escape(one.detail)}")
     if len(report.incidents) > MOST_INCIDENTS:
