@@ -1,4 +1,4 @@
-"""torchelastic's dynamic rendezvous, with nothing unpickled that does not carry the run's MAC.
+"""torchelastic's dynamic rendezvous, with nothing unpickled that does not carry the run's MAC, and never too few nodes.
 
 torchelastic keeps its state as a pickle in a store that has no notion of who may write, and whose server listens on all
 interfaces. Whoever reaches that port could have code run in each launcher. Here every state is authenticated with the
@@ -21,16 +21,23 @@ from datetime import timedelta
 from pathlib import Path
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters, RendezvousStateError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    RendezvousStateError,
+)
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend, create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     DynamicRendezvousHandler,
     RendezvousBackend,
+    RendezvousSettings,
     RendezvousTimeout,
     Token,
 )
 
 from outlast.errors import LaunchError
+from outlast.launch.node_clocks import StateHolder
 
 SECRET = "OUTLAST_LAUNCH_SECRET"
 """Environment variable with the run's secret, for launchers that do not share the run's directory."""
@@ -112,15 +119,29 @@ class AuthenticatedBackend(RendezvousBackend):
 
 
 class _Handler(DynamicRendezvousHandler):
-    """torchelastic's, whose stores for ranks listen on loopback if the job has one node."""
+    """torchelastic's, with two differences: see the methods."""
 
     loopback = False
 
     def _create_tcp_store_server(self, master_addr: str, port: int) -> TCPStore:
+        """The ranks' store; it listens on loopback if the job has one node."""
         if self.loopback:
             return loopback_store(port)
         store: TCPStore = super()._create_tcp_store_server(master_addr, port)
         return store
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """The next round.
+
+        Raises:
+            RendezvousError: as torchelastic's; also if the round has fewer nodes than the job's minimum.
+        """
+        info = super().next_rendezvous()
+        if info.world_size < self.settings.min_nodes:
+            raise RendezvousStateError(
+                f"the round has {info.world_size} nodes, at least {self.settings.min_nodes} are needed"
+            )
+        return info
 
 
 def loopback_store(port: int = 0, timeout_s: float = 300.0) -> TCPStore:
@@ -160,18 +181,17 @@ def dynamic_handler(params: RendezvousParameters, run_dir: Path) -> RendezvousHa
         value = params.get_as_int(f"{key}_timeout")
         return None if value is None else timedelta(seconds=value)
 
-    handler = _Handler.from_backend(
+    settings = RendezvousSettings(
         params.run_id,
-        store,
-        AuthenticatedBackend(backend, secret, params.run_id),
         params.min_nodes,
         params.max_nodes,
-        params.local_addr,
         RendezvousTimeout(seconds("join"), seconds("last_call"), seconds("close"), seconds("heartbeat")),
-        keep_alive_interval=params.get_as_int("keep_alive_interval", 5) or 5,
+        keep_alive_interval=timedelta(seconds=params.get_as_int("keep_alive_interval", 5) or 5),
         keep_alive_max_attempt=params.get_as_int("keep_alive_max_attempt", 3) or 3,
     )
-    assert isinstance(handler, _Handler)
+    backend = AuthenticatedBackend(backend, secret, params.run_id)
+    node = _Handler._node_desc_generator.generate(params.local_addr)
+    handler = _Handler(node, settings, backend.name, store, StateHolder(backend, settings))
     handler.loopback = alone and params.local_addr == LOOPBACK
     return handler
 
