@@ -35,7 +35,7 @@ from outlast.diagnostics.live import (
     shm_directory,
 )
 from outlast.diagnostics.report.html_file import write_html
-from outlast.errors import ConfigError, DataError, OutlastError, RunDirectoryError
+from outlast.errors import ConfigError, DataError, DiagnosticsError, OutlastError, RunDirectoryError
 from outlast.events import CommChosen, Event, EventLog, RunEnded, RunStarted
 from outlast.launch import (
     Place,
@@ -297,10 +297,17 @@ def _remove_shared_memory(run: Run) -> None:
 
 
 def _write_report(run: Run) -> None:
-    """Write the report and print its summary; on rank 0, after all ranks have finished."""
-    report = build_report(run.attempt.run)
+    """Write the report and print its summary; on rank 0, after all ranks have finished.
+
+    A report that cannot be made ends no run whose work is done: it can be made again from the events.
+    """
     path = run.attempt.run / "report.html"
-    write_html(report, path)
+    try:
+        report = build_report(run.attempt.run)
+        write_html(report, path)
+    except DiagnosticsError as error:
+        _LOG.warning("no report was written (`outlast report %s` makes it later): %s", run.attempt.run, error)
+        return
     render_summary(report, Console(), path)
 
 

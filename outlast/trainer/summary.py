@@ -12,18 +12,15 @@ from outlast.diagnostics.report.summary import cause
 
 def render_summary(report: Report, console: Console, report_path: Path) -> None:
     """Print the first and last loss, bytes on the wire, the time share of checkpoints, and the report's path."""
-    first, last = report.loss.evaluated[0], report.loss.evaluated[-1]
     traffic, rows = report.traffic, report.checkpoints.rows
     committed = [row.step for row in rows if row.state == "committed" and row.tier == "storage"]
     in_memory = [row.step for row in rows if row.state == "committed" and row.tier == "memory"]
     failed = [row.step for row in rows if row.state == "failed"]
-    lines = [
-        ("steps", f"{report.facts.steps_done} in {report.facts.wall_s:.0f} s, {report.facts.restarts} restarts"),
-        (
-            "held-out loss",
-            f"{first:.3f} at step {report.loss.eval_steps[0]}, {last:.3f} at step {report.loss.eval_steps[-1]}",
-        ),
-    ]
+    lines = [("steps", f"{report.facts.steps_done} in {report.facts.wall_s:.0f} s, {report.facts.restarts} restarts")]
+    if report.loss.evaluated:  # the events of evaluations can be lost to a full disk
+        first, last = report.loss.evaluated[0], report.loss.evaluated[-1]
+        between = f"{first:.3f} at step {report.loss.eval_steps[0]}, {last:.3f} at step {report.loss.eval_steps[-1]}"
+        lines.append(("held-out loss", between))
     if traffic.ratio is not None:
         lines.append(
             (
