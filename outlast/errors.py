@@ -14,6 +14,7 @@
     │   ├── NonFiniteGradient        a gradient to be compressed contains NaN or infinity
     │   └── CommStateMismatch        error-feedback state does not match the parameters
     ├── CheckpointError              a checkpoint could not be written or read
+    │   ├── NotDurable               training has ended, and its last checkpoint is not in storage
     │   ├── CheckpointNotFound       there is no complete checkpoint
     │   ├── CorruptCheckpoint        a file does not match its checksum; names the file
     │   ├── IncompleteCheckpoint     a file or the commit record is missing
@@ -111,6 +112,12 @@ class CommStateMismatch(CommError):
 
 class CheckpointError(OutlastError):
     """A checkpoint could not be written or read."""
+
+
+class NotDurable(CheckpointError):
+    """Training has ended, and its last checkpoint could not be committed."""
+
+    restartable = False
 
 
 class CheckpointNotFound(CheckpointError):

@@ -69,7 +69,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"checkpoint_schedule", "engine"},
         {"failure_history", "optim", "data", "model"},
         {"run_directory"},
-        {"saved_settings", "logs", "process_group", "progress", "rng", "step_timer"},
+        {"durability", "saved_settings", "logs", "process_group", "progress", "rng", "step_timer"},
         {"config"},
     ],
     "cli": [{"main"}, {"ckpt", "config", "doctor", "launch", "predict", "report", "train"}, {"verb"}],

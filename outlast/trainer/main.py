@@ -49,6 +49,7 @@ from outlast.trainer import logs, process_group
 from outlast.trainer.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
 from outlast.trainer.data import Corpus, Loader, find_files, split_held_out
+from outlast.trainer.durability import Durability
 from outlast.trainer.engine import build_engine
 from outlast.trainer.failure_history import FailureHistory, read_failure_history
 from outlast.trainer.loop import train
@@ -135,6 +136,8 @@ def run_rank(config: Config, place: Place) -> None:
             _write_report(run)
         if WATCHED not in os.environ:
             _remove_shared_memory(run)
+        if place.rank == 0:
+            run.durability.check()
 
 
 def _claim_attempt(config: Config, device: torch.device, lease: Lease, *, resuming: bool) -> tuple[Attempt, str]:
@@ -192,8 +195,11 @@ def _build_run(
     history = read_failure_history(attempt) if auto else FailureHistory()
     schedule = CheckpointSchedule(config.checkpoint, place, device, history, recorder, events)
 
+    durability = Durability()
+
     def emit(event: Event) -> None:
         events.write(event)
+        durability.on_event(event)
         schedule.on_event(event)
 
     url = config.checkpoint.url if config.checkpoint.url is not None else str(attempt.run / "checkpoints")
@@ -225,6 +231,7 @@ def _build_run(
         loader=Loader(training, accumulate=config.trainer.accumulate, **order),
         held_out=Loader(held_out, accumulate=1, **order),
         checkpointer=checkpointer,
+        durability=durability,
         schedule=schedule,
         recorder=recorder,
         heartbeat=heartbeat,

@@ -20,6 +20,7 @@ from outlast.launch import Place
 from outlast.trainer.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
 from outlast.trainer.data import Loader
+from outlast.trainer.durability import Durability
 from outlast.trainer.engine import Engine
 from outlast.trainer.progress import Progress
 from outlast.trainer.run_directory import Attempt
@@ -39,6 +40,7 @@ class Run:
     loader: Loader
     held_out: Loader
     checkpointer: Checkpointer
+    durability: Durability
     schedule: CheckpointSchedule
     recorder: Recorder
     heartbeat: Heartbeat
@@ -166,6 +168,7 @@ class Run:
         if rank < ranks:
             load_rng_state(read_local(rank)["rng"])
         self.first_step = restored.step + 1
+        self.durability.committed = restored.step
         for line in changed if rank == 0 else ():
             _LOG.info("changed since step %d: %s", restored.step, line)
         if not same and rank == 0:

@@ -1,0 +1,80 @@
+"""A run whose last checkpoint is not in storage does not end with status 0, and says what is there."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from outlast.errors import NotDurable
+from outlast.events import CheckpointFailed, CheckpointSaved
+from outlast.trainer.durability import Durability
+from tests.helpers import events, outlast, steps_saved, tiny_config
+
+
+def saved(step: int, tier: str = "storage") -> CheckpointSaved:
+    return CheckpointSaved(step=step, committed=True, tier=tier, size_bytes=1, blocked_s=0.0, durable_s=0.0)
+
+
+def failed(step: int, tier: str = "storage") -> CheckpointFailed:
+    return CheckpointFailed(step=step, reason="No space left on device", tier=tier)
+
+
+@pytest.mark.parametrize(
+    ("seen", "restored", "told"),
+    [
+        ([], None, ""),
+        ([saved(5)], None, ""),
+        ([failed(5), saved(10)], None, ""),
+        ([saved(5), failed(10, "partner")], None, ""),
+        ([saved(5), failed(10)], None, r"step 10 is not durable \(the newest that is: step 5\): No space left"),
+        ([failed(5), failed(10)], None, r"step 10 is not durable \(no step of this run is\)"),
+        ([failed(10)], 5, r"the newest that is: step 5"),
+        ([saved(10, "memory"), failed(10)], None, "step 10 is not durable"),
+    ],
+)
+def test_only_what_is_in_storage_counts(seen: list[CheckpointSaved], restored: int | None, told: str) -> None:
+    durability = Durability(restored)
+    for event in seen:
+        durability.on_event(event)
+    if told:
+        with pytest.raises(NotDurable, match=told):
+            durability.check()
+    else:
+        durability.check()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 700 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.root
+def test_a_chained_job_does_not_go_on_after_a_full_disk(tmp_path: Path, small_disk: Path) -> None:
+    config, run = tiny_config(tmp_path)
+    words = ["--nproc-per-node", "2", "--checkpoint.url", str(small_disk / "checkpoints"), "--model.width", "96"]
+    done = outlast("launch", config, *words, check=None)
+    assert done.returncode == 1, done.stderr
+    assert "step 20 is not durable (no step of this run is)" in done.stderr
+    assert len(events(run, "workers_started")) == 1  # the same would happen again
+    assert not steps_saved(run)
+    alone = tmp_path / "alone"
+    words = ["--run.dir", str(alone), "--checkpoint.url", str(small_disk / "others"), "--model.width", "96"]
+    assert outlast("train", config, *words, check=None).returncode == 1
+
+
+@pytest.mark.root
+def test_with_room_again_the_same_command_ends_well(tmp_path: Path, small_disk: Path) -> None:
+    config, _ = tiny_config(tmp_path)
+    words = ["--checkpoint.url", str(small_disk / "checkpoints"), "--trainer.steps", "5"]
+    assert outlast("train", config, *words, check=None).returncode == 1
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    outlast("train", config, *words, "--run.resume", "auto")
+    outlast("train", config, *words[:2], "--run.resume", "auto", "--checkpoint.every-steps", "3")
