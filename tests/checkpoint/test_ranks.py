@@ -57,9 +57,8 @@ def test_ranks_agree_though_one_ranks_file_is_damaged(tmp_path: Path) -> None:
         (2, "model/blocks.0.norm.bias/c.0"),
     ]
     assert all(kinds(outcome, "checkpoint_rejected") == [] for outcome in outcomes[1:])
-    assert steps_at(urls[0]) == ["step_00000001", "step_00000002", "step_00000003.aside-1"]
-    assert steps_at(urls[1]) == ["step_00000001", "step_00000002.aside-1", "step_00000003.aside-1"]
-    assert steps_at(urls[2]) == ["step_00000001", "step_00000002", "step_00000003"]
+    for url in urls:  # steps are set aside when the run goes on, and not before
+        assert steps_at(url) == ["step_00000001", "step_00000002", "step_00000003"]
 
 
 def test_a_fault_that_only_one_rank_sees(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from tests.checkpoint.states import local, same, state
 
 def test_who_begins_anew_is_refused_and_told_the_ways_out(tmp_path: Path) -> None:
     url = tmp_path / "run"
-    save_steps(url, 50, 100)
+    save_steps(url, 5, 10)
     before = files_of(url)
     with checkpointer(url, attempt_id="two", old_steps="refuse") as anew:
         for step in (1, 2):  # each time, and not only the first
-            with pytest.raises(PlaceInUse, match=r"2 steps \(step_00000050 to step_00000100\)") as error:
+            with pytest.raises(PlaceInUse, match=r"2 steps \(step_00000005 to step_00000010\)") as error:
                 anew.save(step, replicated=state(step), local=local(step))
         for way in ('restore("auto")', "another place", 'old_steps = "set_aside"'):
             assert way in error.value.fix
@@ -30,9 +30,9 @@ def test_who_begins_anew_is_refused_and_told_the_ways_out(tmp_path: Path) -> Non
         # The first way out, in the same process.
         back = anew.restore("auto")
         assert back is not None
-        assert back.step == 100
-        save_and_join(anew, 101, state(101))
-    assert steps_at(url) == ["step_00000050", "step_00000100", "step_00000101"]
+        assert back.step == 10
+        save_and_join(anew, 11, state(11))
+    assert steps_at(url) == ["step_00000005", "step_00000010", "step_00000011"]
 
 
 def test_the_old_steps_are_moved_away_and_can_be_restored_there(tmp_path: Path) -> None:

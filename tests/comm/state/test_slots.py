@@ -88,7 +88,7 @@ def test_names_and_meta_of_whole_gradients() -> None:
             "transport": "two-phase",
         },
         "step": 7,
-        "unused": [],
+        "unused": ["frozen"],
     }
 
 
