@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
+import threading
 import time
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,9 @@ from typing import Any, ClassVar, Self
 from outlast.errors import DiagnosticsError
 
 VERSION = 1
+_LOG = logging.getLogger(__name__)
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode's categories of characters that are not seen themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +239,16 @@ class WorkersFailed(Event):
     restarting: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventsLost(Event):
+    """Events before this line could not be written, e.g. because the disk was full."""
+
+    kind: ClassVar[str] = "events_lost"
+    count: int
+    reason: str
+    """The system's words for the first of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One line of a file: the common keys, and the event's own fields as a mapping."""
@@ -250,8 +266,11 @@ class Record:
 class EventLog:
     """Appends events to one JSONL file. Thread-safe.
 
+    What the file system refuses ends nothing: the event is counted as lost, the cause is logged once, and as soon as
+    there is room again an :class:`EventsLost` is written before the next event.
+
     Args:
-        path: the file; its folder must exist. Events are appended to an existing file.
+        path: the file. Events are appended to an existing file. If it cannot be opened, each write tries again.
         rank: written into every line; -1 for a launcher.
         generation: written into every line.
     """
@@ -260,37 +279,122 @@ class EventLog:
         self.path = Path(path)
         self.rank = rank
         self.generation = generation
-        self._fd: int | None = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self.lost = 0
+        """Events that could not be written, and that no line in the file tells of yet."""
+        self._reason = ""
+        self._closed = False
+        self._fd: int | None = None
+        self._lock = threading.Lock()
+        try:
+            self._open()
+        except OSError as error:
+            self._warn(error)
 
     def write(self, event: Event) -> None:
-        """Append one event. Once the call returns, the event survives the death of this process.
+        """Append one event. Unless it is counted as lost, it survives the death of this process.
 
         Raises:
-            DiagnosticsError: the log is closed, or the line could not be written completely.
+            DiagnosticsError: the log is closed.
         """
-        if self._fd is None:
-            raise DiagnosticsError(f"{self.path}: event {event.kind!r} after the log was closed")
+        with self._lock:
+            if self._closed:
+                raise DiagnosticsError(f"{self.path}: event {event.kind!r} after the log was closed")
+            data = self._line(event)
+            try:
+                self._append(self._line_of_lost() + data)
+            except OSError as error:
+                self.lost += 1
+                self._warn(error)
+            else:
+                self._told()
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless. Events that were lost are told of, if there is room now."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self.lost:
+                try:
+                    self._append(self._line_of_lost())
+                except OSError as error:
+                    _LOG.warning("%s: %d events were lost at the end: %s", self.path, self.lost, error)
+                else:
+                    self._told()
+            if self._fd is not None:
+                os.close(self._fd)
+                self._fd = None
+
+    def _line(self, event: Event) -> bytes:
         line = {"v": VERSION, "t": time.time(), "rank": self.rank, "generation": self.generation, "kind": event.kind}
         for field in dataclasses.fields(event):
             line[field.name] = getattr(event, field.name)
-        data = (json.dumps(line, allow_nan=True, separators=(",", ":")) + "\n").encode()
-        written = os.write(self._fd, data)
-        if written != len(data):
-            raise DiagnosticsError(
-                f"{self.path}: wrote {written} of {len(data)} bytes of an event", "make sure the disk is not full"
-            )
+        return (json.dumps(line, allow_nan=True, separators=(",", ":")) + "\n").encode()
 
-    def close(self) -> None:
-        """Close the file; closing twice is harmless."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+    def _line_of_lost(self) -> bytes:
+        return self._line(EventsLost(count=self.lost, reason=self._reason)) if self.lost else b""
+
+    def _open(self) -> int:
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        return self._fd
+
+    def _append(self, data: bytes) -> None:
+        fd = self._open()
+        written = os.write(fd, data)
+        if written != len(data):
+            # A disk that fills up takes a part of the line. What is left would make the next line unreadable.
+            os.ftruncate(fd, os.fstat(fd).st_size - written)
+            raise OSError(f"wrote {written} of {len(data)} bytes; make sure the disk is not full")
+
+    def _warn(self, error: OSError) -> None:
+        if not self._reason:
+            self._reason = str(error)
+            _LOG.warning("%s: events are being lost, training goes on: %s", self.path, error)
+
+    def _told(self) -> None:
+        if self._reason:
+            _LOG.warning("%s: events are written again; %d were lost: %s", self.path, self.lost, self._reason)
+        self.lost, self._reason = 0, ""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def plain_text(text: str, keep: str = "") -> str:
+    """The text with control characters, and those that change the direction of writing, made visible: ``\\x1b``.
+
+    Host names, error texts and names in files are other people's: on a terminal or a page they must not move the
+    cursor, hide a line, or look like one of outlast's own. A line break becomes a space.
+
+    Args:
+        text: any.
+        keep: characters that stay as they are.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char if char in keep or unicodedata.category(char) not in _UNSEEN else " " if char == "\n" else _shown(char)
+        for char in text
+    )
+
+
+def _shown(char: str) -> str:
+    return char.encode("unicode_escape").decode()
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value with all its texts made plain."""
+    if isinstance(value, str):
+        return plain_text(value)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {plain_text(key): _plain(item) for key, item in value.items()}
+    return value
 
 
 def read_events(path: Path | str) -> Iterator[Record]:
@@ -307,16 +411,18 @@ def read_events(path: Path | str) -> Iterator[Record]:
 
 
 def parse_event(line: bytes, where: str) -> Record:
-    """Parse one line; ``where`` (``file:line``) appears in the error message.
+    """Parse one line; ``where`` (``file:line``) appears in the error message. Texts are made plain.
 
     Raises:
         DiagnosticsError: it is not an event, or has an unknown schema version.
     """
     try:
         raw = json.loads(line)
+        if b"\\" in line or b"\x7f" in line or not line.isascii():
+            raw = _plain(raw)
         version = raw.pop("v")
         envelope = {key: raw.pop(key) for key in ("t", "rank", "generation", "kind")}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DiagnosticsError(f"{where}: not an event: {line[:80]!r} ({error})") from error
     if version != VERSION:
         raise DiagnosticsError(f"{where}: event schema {version}; this version of outlast reads {VERSION}")

@@ -24,7 +24,7 @@ def test_round_trip_with_envelope(tmp_path: Path) -> None:
         log.write(RunEnded(step=5, ok=False, reason="ünïcode\nline"))
     first, second = read_events(path)
     assert (first.rank, first.generation, first.kind, first["loss"]) == (3, 2, "eval", 2.5)
-    assert second["reason"] == "ünïcode\nline"
+    assert second["reason"] == "ünïcode line"
     assert before <= first.t <= second.t <= time.time()
     assert json.loads(path.read_text().splitlines()[0])["v"] == 1
 
@@ -69,3 +69,55 @@ def test_what_was_written_survives_a_kill(tmp_path: Path) -> None:
     steps = [record["step"] for record in read_events(path)]
     assert steps == list(range(len(steps)))
     assert len(steps) > 100
+
+
+_LIMITED = """
+import resource, signal, sys
+from outlast.events import EvalDone, EventLog
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (400, hard))
+log = EventLog(sys.argv[1], rank=0)
+for step in range(10):
+    log.write(EvalDone(step=step, loss=1.0, seconds=0.5))
+assert log.lost > 0
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+log.write(EvalDone(step=10, loss=1.0, seconds=0.5))
+assert log.lost == 0
+log.close()
+"""
+
+
+def test_a_file_that_takes_a_part_of_a_line_stays_readable_and_tells_what_was_lost(tmp_path: Path) -> None:
+    path = tmp_path / "rank_00000.jsonl"
+    done = subprocess.run([sys.executable, "-c", _LIMITED, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = list(read_events(path))
+    steps = [one["step"] for one in records if one.kind == "eval"]
+    lost = [one for one in records if one.kind == "events_lost"]
+    assert len(lost) == 1
+    assert lost[0]["count"] == 11 - len(steps)
+    assert lost[0]["count"] > 0
+    assert "bytes" in lost[0]["reason"]
+    assert steps[-1] == 10
+    assert done.stderr.count("events are being lost") == 1
+
+
+def test_a_full_device_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with EventLog("/dev/full", rank=0) as log:
+        for step in range(3):
+            log.write(EvalDone(step=step, loss=1.0, seconds=0.5))
+        assert log.lost == 3
+    assert caplog.text.count("No space left on device") == 2  # once when it begins, once at the end
+    assert "3 events were lost" in caplog.text
+
+
+def test_a_folder_that_appears_later_gets_the_events_and_the_count(tmp_path: Path) -> None:
+    path = tmp_path / "events" / "rank_00000.jsonl"
+    with EventLog(path, rank=0) as log:
+        log.write(EvalDone(step=1, loss=1.0, seconds=0.5))
+        path.parent.mkdir()
+        log.write(EvalDone(step=2, loss=1.0, seconds=0.5))
+    lost, kept = read_events(path)
+    assert (lost.kind, lost["count"], kept["step"]) == ("events_lost", 1, 2)
+    assert "No such file" in lost["reason"]

@@ -55,11 +55,11 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "diagnostics": [{"doctor", "report"}, {"live"}, {"formatting", "config"}],
     "launch": [
         {"launcher"},
-        {"agent", "spec", "rendezvous"},
+        {"agent", "spec", "rendezvous", "trusted_rendezvous"},
         {"processes"},
         {"hang_watch", "failures", "rank_output"},
         {"place"},
-        {"flags", "ports", "slurm", "parent_death", "config"},
+        {"flags", "node_clocks", "ports", "slurm", "parent_death", "config"},
     ],
     "trainer": [
         {"__main__"},

@@ -18,6 +18,7 @@ from outlast.cli.report import Report
 from outlast.cli.train import Train
 from outlast.config import split_overrides
 from outlast.errors import ConfigError, OutlastError
+from outlast.events import plain_text
 
 DESCRIPTION = """Data-parallel PyTorch training that outlasts its machines.
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"outlast {arguments[0]} takes no settings, got {', '.join(overrides)}")
         return verb.run(overrides)
     except OutlastError as error:
-        print(f"outlast: {type(error).__name__}: {error}", file=sys.stderr)
+        print(plain_text(f"outlast: {type(error).__name__}: {error}", keep="\n"), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130

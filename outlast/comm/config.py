@@ -71,7 +71,8 @@ class CommConfig:
     whole in any case."""
     eta: float | None = None
     """Strength of the method. ef21-sgdm: weight of the new gradient in the momentum, 0 < eta <= 1, default 0.1.
-    econtrol: weight of the accumulated error, 0 < eta <= min(2 * density, 0.5), default min(density, 0.5).
+    econtrol: weight of the accumulated error, 0 < eta <= min(2 * alpha, 0.5), default min(alpha, 0.5), where alpha is
+    the density of topk, block-topk and randk, 2 / pi of sign, and what the compressor guarantees of the others.
     ef14 and ef21 have none."""
     target: Target = "auto"
     """What is averaged: ``update``, the direction in which Adam would take this rank's gradient, or ``gradient``. With
@@ -142,12 +143,13 @@ class CommConfig:
         if self.feedback == "ef21-sgdm":
             require(0 < eta <= 1, "comm.eta", eta, "0 < eta <= 1 with feedback = 'ef21-sgdm'")
         elif self.feedback == "econtrol":
-            limit = min(2 * self.density, 0.5)
+            sparse = self.compressor in ("topk", "block-topk", "randk")  # of others the compressor itself knows
+            rule, limit = ("min(2 * density, 0.5) = ", min(2 * self.density, 0.5)) if sparse else ("", 0.5)
             require(
                 0 < eta <= limit,
                 "comm.eta",
                 eta,
-                f"0 < eta <= min(2 * density, 0.5) = {limit:g} with feedback = 'econtrol'; it is unstable above",
+                f"0 < eta <= {rule}{limit:g} with feedback = 'econtrol'; it is unstable above",
             )
         else:
             require(False, "comm.eta", eta, f"unset: feedback = {self.feedback!r} has no eta")

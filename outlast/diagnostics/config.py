@@ -41,6 +41,12 @@ class DiagnosticsConfig:
     straggler_warmup_steps: int = 3
     """Steps ignored at the start of every attempt and after every restart."""
 
+    stall_factor: float = 3.0
+    """A step that takes this many median steps has stalled. Stalls that heal are incidents of the report."""
+
+    stall_min_s: float = 1.0
+    """... if it also takes this many seconds more than the median step."""
+
     def __post_init__(self) -> None:
         require(
             16 <= self.ring_capacity <= 2**20,
@@ -48,6 +54,8 @@ class DiagnosticsConfig:
             self.ring_capacity,
             "16 to 1048576 collectives",
         )
+        require(self.stall_factor > 1, "diagnostics.stall_factor", self.stall_factor, "more than 1 median step")
+        require(self.stall_min_s > 0, "diagnostics.stall_min_s", self.stall_min_s, "more than 0 seconds")
         require(self.straggler_min_s > 0, "diagnostics.straggler_min_s", self.straggler_min_s, "more than 0 seconds")
         require(0 < self.straggler_share < 1, "diagnostics.straggler_share", self.straggler_share, "between 0 and 1")
         require(

@@ -11,6 +11,8 @@ from pathlib import Path
 from outlast.errors import RanksFailed
 
 LAST_LINES = 3
+TAIL_BYTES = 64 << 10
+"""How much of the end of a log is read: the stacks of many threads fit."""
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
 """Phrases of gloo and the store for a connection that another rank closed."""
 WATCHED = "OUTLAST_WATCHED"
@@ -80,9 +82,20 @@ def last_output(error_file: Path | None, logs: Sequence[Path], since: float) -> 
     if found is None:
         return "", None
     with found.open("rb") as file:
-        file.seek(max(0, found.stat().st_size - 8192))
+        file.seek(max(0, found.stat().st_size - TAIL_BYTES))
         lines = [line.rstrip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    return "\n".join(lines[-LAST_LINES:]), found
+    return "\n".join(_innermost_frames(lines) or lines[-LAST_LINES:]), found
+
+
+def _innermost_frames(lines: Sequence[str]) -> list[str]:
+    """Of its main thread, if ``lines`` end with a dump of faulthandler's, which lists the innermost frame first."""
+    if not lines or not lines[-1].startswith("  File "):
+        return []
+    heads = [at for at, line in enumerate(lines) if line.endswith("(most recent call first):")]
+    if not heads:
+        return []
+    head = next((at for at in reversed(heads) if lines[at].startswith("Current thread")), heads[-1])
+    return [line for line in lines[head + 1 : head + 1 + LAST_LINES] if line.startswith("  ")]
 
 
 def is_torn(error_file: str) -> bool:

@@ -180,7 +180,7 @@ class HangWatch:
         """What is seen now, and whom it convicts."""
         seen = [_stopped_in_step(one) for one in self.observe(pids)]
         now_s = time.monotonic()
-        verdict = judge(seen, self.rules, now_s)
+        verdict = judge(seen, replace(self.rules, one_node=alone), now_s)
         culprits = tuple(
             one for one in verdict.culprits if not one.weak or self._nobody_else_is_busy(seen, now_s, alone)
         )

@@ -72,7 +72,7 @@ def launch(spec: LaunchSpec) -> None:
     _check_port(rendezvous)
     with (
         EventLog(events_dir / f"agent_{host}.jsonl", rank=-1) as events,
-        _environment(_worker_environment(ranks)),
+        _environment(_worker_environment(ranks, rendezvous)),
     ):
         _run_agent(spec, rendezvous, ranks, host, events)
 
@@ -87,7 +87,7 @@ def dry_run(spec: LaunchSpec) -> str:
     ranks = _local_ranks(spec.flags.nproc_per_node)
     least, most = rendezvous.min_nodes, rendezvous.max_nodes
     nodes = str(least) if least == most else f"{least} to {most}"
-    added = _worker_environment(ranks)
+    added = _worker_environment(ranks, rendezvous)
     config = spec.effective()
     lines = [
         f"command     {shlex.join(spec.command)}",
@@ -119,7 +119,7 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
 
     config = spec.effective()
     with _signals_restored(), _quiet(TORCHELASTIC_NOISE):
-        handler = _handler(rendezvous)
+        handler = _handler(rendezvous, spec.run_dir)
         close = True  # close the rendezvous for all nodes when this launcher ends
         master_addr, master_port = rendezvous.host_and_port() if rendezvous.backend == "static" else (None, None)
         agent = WatchedAgent(
@@ -176,22 +176,25 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
                 handler.shutdown()
 
 
-def _handler(rendezvous: Rendezvous) -> RendezvousHandler:
+def _handler(rendezvous: Rendezvous, run_dir: Path) -> RendezvousHandler:
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
     from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+    from outlast.launch.trusted_rendezvous import dynamic_handler
+
     try:
-        return get_rendezvous_handler(
-            RendezvousParameters(
-                backend=rendezvous.backend,
-                endpoint=rendezvous.endpoint,
-                run_id=rendezvous.run_id,
-                min_nodes=rendezvous.min_nodes,
-                max_nodes=rendezvous.max_nodes,
-                local_addr=rendezvous.local_addr,
-                **{key: int(value) if key == "rank" else value for key, value in rendezvous.conf.items()},
-            )
+        params = RendezvousParameters(
+            backend=rendezvous.backend,
+            endpoint=rendezvous.endpoint,
+            run_id=rendezvous.run_id,
+            min_nodes=rendezvous.min_nodes,
+            max_nodes=rendezvous.max_nodes,
+            local_addr=rendezvous.local_addr,
+            **{key: int(value) if key == "rank" else value for key, value in rendezvous.conf.items()},
         )
+        if rendezvous.backend == "c10d":
+            return dynamic_handler(params, run_dir)
+        return get_rendezvous_handler(params)
     except RendezvousError as error:
         raise LaunchError(
             f"no connection to the rendezvous at {rendezvous.endpoint}: {error.__cause__ or error}",
@@ -231,9 +234,11 @@ def _local_ranks(nproc_per_node: str) -> int:
     return ranks
 
 
-def _worker_environment(ranks: int) -> dict[str, str]:
+def _worker_environment(ranks: int, rendezvous: Rendezvous) -> dict[str, str]:
     """Variables that the launcher adds to the ranks' environment unless they are set."""
     added = {"PYTHONUNBUFFERED": "1", WATCHED: "1"}
+    if rendezvous.max_nodes == 1 and rendezvous.local_addr == "127.0.0.1":
+        added["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo listens where the host's name leads
     if ranks > 1:
         added["OMP_NUM_THREADS"] = "1"  # as torchrun does
     return {key: value for key, value in added.items() if key not in os.environ}

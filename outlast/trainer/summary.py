@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from outlast.diagnostics import Report
+from outlast.diagnostics.report.summary import cause
 
 
 def render_summary(report: Report, console: Console, report_path: Path) -> None:
@@ -37,6 +38,8 @@ def render_summary(report: Report, console: Console, report_path: Path) -> None:
         remark += f", {len(in_memory)} in memory" if in_memory else ""
         share = report.checkpoints.time_share
         lines.append(("checkpoints", f"{len(committed)} committed{newest}{remark}; {share:.2%} of the step time"))
+    why = cause(report)
+    lines += [("cause", why)] if why else []
     lines += [("stragglers", report.verdict), ("report", str(report_path))]
     console.print()
     for title, text in lines:

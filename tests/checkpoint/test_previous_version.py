@@ -51,7 +51,7 @@ def as_version_2(path: Path) -> Any:
     if path.name == "zarr.json":
         document["attributes"].pop("outlast_container", None)
         document["attributes"].get("outlast", {}).pop("format_version", None)
-        document["attributes"].get("meta", {}).pop("unused", None)  # of error feedback
+        document["attributes"].get("meta", {}).pop("unused", None)
         return document
     for changed in ("format_version", "saved_at", "size_bytes", "crc32c", "replicas"):
         document.pop(changed, None)
@@ -70,9 +70,9 @@ def resume(rank: int, url: str, again: str) -> dict[str, Any]:
         assert restored is not None
         assert (restored.step, restored.world_size) == (2, WORLD_SIZE)
         run.load(restored.replicated, restored.local)
-        ours = run.replicated()
-        assert ours["comm"]["meta"].pop("unused") == []  # which version 2 did not have
-        assert same(ours, restored.replicated)
+        now = run.replicated()
+        assert now["comm"]["meta"].pop("unused") == []  # which version 2 lacked
+        assert same(now, restored.replicated)
         assert same(run.local(), restored.local)
         with checkpointer(again, rank=rank, world_size=WORLD_SIZE, attempt_id=ATTEMPT, **CHECKPOINT) as new:
             new.save(2, replicated=run.replicated(), local=run.local())

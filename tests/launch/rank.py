@@ -77,10 +77,6 @@ def main() -> None:
             record.write(f"{place.generation} {place.rank} {step}\n")
             record.flush()
             time.sleep(told.step_s)
-            if (place.rank in (told.rank, *everybody), step) == (True, told.at) and not (
-                told.once and place.generation
-            ):
-                misbehave(told.do)
             odd = step == told.at and place.rank in (told.rank, *everybody) and not (told.once and place.generation)
             if odd:
                 misbehave(told.do)

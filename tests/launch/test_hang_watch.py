@@ -92,6 +92,7 @@ def test_when_all_wait_the_launcher_is_patient(ranks: Ranks) -> None:
     pids = ranks.start("step inside", "step inside")
     culprits = wait_for(lambda: ranks.watch.find_hung(pids, alone=True))
     assert all(one.weak and one.silent_s > 0.8 for one in culprits)
+    assert not any("node" in one.evidence for one in culprits)
 
 
 def test_when_all_wait_for_other_nodes_it_is_more_so(ranks: Ranks) -> None:

@@ -16,6 +16,7 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -29,6 +30,13 @@ _MAC_BYTES = 32
 _HEAD = struct.Struct(">IQ")
 _MAX_HEADER_BYTES = 64 << 20
 _BACKLOG = 128
+_HANDSHAKE_S = 10.0
+"""How long a handshake may take as a whole, however its bytes trickle in."""
+_MAX_UNPROVEN = 64
+"""Connections that have not proven yet that they have the secret; one more, and the oldest is closed."""
+_PAUSE_S = (0.05, 1.0)
+"""How long the listener waits after a connection could not be accepted, and at most after several in a row."""
+_LOG_EVERY_S = 10.0
 
 Header = dict[str, Any]
 Sink = Callable[[Header, int], memoryview | None]
@@ -62,7 +70,7 @@ class Channel:
         """
         sock = socket.create_connection(address, timeout=timeout_s)
         try:
-            channel = cls(sock, _shake_hands(sock, secret, dialled=True))
+            channel = cls(sock, _shake_hands(sock, secret, timeout_s, dialled=True))
             channel._dialled = True
             return channel
         except OSError:
@@ -172,9 +180,12 @@ class Listener:
         self._secret = secret
         self._on_channel = on_channel
         self._timeout_s = timeout_s
-        self._closed = False
+        self._closed = threading.Event()
         self._open: set[Channel] = set()
+        self._unproven: dict[socket.socket, None] = {}
+        """In the order in which they came."""
         self._lock = threading.Lock()
+        self._log = SparseLog(_LOG_EVERY_S)
         threading.Thread(target=self._accept, name="outlast-listen", daemon=True).start()
 
     @property
@@ -185,37 +196,71 @@ class Listener:
 
     def close(self) -> None:
         """Stop accepting, and close all connections."""
-        self._closed = True
+        self._closed.set()
         with suppress(OSError):  # accept was not blocked
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept
         self._socket.close()
         with self._lock:
             for channel in self._open:
                 channel.close()
+            for sock in self._unproven:
+                _break(sock)
 
     def _accept(self) -> None:
-        while not self._closed:
+        pause_s = 0.0
+        while not self._closed.wait(pause_s):
             try:
                 sock, peer = self._socket.accept()
             except OSError as error:
-                if self._closed:
+                if self._closed.is_set():
                     return
-                _log.warning("a connection could not be accepted: %s", error)
+                self._log.warning("a connection could not be accepted: %s", error)
+                # Out of descriptors, usually: those of strangers are the ones to give up.
+                self._close_oldest(at_most=0)
+                pause_s = min(max(2 * pause_s, _PAUSE_S[0]), _PAUSE_S[1])
                 continue
-            threading.Thread(target=self._admit, args=(sock, peer), name="outlast-peer", daemon=True).start()
+            pause_s = 0.0
+            self._close_oldest(at_most=_MAX_UNPROVEN - 1)
+            with self._lock:
+                self._unproven[sock] = None
+            try:
+                threading.Thread(target=self._admit, args=(sock, peer), name="outlast-peer", daemon=True).start()
+            except RuntimeError as error:  # the limit of threads
+                self._log.warning("a connection from %s could not be served: %s", peer[0], error)
+                self._forget(sock)
+                sock.close()
+                pause_s = _PAUSE_S[0]
+
+    def _close_oldest(self, at_most: int) -> None:
+        """Break off the connections that have been unproven for longest, until there are so many left.
+
+        Whoever has the secret proves it at once, so these are strangers. Their own threads close them.
+        """
+        with self._lock:
+            while len(self._unproven) > at_most:
+                oldest = next(iter(self._unproven))
+                del self._unproven[oldest]
+                _break(oldest)
+
+    def _forget(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._unproven.pop(sock, None)
 
     def _admit(self, sock: socket.socket, peer: tuple[Any, ...]) -> None:
-        sock.settimeout(self._timeout_s)
         try:
-            channel = Channel(sock, _shake_hands(sock, self._secret, dialled=False))
+            key = _shake_hands(sock, self._secret, min(_HANDSHAKE_S, self._timeout_s), dialled=False)
+            sock.settimeout(self._timeout_s)
+            channel = Channel(sock, key)
         except OSError as error:
+            self._forget(sock)
             sock.close()
-            _log.warning("a connection from %s was refused: %s", peer[0], error)
+            self._log.warning("a connection from %s was refused: %s", peer[0], error)
             return
+        self._forget(sock)
         with self._lock:
             self._open.add(channel)
         try:
-            if not self._closed:
+            if not self._closed.is_set():
                 self._on_channel(channel)
         except OSError as error:
             _log.info("the connection from %s ended: %s", peer[0], error)
@@ -225,15 +270,48 @@ class Listener:
                 self._open.discard(channel)
 
 
-def _shake_hands(sock: socket.socket, secret: bytes, *, dialled: bool) -> bytes:
-    """Prove the secret to each other, and derive a key for this connection.
+class SparseLog:
+    """Warnings that strangers can cause, as often as they like: one line in a while, with the number of the others.
+
+    Args:
+        every_s: seconds between two lines.
+    """
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._lock = threading.Lock()
+        self._last_s = -every_s
+        self._left_out = 0
+
+    def warning(self, text: str, *values: object) -> None:
+        """Log it, or count it."""
+        with self._lock:
+            now_s = time.monotonic()
+            if now_s - self._last_s < self._every_s:
+                self._left_out += 1
+                return
+            self._last_s, left_out, self._left_out = now_s, self._left_out, 0
+        more = f" (and {left_out} more like it since the last such line)" if left_out else ""
+        _log.warning(text + "%s", *values, more)
+
+
+def _break(sock: socket.socket) -> None:
+    """End a connection that another thread waits for; that thread closes it."""
+    with suppress(OSError):  # no longer connected
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _shake_hands(sock: socket.socket, secret: bytes, limit_s: float, *, dialled: bool) -> bytes:
+    """Prove the secret to each other within a time, and derive a key for this connection.
 
     The dialler proves first, so a listener reveals nothing to strangers.
     """
+    deadline_s = time.monotonic() + limit_s
     ours = secrets.token_bytes(_NONCE_BYTES)
+    sock.settimeout(limit_s)
     sock.sendall(_MAGIC + ours)
     greeting = bytearray(len(_MAGIC) + _NONCE_BYTES)
-    _receive_into(sock, memoryview(greeting))
+    _receive_by(sock, memoryview(greeting), deadline_s)
     if greeting[: len(_MAGIC)] != _MAGIC:
         raise ConnectionError("the peer does not speak this protocol")
     theirs = bytes(greeting[len(_MAGIC) :])
@@ -242,12 +320,27 @@ def _shake_hands(sock: socket.socket, secret: bytes, *, dialled: bool) -> bytes:
     if dialled:
         sock.sendall(proofs[True])
     proof = bytearray(_MAC_BYTES)
-    _receive_into(sock, memoryview(proof))
+    _receive_by(sock, memoryview(proof), deadline_s)
     if not hmac.compare_digest(bytes(proof), proofs[not dialled]):
         raise ConnectionError("the peer does not have this run's secret")
     if not dialled:
         sock.sendall(proofs[False])
+    sock.settimeout(limit_s)
     return hmac.digest(secret, b"key" + both, hashlib.sha256)
+
+
+def _receive_by(sock: socket.socket, target: memoryview, deadline_s: float) -> None:
+    """Receive all of it by a time, not only each piece within a timeout."""
+    done = 0
+    while done < len(target):
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the handshake took too long")
+        sock.settimeout(left_s)
+        count = sock.recv_into(target[done:])
+        if count == 0:
+            raise ConnectionError("the peer closed the connection")
+        done += count
 
 
 def _receive_into(sock: socket.socket, target: memoryview) -> None:

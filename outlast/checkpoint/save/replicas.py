@@ -62,8 +62,15 @@ class Replicas:
         self._groups: Mapping[str, dict[str, Any]] = groups if compared != "off" else {}
         self._lazy = [piece for piece in pieces if not piece.content.item.eager] if compared != "off" else []
         eager = [piece for piece in pieces if piece.content.item.eager] if compared != "off" else []
-        self._digests = {piece.path: self._digest(piece) for piece in eager}
-        devices = {piece.content.source.device for piece in self._lazy}
+        self._digests: dict[str, str] = {}
+        self._held: dict[str, torch.Tensor] = {}
+        """Of eager pieces on a device, copies there: to wait for the device here would hold training."""
+        for piece in eager:
+            if piece.content.source.device.type == "cuda":
+                self._held[piece.path] = self._bytes(piece).clone()
+            else:
+                self._digests[piece.path] = self._digest(piece)
+        devices = {piece.content.source.device for piece in pieces} if compared != "off" else set()
         self._queued = {
             device: torch.cuda.current_stream(device).record_event() for device in devices if device.type == "cuda"
         }
@@ -74,6 +81,9 @@ class Replicas:
         for device, event in self._queued.items():
             streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             streams[device].wait_event(event)
+        for path, held in self._held.items():
+            with torch.cuda.stream(streams[held.device]):
+                self._digests[path] = crc_hex(held.cpu().numpy().data)
         for piece in self._lazy:
             if not streams:
                 self._digests[piece.path] = self._digest(piece)
@@ -86,7 +96,7 @@ class Replicas:
 
     def release(self) -> None:
         """Let go of the tensors."""
-        self._lazy, self._groups, self._queued = [], {}, {}
+        self._lazy, self._groups, self._queued, self._held = [], {}, {}, {}
 
     def _digest(self, piece: Piece) -> str:
         source = piece.content.source
@@ -101,11 +111,15 @@ class Replicas:
                 data = ctypes.string_at(at, nbytes) if small else (ctypes.c_char * nbytes).from_address(at)
                 crc = crc32c.crc32c(data, crc)
             return f"{crc:08x}"
+        return crc_hex(self._bytes(piece).cpu().numpy().data)
+
+    def _bytes(self, piece: Piece) -> torch.Tensor:
+        """What is digested, end to end, where the tensor is."""
+        source = piece.content.source
         with torch.no_grad():
             flat = source.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
-            if large:
-                flat = _sample(flat, self._step)
-            return crc_hex(flat.cpu().numpy().data)
+            large = self._compared == "sampled" and source.nbytes > _EVERY_BYTES
+            return _sample(flat, self._step) if large else flat
 
 
 def _blocks(nbytes: int, step: int) -> list[tuple[int, int]]:

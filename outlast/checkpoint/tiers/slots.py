@@ -78,9 +78,11 @@ def memory_path(url: str, root: Path = SHM_ROOT) -> Path:
 
 def _own_folder(folder: Path, below: Sequence[str], what: str, fix: str) -> Path:
     try:
+        # Each is checked before anything is made in it: a link of another user's would lead elsewhere.
         for path in (folder, *(folder / name for name in below)):
-            path.mkdir(mode=0o700, exist_ok=True)
-        check_ours(folder, what)
+            with suppress(FileExistsError):
+                path.mkdir(mode=0o700)
+            check_ours(path, what)
     except OSError as error:
         raise CheckpointError(f"{what} {folder} cannot be made: {error}", fix) from error
     return folder

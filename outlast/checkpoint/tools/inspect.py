@@ -17,6 +17,8 @@ from outlast.checkpoint.format.names import (
     step_name,
 )
 from outlast.checkpoint.format.records import Fault
+from outlast.checkpoint.ownership import find_holder
+from outlast.checkpoint.steps.catalog import scan
 from outlast.checkpoint.steps.commit import read_commit
 from outlast.checkpoint.steps.reader import Progress, StepReader
 from outlast.checkpoint.storage.base import Store
@@ -31,7 +33,7 @@ class StepInfo:
     step: int
     folder: str
     """Its name below the URL."""
-    status: Literal["committed", "uncommitted", "damaged", "unknown version", "aside"]
+    status: Literal["committed", "in progress", "uncommitted", "damaged", "unknown version", "aside"]
     """Judged by its commit record alone; :func:`verify` checks the other files."""
     reason: str
     """Why it is not ``committed``; empty if it is."""
@@ -96,11 +98,13 @@ class Verification:
     files: int
     size_bytes: int
     problems: tuple[Problem, ...]
+    not_judged: str = ""
+    """Why it is neither good nor damaged: a run is saving it, or has removed it while it was read."""
 
     @property
     def ok(self) -> bool:
         """Whether it can be restored."""
-        return not self.problems
+        return not self.problems and not self.not_judged
 
 
 def list_steps(url: str | os.PathLike[str]) -> list[StepInfo]:
@@ -182,11 +186,14 @@ def verify(url: str | os.PathLike[str], step: int | None = None, progress: Progr
         try:
             reader = StepReader(store, step, io)
         except Fault as fault:
-            return Verification(where, step, 0, 0, (_problem(fault),))
+            why = _not_judged(store, step)
+            return Verification(where, step, 0, 0, () if why else (_problem(fault),), why)
         entries = [entry for vote in reader.votes for entry in vote.files]
         faults = reader.check(reader.states, progress)
         size_bytes = sum(entry.size_bytes for entry in entries)
-        return Verification(where, step, len(entries), size_bytes, tuple(_problem(fault) for fault in faults))
+        why = _not_judged(store, step) if faults else ""
+        problems = () if why else tuple(_problem(fault) for fault in faults)
+        return Verification(where, step, len(entries), size_bytes, problems, why)
 
 
 def _info(store: Store, step: int) -> StepInfo:
@@ -194,6 +201,8 @@ def _info(store: Store, step: int) -> StepInfo:
     try:
         commit = read_commit(store, step)
     except Fault as fault:
+        if fault.kind is IncompleteCheckpoint and (holder := find_holder(store)) is not None:
+            return StepInfo(step, name, "in progress", f"being saved by {holder}", None, None, None)
         status: Literal["uncommitted", "damaged", "unknown version"] = (
             "uncommitted"
             if fault.kind is IncompleteCheckpoint
@@ -203,6 +212,17 @@ def _info(store: Store, step: int) -> StepInfo:
         )
         return StepInfo(step, name, status, str(fault), None, None, None)
     return StepInfo(step, name, "committed", "", commit.world_size, commit.saved_at, commit.size_bytes)
+
+
+def _not_judged(store: Store, step: int) -> str:
+    """Why what is wrong with a step is no damage, if so."""
+    found = scan(store)
+    if step in found.committed:
+        return ""
+    if step not in found.uncommitted:
+        return "removed while it was read"
+    holder = find_holder(store)
+    return f"being saved by {holder}" if holder is not None else ""
 
 
 def _problem(fault: Fault) -> Problem:

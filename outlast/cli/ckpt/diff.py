@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 
-from outlast.cli.ckpt.output import Action, Url, finite, print_json, print_line, rank_text, shape_text
+from outlast.cli.ckpt.output import Action, Url, escape, finite, print_json, print_line, rank_text, shape_text
 from outlast.errors import ConfigError
 
 if TYPE_CHECKING:

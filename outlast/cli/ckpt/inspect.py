@@ -9,7 +9,7 @@ from functools import partial
 from rich.console import Console
 from rich.table import Column, Table
 
-from outlast.cli.ckpt.output import Action, Url, print_json, rank_text, shape_text, size, time_text
+from outlast.cli.ckpt.output import Action, Url, escape, print_json, print_line, rank_text, shape_text, size, time_text
 from outlast.cli.ckpt.progress import Verifying
 from outlast.errors import CheckpointNotFound
 
@@ -39,7 +39,7 @@ class Ls(Action):
         for info in steps:
             ranks = "" if info.world_size is None else str(info.world_size)
             amount = "" if info.size_bytes is None else size(info.size_bytes)
-            table.add_row(str(info.step), info.status, ranks, amount, time_text(info.saved_at), info.reason)
+            table.add_row(str(info.step), info.status, ranks, amount, time_text(info.saved_at), escape(info.reason))
         Console().print(table)
         return 0
 
@@ -64,11 +64,17 @@ class Show(Action):
             print_json(dataclasses.asdict(step))
             return 0
         console = Console()
-        console.print(f"{step.url}: {step.world_size} ranks, {size(step.size_bytes)}, saved {time_text(step.saved_at)}")
+        print_line(
+            console, f"{step.url}: {step.world_size} ranks, {size(step.size_bytes)}, saved {time_text(step.saved_at)}"
+        )
         table = Table(Column("tensor", overflow="fold"), "rank", "shape", "type", "size", box=None)
         for tensor in step.tensors:
             table.add_row(
-                tensor.name, rank_text(tensor.rank), shape_text(tensor.shape), tensor.dtype, size(tensor.size_bytes)
+                escape(tensor.name),
+                rank_text(tensor.rank),
+                shape_text(tensor.shape),
+                tensor.dtype,
+                size(tensor.size_bytes),
             )
         console.print(table)
         return 0
@@ -106,11 +112,11 @@ class Verify(Action):
             print_json([dataclasses.asdict(result) for result in results])
         else:
             for result, rate in zip(results, rates, strict=True):
-                verdict = "good" if result.ok else "DAMAGED"
+                verdict = result.not_judged or ("good" if result.ok else "DAMAGED")
                 read = f"{result.files} files, {size(result.size_bytes)} {rate}"
                 console.print(f"step {result.step}: {verdict}, {read}", soft_wrap=True)
                 for problem in result.problems:
-                    console.print(f"  {problem.file}: {problem.kind}: {problem.reason}", soft_wrap=True, markup=False)
+                    print_line(console, f"  {problem.file}: {problem.kind}: {problem.reason}")
         return 1 if any(result.problems for result in results) else 0
 
 

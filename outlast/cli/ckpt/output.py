@@ -10,7 +10,10 @@ from datetime import datetime
 from typing import Annotated, Any
 
 import tyro
+from rich import markup
 from rich.console import Console
+
+from outlast.events import plain_text
 
 Url = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="URL")]
 
@@ -30,7 +33,12 @@ class Action(ABC):
 
 def print_line(console: Console, text: str) -> None:
     """A line as it is, never wrapped, so that paths can be copied from it."""
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    console.print(plain_text(text), soft_wrap=True, markup=False, highlight=False)
+
+
+def escape(text: str) -> str:
+    """A text for a table as it is: no markup, and control characters made visible."""
+    return markup.escape(plain_text(text))
 
 
 def print_json(value: Any) -> None:

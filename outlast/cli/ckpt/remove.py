@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from outlast.cli.ckpt.output import Action, Url, print_json, print_line, rank_ranges, size
+from outlast.cli.ckpt.output import Action, Url, escape, print_json, print_line, rank_ranges, size
 from outlast.cli.ckpt.progress import Verifying
 
 

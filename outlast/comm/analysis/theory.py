@@ -66,7 +66,8 @@ def ef21_w_step(smoothness: float, each: Sequence[float], alpha: float) -> float
 
         gamma = 1 / (L + mean L_i sqrt(beta / theta))
 
-    Never smaller than :func:`ef21_step`. With a positively homogeneous compressor EF21 may take it as well.
+    Never smaller than :func:`ef21_step`. The theorem holds for EF21-W with every contractive compressor; that one is
+    positively homogeneous is only needed for plain EF21 to be the same method, and so to take this step as well.
 
     Args:
         smoothness: L.

@@ -118,6 +118,11 @@ class Compressor(ABC):
     def alpha(self, shape: Shape) -> float:
         """The contraction that holds for every tensor of ``shape``: E ||C(x) - x||^2 <= (1 - alpha) ||x||^2."""
 
+    def typical_alpha(self, shape: Shape) -> float:
+        """The contraction that settings go by: :meth:`alpha`, unless that is of a case that does not occur, as 1 / d of
+        signs, which on normally distributed entries have 2 / pi."""
+        return self.alpha(shape)
+
     def new_memory(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Slots:
         """The slots ``memory_slots`` for a tensor that was never compressed; the same on every rank."""
         return {}

@@ -38,6 +38,10 @@ class Codec(ABC):
     def alpha(self, n: int) -> float:
         """The contraction that holds for any n numbers."""
 
+    def typical_alpha(self, n: int) -> float:
+        """The contraction of n normally distributed numbers, where it is known; else :meth:`alpha`."""
+        return self.alpha(n)
+
     @abstractmethod
     def write(self, x: Tensor, out: Tensor) -> None:
         """Write x (n,), contiguous, to out (nbytes,) uint8, 8-byte aligned."""

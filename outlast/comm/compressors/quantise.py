@@ -47,6 +47,9 @@ class Quantiser(Compressor):
     def alpha(self, shape: Shape) -> float:
         return self._code.alpha(numel_of(shape))
 
+    def typical_alpha(self, shape: Shape) -> float:
+        return self._code.typical_alpha(numel_of(shape))
+
     def compress(self, x: Tensor, out: Tensor | None = None, memory: Slots | None = None) -> CodedMessage:
         payload = self._room(x, out)
         x = flat(x)

@@ -64,6 +64,11 @@ class RandK(Compressor):
         k = self.count(numel)
         return self._code.alpha(k) * k / numel if numel else 1.0
 
+    def typical_alpha(self, shape: Shape) -> float:
+        numel = numel_of(shape)
+        k = self.count(numel)
+        return self._code.typical_alpha(k) * k / numel if numel else 1.0
+
     def new_memory(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Slots:
         return {"round": torch.zeros(1, dtype=torch.int64, device=device)}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -38,6 +40,9 @@ class Signs(Scaled):
 
     def alpha(self, n: int) -> float:
         return 1 / max(min(n, self.block or n), 1)
+
+    def typical_alpha(self, n: int) -> float:
+        return max(2 / math.pi, self.alpha(n))
 
     def write(self, x: Tensor, out: Tensor) -> None:
         n = len(x)

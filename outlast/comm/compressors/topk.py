@@ -112,6 +112,11 @@ class TopK(_Selection):
         k = self.count(numel)
         return self._code.alpha(k) * k / numel if numel else 1.0
 
+    def typical_alpha(self, shape: Shape) -> float:
+        numel = numel_of(shape)
+        k = self.count(numel)
+        return self._code.typical_alpha(k) * k / numel if numel else 1.0
+
     def compress(self, x: Tensor, out: Tensor | None = None, memory: Slots | None = None) -> Message:
         payload = self._room(x, out)
         x = flat(x)
@@ -171,6 +176,10 @@ class BlockTopK(_Selection):
     def alpha(self, shape: Shape) -> float:
         numel = numel_of(shape)
         return self._code.alpha(self.count(numel)) * self.k / self.block if numel else 1.0
+
+    def typical_alpha(self, shape: Shape) -> float:
+        numel = numel_of(shape)
+        return self._code.typical_alpha(self.count(numel)) * self.k / self.block if numel else 1.0
 
     def compress(self, x: Tensor, out: Tensor | None = None, memory: Slots | None = None) -> Message:
         payload = self._room(x, out)

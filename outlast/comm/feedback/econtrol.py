@@ -25,7 +25,8 @@ class EControl(EF21):
 
     Deviations: the paper's theory asks for eta = delta / 400 (:func:`outlast.comm.analysis.theory.econtrol_eta`), which
     is too small to be of use in any run of practical length, and its experiments tune eta; here it defaults to
-    min(delta, 0.5), and above min(2 delta, 0.5), where the iteration is unstable, it is refused.
+    min(delta, 0.5), and above min(2 delta, 0.5), where the iteration is unstable, it is refused. delta is
+    ``Compressor.typical_alpha``: of signs 2 / pi, where the guaranteed 1 / d would leave nothing of the method.
 
     It is for gradients. Of Adam's directions, which are mostly noise, h_i holds one sample of an entry for 1 / delta
     steps, and eta pays the difference back as slowly: see docs/compression.md.
@@ -54,7 +55,7 @@ class EControl(EF21):
         Raises:
             OutOfRange: the eta asked for is above min(2 delta, 0.5).
         """
-        alpha = self.compressor.alpha(shape)
+        alpha = self.compressor.typical_alpha(shape)
         if self.eta is None:
             return min(alpha, 0.5)
         allowed = min(2 * alpha, 0.5)

@@ -24,8 +24,9 @@ class EF21W(EF21):
         c_i = C(g_i / (n w_i) - h_i)  sent        h_i += c_i        h += sum_i w_i c_i        x -= gamma h
 
     from h_i = g_i^0 / (n w_i), h = sum_i w_i h_i = mean g_i^0 (first message dense). With w_i = L_i / sum_j L_j the
-    step may be :func:`outlast.comm.analysis.theory.ef21_w_step`, which has the arithmetic mean of the L_i where EF21
-    has the quadratic one. Two-phase as :class:`EF21`, with w = sum_i w_i h_i. Memory: two slots.
+    step may be, for every contractive C, :func:`outlast.comm.analysis.theory.ef21_w_step`, which has the arithmetic
+    mean of the L_i where EF21 has the quadratic one. Two-phase as :class:`EF21`, with w = sum_i w_i h_i. Memory: two
+    slots.
 
     **For a positively homogeneous C**, C(a x) = a C(x) for a > 0 (Top-k, sign, absmax integers, low rank), it is EF21
     itself in other units: the iterates are the same for the same step, and EF21 may take the larger step as well. The

@@ -47,6 +47,9 @@ class StallRules:
     patience: float = 3.0
     """If the evidence does not distinguish the culprit from its victims, wait this many limits before naming anyone."""
 
+    one_node: bool = False
+    """Whether all ranks of the job are on this node, so that no other one can be at fault."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
@@ -210,7 +213,7 @@ def judge(ranks: Sequence[Observation], rules: StallRules, now_s: float) -> Stal
                     step=one.step,
                     silent_s=one.silent_s(now_s),
                     limit_s=rules.alone_limit_s if one in late else one.limit_s(rules),
-                    evidence=why or _evidence(one, ranks, now_s, weak=weak),
+                    evidence=why or _evidence(one, ranks, now_s, weak=weak, one_node=rules.one_node),
                     weak=weak,
                 )
                 for one in culprits
@@ -251,14 +254,15 @@ def _furthest_behind(ranks: Sequence[Observation]) -> list[Observation]:
     return [one for one in ranks if (one.step, one.entered) == least]
 
 
-def _evidence(culprit: Observation, ranks: Sequence[Observation], now_s: float, *, weak: bool) -> str:
+def _evidence(culprit: Observation, ranks: Sequence[Observation], now_s: float, *, weak: bool, one_node: bool) -> str:
     parts = [_describe_state(culprit, now_s), _describe_collective(culprit, now_s)]
     peers = _describe_waiting_peers([one for one in ranks if one.rank != culprit.rank], now_s)
     text = ", ".join(part for part in parts if part)
     if peers:
         text += f"; {peers}"
     if weak:
-        text += "; weak evidence: the network or a rank on another node may be at fault"
+        who = "the connections between the ranks" if one_node else "the network or a rank on another node"
+        text += f"; weak evidence: {who} may be at fault"
     return text
 
 

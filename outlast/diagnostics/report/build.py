@@ -26,6 +26,7 @@ from outlast.diagnostics.report.model import (
     TimeSplit,
     Traffic,
 )
+from outlast.diagnostics.report.stalls import find_stalls
 from outlast.diagnostics.report.stragglers import UNKNOWN_HOST, StragglerRow, lateness_s, rank_stragglers
 from outlast.errors import DiagnosticsError
 from outlast.events import Record
@@ -69,7 +70,12 @@ def build_report(run_dir: Path | str, config: DiagnosticsConfig | None = None) -
         split=_split(steps),
         traffic=_traffic(steps),
         checkpoints=_checkpoints(loaded, steps),
-        incidents=find_incidents(loaded, steps, began_t),
+        incidents=tuple(
+            sorted(
+                (*find_incidents(loaded, steps, began_t), *find_stalls(steps, began_t, config)),
+                key=lambda one: one.at_s,
+            )
+        ),
         lateness=_lateness(steps, hosts),
         stragglers=rows,
         thresholds=config,

@@ -24,12 +24,16 @@ class Incident:
     """Seconds since the first event of the run."""
     kind: str
     """``hang_found``, ``workers_failed``, ``workers_started``, ``recovered``, ``checkpoint_failed``,
-    ``checkpoint_rejected``, ``checkpoint_restored``, ``run_ended`` or ``loss_not_finite``."""
+    ``checkpoint_rejected``, ``checkpoint_restored``, ``run_ended``, ``loss_not_finite`` or ``stall``."""
     severity: Severity
     title: str
     detail: str
     step: int | None = None
     rank: int | None = None
+    cause: str = ""
+    """What went wrong, with whom, as the beginning of a sentence; empty where this is no cause."""
+    cost_s: float = 0.0
+    """Seconds that a stall cost."""
 
 
 def find_incidents(loaded: Loaded, steps: Steps, begin_t: float) -> tuple[Incident, ...]:
@@ -41,7 +45,7 @@ def find_incidents(loaded: Loaded, steps: Steps, begin_t: float) -> tuple[Incide
             key = (attempt, record.generation, record.kind, record.fields.get("step"), record.fields.get("reason"))
             grouped.setdefault(key, []).append(record)
         else:
-            found += _from_event(record, begin_t)
+            found += _from_event(record, begin_t, loaded)
     found += [_from_checkpoint(records, begin_t) for records in grouped.values()]
     found += _restarts(loaded, begin_t)
     found += _recoveries(loaded, begin_t)
@@ -50,7 +54,7 @@ def find_incidents(loaded: Loaded, steps: Steps, begin_t: float) -> tuple[Incide
     return tuple(found)
 
 
-def _from_event(record: Record, begin_t: float) -> list[Incident]:
+def _from_event(record: Record, begin_t: float, loaded: Loaded) -> list[Incident]:
     at_s = record.t - begin_t
     get = record.fields.get
     if record.kind == "hang_found":
@@ -66,11 +70,13 @@ def _from_event(record: Record, begin_t: float) -> list[Incident]:
                 ),
                 step=get("step"),
                 rank=get("culprit"),
+                cause=f"rank {get('culprit')} hung in step {get('step')}: {get('evidence')}",
             )
         ]
     if record.kind == "workers_failed":
         ranks = get("ranks") or []
         reasons = dict.fromkeys(map(str, get("reasons") or []))
+        step = _last_step(loaded, record, ranks[0]) if ranks else None
         return [
             Incident(
                 at_s=at_s,
@@ -78,7 +84,9 @@ def _from_event(record: Record, begin_t: float) -> list[Incident]:
                 severity="bad",
                 title=f"{_ranks(ranks)} failed on {get('host')}",
                 detail="; ".join(reasons) + ("; restarting" if get("restarting") else "; not restarted"),
+                step=step,
                 rank=ranks[0] if len(ranks) == 1 else None,
+                cause=_crash(record, step),
             )
         ]
     if record.kind == "run_ended" and not get("ok"):
@@ -91,9 +99,28 @@ def _from_event(record: Record, begin_t: float) -> list[Incident]:
                 detail=str(get("reason") or "no reason given"),
                 step=get("step"),
                 rank=record.rank,
+                cause=f"rank {record.rank} failed at step {get('step')}: {get('reason') or 'no reason given'}",
             )
         ]
     return []
+
+
+def _last_step(loaded: Loaded, failed: Record, rank: int) -> int | None:
+    """The last step that a rank had finished when it failed, in the same start; None if there is none."""
+    rows = loaded.rows
+    mine = rows[(rows[:, 1] == failed.generation) & (rows[:, 2] == rank) & (rows[:, 4] <= failed.t)]
+    return int(mine[mine[:, 4].argmax(), 3]) if len(mine) else None
+
+
+def _crash(record: Record, step: int | None) -> str:
+    """``rank 1 on host was killed by SIGKILL after step 60``: the likely cause, which launchers list first."""
+    ranks, reasons = record.fields.get("ranks") or [], record.fields.get("reasons") or []
+    if not ranks or not reasons:
+        return f"ranks failed on {record.fields.get('host')}"
+    how, _, words = str(reasons[0]).partition(": ")
+    verb = "was " if how.startswith("killed by") else ""
+    when = f" after step {step}" if step is not None else " before its first step was done"
+    return f"rank {ranks[0]} on {record.fields.get('host')} {verb}{how}{when}" + (f": {words}" if words else "")
 
 
 def _from_checkpoint(records: Sequence[Record], begin_t: float) -> Incident:
@@ -198,6 +225,7 @@ def _losses(steps: Steps, begin_t: float) -> list[Incident]:
                     detail=f"on {_ranks(bad)}",
                     step=step,
                     rank=bad[0] if len(bad) == 1 else None,
+                    cause=f"training loss is NaN or infinite from step {step} on, on {_ranks(bad)}",
                 )
             ]
     return []

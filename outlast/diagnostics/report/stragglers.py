@@ -70,7 +70,7 @@ def rank_stragglers(
     if not steps.steps:
         return ()
     late = lateness_s(steps.values["collective_s"])
-    judged = _judged(steps, config.straggler_warmup_steps)
+    judged = steps_after_warmup(steps, config.straggler_warmup_steps)
     subjects: dict[tuple[int, str], Indices] = {}  # (column, host): the steps in which it is judged
     for column, rank in enumerate(steps.ranks):
         groups: dict[str, list[int]] = {}
@@ -105,7 +105,7 @@ def rank_stragglers(
     )
 
 
-def _judged(steps: Steps, warmup_steps: int) -> Bools:
+def steps_after_warmup(steps: Steps, warmup_steps: int) -> Bools:
     """Which steps count for the verdict: all but the first ones of each start."""
     judged = np.ones(len(steps.steps), dtype=np.bool_)
     seen = 0

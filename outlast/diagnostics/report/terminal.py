@@ -27,6 +27,9 @@ def render_terminal(report: Report, console: Console) -> None:
 
     facts = report.facts
     hosts = sorted({host for start in facts.starts for host in start.hosts})
+    why = summary.cause(report)
+    if why:
+        console.print(Text(why, style="bold red"))
     console.print(Text(report.name, style="bold"))
     what = [
         f"{facts.world_size} rank{'s' if facts.world_size != 1 else ''} on {', '.join(hosts) or 'unknown hosts'}",

@@ -295,3 +295,34 @@ def test_a_size_that_depends_on_the_type_is_refused() -> None:
     with pytest.raises(ContractViolation, match="in the type it travels in") as caught:
         check_compressor(SizeByType(), dtypes=(torch.bfloat16,))
     assert caught.value.clause == "size"
+
+
+class ShortIndices(TopK):
+    """Sends indices as uint16: right up to 2^16 entries."""
+
+    def compress(self, x: Tensor, out: Tensor | None = None, memory: Slots | None = None) -> Message:
+        cut = x.clone()
+        cut.view(-1)[1 << 16 :] = 0
+        message = super().compress(cut, out, memory)
+        super().compress(x)  # what x is refused for, is refused
+        return message
+
+
+class Stumbles(Dense):
+    """Takes more than 2^17 entries for an error of its own."""
+
+    def compress(self, x: Tensor, out: Tensor | None = None, memory: Slots | None = None) -> DenseMessage:
+        if x.numel() > 1 << 17:
+            raise IndexError("index out of range")
+        return super().compress(x, out, memory)
+
+
+def test_large_tensors_are_tried() -> None:
+    with pytest.raises(ContractViolation, match=r"contraction: .*last input, \(300, 303\)"):
+        check_compressor(ShortIndices(0.01), dtypes=FEW)
+
+
+def test_an_error_of_its_own_is_a_violation() -> None:
+    with pytest.raises(ContractViolation, match=r"raises: .*\(140001,\) float32: IndexError: index out") as caught:
+        check_compressor(Stumbles(), dtypes=FEW)
+    assert isinstance(caught.value.__cause__, IndexError)

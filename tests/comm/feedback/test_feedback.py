@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from outlast.comm.analysis.simulate import Simulation, Transport, rank_order_mean
-from outlast.comm.compressors import COMPRESSORS, Dense, Int8, Natural, TopK, make_compressor
+from outlast.comm.compressors import COMPRESSORS, Dense, Int8, Natural, Sign, TopK, make_compressor
+from outlast.comm.config import CommConfig
 from outlast.comm.feedback import (
     EF14,
     EF21,
@@ -326,3 +327,20 @@ def test_without_feedback_nothing_is_kept() -> None:
     assert torch.equal(simulation.step(gs), first)
     assert simulation.local == [{}, {}, {}]
     assert simulation.owned == [{}, {}, {}]
+
+
+def test_the_strength_of_signs_is_of_use() -> None:
+    """Their guaranteed contraction, 1 / d, would make it nothing, and refuse one that is stable and better."""
+    ends = {}
+    b = torch.randn(6, 200, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 10
+    for eta in (1 / 200, 0.1, None):
+        method = EControl(Sign(), eta)
+        x, simulation = torch.zeros(200, dtype=torch.float64), Simulation(method, 6, (200,), torch.float64)
+        for _ in range(1500):
+            x -= 0.002 * simulation.step([(i + 1) ** 2 / 6 * x - b[i] for i in range(6)])
+        ends[eta] = float((91 / 36 * x - b.mean(0)).square().sum())
+    assert ends[0.1] < ends[1 / 200]
+    assert ends[None] < ends[1 / 200]
+    assert EControl(Sign()).strength((1000, 1000)) == 0.5
+    assert EControl(TopK(0.05, values="sign")).strength((1000,)) == pytest.approx(0.05 * 2 / math.pi)
+    CommConfig(compressor="sign", feedback="econtrol", eta=0.1, target="gradient")

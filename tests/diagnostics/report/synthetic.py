@@ -41,6 +41,8 @@ class SyntheticRun:
     noise_s: float = 0.003
     late_s: dict[int, float] = field(default_factory=dict)
     """Of a rank: how much longer each of its steps takes before its first collective."""
+    stalls: dict[int, tuple[str, float]] = field(default_factory=dict)
+    """Of a step: what stalls, for how many seconds: ``link``, ``all``, ``data``, or ``rank N``."""
     checkpoint_every: int = 10
     eval_every: int = 20
     seed: int = 0
@@ -117,6 +119,15 @@ class SyntheticRun:
             for rank, late_s in self.late_s.items():
                 own_s[rank] += late_s
             transfer_s = 0.030 + float(np.abs(self.rng.normal(0, self.noise_s)))
+            data_s = 0.004
+            what, seconds = self.stalls.get(step, ("", 0.0))
+            if what == "link":
+                transfer_s += seconds
+            elif what.startswith("rank"):
+                own_s[int(what.split()[1])] += seconds
+            elif what:
+                own_s += seconds
+                data_s += seconds if what == "data" else 0.0
             checkpoint_s = 0.012 if step % self.checkpoint_every == 0 else 0.0004
             step_s = float(own_s.max()) + transfer_s + checkpoint_s
             self.t += step_s
@@ -132,7 +143,7 @@ class SyntheticRun:
                         lr=3e-4 * min(1.0, step / 10),
                         tokens=4096,
                         step_s=step_s,
-                        data_s=0.004,
+                        data_s=data_s,
                         comm_s=0.6 * transfer_s + waited_s,
                         checkpoint_s=checkpoint_s,
                         collective_s=transfer_s + waited_s,

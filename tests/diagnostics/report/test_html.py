@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from outlast.diagnostics import build_report, render_html
-from outlast.events import CheckpointFailed, RunEnded
+from outlast.events import CheckpointFailed, RunEnded, plain_text
 from tests.diagnostics.report.synthetic import SyntheticRun, clean, eventful
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -102,7 +102,7 @@ def test_text_from_events_is_escaped(tmp_path: Path) -> None:
     assert checker.tags.count("script") == 2
     assert "img" not in checker.tags
     assert "alert('x')</script>" not in page
-    assert json.loads(checker.scripts["data"])["heat"]["hosts"][0] == HOSTILE
+    assert json.loads(checker.scripts["data"])["heat"]["hosts"][0] == plain_text(HOSTILE)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
