@@ -13,6 +13,7 @@ _MAX_BYTES = 4096
 _MAX_NAME_BYTES = 255
 _CHUNK = re.compile(r"c(\.(0|[1-9][0-9]*))*")
 _PACK = re.compile(rf"{PACKS}/rank_[0-9]{{5,}}\.(0|[1-9][0-9]*)")
+_DIGEST = re.compile(r"~k[0-9a-f]{32}")
 _SHOWN = 80
 
 
@@ -72,6 +73,8 @@ def check_node(path: str, *, rank: int) -> None:
 @lru_cache(maxsize=65_536)
 def _is_key(name: str, at_root: bool) -> bool:
     """Whether a key is encoded like this: then it is neither empty nor ``..``, and no two names are the same key."""
+    if not at_root and _DIGEST.fullmatch(name):
+        return True  # of a key that its group's attribute tells
     if not name or len(name) > _MAX_NAME_BYTES:
         return False
     try:

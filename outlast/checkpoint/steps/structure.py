@@ -12,7 +12,7 @@ from typing import Any
 
 from outlast.checkpoint.format.fields import Malformed
 from outlast.checkpoint.format.file_paths import check_node
-from outlast.checkpoint.format.names import COMMIT, PACKS, decode_key, parse_local, parse_pack, rank_name
+from outlast.checkpoint.format.names import COMMIT, CONTAINER, PACKS, decode_key, parse_local, parse_pack, rank_name
 from outlast.checkpoint.format.records import CRC_BYTES, Commit, Fault, FileEntry, Vote
 from outlast.checkpoint.format.zarr import ArrayInfo, chunk_name, node_path
 from outlast.checkpoint.state.boxes import whole
@@ -144,7 +144,7 @@ def _check_place(path: str, top: str, nodes: Nodes, document: str) -> None:
     group = nodes.get(parent)
     if group is None or isinstance(group, ArrayInfo) or not f"{parent}/".startswith(f"{top}/" if top else ""):
         raise _fault(document, f"{path[:80]!r} is not in a group of the state")
-    if decode_key(name) in group:
+    if decode_key(name) in group.keys() - {CONTAINER}:  # which is not a value
         raise _fault(document, f"{path[:80]!r} is a value of its group, too")
 
 
