@@ -112,7 +112,7 @@ class Start:
         self._take()
         if self._settlement is not None:
             if self._context.rank == 0:
-                self._settlement.settle_storage()
+                self._settlement.settle_storage(self._context.attempt_id)
             self._settlement.settle_node()
         elif not self._decided:
             self._begin_anew()

@@ -14,7 +14,15 @@ from outlast.checkpoint.format.names import COMMIT, step_name
 from outlast.checkpoint.restore.messages import Failure, StoredStep, all_gather_messages
 from outlast.checkpoint.restore.request import RestoreContext
 from outlast.checkpoint.restore.survey import Survey
-from outlast.checkpoint.steps.catalog import Scan, bring_back, clear_leftover, only_readable, scan, set_aside
+from outlast.checkpoint.steps.catalog import (
+    Scan,
+    bring_back,
+    clear_leftover,
+    only_readable,
+    opened_by,
+    scan,
+    set_aside,
+)
 from outlast.checkpoint.steps.overlay import overlay, scan_readable
 from outlast.checkpoint.storage.base import Store
 from outlast.errors import CheckpointError, PlaceInUse
@@ -71,11 +79,14 @@ class Settlement:
     superseded: Mapping[int, bytes] = field(default_factory=dict)
     """Likewise of those that are newer than the one that was asked for."""
 
-    def settle_storage(self) -> None:
+    def settle_storage(self, attempt_id: str) -> None:
         """Undo interrupted overwrites, clear away cut-off saves, and set aside what the restored step leaves behind.
 
         On rank 0, once this run owns the place. What cannot be changed because the storage is read-only stays, and the
         report says so.
+
+        Args:
+            attempt_id: of this run, whose own saves are nobody else's.
 
         Raises:
             PlaceInUse: another job has saved newer steps since the restore.
@@ -84,7 +95,7 @@ class Settlement:
         store = self.context.store
         scanned = self._bring_back_and_scan()
         newer = [step for step in scanned.committed if step > self.restored]
-        strangers = [step for step in newer if step not in self.found.committed]
+        strangers = [step for step in newer if step not in self.found.committed and not self._own(step, attempt_id)]
         if strangers:
             since = "found no step" if self.restored == NO_STEP else f"restored step {self.restored}"
             raise PlaceInUse(
@@ -98,6 +109,10 @@ class Settlement:
             _log.warning("%s: the save was cut off before its commit record; %s", step_name(step), outcome)
         for step in self._unchanged(scanned, self.superseded):
             _log.warning("%s: newer than step %d; %s", step_name(step), self.restored, self._set_aside(step))
+
+    def _own(self, step: int, attempt_id: str) -> bool:
+        opened = opened_by(self.context.store, step)
+        return opened is not None and opened[0] == attempt_id
 
     def settle_node(self) -> None:
         """Remove newer steps from this node's memory and disk; on its leader."""
