@@ -9,7 +9,7 @@ import fnmatch
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import TracebackType
 from typing import Any, Self
@@ -80,6 +80,8 @@ class DeepSpeedCheckpointEngine:
         self._agreement = Agreement(None, dist.get_rank(), dist.get_world_size())
         self._folder = ""
         self._checkpointer: Checkpointer | None = None
+        self._saved_to: set[str] = set()
+        """Folders with steps of this run, which it need not go on from to save there again."""
         self._tags: dict[int, str] = {}
         self._collected: dict[str, Any] | None = None
         self._loading: Files | None = None
@@ -259,6 +261,7 @@ class DeepSpeedCheckpointEngine:
             "files": self._owners_of_all(collected),
         }
         checkpointer.save(step, replicated={HEADER: header}, local=local, eager=(CHANGING,))
+        self._saved_to.add(self._folder)
         self._tags[step] = name
         return True
 
@@ -378,7 +381,8 @@ class DeepSpeedCheckpointEngine:
         name = os.path.abspath(name)
         if self._checkpointer is None or name != self._folder:
             self._leave()
-            self._checkpointer = attach(name, self._config, on_event=self._on_event)
+            config = replace(self._config, old_steps="keep") if name in self._saved_to else self._config
+            self._checkpointer = attach(name, config, on_event=self._on_event)
             if name != self._folder:
                 self._folder, self._tags = name, {}
         return self._checkpointer
