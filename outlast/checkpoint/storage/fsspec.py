@@ -150,19 +150,21 @@ class FsspecStore:
 
     def read(self, path: str, at_most_bytes: int = MAX_DOCUMENT_BYTES) -> Buffer:
         self._fs.invalidate_cache()
-        info = self._do(path, lambda: self._fs.info(self._at(path)))
+        info = self._read(path, self._fs.info)
         if info["type"] != "file":
             raise OSError(errno.EINVAL, f"it is a {info['type']}, not a file", f"{self.url}/{path}")
         if info.get("size") is not None and info["size"] > at_most_bytes:
             raise FileTooLarge(f"{self.url}/{path}", int(info["size"]), at_most_bytes)
+        return np.frombuffer(bytearray(self._read(path, self._fs.cat_file)), np.uint8)
+
+    def _read(self, path: str, ask: Callable[[str], Any]) -> Any:
         try:
-            data = self._do(path, lambda: self._fs.cat_file(self._at(path)))
+            return self._do(path, lambda: ask(self._at(path)))
         except (FileNotFoundError, PermissionError, ConnectionError):
             raise
         except OSError as error:
             # Unlike on a disk, this says nothing about the file: a damaged object can be read all the same.
             raise ConnectionError(str(error)) from error
-        return np.frombuffer(bytearray(data), np.uint8)
 
     def read_into(self, path: str, out: memoryview, seen: Callable[[memoryview], object], at_most_bytes: int) -> bytes:
         data = self.read(path, at_most_bytes).data

@@ -88,8 +88,10 @@ def test_save_restore_save_anew_prune(url: str) -> None:
 
 def test_a_bucket_that_is_not_there(s3_server: Server) -> None:
     with s3_server.used():
-        with pytest.raises(CheckpointError, match=r"s3://bukcet/run.*the bucket does not exist"):
-            checkpointer("s3://bukcet/run")
+        with checkpointer("s3://bukcet/run") as opened:  # which asks for nothing yet
+            for act in (lambda: opened.restore("auto"), opened.claim):
+                with pytest.raises(CheckpointError, match=r"s3://bukcet/run.*the bucket does not exist"):
+                    act()
         with pytest.raises(CheckpointError, match="the bucket does not exist"):
             list_steps("s3://bukcet/run")
 
