@@ -117,11 +117,16 @@ class OptimizerSteps:
 
 
 def live_scaler() -> GradScaler | None:
-    """A scaler of this process that has scaled a loss, if there is one; looks at all objects, so only for an error."""
-    for each in gc.get_objects():
-        if issubclass(type(each), GradScaler) and each.is_enabled() and getattr(each, "_scale", None) is not None:
-            return each  # type: ignore[no-any-return]
-    return None
+    """The scaler of this process that multiplies losses by most, if there is one that has multiplied any.
+
+    Looks at all objects, so only for an error.
+    """
+    scalers: list[GradScaler] = [
+        each
+        for each in gc.get_objects()
+        if issubclass(type(each), GradScaler) and each.is_enabled() and getattr(each, "_scale", None) is not None
+    ]
+    return max(scalers, key=lambda each: each.get_scale(), default=None)
 
 
 def _scaler_on_stack() -> GradScaler | None:
