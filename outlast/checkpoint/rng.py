@@ -2,8 +2,10 @@
 
 It is each rank's own, and the next forward pass changes it::
 
+    import outlast
     from outlast.checkpoint.rng import rng_state
 
+    checkpointer = outlast.checkpoint.attach("runs/mine/checkpoints")
     checkpointer.save(step, local={"rng": rng_state()}, eager={"rng"})
 """
 
