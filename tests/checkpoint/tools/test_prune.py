@@ -113,6 +113,50 @@ def test_on_an_object_store() -> None:
     assert [info.step for info in list_steps(url)] == [3]
 
 
+def archived(url: Path, archive: Path, *steps: int) -> dict[str, bytes]:
+    """Move steps to another disk, with links in their place; what is there then."""
+    archive.mkdir()
+    for step in steps:
+        (url / NAMES[step]).rename(archive / NAMES[step])
+        (url / NAMES[step]).symlink_to(archive / NAMES[step])
+    return contents(archive)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_step_in_an_archive_loses_its_link_alone(tmp_path: Path) -> None:
+    url, archive = tmp_path / "run", tmp_path / "archive"
+    save_steps(url, 1, 2, 3)
+    before = archived(url, archive, 1, 2)
+    assert [item.step for item in prune(url, 1).removed] == [1, 2]
+    assert steps_at(url) == [NAMES[3]]
+    assert contents(archive) == before
+
+
+def test_a_save_that_removes_old_steps_leaves_an_archive_alone(tmp_path: Path) -> None:
+    url, archive = tmp_path / "run", tmp_path / "archive"
+    save_steps(url, 1, 2)
+    before = archived(url, archive, 1)
+    save_steps(url, 3, attempt_id="two", old_steps="keep", keep_last=2)
+    assert steps_at(url) == [NAMES[2], NAMES[3]]
+    assert contents(archive) == before
+
+
+def test_a_cut_off_save_in_an_archive_loses_its_link_alone(tmp_path: Path) -> None:
+    url, archive = tmp_path / "run", tmp_path / "archive"
+    save_steps(url, 1, 2)
+    (url / NAMES[1] / "commit.json").unlink()
+    (url / NAMES[1] / "votes" / "rank_00000.json").unlink()
+    before = archived(url, archive, 1)
+    with checkpointer(url, attempt_id="two") as again:
+        assert again.restore("auto") is not None
+        again.wait_copied()  # the run goes on: it clears away what was cut off
+    assert not (url / NAMES[1]).is_symlink()
+    assert contents(archive) == before
+
+
 def test_bad_calls(tmp_path: Path) -> None:
     with pytest.raises(OutOfRange, match="keep-last = 0"):
         prune(tmp_path, 0)
