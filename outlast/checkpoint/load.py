@@ -20,7 +20,7 @@ from outlast.checkpoint.format.step_number import as_step
 from outlast.checkpoint.peers.collectives import Agreement
 from outlast.checkpoint.restore.candidates import Candidate
 from outlast.checkpoint.restore.housekeeping import find_steps
-from outlast.checkpoint.restore.load import Loader, Restored
+from outlast.checkpoint.restore.load import Loader, Restored, read_local_of
 from outlast.checkpoint.restore.messages import Failure, all_gather_messages
 from outlast.checkpoint.restore.request import RestoreContext, agree_on_request
 from outlast.checkpoint.state.selection import Rename, make_selection
@@ -194,12 +194,7 @@ def _read_local(store: Store, step: int, world_size: int, rank: int) -> dict[str
     if not 0 <= rank < world_size:
         raise CheckpointError(f"step {step} has no rank {rank}", f"it was saved by {world_size} ranks, from 0")
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="outlast-load") as io:
-        try:
-            return StepReader(store, step, io).load(rank)
-        except Fault as fault:
-            raise as_error(fault, store, step) from fault
-        except OSError as error:
-            raise CheckpointError(f"{store.url} cannot be read: {error}") from error
+        return read_local_of(StepReader(store, step, io), store, rank)
 
 
 def _discard(event: Event) -> None:

@@ -164,6 +164,7 @@ def dynamic_handler(params: RendezvousParameters, run_dir: Path) -> RendezvousHa
 
     Raises:
         RendezvousError: as torchelastic's.
+        ValueError: a number of ``--rdzv-conf`` is not positive.
         LaunchError: the run's secret cannot be read or made.
     """
     alone = params.max_nodes == 1
@@ -171,7 +172,7 @@ def dynamic_handler(params: RendezvousParameters, run_dir: Path) -> RendezvousHa
     store: Store
     if alone and params.endpoint == f"{LOOPBACK}:0":
         secret = secrets.token_bytes(32)  # nobody else needs it
-        store = loopback_store(timeout_s=float(params.get_as_int("read_timeout", 60) or 60))
+        store = loopback_store(timeout_s=_number(params, "read_timeout", 60))
         backend = C10dRendezvousBackend(store, params.run_id)
     else:
         secret = run_secret(run_dir)
@@ -186,14 +187,22 @@ def dynamic_handler(params: RendezvousParameters, run_dir: Path) -> RendezvousHa
         params.min_nodes,
         params.max_nodes,
         RendezvousTimeout(seconds("join"), seconds("last_call"), seconds("close"), seconds("heartbeat")),
-        keep_alive_interval=timedelta(seconds=params.get_as_int("keep_alive_interval", 5) or 5),
-        keep_alive_max_attempt=params.get_as_int("keep_alive_max_attempt", 3) or 3,
+        keep_alive_interval=timedelta(seconds=_number(params, "keep_alive_interval", 5)),
+        keep_alive_max_attempt=_number(params, "keep_alive_max_attempt", 3),
     )
     backend = AuthenticatedBackend(backend, secret, params.run_id)
     node = _Handler._node_desc_generator.generate(params.local_addr)
     handler = _Handler(node, settings, backend.name, store, StateHolder(backend, settings))
     handler.loopback = alone and params.local_addr == LOOPBACK
     return handler
+
+
+def _number(params: RendezvousParameters, key: str, default: int) -> int:
+    """One of ``--rdzv-conf``; raises ValueError unless it is positive."""
+    value = params.get_as_int(key, default)
+    if value is None or value <= 0:
+        raise ValueError(f"--rdzv-conf {key}={value} is not positive")
+    return value
 
 
 def run_secret(run_dir: Path) -> bytes:

@@ -17,7 +17,7 @@ _DIGEST = re.compile(r"~k[0-9a-f]{32}")
 _SHOWN = 80
 
 
-def check_file(path: str, *, chunk: bool, rank: int) -> None:
+def check_path(path: str, *, chunk: bool, rank: int) -> None:
     """Check the path of a file that a vote lists.
 
     Args:

@@ -27,7 +27,7 @@ from outlast.checkpoint.format.fields import (
     only,
     parse,
 )
-from outlast.checkpoint.format.file_paths import check_file as check_path
+from outlast.checkpoint.format.file_paths import check_path
 from outlast.checkpoint.format.names import COMMIT, VOTES, rank_name
 from outlast.errors import CheckpointError, CorruptCheckpoint, UnknownFormatVersion
 

@@ -158,7 +158,7 @@ class Loader:
         bytes_by_tier = Counter(source.bytes_by_tier.counts if source is not None else {})
         if reader.stored_bytes:
             bytes_by_tier[STORAGE] += reader.stored_bytes
-        read_local = partial(_read_local, reader, context.store)
+        read_local = partial(read_local_of, reader, context.store)
         as_saved = selection.takes_all and matched.is_as_saved
         return Restored(step, replicated, local, saved_by, read_local, matched.not_taken, as_saved), bytes_by_tier
 
@@ -199,7 +199,12 @@ def _is_in_storage(store: Store, save: SaveOnNodes) -> bool:
     return (commit.attempt_id, commit.save_id) == save.key and commit.votes == save.commit.votes
 
 
-def _read_local(reader: StepReader, store: Store, rank: int) -> dict[str, Any]:
+def read_local_of(reader: StepReader, store: Store, rank: int) -> dict[str, Any]:
+    """A rank's own state of a step.
+
+    Raises:
+        CheckpointError: it is damaged, or the storage cannot be read.
+    """
     try:
         return reader.load(rank)
     except Fault as fault:

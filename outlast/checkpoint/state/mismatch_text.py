@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from outlast.errors import StateMismatch
@@ -54,9 +54,6 @@ def _advice(mismatches: Sequence[Mismatch], saved: Mapping[str, TensorType], run
         f"to take the {fit} tensors that fit and leave the others as they are (a new head, say), pass strict=False: "
         "what was not taken is in `not_taken` then; or run with the settings that the checkpoint was saved with"
     )
-
-
-_Recognise = Callable[[Mapping[str, list[str]], Mapping[str, "TensorType"], Mapping[str, "TensorType"]], str]
 
 
 def _other_types(of_kind: Mapping[str, list[str]], saved: Mapping[str, TensorType], _: Mapping[str, TensorType]) -> str:

@@ -9,15 +9,14 @@ import torch
 
 from outlast.comm.auto.policy import (
     DENSE_STEPS,
-    Candidate,
     Choice,
+    candidate,
     candidates,
     choose,
     measure_codec,
     measure_link,
     shapes_of,
     timing_of,
-    wire_bytes,
 )
 from outlast.comm.config import CommConfig
 from outlast.comm.exchange.stats import ReduceMeter
@@ -71,8 +70,8 @@ class Auto:
         numel = sum(state.param.numel() for state in compressed)
         options = []
         for config in candidates(self._config):
-            sent = wire_bytes(config, shapes, total - numel, communicator.world_size)
-            codec_s = measure_codec(config, communicator, self._device) * numel
-            rounds = 1 if config.transport == "all-gather" and config.compressor != "dense" else 2
-            options.append(Candidate(config, sent, rounds * buckets, codec_s))
+            codec_s_per_entry = measure_codec(config, communicator, self._device)
+            options.append(
+                candidate(config, shapes, total - numel, communicator.world_size, buckets, codec_s_per_entry)
+            )
         return choose(options, link, timing, buckets)

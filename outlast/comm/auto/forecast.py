@@ -7,16 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from outlast.comm.auto.policy import Candidate, Link, Timing, codec_s_per_entry, predict, wire_bytes
-from outlast.comm.config import CommConfig, two_phase
+from outlast.comm.auto.policy import Link, Timing, candidate, candidates, codec_s_per_entry, predict, wire_s
+from outlast.comm.config import CommConfig
 from outlast.config import require
 
 METHODS = (
-    CommConfig(compressor="dense", target="gradient"),
-    CommConfig(compressor="int8", target="gradient", feedback="ef21", transport="two-phase"),
-    CommConfig(compressor="int4", target="gradient", feedback="ef21", transport="two-phase"),
-    CommConfig(compressor="topk", target="update", density=0.02),
-    CommConfig(compressor="topk", target="update", density=0.01),
+    *candidates(CommConfig(compressor="auto", target="gradient")),
+    *candidates(CommConfig(compressor="auto", target="update"))[1:],
 )
 """Dense first; then those that ``compressor = "auto"`` chooses from. docs/compression.md has their cost in loss."""
 
@@ -71,10 +68,7 @@ def forecast(
     buckets = -(-numel // bucket_numel)
     rows = []
     for config in methods:
-        sent = wire_bytes(config, shapes, 0, nodes)
-        codec_s = codec_s_per_entry(config, nodes, device) * numel
-        rounds = 2 if config.compressor == "dense" or two_phase(config, nodes) else 1
-        candidate = Candidate(config, sent, rounds * buckets, codec_s)
-        wire_s = candidate.collectives * link.latency_s + sent / link.bytes_per_s
-        rows.append(Forecast(config.describe(), sent, codec_s, wire_s, predict(candidate, link, timing, buckets)))
+        option = candidate(config, shapes, 0, nodes, buckets, codec_s_per_entry(config, nodes, device))
+        step_s = predict(option, link, timing, buckets)
+        rows.append(Forecast(config.describe(), option.wire_bytes, option.codec_s, wire_s(option, link), step_s))
     return rows

@@ -81,17 +81,37 @@ class Choice:
     """One line."""
 
 
+def candidate(
+    config: CommConfig,
+    shapes: Mapping[tuple[int, ...], int],
+    whole_numel: int,
+    n: int,
+    buckets: int,
+    codec_s_per_entry: float,
+) -> Candidate:
+    """One method for what :func:`wire_bytes` describes, with its codec's measured speed."""
+    numel = sum(count * torch.Size(shape).numel() for shape, count in shapes.items())
+    rounds = 1 if config.transport == "all-gather" and config.compressor != "dense" else 2
+    sent = wire_bytes(config, shapes, whole_numel, n)
+    return Candidate(config, sent, rounds * buckets, codec_s_per_entry * numel)
+
+
+def wire_s(option: Candidate, link: Link) -> float:
+    """Seconds of the link in a step, hidden behind backward or not."""
+    return option.collectives * link.latency_s + option.wire_bytes / link.bytes_per_s
+
+
 def candidates(config: CommConfig) -> list[CommConfig]:
     """What ``compressor = "auto"`` may become; dense first."""
     dense = replace(config, compressor="dense")
     return [dense, *(replace(config, **settings) for settings in _CANDIDATES[config.target])]  # type: ignore[arg-type]
 
 
-def predict(candidate: Candidate, link: Link, timing: Timing, buckets: int) -> float:
+def predict(option: Candidate, link: Link, timing: Timing, buckets: int) -> float:
     """Seconds a step: compute, codec, and the wire time that backward cannot hide, at least the last bucket's."""
-    wire_s = candidate.collectives * link.latency_s + candidate.wire_bytes / link.bytes_per_s
-    exposed_s = max(wire_s - timing.hidden_s, wire_s / max(1, buckets))
-    return timing.step_s + candidate.codec_s + exposed_s
+    on_link_s = wire_s(option, link)
+    exposed_s = max(on_link_s - timing.hidden_s, on_link_s / max(1, buckets))
+    return timing.step_s + option.codec_s + exposed_s
 
 
 def choose(options: Sequence[Candidate], link: Link, timing: Timing, buckets: int) -> Choice:

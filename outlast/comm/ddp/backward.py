@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from outlast.comm.ddp.averager import BucketAverager
 from outlast.comm.ddp.checks import check_bucket, refuse_ddp, refuse_sparse
 from outlast.comm.ddp.hook import Bucket, BucketFuture, at_end_of_backward, in_backward, take_slot
 from outlast.comm.ddp.used import UsedParameters
 from outlast.comm.transport.stream import DeviceStream
 from outlast.errors import CommError
-
-
-class Averager(Protocol):
-    """What averages the buckets."""
-
-    def name_of(self, param: Tensor) -> str:
-        """The parameter's name; raises CommError for one that is not known."""
-
-    def begin_bucket(self, index: int, params: Sequence[Tensor], used: Sequence[bool] | None, shadow: bool) -> None:
-        """A bucket is about to be averaged; raises CommError where it must not be. With ``shadow`` it is of zeros, so
-        that others can average theirs."""
-
-    def start_bucket(
-        self,
-        index: int,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        used: Sequence[bool] | None,
-        on_written: Callable[[], None],
-    ) -> None:
-        """Average it, and call ``on_written``. Returns at once."""
-
-    def end_backward(self) -> None:
-        """There are no more buckets."""
-
-    def settle(self) -> None:
-        """Wait until all buckets are averaged; raises what kept one from it."""
-
-    def give_up(self, error: BaseException) -> None:
-        """The pass cannot be completed; the reducer fails if any of it is under way."""
 
 
 class DdpBackward:
@@ -64,7 +32,7 @@ class DdpBackward:
         CommError: a setting of DDP, or a gradient of the model, that cannot be averaged.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, averager: Averager, stream: DeviceStream) -> None:
+    def __init__(self, ddp: DistributedDataParallel, averager: BucketAverager, stream: DeviceStream) -> None:
         refuse_ddp(ddp)
         refuse_sparse(ddp.module)
         self._ddp = ddp

@@ -33,11 +33,6 @@ class StepLedger:
         """Whether the caller names steps, and so says itself which averages belong to one."""
         return self._given
 
-    @property
-    def failed(self) -> bool:
-        """Whether an exchange has failed."""
-        return self._failure is not None
-
     def begin(self, step: int) -> None:
         """Open ``step`` for a caller that names steps; from now on it must name every step.
 

@@ -28,6 +28,8 @@ SHARED_PHASES = ("eval", "data")
 """Phases that all ranks enter together and leave at about the same time: a rank that its peers wait for is late."""
 AWAITED_SHARE = 0.5
 """A rank is blamed for what its peers wait in only once they have waited for this share of its limit."""
+LONGEST_AWAITED_S = 60.0
+"""A limit beyond this counts as this there: peers inside a collective do not wait half of a phase's long limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +227,9 @@ def judge(ranks: Sequence[Observation], rules: StallRules, now_s: float) -> Stal
         return verdict(halted, weak=False)
     outside = [one for one in silent if not one.pending]
     awaited = [
-        one for one in outside if one in late or longest_s[one.rank] >= AWAITED_SHARE * min(one.limit_s(rules), 60.0)
+        one
+        for one in outside
+        if one in late or longest_s[one.rank] >= AWAITED_SHARE * min(one.limit_s(rules), LONGEST_AWAITED_S)
     ]
     if awaited:
         return verdict(awaited, weak=False)
