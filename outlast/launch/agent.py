@@ -23,6 +23,7 @@ from outlast.events import EventLog, HangFound, WorkersFailed, WorkersStarted
 from outlast.launch.config import LaunchConfig
 from outlast.launch.failures import NO_RESTART_STATUS, RankFailure
 from outlast.launch.hang_watch import HangWatch
+from outlast.launch.orphans import Guard, end_orphans, find_orphans, shown
 from outlast.launch.place import requeues
 from outlast.launch.processes import RankProcesses, dump_stacks
 from outlast.launch.rank_output import RankOutput
@@ -44,6 +45,7 @@ class WatchedAgent(LocalElasticAgent):
       killed; torchelastic then sees a failed process;
     - when a rank has failed, those of its peers that cannot react to SIGTERM (stopped, or inside a collective that will
       never end) are killed first, and the others get ``stop_grace_s`` instead of torchelastic's 30 s;
+    - what ranks that failed or were ended have left behind is ended too;
     - the ranks of each rendezvous round get a fresh store;
     - starts, hangs and failures are written as events.
 
@@ -54,10 +56,18 @@ class WatchedAgent(LocalElasticAgent):
         run_dir: the run's directory.
         events: where events are written; the agent keeps its generation equal to the ranks'.
         host: this node's name in events.
+        guard: ends the ranks if this process dies.
     """
 
     def __init__(
-        self, spec: WorkerSpec, output: RankOutput, config: LaunchConfig, run_dir: Path, events: EventLog, host: str
+        self,
+        spec: WorkerSpec,
+        output: RankOutput,
+        config: LaunchConfig,
+        run_dir: Path,
+        events: EventLog,
+        host: str,
+        guard: Guard,
     ) -> None:
         super().__init__(
             spec,
@@ -74,6 +84,7 @@ class WatchedAgent(LocalElasticAgent):
         self._run_dir = run_dir
         self._events = events
         self._host = host
+        self._guard = guard
         self._processes: RankProcesses | None = None
         self._watch = HangWatch(run_dir, config) if config.watch else None
         self._hung: dict[int, Culprit] = {}
@@ -116,7 +127,9 @@ class WatchedAgent(LocalElasticAgent):
         self._hung = {}
         self._ended = {}
         started_at = time.time()
+        self._guard.watch()
         pids: dict[int, Any] = super()._start_workers(worker_group)
+        self._guard.watch(pids.values())
         assert isinstance(self._pcontext, SubprocessContext)  # as always where the entrypoint is a program
         local_ranks = {worker.global_rank: worker.local_rank for worker in worker_group.workers}
         logs = self._run_dir / "attempts" / "latest" / "logs"
@@ -182,6 +195,21 @@ class WatchedAgent(LocalElasticAgent):
         if self._pcontext is not None:
             self._pcontext.close(signal.SIGTERM, int(self._config.stop_grace_s))
         super()._shutdown(signal.SIGTERM)  # up to torch 2.11 it takes no time limit
+        self._end_orphans()
+        self._guard.rest()
+
+    def _end_orphans(self) -> None:
+        """End what the ranks have left behind; after success it is only told, for it may be meant to go on."""
+        mark, sessions = self._output.mark, self._processes.sessions() if self._processes is not None else {}
+        if self._worker_group.state == WorkerState.SUCCEEDED:
+            if found := find_orphans(mark, sessions):
+                log.warning("outlast: the ranks have ended, but not what they started: %s", shown(found))
+            return
+        ended, left = end_orphans(mark, sessions)
+        if ended:
+            log.warning("outlast: ended what the ranks had left behind: %s", shown(ended))
+        if left:
+            log.error("outlast: these processes of the ranks do not die of SIGKILL: %s", shown(left))
 
     @property
     def ranks(self) -> tuple[int, ...]:
