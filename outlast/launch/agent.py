@@ -20,6 +20,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 
 from outlast.diagnostics.live import Culprit
 from outlast.events import EventLog, HangFound, WorkersFailed, WorkersStarted
+from outlast.launch.backoff import Backoff
 from outlast.launch.config import LaunchConfig
 from outlast.launch.failures import NO_RESTART_STATUS, RankFailure
 from outlast.launch.hang_watch import HangWatch
@@ -91,6 +92,9 @@ class WatchedAgent(LocalElasticAgent):
         self._waits = False
         self._ended: dict[int, int] = {}
         self._requeues = requeues(os.environ)
+        self._backoff = Backoff(config.backoff_s, config.longest_backoff_s)
+        self._backoff_s = 0.0
+        self._started_s = time.monotonic()
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         """Meet the other nodes, with a fresh store for the ranks. Collective over the agents of the job.
@@ -126,7 +130,7 @@ class WatchedAgent(LocalElasticAgent):
             self._watch.begin(ranks)
         self._hung = {}
         self._ended = {}
-        started_at = time.time()
+        started_at, self._started_s = time.time(), time.monotonic()
         self._guard.watch()
         pids: dict[int, Any] = super()._start_workers(worker_group)
         self._guard.watch(pids.values())
@@ -145,6 +149,14 @@ class WatchedAgent(LocalElasticAgent):
             )
         )
         return pids
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        """Restart the ranks, after a wait if they fail again and again; the old ones are ended before it."""
+        wait_s, self._backoff_s = self._backoff_s, 0.0
+        if wait_s > 0.0:
+            self._stop_workers(worker_group)
+            time.sleep(wait_s)
+        super()._restart_workers(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         processes = self._processes
@@ -270,6 +282,24 @@ class WatchedAgent(LocalElasticAgent):
         waiting = [observation.rank for observation in observed if observation.pending]
         processes.end(waiting, self._config.stop_grace_s)
 
+    def _tell_restart(self) -> None:
+        step = self._watch.furthest_step(self.ranks) if self._watch is not None else None
+        lasted_s = time.monotonic() - self._started_s
+        self._backoff_s = wait_s = self._backoff.after(step, lasted_s)
+        left = self._remaining_restarts - 1
+        if wait_s == 0.0:
+            log.warning("outlast: restarting the ranks; %d restarts left after this", left)
+            return
+        where = f"after {lasted_s:.1f} s" if step is None else f"no further than step {step}"
+        log.warning(
+            "outlast: the ranks failed %s%s; restarting them in %.3g s (launch.backoff_s); %d restarts left after "
+            "this; Ctrl-C, or SIGTERM to this launcher, ends the job",
+            "before their first step" if step == 0 else where,
+            f", {self._backoff.in_vain} times in a row" if self._backoff.in_vain > 1 else "",
+            wait_s,
+            left,
+        )
+
     def _write_failure(self, result: RunResult) -> None:
         if not self.failures:  # a rank failed between our poll and torchelastic's
             self.failures = [
@@ -282,7 +312,7 @@ class WatchedAgent(LocalElasticAgent):
         for failure in (failure for failure in self.failures if not failure.hang):
             log.error("outlast: rank %d (pid %d) %s", failure.rank, failure.pid, failure.reason)
         if restarting:
-            log.warning("outlast: restarting the ranks; %d restarts left after this", self._remaining_restarts - 1)
+            self._tell_restart()
         self._events.write(
             WorkersFailed(
                 host=self._host,

@@ -12,7 +12,7 @@ from tests.helpers import clean_env, events
 
 HERE = Path(__file__).parent
 RANK = str(HERE / "rank.py")
-QUICK = {"hang_floor_s": 2.0, "hang_factor": 1.0, "monitor_interval_s": 0.2}
+QUICK = {"hang_floor_s": 2.0, "hang_factor": 1.0, "monitor_interval_s": 0.2, "backoff_s": 0.1}
 STARTED: list[Job] = []
 """Launchers that the fixture of conftest ends."""
 
@@ -37,6 +37,12 @@ def finish(job: Job, run: Path, status: int = 0) -> str:
     text = run.with_suffix(".log").read_text()
     assert found == status, text
     return text
+
+
+def told(run: Path) -> str:
+    """What the launcher and rank 0 have written so far."""
+    log = run.with_suffix(".log")
+    return log.read_text() if log.exists() else ""
 
 
 def steps(run: Path) -> list[tuple[int, int, int]]:

@@ -12,7 +12,7 @@ import pytest
 
 from outlast.launch.orphans import MARK, end_orphans
 from tests.helpers import wait_for
-from tests.launch.jobs import HERE, finish, start
+from tests.launch.jobs import HERE, finish, start, told
 
 PARENT = str(HERE / "parent.py")
 OURS = ("worker", "shell", "wiped")
@@ -60,7 +60,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(run: Path) -> None:
     assert len(alive(pids)) == 5
     job.kill()
     wait_for(lambda: alive(pids) == ["daemon"])
-    wait_for(lambda: "the launcher has gone; its ranks' processes were ended: " in run.with_suffix(".log").read_text())
+    wait_for(lambda: "the launcher has gone; its ranks' processes were ended: " in told(run))
 
 
 def test_nothing_outlives_a_launcher_that_is_told_to_end(run: Path) -> None:
