@@ -103,8 +103,8 @@ class CommitProtocol:
                 if left_s <= 0:
                     names = ", ".join(map(str, absent))
                     raise CheckpointError(
-                        f"no vote within {self._timeout_s:g} s from rank {names}: it has not called save() for this step, "
-                        "which every rank must, or its copy takes longer"
+                        f"no vote within {self._timeout_s:g} s from rank {names}: it has not called save() for this "
+                        "step, which every rank must, or its copy takes longer"
                     )
                 check_cancelled()
                 self._changed.wait(min(left_s, _POLL_S))

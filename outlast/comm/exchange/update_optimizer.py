@@ -1,7 +1,7 @@
 """Which optimizers may apply an averaged update: with ``target = "update"`` the step is ``x -= lr * grad``.
 
-What is averaged then is the direction in which Adam would go. An optimizer that takes it for a gradient, and adapts to it
-or gives it a momentum once more, trains, and trains badly without a sign of it.
+What is averaged then is the direction in which Adam would go. An optimizer that takes it for a gradient, and adapts to
+it or gives it a momentum once more, trains, and trains badly without a sign of it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def refuse_other_than_sgd(optimizer: Any) -> None:
         momentum = max((float(group.get("momentum", 0.0)) for group in optimizer.param_groups), default=0.0)
         if momentum > 0:
             raise CommError(
-                f"comm.target = 'update', but the optimizer is SGD with momentum = {momentum:g}: the averaged update "
-                "already holds back what was not sent, and would be applied several times over",
-                "make it torch.optim.SGD without momentum (a first moment is set with direction=outlast.comm.direction.Adam(beta1=...)); "
-                + _KEEP,
+                f"comm.target = 'update', but the optimizer is SGD with momentum = {momentum:g}, which would apply each "
+                "averaged update several times over",
+                "make it torch.optim.SGD without momentum; the reducer's own first moment is set by "
+                "attach(..., direction=outlast.comm.direction.Adam(beta1=...)); " + _KEEP,
             )
         return
     if any(isinstance(inner, Optimizer) for inner in vars(optimizer).values()):
@@ -41,9 +41,9 @@ def refuse_other_than_sgd(optimizer: Any) -> None:
     lr = f"{float(rate):g}" if isinstance(rate, (int, float)) else "..."
     kind = type(optimizer).__name__
     raise CommError(
-        f"comm.target = 'update', but the optimizer is {kind}: what is averaged is the direction in which Adam would go, "
-        f"with Adam's moments in the reducer, and {kind} would take it for a gradient",
-        f"make the optimizer torch.optim.SGD(parameters, lr={lr}, weight_decay=...), which applies that direction as AdamW "
-        "would (leave out clip_grad_norm_ with it: no gradient is left to clip); if it does nothing but x -= lr * grad, "
-        "make it a subclass of SGD; " + _KEEP,
+        f"comm.target = 'update', but the optimizer is {kind}: what is averaged is the direction in which Adam would "
+        f"go, with Adam's moments in the reducer, and {kind} would take it for a gradient",
+        f"make the optimizer torch.optim.SGD(parameters, lr={lr}, weight_decay=...), which goes in that direction as "
+        "AdamW would (leave out clip_grad_norm_ with it: no gradient is left to clip); if it does nothing but "
+        "x -= lr * grad, make it a subclass of SGD; " + _KEEP,
     )

@@ -91,7 +91,10 @@ def split(slots: Slots) -> SplitSlots:
 
 
 def check_meta(
-    saved: Mapping[str, Any], expected: Mapping[str, Any], keys: Iterable[str], remedies: Mapping[str, str] | None = None
+    saved: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    keys: Iterable[str],
+    remedies: Mapping[str, str] | None = None,
 ) -> None:
     """Compare the ``meta`` of a state with this run's.
 
