@@ -28,7 +28,7 @@ def refuse_other_than_sgd(optimizer: Any) -> None:
         momentum = max((float(group.get("momentum", 0.0)) for group in optimizer.param_groups), default=0.0)
         if momentum > 0:
             raise CommError(
-                f"comm.target = 'update', but the optimizer is SGD with momentum = {momentum:g}, which would apply each "
+                f"comm.target = 'update', but the optimizer is SGD with momentum = {momentum:g}, which would apply an "
                 "averaged update several times over",
                 "make it torch.optim.SGD without momentum; the reducer's own first moment is set by "
                 "attach(..., direction=outlast.comm.direction.Adam(beta1=...)); " + _KEEP,
