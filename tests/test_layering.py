@@ -59,7 +59,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"processes"},
         {"hang_watch", "failures", "rank_output"},
         {"place"},
-        {"flags", "node_clocks", "ports", "slurm", "parent_death", "config"},
+        {"backoff", "flags", "node_clocks", "orphans", "ports", "slurm", "parent_death", "config"},
     ],
     "trainer": [
         {"__main__"},
