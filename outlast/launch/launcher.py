@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from outlast.events import EventLog
 from outlast.launch.failures import RESUME_STATUS, WATCHED, ranks_failed
 from outlast.launch.flags import DEFAULT_PORT
 from outlast.launch.notice import NOTICE_FILE
+from outlast.launch.orphans import Guard
 from outlast.launch.ports import check_port
 from outlast.launch.rendezvous import Rendezvous, resolve
 from outlast.launch.spec import LaunchSpec
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
     from outlast.launch.notice_relay import NoticeRelay
+    from outlast.launch.rank_output import RankOutput
 
 PARENT_DEATH = Path(__file__).with_name("parent_death.py")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
@@ -122,11 +125,18 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     from outlast.launch.notice_relay import NoticeRelay
+    from outlast.launch.rank_output import RankOutput
 
-    with _signals_restored(), _quiet(TORCHELASTIC_NOISE), NoticeRelay(spec) as relay:
+    output = RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host)
+    with (
+        _signals_restored(),
+        _quiet(TORCHELASTIC_NOISE),
+        NoticeRelay(spec) as relay,
+        closing(Guard(output.mark)) as guard,
+        _environment({} if relay.file is None else {NOTICE_FILE: str(relay.file)}),
+    ):
         try:
-            with _environment({} if relay.file is None else {NOTICE_FILE: str(relay.file)}):
-                _supervise(spec, rendezvous, ranks, host, events, relay)
+            _supervise(spec, rendezvous, ranks, host, events, output, relay, guard)
         except SignalException as error:
             signum = error.sigval
             if spec.obeys_notice and signum == relay.notice and not relay.loses:
@@ -147,14 +157,20 @@ def _tell_loss(notice: signal.Signals, what: str, run_dir: Path) -> None:
 
 
 def _supervise(
-    spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, events: EventLog, relay: NoticeRelay
+    spec: LaunchSpec,
+    rendezvous: Rendezvous,
+    ranks: int,
+    host: str,
+    events: EventLog,
+    output: RankOutput,
+    relay: NoticeRelay,
+    guard: Guard,
 ) -> None:
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     from outlast.launch.agent import WatchedAgent
-    from outlast.launch.rank_output import RankOutput
 
     config = spec.effective()
     handler = _handler(rendezvous, spec.run_dir)
@@ -177,12 +193,13 @@ def _supervise(
             master_port=master_port,
             local_addr=rendezvous.local_addr,
         ),
-        RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host),
+        output,
         config,
         spec.run_dir,
         events,
         host,
         relay,
+        guard,
     )
     try:
         result = agent.run()
