@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from outlast.errors import ConfigError, LaunchError, OutOfRange, RunDirectoryErr
 from outlast.events import EventLog
 from outlast.launch.failures import WATCHED, ranks_failed
 from outlast.launch.flags import DEFAULT_PORT
+from outlast.launch.orphans import Guard
 from outlast.launch.ports import check_port
 from outlast.launch.rendezvous import Rendezvous, resolve
 from outlast.launch.spec import LaunchSpec
@@ -118,7 +120,8 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
     from outlast.launch.rank_output import RankOutput
 
     config = spec.effective()
-    with _signals_restored(), _quiet(TORCHELASTIC_NOISE):
+    output = RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host)
+    with _signals_restored(), _quiet(TORCHELASTIC_NOISE), closing(Guard(output.mark)) as guard:
         handler = _handler(rendezvous, spec.run_dir)
         close = True  # close the rendezvous for all nodes when this launcher ends
         master_addr, master_port = rendezvous.host_and_port() if rendezvous.backend == "static" else (None, None)
@@ -139,11 +142,12 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
                 master_port=master_port,
                 local_addr=rendezvous.local_addr,
             ),
-            RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host),
+            output,
             config,
             spec.run_dir,
             events,
             host,
+            guard,
         )
         try:
             result = agent.run()
