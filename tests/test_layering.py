@@ -55,11 +55,11 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "diagnostics": [{"doctor", "report"}, {"live"}, {"formatting", "config"}],
     "launch": [
         {"launcher"},
-        {"agent", "spec", "rendezvous", "trusted_rendezvous"},
-        {"processes"},
-        {"hang_watch", "failures", "rank_output"},
-        {"place"},
-        {"backoff", "flags", "node_clocks", "orphans", "ports", "slurm", "parent_death", "config"},
+        {"agent", "rendezvous", "trusted_rendezvous"},
+        {"notice_relay", "processes"},
+        {"hang_watch", "notice", "rank_output", "spec"},
+        {"failures", "place"},
+        {"backoff", "flags", "node_clocks", "notice_signals", "orphans", "ports", "slurm", "parent_death", "config"},
     ],
     "trainer": [
         {"__main__"},
@@ -266,7 +266,7 @@ FACES = {
         "render_html",
         "render_terminal",
     },
-    "launch": {"LaunchConfig", "LaunchFlags", "LaunchSpec", "Place", "dry_run", "find_place", "launch"},
+    "launch": {"LaunchConfig", "LaunchFlags", "LaunchSpec", "Notice", "Place", "dry_run", "find_place", "launch"},
     "trainer": {
         "GPT",
         "Config",
