@@ -49,7 +49,7 @@ def find_folder(url: str, root: Path = SHM_ROOT) -> Path | None:
     found: list[tuple[int, Path]] = []
     try:
         names = [name for name in os.listdir(root) if name == begin or name.startswith(f"{begin}-")]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the first is made, and the second told, when a folder is made
         return None
     except OSError as error:
         raise CheckpointError(f"{root} cannot be listed: {error}", "fix its permissions, or choose another") from error
