@@ -108,6 +108,7 @@ class StorageSave(SaveJob):
             if self._context.rank == 0:
                 catalog.retire(self._context.store, self.step)
                 retention.prune(self._context.store, self.step, self._context.config.keep_last)
+                retention.prune_asides(self._context.store, self.step, self._context.config.aside_keep_last)
         except Exception as error:
             # The thread ends here: the error becomes an event, or is raised in the training thread.
             if finished:
