@@ -49,7 +49,6 @@ from outlast.trainer import logs, process_group
 from outlast.trainer.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
 from outlast.trainer.data import Corpus, Loader, find_files, split_held_out
-from outlast.trainer.durability import Durability
 from outlast.trainer.engine import build_engine
 from outlast.trainer.failure_history import FailureHistory, read_failure_history
 from outlast.trainer.loop import train
@@ -137,7 +136,7 @@ def run_rank(config: Config, place: Place) -> None:
         if WATCHED not in os.environ:
             _remove_shared_memory(run)
         if place.rank == 0:
-            run.durability.check()
+            run.check_durable()
 
 
 def _claim_attempt(config: Config, device: torch.device, lease: Lease, *, resuming: bool) -> tuple[Attempt, str]:
@@ -195,11 +194,8 @@ def _build_run(
     history = read_failure_history(attempt) if auto else FailureHistory()
     schedule = CheckpointSchedule(config.checkpoint, place, device, history, recorder, events)
 
-    durability = Durability()
-
     def emit(event: Event) -> None:
         events.write(event)
-        durability.on_event(event)
         schedule.on_event(event)
 
     url = config.checkpoint.url if config.checkpoint.url is not None else str(attempt.run / "checkpoints")
@@ -231,7 +227,6 @@ def _build_run(
         loader=Loader(training, accumulate=config.trainer.accumulate, **order),
         held_out=Loader(held_out, accumulate=1, **order),
         checkpointer=checkpointer,
-        durability=durability,
         schedule=schedule,
         recorder=recorder,
         heartbeat=heartbeat,

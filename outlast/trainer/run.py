@@ -14,13 +14,12 @@ from torch import Tensor
 from outlast.checkpoint import Checkpointer, Restored
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.diagnostics import Heartbeat, Recorder
-from outlast.errors import StateMismatch
+from outlast.errors import NotDurable, StateMismatch
 from outlast.events import EvalDone, EventLog, StepDone
 from outlast.launch import Place
 from outlast.trainer.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
 from outlast.trainer.data import Loader
-from outlast.trainer.durability import Durability
 from outlast.trainer.engine import Engine
 from outlast.trainer.progress import Progress
 from outlast.trainer.run_directory import Attempt
@@ -40,7 +39,6 @@ class Run:
     loader: Loader
     held_out: Loader
     checkpointer: Checkpointer
-    durability: Durability
     schedule: CheckpointSchedule
     recorder: Recorder
     heartbeat: Heartbeat
@@ -50,6 +48,8 @@ class Run:
     last_step: int = field(init=False)
     _durable: bool = True
     """Whether the checkpoint that is due goes to storage."""
+    _not_durable: NotDurable | None = None
+    """Raised at the very end: reports come first."""
 
     def __post_init__(self) -> None:
         self.last_step = self.config.trainer.steps
@@ -168,7 +168,6 @@ class Run:
         if rank < ranks:
             load_rng_state(read_local(rank)["rng"])
         self.first_step = restored.step + 1
-        self.durability.committed = restored.step
         for line in changed if rank == 0 else ():
             _LOG.info("changed since step %d: %s", restored.step, line)
         if not same and rank == 0:
@@ -184,7 +183,15 @@ class Run:
     def finish(self) -> None:
         """Wait until the last checkpoint is committed or has failed, and then for all ranks. Collective."""
         self.heartbeat.beat("finish", self.last_step)
-        self.checkpointer.close()
+        try:
+            self.checkpointer.close()
+        except NotDurable as error:
+            self._not_durable = error
         token = self.recorder.enter("barrier", 0, "end of the run")
         dist.barrier()
         self.recorder.complete(token)
+
+    def check_durable(self) -> None:
+        """Raise :class:`NotDurable` if the last checkpoint of this finished run is not in storage."""
+        if self._not_durable is not None:
+            raise self._not_durable
