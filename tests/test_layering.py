@@ -56,7 +56,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "launch": [
         {"launcher"},
         {"agent", "spec", "rendezvous", "trusted_rendezvous"},
-        {"processes"},
+        {"joining", "processes"},
         {"hang_watch", "failures", "rank_output"},
         {"place"},
         {"backoff", "flags", "node_clocks", "orphans", "ports", "slurm", "parent_death", "config"},

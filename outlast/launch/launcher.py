@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from outlast.errors import ConfigError, LaunchError, OutOfRange, RunDirectoryError
 from outlast.events import EventLog
-from outlast.launch.failures import WATCHED, ranks_failed
+from outlast.launch.failures import WATCHED, first_line, ranks_failed
 from outlast.launch.flags import DEFAULT_PORT
 from outlast.launch.orphans import Guard
 from outlast.launch.ports import check_port
@@ -30,8 +30,13 @@ if TYPE_CHECKING:
 PARENT_DEATH = Path(__file__).with_name("parent_death.py")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
-TORCHELASTIC_NOISE = "torch.distributed.elastic.multiprocessing.api"
-"""It logs the first failed rank that it sees as the cause; the agent logs the likely cause instead."""
+TORCHELASTIC_NOISE = (
+    "torch.distributed.elastic.multiprocessing.api",  # logs the first failed rank that it sees as the cause
+    "torch.distributed.elastic.agent.server.api",
+    "torch.distributed.elastic.rendezvous.dynamic_rendezvous",  # logs tracebacks where a store is lost
+)
+"""Loggers whose messages the agent's and the launcher's own replace."""
+CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 
 log = logging.getLogger("outlast.launch")
 
@@ -56,6 +61,7 @@ def launch(spec: LaunchSpec) -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         raise LaunchError("launch() was called outside the main thread", "call it from the main thread")
+    _load_torch()
     rendezvous = resolve(spec.flags)
     if rendezvous.backend == "static" and spec.effective().max_restarts > 0:
         raise ConfigError(
@@ -112,6 +118,7 @@ def dry_run(spec: LaunchSpec) -> str:
 
 
 def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, events: EventLog) -> None:
+    import torch.distributed as dist
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -121,7 +128,7 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
 
     config = spec.effective()
     output = RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host)
-    with _signals_restored(), _quiet(TORCHELASTIC_NOISE), closing(Guard(output.mark)) as guard:
+    with _signals_restored(), _quiet(*TORCHELASTIC_NOISE), closing(Guard(output.mark)) as guard:
         handler = _handler(rendezvous, spec.run_dir)
         close = True  # close the rendezvous for all nodes when this launcher ends
         master_addr, master_port = rendezvous.host_and_port() if rendezvous.backend == "static" else (None, None)
@@ -170,14 +177,48 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
             signum = error.sigval if isinstance(error, SignalException) else signal.SIGINT
             agent.remove_shared_memory()
             raise SystemExit(128 + int(signum)) from error
-        except RendezvousError as error:
-            raise LaunchError(
-                f"the rendezvous at {rendezvous.endpoint} (id {rendezvous.run_id}) failed: {error}",
-                "make sure every node was started with the same endpoint, id and --nnodes, and can reach that host",
-            ) from error
+        except (RendezvousError, dist.DistError) as error:
+            raise _rendezvous_failed(error, rendezvous, handler) from error
         finally:
-            if close:
+            if close and agent.joined:  # never that of another job, or one that goes on without this node
                 handler.shutdown()
+
+
+def _rendezvous_failed(error: Exception, rendezvous: Rendezvous, handler: RendezvousHandler) -> LaunchError:
+    """What it means that the launchers cannot meet, or cannot meet again."""
+    from torch.distributed import DistError
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousClosedError,
+        RendezvousConnectionError,
+        RendezvousTimeoutError,
+    )
+
+    from outlast.launch.trusted_rendezvous import AuthenticatedHandler
+
+    where = f"{rendezvous.endpoint} (id {rendezvous.run_id})"
+    again = "once it is well, start the job again on all nodes: training goes on from the newest checkpoint"
+    if isinstance(error, (RendezvousConnectionError, DistError)):
+        return LaunchError(
+            f"the rendezvous at {where} is lost: the launcher there has ended, its node has failed, or the link to it "
+            f"is cut ({first_line(error.__cause__ or error)}); this node's ranks were ended",
+            again,
+        )
+    if isinstance(error, RendezvousClosedError):
+        return LaunchError(
+            f"the rendezvous at {where} is closed: the job has ended on another node",
+            "read that node's launcher for the cause; to start it again, start all nodes",
+        )
+    if isinstance(error, RendezvousTimeoutError) and isinstance(handler, AuthenticatedHandler) and handler.missing:
+        fewer = f"--nnodes 1:{rendezvous.max_nodes} lets the others go on without a node"
+        return LaunchError(
+            f"too few nodes at the rendezvous at {where} in the time for it (--rdzv-conf join_timeout): "
+            f"{handler.missing}",
+            f"start the job again on all nodes, with the same endpoint, id and --nnodes; {fewer}",
+        )
+    return LaunchError(
+        f"the rendezvous at {where} failed: {first_line(error)}",
+        "make sure every node was started with the same endpoint, id and --nnodes, and can reach that host",
+    )
 
 
 def _handler(rendezvous: Rendezvous, run_dir: Path) -> RendezvousHandler:
@@ -201,7 +242,7 @@ def _handler(rendezvous: Rendezvous, run_dir: Path) -> RendezvousHandler:
         return get_rendezvous_handler(params)
     except RendezvousError as error:
         raise LaunchError(
-            f"no connection to the rendezvous at {rendezvous.endpoint}: {error.__cause__ or error}",
+            f"no connection to the rendezvous at {rendezvous.endpoint}: {first_line(error.__cause__ or error)}",
             "make sure the launcher on that host is running, its port is open, and its name resolves here",
         ) from error
     except ValueError as error:
@@ -260,14 +301,23 @@ def _environment(added: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
+def _quiet(*names: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for logger in map(logging.getLogger, names):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
         yield
+
+
+def _load_torch() -> None:
+    """Load torch without its stores' warnings, which are frames of C++ for each lost connection. Ranks keep theirs."""
+    if "torch" in sys.modules or CPP_LOG_LEVEL in os.environ:
+        return
+    os.environ[CPP_LOG_LEVEL] = "ERROR"
+    try:
+        import torch.distributed  # noqa: F401
     finally:
-        logger.setLevel(before)
+        del os.environ[CPP_LOG_LEVEL]
 
 
 @contextlib.contextmanager
