@@ -39,7 +39,8 @@ class JoiningHolder(StateHolder):
         self._last_seen_s: dict[Any, float] = {}  # of nodes that took part in a round
         self._since_s = time.monotonic()
         self._next_s = self._since_s + FIRST_S
-        self._told_complete = False
+        self.spare = False
+        """Whether the job had all its nodes without this launcher."""
         self._round = -1
         self._in_round: set[Any] = set()
         self.missing = ""
@@ -112,8 +113,8 @@ class JoiningHolder(StateHolder):
                 f"another job has the rendezvous at {self._endpoint} with id {self._settings.run_id!r}: {others}",
                 "end that job, or give this one another port (--rdzv-endpoint HOST:PORT)",
             )
-        if not self._told_complete:
-            self._told_complete = True
+        if not self.spare:
+            self.spare = True
             log.warning(
                 "outlast: the job at %s (id %s) has all its %d nodes: %s; this launcher is a spare, and waits until "
                 "one of them leaves or the job ends. If that is another job, end this launcher, and give it another "

@@ -131,6 +131,12 @@ class AuthenticatedHandler(DynamicRendezvousHandler):
         holder = self._state_holder
         return holder.missing if isinstance(holder, JoiningHolder) else ""
 
+    @property
+    def spare(self) -> bool:
+        """Whether this launcher was told that the job has all its nodes without it."""
+        holder = self._state_holder
+        return isinstance(holder, JoiningHolder) and holder.spare
+
     def _create_tcp_store_server(self, master_addr: str, port: int) -> TCPStore:
         """The ranks' store; it listens on loopback if the job has one node."""
         if self.loopback:
