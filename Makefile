@@ -4,6 +4,8 @@
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
+# Test files side by side; the tests of one file stay together, in order.
+WORKERS ?= 2
 READY  := $(VENV)/.ready
 
 .PHONY: train test check docs bench clean env
@@ -19,7 +21,7 @@ train: $(READY)
 	$(BIN)/outlast launch configs/stdlib_gpt.toml --nproc-per-node 2 $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

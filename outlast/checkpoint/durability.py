@@ -49,6 +49,6 @@ class Durability:
             last = self._committed
             there = "nothing that this process saved is" if last is None else f"the newest that is: step {last}"
         raise NotDurable(
-            f"the last save failed: step {failed.step} is not durable ({there}): {failed.reason}",
+            f"step {failed.step} is not durable ({there}): {failed.reason}",
             "remove what the reason names and resume from there, which repeats the steps since",
         )

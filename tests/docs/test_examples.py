@@ -82,7 +82,7 @@ def run(rank: int, block: Block, prelude: str, folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(EXAMPLES) - set(NOT_RUN), key=lambda name: "deepspeed" in BLOCKS[name].code)
+    "name", sorted(set(EXAMPLES) - set(NOT_RUN), key=lambda name: ("deepspeed" in BLOCKS[name].code, name))
 )
 def test_it_runs(worlds: dict[int, Ranks], tmp_path: Path, name: str) -> None:
     block = BLOCKS[name]

@@ -15,9 +15,7 @@ from outlast.checkpoint.tools import list_steps, verify
 ROOT = Path(__file__).parents[3]
 NOTHING = ""
 BROKE = "ValueError: training broke"
-TOO_LARGE = (
-    "the last save failed: step 3 is not durable (the newest that is: step 2): OSError: [Errno 27] File too large"
-)
+TOO_LARGE = "step 3 is not durable (the newest that is: step 2): OSError: [Errno 27] File too large"
 EXPECTED: dict[str, tuple[int, list[int], str]] = {
     # how it ends: its status, the steps that are committed, and what it says last
     "falls_off": (0, [1, 2], NOTHING),
@@ -32,9 +30,9 @@ EXPECTED: dict[str, tuple[int, list[int], str]] = {
     "with_leaves_with_0": (0, [1, 2], NOTHING),
     "with_raises": (1, [1, 2], BROKE),
     "with_is_interrupted": (-2, [1, 2], "KeyboardInterrupt"),
-    "changes": (1, [1], "the last save failed: step 2 is not durable (the newest that is: step 1)"),
+    "changes": (1, [1], "step 2 is not durable (the newest that is: step 1)"),
     "waits_for_a_rank_that_is_gone": (1, [], "the process ended before the checkpoint was committed within 0.3 s"),
-    "fails": (1, [1, 2], "the last save failed: step 3 is not durable (the newest that is: step 2)"),
+    "fails": (1, [1, 2], "step 3 is not durable (the newest that is: step 2)"),
     "fails_and_closes": (1, [1, 2], f"outlast.errors.NotDurable: {TOO_LARGE}"),
     "fails_in_a_with_that_raises": (1, [1, 2], BROKE),
     "fails_before_it_succeeds": (0, [1, 2, 4], "checkpoint of step 3 failed: [Errno 27] File too large"),
