@@ -243,6 +243,18 @@ class WorkersFailed(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NoticeCame(Event):
+    """The launcher of a node was told to end, or heard that another one was: the ranks save a checkpoint and end."""
+
+    kind: ClassVar[str] = "notice"
+    host: str
+    signal: str
+    """E.g. ``SIGTERM``."""
+    grace_s: float
+    """Seconds that the ranks have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventsLost(Event):
     """Events before this line could not be written, e.g. because the disk was full."""
 
