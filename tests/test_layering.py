@@ -28,7 +28,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"convert", "deepspeed"},
         {"attach", "load"},
         {"tools", "checkpointer"},
-        {"start", "ending"},
+        {"start", "ending", "begin"},
         {"restore"},
         {"tiers"},
         {"save"},
@@ -36,7 +36,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"storage", "state"},
         {"format"},
         {"memory", "peers", "auto_interval", "rng"},
-        {"config", "durability", "process_exit"},
+        {"config", "durability", "process_exit", "shortage"},
     ],
     "comm": [
         {"attach"},
