@@ -22,6 +22,7 @@ import threading
 import time
 from concurrent.futures import Future
 
+from outlast.checkpoint import process_exit
 from outlast.checkpoint.format.names import COMMIT, STORAGE, failed_name, parse_failed, step_name, vote_path
 from outlast.checkpoint.format.records import Fault, FileEntry, crc_hex, seal
 from outlast.checkpoint.format.zarr import node_path
@@ -81,8 +82,10 @@ class StorageSave(SaveJob):
         super().give_up(self._cause(reason))
 
     def _cause(self, error: Exception) -> Exception:
-        """The error, or that the process is ending: a storage client's own threads refuse work then, like ours."""
-        return process_ended() if isinstance(error, RuntimeError) and self._context.io.refuse else error
+        """The error, or that the process is ending: the threads of storage clients refuse work then."""
+        if isinstance(error, RuntimeError) and process_exit.exiting():
+            return process_ended(f" ({error})")
+        return error
 
     # The save's own thread from here on.
 
@@ -150,7 +153,7 @@ class StorageSave(SaveJob):
                 context.store.remove(name)
         for old in catalog.clear_for(context.store, self.step, context.attempt_id):
             reason = f"saved again; the old one is kept as {old} until the new one is committed, then set aside"
-            context.on_event(CheckpointRejected(step=self.step, reason=reason))
+            context.on_event(CheckpointRejected(step=self.step, reason=reason, damaged=False))
         self._make_room()
         data = self._request.root_document(context)
         self._writer.files.add(node_path(""))
@@ -244,14 +247,19 @@ class StorageSave(SaveJob):
         store, commit = self._context.store, f"{step_name(self.step)}/{COMMIT}"
         poll = Poll(min(_VERDICT_S, self._context.config.commit_timeout_s))
         while not store.exists(commit):
-            self._check_cancelled(others=True)
-            if not poll.wait():
+            self._check_others()
+            # If this rank gives up now, e.g. because its process ends, that changes nothing any more.
+            if self._stop is not None or not poll.wait():
                 return
 
     def _check_cancelled(self, *, others: bool = False) -> None:
         """Raise if this save was given up, on this rank or (``others``) on another."""
         super()._check_cancelled()
-        if others and self._context.store.exists(self._flag()):
+        if others:
+            self._check_others()
+
+    def _check_others(self) -> None:
+        if self._context.store.exists(self._flag()):
             self._flagged = True
             reason = bytes(self._context.store.read(self._flag())).decode(errors="replace")
             why = f": {reason}" if reason else ""
