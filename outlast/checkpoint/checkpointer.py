@@ -361,7 +361,7 @@ class Checkpointer:
         if self._closed:
             raise CheckpointError("restore on a closed Checkpointer")
         if which != "auto":
-            which = as_step(which, "restore", 'an integer, or "auto",')
+            which = as_step(which, "restore", "auto")
         self._finish()
         running = like is not None or into is not None
         select = partial(make_selection, parts, strict, rename, cast, running=running)

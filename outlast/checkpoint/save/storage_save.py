@@ -163,7 +163,7 @@ class StorageSave(SaveJob):
                 context.store.remove(name)
         for old in catalog.clear_for(context.store, self.step, context.attempt_id):
             reason = f"saved again; the old one is kept as {old} until the new one is committed, then set aside"
-            context.on_event(CheckpointRejected(step=self.step, reason=reason))
+            context.on_event(CheckpointRejected(step=self.step, reason=reason, damaged=False))
         self._make_room()
         data = self._request.root_document(context)
         self._writer.files.add(node_path(""))
