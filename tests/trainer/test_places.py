@@ -41,9 +41,7 @@ def test_a_rank_says_early_whom_it_waits_for(monkeypatch: pytest.MonkeyPatch, ca
     )
     with (
         caplog.at_level(logging.WARNING, "outlast"),
-        pytest.raises(
-            LaunchError, match=rf"rank 1 of 2 \(slurm\) could not join .* at 127.0.0.1:{port}"
-        ),
+        pytest.raises(LaunchError, match=rf"rank 1 of 2 \(slurm\) could not join .* at 127.0.0.1:{port}"),
     ):
         process_group.start(place, torch.device("cpu"), timedelta(seconds=1))
     (told,) = [record.getMessage() for record in caplog.records if "still waits" in record.getMessage()]
