@@ -112,6 +112,10 @@ class Tiers:
             self._durable = save
         return save
 
+    def announce_failure(self, save_id: int, reason: str) -> None:
+        """Tell the other ranks that this one cannot even begin a save."""
+        self._protocol.announce_failure(save_id, reason)
+
     @property
     def storing(self) -> bool:
         """Whether a save is on its way to storage."""
