@@ -100,6 +100,18 @@ class StepDone(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramStep(Event):
+    """One step of a program that tells nothing of itself, seen from outside: from one optimizer's step to the next."""
+
+    kind: ClassVar[str] = "program_step"
+    step: int
+    """Counted over all starts of the run."""
+    step_s: float
+    collective_s: float
+    """Time with a collective under way, overlapped or not: transfer, and the wait for the last rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CommChosen(Event):
     """``comm.compressor = "auto"`` was resolved."""
 

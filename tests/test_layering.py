@@ -56,10 +56,10 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "launch": [
         {"launcher"},
         {"agent", "spec", "rendezvous", "trusted_rendezvous"},
-        {"processes"},
-        {"hang_watch", "failures", "rank_output"},
+        {"processes", "program", "program_runs"},
+        {"hang_watch", "failures", "rank_output", "runner"},
         {"place"},
-        {"flags", "node_clocks", "ports", "slurm", "parent_death", "config"},
+        {"activity", "attempt", "flags", "node_clocks", "ports", "slurm", "parent_death", "config"},
     ],
     "trainer": [
         {"__main__"},
@@ -72,7 +72,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"durability", "saved_settings", "logs", "process_group", "progress", "rng", "step_timer"},
         {"config"},
     ],
-    "cli": [{"main"}, {"ckpt", "config", "doctor", "launch", "predict", "report", "train"}, {"verb"}],
+    "cli": [{"main"}, {"ckpt", "config", "doctor", "launch", "launch_program", "predict", "report", "train"}, {"verb"}],
 }
 """Top to bottom, the folders and files of a room: each imports only from floors below its own."""
 

@@ -25,6 +25,7 @@ from outlast.launch.failures import NO_RESTART_STATUS, RankFailure
 from outlast.launch.hang_watch import HangWatch
 from outlast.launch.place import requeues
 from outlast.launch.processes import RankProcesses, dump_stacks
+from outlast.launch.program_runs import ProgramRuns
 from outlast.launch.rank_output import RankOutput
 
 STARTS = "outlast/starts"
@@ -54,10 +55,18 @@ class WatchedAgent(LocalElasticAgent):
         run_dir: the run's directory.
         events: where events are written; the agent keeps its generation equal to the ranks'.
         host: this node's name in events.
+        program_runs: numbers the starts of somebody's program; None for a command that does so itself.
     """
 
     def __init__(
-        self, spec: WorkerSpec, output: RankOutput, config: LaunchConfig, run_dir: Path, events: EventLog, host: str
+        self,
+        spec: WorkerSpec,
+        output: RankOutput,
+        config: LaunchConfig,
+        run_dir: Path,
+        events: EventLog,
+        host: str,
+        program_runs: ProgramRuns | None = None,
     ) -> None:
         super().__init__(
             spec,
@@ -80,6 +89,7 @@ class WatchedAgent(LocalElasticAgent):
         self._waits = False
         self._ended: dict[int, int] = {}
         self._requeues = requeues(os.environ)
+        self._program_runs = program_runs
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         """Meet the other nodes, with a fresh store for the ranks. Collective over the agents of the job.
@@ -107,7 +117,12 @@ class WatchedAgent(LocalElasticAgent):
             store.set(JOB_NAME, lasting.compare_set(JOB_NAME, "", secrets.token_hex(8)))
             store.set(STARTS, str(lasting.add(STARTS, 1) - 1))
         self._output.job = store.get(JOB_NAME).decode()
-        return int(store.get(STARTS))
+        starts = int(store.get(STARTS))
+        if self._program_runs is not None:
+            self._output.added = self._program_runs.agree(
+                store, job=self._output.job, generation=self._requeues + starts, leads=worker_group.group_rank == 0
+            )
+        return starts
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         ranks = self.ranks

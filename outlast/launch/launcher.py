@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from outlast.diagnostics.live.flight import buffer_variable
 from outlast.errors import ConfigError, LaunchError, OutOfRange, RunDirectoryError
 from outlast.events import EventLog
 from outlast.launch.failures import WATCHED, ranks_failed
@@ -30,6 +31,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 TORCHELASTIC_NOISE = "torch.distributed.elastic.multiprocessing.api"
 """It logs the first failed rank that it sees as the cause; the agent logs the likely cause instead."""
+
+COLLECTIVES_KEPT = 2000
+"""By torch's flight recorder in each rank of a program; torch's own default for NCCL."""
 
 log = logging.getLogger("outlast.launch")
 
@@ -72,7 +76,7 @@ def launch(spec: LaunchSpec) -> None:
     _check_port(rendezvous)
     with (
         EventLog(events_dir / f"agent_{host}.jsonl", rank=-1) as events,
-        _environment(_worker_environment(ranks, rendezvous)),
+        _environment(_worker_environment(spec, ranks, rendezvous)),
     ):
         _run_agent(spec, rendezvous, ranks, host, events)
 
@@ -87,7 +91,7 @@ def dry_run(spec: LaunchSpec) -> str:
     ranks = _local_ranks(spec.flags.nproc_per_node)
     least, most = rendezvous.min_nodes, rendezvous.max_nodes
     nodes = str(least) if least == most else f"{least} to {most}"
-    added = _worker_environment(ranks, rendezvous)
+    added = _worker_environment(spec, ranks, rendezvous)
     config = spec.effective()
     lines = [
         f"command     {shlex.join(spec.command)}",
@@ -115,12 +119,14 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     from outlast.launch.agent import WatchedAgent
+    from outlast.launch.program_runs import ProgramRuns
     from outlast.launch.rank_output import RankOutput
 
     config = spec.effective()
     with _signals_restored(), _quiet(TORCHELASTIC_NOISE):
         handler = _handler(rendezvous, spec.run_dir)
         close = True  # close the rendezvous for all nodes when this launcher ends
+        runs = ProgramRuns(spec.run_dir) if spec.is_program else None
         master_addr, master_port = rendezvous.host_and_port() if rendezvous.backend == "static" else (None, None)
         agent = WatchedAgent(
             WorkerSpec(
@@ -144,6 +150,7 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
             spec.run_dir,
             events,
             host,
+            runs,
         )
         try:
             result = agent.run()
@@ -172,6 +179,8 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
                 "make sure every node was started with the same endpoint, id and --nnodes, and can reach that host",
             ) from error
         finally:
+            if runs is not None:
+                runs.close()
             if close:
                 handler.shutdown()
 
@@ -234,11 +243,13 @@ def _local_ranks(nproc_per_node: str) -> int:
     return ranks
 
 
-def _worker_environment(ranks: int, rendezvous: Rendezvous) -> dict[str, str]:
+def _worker_environment(spec: LaunchSpec, ranks: int, rendezvous: Rendezvous) -> dict[str, str]:
     """Variables that the launcher adds to the ranks' environment unless they are set."""
     added = {"PYTHONUNBUFFERED": "1", WATCHED: "1"}
     if rendezvous.max_nodes == 1 and rendezvous.local_addr == "127.0.0.1":
         added["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo listens where the host's name leads
+    if spec.is_program:
+        added[buffer_variable()] = str(COLLECTIVES_KEPT)
     if ranks > 1:
         added["OMP_NUM_THREADS"] = "1"  # as torchrun does
     return {key: value for key, value in added.items() if key not in os.environ}

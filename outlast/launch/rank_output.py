@@ -28,6 +28,8 @@ class RankOutput(LogsSpecs):
         """The generation of the ranks that start next; the agent sets it."""
         self.job = ""
         """Names the job to its ranks, the same after each restart and on all nodes; the agent sets it."""
+        self.added: dict[str, str] = {}
+        """More variables for the ranks that start next; the agent sets them."""
 
     @property
     def root_log_dir(self) -> str:
@@ -49,5 +51,6 @@ class RankOutput(LogsSpecs):
             out.error_files[local_rank] = f"{stem}.error.json"
             environ[GENERATION] = str(self.generation)
             environ[JOB] = self.job
+            environ.update(self.added)
             environ["TORCHELASTIC_ERROR_FILE"] = f"{stem}.error.json"
         return out

@@ -24,6 +24,9 @@ class LaunchSpec:
     """Restarts and hang detection."""
     flags: LaunchFlags = field(default_factory=LaunchFlags)
     """How many ranks, and where they meet."""
+    is_program: bool = False
+    """Whether the command is somebody's program, so that the launcher, not the trainer, numbers its attempts and takes
+    the run's directory."""
 
     def __post_init__(self) -> None:
         require(len(self.command) > 0, "command", self.command, "a command")
