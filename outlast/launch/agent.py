@@ -20,9 +20,11 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 
 from outlast.diagnostics.live import Culprit
 from outlast.events import EventLog, HangFound, WorkersFailed, WorkersStarted
+from outlast.launch.backoff import Backoff
 from outlast.launch.config import LaunchConfig
 from outlast.launch.failures import NO_RESTART_STATUS, RankFailure
 from outlast.launch.hang_watch import HangWatch
+from outlast.launch.orphans import Guard, end_orphans, find_orphans, shown
 from outlast.launch.place import requeues
 from outlast.launch.processes import RankProcesses, dump_stacks
 from outlast.launch.program_runs import ProgramRuns
@@ -45,6 +47,7 @@ class WatchedAgent(LocalElasticAgent):
       killed; torchelastic then sees a failed process;
     - when a rank has failed, those of its peers that cannot react to SIGTERM (stopped, or inside a collective that will
       never end) are killed first, and the others get ``stop_grace_s`` instead of torchelastic's 30 s;
+    - what ranks that failed or were ended have left behind is ended too;
     - the ranks of each rendezvous round get a fresh store;
     - starts, hangs and failures are written as events.
 
@@ -55,7 +58,11 @@ class WatchedAgent(LocalElasticAgent):
         run_dir: the run's directory.
         events: where events are written; the agent keeps its generation equal to the ranks'.
         host: this node's name in events.
+<<<<<<< HEAD
         program_runs: numbers the starts of somebody's program; None for a command that does so itself.
+=======
+        guard: ends the ranks if this process dies.
+>>>>>>> main
     """
 
     def __init__(
@@ -66,7 +73,11 @@ class WatchedAgent(LocalElasticAgent):
         run_dir: Path,
         events: EventLog,
         host: str,
+<<<<<<< HEAD
         program_runs: ProgramRuns | None = None,
+=======
+        guard: Guard,
+>>>>>>> main
     ) -> None:
         super().__init__(
             spec,
@@ -83,13 +94,20 @@ class WatchedAgent(LocalElasticAgent):
         self._run_dir = run_dir
         self._events = events
         self._host = host
+        self._guard = guard
         self._processes: RankProcesses | None = None
         self._watch = HangWatch(run_dir, config) if config.watch else None
         self._hung: dict[int, Culprit] = {}
         self._waits = False
         self._ended: dict[int, int] = {}
         self._requeues = requeues(os.environ)
+<<<<<<< HEAD
         self._program_runs = program_runs
+=======
+        self._backoff = Backoff(config.backoff_s, config.longest_backoff_s)
+        self._backoff_s = 0.0
+        self._started_s = time.monotonic()
+>>>>>>> main
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         """Meet the other nodes, with a fresh store for the ranks. Collective over the agents of the job.
@@ -130,8 +148,10 @@ class WatchedAgent(LocalElasticAgent):
             self._watch.begin(ranks)
         self._hung = {}
         self._ended = {}
-        started_at = time.time()
+        started_at, self._started_s = time.time(), time.monotonic()
+        self._guard.watch()
         pids: dict[int, Any] = super()._start_workers(worker_group)
+        self._guard.watch(pids.values())
         assert isinstance(self._pcontext, SubprocessContext)  # as always where the entrypoint is a program
         local_ranks = {worker.global_rank: worker.local_rank for worker in worker_group.workers}
         logs = self._run_dir / "attempts" / "latest" / "logs"
@@ -147,6 +167,14 @@ class WatchedAgent(LocalElasticAgent):
             )
         )
         return pids
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        """Restart the ranks, after a wait if they fail again and again; the old ones are ended before it."""
+        wait_s, self._backoff_s = self._backoff_s, 0.0
+        if wait_s > 0.0:
+            self._stop_workers(worker_group)
+            time.sleep(wait_s)
+        super()._restart_workers(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         processes = self._processes
@@ -197,6 +225,21 @@ class WatchedAgent(LocalElasticAgent):
         if self._pcontext is not None:
             self._pcontext.close(signal.SIGTERM, int(self._config.stop_grace_s))
         super()._shutdown(signal.SIGTERM)  # up to torch 2.11 it takes no time limit
+        self._end_orphans()
+        self._guard.rest()
+
+    def _end_orphans(self) -> None:
+        """End what the ranks have left behind; after success it is only told, for it may be meant to go on."""
+        mark, sessions = self._output.mark, self._processes.sessions() if self._processes is not None else {}
+        if self._worker_group.state == WorkerState.SUCCEEDED:
+            if found := find_orphans(mark, sessions):
+                log.warning("outlast: the ranks have ended, but not what they started: %s", shown(found))
+            return
+        ended, left = end_orphans(mark, sessions)
+        if ended:
+            log.warning("outlast: ended what the ranks had left behind: %s", shown(ended))
+        if left:
+            log.error("outlast: these processes of the ranks do not die of SIGKILL: %s", shown(left))
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -257,6 +300,24 @@ class WatchedAgent(LocalElasticAgent):
         waiting = [observation.rank for observation in observed if observation.pending]
         processes.end(waiting, self._config.stop_grace_s)
 
+    def _tell_restart(self) -> None:
+        step = self._watch.furthest_step(self.ranks) if self._watch is not None else None
+        lasted_s = time.monotonic() - self._started_s
+        self._backoff_s = wait_s = self._backoff.after(step, lasted_s)
+        left = self._remaining_restarts - 1
+        if wait_s == 0.0:
+            log.warning("outlast: restarting the ranks; %d restarts left after this", left)
+            return
+        where = f"after {lasted_s:.1f} s" if step is None else f"no further than step {step}"
+        log.warning(
+            "outlast: the ranks failed %s%s; restarting them in %.3g s (launch.backoff_s); %d restarts left after "
+            "this; Ctrl-C, or SIGTERM to this launcher, ends the job",
+            "before their first step" if step == 0 else where,
+            f", {self._backoff.in_vain} times in a row" if self._backoff.in_vain > 1 else "",
+            wait_s,
+            left,
+        )
+
     def _write_failure(self, result: RunResult) -> None:
         if not self.failures:  # a rank failed between our poll and torchelastic's
             self.failures = [
@@ -269,7 +330,7 @@ class WatchedAgent(LocalElasticAgent):
         for failure in (failure for failure in self.failures if not failure.hang):
             log.error("outlast: rank %d (pid %d) %s", failure.rank, failure.pid, failure.reason)
         if restarting:
-            log.warning("outlast: restarting the ranks; %d restarts left after this", self._remaining_restarts - 1)
+            self._tell_restart()
         self._events.write(
             WorkersFailed(
                 host=self._host,

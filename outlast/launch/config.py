@@ -19,6 +19,11 @@ class LaunchConfig:
 
     max_restarts: int = 3
     """How often this node's ranks are restarted after a failure or a hang before the launcher gives up."""
+    backoff_s: float = 1.0
+    """Seconds before the restart after a start that got no further than an earlier one, such as one that failed at an
+    import; twice as long with each such start in a row. After one that got further there is no wait."""
+    longest_backoff_s: float = 60.0
+    """... but never longer than this."""
     monitor_interval_s: float = 0.5
     """Seconds between two checks of the ranks."""
     watch: bool = True
@@ -48,6 +53,9 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         require(self.max_restarts >= 0, "launch.max_restarts", self.max_restarts, "0 or more")
+        require(self.backoff_s >= 0, "launch.backoff_s", self.backoff_s, "0 or more seconds")
+        longest_s = self.longest_backoff_s
+        require(longest_s >= self.backoff_s, "launch.longest_backoff_s", longest_s, "launch.backoff_s or more seconds")
         ok = 0.05 <= self.monitor_interval_s <= 60
         require(ok, "launch.monitor_interval_s", self.monitor_interval_s, "0.05 to 60 seconds")
         require(self.hang_floor_s > 0, "launch.hang_floor_s", self.hang_floor_s, "more than 0 seconds")

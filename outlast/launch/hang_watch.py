@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from outlast.diagnostics.live import (
+    Beat,
     Culprit,
     Observation,
     StallRules,
@@ -148,6 +149,11 @@ class HangWatch:
                 others[rank] = beat.pid
         return others
 
+    def furthest_step(self, ranks: tuple[int, ...]) -> int:
+        """The furthest step that one of ``ranks`` has begun in this start; 0 in set-up."""
+        beats = [self._beat_of(rank) for rank in ranks]
+        return max((beat.step for beat in beats if beat is not None), default=0)
+
     def find_hung(self, pids: Mapping[int, int], *, alone: bool) -> tuple[Culprit, ...]:
         """The ranks to kill now; usually none.
 
@@ -253,16 +259,19 @@ class HangWatch:
         limits_s = [one.limit_s(self.rules) if alone else self.rules.startup_limit_s for one in seen]
         return all(one.silent_s(now_s) > limit_s for one, limit_s in zip(seen, limits_s, strict=True))
 
+    def _beat_of(self, rank: int) -> Beat | None:
+        """The newest beat of this start, also if its process has ended."""
+        try:
+            beat = read_heartbeat(heartbeat_path(self.shm_dir, rank))
+        except DiagnosticsError:
+            return None
+        return beat if beat.t_s >= self._started_s else None
+
     def _observe_heartbeats(self, pids: Mapping[int, int]) -> list[Observation]:
         """Heartbeats and process states only, which is cheap, and enough while every rank beats in time."""
         seen = []
         for rank, pid in pids.items():
-            try:
-                beat = read_heartbeat(heartbeat_path(self.shm_dir, rank))
-            except DiagnosticsError:
-                beat = None  # none yet: silence counts from the start
-            if beat is not None and beat.t_s < self._started_s:
-                beat = None
+            beat = self._beat_of(rank)  # if there is none yet, silence counts from the start
             own = beat.pid if beat is not None else pid
             one = Observation(rank=rank, pid=own, state=process_state(own), started_s=self._started_s, beat=beat)
             seen.append(_stopped_in_step(self._excused(self._with_true_state(one, pid))))

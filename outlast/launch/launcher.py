@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from outlast.errors import ConfigError, LaunchError, OutOfRange, RunDirectoryErr
 from outlast.events import EventLog
 from outlast.launch.failures import WATCHED, ranks_failed
 from outlast.launch.flags import DEFAULT_PORT
+from outlast.launch.orphans import Guard
 from outlast.launch.ports import check_port
 from outlast.launch.rendezvous import Rendezvous, resolve
 from outlast.launch.spec import LaunchSpec
@@ -123,7 +125,8 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
     from outlast.launch.rank_output import RankOutput
 
     config = spec.effective()
-    with _signals_restored(), _quiet(TORCHELASTIC_NOISE):
+    output = RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host)
+    with _signals_restored(), _quiet(TORCHELASTIC_NOISE), closing(Guard(output.mark)) as guard:
         handler = _handler(rendezvous, spec.run_dir)
         close = True  # close the rendezvous for all nodes when this launcher ends
         runs = ProgramRuns(spec.run_dir) if spec.is_program else None
@@ -145,12 +148,16 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
                 master_port=master_port,
                 local_addr=rendezvous.local_addr,
             ),
-            RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host),
+            output,
             config,
             spec.run_dir,
             events,
             host,
+<<<<<<< HEAD
             runs,
+=======
+            guard,
+>>>>>>> main
         )
         try:
             result = agent.run()

@@ -25,6 +25,7 @@ from concurrent.futures import Future
 from outlast.checkpoint.format.names import COMMIT, STORAGE, failed_name, parse_failed, step_name, vote_path
 from outlast.checkpoint.format.records import Fault, FileEntry, crc_hex, seal
 from outlast.checkpoint.format.zarr import node_path
+from outlast.checkpoint.save.absent import no_vote, not_opened, other_count
 from outlast.checkpoint.save.commit import ReceivedVote, build_commit, make_vote, read_vote
 from outlast.checkpoint.save.io_threads import process_ended
 from outlast.checkpoint.save.job import SaveJob, failure_text
@@ -160,13 +161,14 @@ class StorageSave(SaveJob):
         poll = Poll(self._context.config.commit_timeout_s)
         while True:
             self._check_cancelled(others=True)
-            if catalog.opened_by(self._context.store, self.step) == self._save:
+            opened = catalog.opened_by(self._context.store, self.step)
+            if opened == self._save:
                 return []
+            if opened is not None and opened[0] == self._save[0] and opened[1] > self._save[1]:
+                own, self._save = self._save[1], opened  # rank 0 looks for a flag of its own save
+                raise other_count(self.step, own, opened[1])
             if not poll.wait():
-                raise CheckpointError(
-                    f"rank 0 did not open the save of step {self.step} within {poll.limit_s:g} s",
-                    "see rank 0's events; on slow storage raise checkpoint.commit_timeout_s",
-                )
+                raise not_opened(self.step, poll.limit_s)
 
     def _make_room(self) -> None:
         """Check for enough room before anything is written; if there is too little, prune old steps.
@@ -228,15 +230,11 @@ class StorageSave(SaveJob):
                 return [votes[rank] for rank in ranks]
             self._check_cancelled(others=True)
             if not poll.wait():
-                absent = [
-                    f"rank {rank}" + (f" ({refused[rank]})" if rank in refused else "")
-                    for rank in ranks
-                    if rank not in votes
-                ]
-                raise CheckpointError(
-                    f"no vote for step {self.step} within {poll.limit_s:g} s from {', '.join(absent)}",
-                    "see their events; on slow storage raise checkpoint.commit_timeout_s",
-                )
+                absent = [rank for rank in ranks if rank not in votes]
+                known = {entry.path for received in votes.values() for entry in received.vote.files}
+                known |= {vote_path(self.step, rank).partition("/")[2] for rank in ranks} | {node_path("")}
+                written = self._context.store.sizes(step_name(self.step)).keys() - known
+                raise no_vote(self.step, poll.limit_s, absent, refused, written)
 
     def _hear_verdict(self) -> None:
         """Wait for the commit, or for rank 0's reason against it.
@@ -260,7 +258,7 @@ class StorageSave(SaveJob):
             raise CheckpointError(f"another rank gave up the save of step {self.step}{why}", "see its events for more")
 
     def _flag(self) -> str:
-        return failed_name(self.step, self._context.attempt_id, self._request.save_id)
+        return failed_name(self.step, *self._save)
 
     def _clean_up(self, reason: Exception) -> None:
         """Remove what this rank wrote, beginning with what makes it count, and leave a flag for the other ranks."""

@@ -19,6 +19,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from outlast.comm.exchange.update_optimizer import refuse_other_than_sgd
 from outlast.errors import CommError
 
 _FRAMES = 20
@@ -32,10 +33,12 @@ class OptimizerSteps:
 
     Args:
         scaled: called when a ``GradScaler`` steps an optimizer of these parameters, before it updates any; may raise.
+        update: what is averaged is an update, which plain SGD alone may apply.
     """
 
-    def __init__(self, scaled: Callable[[GradScaler], None]) -> None:
+    def __init__(self, scaled: Callable[[GradScaler], None], *, update: bool) -> None:
         self._scaled = scaled
+        self._update = update
         self._mine: set[int] = set()
         self._unused: dict[int, str] = {}
         """By id, the names of parameters whose average no optimizer has used yet."""
@@ -99,6 +102,8 @@ class OptimizerSteps:
     def _before(self, optimizer: Optimizer) -> None:
         params = _params(optimizer)
         if params & self._mine:
+            if self._update:
+                refuse_other_than_sgd(optimizer)
             scaler = _scaler_on_stack()
             if scaler is not None:
                 self._scaled(scaler)
