@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from outlast.launch.config import LaunchConfig
 from outlast.launch.flags import LaunchFlags
 from outlast.launch.program import Kind, Program
 
+_LOG = logging.getLogger("outlast.launch")
 KINDS: dict[str, Kind] = {"-m": "module", "--module": "module", "--no-python": "program"}
 """Flags that say what the target is; without one it is a script."""
 SWITCHES = {"-h", "--help", "--standalone", "--no-standalone", "--dry-run", "--no-dry-run"}
@@ -69,6 +71,12 @@ class LaunchProgram(Verb):
         if self.dry_run:
             print(dry_run(spec))
             return 0
+        if self.program.kind == "program":
+            _LOG.warning(
+                "outlast: %s is not watched, because it does not start through Python: ranks that end are noticed and "
+                "restarted, but no hang and no straggler is found",
+                self.program.target,
+            )
         launch(spec)
         return 0
 

@@ -58,11 +58,8 @@ class WatchedAgent(LocalElasticAgent):
         run_dir: the run's directory.
         events: where events are written; the agent keeps its generation equal to the ranks'.
         host: this node's name in events.
-<<<<<<< HEAD
-        program_runs: numbers the starts of somebody's program; None for a command that does so itself.
-=======
         guard: ends the ranks if this process dies.
->>>>>>> main
+        program_runs: numbers the starts of somebody's program; None for a command that does so itself.
     """
 
     def __init__(
@@ -73,11 +70,8 @@ class WatchedAgent(LocalElasticAgent):
         run_dir: Path,
         events: EventLog,
         host: str,
-<<<<<<< HEAD
-        program_runs: ProgramRuns | None = None,
-=======
         guard: Guard,
->>>>>>> main
+        program_runs: ProgramRuns | None = None,
     ) -> None:
         super().__init__(
             spec,
@@ -101,13 +95,10 @@ class WatchedAgent(LocalElasticAgent):
         self._waits = False
         self._ended: dict[int, int] = {}
         self._requeues = requeues(os.environ)
-<<<<<<< HEAD
         self._program_runs = program_runs
-=======
         self._backoff = Backoff(config.backoff_s, config.longest_backoff_s)
         self._backoff_s = 0.0
         self._started_s = time.monotonic()
->>>>>>> main
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         """Meet the other nodes, with a fresh store for the ranks. Collective over the agents of the job.

@@ -153,11 +153,8 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
             spec.run_dir,
             events,
             host,
-<<<<<<< HEAD
-            runs,
-=======
             guard,
->>>>>>> main
+            runs,
         )
         try:
             result = agent.run()

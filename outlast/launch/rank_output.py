@@ -55,10 +55,7 @@ class RankOutput(LogsSpecs):
             out.error_files[local_rank] = f"{stem}.error.json"
             environ[GENERATION] = str(self.generation)
             environ[JOB] = self.job
-<<<<<<< HEAD
             environ.update(self.added)
-=======
             environ[MARK] = self.mark
->>>>>>> main
             environ["TORCHELASTIC_ERROR_FILE"] = f"{stem}.error.json"
         return out
