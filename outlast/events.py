@@ -101,7 +101,7 @@ class StepDone(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramStep(Event):
-    """One step of a program that tells nothing of itself, seen from outside: from one optimizer's step to the next."""
+    """One step of a program that tells nothing of itself: from one update of its optimizer to the next."""
 
     kind: ClassVar[str] = "program_step"
     step: int
@@ -252,6 +252,18 @@ class WorkersFailed(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NoticeCame(Event):
+    """The launcher of a node was told to end, or heard that another one was: the ranks save a checkpoint and end."""
+
+    kind: ClassVar[str] = "notice"
+    host: str
+    signal: str
+    """E.g. ``SIGTERM``."""
+    grace_s: float
+    """Seconds that the ranks have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventsLost(Event):
     """Events before this line could not be written, e.g. because the disk was full."""
 
@@ -389,13 +401,11 @@ def plain_text(text: str, keep: str = "") -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(
-        char if char in keep or unicodedata.category(char) not in _UNSEEN else " " if char == "\n" else _shown(char)
+        char
+        if char in keep or unicodedata.category(char) not in _UNSEEN
+        else (" " if char == "\n" else char.encode("unicode_escape").decode())
         for char in text
     )
-
-
-def _shown(char: str) -> str:
-    return char.encode("unicode_escape").decode()
 
 
 def _plain(value: Any) -> Any:
@@ -416,8 +426,7 @@ def read_events(path: Path | str) -> Iterator[Record]:
         DiagnosticsError: a line is not an event, or has an unknown schema version.
     """
     lines = Path(path).read_bytes().split(b"\n")
-    torn = lines.pop()  # empty after a whole last line
-    del torn
+    lines.pop()  # torn, or empty after a whole last line
     for number, line in enumerate(lines, 1):
         yield parse_event(line, f"{path}:{number}")
 

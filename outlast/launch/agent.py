@@ -19,11 +19,12 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
 from outlast.diagnostics.live import Culprit
-from outlast.events import EventLog, HangFound, WorkersFailed, WorkersStarted
+from outlast.events import EventLog, HangFound, NoticeCame, WorkersFailed, WorkersStarted
 from outlast.launch.backoff import Backoff
 from outlast.launch.config import LaunchConfig
-from outlast.launch.failures import NO_RESTART_STATUS, RankFailure
+from outlast.launch.failures import NO_RESTART_STATUS, RESUME_STATUS, RankFailure
 from outlast.launch.hang_watch import HangWatch
+from outlast.launch.notice_relay import NoticeRelay
 from outlast.launch.orphans import Guard, end_orphans, find_orphans, shown
 from outlast.launch.place import requeues
 from outlast.launch.processes import RankProcesses, dump_stacks
@@ -47,6 +48,7 @@ class WatchedAgent(LocalElasticAgent):
       killed; torchelastic then sees a failed process;
     - when a rank has failed, those of its peers that cannot react to SIGTERM (stopped, or inside a collective that will
       never end) are killed first, and the others get ``stop_grace_s`` instead of torchelastic's 30 s;
+    - ranks that have saved and ended because of a notice have succeeded;
     - what ranks that failed or were ended have left behind is ended too;
     - the ranks of each rendezvous round get a fresh store;
     - starts, hangs and failures are written as events.
@@ -58,6 +60,7 @@ class WatchedAgent(LocalElasticAgent):
         run_dir: the run's directory.
         events: where events are written; the agent keeps its generation equal to the ranks'.
         host: this node's name in events.
+        relay: passes notices on.
         guard: ends the ranks if this process dies.
         program_runs: numbers the starts of somebody's program; None for a command that does so itself.
     """
@@ -70,6 +73,7 @@ class WatchedAgent(LocalElasticAgent):
         run_dir: Path,
         events: EventLog,
         host: str,
+        relay: NoticeRelay,
         guard: Guard,
         program_runs: ProgramRuns | None = None,
     ) -> None:
@@ -83,11 +87,15 @@ class WatchedAgent(LocalElasticAgent):
         """Ranks that caused the newest failure; ranks that were ended because of it are left out."""
         self.restarts = 0
         """Failures that led to a restart so far."""
+        self.resumable = False
+        """Whether the ranks ended because of a notice, and lost nothing."""
         self._config = config
         self._output = output
         self._run_dir = run_dir
         self._events = events
         self._host = host
+        self._relay = relay
+        self._told = False
         self._guard = guard
         self._processes: RankProcesses | None = None
         self._watch = HangWatch(run_dir, config) if config.watch else None
@@ -147,6 +155,8 @@ class WatchedAgent(LocalElasticAgent):
         local_ranks = {worker.global_rank: worker.local_rank for worker in worker_group.workers}
         logs = self._run_dir / "attempts" / "latest" / "logs"
         self._processes = RankProcesses(self._pcontext, local_ranks, logs, started_at)
+        self._relay.kill = self._processes.kill_all
+        self._relay.install()
         self.restarts = worker_group.spec.max_restarts - self._remaining_restarts
         self._events.generation = self._output.generation
         self._events.write(
@@ -170,6 +180,9 @@ class WatchedAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         processes = self._processes
         assert processes is not None, "torchelastic polls only after a start"
+        self._tell_notice()
+        if self._relay.obeyed and (ended := self._ended_by_notice(processes)) is not None:
+            return ended
         if self._watch is not None:
             alone = worker_group.group_world_size == 1
             for culprit in self._watch.find_hung(processes.running(), alone=alone):
@@ -190,6 +203,32 @@ class WatchedAgent(LocalElasticAgent):
             self._write_failure(result)
         return result
 
+    def _tell_notice(self) -> None:
+        """Of a notice, one line and one event."""
+        notice = self._relay.notice
+        if notice is None or self._told:
+            return
+        self._told = True
+        grace_s = self._relay.grace_s
+        log.warning(
+            "outlast: %s: the ranks have %g s to save a checkpoint and to end; a second signal ends them at once",
+            notice.name,
+            grace_s,
+        )
+        self._events.write(NoticeCame(host=self._host, signal=notice.name, grace_s=grace_s))
+
+    def _ended_by_notice(self, processes: RankProcesses) -> RunResult | None:
+        """The result if ranks have ended because of a notice, and none has failed; None in any other case."""
+        statuses = processes.statuses()
+        found = set(statuses.values())
+        if RESUME_STATUS not in found or found - {None, 0, RESUME_STATUS}:
+            return None
+        if None in found:  # the others follow, within the grace
+            self._relay.learn(signal.SIGTERM)
+            return RunResult(state=WorkerState.HEALTHY)
+        self.resumable = True
+        return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(statuses))
+
     def _poll(self, processes: RankProcesses, worker_group: WorkerGroup) -> RunResult:
         """torchelastic's own poll of the processes.
 
@@ -209,9 +248,15 @@ class WatchedAgent(LocalElasticAgent):
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         """End all ranks: those that are stopped at once, the others with SIGTERM and, after ``stop_grace_s``, SIGKILL.
 
-        Always SIGTERM, whatever ended the launcher: a rank that gets SIGINT prints a KeyboardInterrupt's traceback.
+        Ranks that obey notices take no signal for an order to end, so they get SIGKILL. To the others it is always
+        SIGTERM, whatever ended the launcher: a rank that gets SIGINT prints a KeyboardInterrupt's traceback.
         """
+        if self._relay.kill is not None:
+            self._relay.kill = None
+            self._relay.loses = self._watch is None or self._watch.steps_begun(self.ranks)
         if self._processes is not None:
+            if self._relay.obeyed:
+                self._processes.kill_all()
             self._processes.kill_stopped()
         if self._pcontext is not None:
             self._pcontext.close(signal.SIGTERM, int(self._config.stop_grace_s))
@@ -231,6 +276,11 @@ class WatchedAgent(LocalElasticAgent):
             log.warning("outlast: ended what the ranks had left behind: %s", shown(ended))
         if left:
             log.error("outlast: these processes of the ranks do not die of SIGKILL: %s", shown(left))
+
+    @property
+    def only_killed(self) -> bool:
+        """Whether the newest failure is none of the program's: its likely cause is a signal, or a hang."""
+        return bool(self.failures) and (self.failures[0].status < 0 or bool(self.failures[0].hang))
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -289,6 +339,8 @@ class WatchedAgent(LocalElasticAgent):
         """A rank has failed: end the others, without waiting for those that are inside a collective."""
         observed = self._watch.observe(processes.running()) if self._watch is not None else []
         waiting = [observation.rank for observation in observed if observation.pending]
+        if self._relay.obeyed:  # they take no SIGTERM for an order to end
+            processes.kill_all()
         processes.end(waiting, self._config.stop_grace_s)
 
     def _tell_restart(self) -> None:
@@ -316,6 +368,8 @@ class WatchedAgent(LocalElasticAgent):
                 for rank, failure in sorted(result.failures.items())
             ]
         if any(failure.status == NO_RESTART_STATUS for failure in self.failures):
+            self._remaining_restarts = 0
+        if self._relay.notice is not None:
             self._remaining_restarts = 0
         restarting = self._remaining_restarts > 0
         for failure in (failure for failure in self.failures if not failure.hang):

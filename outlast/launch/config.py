@@ -48,6 +48,9 @@ class LaunchConfig:
     more than one node, wait ``startup_limit_s``: a rank on another node may be in one of those phases."""
     stop_grace_s: float = 10.0
     """Seconds that ranks have between SIGTERM and SIGKILL when the launcher ends them."""
+    notice_grace_s: float = 25.0
+    """Seconds that ranks have, after a notice (SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2), to save a checkpoint and
+    to end. A step and a save must fit in, and it should be less than what the scheduler gives (often 30 s)."""
     exit_barrier_s: float = 30.0
     """With more than one node: how long a node whose ranks have finished waits for the others."""
 
@@ -66,4 +69,5 @@ class LaunchConfig:
         require(0 <= self.recheck_s <= 10, "launch.recheck_s", self.recheck_s, "0 to 10 seconds")
         require(self.patience >= 1, "launch.patience", self.patience, "1 or more limits")
         require(self.stop_grace_s >= 0, "launch.stop_grace_s", self.stop_grace_s, "0 or more seconds")
+        require(self.notice_grace_s > 0, "launch.notice_grace_s", self.notice_grace_s, "more than 0 seconds")
         require(self.exit_barrier_s >= 0, "launch.exit_barrier_s", self.exit_barrier_s, "0 or more seconds")

@@ -20,6 +20,9 @@ WATCHED = "OUTLAST_WATCHED"
 
 NO_RESTART_STATUS = 93
 """Exit status of a rank whose failure a restart cannot fix, e.g. a wrong setting."""
+RESUME_STATUS = 75
+"""Exit status of a rank, and of the launcher, that ended because of a notice and lost nothing (EX_TEMPFAIL of
+sysexits.h: try again)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +137,14 @@ class HangWatch:
         except OSError as error:  # still in use, or already removed by another process
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                 raise
+
+    def steps_begun(self, ranks: tuple[int, ...]) -> bool:
+        """Whether one of these ranks has left set-up."""
+        for rank in ranks:
+            with suppress(DiagnosticsError):  # not set up at all
+                if read_heartbeat(heartbeat_path(self.shm_dir, rank)).phase != "setup":
+                    return True
+        return False
 
     def _others(self, ranks: tuple[int, ...]) -> dict[int, int]:
         """The processes of those ranks whose heartbeat is that of another job's process, and alive."""

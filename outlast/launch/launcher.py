@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 from outlast.diagnostics.live.flight import buffer_variable
 from outlast.errors import ConfigError, LaunchError, OutOfRange, RunDirectoryError
 from outlast.events import EventLog
-from outlast.launch.failures import WATCHED, ranks_failed
+from outlast.launch.failures import RESUME_STATUS, WATCHED, ranks_failed
 from outlast.launch.flags import DEFAULT_PORT
+from outlast.launch.notice import NOTICE_FILE
 from outlast.launch.orphans import Guard
 from outlast.launch.ports import check_port
 from outlast.launch.rendezvous import Rendezvous, resolve
@@ -28,8 +29,12 @@ from outlast.launch.spec import LaunchSpec
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
+    from outlast.launch.notice_relay import NoticeRelay
+    from outlast.launch.program_runs import ProgramRuns
+    from outlast.launch.rank_output import RankOutput
+
 PARENT_DEATH = Path(__file__).with_name("parent_death.py")
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 
 TORCHELASTIC_NOISE = "torch.distributed.elastic.multiprocessing.api"
 """It logs the first failed rank that it sees as the cause; the agent logs the likely cause instead."""
@@ -46,9 +51,12 @@ def launch(spec: LaunchSpec) -> None:
     With several nodes, call it once on each. Call it from the main thread: torchelastic handles signals there, and the
     kernel kills the ranks when the thread that started them ends.
 
-    Returns only when all ranks of this node exited with status 0. SIGTERM, SIGINT, SIGHUP and SIGQUIT end all ranks
-    (SIGTERM, after ``stop_grace_s`` SIGKILL) and raise ``SystemExit(128 + signal)``. If the launcher itself is killed,
-    the kernel kills its ranks.
+    Returns only when all ranks of this node exited with status 0. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are a
+    notice. Ranks that obey it (``spec.obeys_notice``) have ``notice_grace_s`` to save and to end; then ``SystemExit``
+    is raised, with ``RESUME_STATUS`` if nothing is lost. After the grace or a second signal, the ranks are killed, a
+    line says what is durable, and ``SystemExit(128 + signal)`` is raised. SIGQUIT, and any of these where ranks do not
+    obey notices, ends all ranks at once (SIGTERM, after ``stop_grace_s`` SIGKILL) and raises the same. If the launcher
+    itself is killed, the kernel kills its ranks.
 
     Raises:
         RanksFailed: ranks failed and no restart was left, or one exited with ``NO_RESTART_STATUS``. The message names
@@ -110,83 +118,133 @@ def dry_run(spec: LaunchSpec) -> str:
             if config.watch
             else "; hangs are not detected"
         ),
+        f"notice      {config.notice_grace_s:g} s to save a checkpoint and to end"
+        if spec.obeys_notice
+        else "notice      ends the ranks",
         f"directory   {spec.run_dir}",
     ]
     return "\n".join(lines)
 
 
 def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, events: EventLog) -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    from outlast.launch.notice_relay import NoticeRelay
+    from outlast.launch.program_runs import ProgramRuns
+    from outlast.launch.rank_output import RankOutput
+
+    output = RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host)
+    with (
+        _signals_restored(),
+        _quiet(TORCHELASTIC_NOISE),
+        NoticeRelay(spec) as relay,
+        closing(Guard(output.mark)) as guard,
+        closing(ProgramRuns(spec.run_dir)) if spec.is_program else contextlib.nullcontext() as runs,
+        _environment({} if relay.file is None else {NOTICE_FILE: str(relay.file)}),
+    ):
+        try:
+            _supervise(spec, rendezvous, ranks, host, events, output, relay, guard, runs)
+        except SignalException as error:
+            signum = error.sigval
+            if spec.obeys_notice and signum == relay.notice and not relay.loses:
+                log.warning(
+                    "outlast: %s came before the ranks had begun a step; there was nothing to save", signum.name
+                )
+                raise SystemExit(RESUME_STATUS) from error
+            if spec.obeys_notice and relay.notice is not None:
+                why = f"the {relay.grace_s:g} s are over" if relay.grace_is_over else "a second signal came"
+                _tell_loss(relay.notice, f"{why} before the ranks had ended", spec.run_dir)
+            raise SystemExit(128 + int(signum)) from error
+
+
+def _tell_loss(notice: signal.Signals, what: str, run_dir: Path) -> None:
+    from outlast.launch.notice_relay import describe_progress
+
+    log.error("outlast: %s: %s; %s", notice.name, what, describe_progress(run_dir))
+
+
+def _supervise(
+    spec: LaunchSpec,
+    rendezvous: Rendezvous,
+    ranks: int,
+    host: str,
+    events: EventLog,
+    output: RankOutput,
+    relay: NoticeRelay,
+    guard: Guard,
+    runs: ProgramRuns | None,
+) -> None:
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     from outlast.launch.agent import WatchedAgent
-    from outlast.launch.program_runs import ProgramRuns
-    from outlast.launch.rank_output import RankOutput
 
     config = spec.effective()
-    output = RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host)
-    with _signals_restored(), _quiet(TORCHELASTIC_NOISE), closing(Guard(output.mark)) as guard:
-        handler = _handler(rendezvous, spec.run_dir)
-        close = True  # close the rendezvous for all nodes when this launcher ends
-        runs = ProgramRuns(spec.run_dir) if spec.is_program else None
-        master_addr, master_port = rendezvous.host_and_port() if rendezvous.backend == "static" else (None, None)
-        agent = WatchedAgent(
-            WorkerSpec(
-                role=spec.flags.role,
-                local_world_size=ranks,
-                rdzv_handler=handler,
-                entrypoint=sys.executable,
-                args=tuple(
-                    # torchelastic fills in ${local_rank}; "$$" is its plain "$".
-                    word.replace("$", "$$")
-                    for word in ("-I", "-S", str(PARENT_DEATH), str(os.getpid()), *spec.command)
-                ),
-                max_restarts=config.max_restarts,
-                monitor_interval=config.monitor_interval_s,
-                master_addr=master_addr,
-                master_port=master_port,
-                local_addr=rendezvous.local_addr,
+    handler = _handler(rendezvous, spec.run_dir)
+    close = True  # close the rendezvous for all nodes when this launcher ends
+    master_addr, master_port = rendezvous.host_and_port() if rendezvous.backend == "static" else (None, None)
+    agent = WatchedAgent(
+        WorkerSpec(
+            role=spec.flags.role,
+            local_world_size=ranks,
+            rdzv_handler=handler,
+            entrypoint=sys.executable,
+            args=tuple(
+                # torchelastic fills in ${local_rank}; "$$" is its plain "$".
+                word.replace("$", "$$")
+                for word in ("-I", "-S", str(PARENT_DEATH), str(os.getpid()), relay.ignored, *spec.command)
             ),
-            output,
-            config,
-            spec.run_dir,
-            events,
-            host,
-            guard,
-            runs,
-        )
-        try:
-            result = agent.run()
-            if result is None:  # the job ended while this node was a spare
-                log.warning("outlast: the other nodes finished the job before this one was needed")
-            elif result.is_failed():
-                # With a variable number of nodes the others may go on without this one.
-                close = rendezvous.min_nodes == rendezvous.max_nodes
-                raise ranks_failed(
-                    host,
-                    agent.failures,
-                    restarts=agent.restarts,
-                    allowed=config.max_restarts,
-                    run_dir=spec.run_dir,
-                )
-            agent.remove_shared_memory()
-        except (SignalException, KeyboardInterrupt) as error:
+            max_restarts=config.max_restarts,
+            monitor_interval=config.monitor_interval_s,
+            master_addr=master_addr,
+            master_port=master_port,
+            local_addr=rendezvous.local_addr,
+        ),
+        output,
+        config,
+        spec.run_dir,
+        events,
+        host,
+        relay,
+        guard,
+        runs,
+    )
+    try:
+        result = agent.run()
+        if result is None:  # the job ended while this node was a spare
+            log.warning("outlast: the other nodes finished the job before this one was needed")
+        elif result.is_failed() and relay.notice is not None and agent.only_killed:
+            close = False
+            _tell_loss(relay.notice, "ranks died before they had saved", spec.run_dir)
+            raise SystemExit(128 + relay.notice)
+        elif result.is_failed():
+            # With a variable number of nodes the others may go on without this one.
+            close = rendezvous.min_nodes == rendezvous.max_nodes
+            raise ranks_failed(
+                host,
+                agent.failures,
+                restarts=agent.restarts,
+                allowed=config.max_restarts,
+                run_dir=spec.run_dir,
+            )
+        agent.remove_shared_memory()
+        if agent.resumable:
             # A closed rendezvous could not be rejoined by a launcher that is started again on this node.
             close = False
-            signum = error.sigval if isinstance(error, SignalException) else signal.SIGINT
-            agent.remove_shared_memory()
-            raise SystemExit(128 + int(signum)) from error
-        except RendezvousError as error:
-            raise LaunchError(
-                f"the rendezvous at {rendezvous.endpoint} (id {rendezvous.run_id}) failed: {error}",
-                "make sure every node was started with the same endpoint, id and --nnodes, and can reach that host",
-            ) from error
-        finally:
-            if runs is not None:
-                runs.close()
-            if close:
-                handler.shutdown()
+            raise SystemExit(RESUME_STATUS)
+    except SignalException:
+        close = False
+        agent.remove_shared_memory()
+        raise
+    except RendezvousError as error:
+        raise LaunchError(
+            f"the rendezvous at {rendezvous.endpoint} (id {rendezvous.run_id}) failed: {error}",
+            "make sure every node was started with the same endpoint, id and --nnodes, and can reach that host",
+        ) from error
+    finally:
+        if close:
+            handler.shutdown()
 
 
 def _handler(rendezvous: Rendezvous, run_dir: Path) -> RendezvousHandler:

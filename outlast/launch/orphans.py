@@ -151,6 +151,8 @@ class Guard:
 
 def main(mark: str) -> None:
     """The guard: see the docstring of this module."""
+    for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(one, signal.SIG_IGN)  # of a scheduler, which sends them to all processes of a job
     watching, pids = False, list[int]()
     for line in sys.stdin:
         what, *words = line.split()

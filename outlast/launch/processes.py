@@ -59,6 +59,10 @@ class RankProcesses:
         now = now_ticks()
         return {process.pid: self._gone.get(process.pid, now) for process in self._by_rank().values()}
 
+    def statuses(self) -> dict[int, int | None]:
+        """Exit status of every rank, ``-N`` for signal N; None while it runs."""
+        return {rank: process.poll() for rank, process in self._by_rank().items()}
+
     def failures(self, hang_evidence: Mapping[int, str], ended: Mapping[int, int]) -> list[RankFailure]:
         """Ranks that exited with a status other than 0, the likely cause first.
 
@@ -107,6 +111,18 @@ class RankProcesses:
             os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(REAP_S)
+
+    def kill_all(self) -> None:
+        """SIGKILL all ranks and their children, and wait until they are gone, for at most ``REAP_S``."""
+        running = self._by_rank().values()
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+        deadline_s = time.monotonic() + REAP_S
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline_s - time.monotonic()))
 
     def kill_stopped(self) -> None:
         """SIGKILL the ranks that are stopped; they would not notice SIGTERM until they are continued."""

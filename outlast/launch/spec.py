@@ -28,6 +28,11 @@ class LaunchSpec:
     """Whether the command is somebody's program, so that the launcher, not the trainer, numbers its attempts and takes
     the run's directory."""
 
+    obeys_notice: bool = False
+    """Whether the command asks for notices, as the trainer and everything with a :class:`~outlast.launch.Notice` does:
+    then it has ``notice_grace_s`` to save and to exit with ``Notice.status``. If not, a notice is SIGTERM to the ranks,
+    and SIGKILL after ``stop_grace_s``."""
+
     def __post_init__(self) -> None:
         require(len(self.command) > 0, "command", self.command, "a command")
 

@@ -14,6 +14,9 @@ import torch
 from outlast.checkpoint.checkpointer import Checkpointer
 from outlast.checkpoint.config import CheckpointConfig
 from outlast.checkpoint.convert import dcp, safetensors, torch_save
+from outlast.checkpoint.convert.bounds import check_size
+from outlast.checkpoint.convert.hugging_face import is_index
+from outlast.checkpoint.convert.source_files import source_bytes
 from outlast.checkpoint.convert.target import check_link, check_target, new_target, size_of
 from outlast.checkpoint.format.names import step_name
 from outlast.checkpoint.state.nested import leaves
@@ -153,8 +156,10 @@ def import_step(
         raise CheckpointNotFound(f"{path} does not exist", "pass a file or folder to import")
     try:
         state = foreign.read(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", f"check that its format is {format}") from error
+        check_size(state, source_bytes(os.path.dirname(path) if is_index(path) else path), path)
+    except (OSError, MemoryError) as error:
+        what = str(error) or "there is too little memory"
+        raise CheckpointError(f"{path} cannot be read: {what}", f"check that its format is {format}") from error
     replicated = state if part is None else {part: state}
     saved = _save(url, step, replicated)
     return Imported(path, format, os.fspath(url), step, part, *_counts(state), saved.size_bytes)

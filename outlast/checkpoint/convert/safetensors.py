@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from outlast.checkpoint.convert.hugging_face import is_index, read_folder, read_shards
+from outlast.checkpoint.convert.safetensors_header import check_header
 from outlast.checkpoint.format.dtypes import dtype_name
 from outlast.checkpoint.format.json_values import TAG, VALUES, UnknownKind, from_json, key_text
 from outlast.checkpoint.format.records import crc_hex
@@ -93,8 +94,7 @@ def read(path: str) -> dict[str, Any]:
     if is_index(path):
         return read_shards(os.path.dirname(path), path, read)
     package = _package("safetensors")
-    with open(path, "rb"):
-        pass  # the operating system's error is clearer than the package's
+    check_header(path)
     try:
         with package.safe_open(path, framework="pt", device="cpu") as file:
             metadata: dict[str, str] = file.metadata() or {}
