@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +11,8 @@ INTERVAL_S = 5.0
 """Between two looks at the same rank; its children are looked at too, which takes milliseconds."""
 IDLE_CPU_SHARE = 0.05
 """Below this share of one core a rank does nothing; watching itself takes about 0.01."""
+AT_WORK = (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+"""What a process is that computes, or would if it got a core, or waits for a disk."""
 IDLE_BYTES_PER_S = 10_000.0
 """... and reads and writes less than this, network included where the system counts it."""
 
@@ -21,7 +22,7 @@ class _Look:
     at_s: float
     cpu_s: float
     io_bytes: int
-    waits_for_disk: bool
+    at_work: bool
     pids: frozenset[int]
 
 
@@ -43,22 +44,21 @@ class Activity:
             if before is None or _was_busy(before, look):
                 self._busy_at_s[rank] = now_s
 
-    def idle_s(self, rank: int) -> float:
+    def idle_s(self, rank: int, now_s: float) -> float:
         """Seconds since the rank was last seen busy; 0 if it was never looked at."""
-        since_s = self._busy_at_s.get(rank)
-        return 0.0 if since_s is None else max(0.0, time.monotonic() - since_s)
+        return max(0.0, now_s - self._busy_at_s.get(rank, now_s))
 
 
 def _was_busy(before: _Look, after: _Look) -> bool:
     seconds = max(after.at_s - before.at_s, 1e-3)
-    if after.waits_for_disk or before.pids != after.pids:  # it has started a process, or one has ended
+    if after.at_work or before.pids != after.pids:  # it has started a process, or one has ended
         return True
     cpu_share = (after.cpu_s - before.cpu_s) / seconds
     return cpu_share > IDLE_CPU_SHARE or (after.io_bytes - before.io_bytes) / seconds > IDLE_BYTES_PER_S
 
 
 def _look_at(pid: int, now_s: float) -> _Look:
-    cpu_s, io_bytes, waits_for_disk, pids = 0.0, 0, False, set()
+    cpu_s, io_bytes, at_work, pids = 0.0, 0, False, set()
     try:
         root = psutil.Process(pid)
         family = [root, *root.children(recursive=True)]
@@ -69,10 +69,10 @@ def _look_at(pid: int, now_s: float) -> _Look:
             with process.oneshot():
                 times = process.cpu_times()
                 cpu_s += times.user + times.system
-                waits_for_disk |= process.status() == psutil.STATUS_DISK_SLEEP
+                at_work |= process.status() in AT_WORK
                 counters = process.io_counters()
             io_bytes += counters.read_chars + counters.write_chars
             pids.add(process.pid)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return _Look(now_s, cpu_s, io_bytes, waits_for_disk, frozenset(pids))
+    return _Look(now_s, cpu_s, io_bytes, at_work, frozenset(pids))

@@ -237,7 +237,8 @@ class HangWatch:
         """Heartbeats, process states and collectives of these ranks now."""
         found = [observe(self.shm_dir, rank=rank, pid=pid, started_s=self._started_s) for rank, pid in pids.items()]
         true = [self._excused(self._with_true_state(one, pids[one.rank])) for one in found]
-        return [replace(one, idle_s=self._activity.idle_s(one.rank)) for one in true]
+        now_s = time.monotonic()
+        return [replace(one, idle_s=self._activity.idle_s(one.rank, now_s)) for one in true]
 
     def _with_true_state(self, one: Observation, started_pid: int) -> Observation:
         """A process that was never seen alive may live in another PID namespace; then its wrapper's state has to do."""

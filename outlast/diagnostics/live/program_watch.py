@@ -101,7 +101,8 @@ class ProgramWatch:
     def _run(self) -> None:
         before: tuple[dict[str, FlightCount], int] = ({}, self._step)
         was_pending = False
-        looked_s = moved_s = beaten_s = copied_s = time.monotonic()
+        looked_s = moved_s = beaten_s = time.monotonic()
+        copied_s = 0.0  # 0: there are no copies, or they are no longer true
         while not self._stop.wait(INTERVAL_S):
             counts = flight_counts()
             now_s = time.monotonic()
@@ -118,6 +119,8 @@ class ProgramWatch:
                         beaten_s = now_s
                         self._heartbeat.beat("program", self._step)
                         self._recorder.count(sum(count.enqueued for count in counts.values()))
+                    if copied_s:
+                        self._recorder.forget()
                     copied_s = 0.0
             looked_s, was_pending = now_s, pending
             quiet = now_s - moved_s >= QUIET_S

@@ -167,6 +167,19 @@ class Recorder:
             self._seq = max(self._seq, entered)
             self._words[5] = self._seq
 
+    def forget(self) -> None:
+        """Remove the copies: what was pending in them may have completed. How many were entered stays.
+
+        Raises:
+            DiagnosticsError: the recorder is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise DiagnosticsError(f"{self.path}: to be emptied after the recorder was closed")
+            for at in range(_HEADER_WORDS, len(self._words), _WORDS):
+                self._words[at + _CLOSED] = 0
+                self._words[at] = 0
+
     def _write(
         self, seq: int, nbytes: int, step: int, entered_ns: int, completed_ns: int, group_seq: int, text: bytes
     ) -> None:

@@ -316,9 +316,9 @@ def _describe_collective(one: Observation, now_s: float) -> str:
         oldest = one.pending[0]
         return f"inside {oldest.op} #{oldest.number} of step {oldest.step} for {now_s - oldest.entered_s:.1f} s"
     if not one.ring.records:
-        if one.is_program and one.entered:
-            return f"has entered {one.entered} collectives"
-        return "has not entered a collective" if one.entered == 0 else f"its collective #{one.entered - 1} is torn"
+        if one.ring.torn:
+            return f"its collective #{one.ring.torn[-1]} is torn"
+        return f"has entered {one.entered} collectives" if one.entered else "has not entered a collective"
     last = one.ring.records[-1]
     return f"last entered {last.op} #{last.number} in step {last.step}, completed"
 
