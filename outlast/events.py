@@ -16,7 +16,6 @@ import logging
 import os
 import threading
 import time
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,10 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from outlast.errors import DiagnosticsError
+from outlast.plain_text import plain_value
 
 VERSION = 1
 _LOG = logging.getLogger(__name__)
-_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Unicode's categories of characters that are not seen themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,13 +191,16 @@ class CheckpointRestored(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRejected(Event):
-    """A checkpoint did not verify. It was set aside, and an earlier step was used."""
+    """A checkpoint is not used: it did not verify, or the run goes on from another one."""
 
     kind: ClassVar[str] = "checkpoint_rejected"
     step: int
     reason: str
     file: str = ""
     """The damaged file, relative to the checkpoint's directory; empty if it is not one file."""
+    damaged: bool = True
+    """Whether a checkpoint was lost. Not so if its save was cut off before it was one, if the run goes on from an older
+    step, or if the step is saved again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -388,37 +389,6 @@ class EventLog:
         self.close()
 
 
-def plain_text(text: str, keep: str = "") -> str:
-    """The text with control characters, and those that change the direction of writing, made visible: ``\\x1b``.
-
-    Host names, error texts and names in files are other people's: on a terminal or a page they must not move the
-    cursor, hide a line, or look like one of outlast's own. A line break becomes a space.
-
-    Args:
-        text: any.
-        keep: characters that stay as they are.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        char
-        if char in keep or unicodedata.category(char) not in _UNSEEN
-        else (" " if char == "\n" else char.encode("unicode_escape").decode())
-        for char in text
-    )
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value with all its texts made plain."""
-    if isinstance(value, str):
-        return plain_text(value)
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {plain_text(key): _plain(item) for key, item in value.items()}
-    return value
-
-
 def read_events(path: Path | str) -> Iterator[Record]:
     """Yield the records of one file, oldest first; a torn last line is skipped.
 
@@ -440,7 +410,7 @@ def parse_event(line: bytes, where: str) -> Record:
     try:
         raw = json.loads(line)
         if b"\\" in line or b"\x7f" in line or not line.isascii():
-            raw = _plain(raw)
+            raw = plain_value(raw)
         version = raw.pop("v")
         envelope = {key: raw.pop(key) for key in ("t", "rank", "generation", "kind")}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

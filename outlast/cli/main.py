@@ -21,7 +21,7 @@ from outlast.cli.train import Train
 from outlast.cli.verb import Verb
 from outlast.config import split_overrides
 from outlast.errors import ConfigError, OutlastError
-from outlast.events import plain_text
+from outlast.plain_text import plain_text
 
 DESCRIPTION = """Data-parallel PyTorch training that outlasts its machines.
 

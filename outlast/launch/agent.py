@@ -17,24 +17,29 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+from torch.distributed.elastic.utils import store as store_util
 
 from outlast.diagnostics.live import Culprit
 from outlast.events import EventLog, HangFound, NoticeCame, WorkersFailed, WorkersStarted
 from outlast.launch.backoff import Backoff
 from outlast.launch.config import LaunchConfig
-from outlast.launch.failures import NO_RESTART_STATUS, RESUME_STATUS, RankFailure
+from outlast.launch.failures import NO_RESTART_STATUS, RESUME_STATUS, RankFailure, first_line
+from outlast.launch.first_cause import find_failures
 from outlast.launch.hang_watch import HangWatch
 from outlast.launch.notice_relay import NoticeRelay
 from outlast.launch.orphans import Guard, end_orphans, find_orphans, shown
-from outlast.launch.place import requeues
+from outlast.launch.place import counted_requeues
 from outlast.launch.processes import RankProcesses, dump_stacks
 from outlast.launch.program_runs import ProgramRuns
 from outlast.launch.rank_output import RankOutput
 
-STARTS = "outlast/starts"
-"""Key in the rendezvous store that counts how often the job's ranks were started."""
-JOB_NAME = "outlast/job"
-"""Key in the rendezvous store of a name that no other job has."""
+STARTS = "starts"
+"""Key of the job in the rendezvous store that counts how often its ranks were started."""
+JOB_NAME = "job"
+"""Key of the job in the rendezvous store of a name that no other job has."""
+
+EXIT_BARRIER = "torchelastic/agent/terminal_state"
+"""torchelastic's key, so that its own agents may be among the other nodes."""
 
 log = logging.getLogger("outlast.launch")
 
@@ -87,6 +92,8 @@ class WatchedAgent(LocalElasticAgent):
         """Ranks that caused the newest failure; ranks that were ended because of it are left out."""
         self.restarts = 0
         """Failures that led to a restart so far."""
+        self.joined = False
+        """Whether this node has taken part in a round of the rendezvous."""
         self.resumable = False
         """Whether the ranks ended because of a notice, and lost nothing."""
         self._config = config
@@ -102,7 +109,7 @@ class WatchedAgent(LocalElasticAgent):
         self._hung: dict[int, Culprit] = {}
         self._waits = False
         self._ended: dict[int, int] = {}
-        self._requeues = requeues(os.environ)
+        self._requeues = counted_requeues(os.environ)
         self._program_runs = program_runs
         self._backoff = Backoff(config.backoff_s, config.longest_backoff_s)
         self._backoff_s = 0.0
@@ -119,6 +126,7 @@ class WatchedAgent(LocalElasticAgent):
             handler._bootstrap_store_info = None
             handler._shared_tcp_store_server = None
         super()._rendezvous(worker_group)
+        self.joined = True
         self._output.generation = self._requeues + self._agree_on_starts(worker_group)
 
     def _agree_on_starts(self, worker_group: WorkerGroup) -> int:
@@ -130,7 +138,8 @@ class WatchedAgent(LocalElasticAgent):
         store = worker_group.store
         assert isinstance(store, dist.PrefixStore)  # type: ignore[attr-defined]
         if worker_group.group_rank == 0:
-            lasting = store.underlying_store
+            job = f"outlast/{worker_group.spec.rdzv_handler.get_run_id()}"  # jobs may share an endpoint
+            lasting = dist.PrefixStore(job, store.underlying_store)
             store.set(JOB_NAME, lasting.compare_set(JOB_NAME, "", secrets.token_hex(8)))
             store.set(STARTS, str(lasting.add(STARTS, 1) - 1))
         self._output.job = store.get(JOB_NAME).decode()
@@ -189,19 +198,29 @@ class WatchedAgent(LocalElasticAgent):
                 self._kill_hung(processes, culprit)
             self._end_wrappers(processes, self._watch.ended)
             self._tell_wait(self._watch.waiting)
-        evidence = {rank: culprit.evidence for rank, culprit in self._hung.items()}
-        self.failures = processes.failures(evidence, self._ended)
+        self.failures = self._find_failures(processes)
         undying = sorted(self._hung.keys() & processes.running().keys()) if self._hung else []
         if self.failures or undying:
             self._end_peers(processes)
         if undying:  # in an uninterruptible sleep: it must not keep the others from restarting
             log.error("outlast: ranks %s do not die of SIGKILL; going on without them", undying)
-            result = RunResult(state=WorkerState.UNHEALTHY)
+            result = RunResult(state=WorkerState.FAILED)
         else:
             result = self._poll(processes, worker_group)
+            if self.failures and result.state == WorkerState.SUCCEEDED:
+                result = RunResult(state=WorkerState.FAILED)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
-            self._write_failure(result)
+            self._write_failure(result, processes)
         return result
+
+    def _find_failures(self, processes: RankProcesses) -> list[RankFailure]:
+        return find_failures(
+            processes,
+            self._watch,
+            hang_evidence={rank: culprit.evidence for rank, culprit in self._hung.items()},
+            ended=self._ended,
+            says_finish=self._relay.obeyed,
+        )
 
     def _tell_notice(self) -> None:
         """Of a notice, one line and one event."""
@@ -244,6 +263,26 @@ class WatchedAgent(LocalElasticAgent):
                     raise
             else:
                 return result
+
+    def _exit_barrier(self) -> None:
+        """Wait for the other nodes' ranks to finish, for at most ``exit_barrier_s``."""
+        self._in_exit_barrier = True
+        try:
+            store_util.barrier(
+                store=self._store,
+                world_size=self._worker_group.group_world_size or 1,
+                key_prefix=EXIT_BARRIER,
+                barrier_timeout=self._config.exit_barrier_s,
+            )
+        except dist.DistError as error:
+            log.warning(
+                "outlast: this node's ranks have finished, but not all other nodes said so within %g s "
+                "(launch.exit_barrier_s): %s",
+                self._config.exit_barrier_s,
+                first_line(error),
+            )
+        finally:
+            self._in_exit_barrier = False
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         """End all ranks: those that are stopped at once, the others with SIGTERM and, after ``stop_grace_s``, SIGKILL.
@@ -351,22 +390,19 @@ class WatchedAgent(LocalElasticAgent):
         if wait_s == 0.0:
             log.warning("outlast: restarting the ranks; %d restarts left after this", left)
             return
-        where = f"after {lasted_s:.1f} s" if step is None else f"no further than step {step}"
         log.warning(
-            "outlast: the ranks failed %s%s; restarting them in %.3g s (launch.backoff_s); %d restarts left after "
-            "this; Ctrl-C, or SIGTERM to this launcher, ends the job",
-            "before their first step" if step == 0 else where,
-            f", {self._backoff.in_vain} times in a row" if self._backoff.in_vain > 1 else "",
-            wait_s,
+            "outlast: %s; %d restarts left after this; Ctrl-C, or SIGTERM to this launcher, ends the job",
+            self._backoff.describe(step, lasted_s, wait_s),
             left,
         )
 
-    def _write_failure(self, result: RunResult) -> None:
+    def _write_failure(self, result: RunResult, processes: RankProcesses) -> None:
         if not self.failures:  # a rank failed between our poll and torchelastic's
             self.failures = [
                 RankFailure(rank=rank, pid=failure.pid, status=failure.exitcode)
                 for rank, failure in sorted(result.failures.items())
             ]
+            self.failures[:0] = [failure for failure in self._find_failures(processes) if failure.early]
         if any(failure.status == NO_RESTART_STATUS for failure in self.failures):
             self._remaining_restarts = 0
         if self._relay.notice is not None:

@@ -35,7 +35,15 @@ from outlast.diagnostics.live import (
     shm_directory,
 )
 from outlast.diagnostics.report.html_file import write_html
-from outlast.errors import ConfigError, DataError, DiagnosticsError, NotDurable, OutlastError, RunDirectoryError
+from outlast.errors import (
+    ConfigError,
+    DataError,
+    DiagnosticsError,
+    EndedEarly,
+    NotDurable,
+    OutlastError,
+    RunDirectoryError,
+)
 from outlast.events import CommChosen, Event, EventLog, RunEnded, RunStarted
 from outlast.launch import (
     Notice,
@@ -48,11 +56,11 @@ from outlast.launch.failures import (
     RESUME_STATUS,
     WATCHED,
 )
+from outlast.launch.place import Single
 from outlast.trainer import logs, process_group
 from outlast.trainer.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
 from outlast.trainer.data import Corpus, Loader, find_files, split_held_out
-from outlast.trainer.durability import Durability
 from outlast.trainer.engine import build_engine
 from outlast.trainer.failure_history import FailureHistory, read_failure_history
 from outlast.trainer.loop import train
@@ -117,6 +125,7 @@ def run_rank(config: Config, place: Place) -> bool:
         logs.set_up_terminal(place.rank)
         stack.callback(logs.shut_down)
         notice = stack.enter_context(Notice(config.launch.notice_grace_s))
+        _tell_left_over(place)
         trainer = config.trainer
         if trainer.deterministic:
             process_group.make_deterministic()
@@ -140,10 +149,20 @@ def run_rank(config: Config, place: Place) -> bool:
             train(run)
         except Exception as error:
             _LOG.exception("rank %d failed", place.rank)
-            if run is not None:
-                reason = f"{type(error).__name__}: {error}"
-                run.events.write(RunEnded(step=run.recorder.step, ok=False, reason=reason))
+            _write_failed(run, error)
             raise
+        except SystemExit as error:
+            if error.code not in (None, 0):
+                raise
+            _LOG.exception("rank %d called sys.exit()", place.rank)
+            step = run.recorder.step if run is not None else 0
+            early = EndedEarly(
+                f"rank {place.rank} called sys.exit() in step {step} of {config.trainer.steps}, before training "
+                "was done",
+                "its traceback is in this rank's log; end a run early with fewer trainer.steps, or with SIGTERM",
+            )
+            _write_failed(run, early)
+            raise early from error
         ended_by = run.ended_by
         if place.rank == 0 and not ended_by:  # after a notice every second counts; the report can be made later
             _write_report(run)
@@ -155,14 +174,23 @@ def run_rank(config: Config, place: Place) -> bool:
         return not ended_by
 
 
+def _tell_left_over(place: Place) -> None:
+    """A process that no launcher started may be thought to be one of many."""
+    found = [f"{key}={os.environ[key]}" for key in Single.IGNORED if os.environ.get(key)]
+    if place.source == "single" and found and os.environ.get("WORLD_SIZE") != "1":
+        _LOG.warning("%s: ignored, because no RANK is set: this process trains alone", " ".join(found))
+
+
+def _write_failed(run: Run | None, error: Exception) -> None:
+    if run is not None:
+        run.events.write(RunEnded(step=run.recorder.step, ok=False, reason=f"{type(error).__name__}: {error}"))
+
+
 def _check_durable(run: Run, what: str) -> None:
     """Raise on every rank unless the last save is in storage. Collective."""
     failure: NotDurable | None = None
-    try:
-        if run.place.rank == 0:
-            run.durability.check(what)
-    except NotDurable as error:
-        failure = error
+    if run.place.rank == 0 and run.not_durable is not None:
+        failure = NotDurable(f"{what}, but {run.not_durable.what}", run.not_durable.fix)
     if process_group.maximum(run.device, int(failure is not None)):
         raise failure or NotDurable(f"{what}, but its last step is not durable", "see the message of rank 0")
 
@@ -234,11 +262,8 @@ def _build_run(
     history = read_failure_history(attempt) if auto else FailureHistory()
     schedule = CheckpointSchedule(config.checkpoint, place, device, history, recorder, events)
 
-    durability = Durability()
-
     def emit(event: Event) -> None:
         events.write(event)
-        durability.on_event(event)
         schedule.on_event(event)
 
     url = config.checkpoint.url if config.checkpoint.url is not None else str(attempt.run / "checkpoints")
@@ -270,7 +295,6 @@ def _build_run(
         loader=Loader(training, accumulate=config.trainer.accumulate, **order),
         held_out=Loader(held_out, accumulate=1, **order),
         checkpointer=checkpointer,
-        durability=durability,
         schedule=schedule,
         recorder=recorder,
         heartbeat=heartbeat,

@@ -13,7 +13,7 @@ import tyro
 from rich import markup
 from rich.console import Console
 
-from outlast.events import plain_text
+from outlast.plain_text import plain_text
 
 Url = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="URL")]
 
