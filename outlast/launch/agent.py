@@ -172,8 +172,6 @@ class WatchedAgent(LocalElasticAgent):
         processes = self._processes
         assert processes is not None, "torchelastic polls only after a start"
         self._tell_notice()
-        if self._relay.obeyed and (ended := self._ended_by_notice(processes)) is not None:
-            return ended
         if self._watch is not None:
             alone = worker_group.group_world_size == 1
             for culprit in self._watch.find_hung(processes.running(), alone=alone):
@@ -182,6 +180,9 @@ class WatchedAgent(LocalElasticAgent):
             self._tell_wait(self._watch.waiting)
         evidence = {rank: culprit.evidence for rank, culprit in self._hung.items()}
         self.failures = processes.failures(evidence, self._ended)
+        if (ended := self._ended_by_notice(processes)) is not None:
+            self.failures = []
+            return ended
         undying = sorted(self._hung.keys() & processes.running().keys()) if self._hung else []
         if self.failures or undying:
             self._end_peers(processes)
@@ -190,6 +191,8 @@ class WatchedAgent(LocalElasticAgent):
             result = RunResult(state=WorkerState.UNHEALTHY)
         else:
             result = self._poll(processes, worker_group)
+            if result.state == WorkerState.FAILED and (ended := self._ended_by_notice(processes)) is not None:
+                return ended  # they have ended since the look above
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
             self._write_failure(result)
         return result
@@ -210,6 +213,8 @@ class WatchedAgent(LocalElasticAgent):
 
     def _ended_by_notice(self, processes: RankProcesses) -> RunResult | None:
         """The result if ranks have ended because of a notice, and none has failed; None in any other case."""
+        if not self._relay.obeyed:
+            return None
         statuses = processes.statuses()
         found = set(statuses.values())
         if RESUME_STATUS not in found or found - {None, 0, RESUME_STATUS}:

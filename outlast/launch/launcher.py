@@ -207,6 +207,8 @@ def _supervise(
             log.warning("outlast: the other nodes finished the job before this one was needed")
         elif result.is_failed() and relay.notice is not None and agent.only_killed:
             close = False
+            if not relay.loses:
+                raise SystemExit(RESUME_STATUS)
             _tell_loss(relay.notice, "ranks died before they had saved", spec.run_dir)
             raise SystemExit(128 + relay.notice)
         elif result.is_failed():
