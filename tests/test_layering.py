@@ -56,7 +56,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "launch": [
         {"launcher"},
         {"agent", "rendezvous", "trusted_rendezvous"},
-        {"notice_relay", "processes"},
+        {"notice_relay", "notice_store", "processes"},
         {"hang_watch", "notice", "rank_output", "spec"},
         {"failures", "place"},
         {"backoff", "flags", "node_clocks", "notice_signals", "orphans", "ports", "slurm", "parent_death", "config"},

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from outlast.diagnostics.live import Beat, clear, heartbeat_path, process_state, read_heartbeat, shm_directory
@@ -254,3 +255,26 @@ def test_ranks_that_nothing_watches(tmp_path: Path) -> None:
     jobs[1].kill()
     jobs[1].wait()
     clear(shm_directory(run))
+
+
+def test_a_notice_to_one_node_ends_all(tmp_path: Path) -> None:
+    """Even if that node's rank is the one that is stuck: the other's launcher does not wait for it, nor restarts."""
+    config, run = tiny_config(tmp_path)
+    words = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", *LONG[2:]]
+    words += ["--local-addr", "127.0.0.1", "--launch.monitor-interval-s", "0.2", "--run.resume", "auto"]
+    for stuck, status in ((False, 75), (True, 143)):
+        before = len(events(run, "step"))
+        logs = [tmp_path / f"log{node}{stuck}" for node in (0, 1)]
+        more = ["--launch.notice-grace-s", "4"] if stuck else []
+        jobs = [start_outlast("launch", config, *words, *more, log=log) for log in logs]
+        wait_for(lambda least=before: len(events(run, "step")) > least + 6)
+        (pid,) = next(one["pids"] for one in reversed(events(run, "workers_started")) if one["ranks"] == [1])
+        (told,) = [job for job in jobs if job.pid in [one.pid for one in psutil.Process(pid).parents()]]
+        if stuck:
+            os.kill(pid, signal.SIGSTOP)
+        told.send_signal(signal.SIGTERM)
+        assert [job.wait(timeout=90) for job in jobs] == [status, status], "".join(log.read_text() for log in logs)
+        assert "another node's launcher got SIGTERM" in logs[1 - jobs.index(told)].read_text()
+    (saved,) = steps_saved(run)
+    assert saved == min(record["step"] for record in events(run, "run_ended"))
+    assert events(run, "run_started")[-1]["first_step"] == saved + 1

@@ -25,6 +25,7 @@ from outlast.launch.config import LaunchConfig
 from outlast.launch.failures import NO_RESTART_STATUS, RESUME_STATUS, RankFailure
 from outlast.launch.hang_watch import HangWatch
 from outlast.launch.notice_relay import NoticeRelay
+from outlast.launch.notice_store import NoticeStore
 from outlast.launch.orphans import Guard, end_orphans, find_orphans, shown
 from outlast.launch.place import requeues
 from outlast.launch.processes import RankProcesses, dump_stacks
@@ -93,6 +94,7 @@ class WatchedAgent(LocalElasticAgent):
         self._host = host
         self._relay = relay
         self._told = False
+        self._notices: NoticeStore | None = None
         self._guard = guard
         self._processes: RankProcesses | None = None
         self._watch = HangWatch(run_dir, config) if config.watch else None
@@ -116,6 +118,10 @@ class WatchedAgent(LocalElasticAgent):
             handler._shared_tcp_store_server = None
         super()._rendezvous(worker_group)
         self._output.generation = self._requeues + self._agree_on_starts(worker_group)
+        store = worker_group.store
+        self._notices = None
+        if isinstance(store, dist.PrefixStore) and worker_group.group_world_size != 1:  # type: ignore[attr-defined]
+            self._notices = NoticeStore(store.underlying_store, self._output.generation)
 
     def _agree_on_starts(self, worker_group: WorkerGroup) -> int:
         """How often the job's ranks were started before.
@@ -198,11 +204,19 @@ class WatchedAgent(LocalElasticAgent):
         return result
 
     def _tell_notice(self) -> None:
-        """Of a notice, one line and one event."""
+        """Of a notice, one line and one event; the other nodes' launchers hear of it through the store, and this one of
+        theirs."""
+        if self._relay.notice is None and self._notices is not None and self._relay.obeyed:
+            elsewhere = self._notices.get()
+            if elsewhere is not None:
+                log.warning("outlast: another node's launcher got %s", elsewhere.name)
+                self._relay.learn(elsewhere)
         notice = self._relay.notice
         if notice is None or self._told:
             return
         self._told = True
+        if self._notices is not None:
+            self._notices.put(notice)
         grace_s = self._relay.grace_s
         log.warning(
             "outlast: %s: the ranks have %g s to save a checkpoint and to end; a second signal ends them at once",
@@ -249,7 +263,7 @@ class WatchedAgent(LocalElasticAgent):
         """
         if self._relay.kill is not None:
             self._relay.kill = None
-            self._relay.loses = self._watch is None or self._watch.steps_begun(self.ranks)
+            self._relay.loses = not self.resumable and (self._watch is None or self._watch.steps_begun(self.ranks))
         if self._processes is not None:
             if self._relay.obeyed:
                 self._processes.kill_all()

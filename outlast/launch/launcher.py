@@ -223,14 +223,17 @@ def _supervise(
             )
         agent.remove_shared_memory()
         if agent.resumable:
-            # A closed rendezvous could not be rejoined by a launcher that is started again on this node.
-            close = False
+            # All nodes end; a closed rendezvous in a store that lasts could not be joined by the same job's next start.
+            close = rendezvous.backend == "c10d"
             raise SystemExit(RESUME_STATUS)
     except SignalException:
         close = False
         agent.remove_shared_memory()
         raise
     except RendezvousError as error:
+        if relay.notice is not None:  # the node that holds the store has ended before this one
+            close = False
+            raise SignalException(f"the rendezvous was lost: {error}", sigval=relay.notice) from error
         raise LaunchError(
             f"the rendezvous at {rendezvous.endpoint} (id {rendezvous.run_id}) failed: {error}",
             "make sure every node was started with the same endpoint, id and --nnodes, and can reach that host",

@@ -129,7 +129,7 @@ def test_a_notice_saves_and_requeues(
     )
     wait_for(lambda: events(run, "step"))
     cluster.run("scancel", "--signal=USR1", str(job))  # as --signal=USR1@60 does: to the steps, not to the batch script
-    state = cluster.wait(job)
+    state = cluster.wait(job, timeout_s=300)
     output = (tmp_path / f"outlast-{job}.out").read_text()
     assert state == "COMPLETED", output
     assert "status 75 after a notice; requeueing" in output
