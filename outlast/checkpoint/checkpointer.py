@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from outlast.checkpoint.begin import begin
 from outlast.checkpoint.config import CheckpointConfig
-from outlast.checkpoint.format.records import CRC_BYTES
+from outlast.checkpoint.durability import Durability
+from outlast.checkpoint.ending import AtExit, Ending, give_up
 from outlast.checkpoint.format.step_number import as_step
 from outlast.checkpoint.memory.arena import Arena
 from outlast.checkpoint.ownership.lease import Lease
@@ -24,11 +26,10 @@ from outlast.checkpoint.peers.collectives import Agreement, check_ranks
 from outlast.checkpoint.restore.load import Restored
 from outlast.checkpoint.save.device import DeviceRoom
 from outlast.checkpoint.save.hooks import Hooks
-from outlast.checkpoint.save.io_threads import IoThreads, process_ended
+from outlast.checkpoint.save.io_threads import IoThreads
 from outlast.checkpoint.save.job import SaveJob, raise_error
 from outlast.checkpoint.save.prepare import make_request
-from outlast.checkpoint.save.request import SaveContext, SaveRequest
-from outlast.checkpoint.save.source import TensorSource
+from outlast.checkpoint.save.request import SaveContext
 from outlast.checkpoint.save.stall_forecast import StallForecast
 from outlast.checkpoint.save.storage_save import StorageSave
 from outlast.checkpoint.start import Reading, Start, check_place
@@ -60,8 +61,11 @@ class Checkpointer:
     reported by a ``CheckpointFailed`` event and a log line, training goes on, and earlier checkpoints are untouched.
     What the program does wrong is raised: bad state by :meth:`save` at once; a changed snapshot, or a bug in the
     background thread, by the next call of :meth:`wait_copied`, :meth:`save`, :meth:`restore` or :meth:`close`. A save
-    is committed only after the training thread has confirmed that nothing was changed, which each of these calls does;
-    a save after which none of them is called is never committed.
+    is committed only after the training thread has confirmed that nothing was changed, which each of these calls does.
+    If the last save to storage fails, :meth:`close` raises :class:`NotDurable`.
+
+    A process that ends without closing it commits what is complete and unchanged, within ``config.exit_wait_s``, and so
+    does ``with`` if an exception ends its body. What is not durable is logged; without ``close``, the status is then 1.
 
     All methods are for one thread, the training thread. Saves issue no collectives.
 
@@ -109,7 +113,10 @@ class Checkpointer:
         lease = Lease(
             self._store, config.lease_s, token=attempt_id, ways_out="save to another place; to read, no job has to end"
         )
-        self._context = SaveContext(self._store, config, rank, world_size, attempt_id, on_event, self._io, lease)
+        self._durability = Durability(on_event)
+        self._context = SaveContext(
+            self._store, config, rank, world_size, attempt_id, self._durability.on_event, self._io, lease
+        )
         self._group = group
         self._arena = Arena(int(config.host_memory_mb * 1e6))
         self._device_room = DeviceRoom()
@@ -127,7 +134,7 @@ class Checkpointer:
         """Whether a copy was due at the partner in this attempt."""
         self._closed = False
         # A thread that is inside PyTorch while the interpreter is taken down would abort the process.
-        atexit.register(self._abort_at_exit)
+        self._at_exit = AtExit(self._leave, self._durability, config.exit_wait_s)
 
     @property
     def url(self) -> str:
@@ -203,9 +210,11 @@ class Checkpointer:
                 f"step {step} is to be saved only to memory, but there is no memory tier",
                 "set checkpoint.memory_every_steps",
             )
+        self._at_exit.user = threading.current_thread()
         self._finish()
         problem = self._start.before_save()
-        request = make_request(
+        make = partial(
+            make_request,
             self._context,
             self._group,
             self._device_room,
@@ -219,30 +228,17 @@ class Checkpointer:
             # The partner gets the first save at once: what a restart went on from may be in one place alone.
             replicate_now=not self._replicated,
         )
-        saving: SaveJob | None = None
-        if self._tiers is not None:
-            saving = self._tiers.begin(request)
-            self._replicated = True
+        numbers = step, self._save_id
+        saving = begin(make, self._context, self._tiers, self._arena, numbers, durable=durable)
         if saving is None:
-            if not durable:
-                return
-            saving = self._save_to_storage(request)
-        self._saving = saving
-        copied_bytes = sum(part.nbytes for part in request.plan.parts)
-        saving.predicted_stall_s = self._stall.begin(copied_bytes, time.monotonic())
+            return
+        self._replicated, self._saving = True, saving
+        saving.predicted_stall_s = self._stall.begin(saving.copied_bytes, time.monotonic())
         if problem is not None:
             saving.give_up(problem)
         saving.start()
         saving.eager_copied.wait()
         saving.blocked_s += time.monotonic() - began
-
-    def _save_to_storage(self, request: SaveRequest) -> SaveJob:
-        plan, snapshot = request.plan, request.snapshot
-        assert snapshot is not None
-        sizes = [part.nbytes + CRC_BYTES for part in plan.parts]
-        reserve = partial(self._arena.reserve, sizes, pinned=snapshot.pinned)
-        source = TensorSource(plan, snapshot, self._arena, prepare=lambda: (request.replicas.digests(), reserve()))
-        return StorageSave(self._context, request, source)
 
     def wait_copied(self) -> float:
         """Wait until the running save needs no tensor any more; call it right before anything changes them.
@@ -365,7 +361,7 @@ class Checkpointer:
         if self._closed:
             raise CheckpointError("restore on a closed Checkpointer")
         if which != "auto":
-            which = as_step(which, "restore", 'an integer, or "auto",')
+            which = as_step(which, "restore", "auto")
         self._finish()
         running = like is not None or into is not None
         select = partial(make_selection, parts, strict, rename, cast, running=running)
@@ -385,48 +381,51 @@ class Checkpointer:
         """Wait until the running save is committed or has failed, and end the threads; closing twice is harmless.
 
         Raises:
+            NotDurable: the last save to storage failed; says which step is not there, why, and which is.
             SnapshotMutated: a tensor of the running save was changed too early.
             Exception: a bug that ended the save before, or an error of ``on_event``.
         """
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self._finish()
-            if self._tiers is not None:
-                self._tiers.finish(self._save_id + 1)
-        finally:
-            self._end()
+        if self._may_end():
+            try:
+                self._finish()
+                if self._tiers is not None:
+                    self._tiers.finish(self._save_id + 1)
+            finally:
+                self._end()
+            self._durability.check()
 
     def abort(self) -> None:
-        """Give the running save up, report it as failed, and end the threads: for training that ends with an error.
+        """Give the running save up, report it as failed, and end the threads.
 
-        What the save has committed by now stays. What the save ran into is not raised. At the exit of a process that
-        did not call :meth:`close`, the same happens by itself.
+        What the save has committed by now stays. What the save ran into is not raised.
         """
-        self._abort(CheckpointError("training ended with an error before the checkpoint was committed"))
-
-    def _abort_at_exit(self) -> None:
-        self._abort(process_ended())
-
-    def _abort(self, reason: CheckpointError) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        if self._saving is not None:
-            self._saving.give_up(reason)
-        if self._tiers is not None:
-            self._tiers.abort(reason)
-        self._end()
+        if self._may_end():
+            give_up(self._saving, self._tiers, CheckpointError("it was aborted before the checkpoint was committed"))
+            self._end()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if error is None:
+        """Close it. If an exception ends the body, that is what is raised, and what cannot be committed is logged."""
+        if error is None or (isinstance(error, SystemExit) and not error.code):
             self.close()
         else:
-            self.abort()
+            self._leave(Ending(self._context.config.exit_wait_s, error))
+
+    def _may_end(self) -> bool:
+        """Whether it is to be ended here and now, which is done once, and not by a fork of its process."""
+        if self._closed or self._at_exit.pid != os.getpid():
+            return False
+        self._closed = True
+        return True
+
+    def _leave(self, ending: Ending) -> None:
+        if self._may_end():
+            try:
+                ending.carry_out(self._saving, self._tiers, self._save_id + 1)
+            finally:
+                self._end()
 
     def _end(self) -> None:
         self._hooks.remove()
@@ -438,7 +437,7 @@ class Checkpointer:
         self._io.shutdown()
         self._arena.clear()
         self._device_room.clear()
-        atexit.unregister(self._abort_at_exit)
+        self._at_exit.cancel()
 
     def _finish(self) -> None:
         """Confirm the running save, and wait for its end."""

@@ -17,12 +17,13 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+from torch.distributed.elastic.utils import store as store_util
 
 from outlast.diagnostics.live import Culprit
 from outlast.events import EventLog, HangFound, NoticeCame, WorkersFailed, WorkersStarted
 from outlast.launch.backoff import Backoff
 from outlast.launch.config import LaunchConfig
-from outlast.launch.failures import NO_RESTART_STATUS, RESUME_STATUS, RankFailure
+from outlast.launch.failures import NO_RESTART_STATUS, RESUME_STATUS, RankFailure, first_line
 from outlast.launch.hang_watch import HangWatch
 from outlast.launch.notice_relay import NoticeRelay
 from outlast.launch.notice_store import NoticeStore
@@ -31,10 +32,13 @@ from outlast.launch.place import requeues
 from outlast.launch.processes import RankProcesses, dump_stacks
 from outlast.launch.rank_output import RankOutput
 
-STARTS = "outlast/starts"
-"""Key in the rendezvous store that counts how often the job's ranks were started."""
-JOB_NAME = "outlast/job"
-"""Key in the rendezvous store of a name that no other job has."""
+STARTS = "starts"
+"""Key of the job in the rendezvous store that counts how often its ranks were started."""
+JOB_NAME = "job"
+"""Key of the job in the rendezvous store of a name that no other job has."""
+
+EXIT_BARRIER = "torchelastic/agent/terminal_state"
+"""torchelastic's key, so that its own agents may be among the other nodes."""
 
 log = logging.getLogger("outlast.launch")
 
@@ -85,6 +89,8 @@ class WatchedAgent(LocalElasticAgent):
         """Ranks that caused the newest failure; ranks that were ended because of it are left out."""
         self.restarts = 0
         """Failures that led to a restart so far."""
+        self.joined = False
+        """Whether this node has taken part in a round of the rendezvous."""
         self.resumable = False
         """Whether the ranks ended because of a notice, and lost nothing."""
         self._config = config
@@ -117,6 +123,7 @@ class WatchedAgent(LocalElasticAgent):
             handler._bootstrap_store_info = None
             handler._shared_tcp_store_server = None
         super()._rendezvous(worker_group)
+        self.joined = True
         self._output.generation = self._requeues + self._agree_on_starts(worker_group)
         store = worker_group.store
         self._notices = None
@@ -132,7 +139,8 @@ class WatchedAgent(LocalElasticAgent):
         store = worker_group.store
         assert isinstance(store, dist.PrefixStore)  # type: ignore[attr-defined]
         if worker_group.group_rank == 0:
-            lasting = store.underlying_store
+            job = f"outlast/{worker_group.spec.rdzv_handler.get_run_id()}"  # jobs may share an endpoint
+            lasting = dist.PrefixStore(job, store.underlying_store)
             store.set(JOB_NAME, lasting.compare_set(JOB_NAME, "", secrets.token_hex(8)))
             store.set(STARTS, str(lasting.add(STARTS, 1) - 1))
         self._output.job = store.get(JOB_NAME).decode()
@@ -254,6 +262,26 @@ class WatchedAgent(LocalElasticAgent):
                     raise
             else:
                 return result
+
+    def _exit_barrier(self) -> None:
+        """Wait for the other nodes' ranks to finish, for at most ``exit_barrier_s``."""
+        self._in_exit_barrier = True
+        try:
+            store_util.barrier(
+                store=self._store,
+                world_size=self._worker_group.group_world_size or 1,
+                key_prefix=EXIT_BARRIER,
+                barrier_timeout=self._config.exit_barrier_s,
+            )
+        except dist.DistError as error:
+            log.warning(
+                "outlast: this node's ranks have finished, but not all other nodes said so within %g s "
+                "(launch.exit_barrier_s): %s",
+                self._config.exit_barrier_s,
+                first_line(error),
+            )
+        finally:
+            self._in_exit_barrier = False
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         """End all ranks: those that are stopped at once, the others with SIGTERM and, after ``stop_grace_s``, SIGKILL.

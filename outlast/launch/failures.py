@@ -69,6 +69,12 @@ def describe_exit(status: int) -> str:
         return f"killed by signal {-status}"
 
 
+def first_line(error: BaseException) -> str:
+    """An error's kind and the first line of what it says: torch's errors go on with frames of C++."""
+    words = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {words[0]}" if words else type(error).__name__
+
+
 def last_output(error_file: Path | None, logs: Sequence[Path], since: float) -> tuple[str, Path | None]:
     """A rank's last message, and the log that has more.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from outlast.errors import ConfigError, LaunchError, OutOfRange, RunDirectoryError
 from outlast.events import EventLog
-from outlast.launch.failures import RESUME_STATUS, WATCHED, ranks_failed
+from outlast.launch.failures import RESUME_STATUS, WATCHED, first_line, ranks_failed
 from outlast.launch.flags import DEFAULT_PORT
 from outlast.launch.notice import NOTICE_FILE
 from outlast.launch.orphans import Guard
@@ -34,8 +34,14 @@ if TYPE_CHECKING:
 PARENT_DEATH = Path(__file__).with_name("parent_death.py")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 
-TORCHELASTIC_NOISE = "torch.distributed.elastic.multiprocessing.api"
-"""It logs the first failed rank that it sees as the cause; the agent logs the likely cause instead."""
+TORCHELASTIC_NOISE = (
+    "torch.distributed.elastic.multiprocessing.api",  # logs the first failed rank that it sees as the cause
+    "torch.distributed.elastic.agent.server.api",
+    "torch.distributed.elastic.rendezvous.dynamic_rendezvous",  # logs tracebacks where a store is lost
+)
+"""Loggers whose messages the agent's and the launcher's own replace."""
+CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
+SPARED = "outlast: the other nodes finished the job before this one was needed"
 
 log = logging.getLogger("outlast.launch")
 
@@ -63,6 +69,7 @@ def launch(spec: LaunchSpec) -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         raise LaunchError("launch() was called outside the main thread", "call it from the main thread")
+    _load_torch()
     rendezvous = resolve(spec.flags)
     if rendezvous.backend == "static" and spec.effective().max_restarts > 0:
         raise ConfigError(
@@ -130,7 +137,7 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
     output = RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host)
     with (
         _signals_restored(),
-        _quiet(TORCHELASTIC_NOISE),
+        _quiet(*TORCHELASTIC_NOISE),
         NoticeRelay(spec) as relay,
         closing(Guard(output.mark)) as guard,
         _environment({} if relay.file is None else {NOTICE_FILE: str(relay.file)}),
@@ -166,11 +173,13 @@ def _supervise(
     relay: NoticeRelay,
     guard: Guard,
 ) -> None:
+    import torch.distributed as dist
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
     from outlast.launch.agent import WatchedAgent
+    from outlast.launch.trusted_rendezvous import AuthenticatedHandler
 
     config = spec.effective()
     handler = _handler(rendezvous, spec.run_dir)
@@ -204,7 +213,7 @@ def _supervise(
     try:
         result = agent.run()
         if result is None:  # the job ended while this node was a spare
-            log.warning("outlast: the other nodes finished the job before this one was needed")
+            log.warning(SPARED)
         elif result.is_failed() and relay.notice is not None and agent.only_killed:
             close = False
             if not relay.loses:
@@ -230,17 +239,55 @@ def _supervise(
         close = False
         agent.remove_shared_memory()
         raise
-    except RendezvousError as error:
+    except (RendezvousError, dist.DistError) as error:
         if relay.notice is not None:  # the node that holds the store has ended before this one
             close = False
             raise SignalException(f"the rendezvous was lost: {error}", sigval=relay.notice) from error
-        raise LaunchError(
-            f"the rendezvous at {rendezvous.endpoint} (id {rendezvous.run_id}) failed: {error}",
-            "make sure every node was started with the same endpoint, id and --nnodes, and can reach that host",
-        ) from error
+        spare = not agent.joined and isinstance(handler, AuthenticatedHandler) and handler.spare
+        if spare and isinstance(error, RendezvousClosedError):
+            log.warning(SPARED)
+            return
+        raise _rendezvous_failed(error, rendezvous, handler) from error
     finally:
-        if close:
+        if close and agent.joined:  # never that of another job, or one that goes on without this node
             handler.shutdown()
+
+
+def _rendezvous_failed(error: Exception, rendezvous: Rendezvous, handler: RendezvousHandler) -> LaunchError:
+    """What it means that the launchers cannot meet, or cannot meet again."""
+    from torch.distributed import DistError
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousClosedError,
+        RendezvousConnectionError,
+        RendezvousTimeoutError,
+    )
+
+    from outlast.launch.trusted_rendezvous import AuthenticatedHandler
+
+    where = f"{rendezvous.endpoint} (id {rendezvous.run_id})"
+    again = "once it is well, start the job again on all nodes: training goes on from the newest checkpoint"
+    if isinstance(error, (RendezvousConnectionError, DistError)):
+        return LaunchError(
+            f"the rendezvous at {where} is lost: the launcher there has ended, its node has failed, or the link to it "
+            f"is cut ({first_line(error.__cause__ or error)}); this node's ranks were ended",
+            again,
+        )
+    if isinstance(error, RendezvousClosedError):
+        return LaunchError(
+            f"the rendezvous at {where} is closed: the job has ended on another node",
+            "read that node's launcher for the cause; to start it again, start all nodes",
+        )
+    if isinstance(error, RendezvousTimeoutError) and isinstance(handler, AuthenticatedHandler) and handler.missing:
+        fewer = f"--nnodes 1:{rendezvous.max_nodes} lets the others go on without a node"
+        return LaunchError(
+            f"too few nodes at the rendezvous at {where} in the time for it (--rdzv-conf join_timeout): "
+            f"{handler.missing}",
+            f"start the job again on all nodes, with the same endpoint, id and --nnodes; {fewer}",
+        )
+    return LaunchError(
+        f"the rendezvous at {where} failed: {first_line(error)}",
+        "make sure every node was started with the same endpoint, id and --nnodes, and can reach that host",
+    )
 
 
 def _handler(rendezvous: Rendezvous, run_dir: Path) -> RendezvousHandler:
@@ -264,7 +311,7 @@ def _handler(rendezvous: Rendezvous, run_dir: Path) -> RendezvousHandler:
         return get_rendezvous_handler(params)
     except RendezvousError as error:
         raise LaunchError(
-            f"no connection to the rendezvous at {rendezvous.endpoint}: {error.__cause__ or error}",
+            f"no connection to the rendezvous at {rendezvous.endpoint}: {first_line(error.__cause__ or error)}",
             "make sure the launcher on that host is running, its port is open, and its name resolves here",
         ) from error
     except ValueError as error:
@@ -323,14 +370,23 @@ def _environment(added: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
+def _quiet(*names: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for logger in map(logging.getLogger, names):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
         yield
+
+
+def _load_torch() -> None:
+    """Load torch without its stores' warnings, which are frames of C++ for each lost connection. Ranks keep theirs."""
+    if "torch" in sys.modules or CPP_LOG_LEVEL in os.environ:
+        return
+    os.environ[CPP_LOG_LEVEL] = "ERROR"
+    try:
+        import torch.distributed  # noqa: F401
     finally:
-        logger.setLevel(before)
+        del os.environ[CPP_LOG_LEVEL]
 
 
 @contextlib.contextmanager

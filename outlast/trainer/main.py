@@ -51,7 +51,6 @@ from outlast.trainer import logs, process_group
 from outlast.trainer.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
 from outlast.trainer.data import Corpus, Loader, find_files, split_held_out
-from outlast.trainer.durability import Durability
 from outlast.trainer.engine import build_engine
 from outlast.trainer.failure_history import FailureHistory, read_failure_history
 from outlast.trainer.loop import train
@@ -157,11 +156,8 @@ def run_rank(config: Config, place: Place) -> bool:
 def _check_durable(run: Run, what: str) -> None:
     """Raise on every rank unless the last save is in storage. Collective."""
     failure: NotDurable | None = None
-    try:
-        if run.place.rank == 0:
-            run.durability.check(what)
-    except NotDurable as error:
-        failure = error
+    if run.place.rank == 0 and run.not_durable is not None:
+        failure = NotDurable(f"{what}, but {run.not_durable.what}", run.not_durable.fix)
     if process_group.maximum(run.device, int(failure is not None)):
         raise failure or NotDurable(f"{what}, but its last step is not durable", "see the message of rank 0")
 
@@ -233,11 +229,8 @@ def _build_run(
     history = read_failure_history(attempt) if auto else FailureHistory()
     schedule = CheckpointSchedule(config.checkpoint, place, device, history, recorder, events)
 
-    durability = Durability()
-
     def emit(event: Event) -> None:
         events.write(event)
-        durability.on_event(event)
         schedule.on_event(event)
 
     url = config.checkpoint.url if config.checkpoint.url is not None else str(attempt.run / "checkpoints")
@@ -269,7 +262,6 @@ def _build_run(
         loader=Loader(training, accumulate=config.trainer.accumulate, **order),
         held_out=Loader(held_out, accumulate=1, **order),
         checkpointer=checkpointer,
-        durability=durability,
         schedule=schedule,
         recorder=recorder,
         heartbeat=heartbeat,

@@ -15,13 +15,12 @@ from torch import Tensor
 from outlast.checkpoint import Checkpointer, Restored
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.diagnostics import Heartbeat, Recorder
-from outlast.errors import StateMismatch
+from outlast.errors import NotDurable, StateMismatch
 from outlast.events import EvalDone, EventLog, StepDone
 from outlast.launch import Notice, Place
 from outlast.trainer.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
 from outlast.trainer.data import Loader
-from outlast.trainer.durability import Durability
 from outlast.trainer.engine import Engine
 from outlast.trainer.progress import Progress
 from outlast.trainer.run_directory import Attempt
@@ -41,7 +40,6 @@ class Run:
     loader: Loader
     held_out: Loader
     checkpointer: Checkpointer
-    durability: Durability
     schedule: CheckpointSchedule
     recorder: Recorder
     heartbeat: Heartbeat
@@ -57,6 +55,8 @@ class Run:
     """Whether a notice came: the state after ``done_step`` is saved, and the run ends. The same on all ranks."""
     _durable: bool = True
     """Whether the checkpoint that is due goes to storage."""
+    not_durable: NotDurable | None = None
+    """That the last save to storage has failed; to be raised at the very end, since reports come first."""
     _saved_step: int = 0
     """The newest step that is in storage or on its way there."""
 
@@ -210,7 +210,6 @@ class Run:
         self.done_step = restored.step
         if not self.config.checkpoint.memory_every_steps:  # otherwise it may be in memory alone
             self._saved_step = restored.step
-        self.durability.committed = restored.step
         for line in changed if rank == 0 else ():
             _LOG.info("changed since step %d: %s", restored.step, line)
         if not same and rank == 0:
@@ -230,10 +229,12 @@ class Run:
         """
         if self.ending and self.done_step > self._saved_step:
             self._durable = True
-            self.durability.doubt(self.done_step)
             self.save(self.done_step)
         self.heartbeat.beat("finish", self.done_step)
-        self.checkpointer.close()
+        try:
+            self.checkpointer.close()
+        except NotDurable as error:
+            self.not_durable = error
         token = self.recorder.enter("barrier", 0, "end of the run")
         dist.barrier()
         self.recorder.complete(token)

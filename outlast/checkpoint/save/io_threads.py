@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from functools import partial
+from typing import Generic, ParamSpec, TypeVar
 
 from outlast.errors import CheckpointError
 
@@ -13,36 +15,55 @@ T = TypeVar("T")
 
 
 class IoThreads(ThreadPoolExecutor):
-    """A pool of threads whose refusal says that the process is ending.
+    """A pool of threads that works without threads, too: where none can be had, whoever asks does the work.
 
-    When the interpreter exits, :mod:`concurrent.futures` refuses work first, and only then are ``atexit`` callbacks
-    called. A save in a daemon thread may meet either first, and reports the same of both: :func:`process_ended`.
+    That is so when a limit of threads is reached, and from the end of the main thread on, when the interpreter gives no
+    pool any more work although other threads still train.
     """
 
+    _closed = False
+
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """As of the base class.
+        """As of the base class; the work may be done when this returns.
 
         Raises:
-            CheckpointError: the interpreter is exiting, or the pool was shut down.
+            CheckpointError: the pool was shut down.
         """
+        if self._closed:
+            raise CheckpointError("the threads of this Checkpointer have ended, since it was closed")
+        work = _Once(partial(fn, *args, **kwargs))
         try:
-            return super().submit(fn, *args, **kwargs)
-        except RuntimeError as error:
-            raise process_ended() from error
+            super().submit(work)
+        except RuntimeError:
+            work()  # it may be in the pool's queue all the same
+        return work.future
 
-    @property
-    def refuse(self) -> bool:
-        """Whether no more work is taken."""
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As of the base class; but work that was taken is always done."""
+        self._closed = True
+        super().shutdown(wait)
+
+
+class _Once(Generic[T]):
+    """A piece of work for whichever thread comes first."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self.future: Future[T] = Future()
+        self._work = work
+        self._taken = threading.Lock()
+
+    def __call__(self) -> None:
+        if not self._taken.acquire(blocking=False):
+            return
         try:
-            self.submit(int)
-        except CheckpointError:
-            return True
-        return False
+            self.future.set_result(self._work())
+        except BaseException as error:  # raised where the result is read
+            self.future.set_exception(error)
 
 
-def process_ended() -> CheckpointError:
+def process_ended(how: str = "") -> CheckpointError:
     """Why a save fails that is under way when its process ends without closing the Checkpointer."""
     return CheckpointError(
-        "the process ended before the checkpoint was committed",
+        f"the process ended before the checkpoint was committed{how}",
         "call Checkpointer.close() at the end of training, or use the Checkpointer in a with statement",
     )

@@ -22,16 +22,18 @@ import threading
 import time
 from concurrent.futures import Future
 
+from outlast.checkpoint import process_exit
 from outlast.checkpoint.format.names import COMMIT, STORAGE, failed_name, parse_failed, step_name, vote_path
 from outlast.checkpoint.format.records import Fault, FileEntry, crc_hex, seal
 from outlast.checkpoint.format.zarr import node_path
 from outlast.checkpoint.save.absent import no_vote, not_opened, other_count
 from outlast.checkpoint.save.commit import ReceivedVote, build_commit, make_vote, read_vote
 from outlast.checkpoint.save.io_threads import process_ended
-from outlast.checkpoint.save.job import SaveJob, failure_text
+from outlast.checkpoint.save.job import SaveJob, failure_text, must_be_raised
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import Source
 from outlast.checkpoint.save.writer import Writer
+from outlast.checkpoint.shortage import start
 from outlast.checkpoint.steps import catalog, retention
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointRejected, CheckpointSaved
@@ -81,8 +83,10 @@ class StorageSave(SaveJob):
         super().give_up(self._cause(reason))
 
     def _cause(self, error: Exception) -> Exception:
-        """The error, or that the process is ending: a storage client's own threads refuse work then, like ours."""
-        return process_ended() if isinstance(error, RuntimeError) and self._context.io.refuse else error
+        """The error, or that the process is ending: the threads of storage clients refuse work then."""
+        if isinstance(error, RuntimeError) and process_exit.exiting():
+            return process_ended(f" ({error})")
+        return error
 
     # The save's own thread from here on.
 
@@ -106,8 +110,7 @@ class StorageSave(SaveJob):
                 )
             )
             if self._context.rank == 0:
-                catalog.retire(self._context.store, self.step)
-                retention.prune(self._context.store, self.step, self._context.config.keep_last)
+                self._remove_old()
         except Exception as error:
             # The thread ends here: the error becomes an event, or is raised in the training thread.
             if finished:
@@ -117,15 +120,25 @@ class StorageSave(SaveJob):
         finally:
             self._end()
 
+    def _remove_old(self) -> None:
+        try:
+            catalog.retire(self._context.store, self.step)
+            retention.prune(self._context.store, self.step, self._context.config.keep_last)
+        except Exception as error:
+            if must_be_raised(error):
+                raise
+            _log.warning("step %d is committed, but old steps are not removed yet: %s", self.step, error)
+
     def _fail(self, reason: Exception) -> None:
         self._clean_up(reason)
         self._report(reason, STORAGE, self._context.on_event)
 
     def _write_and_vote(self) -> int:
+        self._check_cancelled()
         context = self._context
         # Only daemon threads wait: the interpreter does not exit before the pool's threads have ended.
         opened: Future[list[FileEntry]] = Future()
-        threading.Thread(target=self._open, args=(opened,), name=f"outlast-open-{self.step}", daemon=True).start()
+        start(threading.Thread(target=self._open, args=(opened,), name=f"outlast-open-{self.step}", daemon=True))
         entries = self._writer.run(opened)
         context.store.sync_dirs(f"{step_name(self.step)}/{entry.path}" for entry in entries)
         self._confirmed.wait()
@@ -150,7 +163,7 @@ class StorageSave(SaveJob):
                 context.store.remove(name)
         for old in catalog.clear_for(context.store, self.step, context.attempt_id):
             reason = f"saved again; the old one is kept as {old} until the new one is committed, then set aside"
-            context.on_event(CheckpointRejected(step=self.step, reason=reason))
+            context.on_event(CheckpointRejected(step=self.step, reason=reason, damaged=False))
         self._make_room()
         data = self._request.root_document(context)
         self._writer.files.add(node_path(""))
@@ -244,14 +257,19 @@ class StorageSave(SaveJob):
         store, commit = self._context.store, f"{step_name(self.step)}/{COMMIT}"
         poll = Poll(min(_VERDICT_S, self._context.config.commit_timeout_s))
         while not store.exists(commit):
-            self._check_cancelled(others=True)
-            if not poll.wait():
+            self._check_others()
+            # If this rank gives up now, e.g. because its process ends, that changes nothing any more.
+            if self._stop is not None or not poll.wait():
                 return
 
     def _check_cancelled(self, *, others: bool = False) -> None:
         """Raise if this save was given up, on this rank or (``others``) on another."""
         super()._check_cancelled()
-        if others and self._context.store.exists(self._flag()):
+        if others:
+            self._check_others()
+
+    def _check_others(self) -> None:
+        if self._context.store.exists(self._flag()):
             self._flagged = True
             reason = bytes(self._context.store.read(self._flag())).decode(errors="replace")
             why = f": {reason}" if reason else ""
@@ -264,12 +282,12 @@ class StorageSave(SaveJob):
         """Remove what this rank wrote, beginning with what makes it count, and leave a flag for the other ranks."""
         try:
             self._remove_own()
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             _log.warning("files of the failed save of step %d could not be removed yet: %s", self.step, error)
         if self._context.world_size > 1 and not self._flagged:
             try:
                 self._context.store.put(self._flag(), [failure_text(reason).encode()])
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 _log.warning("could not flag for the other ranks that step %d failed: %s", self.step, error)
 
     def _remove_own(self) -> None:

@@ -100,6 +100,10 @@ class Tier:
             self._newest.done.wait()
             raise_error(self._newest)
 
+    def ends_within(self, limit_s: float) -> bool:
+        """Wait for the copy on its way, for so long at most; whether it has ended."""
+        return self._newest is None or self._newest.done.wait(max(limit_s, 0.0))
+
     def raise_error(self) -> None:
         """Raise the error of a copy that has ended, without waiting for one that has not."""
         if self._newest is not None and self._newest.done.is_set():
