@@ -56,7 +56,8 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "launch": [
         {"launcher"},
         {"agent", "rendezvous", "trusted_rendezvous"},
-        {"joining", "notice_relay", "notice_store", "processes"},
+        {"first_cause", "joining", "notice_relay", "notice_store"},
+        {"processes"},
         {"hang_watch", "notice", "rank_output", "spec"},
         {"failures", "place"},
         {"backoff", "flags", "node_clocks", "notice_signals", "orphans", "ports", "slurm", "parent_death", "config"},

@@ -24,11 +24,12 @@ from outlast.events import EventLog, HangFound, NoticeCame, WorkersFailed, Worke
 from outlast.launch.backoff import Backoff
 from outlast.launch.config import LaunchConfig
 from outlast.launch.failures import NO_RESTART_STATUS, RESUME_STATUS, RankFailure, first_line
+from outlast.launch.first_cause import find_failures
 from outlast.launch.hang_watch import HangWatch
 from outlast.launch.notice_relay import NoticeRelay
 from outlast.launch.notice_store import NoticeStore
 from outlast.launch.orphans import Guard, end_orphans, find_orphans, shown
-from outlast.launch.place import requeues
+from outlast.launch.place import counted_requeues
 from outlast.launch.processes import RankProcesses, dump_stacks
 from outlast.launch.rank_output import RankOutput
 
@@ -107,7 +108,7 @@ class WatchedAgent(LocalElasticAgent):
         self._hung: dict[int, Culprit] = {}
         self._waits = False
         self._ended: dict[int, int] = {}
-        self._requeues = requeues(os.environ)
+        self._requeues = counted_requeues(os.environ)
         self._backoff = Backoff(config.backoff_s, config.longest_backoff_s)
         self._backoff_s = 0.0
         self._started_s = time.monotonic()
@@ -192,8 +193,7 @@ class WatchedAgent(LocalElasticAgent):
                 self._kill_hung(processes, culprit)
             self._end_wrappers(processes, self._watch.ended)
             self._tell_wait(self._watch.waiting)
-        evidence = {rank: culprit.evidence for rank, culprit in self._hung.items()}
-        self.failures = processes.failures(evidence, self._ended)
+        self.failures = self._find_failures(processes)
         if (ended := self._ended_by_notice(processes)) is not None:
             self.failures = []
             return ended
@@ -202,14 +202,25 @@ class WatchedAgent(LocalElasticAgent):
             self._end_peers(processes)
         if undying:  # in an uninterruptible sleep: it must not keep the others from restarting
             log.error("outlast: ranks %s do not die of SIGKILL; going on without them", undying)
-            result = RunResult(state=WorkerState.UNHEALTHY)
+            result = RunResult(state=WorkerState.FAILED)
         else:
             result = self._poll(processes, worker_group)
             if result.state == WorkerState.FAILED and (ended := self._ended_by_notice(processes)) is not None:
                 return ended  # they have ended since the look above
+            if self.failures and result.state == WorkerState.SUCCEEDED:
+                result = RunResult(state=WorkerState.FAILED)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
-            self._write_failure(result)
+            self._write_failure(result, processes)
         return result
+
+    def _find_failures(self, processes: RankProcesses) -> list[RankFailure]:
+        return find_failures(
+            processes,
+            self._watch,
+            hang_evidence={rank: culprit.evidence for rank, culprit in self._hung.items()},
+            ended=self._ended,
+            says_finish=self._relay.obeyed,
+        )
 
     def _tell_notice(self) -> None:
         """Of a notice, one line and one event; the other nodes' launchers hear of it through the store, and this one of
@@ -389,22 +400,19 @@ class WatchedAgent(LocalElasticAgent):
         if wait_s == 0.0:
             log.warning("outlast: restarting the ranks; %d restarts left after this", left)
             return
-        where = f"after {lasted_s:.1f} s" if step is None else f"no further than step {step}"
         log.warning(
-            "outlast: the ranks failed %s%s; restarting them in %.3g s (launch.backoff_s); %d restarts left after "
-            "this; Ctrl-C, or SIGTERM to this launcher, ends the job",
-            "before their first step" if step == 0 else where,
-            f", {self._backoff.in_vain} times in a row" if self._backoff.in_vain > 1 else "",
-            wait_s,
+            "outlast: %s; %d restarts left after this; Ctrl-C, or SIGTERM to this launcher, ends the job",
+            self._backoff.describe(step, lasted_s, wait_s),
             left,
         )
 
-    def _write_failure(self, result: RunResult) -> None:
+    def _write_failure(self, result: RunResult, processes: RankProcesses) -> None:
         if not self.failures:  # a rank failed between our poll and torchelastic's
             self.failures = [
                 RankFailure(rank=rank, pid=failure.pid, status=failure.exitcode)
                 for rank, failure in sorted(result.failures.items())
             ]
+            self.failures[:0] = [failure for failure in self._find_failures(processes) if failure.early]
         if any(failure.status == NO_RESTART_STATUS for failure in self.failures):
             self._remaining_restarts = 0
         if self._relay.notice is not None:
