@@ -28,7 +28,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"convert", "deepspeed"},
         {"attach", "load"},
         {"tools", "checkpointer"},
-        {"start", "ending"},
+        {"start", "ending", "begin"},
         {"restore"},
         {"tiers"},
         {"save"},
@@ -36,7 +36,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"storage", "state"},
         {"format"},
         {"memory", "peers", "auto_interval", "rng"},
-        {"config", "durability", "process_exit"},
+        {"config", "durability", "process_exit", "shortage"},
     ],
     "comm": [
         {"attach"},
@@ -56,7 +56,8 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "launch": [
         {"launcher"},
         {"agent", "rendezvous", "trusted_rendezvous"},
-        {"joining", "notice_relay", "processes"},
+        {"first_cause", "joining", "notice_relay", "notice_store"},
+        {"processes"},
         {"hang_watch", "notice", "rank_output", "spec"},
         {"failures", "place"},
         {"backoff", "flags", "node_clocks", "notice_signals", "orphans", "ports", "slurm", "parent_death", "config"},

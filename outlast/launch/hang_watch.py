@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +134,20 @@ class HangWatch:
         except OSError as error:  # still in use, or already removed by another process
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                 raise
+
+    def ended_early(self, ended: Iterable[int]) -> dict[int, str]:
+        """Where those of these ranks were that had not said that they finish; their processes have ended."""
+        beats = {rank: self._beat_of(rank) for rank in ended}
+        return {
+            rank: f"in phase {beat.phase} of step {beat.step}"
+            for rank, beat in beats.items()
+            if beat is not None and beat.phase != "finish"
+        }
+
+    def is_stuck(self, pids: Mapping[int, int]) -> bool:
+        """Whether one of these ranks waits inside a collective for longer than it may be silent."""
+        now_s = time.monotonic()
+        return any(one.pending and one.silent_s(now_s) > one.limit_s(self.rules) for one in self.observe(pids))
 
     def steps_begun(self, ranks: tuple[int, ...]) -> bool:
         """Whether one of these ranks has left set-up."""

@@ -38,6 +38,16 @@ def check_installed() -> None:
     _package("safetensors")
 
 
+def holds(value: Any) -> bool:
+    """Whether a file can hold a tensor or value."""
+    try:
+        if isinstance(value, torch.Tensor):
+            _check_dtype(_package("safetensors.torch"), value.dtype, "")
+    except CheckpointError:
+        return False
+    return True
+
+
 def write(state: dict[str, Any], path: str, step: int) -> list[str]:
     """Write a nested state to a new file; durable on return.
 
