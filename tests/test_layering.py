@@ -56,7 +56,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "launch": [
         {"launcher"},
         {"agent", "rendezvous", "trusted_rendezvous"},
-        {"first_cause", "joining", "notice_relay"},
+        {"first_cause", "joining", "notice_relay", "notice_store"},
         {"processes", "program", "program_runs"},
         {"hang_watch", "notice", "rank_output", "runner", "spec"},
         {"failures", "place"},

@@ -225,6 +225,8 @@ def _supervise(
             log.warning(SPARED)
         elif result.is_failed() and relay.notice is not None and agent.only_killed:
             close = False
+            if not relay.loses:
+                raise SystemExit(RESUME_STATUS)
             _tell_loss(relay.notice, "ranks died before they had saved", spec.run_dir)
             raise SystemExit(128 + relay.notice)
         elif result.is_failed():
@@ -239,14 +241,17 @@ def _supervise(
             )
         agent.remove_shared_memory()
         if agent.resumable:
-            # A closed rendezvous could not be rejoined by a launcher that is started again on this node.
-            close = False
+            # All nodes end; a closed rendezvous in a store that lasts could not be joined by the same job's next start.
+            close = rendezvous.backend == "c10d"
             raise SystemExit(RESUME_STATUS)
     except SignalException:
         close = False
         agent.remove_shared_memory()
         raise
     except (RendezvousError, dist.DistError) as error:
+        if relay.notice is not None:  # the node that holds the store has ended before this one
+            close = False
+            raise SignalException(f"the rendezvous was lost: {error}", sigval=relay.notice) from error
         spare = not agent.joined and isinstance(handler, AuthenticatedHandler) and handler.spare
         if spare and isinstance(error, RendezvousClosedError):
             log.warning(SPARED)
