@@ -37,11 +37,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 
 from outlast.errors import LaunchError
 from outlast.launch.joining import JoiningHolder
-<<<<<<< HEAD
 from outlast.launch.ports import LOOPBACKS, loopback
-=======
 from outlast.plain_text import plain_text
->>>>>>> main
 
 SECRET = "OUTLAST_LAUNCH_SECRET"
 """Environment variable with the run's secret, for launchers that do not share the run's directory."""
