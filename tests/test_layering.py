@@ -59,8 +59,9 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"first_cause", "joining", "notice_relay", "notice_store"},
         {"processes"},
         {"hang_watch", "notice", "rank_output", "spec"},
+        {"notice_signals"},
         {"failures", "place"},
-        {"backoff", "flags", "node_clocks", "notice_signals", "orphans", "ports", "slurm", "parent_death", "config"},
+        {"backoff", "flags", "node_clocks", "orphans", "ports", "slurm", "parent_death", "config"},
     ],
     "trainer": [
         {"__main__"},
