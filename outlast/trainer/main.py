@@ -50,6 +50,7 @@ from outlast.launch import (
     Place,
     find_place,
 )
+from outlast.launch.attempt import Attempt
 from outlast.launch.failures import (
     NO_RESTART_STATUS,
     RESUME_STATUS,
@@ -67,7 +68,7 @@ from outlast.trainer.model import GPT
 from outlast.trainer.progress import Progress
 from outlast.trainer.rng import seed_all
 from outlast.trainer.run import Run
-from outlast.trainer.run_directory import Attempt, begin_attempt, run_lease, run_path
+from outlast.trainer.run_directory import begin_attempt, run_lease, run_path
 from outlast.trainer.summary import render_summary
 
 _LOG = logging.getLogger("outlast")
