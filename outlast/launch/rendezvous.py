@@ -11,6 +11,7 @@ from outlast.errors import ConfigError
 from outlast.launch import slurm as slurm_names
 from outlast.launch.flags import DEFAULT_PORT, LaunchFlags
 from outlast.launch.place import Slurm
+from outlast.launch.ports import loopback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +63,15 @@ def resolve(flags: LaunchFlags, environ: Mapping[str, str] | None = None) -> Ren
         if flags.standalone and most != 1:
             raise ConfigError(f"--standalone and --nnodes {flags.nnodes} contradict each other", "remove one of them")
         # The loopback address also works where the host's name does not resolve.
+        address = loopback()
         return Rendezvous(
             backend="c10d",
-            endpoint="127.0.0.1:0",
+            endpoint=f"[{address}]:0" if ":" in address else f"{address}:0",
             run_id=run_id or uuid.uuid4().hex[:12],
             conf=conf,
             min_nodes=1,
             max_nodes=1,
-            local_addr=local_addr or "127.0.0.1",
+            local_addr=local_addr or address,
             why="single node, free port",
         )
     endpoint, why = flags.rdzv_endpoint, "--rdzv-endpoint"
