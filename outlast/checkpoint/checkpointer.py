@@ -16,23 +16,23 @@ import torch.distributed as dist
 from torch import nn
 
 from outlast.checkpoint.config import CheckpointConfig
-from outlast.checkpoint.format.records import CRC_BYTES
+from outlast.checkpoint.format.names import STORAGE
 from outlast.checkpoint.format.step_number import as_step
 from outlast.checkpoint.memory.arena import Arena
 from outlast.checkpoint.ownership.lease import Lease
 from outlast.checkpoint.peers.collectives import Agreement, check_ranks
 from outlast.checkpoint.restore.load import Restored
+from outlast.checkpoint.save.background import raise_error, report_behind
 from outlast.checkpoint.save.device import DeviceRoom
 from outlast.checkpoint.save.hooks import Hooks
-from outlast.checkpoint.save.io_threads import IoThreads, process_ended
-from outlast.checkpoint.save.job import SaveJob, raise_error
+from outlast.checkpoint.save.job import SaveJob
 from outlast.checkpoint.save.prepare import make_request
-from outlast.checkpoint.save.request import SaveContext, SaveRequest
-from outlast.checkpoint.save.source import TensorSource
+from outlast.checkpoint.save.request import SaveContext
 from outlast.checkpoint.save.stall_forecast import StallForecast
-from outlast.checkpoint.save.storage_save import StorageSave
+from outlast.checkpoint.save.storage_save import StorageSave, tensor_save
 from outlast.checkpoint.start import Reading, Start, check_place
 from outlast.checkpoint.state.selection import Rename, make_selection
+from outlast.checkpoint.storage.io_threads import IoThreads, process_ended
 from outlast.checkpoint.storage.open import open_store
 from outlast.checkpoint.tiers.manager import Tiers
 from outlast.errors import CheckpointError
@@ -105,7 +105,7 @@ class Checkpointer:
         check_ranks(world_size, group, "outlast.checkpoint.Checkpointer")
         self._store = open_store(url)
         check_place(self._store)
-        self._io = IoThreads(config.io_threads, thread_name_prefix="outlast-checkpoint")
+        self._io = IoThreads(config.io_threads, config.commit_timeout_s)
         lease = Lease(
             self._store, config.lease_s, token=attempt_id, ways_out="save to another place; to read, no job has to end"
         )
@@ -204,6 +204,9 @@ class Checkpointer:
                 "set checkpoint.memory_every_steps",
             )
         self._finish()
+        if self._saving is not None and self._saving.hangs:
+            report_behind(self._saving, step, STORAGE, self._context.on_event)
+            return
         problem = self._start.before_save()
         request = make_request(
             self._context,
@@ -226,23 +229,15 @@ class Checkpointer:
         if saving is None:
             if not durable:
                 return
-            saving = self._save_to_storage(request)
+            saving = tensor_save(self._context, request, self._arena)
         self._saving = saving
         copied_bytes = sum(part.nbytes for part in request.plan.parts)
         saving.predicted_stall_s = self._stall.begin(copied_bytes, time.monotonic())
         if problem is not None:
             saving.give_up(problem)
         saving.start()
-        saving.eager_copied.wait()
+        saving.wait(saving.eager_copied)
         saving.blocked_s += time.monotonic() - began
-
-    def _save_to_storage(self, request: SaveRequest) -> SaveJob:
-        plan, snapshot = request.plan, request.snapshot
-        assert snapshot is not None
-        sizes = [part.nbytes + CRC_BYTES for part in plan.parts]
-        reserve = partial(self._arena.reserve, sizes, pinned=snapshot.pinned)
-        source = TensorSource(plan, snapshot, self._arena, prepare=lambda: (request.replicas.digests(), reserve()))
-        return StorageSave(self._context, request, source)
 
     def wait_copied(self) -> float:
         """Wait until the running save needs no tensor any more; call it right before anything changes them.
@@ -268,7 +263,7 @@ class Checkpointer:
             self._tiers.raise_errors()
         if self._awaited is not saving:
             self._awaited = saving
-            saving.copied.wait()
+            saving.wait(saving.copied)
             if not saving.confirmed:
                 saving.blocked_s += time.monotonic() - began
             self._stall.end(asked=began, copied=saving.copied_at)
@@ -435,8 +430,10 @@ class Checkpointer:
         if self._tiers is not None:
             self._tiers.close()
         self._context.lease.close()
-        self._io.shutdown()
-        self._arena.clear()
+        hangs = self._saving is not None and self._saving.hangs
+        self._io.shutdown(wait=not hangs, cancel_futures=hangs)
+        if not hangs:  # else it may still read from there
+            self._arena.clear()
         self._device_room.clear()
         atexit.unregister(self._abort_at_exit)
 
@@ -444,5 +441,5 @@ class Checkpointer:
         """Confirm the running save, and wait for its end."""
         if self._saving is not None:
             self._wait_copied()
-            self._saving.done.wait()
+            self._saving.wait(self._saving.done)
             raise_error(self._saving)

@@ -35,7 +35,8 @@ class CheckpointConfig:
     commit_timeout_s: float = 300.0
     """Seconds the coordinator waits for the votes of the other ranks, and they for the coordinator to open the save.
     After that, the save is given up and reported, and training goes on. Choose more than the longest time by which one
-    rank's storage may lag behind another's."""
+    rank's storage may lag behind another's. A storage that has answered nothing for this long is not waited for
+    either: the save is given up and reported, and so are later ones until it answers."""
 
     lease_s: float = 60.0
     """One job at a time saves in a place: it holds a lease there, and renews it six times in this many seconds. If its

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Callable
-from typing import Protocol
 
-from outlast.checkpoint.format.names import STORAGE
-from outlast.checkpoint.save.request import SaveRequest
+from outlast.checkpoint.save.background import Background, must_be_raised
+from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import Source
-from outlast.errors import CheckpointError, PlaceInUse, SnapshotMutated, StateMismatch
-from outlast.events import CheckpointFailed, Event
-
-_log = logging.getLogger("outlast.checkpoint")
+from outlast.errors import SnapshotMutated
 
 
-class SaveJob:
+class SaveJob(Background):
     """One save of one rank into one tier, in a thread of its own. Public methods are for the training thread.
 
     Args:
+        context: who saves.
         request: what to save.
         source: of the plan's parts.
+        tier: where to.
+        limit_s: see :class:`Background`.
 
     Attributes:
         eager_copied: set once no eager tensor is read any more.
@@ -33,11 +30,10 @@ class SaveJob:
         predicted_stall_s: seconds that the update was expected to wait, for the event; set before :meth:`start`.
     """
 
-    def __init__(self, request: SaveRequest, source: Source) -> None:
-        self.step = request.step
+    def __init__(self, context: SaveContext, request: SaveRequest, source: Source, tier: str, limit_s: float) -> None:
+        super().__init__(request.step, tier, context.on_event, name=f"outlast-save-{request.step}", limit_s=limit_s)
+        self._context = context
         self.eager_copied, self.copied = source.eager_copied, source.copied
-        self.done = threading.Event()
-        self.error: Exception | None = None
         self.blocked_s = 0.0
         self.predicted_stall_s: float | None = None
         self._request = request.without_tensors()
@@ -48,7 +44,6 @@ class SaveJob:
             self._confirmed.set()
         self._stop: Exception | None = None
         self._stop_lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name=f"outlast-save-{self.step}", daemon=True)
 
     @property
     def confirmed(self) -> bool:
@@ -59,10 +54,6 @@ class SaveJob:
     def copied_at(self) -> float | None:
         """When all tensors were copied, on the monotonic clock; None if they are not, or the save was given up."""
         return self._source.copied_at
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
 
     def confirm(self) -> None:
         """Check once more that no lazy tensor was changed; the rank votes only after that. Call after ``copied``.
@@ -88,13 +79,7 @@ class SaveJob:
                 if must_be_raised(reason):
                     self.error = reason
         self._confirmed.set()
-
-    def join(self) -> None:
-        """Wait until the thread has ended."""
-        self._thread.join()
-
-    def _run(self) -> None:
-        raise NotImplementedError
+        super().give_up(reason)
 
     def _check_cancelled(self) -> None:
         """Raise if this save was given up."""
@@ -111,42 +96,8 @@ class SaveJob:
         self._request.replicas.release()
         self.done.set()
 
-    def _report(self, reason: Exception, tier: str, on_event: Callable[[Event], None]) -> None:
+    def _report(self, reason: Exception) -> None:
         """Report that the save failed; if it is the program's fault, it is raised in the training thread, too."""
         if must_be_raised(reason) and reason is not self._stop:
             self.error = reason
-        _log.warning("checkpoint of step %d failed%s: %s", self.step, "" if tier == STORAGE else f" in {tier}", reason)
-        try:
-            on_event(CheckpointFailed(step=self.step, reason=failure_text(reason), tier=tier))
-        except Exception as error:
-            # Events get lost, so the training thread must know.
-            self.error = error
-
-
-def failure_text(reason: Exception) -> str:
-    """Why a save failed, for events and for other ranks."""
-    return reason.what if isinstance(reason, CheckpointError) else f"{type(reason).__name__}: {reason}"
-
-
-class Background(Protocol):
-    """Work that runs beside training."""
-
-    error: Exception | None
-    """What must be raised in the training thread."""
-
-
-def raise_error(running: Background) -> None:
-    """Raise the error that belongs to the training thread, once."""
-    if running.error is not None:
-        error, running.error = running.error, None
-        raise error
-
-
-def must_be_raised(error: Exception) -> bool:
-    """Whether an error is the program's fault, or nothing can be saved any more because another job has the place.
-
-    What else the environment does is reported, and training goes on.
-    """
-    return not isinstance(error, (OSError, CheckpointError)) or isinstance(
-        error, (SnapshotMutated, StateMismatch, PlaceInUse)
-    )
+        super()._report(reason)

@@ -21,17 +21,20 @@ import logging
 import threading
 import time
 from concurrent.futures import Future
+from functools import partial
 
 from outlast.checkpoint.format.names import COMMIT, STORAGE, failed_name, parse_failed, step_name, vote_path
-from outlast.checkpoint.format.records import Fault, FileEntry, crc_hex, seal
+from outlast.checkpoint.format.records import CRC_BYTES, Fault, FileEntry, crc_hex, seal
 from outlast.checkpoint.format.zarr import node_path
+from outlast.checkpoint.memory.arena import Arena
+from outlast.checkpoint.save.background import failure_text
 from outlast.checkpoint.save.commit import ReceivedVote, build_commit, make_vote, read_vote
-from outlast.checkpoint.save.io_threads import process_ended
-from outlast.checkpoint.save.job import SaveJob, failure_text
+from outlast.checkpoint.save.job import SaveJob
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
-from outlast.checkpoint.save.source import Source
+from outlast.checkpoint.save.source import Source, TensorSource
 from outlast.checkpoint.save.writer import Writer
 from outlast.checkpoint.steps import catalog, retention
+from outlast.checkpoint.storage.io_threads import process_ended
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointRejected, CheckpointSaved
 
@@ -53,9 +56,8 @@ class StorageSave(SaveJob):
     """
 
     def __init__(self, context: SaveContext, request: SaveRequest, source: Source) -> None:
-        super().__init__(request, source)
+        super().__init__(context, request, source, STORAGE, context.config.commit_timeout_s)
         plan = request.plan
-        self._context = context
         self._save = context.attempt_id, request.save_id
         # Of all ranks, with the overhead of files: as if each rank had as many files as this one.
         files = 1 + len(plan.documents) + len(plan.parts)
@@ -68,6 +70,7 @@ class StorageSave(SaveJob):
             context.io,
             self._check_cancelled,
             self.give_up,
+            self.sign,
         )
         self._voted = False
         self._flagged = False
@@ -83,6 +86,13 @@ class StorageSave(SaveJob):
         """The error, or that the process is ending: a storage client's own threads refuse work then, like ours."""
         return process_ended() if isinstance(error, RuntimeError) and self._context.io.refuse else error
 
+    def signs(self) -> int:
+        """See :class:`Background`; what the threads do that write files counts."""
+        return super().signs() + self._context.io.answers
+
+    def _where(self) -> str:
+        return self._context.store.url
+
     # The save's own thread from here on.
 
     def _run(self) -> None:
@@ -94,6 +104,7 @@ class StorageSave(SaveJob):
             else:
                 self._hear_verdict()
             finished = self.committed = True
+            self._ends()
             self._context.on_event(
                 CheckpointSaved(
                     step=self.step,
@@ -118,7 +129,7 @@ class StorageSave(SaveJob):
 
     def _fail(self, reason: Exception) -> None:
         self._clean_up(reason)
-        self._report(reason, STORAGE, self._context.on_event)
+        self._report(reason)
 
     def _write_and_vote(self) -> int:
         context = self._context
@@ -127,6 +138,7 @@ class StorageSave(SaveJob):
         threading.Thread(target=self._open, args=(opened,), name=f"outlast-open-{self.step}", daemon=True).start()
         entries = self._writer.run(opened)
         context.store.sync_dirs(f"{step_name(self.step)}/{entry.path}" for entry in entries)
+        self.sign()
         self._confirmed.wait()
         self._check_cancelled()
         vote = make_vote(context, self._request, entries)
@@ -143,6 +155,7 @@ class StorageSave(SaveJob):
     def _open_for_all(self) -> list[FileEntry]:
         context = self._context
         context.lease.confirm()
+        self.sign()
         for name in context.store.names(""):
             flag = parse_failed(name)
             if flag is not None and (flag[0] != context.attempt_id or flag[1] < self._request.save_id - 1):
@@ -150,6 +163,7 @@ class StorageSave(SaveJob):
         for old in catalog.clear_for(context.store, self.step, context.attempt_id):
             reason = f"saved again; the old one is kept as {old} until the new one is committed, then set aside"
             context.on_event(CheckpointRejected(step=self.step, reason=reason))
+        self.sign()
         self._make_room()
         data = self._request.root_document(context)
         self._writer.files.add(node_path(""))
@@ -162,7 +176,7 @@ class StorageSave(SaveJob):
             self._check_cancelled(others=True)
             if catalog.opened_by(self._context.store, self.step) == self._save:
                 return []
-            if not poll.wait():
+            if not poll.pause():
                 raise CheckpointError(
                     f"rank 0 did not open the save of step {self.step} within {poll.limit_s:g} s",
                     "see rank 0's events; on slow storage raise checkpoint.commit_timeout_s",
@@ -227,7 +241,7 @@ class StorageSave(SaveJob):
             if len(votes) == len(ranks):
                 return [votes[rank] for rank in ranks]
             self._check_cancelled(others=True)
-            if not poll.wait():
+            if not poll.pause():
                 absent = [
                     f"rank {rank}" + (f" ({refused[rank]})" if rank in refused else "")
                     for rank in ranks
@@ -247,13 +261,17 @@ class StorageSave(SaveJob):
         poll = Poll(min(_VERDICT_S, self._context.config.commit_timeout_s))
         while not store.exists(commit):
             self._check_cancelled(others=True)
-            if not poll.wait():
+            if not poll.pause():
                 return
 
     def _check_cancelled(self, *, others: bool = False) -> None:
         """Raise if this save was given up, on this rank or (``others``) on another."""
         super()._check_cancelled()
-        if others and self._context.store.exists(self._flag()):
+        if not others:
+            return
+        flagged = self._context.store.exists(self._flag())
+        self.sign()
+        if flagged:
             self._flagged = True
             reason = bytes(self._context.store.read(self._flag())).decode(errors="replace")
             why = f": {reason}" if reason else ""
@@ -289,6 +307,16 @@ class StorageSave(SaveJob):
             store.remove(f"{folder}/{path}")
 
 
+def tensor_save(context: SaveContext, request: SaveRequest, arena: Arena) -> StorageSave:
+    """A save whose tensors go through the host's memory to the store, without a tier in between."""
+    plan, snapshot = request.plan, request.snapshot
+    assert snapshot is not None
+    sizes = [part.nbytes + CRC_BYTES for part in plan.parts]
+    reserve = partial(arena.reserve, sizes, pinned=snapshot.pinned)
+    source = TensorSource(plan, snapshot, arena, prepare=lambda: (request.replicas.digests(), reserve()))
+    return StorageSave(context, request, source)
+
+
 class Poll:
     """Waits with pauses that grow, up to a limit in all."""
 
@@ -297,7 +325,7 @@ class Poll:
         self._deadline = time.monotonic() + limit_s
         self._pause_s = _FIRST_POLL_S
 
-    def wait(self) -> bool:
+    def pause(self) -> bool:
         """Pause; False if the limit is reached."""
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:

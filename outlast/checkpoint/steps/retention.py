@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 
 from outlast.checkpoint.format.names import step_name
 from outlast.checkpoint.format.records import Fault
@@ -37,7 +37,7 @@ def prune(store: Store, newest: int, keep_last: int) -> None:
         _log.warning("old checkpoints cannot be removed: %s", error)
 
 
-def prune_all_but_newest_valid(store: Store, io: ThreadPoolExecutor) -> None:
+def prune_all_but_newest_valid(store: Store, io: Executor) -> None:
     """Remove committed steps older than the newest one that verifies, to make room on a full disk.
 
     If none verifies, none is removed. Steps whose record cannot be read are kept.

@@ -88,9 +88,13 @@ class Tiers:
         Raises:
             Exception: a bug that ended a copy before, or an error of ``on_event``.
         """
-        due = [tier for tier in self._fed if tier.due(request)]
-        for tier in due:
+        due = []
+        for tier in [tier for tier in self._fed if tier.due(request)]:
             tier.wait(request.step)
+            if tier.hangs:
+                tier.refuse(request)
+            else:
+                due.append(tier)
         try:
             slot = self._memory.slots.take(slot_bytes(self._context, request))
         except OSError as error:
