@@ -48,9 +48,7 @@ def main(folder: str) -> None:
         first = 1
         if restored := checkpointer.restore("auto", like={"model": model.state_dict()}):  # in parts
             model.load_state_dict(restored.replicated["model"])
-            reducer.load_state_dict(
-                {"local": restored.local["comm"], "replicated": {}, "meta": restored.replicated["comm"]}
-            )
+            reducer.load_state_dict(restored.local["comm"])
             load_rng_state(restored.local["rng"])  # which entries dropout takes next
             first = restored.step + 1
             print(f"rank {rank}: going on from step {restored.step}")
@@ -66,11 +64,10 @@ def main(folder: str) -> None:
             checkpointer.wait_copied()  # the update changes what the last snapshot may still be copying
             optimizer.step()
             if step % 20 == 0:
-                comm = reducer.state_dict()
                 checkpointer.save(
                     step,
-                    replicated={"model": model.state_dict(), "comm": comm["meta"]},
-                    local={"comm": comm["local"], "rng": rng_state()},
+                    replicated={"model": model.state_dict()},
+                    local={"comm": reducer.state_dict(), "rng": rng_state()},
                     eager={"comm", "rng"},  # the next forward or backward changes them
                 )
                 if rank == 0:

@@ -45,10 +45,8 @@ def main(folder: str) -> None:
         first = 1
         if restored := checkpointer.restore("auto"):
             model.load_state_dict(restored.replicated["model"])
-            names = restored.replicated["optimizer"]
-            settings = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": {int(i): s for i, s in names.items()}, "param_groups": settings})
-            reducer.load_state_dict({"local": restored.local["comm"], **restored.replicated["comm"]})
+            optimizer.load_state_dict(restored.replicated["optimizer"])
+            reducer.load_state_dict(restored.local["comm"])
             load_rng_state(restored.local["rng"])  # which entries dropout takes next
             first = restored.step + 1
             print(f"rank {rank}: going on from step {restored.step}")
@@ -64,15 +62,10 @@ def main(folder: str) -> None:
             checkpointer.wait_copied()  # the update changes what the last snapshot may still be copying
             optimizer.step()
             if step % 20 == 0:
-                comm = reducer.state_dict()
                 checkpointer.save(
                     step,
-                    replicated={
-                        "model": model.state_dict(),
-                        "optimizer": {str(i): s for i, s in optimizer.state_dict()["state"].items()},
-                        "comm": {"replicated": comm["replicated"], "meta": comm["meta"]},
-                    },
-                    local={"comm": comm["local"], "rng": rng_state()},
+                    replicated={"model": model.state_dict(), "optimizer": optimizer.state_dict()},
+                    local={"comm": reducer.state_dict(), "rng": rng_state()},
                     eager={"comm", "rng"},  # the next forward or backward changes them
                 )
                 if rank == 0:

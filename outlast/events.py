@@ -181,13 +181,16 @@ class CheckpointRestored(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRejected(Event):
-    """A checkpoint did not verify. It was set aside, and an earlier step was used."""
+    """A checkpoint is not used: it did not verify, or the run goes on from another one."""
 
     kind: ClassVar[str] = "checkpoint_rejected"
     step: int
     reason: str
     file: str = ""
     """The damaged file, relative to the checkpoint's directory; empty if it is not one file."""
+    damaged: bool = True
+    """Whether a checkpoint was lost. Not so if its save was cut off before it was one, if the run goes on from an older
+    step, or if the step is saved again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +240,18 @@ class WorkersFailed(Event):
     ranks: tuple[int, ...]
     reasons: tuple[str, ...]
     restarting: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoticeCame(Event):
+    """The launcher of a node was told to end, or heard that another one was: the ranks save a checkpoint and end."""
+
+    kind: ClassVar[str] = "notice"
+    host: str
+    signal: str
+    """E.g. ``SIGTERM``."""
+    grace_s: float
+    """Seconds that the ranks have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ ELSEWHERE = {
     "pip install .": "tests/test_first_run.py, as a wheel in an empty environment",
     "mpirun -n 2 outlast train configs/stdlib_gpt.toml": "tests/launch/test_place.py, with flags for root",
     "sbatch slurm/train.sbatch configs/stdlib_gpt.toml": "tests/launch/test_slurm.py, on a real Slurm",
+    "sbatch --nodes 4 --gpus-per-node 8 slurm/launch.sbatch configs/stdlib_gpt.toml": "tests/launch/test_slurm.py",
     "torchrun --nproc-per-node 2 examples/own_loop.py runs/own_loop": "tests/test_own_loop.py",
 }
 

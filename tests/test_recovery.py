@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -74,6 +75,31 @@ def test_a_killed_rank(tmp_path: Path, straight: Path, victim: int) -> None:
     failed = events(run, "workers_failed")
     assert any("SIGKILL" in reason for record in failed for reason in record["reasons"])
     assert_same_end(run, straight)
+    first = " ".join(outlast("report", run).stdout.split("\nrun\n")[0].split())
+    told = re.fullmatch(
+        rf"Rank {victim} on \S+ killed \(SIGKILL\) at \S+ s, after step (\d+); .+ s and (\d+) steps? lost; recovered\.",
+        first,
+    )
+    assert told, first
+    assert int(told[1]) >= 34
+    assert int(told[2]) == int(told[1]) - first_steps[2] + 1
+
+
+@pytest.mark.slow
+def test_a_job_whose_launcher_was_killed_too_and_that_was_started_again(tmp_path: Path) -> None:
+    """Nothing that lives tells what happened; the report does."""
+    config, run = tiny_config(tmp_path)
+    job = start_outlast("launch", config, *SIXTY, log=tmp_path / "log")
+    pids = [pid_at_step(run, rank, 35) for rank in (0, 1)]
+    for pid in (job.pid, *pids):
+        os.kill(pid, signal.SIGKILL)
+    job.wait(timeout=60)
+    outlast("launch", config, *SIXTY, "--resume", "auto")
+    first = " ".join(outlast("report", run).stdout.split("\nrun\n")[0].split())
+    assert re.fullmatch(
+        r"Both ranks on \S+ died without a word at \S+ s, after step \d+; .+ s and \d+ steps lost; resumed by hand\.",
+        first,
+    )
 
 
 @pytest.mark.slow

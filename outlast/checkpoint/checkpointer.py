@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -16,23 +16,24 @@ import torch.distributed as dist
 from torch import nn
 
 from outlast.checkpoint.config import CheckpointConfig
-from outlast.checkpoint.format.names import STORAGE
+from outlast.checkpoint.durability import Durability
+from outlast.checkpoint.ending import AtExit, Ending, give_up
 from outlast.checkpoint.format.step_number import as_step
 from outlast.checkpoint.memory.arena import Arena
 from outlast.checkpoint.ownership.lease import Lease
 from outlast.checkpoint.peers.collectives import Agreement, check_ranks
 from outlast.checkpoint.restore.load import Restored
-from outlast.checkpoint.save.background import raise_error, report_behind
+from outlast.checkpoint.save.background import raise_error
 from outlast.checkpoint.save.device import DeviceRoom
 from outlast.checkpoint.save.hooks import Hooks
 from outlast.checkpoint.save.job import SaveJob
-from outlast.checkpoint.save.prepare import make_request
+from outlast.checkpoint.save.prepare import make_request, make_storage_save
 from outlast.checkpoint.save.request import SaveContext
 from outlast.checkpoint.save.stall_forecast import StallForecast
-from outlast.checkpoint.save.storage_save import StorageSave, tensor_save
+from outlast.checkpoint.save.storage_save import StorageSave
 from outlast.checkpoint.start import Reading, Start, check_place
 from outlast.checkpoint.state.selection import Rename, make_selection
-from outlast.checkpoint.storage.io_threads import IoThreads, process_ended
+from outlast.checkpoint.storage.io_threads import IoThreads
 from outlast.checkpoint.storage.open import open_store
 from outlast.checkpoint.tiers.manager import Tiers
 from outlast.errors import CheckpointError
@@ -56,12 +57,15 @@ class Checkpointer:
                 if step % 10 == 0:
                     checkpointer.save(step, replicated={"model": model.state_dict()})
 
-    Failure contract. What the environment does (a full disk, a timeout, another rank's death) makes a save fail: it is
+    Failure contract. What the environment does (a full disk, a silent one, another rank's death) fails a save: it is
     reported by a ``CheckpointFailed`` event and a log line, training goes on, and earlier checkpoints are untouched.
     What the program does wrong is raised: bad state by :meth:`save` at once; a changed snapshot, or a bug in the
     background thread, by the next call of :meth:`wait_copied`, :meth:`save`, :meth:`restore` or :meth:`close`. A save
-    is committed only after the training thread has confirmed that nothing was changed, which each of these calls does;
-    a save after which none of them is called is never committed.
+    is committed only after the training thread has confirmed that nothing was changed, which each of these calls does.
+    If the last save to storage fails, :meth:`close` raises :class:`NotDurable`.
+
+    A process that ends without closing it commits what is complete and unchanged, within ``config.exit_wait_s``, and so
+    does ``with`` if an exception ends its body. What is not durable is logged; without ``close``, the status is then 1.
 
     All methods are for one thread, the training thread. Saves issue no collectives.
 
@@ -109,7 +113,10 @@ class Checkpointer:
         lease = Lease(
             self._store, config.lease_s, token=attempt_id, ways_out="save to another place; to read, no job has to end"
         )
-        self._context = SaveContext(self._store, config, rank, world_size, attempt_id, on_event, self._io, lease)
+        self._durability = Durability(on_event)
+        self._context = SaveContext(
+            self._store, config, rank, world_size, attempt_id, self._durability.on_event, self._io, lease
+        )
         self._group = group
         self._arena = Arena(int(config.host_memory_mb * 1e6))
         self._device_room = DeviceRoom()
@@ -123,11 +130,10 @@ class Checkpointer:
         self._hooks = Hooks(self.wait_copied, self._confirm_early)
         self._stall = StallForecast()
         self._save_id = 0
-        self._replicated = False
-        """Whether a copy was due at the partner in this attempt."""
+        self._replicated = False  # whether a copy was due at the partner in this attempt
         self._closed = False
         # A thread that is inside PyTorch while the interpreter is taken down would abort the process.
-        atexit.register(self._abort_at_exit)
+        self._at_exit = AtExit(self._leave, self._durability, config.exit_wait_s)
 
     @property
     def url(self) -> str:
@@ -164,10 +170,9 @@ class Checkpointer:
         The first save, or after a restore the first :meth:`wait_copied`, takes the place for this job alone, and puts
         in order what the restored step leaves behind.
 
-        One save runs at a time: while the one before is still being written, this call waits for it, and the wait
-        counts as ``blocked_s`` of the new save's ``CheckpointSaved`` event. (Save less often if that happens.) With a
-        memory tier, this call waits only until the save before is in memory, and in the other tiers for which the new
-        one is due.
+        One save runs at a time: while the one before is being written, this call waits for it, which counts as
+        ``blocked_s`` of the new save's ``CheckpointSaved`` event. With a memory tier, this call waits only until the
+        save before is in memory, and in the other tiers for which the new one is due.
 
         Args:
             step: number of the step just done, >= 0; an integer of any kind.
@@ -203,9 +208,9 @@ class Checkpointer:
                 f"step {step} is to be saved only to memory, but there is no memory tier",
                 "set checkpoint.memory_every_steps",
             )
+        self._at_exit.user = threading.current_thread()
         self._finish()
-        if self._saving is not None and self._saving.hangs:
-            report_behind(self._saving, step, STORAGE, self._context.on_event)
+        if self._saving is not None and self._saving.refuses(step):
             return
         problem = self._start.before_save()
         request = make_request(
@@ -229,7 +234,7 @@ class Checkpointer:
         if saving is None:
             if not durable:
                 return
-            saving = tensor_save(self._context, request, self._arena)
+            saving = make_storage_save(self._context, request, self._arena)
         self._saving = saving
         copied_bytes = sum(part.nbytes for part in request.plan.parts)
         saving.predicted_stall_s = self._stall.begin(copied_bytes, time.monotonic())
@@ -306,8 +311,7 @@ class Checkpointer:
     ) -> Restored | None:
         """Read a checkpoint back, and verify every byte.
 
-        Collective over the group: all ranks call it with the same arguments. If a rank is lost, the others raise what
-        the group's backend raises.
+        Collective over the group: all ranks call it with the same arguments.
 
         ``"auto"`` takes the newest step that all ranks find complete and undamaged. Each file is read from the fastest
         undamaged copy: this node's memory, another node's, the local disks, storage. Newer damaged steps are reported
@@ -360,7 +364,7 @@ class Checkpointer:
         if self._closed:
             raise CheckpointError("restore on a closed Checkpointer")
         if which != "auto":
-            which = as_step(which, "restore", 'an integer, or "auto",')
+            which = as_step(which, "restore", "auto")
         self._finish()
         running = like is not None or into is not None
         select = partial(make_selection, parts, strict, rename, cast, running=running)
@@ -380,48 +384,51 @@ class Checkpointer:
         """Wait until the running save is committed or has failed, and end the threads; closing twice is harmless.
 
         Raises:
+            NotDurable: the last save to storage failed; says which step is not there, why, and which is.
             SnapshotMutated: a tensor of the running save was changed too early.
             Exception: a bug that ended the save before, or an error of ``on_event``.
         """
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self._finish()
-            if self._tiers is not None:
-                self._tiers.finish(self._save_id + 1)
-        finally:
-            self._end()
+        if self._may_end():
+            try:
+                self._finish()
+                if self._tiers is not None:
+                    self._tiers.finish(self._save_id + 1)
+            finally:
+                self._end()
+            self._durability.check()
 
     def abort(self) -> None:
-        """Give the running save up, report it as failed, and end the threads: for training that ends with an error.
+        """Give the running save up, report it as failed, and end the threads.
 
-        What the save has committed by now stays. What the save ran into is not raised. At the exit of a process that
-        did not call :meth:`close`, the same happens by itself.
+        What the save has committed by now stays. What the save ran into is not raised.
         """
-        self._abort(CheckpointError("training ended with an error before the checkpoint was committed"))
-
-    def _abort_at_exit(self) -> None:
-        self._abort(process_ended())
-
-    def _abort(self, reason: CheckpointError) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        if self._saving is not None:
-            self._saving.give_up(reason)
-        if self._tiers is not None:
-            self._tiers.abort(reason)
-        self._end()
+        if self._may_end():
+            give_up(self._saving, self._tiers, CheckpointError("it was aborted before the checkpoint was committed"))
+            self._end()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if error is None:
+        """Close it. If an exception ends the body, that is what is raised, and what cannot be committed is logged."""
+        if error is None or (isinstance(error, SystemExit) and not error.code):
             self.close()
         else:
-            self.abort()
+            self._leave(Ending(self._context.config.exit_wait_s, error))
+
+    def _may_end(self) -> bool:
+        """Whether it is to be ended here and now, which is done once, and not by a fork of its process."""
+        if self._closed or self._at_exit.pid != os.getpid():
+            return False
+        self._closed = True
+        return True
+
+    def _leave(self, ending: Ending) -> None:
+        if self._may_end():
+            try:
+                ending.carry_out(self._saving, self._tiers, self._save_id + 1)
+            finally:
+                self._end()
 
     def _end(self) -> None:
         self._hooks.remove()
@@ -430,12 +437,10 @@ class Checkpointer:
         if self._tiers is not None:
             self._tiers.close()
         self._context.lease.close()
-        hangs = self._saving is not None and self._saving.hangs
-        self._io.shutdown(wait=not hangs, cancel_futures=hangs)
-        if not hangs:  # else it may still read from there
-            self._arena.clear()
+        self._io.shutdown()
+        self._arena.clear()
         self._device_room.clear()
-        atexit.unregister(self._abort_at_exit)
+        self._at_exit.cancel()
 
     def _finish(self) -> None:
         """Confirm the running save, and wait for its end."""

@@ -38,6 +38,10 @@ class CheckpointConfig:
     rank's storage may lag behind another's. A storage that has answered nothing for this long is not waited for
     either: the save is given up and reported, and so are later ones until it answers."""
 
+    exit_wait_s: float = 60.0
+    """A process that ends without closing its ``Checkpointer`` waits so long for its last save to be committed, and no
+    longer than 10 s if an exception ends it. Then the save is given up."""
+
     lease_s: float = 60.0
     """One job at a time saves in a place: it holds a lease there, and renews it six times in this many seconds. If its
     node dies, another job waits this long before it takes the place. A job that a launcher restarts, or whose
@@ -103,6 +107,7 @@ class CheckpointConfig:
         require(self.interval_limit_s > 0, "checkpoint.interval_limit_s", self.interval_limit_s, "seconds > 0")
         require(self.keep_last >= 0, "checkpoint.keep_last", self.keep_last, "keep_last >= 0 (0 keeps all)")
         require(self.commit_timeout_s > 0, "checkpoint.commit_timeout_s", self.commit_timeout_s, "seconds > 0")
+        require(self.exit_wait_s >= 0, "checkpoint.exit_wait_s", self.exit_wait_s, "0 or more seconds")
         require(1 <= self.lease_s <= 600, "checkpoint.lease_s", self.lease_s, "1 to 600 seconds")
         known = ("refuse", "set_aside", "keep")
         require(self.old_steps in known, "checkpoint.old_steps", self.old_steps, ", ".join(known))

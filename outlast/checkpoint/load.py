@@ -83,7 +83,7 @@ def load(
         UnknownFormatVersion, StateMismatch, CheckpointError: see :meth:`Checkpointer.restore`.
         MissingDependency, ConfigError: see :class:`Checkpointer`.
     """
-    wanted = None if isinstance(step, str) and step == "newest" else as_step(step, "load", 'an integer, or "newest",')
+    wanted = None if isinstance(step, str) and step == "newest" else as_step(step, "load", "newest")
     store = open_store(url)
     rank, world_size = 0, 1
     if dist.is_initialized() and not alone:

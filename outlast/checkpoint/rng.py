@@ -51,5 +51,5 @@ def load_rng_state(state: dict[str, Any]) -> None:
             "gauss": saved["gauss"],
         }
     )
-    if "cuda" in state and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if "cuda" in state and torch.cuda.is_available():  # before anything has used CUDA, it is set once something does
         torch.cuda.set_rng_state(state["cuda"].to(torch.uint8))

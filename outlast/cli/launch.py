@@ -33,6 +33,7 @@ class Launch(TrainingVerb):
             run_dir=run_path(config),
             config=config.launch,
             flags=self.flags,
+            obeys_notice=True,
         )
         if self.dry_run:
             print(dry_run(spec))

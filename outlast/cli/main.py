@@ -24,7 +24,8 @@ DESCRIPTION = """Data-parallel PyTorch training that outlasts its machines.
 
 --section.key VALUE overrides a setting of CONFIG, anywhere on the command line.
 
-Exit status: 0 only if the work was done; 2 for wrong settings or arguments; 1 for every other failure."""
+Exit status: 0 only if the work was done; 2 for wrong settings or arguments; 75 if a notice such as SIGTERM ended a run
+at a durable step (go on with --resume auto); 1 for every other failure."""
 
 AnyVerb = (
     Annotated[Train, tyro.conf.subcommand("train")]

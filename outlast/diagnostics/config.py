@@ -31,6 +31,10 @@ class DiagnosticsConfig:
     """... and by at least this many times its noise, the standard deviation of its lateness from step to step
     (1.4826 x the median absolute deviation). A rank that is early as often as late is no straggler."""
 
+    straggler_always_share: float = 0.9
+    """A rank that is the latest in at least this share of the steps, not counting its noise, needs to meet neither the
+    condition above nor that below: a rank that is slow for a part of the run has a large spread."""
+
     straggler_sigmas: float = 3.0
     """... and its median lateness is this many standard errors above zero. The standard error of a median over n steps
     is estimated as 1.2533 x 1.4826 x MAD / sqrt(n)."""
@@ -63,6 +67,12 @@ class DiagnosticsConfig:
             "diagnostics.straggler_latest_share",
             self.straggler_latest_share,
             "0.5 to 1",
+        )
+        require(
+            self.straggler_latest_share <= self.straggler_always_share <= 1,
+            "diagnostics.straggler_always_share",
+            self.straggler_always_share,
+            f"straggler_latest_share = {self.straggler_latest_share:g} to 1",
         )
         require(self.straggler_noise >= 0, "diagnostics.straggler_noise", self.straggler_noise, "at least 0")
         require(self.straggler_sigmas > 0, "diagnostics.straggler_sigmas", self.straggler_sigmas, "more than 0")

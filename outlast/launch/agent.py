@@ -17,20 +17,27 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+from torch.distributed.elastic.utils import store as store_util
 
 from outlast.diagnostics.live import Culprit
-from outlast.events import EventLog, HangFound, WorkersFailed, WorkersStarted
+from outlast.events import EventLog, HangFound, NoticeCame, WorkersFailed, WorkersStarted
+from outlast.launch.backoff import Backoff
 from outlast.launch.config import LaunchConfig
-from outlast.launch.failures import NO_RESTART_STATUS, RankFailure
+from outlast.launch.failures import NO_RESTART_STATUS, RESUME_STATUS, RankFailure, first_line
 from outlast.launch.hang_watch import HangWatch
+from outlast.launch.notice_relay import NoticeRelay
+from outlast.launch.orphans import Guard, end_orphans, find_orphans, shown
 from outlast.launch.place import requeues
 from outlast.launch.processes import RankProcesses, dump_stacks
 from outlast.launch.rank_output import RankOutput
 
-STARTS = "outlast/starts"
-"""Key in the rendezvous store that counts how often the job's ranks were started."""
-JOB_NAME = "outlast/job"
-"""Key in the rendezvous store of a name that no other job has."""
+STARTS = "starts"
+"""Key of the job in the rendezvous store that counts how often its ranks were started."""
+JOB_NAME = "job"
+"""Key of the job in the rendezvous store of a name that no other job has."""
+
+EXIT_BARRIER = "torchelastic/agent/terminal_state"
+"""torchelastic's key, so that its own agents may be among the other nodes."""
 
 log = logging.getLogger("outlast.launch")
 
@@ -44,6 +51,8 @@ class WatchedAgent(LocalElasticAgent):
       killed; torchelastic then sees a failed process;
     - when a rank has failed, those of its peers that cannot react to SIGTERM (stopped, or inside a collective that will
       never end) are killed first, and the others get ``stop_grace_s`` instead of torchelastic's 30 s;
+    - ranks that have saved and ended because of a notice have succeeded;
+    - what ranks that failed or were ended have left behind is ended too;
     - the ranks of each rendezvous round get a fresh store;
     - starts, hangs and failures are written as events.
 
@@ -54,10 +63,20 @@ class WatchedAgent(LocalElasticAgent):
         run_dir: the run's directory.
         events: where events are written; the agent keeps its generation equal to the ranks'.
         host: this node's name in events.
+        relay: passes notices on.
+        guard: ends the ranks if this process dies.
     """
 
     def __init__(
-        self, spec: WorkerSpec, output: RankOutput, config: LaunchConfig, run_dir: Path, events: EventLog, host: str
+        self,
+        spec: WorkerSpec,
+        output: RankOutput,
+        config: LaunchConfig,
+        run_dir: Path,
+        events: EventLog,
+        host: str,
+        relay: NoticeRelay,
+        guard: Guard,
     ) -> None:
         super().__init__(
             spec,
@@ -69,17 +88,27 @@ class WatchedAgent(LocalElasticAgent):
         """Ranks that caused the newest failure; ranks that were ended because of it are left out."""
         self.restarts = 0
         """Failures that led to a restart so far."""
+        self.joined = False
+        """Whether this node has taken part in a round of the rendezvous."""
+        self.resumable = False
+        """Whether the ranks ended because of a notice, and lost nothing."""
         self._config = config
         self._output = output
         self._run_dir = run_dir
         self._events = events
         self._host = host
+        self._relay = relay
+        self._told = False
+        self._guard = guard
         self._processes: RankProcesses | None = None
         self._watch = HangWatch(run_dir, config) if config.watch else None
         self._hung: dict[int, Culprit] = {}
         self._waits = False
         self._ended: dict[int, int] = {}
         self._requeues = requeues(os.environ)
+        self._backoff = Backoff(config.backoff_s, config.longest_backoff_s)
+        self._backoff_s = 0.0
+        self._started_s = time.monotonic()
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         """Meet the other nodes, with a fresh store for the ranks. Collective over the agents of the job.
@@ -92,6 +121,7 @@ class WatchedAgent(LocalElasticAgent):
             handler._bootstrap_store_info = None
             handler._shared_tcp_store_server = None
         super()._rendezvous(worker_group)
+        self.joined = True
         self._output.generation = self._requeues + self._agree_on_starts(worker_group)
 
     def _agree_on_starts(self, worker_group: WorkerGroup) -> int:
@@ -103,7 +133,8 @@ class WatchedAgent(LocalElasticAgent):
         store = worker_group.store
         assert isinstance(store, dist.PrefixStore)  # type: ignore[attr-defined]
         if worker_group.group_rank == 0:
-            lasting = store.underlying_store
+            job = f"outlast/{worker_group.spec.rdzv_handler.get_run_id()}"  # jobs may share an endpoint
+            lasting = dist.PrefixStore(job, store.underlying_store)
             store.set(JOB_NAME, lasting.compare_set(JOB_NAME, "", secrets.token_hex(8)))
             store.set(STARTS, str(lasting.add(STARTS, 1) - 1))
         self._output.job = store.get(JOB_NAME).decode()
@@ -115,12 +146,16 @@ class WatchedAgent(LocalElasticAgent):
             self._watch.begin(ranks)
         self._hung = {}
         self._ended = {}
-        started_at = time.time()
+        started_at, self._started_s = time.time(), time.monotonic()
+        self._guard.watch()
         pids: dict[int, Any] = super()._start_workers(worker_group)
+        self._guard.watch(pids.values())
         assert isinstance(self._pcontext, SubprocessContext)  # as always where the entrypoint is a program
         local_ranks = {worker.global_rank: worker.local_rank for worker in worker_group.workers}
         logs = self._run_dir / "attempts" / "latest" / "logs"
         self._processes = RankProcesses(self._pcontext, local_ranks, logs, started_at)
+        self._relay.kill = self._processes.kill_all
+        self._relay.install()
         self.restarts = worker_group.spec.max_restarts - self._remaining_restarts
         self._events.generation = self._output.generation
         self._events.write(
@@ -133,9 +168,20 @@ class WatchedAgent(LocalElasticAgent):
         )
         return pids
 
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        """Restart the ranks, after a wait if they fail again and again; the old ones are ended before it."""
+        wait_s, self._backoff_s = self._backoff_s, 0.0
+        if wait_s > 0.0:
+            self._stop_workers(worker_group)
+            time.sleep(wait_s)
+        super()._restart_workers(worker_group)
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         processes = self._processes
         assert processes is not None, "torchelastic polls only after a start"
+        self._tell_notice()
+        if self._relay.obeyed and (ended := self._ended_by_notice(processes)) is not None:
+            return ended
         if self._watch is not None:
             alone = worker_group.group_world_size == 1
             for culprit in self._watch.find_hung(processes.running(), alone=alone):
@@ -156,6 +202,32 @@ class WatchedAgent(LocalElasticAgent):
             self._write_failure(result)
         return result
 
+    def _tell_notice(self) -> None:
+        """Of a notice, one line and one event."""
+        notice = self._relay.notice
+        if notice is None or self._told:
+            return
+        self._told = True
+        grace_s = self._relay.grace_s
+        log.warning(
+            "outlast: %s: the ranks have %g s to save a checkpoint and to end; a second signal ends them at once",
+            notice.name,
+            grace_s,
+        )
+        self._events.write(NoticeCame(host=self._host, signal=notice.name, grace_s=grace_s))
+
+    def _ended_by_notice(self, processes: RankProcesses) -> RunResult | None:
+        """The result if ranks have ended because of a notice, and none has failed; None in any other case."""
+        statuses = processes.statuses()
+        found = set(statuses.values())
+        if RESUME_STATUS not in found or found - {None, 0, RESUME_STATUS}:
+            return None
+        if None in found:  # the others follow, within the grace
+            self._relay.learn(signal.SIGTERM)
+            return RunResult(state=WorkerState.HEALTHY)
+        self.resumable = True
+        return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(statuses))
+
     def _poll(self, processes: RankProcesses, worker_group: WorkerGroup) -> RunResult:
         """torchelastic's own poll of the processes.
 
@@ -172,16 +244,62 @@ class WatchedAgent(LocalElasticAgent):
             else:
                 return result
 
+    def _exit_barrier(self) -> None:
+        """Wait for the other nodes' ranks to finish, for at most ``exit_barrier_s``."""
+        self._in_exit_barrier = True
+        try:
+            store_util.barrier(
+                store=self._store,
+                world_size=self._worker_group.group_world_size or 1,
+                key_prefix=EXIT_BARRIER,
+                barrier_timeout=self._config.exit_barrier_s,
+            )
+        except dist.DistError as error:
+            log.warning(
+                "outlast: this node's ranks have finished, but not all other nodes said so within %g s "
+                "(launch.exit_barrier_s): %s",
+                self._config.exit_barrier_s,
+                first_line(error),
+            )
+        finally:
+            self._in_exit_barrier = False
+
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         """End all ranks: those that are stopped at once, the others with SIGTERM and, after ``stop_grace_s``, SIGKILL.
 
-        Always SIGTERM, whatever ended the launcher: a rank that gets SIGINT prints a KeyboardInterrupt's traceback.
+        Ranks that obey notices take no signal for an order to end, so they get SIGKILL. To the others it is always
+        SIGTERM, whatever ended the launcher: a rank that gets SIGINT prints a KeyboardInterrupt's traceback.
         """
+        if self._relay.kill is not None:
+            self._relay.kill = None
+            self._relay.loses = self._watch is None or self._watch.steps_begun(self.ranks)
         if self._processes is not None:
+            if self._relay.obeyed:
+                self._processes.kill_all()
             self._processes.kill_stopped()
         if self._pcontext is not None:
             self._pcontext.close(signal.SIGTERM, int(self._config.stop_grace_s))
         super()._shutdown(signal.SIGTERM)  # up to torch 2.11 it takes no time limit
+        self._end_orphans()
+        self._guard.rest()
+
+    def _end_orphans(self) -> None:
+        """End what the ranks have left behind; after success it is only told, for it may be meant to go on."""
+        mark, sessions = self._output.mark, self._processes.sessions() if self._processes is not None else {}
+        if self._worker_group.state == WorkerState.SUCCEEDED:
+            if found := find_orphans(mark, sessions):
+                log.warning("outlast: the ranks have ended, but not what they started: %s", shown(found))
+            return
+        ended, left = end_orphans(mark, sessions)
+        if ended:
+            log.warning("outlast: ended what the ranks had left behind: %s", shown(ended))
+        if left:
+            log.error("outlast: these processes of the ranks do not die of SIGKILL: %s", shown(left))
+
+    @property
+    def only_killed(self) -> bool:
+        """Whether the newest failure is none of the program's: its likely cause is a signal, or a hang."""
+        return bool(self.failures) and (self.failures[0].status < 0 or bool(self.failures[0].hang))
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -240,7 +358,27 @@ class WatchedAgent(LocalElasticAgent):
         """A rank has failed: end the others, without waiting for those that are inside a collective."""
         observed = self._watch.observe(processes.running()) if self._watch is not None else []
         waiting = [observation.rank for observation in observed if observation.pending]
+        if self._relay.obeyed:  # they take no SIGTERM for an order to end
+            processes.kill_all()
         processes.end(waiting, self._config.stop_grace_s)
+
+    def _tell_restart(self) -> None:
+        step = self._watch.furthest_step(self.ranks) if self._watch is not None else None
+        lasted_s = time.monotonic() - self._started_s
+        self._backoff_s = wait_s = self._backoff.after(step, lasted_s)
+        left = self._remaining_restarts - 1
+        if wait_s == 0.0:
+            log.warning("outlast: restarting the ranks; %d restarts left after this", left)
+            return
+        where = f"after {lasted_s:.1f} s" if step is None else f"no further than step {step}"
+        log.warning(
+            "outlast: the ranks failed %s%s; restarting them in %.3g s (launch.backoff_s); %d restarts left after "
+            "this; Ctrl-C, or SIGTERM to this launcher, ends the job",
+            "before their first step" if step == 0 else where,
+            f", {self._backoff.in_vain} times in a row" if self._backoff.in_vain > 1 else "",
+            wait_s,
+            left,
+        )
 
     def _write_failure(self, result: RunResult) -> None:
         if not self.failures:  # a rank failed between our poll and torchelastic's
@@ -250,11 +388,13 @@ class WatchedAgent(LocalElasticAgent):
             ]
         if any(failure.status == NO_RESTART_STATUS for failure in self.failures):
             self._remaining_restarts = 0
+        if self._relay.notice is not None:
+            self._remaining_restarts = 0
         restarting = self._remaining_restarts > 0
         for failure in (failure for failure in self.failures if not failure.hang):
             log.error("outlast: rank %d (pid %d) %s", failure.rank, failure.pid, failure.reason)
         if restarting:
-            log.warning("outlast: restarting the ranks; %d restarts left after this", self._remaining_restarts - 1)
+            self._tell_restart()
         self._events.write(
             WorkersFailed(
                 host=self._host,

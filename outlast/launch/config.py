@@ -19,6 +19,11 @@ class LaunchConfig:
 
     max_restarts: int = 3
     """How often this node's ranks are restarted after a failure or a hang before the launcher gives up."""
+    backoff_s: float = 1.0
+    """Seconds before the restart after a start that got no further than an earlier one, such as one that failed at an
+    import; twice as long with each such start in a row. After one that got further there is no wait."""
+    longest_backoff_s: float = 60.0
+    """... but never longer than this."""
     monitor_interval_s: float = 0.5
     """Seconds between two checks of the ranks."""
     watch: bool = True
@@ -43,11 +48,17 @@ class LaunchConfig:
     more than one node, wait ``startup_limit_s``: a rank on another node may be in one of those phases."""
     stop_grace_s: float = 10.0
     """Seconds that ranks have between SIGTERM and SIGKILL when the launcher ends them."""
+    notice_grace_s: float = 25.0
+    """Seconds that ranks have, after a notice (SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2), to save a checkpoint and
+    to end. A step and a save must fit in, and it should be less than what the scheduler gives (often 30 s)."""
     exit_barrier_s: float = 30.0
     """With more than one node: how long a node whose ranks have finished waits for the others."""
 
     def __post_init__(self) -> None:
         require(self.max_restarts >= 0, "launch.max_restarts", self.max_restarts, "0 or more")
+        require(self.backoff_s >= 0, "launch.backoff_s", self.backoff_s, "0 or more seconds")
+        longest_s = self.longest_backoff_s
+        require(longest_s >= self.backoff_s, "launch.longest_backoff_s", longest_s, "launch.backoff_s or more seconds")
         ok = 0.05 <= self.monitor_interval_s <= 60
         require(ok, "launch.monitor_interval_s", self.monitor_interval_s, "0.05 to 60 seconds")
         require(self.hang_floor_s > 0, "launch.hang_floor_s", self.hang_floor_s, "more than 0 seconds")
@@ -58,4 +69,5 @@ class LaunchConfig:
         require(0 <= self.recheck_s <= 10, "launch.recheck_s", self.recheck_s, "0 to 10 seconds")
         require(self.patience >= 1, "launch.patience", self.patience, "1 or more limits")
         require(self.stop_grace_s >= 0, "launch.stop_grace_s", self.stop_grace_s, "0 or more seconds")
+        require(self.notice_grace_s > 0, "launch.notice_grace_s", self.notice_grace_s, "more than 0 seconds")
         require(self.exit_barrier_s >= 0, "launch.exit_barrier_s", self.exit_barrier_s, "0 or more seconds")

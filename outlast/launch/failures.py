@@ -20,6 +20,9 @@ WATCHED = "OUTLAST_WATCHED"
 
 NO_RESTART_STATUS = 93
 """Exit status of a rank whose failure a restart cannot fix, e.g. a wrong setting."""
+RESUME_STATUS = 75
+"""Exit status of a rank, and of the launcher, that ended because of a notice and lost nothing (EX_TEMPFAIL of
+sysexits.h: try again)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,12 @@ def describe_exit(status: int) -> str:
         return f"killed by {signal.Signals(-status).name}"
     except ValueError:
         return f"killed by signal {-status}"
+
+
+def first_line(error: BaseException) -> str:
+    """An error's kind and the first line of what it says: torch's errors go on with frames of C++."""
+    words = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {words[0]}" if words else type(error).__name__
 
 
 def last_output(error_file: Path | None, logs: Sequence[Path], since: float) -> tuple[str, Path | None]:

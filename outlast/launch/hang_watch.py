@@ -6,12 +6,14 @@ import errno
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
 from outlast.diagnostics.live import (
+    Beat,
     Culprit,
     Observation,
     StallRules,
@@ -133,6 +135,14 @@ class HangWatch:
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                 raise
 
+    def steps_begun(self, ranks: tuple[int, ...]) -> bool:
+        """Whether one of these ranks has left set-up."""
+        for rank in ranks:
+            with suppress(DiagnosticsError):  # not set up at all
+                if read_heartbeat(heartbeat_path(self.shm_dir, rank)).phase != "setup":
+                    return True
+        return False
+
     def _others(self, ranks: tuple[int, ...]) -> dict[int, int]:
         """The processes of those ranks whose heartbeat is that of another job's process, and alive."""
         others = {}
@@ -144,6 +154,11 @@ class HangWatch:
             if _is_of_others(beat.pid, beat.t_s):
                 others[rank] = beat.pid
         return others
+
+    def furthest_step(self, ranks: tuple[int, ...]) -> int:
+        """The furthest step that one of ``ranks`` has begun in this start; 0 in set-up."""
+        beats = [self._beat_of(rank) for rank in ranks]
+        return max((beat.step for beat in beats if beat is not None), default=0)
 
     def find_hung(self, pids: Mapping[int, int], *, alone: bool) -> tuple[Culprit, ...]:
         """The ranks to kill now; usually none.
@@ -246,16 +261,19 @@ class HangWatch:
         limits_s = [one.limit_s(self.rules) if alone else self.rules.startup_limit_s for one in seen]
         return all(one.silent_s(now_s) > limit_s for one, limit_s in zip(seen, limits_s, strict=True))
 
+    def _beat_of(self, rank: int) -> Beat | None:
+        """The newest beat of this start, also if its process has ended."""
+        try:
+            beat = read_heartbeat(heartbeat_path(self.shm_dir, rank))
+        except DiagnosticsError:
+            return None
+        return beat if beat.t_s >= self._started_s else None
+
     def _observe_heartbeats(self, pids: Mapping[int, int]) -> list[Observation]:
         """Heartbeats and process states only, which is cheap, and enough while every rank beats in time."""
         seen = []
         for rank, pid in pids.items():
-            try:
-                beat = read_heartbeat(heartbeat_path(self.shm_dir, rank))
-            except DiagnosticsError:
-                beat = None  # none yet: silence counts from the start
-            if beat is not None and beat.t_s < self._started_s:
-                beat = None
+            beat = self._beat_of(rank)  # if there is none yet, silence counts from the start
             own = beat.pid if beat is not None else pid
             one = Observation(rank=rank, pid=own, state=process_state(own), started_s=self._started_s, beat=beat)
             seen.append(_stopped_in_step(self._excused(self._with_true_state(one, pid))))

@@ -11,13 +11,16 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outlast.errors import ConfigError, LaunchError, OutOfRange, RunDirectoryError
 from outlast.events import EventLog
-from outlast.launch.failures import WATCHED, ranks_failed
+from outlast.launch.failures import RESUME_STATUS, WATCHED, first_line, ranks_failed
 from outlast.launch.flags import DEFAULT_PORT
+from outlast.launch.notice import NOTICE_FILE
+from outlast.launch.orphans import Guard
 from outlast.launch.ports import check_port
 from outlast.launch.rendezvous import Rendezvous, resolve
 from outlast.launch.spec import LaunchSpec
@@ -25,11 +28,20 @@ from outlast.launch.spec import LaunchSpec
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
-PARENT_DEATH = Path(__file__).with_name("parent_death.py")
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    from outlast.launch.notice_relay import NoticeRelay
+    from outlast.launch.rank_output import RankOutput
 
-TORCHELASTIC_NOISE = "torch.distributed.elastic.multiprocessing.api"
-"""It logs the first failed rank that it sees as the cause; the agent logs the likely cause instead."""
+PARENT_DEATH = Path(__file__).with_name("parent_death.py")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
+
+TORCHELASTIC_NOISE = (
+    "torch.distributed.elastic.multiprocessing.api",  # logs the first failed rank that it sees as the cause
+    "torch.distributed.elastic.agent.server.api",
+    "torch.distributed.elastic.rendezvous.dynamic_rendezvous",  # logs tracebacks where a store is lost
+)
+"""Loggers whose messages the agent's and the launcher's own replace."""
+CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
+SPARED = "outlast: the other nodes finished the job before this one was needed"
 
 log = logging.getLogger("outlast.launch")
 
@@ -40,9 +52,12 @@ def launch(spec: LaunchSpec) -> None:
     With several nodes, call it once on each. Call it from the main thread: torchelastic handles signals there, and the
     kernel kills the ranks when the thread that started them ends.
 
-    Returns only when all ranks of this node exited with status 0. SIGTERM, SIGINT, SIGHUP and SIGQUIT end all ranks
-    (SIGTERM, after ``stop_grace_s`` SIGKILL) and raise ``SystemExit(128 + signal)``. If the launcher itself is killed,
-    the kernel kills its ranks.
+    Returns only when all ranks of this node exited with status 0. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 are a
+    notice. Ranks that obey it (``spec.obeys_notice``) have ``notice_grace_s`` to save and to end; then ``SystemExit``
+    is raised, with ``RESUME_STATUS`` if nothing is lost. After the grace or a second signal, the ranks are killed, a
+    line says what is durable, and ``SystemExit(128 + signal)`` is raised. SIGQUIT, and any of these where ranks do not
+    obey notices, ends all ranks at once (SIGTERM, after ``stop_grace_s`` SIGKILL) and raises the same. If the launcher
+    itself is killed, the kernel kills its ranks.
 
     Raises:
         RanksFailed: ranks failed and no restart was left, or one exited with ``NO_RESTART_STATUS``. The message names
@@ -54,6 +69,7 @@ def launch(spec: LaunchSpec) -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         raise LaunchError("launch() was called outside the main thread", "call it from the main thread")
+    _load_torch()
     rendezvous = resolve(spec.flags)
     if rendezvous.backend == "static" and spec.effective().max_restarts > 0:
         raise ConfigError(
@@ -104,76 +120,169 @@ def dry_run(spec: LaunchSpec) -> str:
             if config.watch
             else "; hangs are not detected"
         ),
+        f"notice      {config.notice_grace_s:g} s to save a checkpoint and to end"
+        if spec.obeys_notice
+        else "notice      ends the ranks",
         f"directory   {spec.run_dir}",
     ]
     return "\n".join(lines)
 
 
 def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, events: EventLog) -> None:
-    from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.rendezvous import RendezvousError
 
-    from outlast.launch.agent import WatchedAgent
+    from outlast.launch.notice_relay import NoticeRelay
     from outlast.launch.rank_output import RankOutput
 
-    config = spec.effective()
-    with _signals_restored(), _quiet(TORCHELASTIC_NOISE):
-        handler = _handler(rendezvous, spec.run_dir)
-        close = True  # close the rendezvous for all nodes when this launcher ends
-        master_addr, master_port = rendezvous.host_and_port() if rendezvous.backend == "static" else (None, None)
-        agent = WatchedAgent(
-            WorkerSpec(
-                role=spec.flags.role,
-                local_world_size=ranks,
-                rdzv_handler=handler,
-                entrypoint=sys.executable,
-                args=tuple(
-                    # torchelastic fills in ${local_rank}; "$$" is its plain "$".
-                    word.replace("$", "$$")
-                    for word in ("-I", "-S", str(PARENT_DEATH), str(os.getpid()), *spec.command)
-                ),
-                max_restarts=config.max_restarts,
-                monitor_interval=config.monitor_interval_s,
-                master_addr=master_addr,
-                master_port=master_port,
-                local_addr=rendezvous.local_addr,
-            ),
-            RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host),
-            config,
-            spec.run_dir,
-            events,
-            host,
-        )
+    output = RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host)
+    with (
+        _signals_restored(),
+        _quiet(*TORCHELASTIC_NOISE),
+        NoticeRelay(spec) as relay,
+        closing(Guard(output.mark)) as guard,
+        _environment({} if relay.file is None else {NOTICE_FILE: str(relay.file)}),
+    ):
         try:
-            result = agent.run()
-            if result is None:  # the job ended while this node was a spare
-                log.warning("outlast: the other nodes finished the job before this one was needed")
-            elif result.is_failed():
-                # With a variable number of nodes the others may go on without this one.
-                close = rendezvous.min_nodes == rendezvous.max_nodes
-                raise ranks_failed(
-                    host,
-                    agent.failures,
-                    restarts=agent.restarts,
-                    allowed=config.max_restarts,
-                    run_dir=spec.run_dir,
+            _supervise(spec, rendezvous, ranks, host, events, output, relay, guard)
+        except SignalException as error:
+            signum = error.sigval
+            if spec.obeys_notice and signum == relay.notice and not relay.loses:
+                log.warning(
+                    "outlast: %s came before the ranks had begun a step; there was nothing to save", signum.name
                 )
-            agent.remove_shared_memory()
-        except (SignalException, KeyboardInterrupt) as error:
+                raise SystemExit(RESUME_STATUS) from error
+            if spec.obeys_notice and relay.notice is not None:
+                why = f"the {relay.grace_s:g} s are over" if relay.grace_is_over else "a second signal came"
+                _tell_loss(relay.notice, f"{why} before the ranks had ended", spec.run_dir)
+            raise SystemExit(128 + int(signum)) from error
+
+
+def _tell_loss(notice: signal.Signals, what: str, run_dir: Path) -> None:
+    from outlast.launch.notice_relay import describe_progress
+
+    log.error("outlast: %s: %s; %s", notice.name, what, describe_progress(run_dir))
+
+
+def _supervise(
+    spec: LaunchSpec,
+    rendezvous: Rendezvous,
+    ranks: int,
+    host: str,
+    events: EventLog,
+    output: RankOutput,
+    relay: NoticeRelay,
+    guard: Guard,
+) -> None:
+    import torch.distributed as dist
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+
+    from outlast.launch.agent import WatchedAgent
+    from outlast.launch.trusted_rendezvous import AuthenticatedHandler
+
+    config = spec.effective()
+    handler = _handler(rendezvous, spec.run_dir)
+    close = True  # close the rendezvous for all nodes when this launcher ends
+    master_addr, master_port = rendezvous.host_and_port() if rendezvous.backend == "static" else (None, None)
+    agent = WatchedAgent(
+        WorkerSpec(
+            role=spec.flags.role,
+            local_world_size=ranks,
+            rdzv_handler=handler,
+            entrypoint=sys.executable,
+            args=tuple(
+                # torchelastic fills in ${local_rank}; "$$" is its plain "$".
+                word.replace("$", "$$")
+                for word in ("-I", "-S", str(PARENT_DEATH), str(os.getpid()), relay.ignored, *spec.command)
+            ),
+            max_restarts=config.max_restarts,
+            monitor_interval=config.monitor_interval_s,
+            master_addr=master_addr,
+            master_port=master_port,
+            local_addr=rendezvous.local_addr,
+        ),
+        output,
+        config,
+        spec.run_dir,
+        events,
+        host,
+        relay,
+        guard,
+    )
+    try:
+        result = agent.run()
+        if result is None:  # the job ended while this node was a spare
+            log.warning(SPARED)
+        elif result.is_failed() and relay.notice is not None and agent.only_killed:
+            close = False
+            _tell_loss(relay.notice, "ranks died before they had saved", spec.run_dir)
+            raise SystemExit(128 + relay.notice)
+        elif result.is_failed():
+            # With a variable number of nodes the others may go on without this one.
+            close = rendezvous.min_nodes == rendezvous.max_nodes
+            raise ranks_failed(
+                host,
+                agent.failures,
+                restarts=agent.restarts,
+                allowed=config.max_restarts,
+                run_dir=spec.run_dir,
+            )
+        agent.remove_shared_memory()
+        if agent.resumable:
             # A closed rendezvous could not be rejoined by a launcher that is started again on this node.
             close = False
-            signum = error.sigval if isinstance(error, SignalException) else signal.SIGINT
-            agent.remove_shared_memory()
-            raise SystemExit(128 + int(signum)) from error
-        except RendezvousError as error:
-            raise LaunchError(
-                f"the rendezvous at {rendezvous.endpoint} (id {rendezvous.run_id}) failed: {error}",
-                "make sure every node was started with the same endpoint, id and --nnodes, and can reach that host",
-            ) from error
-        finally:
-            if close:
-                handler.shutdown()
+            raise SystemExit(RESUME_STATUS)
+    except SignalException:
+        close = False
+        agent.remove_shared_memory()
+        raise
+    except (RendezvousError, dist.DistError) as error:
+        spare = not agent.joined and isinstance(handler, AuthenticatedHandler) and handler.spare
+        if spare and isinstance(error, RendezvousClosedError):
+            log.warning(SPARED)
+            return
+        raise _rendezvous_failed(error, rendezvous, handler) from error
+    finally:
+        if close and agent.joined:  # never that of another job, or one that goes on without this node
+            handler.shutdown()
+
+
+def _rendezvous_failed(error: Exception, rendezvous: Rendezvous, handler: RendezvousHandler) -> LaunchError:
+    """What it means that the launchers cannot meet, or cannot meet again."""
+    from torch.distributed import DistError
+    from torch.distributed.elastic.rendezvous import (
+        RendezvousClosedError,
+        RendezvousConnectionError,
+        RendezvousTimeoutError,
+    )
+
+    from outlast.launch.trusted_rendezvous import AuthenticatedHandler
+
+    where = f"{rendezvous.endpoint} (id {rendezvous.run_id})"
+    again = "once it is well, start the job again on all nodes: training goes on from the newest checkpoint"
+    if isinstance(error, (RendezvousConnectionError, DistError)):
+        return LaunchError(
+            f"the rendezvous at {where} is lost: the launcher there has ended, its node has failed, or the link to it "
+            f"is cut ({first_line(error.__cause__ or error)}); this node's ranks were ended",
+            again,
+        )
+    if isinstance(error, RendezvousClosedError):
+        return LaunchError(
+            f"the rendezvous at {where} is closed: the job has ended on another node",
+            "read that node's launcher for the cause; to start it again, start all nodes",
+        )
+    if isinstance(error, RendezvousTimeoutError) and isinstance(handler, AuthenticatedHandler) and handler.missing:
+        fewer = f"--nnodes 1:{rendezvous.max_nodes} lets the others go on without a node"
+        return LaunchError(
+            f"too few nodes at the rendezvous at {where} in the time for it (--rdzv-conf join_timeout): "
+            f"{handler.missing}",
+            f"start the job again on all nodes, with the same endpoint, id and --nnodes; {fewer}",
+        )
+    return LaunchError(
+        f"the rendezvous at {where} failed: {first_line(error)}",
+        "make sure every node was started with the same endpoint, id and --nnodes, and can reach that host",
+    )
 
 
 def _handler(rendezvous: Rendezvous, run_dir: Path) -> RendezvousHandler:
@@ -197,7 +306,7 @@ def _handler(rendezvous: Rendezvous, run_dir: Path) -> RendezvousHandler:
         return get_rendezvous_handler(params)
     except RendezvousError as error:
         raise LaunchError(
-            f"no connection to the rendezvous at {rendezvous.endpoint}: {error.__cause__ or error}",
+            f"no connection to the rendezvous at {rendezvous.endpoint}: {first_line(error.__cause__ or error)}",
             "make sure the launcher on that host is running, its port is open, and its name resolves here",
         ) from error
     except ValueError as error:
@@ -256,14 +365,23 @@ def _environment(added: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
+def _quiet(*names: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for logger in map(logging.getLogger, names):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
         yield
+
+
+def _load_torch() -> None:
+    """Load torch without its stores' warnings, which are frames of C++ for each lost connection. Ranks keep theirs."""
+    if "torch" in sys.modules or CPP_LOG_LEVEL in os.environ:
+        return
+    os.environ[CPP_LOG_LEVEL] = "ERROR"
+    try:
+        import torch.distributed  # noqa: F401
     finally:
-        logger.setLevel(before)
+        del os.environ[CPP_LOG_LEVEL]
 
 
 @contextlib.contextmanager

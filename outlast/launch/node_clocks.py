@@ -29,6 +29,13 @@ class StateHolder(_BackendRendezvousStateHolder):
         super().__init__(*args, **more)
         self._seen: dict[Any, tuple[datetime, float]] = {}
         self._told: set[Any] = set()
+        self.writing: set[Any] = set()
+        """Nodes that were seen to write, so that they are alive or were so a moment ago."""
+
+    def last_sign_s(self, node: Any) -> float:
+        """When the newest that a node has written was first seen, CLOCK_MONOTONIC seconds; now if nothing was."""
+        seen = self._seen.get(node)
+        return seen[1] if seen is not None else time.monotonic()
 
     def _sanitize(self) -> None:
         written = dict(self._state.last_heartbeats)
@@ -37,6 +44,7 @@ class StateHolder(_BackendRendezvousStateHolder):
             seen = self._seen.get(node)
             if seen is None or seen[0] != beat:
                 if seen is not None:  # written just now; the first that is seen may be old
+                    self.writing.add(node)
                     self._compare(node, (now - beat).total_seconds())
                 seen = self._seen[node] = (beat, now_s)
             self._state.last_heartbeats[node] = now - timedelta(seconds=now_s - seen[1])

@@ -1,4 +1,6 @@
-"""Runs a command that the kernel kills when its launcher dies: ``python parent_death.py LAUNCHER_PID COMMAND…``.
+"""Runs a command that the kernel kills when its launcher dies: ``parent_death.py LAUNCHER_PID IGNORED COMMAND…``.
+
+IGNORED lists the numbers of signals, with commas, that the command shall ignore until it sets handlers; ``-`` is none.
 
 A launcher that dies of SIGKILL cannot end its ranks. They would keep devices and ports, and write checkpoints beside
 those of the next attempt. ``prctl(PR_SET_PDEATHSIG)`` survives ``execve``, so it is set here before the process becomes
@@ -16,7 +18,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> None:
-    launcher, *command = arguments
+    launcher, ignored, *command = arguments
+    for number in ignored.split(",") if ignored != "-" else ():
+        signal.signal(int(number), signal.SIG_IGN)
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
         sys.exit(f"outlast: prctl(PR_SET_PDEATHSIG) failed: {os.strerror(ctypes.get_errno())}")
     if os.getppid() != int(launcher):

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
 from outlast.diagnostics.live import process_state
 from outlast.launch.failures import RankFailure, is_torn, last_output
+from outlast.launch.orphans import now_ticks
 
 STACK_DUMP_S = 0.3
 """How long a hung rank has to write its stacks, after SIGUSR1 and before SIGKILL."""
@@ -40,10 +41,27 @@ class RankProcesses:
         self._local_ranks = dict(local_ranks)
         self._log_dir = log_dir
         self._started_at = started_at - CLOCK_GRAIN_S
+        self._gone: dict[int, int] = {}  # process id to when it was first seen to have ended
 
     def running(self) -> dict[int, int]:
         """Process id of every rank that has not exited."""
-        return {rank: process.pid for rank, process in self._by_rank().items() if process.poll() is None}
+        alive = {}
+        for rank, process in self._by_rank().items():
+            if process.poll() is None:
+                alive[rank] = process.pid
+            else:
+                self._gone.setdefault(process.pid, now_ticks())
+        return alive
+
+    def sessions(self) -> dict[int, int]:
+        """Process id of every rank, and when it was first seen to have ended, as ``find_orphans`` takes them."""
+        self.running()
+        now = now_ticks()
+        return {process.pid: self._gone.get(process.pid, now) for process in self._by_rank().values()}
+
+    def statuses(self) -> dict[int, int | None]:
+        """Exit status of every rank, ``-N`` for signal N; None while it runs."""
+        return {rank: process.poll() for rank, process in self._by_rank().items()}
 
     def failures(self, hang_evidence: Mapping[int, str], ended: Mapping[int, int]) -> list[RankFailure]:
         """Ranks that exited with a status other than 0, the likely cause first.
@@ -93,6 +111,18 @@ class RankProcesses:
             os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(REAP_S)
+
+    def kill_all(self) -> None:
+        """SIGKILL all ranks and their children, and wait until they are gone, for at most ``REAP_S``."""
+        running = self._by_rank().values()
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+        deadline_s = time.monotonic() + REAP_S
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline_s - time.monotonic()))
 
     def kill_stopped(self) -> None:
         """SIGKILL the ranks that are stopped; they would not notice SIGTERM until they are continued."""

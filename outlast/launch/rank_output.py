@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import LogsDest
 
 from outlast.checkpoint.ownership import JOB
+from outlast.launch.orphans import MARK
 from outlast.launch.place import GENERATION
 
 
@@ -26,6 +28,8 @@ class RankOutput(LogsSpecs):
         super().__init__(log_dir=str(self.folder))
         self.generation = 0
         """The generation of the ranks that start next; the agent sets it."""
+        self.mark = secrets.token_hex(8)
+        """Marks the processes of this launcher's ranks, whatever they start; nothing else has it."""
         self.job = ""
         """Names the job to its ranks, the same after each restart and on all nodes; the agent sets it."""
 
@@ -49,5 +53,6 @@ class RankOutput(LogsSpecs):
             out.error_files[local_rank] = f"{stem}.error.json"
             environ[GENERATION] = str(self.generation)
             environ[JOB] = self.job
+            environ[MARK] = self.mark
             environ["TORCHELASTIC_ERROR_FILE"] = f"{stem}.error.json"
         return out

@@ -25,6 +25,11 @@ class LaunchSpec:
     flags: LaunchFlags = field(default_factory=LaunchFlags)
     """How many ranks, and where they meet."""
 
+    obeys_notice: bool = False
+    """Whether the command asks for notices, as the trainer and everything with a :class:`~outlast.launch.Notice` does:
+    then it has ``notice_grace_s`` to save and to exit with ``Notice.status``. If not, a notice is SIGTERM to the ranks,
+    and SIGKILL after ``stop_grace_s``."""
+
     def __post_init__(self) -> None:
         require(len(self.command) > 0, "command", self.command, "a command")
 

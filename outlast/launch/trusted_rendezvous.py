@@ -22,7 +22,6 @@ from pathlib import Path
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
-    RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
     RendezvousStateError,
@@ -37,13 +36,16 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from outlast.errors import LaunchError
-from outlast.launch.node_clocks import StateHolder
+from outlast.events import plain_text
+from outlast.launch.joining import JoiningHolder
 
 SECRET = "OUTLAST_LAUNCH_SECRET"
 """Environment variable with the run's secret, for launchers that do not share the run's directory."""
 SECRET_FILE = "launch.secret"
 """In the run's directory otherwise; its mode is 0600."""
 LOOPBACK = "127.0.0.1"
+OWNER = "outlast/owner"
+"""Key in a rendezvous' store of the id of the job that made it."""
 _MAC_BYTES = 32
 _LEAST_SECRET_BYTES = 16
 
@@ -118,10 +120,22 @@ class AuthenticatedBackend(RendezvousBackend):
         return state, token
 
 
-class _Handler(DynamicRendezvousHandler):
-    """torchelastic's, with two differences: see the methods."""
+class AuthenticatedHandler(DynamicRendezvousHandler):
+    """torchelastic's, with some differences: see the methods."""
 
     loopback = False
+
+    @property
+    def missing(self) -> str:
+        """Which nodes were here when this launcher last waited for others, and which were not; empty if it has not."""
+        holder = self._state_holder
+        return holder.missing if isinstance(holder, JoiningHolder) else ""
+
+    @property
+    def spare(self) -> bool:
+        """Whether this launcher was told that the job has all its nodes without it."""
+        holder = self._state_holder
+        return isinstance(holder, JoiningHolder) and holder.spare
 
     def _create_tcp_store_server(self, master_addr: str, port: int) -> TCPStore:
         """The ranks' store; it listens on loopback if the job has one node."""
@@ -159,7 +173,7 @@ def loopback_store(port: int = 0, timeout_s: float = 300.0) -> TCPStore:
         )
 
 
-def dynamic_handler(params: RendezvousParameters, run_dir: Path) -> RendezvousHandler:
+def dynamic_handler(params: RendezvousParameters, run_dir: Path) -> AuthenticatedHandler:
     """torchelastic's handler for its ``c10d`` backend, authenticated.
 
     Raises:
@@ -177,6 +191,7 @@ def dynamic_handler(params: RendezvousParameters, run_dir: Path) -> RendezvousHa
     else:
         secret = run_secret(run_dir)
         backend, store = create_backend(params)
+        _tell_owner(store, params)
 
     def seconds(key: str) -> timedelta | None:
         value = params.get_as_int(f"{key}_timeout")
@@ -191,10 +206,26 @@ def dynamic_handler(params: RendezvousParameters, run_dir: Path) -> RendezvousHa
         keep_alive_max_attempt=_number(params, "keep_alive_max_attempt", 3),
     )
     backend = AuthenticatedBackend(backend, secret, params.run_id)
-    node = _Handler._node_desc_generator.generate(params.local_addr)
-    handler = _Handler(node, settings, backend.name, store, StateHolder(backend, settings))
+    node = AuthenticatedHandler._node_desc_generator.generate(params.local_addr)
+    holder = JoiningHolder(backend, settings, node, params.endpoint)
+    handler = AuthenticatedHandler(node, settings, backend.name, store, holder)
     handler.loopback = alone and params.local_addr == LOOPBACK
     return handler
+
+
+def _tell_owner(store: Store, params: RendezvousParameters) -> None:
+    """Say so if the store is in the launcher of another job: this one ends with that one."""
+    if not isinstance(store, TCPStore):
+        return
+    owner = store.compare_set(OWNER, "", params.run_id).decode(errors="replace")
+    if owner != params.run_id:
+        log.warning(
+            "outlast: the store at %s is in a launcher of another job (id %s): when that job ends, this one (id %s) "
+            "ends too; give it another --rdzv-endpoint",
+            params.endpoint,
+            plain_text(owner),
+            params.run_id,
+        )
 
 
 def _number(params: RendezvousParameters, key: str, default: int) -> int:

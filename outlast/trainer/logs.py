@@ -25,8 +25,9 @@ def set_up_terminal(rank: int) -> None:
     root.addHandler(loud)
 
 
-def set_up_file(path: Path, rank: int) -> None:
-    """Everything to ``path``; on SIGUSR1 also the stacks of all threads, even while the interpreter is stuck in C."""
+def set_up_file(path: Path, rank: int, *, stacks: bool) -> None:
+    """Everything to ``path``; with ``stacks``, on SIGUSR1 also the stacks of all threads, even while the interpreter is
+    stuck in C. (Without outlast's launcher, SIGUSR1 is a notice.)"""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(
         logging.Formatter(f"%(asctime)s.%(msecs)03d [rank {rank}] %(levelname)s %(name)s: %(message)s", "%F %T")
@@ -35,7 +36,8 @@ def set_up_file(path: Path, rank: int) -> None:
     stream = handler.stream
     assert stream is not None  # a handler opens its file at once unless told to delay
     faulthandler.enable(file=stream, all_threads=True)
-    faulthandler.register(signal.SIGUSR1, file=stream, all_threads=True)
+    if stacks:
+        faulthandler.register(signal.SIGUSR1, file=stream, all_threads=True)
 
 
 def shut_down() -> None:

@@ -8,24 +8,27 @@ from outlast.trainer.step_timer import StepTimer
 
 
 def train(run: Run) -> None:
-    """Take every step from ``run.first_step`` to ``run.last_step``.
+    """Take every step from ``run.first_step`` to ``run.last_step``, or until a notice ends the run at a checkpoint.
 
     Collective: all ranks call it with runs that differ in their rank only. When a peer fails, the step's collectives
     raise here, no update is made from a partial sum, and a restart goes on from the newest committed checkpoint.
     """
-    if run.first_step == 1:
+    if run.first_step == 1 and not run.ending:
         run.evaluate(step=0)
     for step in range(run.first_step, run.last_step + 1):
+        if run.ending:
+            break
         timer = StepTimer()
         run.begin_step(step)
         with timer("data"):
             batches = run.batches(step)
 
         loss, reduced = run.engine.forward_backward(step, batches)  # gradients are exchanged while backward runs
-
+        run.ask_notice()  # answered after the update
         with timer("checkpoint"):
             run.wait_copied(step)  # the update changes what the last snapshot may still be copying
         update = run.engine.update(step)
+        run.answer_notice()
         with timer("checkpoint"):
             if run.checkpoint_due(step):
                 run.save(step)
@@ -52,4 +55,4 @@ def train(run: Run) -> None:
         if run.evaluation_due(step):
             run.evaluate(step)
     run.finish()
-    run.events.write(RunEnded(step=run.last_step, ok=True))
+    run.events.write(RunEnded(step=run.done_step, ok=True, reason=run.ended_by))

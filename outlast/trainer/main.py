@@ -35,21 +35,22 @@ from outlast.diagnostics.live import (
     shm_directory,
 )
 from outlast.diagnostics.report.html_file import write_html
-from outlast.errors import ConfigError, DataError, DiagnosticsError, OutlastError, RunDirectoryError
+from outlast.errors import ConfigError, DataError, DiagnosticsError, NotDurable, OutlastError, RunDirectoryError
 from outlast.events import CommChosen, Event, EventLog, RunEnded, RunStarted
 from outlast.launch import (
+    Notice,
     Place,
     find_place,
 )
 from outlast.launch.failures import (
     NO_RESTART_STATUS,
+    RESUME_STATUS,
     WATCHED,
 )
 from outlast.trainer import logs, process_group
 from outlast.trainer.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
 from outlast.trainer.data import Corpus, Loader, find_files, split_held_out
-from outlast.trainer.durability import Durability
 from outlast.trainer.engine import build_engine
 from outlast.trainer.failure_history import FailureHistory, read_failure_history
 from outlast.trainer.loop import train
@@ -75,15 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def start_rank(file: Path, overrides: Overrides) -> int:
     """Train on this rank with the settings of a file; returns the exit status.
 
-    0: the last step was done. 1: it failed. 2: a setting is wrong. ``NO_RESTART_STATUS`` (under a launcher, in place of
-    1 and 2): it failed, and would fail again if it were restarted.
+    0: the last step was done. 1: it failed. 2: a setting is wrong. ``RESUME_STATUS``: a notice ended it, and what was
+    done is durable. ``NO_RESTART_STATUS`` (under a launcher, in place of 1 and 2): it failed, and would fail again if
+    it were restarted.
     """
     get_error_handler().initialize()
     try:
-        run_rank(load(Config, file, overrides=overrides), find_place())
+        done = run_rank(load(Config, file, overrides=overrides), find_place())
     except Exception as error:
         return _report_failure(error)
-    return 0
+    return 0 if done else RESUME_STATUS
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Path, dict[str, str]]:
@@ -100,8 +102,11 @@ def _parse(arguments: Sequence[str]) -> tuple[Path, dict[str, str]]:
     return Path(rest[0]), overrides
 
 
-def run_rank(config: Config, place: Place) -> None:
-    """Train with resolved settings at a known place. Collective over all ranks.
+def run_rank(config: Config, place: Place) -> bool:
+    """Train with resolved settings at a known place; to be called in the main thread. Collective over all ranks.
+
+    Returns:
+        Whether the last step was done; False: a notice ended the run before, at a step that is durable.
 
     Raises:
         OutlastError: see the tree in :mod:`outlast.errors`.
@@ -109,6 +114,7 @@ def run_rank(config: Config, place: Place) -> None:
     with ExitStack() as stack:
         logs.set_up_terminal(place.rank)
         stack.callback(logs.shut_down)
+        notice = stack.enter_context(Notice(config.launch.notice_grace_s))
         trainer = config.trainer
         if trainer.deterministic:
             process_group.make_deterministic()
@@ -117,14 +123,18 @@ def run_rank(config: Config, place: Place) -> None:
         stack.callback(dist.destroy_process_group)
         # torchrun counts restarts per node; a node whose own ranks never failed would not resume.
         place = replace(place, generation=process_group.maximum(device, place.generation))
+        if place.generation == 0 and notice.came(device=device):  # later, memory may hold what storage lacks
+            _LOG.warning("%s came before the run had begun", notice.name or "a notice to another node")
+            return False
         resume = "auto" if place.generation > 0 else config.run.resume
         lease = stack.enter_context(closing(run_lease(config)))
         attempt, epoch = _claim_attempt(config, device, lease, resuming=resume != "never")
-        logs.set_up_file(attempt.log_path(place.rank), place.rank)
+        logs.set_up_file(attempt.log_path(place.rank), place.rank, stacks=WATCHED in os.environ)
         run = None
         try:
-            run = _build_run(config, place, device, attempt, epoch, stack)
+            run = _build_run(config, place, device, attempt, epoch, notice, stack)
             _restore(run, device, resume)
+            run.ending = notice.came(device=device)
             train(run)
         except Exception as error:
             _LOG.exception("rank %d failed", place.rank)
@@ -132,12 +142,30 @@ def run_rank(config: Config, place: Place) -> None:
                 reason = f"{type(error).__name__}: {error}"
                 run.events.write(RunEnded(step=run.recorder.step, ok=False, reason=reason))
             raise
-        if place.rank == 0:
+        ended_by = run.ended_by
+        if place.rank == 0 and not ended_by:  # after a notice every second counts; the report can be made later
             _write_report(run)
         if WATCHED not in os.environ:
             _remove_shared_memory(run)
-        if place.rank == 0:
-            run.durability.check()
+        _check_durable(run, f"the run was ended by a {ended_by}" if ended_by else "training is done")
+        if ended_by and place.rank == 0:
+            _tell_end(run)
+        return not ended_by
+
+
+def _check_durable(run: Run, what: str) -> None:
+    """Raise on every rank unless the last save is in storage. Collective."""
+    failure: NotDurable | None = None
+    if run.place.rank == 0 and run.not_durable is not None:
+        failure = NotDurable(f"{what}, but {run.not_durable.what}", run.not_durable.fix)
+    if process_group.maximum(run.device, int(failure is not None)):
+        raise failure or NotDurable(f"{what}, but its last step is not durable", "see the message of rank 0")
+
+
+def _tell_end(run: Run) -> None:
+    step = run.done_step
+    saved = f"step {step} is durable" if step else "no step had been done"
+    _LOG.warning("ended by a %s: %s; --resume auto goes on from there", run.ended_by, saved)
 
 
 def _claim_attempt(config: Config, device: torch.device, lease: Lease, *, resuming: bool) -> tuple[Attempt, str]:
@@ -163,7 +191,13 @@ def _claim_attempt(config: Config, device: torch.device, lease: Lease, *, resumi
 
 
 def _build_run(
-    config: Config, place: Place, device: torch.device, attempt: Attempt, epoch: str, stack: ExitStack
+    config: Config,
+    place: Place,
+    device: torch.device,
+    attempt: Attempt,
+    epoch: str,
+    notice: Notice,
+    stack: ExitStack,
 ) -> Run:
     """Build every part; ``stack`` closes those that hold resources."""
     shm = shm_directory(attempt.run)
@@ -195,11 +229,8 @@ def _build_run(
     history = read_failure_history(attempt) if auto else FailureHistory()
     schedule = CheckpointSchedule(config.checkpoint, place, device, history, recorder, events)
 
-    durability = Durability()
-
     def emit(event: Event) -> None:
         events.write(event)
-        durability.on_event(event)
         schedule.on_event(event)
 
     url = config.checkpoint.url if config.checkpoint.url is not None else str(attempt.run / "checkpoints")
@@ -231,11 +262,12 @@ def _build_run(
         loader=Loader(training, accumulate=config.trainer.accumulate, **order),
         held_out=Loader(held_out, accumulate=1, **order),
         checkpointer=checkpointer,
-        durability=durability,
         schedule=schedule,
         recorder=recorder,
         heartbeat=heartbeat,
         events=events,
+        notice=notice,
+        device=device,
         progress=Progress(
             every_steps=config.trainer.log_every_steps,
             last_step=config.trainer.steps,

@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from outlast.checkpoint import Checkpointer, Restored
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.diagnostics import Heartbeat, Recorder
-from outlast.errors import StateMismatch
+from outlast.errors import NotDurable, StateMismatch
 from outlast.events import EvalDone, EventLog, StepDone
-from outlast.launch import Place
+from outlast.launch import Notice, Place
 from outlast.trainer.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
 from outlast.trainer.data import Loader
-from outlast.trainer.durability import Durability
 from outlast.trainer.engine import Engine
 from outlast.trainer.progress import Progress
 from outlast.trainer.run_directory import Attempt
@@ -40,16 +40,25 @@ class Run:
     loader: Loader
     held_out: Loader
     checkpointer: Checkpointer
-    durability: Durability
     schedule: CheckpointSchedule
     recorder: Recorder
     heartbeat: Heartbeat
     events: EventLog
     progress: Progress
+    notice: Notice
+    device: torch.device
     first_step: int = 1
     last_step: int = field(init=False)
+    done_step: int = 0
+    """The newest step that is done, here or before the run was resumed."""
+    ending: bool = False
+    """Whether a notice came: the state after ``done_step`` is saved, and the run ends. The same on all ranks."""
     _durable: bool = True
     """Whether the checkpoint that is due goes to storage."""
+    not_durable: NotDurable | None = None
+    """That the last save to storage has failed; to be raised at the very end, since reports come first."""
+    _saved_step: int = 0
+    """The newest step that is in storage or on its way there."""
 
     def __post_init__(self) -> None:
         self.last_step = self.config.trainer.steps
@@ -62,15 +71,36 @@ class Run:
     def evaluation_due(self, step: int) -> bool:
         """Whether to evaluate after ``step``."""
         every = self.config.trainer.eval_every_steps
-        return step == self.last_step or (every > 0 and step % every == 0)
+        return not self.ending and (step == self.last_step or (every > 0 and step % every == 0))
+
+    def ask_notice(self) -> None:
+        """Begin to ask all ranks whether a notice came. Collective, as :meth:`answer_notice`."""
+        self.notice.ask(device=self.device)
+
+    def answer_notice(self) -> None:
+        """Set ``ending`` if a notice came to any rank. Raises within the group's timeout when a peer is lost."""
+        token = self.recorder.enter("all_reduce", 4, "notice")
+        self.ending = self.notice.answer()
+        self.recorder.complete(token)
+
+    @property
+    def ended_by(self) -> str:
+        """Why the run ends before its last step; empty if it does not."""
+        if not self.ending or self.done_step >= self.last_step:
+            return ""
+        return f"notice ({self.notice.name or 'on another node'})"
 
     def evaluate(self, step: int) -> None:
-        """Measure the held-out loss, the mean over all ranks.
+        """Measure the held-out loss, the mean over all ranks. A notice cuts it off.
 
         Collective: raises within the process group's timeout when a peer is lost.
         """
         start_s = time.perf_counter()
         mean = self.engine.evaluate(self._held_out_batches(step))
+        if self.ending:
+            if self.place.rank == 0:
+                _LOG.info("step %d: the evaluation is cut off by a notice", step)
+            return
         token = self.recorder.enter("all_reduce", mean.nbytes, "held-out loss")
         dist.all_reduce(mean)
         total = float(mean)  # with NCCL the collective is over only now
@@ -81,12 +111,16 @@ class Run:
             _LOG.info("step %d: held-out loss %.4f", step, loss)
 
     def _held_out_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each batch is a sign of life, so that a long evaluation is no hang."""
+        """Each batch is a sign of life, so that a long evaluation is no hang. After a notice there are no more."""
         self.heartbeat.beat("eval", step)
         for number in range(self.config.trainer.eval_batches):
             for pair in self.held_out.batches(number + 1):
+                self.ask_notice()
                 yield pair
                 self.heartbeat.beat("eval", step)
+                self.answer_notice()
+                if self.ending:
+                    return
 
     def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """The micro-batches of ``step``; waiting for them is a phase of its own."""
@@ -100,7 +134,9 @@ class Run:
 
         Collective with ``checkpoint.every_steps = "auto"``.
         """
-        self._durable = step == self.last_step or self.schedule.due(step, saving=self.checkpointer.running)
+        self._durable = (
+            self.ending or step == self.last_step or self.schedule.due(step, saving=self.checkpointer.running)
+        )
         memory = self.config.checkpoint.memory_every_steps
         return self._durable or (memory > 0 and step % memory == 0)
 
@@ -120,6 +156,8 @@ class Run:
         The live tensors may be read, but must not change before :meth:`wait_copied` returns.
         """
         self.heartbeat.beat("checkpoint", step)
+        if self._durable:
+            self._saved_step = step
         state = self.engine.state()
         replicated = {**state.replicated, "data": self.loader.state(), "settings": saved_settings(self.config)}
         local: dict[str, Any] = {**state.local, "rng": rng_state()}
@@ -128,6 +166,7 @@ class Run:
 
     def record_step(self, done: StepDone) -> None:
         """Write a step's event, log it, and let the checkpoint schedule learn from it."""
+        self.done_step = done.step
         self.events.write(done)
         self.progress.step(done)
         self.schedule.on_step(done, saving=self.checkpointer.running)
@@ -168,7 +207,9 @@ class Run:
         if rank < ranks:
             load_rng_state(read_local(rank)["rng"])
         self.first_step = restored.step + 1
-        self.durability.committed = restored.step
+        self.done_step = restored.step
+        if not self.config.checkpoint.memory_every_steps:  # otherwise it may be in memory alone
+            self._saved_step = restored.step
         for line in changed if rank == 0 else ():
             _LOG.info("changed since step %d: %s", restored.step, line)
         if not same and rank == 0:
@@ -182,9 +223,18 @@ class Run:
         return restored
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is committed or has failed, and then for all ranks. Collective."""
-        self.heartbeat.beat("finish", self.last_step)
-        self.checkpointer.close()
+        """Wait until the last checkpoint is committed or has failed, and then for all ranks. Collective.
+
+        After a notice, the state is saved first unless it is in storage.
+        """
+        if self.ending and self.done_step > self._saved_step:
+            self._durable = True
+            self.save(self.done_step)
+        self.heartbeat.beat("finish", self.done_step)
+        try:
+            self.checkpointer.close()
+        except NotDurable as error:
+            self.not_durable = error
         token = self.recorder.enter("barrier", 0, "end of the run")
         dist.barrier()
         self.recorder.complete(token)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from outlast.checkpoint.format.records import CRC_BYTES, crc_hex
+from outlast.checkpoint.format.records import CRC_BYTES, Fault, crc_hex, seal, unseal_placed
 
 Record = dict[str, Any]
 REMOVED = object()
@@ -73,6 +73,64 @@ def forge(
     if commit is not None:
         commit(record)
     (step / "commit.json").write_bytes(sealed(record))
+
+
+def forge_slot(
+    own: Path,
+    step: int,
+    *,
+    files: dict[str, bytes | Callable[[Record], object]] | None = None,
+    vote: Callable[[Record], object] | None = None,
+    index: Callable[[Record], object] | None = None,
+    commit: Callable[[Record], object] | None = None,
+    rank: int = 0,
+) -> None:
+    """As :func:`forge`, for a rank's part of a step in a node's memory or on its disk.
+
+    Args:
+        own: the folder of the slots.
+        step: which.
+        files: see :func:`forge`; new ones are put behind the others.
+        vote, commit: see :func:`forge`.
+        index: a change of the slot's index, which has the vote and ``places``.
+        rank: whose part.
+    """
+    file = next(
+        path
+        for path in own.glob("*.json")
+        if (found := unsealed(path)["vote"])["step"] == step and found["rank"] == rank
+    )
+    body = unsealed(file)
+    data = bytearray(file.with_suffix(".data").read_bytes())
+    for entry in body["vote"]["files"]:
+        path = entry["path"]
+        if path not in (files or {}):
+            continue
+        content = (files or {})[path]
+        at = body["places"][path]
+        if callable(content):
+            document = json.loads(data[at : at + entry["size_bytes"]])
+            content(document)
+            content = json.dumps(document).encode()
+        body["places"][path] = len(data)
+        entry["size_bytes"], entry["crc32c"] = len(content), crc_hex(content[: -CRC_BYTES if entry["chunk"] else None])
+        data += content
+    file.with_suffix(".data").write_bytes(data)
+    if vote is not None:
+        vote(body["vote"])
+    if index is not None:
+        index(body)
+    file.write_bytes(sealed(body))
+    try:
+        counted = seal(unseal_placed(file.read_bytes(), file.name).vote)
+    except Fault:
+        counted = b""  # it is refused before it is counted
+    path = next(path for path in own.glob("*.commit") if unsealed(path)["step"] == step)
+    record = unsealed(path)
+    record["votes"][rank]["size_bytes"], record["votes"][rank]["crc32c"] = max(1, len(counted)), crc_hex(counted)
+    if commit is not None:
+        commit(record)
+    path.write_bytes(sealed(record))
 
 
 def _total(body: Record) -> int:

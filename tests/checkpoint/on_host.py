@@ -12,10 +12,9 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.namespace import mount_over
-from outlast.checkpoint import Checkpointer
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import QUICK
+from tests.checkpoint.helpers import QUICK, ToldByEvents
 from tests.checkpoint.states import local, state
 
 
@@ -39,7 +38,7 @@ def case(rank: int, url: str, settings: dict[str, Any]) -> dict[str, Any]:
     events: list[Event] = []
     config = replace(QUICK, memory_every_steps=1, partner_every_steps=1, **settings)
     try:
-        saver = Checkpointer(url, config, rank=rank, world_size=2, attempt_id="one", on_event=events.append)
+        saver = ToldByEvents(url, config, rank=rank, world_size=2, attempt_id="one", on_event=events.append)
     except CheckpointError as error:
         return {"error": str(error)}
     assert saver._tiers is not None

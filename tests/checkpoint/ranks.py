@@ -15,12 +15,11 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.namespace import mount_over
-from outlast.checkpoint import Checkpointer
 from outlast.checkpoint.peers.commit_protocol import CommitProtocol
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.errors import OutlastError
 from outlast.events import CheckpointSaved, Event
-from tests.checkpoint.helpers import QUICK
+from tests.checkpoint.helpers import QUICK, ToldByEvents
 from tests.checkpoint.states import local, same, state
 from tests.forked import context
 
@@ -118,7 +117,7 @@ def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: 
                 file.write(f"{event.step}\n")
 
     for url in orders.urls:
-        checkpointer = Checkpointer(
+        checkpointer = ToldByEvents(
             url,
             replace(QUICK, commit_timeout_s=orders.commit_timeout_s, keep_last=orders.keep_last, **orders.settings),
             rank=rank,
@@ -147,7 +146,7 @@ def _rank(pipe: Connection, orders: Orders, rank: int, world_size: int, folder: 
     os._exit(0)  # a job of which a rank was killed cannot be left tidily
 
 
-def _restore(checkpointer: Checkpointer, rank: int, world_size: int, orders: Orders) -> int | str | None:
+def _restore(checkpointer: ToldByEvents, rank: int, world_size: int, orders: Orders) -> int | str | None:
     into, memory = state(99) if orders.into else None, bool(orders.settings)
     try:
         back = checkpointer.restore("auto", into=into, any_world_size=orders.any_world_size)

@@ -24,11 +24,12 @@ Names = dict[str, Any]
 
 
 class Model(nn.Module):
-    """Two blocks, eight numbers in and one out; given a batch of both it returns the loss, as DeepSpeed likes it."""
+    """Two blocks with dropout, eight numbers in and one out; given a batch it returns the loss, as DeepSpeed likes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([nn.Linear(8, 64), nn.Linear(64, 64)])
+        self.drop = nn.Dropout(0.2)
         self.head = nn.Linear(64, 1)
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -36,8 +37,16 @@ class Model(nn.Module):
         if isinstance(x, tuple):
             return nn.functional.mse_loss(self(x[0]), x[1])
         for block in self.blocks:
-            x = block(x).relu()
+            x = self.drop(block(x).relu())
         return self.head(x)
+
+
+def seeded_model() -> Model:
+    """Equal weights on all ranks; from then on each rank drops entries of its own."""
+    torch.manual_seed(0)
+    model = Model()
+    torch.manual_seed(1 + dist.get_rank())
+    return model
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -55,8 +64,7 @@ def loss(model: nn.Module, step: int) -> Tensor:
 
 def loop() -> Names:
     """A model, the same under DDP, and its optimizer."""
-    torch.manual_seed(0)
-    model = Model()
+    model = seeded_model()
     ddp = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     return {"model": model, "ddp": ddp, "optimizer": optimizer, "batch": batch, "loss": loss, "step": 1} | SHARED
@@ -80,8 +88,7 @@ def adversaries() -> Names:
 
 def unwrapped() -> Names:
     """A model that no DDP has seen."""
-    torch.manual_seed(0)
-    model = Model()
+    model = seeded_model()
     return {"model": model, "batch": batch, "loss": loss, "step": 1, "fully_shard": fully_shard} | SHARED
 
 
@@ -121,12 +128,20 @@ def saved_run() -> Names:
 
 
 def saved_model() -> Names:
-    """The model of ``loop``, saved in ``runs/mine/checkpoints``."""
+    """The model of ``loop``, its optimizer and scheduler after five steps, saved in ``runs/mine/checkpoints``."""
     names = loop()
+    model, optimizer = names["model"], names["optimizer"]
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=20)
+    for step in range(5):
+        optimizer.zero_grad()
+        loss(names["ddp"], step).backward()
+        optimizer.step()
+        scheduler.step()
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     with outlast.checkpoint.attach("runs/mine/checkpoints") as checkpointer:
-        checkpointer.save(20, replicated={"model": names["model"].state_dict(), "optimizer": {"lr": 0.1}})
+        checkpointer.save(20, replicated={name: part.state_dict() for name, part in parts.items()})
     dist.barrier()
-    return names
+    return names | {"scheduler": scheduler}
 
 
 def reported_run() -> Names:

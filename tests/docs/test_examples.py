@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module, util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from outlast.config import load
 from outlast.trainer.config import Config
+from tests.checkpoint.s3 import Server
 from tests.comm.ranks import Ranks
 from tests.docs.blocks import Block, all_blocks, looks_like_python
 
@@ -26,6 +28,8 @@ PRELUDES = {
     "docs/checkpointing.md: The format (2)": "saved_run",
     "docs/compression.md: Steps": "adversaries",
     "docs/extending.md: A verb": "reported_run",
+    "docs/howto.md: Read the weights alone, in a notebook": "saved_model",
+    "docs/howto.md: Resume with another learning rate (2)": "saved_model",
     "docs/extending.md: A report section": "reported_run",
     "outlast.checkpoint": "saved_run",
     "outlast.checkpoint.load.load": "saved_model",
@@ -63,11 +67,42 @@ def worlds() -> Iterator[dict[int, Ranks]]:
         world.close()
 
 
-def run(rank: int, block: Block, prelude: str, folder: str) -> None:
-    """Run an example, the tests that it defines, and end what it began."""
+@contextmanager
+def bucket() -> Iterator[dict[str, str]]:
+    """An S3 server with an empty bucket of that name, and what a reader has in the environment."""
+    if util.find_spec("moto") is None or util.find_spec("s3fs") is None:
+        pytest.skip("moto and s3fs are not installed: pip install 'outlast[s3,test]'")
+    server = Server()
+    try:
+        server.start()
+        yield {
+            "AWS_ENDPOINT_URL": server.url,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+    finally:
+        server.kill()
+
+
+def run(
+    rank: int, block: Block, prelude: str, folder: str, prepare: Callable[[dict[str, Any]], None] = lambda names: None
+) -> dict[str, Any]:
+    """Run an example, the tests that it defines, and end what it began; its names.
+
+    Args:
+        rank: of this process.
+        block: the example.
+        prelude: what comes before it.
+        folder: where it runs.
+        prepare: changes the names that it is given.
+    """
     os.chdir(folder)
     names = dict(vars(import_module(block.module))) if block.module else {}
     names |= {"__name__": "example"} | getattr(import_module("tests.docs.preludes"), prelude)()
+    prepare(names)
     given = set(names)
     code = re.sub(r"\b10[_,]?0[01]\b|\b1000[01]\b", "25", block.code)
     try:
@@ -79,6 +114,14 @@ def run(rank: int, block: Block, prelude: str, folder: str) -> None:
             if name in names and name not in given:
                 with suppress(Exception):
                     names[name].close()
+    return names
+
+
+def example(rank: int, block: Block, prelude: str, folder: str, environment: dict[str, str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        run(rank, block, prelude, folder)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +132,9 @@ def test_it_runs(worlds: dict[int, Ranks], tmp_path: Path, name: str) -> None:
     prelude = prelude_of(block)
     if prelude == "deepspeed" and util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: pip install 'outlast[deepspeed]'")
-    worlds[1 if name.startswith(ONE_RANK) else 2].run(run, block, prelude, str(tmp_path))
+    with ExitStack() as stack:
+        environment = stack.enter_context(bucket()) if "s3://" in block.code else {}
+        worlds[1 if name.startswith(ONE_RANK) else 2].run(example, block, prelude, str(tmp_path), environment)
 
 
 @pytest.mark.parametrize("name", [name for name, block in BLOCKS.items() if block.language == "toml"])

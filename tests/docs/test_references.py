@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from outlast.comm import CommConfig
 from tests.docs.blocks import PACKAGE, PAGES, ROOT
 
 
@@ -42,6 +43,28 @@ def test_names_in_docstrings() -> None:
         if not is_there(name)
     }
     assert not missing
+
+
+def test_papers_are_listed() -> None:
+    """docs/references.md has each paper that pages and docstrings cite, with a link, once."""
+    listed = re.findall(r"\[(\d{4}\.\d{4,5})\]\(https://arxiv\.org/abs/\1\)", (ROOT / "docs/references.md").read_text())
+    assert len(listed) == len(set(listed)) > 20
+    cited = {
+        number
+        for path in (*PAGES, *PACKAGE.rglob("*.py"))
+        for number in re.findall(r"arxiv[: ]\s*(\d{4}\.\d{4,5})", path.read_text(), flags=re.IGNORECASE)
+    }
+    assert len(cited) > 15
+    assert cited <= set(listed), cited - set(listed)
+
+
+def test_settings_of_papers_are_there() -> None:
+    """What the list says a paper is used in is a setting that is accepted."""
+    used = re.findall(r"`(compressor|feedback|target) = \"([\w-]+)\"`", (ROOT / "docs/references.md").read_text())
+    assert len(used) > 10
+    for name, value in used:
+        transport = {"transport": "two-phase"} if value == "ef21-bc" else {}
+        CommConfig(**{"target": "gradient", name: value, **transport})
 
 
 def test_what_is_not_there_is_found() -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gc
 import io
-import json
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,63 +17,11 @@ import pytest
 from rich.console import Console
 
 from outlast.diagnostics import build_report, render_terminal
-from outlast.diagnostics.live import (
-    clear,
-    shm_directory,
-)
+from outlast.diagnostics.live import shm_directory
 from outlast.errors import LaunchError, PortInUse, RanksFailed
 from outlast.launch import LaunchConfig, LaunchFlags, LaunchSpec, launch
-from tests.forked import Job
-from tests.helpers import clean_env, events, free_port, wait_for
-
-HERE = Path(__file__).parent
-RANK = str(HERE / "rank.py")
-QUICK = {"hang_floor_s": 2.0, "hang_factor": 1.0, "monitor_interval_s": 0.2}
-
-
-STARTED: list[Job] = []
-
-
-@pytest.fixture(autouse=True)
-def _end_launchers(tmp_path: Path) -> Iterator[None]:
-    """A test that fails leaves no launcher behind, and none leaves shared memory."""
-    yield
-    while STARTED:
-        job = STARTED.pop()
-        job.kill()
-        job.wait()
-    clear(shm_directory(tmp_path / "run"))
-
-
-def start(run: Path, *words: str, flags: dict[str, Any] | None = None, **config: Any) -> Job:
-    """A launcher of two ranks in a process of its own, output to ``RUN.log``."""
-    told = {
-        "command": [sys.executable, *words],
-        "run_dir": str(run),
-        "flags": {"nproc_per_node": "2", **(flags or {})},
-        "config": {**QUICK, **config},
-    }
-    log, env = run.with_suffix(".log"), clean_env(PYTHONPATH=str(HERE.parent.parent))
-    job = Job("tests.launch.launcher", [json.dumps(told)], env=env, stdout=log, stderr=log)
-    STARTED.append(job)
-    return job
-
-
-def finish(job: Job, run: Path, status: int = 0) -> str:
-    """What the launcher and rank 0 wrote, once they have ended with ``status``."""
-    found = job.wait(timeout=90)
-    text = run.with_suffix(".log").read_text()
-    assert found == status, text
-    return text
-
-
-def steps(run: Path) -> list[tuple[int, int, int]]:
-    """``(generation, rank, step)`` of every step begun, in the order in which they were."""
-    found = []
-    for line in (run / "steps").read_text().splitlines():
-        generation, rank, step = map(int, line.split())
-        found.append((generation, rank, step))
-    return found
+from tests.helpers import events, free_port, wait_for
+from tests.launch.jobs import QUICK, RANK, finish, ranks_of, start, steps
 
 
 def here(run: Path, *command: str, **config: Any) -> None:
@@ -266,11 +212,6 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
     wait_for(lambda: all(psutil.Process(pid).cmdline()[1:2] == ["-c"] for pid in pids))
     job.kill()
     wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids))
-
-
-def ranks_of(run: Path) -> list[int]:
-    started = events(run, "workers_started")
-    return list(started[0]["pids"]) if started else []
 
 
 def test_a_port_that_something_else_has_taken(tmp_path: Path) -> None:

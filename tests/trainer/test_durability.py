@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from outlast.checkpoint.durability import Durability
 from outlast.errors import NotDurable
-from outlast.events import CheckpointFailed, CheckpointSaved
-from outlast.trainer.durability import Durability
+from outlast.events import CheckpointFailed, CheckpointRestored, CheckpointSaved, Event
 from tests.helpers import events, outlast, steps_saved, tiny_config
 
 
@@ -22,23 +22,31 @@ def failed(step: int, tier: str = "storage") -> CheckpointFailed:
     return CheckpointFailed(step=step, reason="No space left on device", tier=tier)
 
 
+def restored(step: int, tier: str) -> CheckpointRestored:
+    return CheckpointRestored(step=step, url="", seconds=0.0, tiers={tier: 100})
+
+
 @pytest.mark.parametrize(
-    ("seen", "restored", "told"),
+    ("seen", "told"),
     [
-        ([], None, ""),
-        ([saved(5)], None, ""),
-        ([failed(5), saved(10)], None, ""),
-        ([saved(5), failed(10, "partner")], None, ""),
-        ([saved(5), failed(10)], None, r"step 10 is not durable \(the newest that is: step 5\): No space left"),
-        ([failed(5), failed(10)], None, r"step 10 is not durable \(no step of this run is\)"),
-        ([failed(10)], 5, r"the newest that is: step 5"),
-        ([saved(10, "memory"), failed(10)], None, "step 10 is not durable"),
+        ([], ""),
+        ([saved(5)], ""),
+        ([failed(5), saved(10)], ""),
+        ([saved(5), failed(10, "partner")], ""),
+        ([saved(5), failed(10)], r"step 10 is not durable \(the newest that is: step 5\): No space left"),
+        ([failed(5), failed(10)], r"step 10 is not durable \(nothing that this process saved is\)"),
+        ([restored(5, "storage"), failed(10)], r"the newest that is: step 5"),
+        ([restored(5, "memory"), failed(10)], r"nothing that this process saved is"),
+        ([saved(20), restored(5, "storage"), failed(10)], r"step 10 is not durable \(the newest that is: step 5"),
+        ([saved(10, "memory"), failed(10)], "step 10 is not durable"),
     ],
 )
-def test_only_what_is_in_storage_counts(seen: list[CheckpointSaved], restored: int | None, told: str) -> None:
-    durability = Durability(restored)
+def test_only_what_is_in_storage_counts(seen: list[Event], told: str) -> None:
+    passed: list[Event] = []
+    durability = Durability(passed.append)
     for event in seen:
         durability.on_event(event)
+    assert passed == seen
     if told:
         with pytest.raises(NotDurable, match=told):
             durability.check()
@@ -62,7 +70,7 @@ def test_a_chained_job_does_not_go_on_after_a_full_disk(tmp_path: Path, small_di
     words = ["--nproc-per-node", "2", "--checkpoint.url", str(small_disk / "checkpoints"), "--model.width", "96"]
     done = outlast("launch", config, *words, check=None)
     assert done.returncode == 1, done.stderr
-    assert "step 20 is not durable (no step of this run is)" in done.stderr
+    assert "step 20 is not durable (nothing that this process saved is)" in done.stderr
     assert len(events(run, "workers_started")) == 1  # the same would happen again
     assert not steps_saved(run)
     alone = tmp_path / "alone"

@@ -5,18 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 
 from outlast.checkpoint.checkpointer import Checkpointer
 from outlast.checkpoint.config import CheckpointConfig
 from outlast.checkpoint.convert import dcp, safetensors, torch_save
+from outlast.checkpoint.convert.bounds import check_size
+from outlast.checkpoint.convert.hugging_face import is_index
+from outlast.checkpoint.convert.loadable import is_loadable
+from outlast.checkpoint.convert.selected import check_parts, fitting, select, storable
+from outlast.checkpoint.convert.source_files import source_bytes
 from outlast.checkpoint.convert.target import check_link, check_target, new_target, size_of
 from outlast.checkpoint.format.names import step_name
+from outlast.checkpoint.format.step_number import as_step
 from outlast.checkpoint.state.nested import leaves
+from outlast.checkpoint.state.selection import Rename, make_selection
 from outlast.checkpoint.steps.catalog import scan
 from outlast.checkpoint.storage.open import open_store
 from outlast.checkpoint.tools.open_step import OpenedStep
@@ -42,7 +49,7 @@ class Exported:
     size_bytes: int
     """Total size of the target's files."""
     left_out: tuple[str, ...]
-    """Names of what the format cannot hold: empty dictionaries in ``dcp``."""
+    """Names of what the format cannot hold: empty dictionaries in ``dcp``; with ``strict=False`` also other values."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +66,23 @@ class Imported:
     values: int
     size_bytes: int
     """Total size of all files that the step's votes list."""
+    left_out: tuple[str, ...] = ()
+    """Names of what was left out, because a step cannot hold it."""
 
 
 @dataclass(frozen=True)
 class _Foreign:
     write: Callable[[dict[str, Any], str, int], list[str]]
     read: Callable[[str], dict[str, Any]]
+    holds: Callable[[Any], bool]
     folder: bool
     """Whether the target is a folder."""
 
 
 _FORMATS: dict[str, _Foreign] = {
-    "safetensors": _Foreign(safetensors.write, safetensors.read, folder=False),
-    "dcp": _Foreign(dcp.write, dcp.read, folder=True),
-    "torch": _Foreign(torch_save.write, torch_save.read, folder=False),
+    "safetensors": _Foreign(safetensors.write, safetensors.read, safetensors.holds, folder=False),
+    "dcp": _Foreign(dcp.write, dcp.read, is_loadable, folder=True),
+    "torch": _Foreign(torch_save.write, torch_save.read, is_loadable, folder=False),
 }
 
 
@@ -83,9 +93,15 @@ def export_step(
     *,
     step: int | None = None,
     part: str | None = None,
+    parts: Collection[str] | None = None,
+    strict: bool = True,
+    rename: Rename | None = None,
+    cast: torch.dtype | None = None,
     force: bool = False,
 ) -> Exported:
     """Write a step's replicated state in another format; every byte is verified as it is read.
+
+    ``parts``, ``rename`` and ``cast`` mean the same as in :func:`outlast.checkpoint.load`.
 
     The target appears whole or not at all: it is written under a temporary name beside it, then renamed.
 
@@ -94,7 +110,12 @@ def export_step(
         target: a local path; a folder for ``dcp``, a file otherwise.
         format: of the target.
         step: its number; None takes the newest committed one.
-        part: export only this top-level dictionary of the state, e.g. ``model``, as the target's top level.
+        part: export only this top-level dictionary of the state, e.g. ``model``, as the target's top level. It is
+            called so after ``rename``.
+        parts: read only these top-level keys of the step; None: all.
+        strict: False leaves out what the format cannot hold, and names it in ``left_out``.
+        rename: names as in the step (keys joined by ``/``), and what they become.
+        cast: a floating-point type that all floating-point tensors are converted to; None: none is.
         force: replace an existing target. A folder is replaced only if it is a ``dcp`` checkpoint.
 
     Raises:
@@ -102,16 +123,21 @@ def export_step(
         CorruptCheckpoint, IncompleteCheckpoint, UnknownFormatVersion: the step cannot be read; names the file.
         CheckpointError: the target exists, the state does not have the part, the format cannot hold it, or the target
             cannot be written; nothing is left of it.
+        StateMismatch: two tensors would have one name, or an element is too large for ``cast``.
         MissingDependency: the package for this format is not installed.
         ConfigError: the format does not exist, or the target is not a local path.
     """
     foreign, path = _foreign(format), _local(target, "target")
     check_link(os.path.expanduser(os.fspath(target)))
     check_target(path, folder=foreign.folder, force=force)
+    selection = make_selection(parts, True, rename, cast or False, running=False)
     with OpenedStep(url, step) as opened:
-        state = _part(opened.load(None), part, opened.url)
+        state = opened.load(None, selection)
+        check_parts({*state, *opened.parts()}, selection, opened.url)
+        state = _part(state, part, opened.url)
+    state, left = (state, []) if strict else fitting(state, foreign.holds)
     with new_target(path, folder=foreign.folder, force=force) as temporary:
-        left_out = foreign.write(state, temporary, opened.step)
+        left_out = [*left, *foreign.write(state, temporary, opened.step)]
         size_bytes = size_of(temporary)
     tensors, values = _counts(state)
     return Exported(opened.url, opened.step, path, format, part, tensors, values, size_bytes, tuple(left_out))
@@ -122,12 +148,17 @@ def import_step(
     url: str | os.PathLike[str],
     format: ForeignFormat,
     *,
-    step: int = 0,
+    step: SupportsIndex = 0,
     part: str | None = None,
+    parts: Collection[str] | None = None,
+    strict: bool = True,
+    rename: Rename | None = None,
+    cast: torch.dtype | None = None,
 ) -> Imported:
     """Save the contents of another format as a committed step of one rank, without local state.
 
-    Pickles are read without running anything that they name.
+    Pickles are read without running anything that they name. ``parts``, ``rename`` and ``cast`` mean the same as in
+    :func:`outlast.checkpoint.load`.
 
     Args:
         source: a local path; a folder for ``dcp``, otherwise a file, or a folder as Hugging Face's ``save_pretrained``
@@ -136,28 +167,37 @@ def import_step(
         format: of the source.
         step: the number that the step gets.
         part: the top-level key of the state under which the source's keys go, e.g. ``model``; None: the top level.
+        parts: take only these top-level keys of the source; None: all.
+        strict: False leaves out what a step cannot hold, and names it in ``left_out``.
+        rename: names as in the source (keys joined by ``/``), and what they become.
+        cast: a floating-point type that all floating-point tensors are converted to; None: none is.
 
     Raises:
         CheckpointNotFound: the source does not exist.
         CorruptCheckpoint: the source is damaged.
         CheckpointError: the source is in another format, holds what cannot be stored, or names classes that are
             refused; the step exists, or an incomplete save; or the step cannot be written. Then there is no such step.
+        StateMismatch: two tensors would have one name, or an element is too large for ``cast``.
         MissingDependency: the package for this format is not installed.
-        ConfigError: the format does not exist, the source is not a local path, or the step is negative.
+        ConfigError: the format does not exist, or the source is not a local path.
     """
     foreign, path = _foreign(format), _local(source, "source")
-    if step < 0:
-        raise ConfigError(f"step = {step}", "step >= 0")
+    step = as_step(step, "import_step")
+    selection = make_selection(parts, True, rename, cast or False, running=False)
     _check_free(url, step)
     if not os.path.exists(path):
         raise CheckpointNotFound(f"{path} does not exist", "pass a file or folder to import")
     try:
         state = foreign.read(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", f"check that its format is {format}") from error
+        check_size(state, source_bytes(os.path.dirname(path) if is_index(path) else path), path)
+    except (OSError, MemoryError) as error:
+        what = str(error) or "there is too little memory"
+        raise CheckpointError(f"{path} cannot be read: {what}", f"check that its format is {format}") from error
+    state = select(state, selection, path)
+    state, left = (state, []) if strict else fitting(state, storable)
     replicated = state if part is None else {part: state}
     saved = _save(url, step, replicated)
-    return Imported(path, format, os.fspath(url), step, part, *_counts(state), saved.size_bytes)
+    return Imported(path, format, os.fspath(url), step, part, *_counts(state), saved.size_bytes, tuple(left))
 
 
 def _foreign(format: str) -> _Foreign:

@@ -6,7 +6,9 @@ PyTorch does the writing. Reading is done here, because PyTorch unpickles the me
 from __future__ import annotations
 
 import io
+import itertools
 import os
+import reprlib
 import warnings
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -14,8 +16,12 @@ from typing import Any
 
 import torch
 
+from outlast.checkpoint.convert.archive_bounds import as_size, elements
 from outlast.checkpoint.convert.loadable import check_loadable
-from outlast.checkpoint.convert.safe_unpickle import Record, load_archive, load_records
+from outlast.checkpoint.convert.pickle_reader import Record
+from outlast.checkpoint.convert.safe_unpickle import load_archive, load_records
+from outlast.checkpoint.convert.source_files import open_source, read_source
+from outlast.checkpoint.format.fields import MAX_DOCUMENT_BYTES
 from outlast.checkpoint.storage.local import sync_dir
 from outlast.errors import CheckpointError, CorruptCheckpoint
 
@@ -60,8 +66,7 @@ def read(path: str) -> dict[str, Any]:
     """
     file = os.path.join(path, METADATA)
     try:
-        with open(file, "rb") as stream:
-            data = stream.read()
+        data = read_source(file, MAX_DOCUMENT_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{path} is not a PyTorch distributed checkpoint: it has no {METADATA}", "pass the folder that holds it"
@@ -69,7 +74,7 @@ def read(path: str) -> dict[str, Any]:
     metadata = load_records(data, file)
     try:
         return _Folder(path, metadata).state()
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise CorruptCheckpoint(
             f"{file} is not metadata as PyTorch writes it: {type(error).__name__}: {error}",
             "it may be from a later version",
@@ -86,14 +91,15 @@ class _Folder:
         for index, info in fields["storage_data"].items():
             key = _fields(index, "MetadataIndex")
             offset = key.get("offset")
-            self._places[key["fqn"], None if offset is None else tuple(offset)] = _fields(info, "_StorageInfo")
+            self._places[_text(key["fqn"]), None if offset is None else as_size(offset)] = _fields(info, "_StorageInfo")
+        self._check_places()
 
     def state(self) -> dict[str, Any]:
         entries: dict[tuple[Any, ...], Any] = {}
         for name, entry in self._entries.items():
             is_value = isinstance(entry, Record) and entry.kind == "BytesStorageMetadata"
             value = self._load(name, None) if is_value else self._tensor(name, _fields(entry, "TensorStorageMetadata"))
-            path = tuple(self._paths.get(name, (name,)))
+            path = tuple(self._paths.get(_text(name), (name,)))
             if not path or path in entries:
                 raise ValueError(f"{name!r} has no path, or that of another entry")
             entries[path] = value
@@ -106,10 +112,13 @@ class _Folder:
         properties = fields["properties"]
         if not isinstance(properties, Record) or not isinstance(properties.state, tuple):
             raise ValueError(f"{name!r} has no properties")
-        dtype, size = properties.state[0], tuple(fields["size"])
+        dtype, size = properties.state[0], as_size(fields["size"])
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{name!r} has no type")
         chunks = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
-        if len(chunks) == 1 and tuple(chunks[0]["sizes"]) == size:
+        if len(chunks) == 1 and as_size(chunks[0]["sizes"]) == size:
             return self._shard(name, chunks[0], dtype)
+        self._check_chunks(name, size, dtype, chunks)
         whole = torch.empty(size, dtype=dtype)
         missing = torch.ones(size, dtype=torch.bool)
         for chunk in chunks:
@@ -122,8 +131,46 @@ class _Folder:
             raise CorruptCheckpoint(f"{self._path}: parts of the tensor {name!r} are missing", "save it again")
         return whole
 
+    def _check_chunks(self, name: str, size: tuple[int, ...], dtype: torch.dtype, chunks: list[dict[str, Any]]) -> None:
+        """No more memory is taken for a tensor than its chunks have bytes in their files."""
+        covered = stored_bytes = 0
+        for chunk in chunks:
+            offsets, sizes = as_size(chunk["offsets"]), as_size(chunk["sizes"])
+            ends = [start + length for start, length in zip(offsets, sizes, strict=True)]
+            if len(ends) != len(size) or any(end > length for end, length in zip(ends, size, strict=True)):
+                raise CorruptCheckpoint(
+                    f"{self._path}: the part of {name!r} at {list(offsets)[:9]} is not within {list(size)[:9]}"
+                )
+            covered += elements(sizes)
+            stored_bytes += self._places[name, offsets]["length"]
+        if covered < elements(size):
+            raise CorruptCheckpoint(
+                f"{self._path}: parts of the tensor {name!r} are missing: it has {elements(size)} elements, they have "
+                f"{covered}",
+                "save it again",
+            )
+        if covered > elements(size) or covered * dtype.itemsize > stored_bytes:
+            raise CorruptCheckpoint(
+                f"{self._path}: the tensor {name!r} has {elements(size)} elements, its parts {covered}, in "
+                f"{stored_bytes} bytes"
+            )
+
+    def _check_places(self) -> None:
+        """Each has bytes of its own, so that what is read is in all no more than the files have."""
+        spans: dict[str, list[tuple[int, int, str]]] = {}
+        for (name, _), place in self._places.items():
+            start, length = place["offset"], place["length"]
+            if type(start) is not int or type(length) is not int or start < 0 or length < 0:
+                raise ValueError(f"{name!r} has {length!r:.60} bytes at {start!r:.60}")
+            spans.setdefault(_text(place["relative_path"]), []).append((start, start + length, name))
+        for file, taken in spans.items():
+            taken.sort()
+            for (_, end, one), (start, _, other) in itertools.pairwise(taken):
+                if start < end:
+                    raise CorruptCheckpoint(f"{self._path}: {one!r} and {other!r} have the same bytes of {file!r}")
+
     def _shard(self, name: str, chunk: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
-        offsets, sizes = tuple(chunk["offsets"]), tuple(chunk["sizes"])
+        offsets, sizes = as_size(chunk["offsets"]), as_size(chunk["sizes"])
         shard = self._load(name, offsets)
         if not isinstance(shard, torch.Tensor) or shard.dtype != dtype or tuple(shard.shape) != sizes:
             raise CorruptCheckpoint(
@@ -132,19 +179,19 @@ class _Folder:
         return shard
 
     def _load(self, name: str, offset: tuple[int, ...] | None) -> Any:
-        place = self._places[name, offset]
+        place = self._places.pop((name, offset))  # each is read once
         if place.get("transform_descriptors"):
             raise CheckpointError(
                 f"{self._path}: {name!r} is stored through {place['transform_descriptors']}, which outlast cannot undo",
                 "save it without extensions",
             )
-        relative = str(place["relative_path"])
-        if PurePosixPath(relative).is_absolute() or ".." in PurePosixPath(relative).parts:
+        relative = _text(place["relative_path"])
+        if "\0" in relative or PurePosixPath(relative).is_absolute() or ".." in PurePosixPath(relative).parts:
             raise CheckpointError(f"{self._path}: {name!r} points outside of the folder, to {relative!r}; refused")
-        file, start, length = os.path.join(self._path, relative), int(place["offset"]), int(place["length"])
+        file, start, length = os.path.join(self._path, relative), place["offset"], place["length"]
         try:
-            with open(file, "rb") as stream:
-                if start < 0 or not 0 <= length <= os.fstat(stream.fileno()).st_size - start:
+            with open_source(file) as stream:
+                if length > os.fstat(stream.fileno()).st_size - start:
                     raise CorruptCheckpoint(f"{file} ends before {name!r} does", "copy it again")
                 stream.seek(start)
                 data = stream.read(length)
@@ -185,8 +232,14 @@ def _empty(value: Any, name: str) -> list[str]:
     return [empty for path, item in below for empty in _empty(item, path)]
 
 
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError(f"expected a text, found a {type(value).__name__}")
+    return value
+
+
 def _fields(record: Any, kind: str) -> dict[str, Any]:
     """The attributes of a record in the pickle."""
     if not isinstance(record, Record) or record.kind != kind or not isinstance(record.state, dict):
-        raise ValueError(f"expected a {kind}, found {record!r:.60}")
+        raise ValueError(f"expected a {kind}, found {reprlib.repr(record):.60}")
     return record.state

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from outlast.checkpoint.convert.source_files import read_source
 from outlast.errors import CheckpointError, CorruptCheckpoint
 
 _INDEX_BYTES = 64 << 20
@@ -57,6 +58,8 @@ def read_shards(folder: str, index: str, read: Callable[[str], dict[str, Any]]) 
     tensors: dict[str, Any] = {}
     for shard in sorted(set(places.values())):
         path = os.path.join(folder, shard)
+        if os.path.isdir(path):
+            raise CheckpointError(f"{index} names the shard {shard!r}, which is a folder; refused")
         try:
             found = read(path)
         except FileNotFoundError as error:
@@ -76,21 +79,30 @@ def read_shards(folder: str, index: str, read: Callable[[str], dict[str, Any]]) 
     return tensors
 
 
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError if it has a key twice, since readers differ in which value counts."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r:.80} is there twice")
+    return fields
+
+
 def _weight_map(index: str) -> dict[str, str]:
     """The shard of each tensor."""
-    if os.path.getsize(index) > _INDEX_BYTES:
-        raise CorruptCheckpoint(f"{index} has {os.path.getsize(index)} bytes, more than {_INDEX_BYTES}")
+    data = read_source(index, _INDEX_BYTES)
     try:
-        with open(index, encoding="utf-8") as file:
-            document = json.load(file)
-        places = document["weight_map"]
+        places = json.loads(data, object_pairs_hook=without_repeats)["weight_map"]
         if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
             raise TypeError("weight_map is no dictionary of file names")
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise CorruptCheckpoint(
             f"{index} is not an index of shards: {type(error).__name__}: {error}", "copy it again"
         ) from error
-    for place in places.values():
+    for place in set(places.values()):
+        if is_index(place):
+            raise CheckpointError(f"{index} names the shard {place!r}, which is an index itself; refused")
         if place in ("", ".", "..") or os.path.basename(place) != place or "\0" in place:
             raise CheckpointError(
                 f"{index} names the shard {place!r}, which is not beside it; refused", "use the files of one folder"

@@ -28,6 +28,15 @@ _VALUES = (
 )
 
 
+def is_loadable(value: Any) -> bool:
+    """Whether a tensor or value can be read back."""
+    try:
+        check_loadable(value, "")
+    except CheckpointError:
+        return False
+    return True
+
+
 def check_loadable(value: Any, format: str, name: str = "") -> None:
     """Raise :class:`CheckpointError`, naming the value, unless all of a state can be read back.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from outlast.checkpoint.convert.hugging_face import is_index, read_folder, read_shards
+from outlast.checkpoint.convert.safetensors_header import check_header
 from outlast.checkpoint.format.dtypes import dtype_name
 from outlast.checkpoint.format.json_values import TAG, VALUES, UnknownKind, from_json, key_text
 from outlast.checkpoint.format.records import crc_hex
@@ -35,6 +36,16 @@ _TENSOR = "tensor"
 def check_installed() -> None:
     """Raise :class:`MissingDependency` unless the package is installed."""
     _package("safetensors")
+
+
+def holds(value: Any) -> bool:
+    """Whether a file can hold a tensor or value."""
+    try:
+        if isinstance(value, torch.Tensor):
+            _check_dtype(_package("safetensors.torch"), value.dtype, "")
+    except CheckpointError:
+        return False
+    return True
 
 
 def write(state: dict[str, Any], path: str, step: int) -> list[str]:
@@ -93,8 +104,7 @@ def read(path: str) -> dict[str, Any]:
     if is_index(path):
         return read_shards(os.path.dirname(path), path, read)
     package = _package("safetensors")
-    with open(path, "rb"):
-        pass  # the operating system's error is clearer than the package's
+    check_header(path)
     try:
         with package.safe_open(path, framework="pt", device="cpu") as file:
             metadata: dict[str, str] = file.metadata() or {}

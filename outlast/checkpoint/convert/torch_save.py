@@ -10,6 +10,7 @@ import torch
 from outlast.checkpoint.convert.hugging_face import is_index, read_folder, read_shards
 from outlast.checkpoint.convert.loadable import check_loadable
 from outlast.checkpoint.convert.safe_unpickle import load_archive
+from outlast.checkpoint.convert.source_files import open_source
 from outlast.errors import CheckpointError
 
 
@@ -46,7 +47,7 @@ def read(path: str) -> dict[str, Any]:
         return read_folder(path, "pytorch_model", "bin", read)
     if is_index(path):
         return read_shards(os.path.dirname(path), path, read)
-    with open(path, "rb") as file:
+    with open_source(path) as file:
         state = load_archive(file, path)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}", "import takes a dictionary of tensors")

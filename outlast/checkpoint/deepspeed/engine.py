@@ -26,7 +26,7 @@ from outlast.checkpoint.peers.collectives import Agreement
 from outlast.checkpoint.restore.messages import Failure, Message, all_gather_messages
 from outlast.checkpoint.state.tensors import address_of_storage
 from outlast.checkpoint.tools.open_step import OpenedStep
-from outlast.errors import CheckpointError, CheckpointNotFound
+from outlast.errors import CheckpointError, CheckpointNotFound, NotDurable
 from outlast.events import Event
 
 _log = logging.getLogger("outlast.checkpoint")
@@ -181,6 +181,7 @@ class DeepSpeedCheckpointEngine:
         """Wait until the running save is committed or has failed, and restore the engine's methods; twice is harmless.
 
         Raises:
+            NotDurable: the last save has failed.
             SnapshotMutated: a tensor of the running save was changed too early.
         """
         self._end(lambda checkpointer: checkpointer.close())
@@ -193,10 +194,8 @@ class DeepSpeedCheckpointEngine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.abort()
+        """As that of :class:`Checkpointer`."""
+        self._end(lambda checkpointer: checkpointer.__exit__(kind, error, tb))
 
     def _end(self, how: Callable[[Checkpointer], None]) -> None:
         if self._closed:
@@ -391,7 +390,10 @@ class DeepSpeedCheckpointEngine:
         """Wait until the running save is committed or has failed."""
         if self._checkpointer is not None:
             checkpointer, self._checkpointer = self._checkpointer, None
-            checkpointer.close()
+            try:
+                checkpointer.close()
+            except NotDurable as error:  # training goes on, and saves elsewhere
+                _log.warning("%s", error.what)
 
 
 def _device(map_location: Any) -> torch.device:

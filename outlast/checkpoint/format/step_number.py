@@ -8,13 +8,13 @@ from typing import Any
 from outlast.errors import CheckpointError
 
 
-def as_step(value: Any, where: str, expected: str = "an integer") -> int:
+def as_step(value: Any, where: str, instead: str | None = None) -> int:
     """The step as Python's integer: numpy's and torch's integers are taken, too.
 
     Args:
         value: the argument.
         where: the name of the function that got it.
-        expected: what it takes, in words.
+        instead: a word that it takes instead of a number.
 
     Raises:
         CheckpointError: it is a truth value, not an integer, or negative.
@@ -26,5 +26,6 @@ def as_step(value: Any, where: str, expected: str = "an integer") -> int:
         step = None
     if step is None or step < 0:
         what = f"{value!r} ({type(value).__name__})" if step is None else str(step)
-        raise CheckpointError(f"{where}: a step is {expected} >= 0, got {what}", "pass the number of the step")
+        fix = "pass the number of the step" + (f', or "{instead}"' if instead else "")
+        raise CheckpointError(f"{where}: a step is an integer >= 0, got {what}", fix)
     return step

@@ -102,7 +102,10 @@ class CommitProtocol:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     names = ", ".join(map(str, absent))
-                    raise CheckpointError(f"no vote within {self._timeout_s:g} s from rank {names}")
+                    raise CheckpointError(
+                        f"no vote within {self._timeout_s:g} s from rank {names}: it has not called save() for this "
+                        "step, which every rank must, or its copy takes longer"
+                    )
                 check_cancelled()
                 self._changed.wait(min(left_s, _POLL_S))
 
@@ -192,7 +195,10 @@ class CommitProtocol:
                     raise CheckpointError(f"the connection to rank 0 is lost: {self._lost[0][0]}")
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
-                    raise CheckpointError(f"no decision within {limit_s:g} s from rank 0")
+                    raise CheckpointError(
+                        f"no decision within {limit_s:g} s from rank 0: it has not called save() for this step, which "
+                        "every rank must, or waits for another rank's vote"
+                    )
                 check_cancelled()
                 self._changed.wait(min(left_s, _POLL_S))
             decision = self._decisions[save_id]

@@ -106,7 +106,10 @@ class Settlement:
             _log.warning("%s: %s", step_name(step), self._set_aside(step))
         for step in scanned.uncommitted:
             outcome = self._unless_read_only(step, clear_leftover)
-            _log.warning("%s: the save was cut off before its commit record; %s", step_name(step), outcome)
+            if scanned.committed and step < scanned.committed[-1]:
+                _log.info("%s: removing it, or an earlier save of it, was cut off; %s", step_name(step), outcome)
+            else:
+                _log.warning("%s: the save was cut off before its commit record; %s", step_name(step), outcome)
         for step in self._unchanged(scanned, self.superseded):
             _log.warning("%s: newer than step %d; %s", step_name(step), self.restored, self._set_aside(step))
 

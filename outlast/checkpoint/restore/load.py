@@ -150,8 +150,9 @@ class Loader:
             raise StateMismatch(
                 f"{context.store.url}/{step_name(step)} was saved by {saved_by} ranks, "
                 f"this job has {context.world_size}",
-                "pass any_world_size=True (each rank's own state then comes by `read_local`), or start with the world "
-                "size that saved it",
+                "pass any_world_size=True; each rank's own state then comes by restored.read_local(rank), and a "
+                "reducer's is redistributed by reducer.load_resharded(read, restored.world_size). Or start with the "
+                "world size that saved it",
             )
         replicated, matched = reader.load_selected(None, self.request.target, selection)
         _check_parts(selection, {*replicated, *local}, context, reader)

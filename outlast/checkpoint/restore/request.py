@@ -40,16 +40,16 @@ class RestoreContext:
     io: Executor
     """Threads that read and verify."""
 
-    def report(self, step: int, reason: str, file: str = "") -> None:
-        """Log and emit, once for all ranks, why a step or a copy of it is not used."""
+    def report(self, step: int, reason: str, file: str = "", *, damaged: bool = False) -> None:
+        """Log and emit, once for all ranks, why a step or a copy of it is not used, and whether it is damaged."""
         if self.rank == 0:
             _log.warning("%s/%s: %s", step_name(step), file, reason)
-            self.on_event(CheckpointRejected(step=step, reason=reason, file=file))
+            self.on_event(CheckpointRejected(step=step, reason=reason, file=file, damaged=damaged))
 
     def report_faults(self, step: int, faults: Iterable[Fault]) -> None:
         """As :meth:`report`, of damaged and missing files."""
         for fault in faults:
-            self.report(step, f"{fault.kind.__name__}: {fault.reason}", fault.file)
+            self.report(step, f"{fault.kind.__name__}: {fault.reason}", fault.file, damaged=True)
 
 
 @dataclass(frozen=True)

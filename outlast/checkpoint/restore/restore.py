@@ -5,9 +5,10 @@ What the run has to put in order before it goes on from there is returned.
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
-from outlast.checkpoint.format.names import COMMIT
+from outlast.checkpoint.format.names import COMMIT, step_name
 from outlast.checkpoint.format.records import Fault
 from outlast.checkpoint.restore.candidates import newest_first, of_step
 from outlast.checkpoint.restore.housekeeping import NO_STEP, Settlement, find_steps, records_of
@@ -17,6 +18,8 @@ from outlast.checkpoint.restore.survey import Survey
 from outlast.checkpoint.steps.catalog import Scan
 from outlast.checkpoint.steps.reader import as_error
 from outlast.errors import CorruptCheckpoint
+
+_log = logging.getLogger("outlast.checkpoint")
 
 
 def restore(
@@ -55,6 +58,11 @@ def restore(
 
 def _report_uncommitted(context: RestoreContext, found: Scan) -> None:
     for step in found.uncommitted:
+        if found.committed and step < found.committed[-1]:
+            # Steps are saved in order and removed oldest first: this one was being removed when the process was killed,
+            # or its save failed, which was told at the time.
+            _log.info("%s: incomplete and older than a committed step; not used", step_name(step))
+            continue
         reason = "the save was cut off before its commit record, or is in progress: it is not used"
         context.report(step, reason, COMMIT)
 

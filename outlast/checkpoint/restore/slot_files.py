@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from outlast.checkpoint.format.names import LOCAL_DISK
-from outlast.checkpoint.format.records import Fault, FileEntry, RunningChecksum, check_pieces
+from outlast.checkpoint.format.records import Fault, FileEntry, RunningChecksum, check_pieces, wrong_size
 from outlast.checkpoint.memory.pages import CACHED_BYTES, Buffer, allocate
-from outlast.checkpoint.storage.regular import open_regular
+from outlast.checkpoint.storage.regular import check_regular, open_regular
 from outlast.errors import CorruptCheckpoint
 
 
@@ -82,6 +82,19 @@ class SlotFiles:
         with _opened(span.slot, path) as fd:
             done = _read(fd, span.offset, pieces, seen)
             return os.pread(fd, span.size_bytes - done, span.offset + done) if done == nbytes else b""
+
+    def check_room(self, entry: FileEntry) -> None:
+        """Find whether the slot has as many bytes as the file is to have, without reading them; raises Fault."""
+        span = self.spans[entry.path][0]
+        try:
+            info = span.slot.lstat()
+            check_regular(info, span.slot)
+        except FileNotFoundError:
+            raise wrong_size(entry, 0) from None
+        except OSError as error:
+            raise Fault(CorruptCheckpoint, entry.path, f"cannot be read: {error}") from error
+        if span.offset + entry.size_bytes > info.st_size:
+            raise wrong_size(entry, max(0, info.st_size - span.offset))
 
     def check(self, entry: FileEntry) -> None:
         """Verify a file in place, without keeping its bytes; raises :class:`Fault`."""

@@ -209,7 +209,8 @@ def _counting(parts: dict[int, list[SlotContents]], commit: Commit) -> dict[int,
             counting := [
                 copy
                 for copy in copies
-                if copy.placed.vote.step == commit.step and crc_hex(seal(copy.placed.vote)) == commit.votes[rank].crc32c
+                if (copy.placed.vote.step, copy.placed.vote.world_size) == (commit.step, commit.world_size)
+                and crc_hex(seal(copy.placed.vote)) == commit.votes[rank].crc32c
             ]
         )
     }

@@ -16,7 +16,7 @@ from outlast.checkpoint.restore.copies import AvailableCopies
 from outlast.checkpoint.restore.messages import FileOnNode
 from outlast.checkpoint.restore.slot_files import SlotFiles
 from outlast.checkpoint.restore.survey import SaveOnNodes, Survey
-from outlast.checkpoint.restore.verify_copies import Verification, verify_copies
+from outlast.checkpoint.restore.verify_copies import verify_copies
 from outlast.checkpoint.state.boxes import Box
 
 
@@ -39,11 +39,11 @@ def gather_copies(survey: Survey, save: SaveOnNodes, boxes: Mapping[str, Box], *
         survey: of the nodes.
         save: which.
         boxes: this rank's parts of DTensors, by path; chunks outside of them are not sent to it.
-        verify: False leaves this node's copies to be verified by whoever reads them.
+        verify: False leaves this node's copies to be verified by whoever reads them, but for their sizes.
     """
     votes = survey.votes(save)
     files = survey.files(save)
-    verification = verify_copies(survey, save, files) if verify else Verification()
+    verification = verify_copies(survey, save, files, whole=verify)
     good = {path for path in files.spans if FileOnNode(survey.node, path) not in verification.lost}
     routes = _routes(survey, save, votes, verification.lost)
     # Documents first: they say which chunks hold a part of a tensor.

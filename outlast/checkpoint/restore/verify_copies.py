@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from outlast.checkpoint.format.records import Fault, FileEntry
@@ -20,18 +20,19 @@ class Verification:
     """Files that have no good copy left on a node."""
 
 
-def verify_copies(survey: Survey, save: SaveOnNodes, files: SlotFiles) -> Verification:
-    """Verify every byte that the nodes hold of a save; collective. Fails as :class:`Agreement` does.
+def verify_copies(survey: Survey, save: SaveOnNodes, files: SlotFiles, *, whole: bool) -> Verification:
+    """Verify what the nodes hold of a save; collective. Fails as :class:`Agreement` does.
 
     Args:
         survey: of the nodes.
         save: which.
         files: this node's copies; where one is damaged, the next is put in its place.
+        whole: every byte; otherwise only that there are as many as the votes say, before memory is taken for them.
     """
     result = Verification()
     entries = {entry.path: entry for part in survey.parts(save) for entry in part.placed.vote.files}
     while True:
-        found_here = _damaged_copies(survey, files, entries.values())
+        found_here = _damaged_copies(survey, files.check if whole else files.check_room, files, entries.values())
         damaged = [copy for _, copy in all_gather_messages(survey.agreement, DamagedCopy, found_here)]
         if not damaged:
             return result
@@ -44,7 +45,9 @@ def verify_copies(survey: Survey, save: SaveOnNodes, files: SlotFiles) -> Verifi
         entries = {path: entries[path] for path in replaced_here}
 
 
-def _damaged_copies(survey: Survey, files: SlotFiles, entries: Iterable[FileEntry]) -> list[DamagedCopy]:
+def _damaged_copies(
+    survey: Survey, check: Callable[[FileEntry], None], files: SlotFiles, entries: Iterable[FileEntry]
+) -> list[DamagedCopy]:
     """What is damaged in this rank's share of its node's copies."""
     # The ranks of a node take turns in the order of size, so that their shares are about equal.
     by_size = sorted(entries, key=lambda entry: (entry.size_bytes, entry.path))
@@ -52,7 +55,7 @@ def _damaged_copies(survey: Survey, files: SlotFiles, entries: Iterable[FileEntr
 
     def damage(entry: FileEntry) -> DamagedCopy | None:
         try:
-            files.check(entry)
+            check(entry)
         except Fault as fault:
             return DamagedCopy(survey.node, entry.path, files.tier(entry.path), fault.reason)
         return None

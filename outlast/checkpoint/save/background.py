@@ -50,6 +50,15 @@ class Background:
         """Whether training has stopped waiting, and the thread still has not ended."""
         return self.lost and not self.done.is_set()
 
+    def refuses(self, step: int) -> bool:
+        """Whether a later step cannot be saved, because this one hangs; that is reported."""
+        if not self.hangs:
+            return False
+        reason = f"the save of step {self.step} still hangs, because its storage does not answer"
+        _log.warning("checkpoint of step %d failed%s: %s", step, _in(self._tier), reason)
+        self._on_event(CheckpointFailed(step=step, reason=reason, tier=self._tier))
+        return True
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
@@ -126,13 +135,6 @@ class Background:
 def failure_text(reason: Exception) -> str:
     """Why a save failed, for events and for other ranks."""
     return reason.what if isinstance(reason, CheckpointError) else f"{type(reason).__name__}: {reason}"
-
-
-def report_behind(hanging: Background, step: int, tier: str, on_event: Callable[[Event], None]) -> None:
-    """Report that a step cannot be saved, because the thread that saves one before hangs."""
-    reason = f"the save of step {hanging.step} still hangs, because its storage does not answer"
-    _log.warning("checkpoint of step %d failed%s: %s", step, _in(tier), reason)
-    on_event(CheckpointFailed(step=step, reason=reason, tier=tier))
 
 
 def _in(tier: str) -> str:

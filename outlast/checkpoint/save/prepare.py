@@ -5,16 +5,21 @@ from __future__ import annotations
 import gc
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
 from outlast.checkpoint.format.names import rank_name
+from outlast.checkpoint.format.records import CRC_BYTES
+from outlast.checkpoint.memory.arena import Arena
 from outlast.checkpoint.save.device import DeviceRoom
 from outlast.checkpoint.save.plan import plan_rank
 from outlast.checkpoint.save.replicas import Replicas
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.snapshot import Snapshot
+from outlast.checkpoint.save.source import TensorSource
+from outlast.checkpoint.save.storage_save import StorageSave
 from outlast.checkpoint.state.dtensor import Meshes
 from outlast.checkpoint.state.tree import StateTree, lay_out
 
@@ -65,6 +70,16 @@ def make_request(
         compared = context.config.compare_replicas if context.world_size > 1 else "off"
         replicas = Replicas(plan.pieces, of_all.groups, compared, step)
     return SaveRequest(step, save_id, of_all.groups[""], plan, snapshot, replicas, began, durable, replicate_now)
+
+
+def make_storage_save(context: SaveContext, request: SaveRequest, arena: Arena) -> StorageSave:
+    """A save straight from the tensors to storage, through an arena; not started yet."""
+    plan, snapshot = request.plan, request.snapshot
+    assert snapshot is not None
+    sizes = [part.nbytes + CRC_BYTES for part in plan.parts]
+    reserve = partial(arena.reserve, sizes, pinned=snapshot.pinned)
+    source = TensorSource(plan, snapshot, arena, prepare=lambda: (request.replicas.digests(), reserve()))
+    return StorageSave(context, request, source)
 
 
 @contextmanager

@@ -21,17 +21,17 @@ import logging
 import threading
 import time
 from concurrent.futures import Future
-from functools import partial
 
+from outlast.checkpoint import process_exit
 from outlast.checkpoint.format.names import COMMIT, STORAGE, failed_name, parse_failed, step_name, vote_path
-from outlast.checkpoint.format.records import CRC_BYTES, Fault, FileEntry, crc_hex, seal
+from outlast.checkpoint.format.records import Fault, FileEntry, crc_hex, seal
 from outlast.checkpoint.format.zarr import node_path
-from outlast.checkpoint.memory.arena import Arena
+from outlast.checkpoint.save.absent import no_vote, not_opened, other_count
 from outlast.checkpoint.save.background import failure_text
 from outlast.checkpoint.save.commit import ReceivedVote, build_commit, make_vote, read_vote
 from outlast.checkpoint.save.job import SaveJob
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
-from outlast.checkpoint.save.source import Source, TensorSource
+from outlast.checkpoint.save.source import Source
 from outlast.checkpoint.save.writer import Writer
 from outlast.checkpoint.steps import catalog, retention
 from outlast.checkpoint.storage.io_threads import process_ended
@@ -83,8 +83,10 @@ class StorageSave(SaveJob):
         super().give_up(self._cause(reason))
 
     def _cause(self, error: Exception) -> Exception:
-        """The error, or that the process is ending: a storage client's own threads refuse work then, like ours."""
-        return process_ended() if isinstance(error, RuntimeError) and self._context.io.refuse else error
+        """The error, or that the process is ending: the threads of storage clients refuse work then."""
+        if isinstance(error, RuntimeError) and process_exit.exiting():
+            return process_ended(f" ({error})")
+        return error
 
     def signs(self) -> int:
         """See :class:`Background`; what the threads do that write files counts."""
@@ -162,7 +164,7 @@ class StorageSave(SaveJob):
                 context.store.remove(name)
         for old in catalog.clear_for(context.store, self.step, context.attempt_id):
             reason = f"saved again; the old one is kept as {old} until the new one is committed, then set aside"
-            context.on_event(CheckpointRejected(step=self.step, reason=reason))
+            context.on_event(CheckpointRejected(step=self.step, reason=reason, damaged=False))
         self.sign()
         self._make_room()
         data = self._request.root_document(context)
@@ -174,13 +176,14 @@ class StorageSave(SaveJob):
         poll = Poll(self._context.config.commit_timeout_s)
         while True:
             self._check_cancelled(others=True)
-            if catalog.opened_by(self._context.store, self.step) == self._save:
+            opened = catalog.opened_by(self._context.store, self.step)
+            if opened == self._save:
                 return []
+            if opened is not None and opened[0] == self._save[0] and opened[1] > self._save[1]:
+                own, self._save = self._save[1], opened  # rank 0 looks for a flag of its own save
+                raise other_count(self.step, own, opened[1])
             if not poll.pause():
-                raise CheckpointError(
-                    f"rank 0 did not open the save of step {self.step} within {poll.limit_s:g} s",
-                    "see rank 0's events; on slow storage raise checkpoint.commit_timeout_s",
-                )
+                raise not_opened(self.step, poll.limit_s)
 
     def _make_room(self) -> None:
         """Check for enough room before anything is written; if there is too little, prune old steps.
@@ -242,15 +245,11 @@ class StorageSave(SaveJob):
                 return [votes[rank] for rank in ranks]
             self._check_cancelled(others=True)
             if not poll.pause():
-                absent = [
-                    f"rank {rank}" + (f" ({refused[rank]})" if rank in refused else "")
-                    for rank in ranks
-                    if rank not in votes
-                ]
-                raise CheckpointError(
-                    f"no vote for step {self.step} within {poll.limit_s:g} s from {', '.join(absent)}",
-                    "see their events; on slow storage raise checkpoint.commit_timeout_s",
-                )
+                absent = [rank for rank in ranks if rank not in votes]
+                known = {entry.path for received in votes.values() for entry in received.vote.files}
+                known |= {vote_path(self.step, rank).partition("/")[2] for rank in ranks} | {node_path("")}
+                written = self._context.store.sizes(step_name(self.step)).keys() - known
+                raise no_vote(self.step, poll.limit_s, absent, refused, written)
 
     def _hear_verdict(self) -> None:
         """Wait for the commit, or for rank 0's reason against it.
@@ -260,15 +259,18 @@ class StorageSave(SaveJob):
         store, commit = self._context.store, f"{step_name(self.step)}/{COMMIT}"
         poll = Poll(min(_VERDICT_S, self._context.config.commit_timeout_s))
         while not store.exists(commit):
-            self._check_cancelled(others=True)
-            if not poll.pause():
+            self._check_others()
+            # If this rank gives up now, e.g. because its process ends, that changes nothing any more.
+            if self._stop is not None or not poll.pause():
                 return
 
     def _check_cancelled(self, *, others: bool = False) -> None:
         """Raise if this save was given up, on this rank or (``others``) on another."""
         super()._check_cancelled()
-        if not others:
-            return
+        if others:
+            self._check_others()
+
+    def _check_others(self) -> None:
         flagged = self._context.store.exists(self._flag())
         self.sign()
         if flagged:
@@ -278,7 +280,7 @@ class StorageSave(SaveJob):
             raise CheckpointError(f"another rank gave up the save of step {self.step}{why}", "see its events for more")
 
     def _flag(self) -> str:
-        return failed_name(self.step, self._context.attempt_id, self._request.save_id)
+        return failed_name(self.step, *self._save)
 
     def _clean_up(self, reason: Exception) -> None:
         """Remove what this rank wrote, beginning with what makes it count, and leave a flag for the other ranks."""
@@ -305,16 +307,6 @@ class StorageSave(SaveJob):
         # File by file: other ranks write into the same groups. Rank 0 clears empty folders away with its next save.
         for path in sorted(self._writer.files):
             store.remove(f"{folder}/{path}")
-
-
-def tensor_save(context: SaveContext, request: SaveRequest, arena: Arena) -> StorageSave:
-    """A save whose tensors go through the host's memory to the store, without a tier in between."""
-    plan, snapshot = request.plan, request.snapshot
-    assert snapshot is not None
-    sizes = [part.nbytes + CRC_BYTES for part in plan.parts]
-    reserve = partial(arena.reserve, sizes, pinned=snapshot.pinned)
-    source = TensorSource(plan, snapshot, arena, prepare=lambda: (request.replicas.digests(), reserve()))
-    return StorageSave(context, request, source)
 
 
 class Poll:

@@ -7,9 +7,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from contextlib import suppress
-from queue import Empty, SimpleQueue
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
 from outlast.errors import CheckpointError
@@ -30,8 +31,9 @@ class IoThreads(Executor):
     """A pool of threads of which nobody waits for one that hangs: in a storage that does not answer, a call may never
     come back.
 
-    :class:`~concurrent.futures.ThreadPoolExecutor` has the interpreter wait for its threads at exit, without a bound.
-    These are daemons.
+    :class:`~concurrent.futures.ThreadPoolExecutor` has the interpreter wait for its threads at exit, without a bound,
+    and refuses work from the end of the main thread on, although other threads may still train. These are daemons.
+    Where no thread can be had, because a limit is reached, whoever asks does the work.
 
     Args:
         threads: how many at most.
@@ -52,27 +54,25 @@ class IoThreads(Executor):
         self._closed = False
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """As of the base class.
+        """As of the base class; the work may be done when this returns.
 
         Raises:
-            CheckpointError: the pool was shut down, or the interpreter cannot start threads any more.
+            CheckpointError: the pool was shut down.
         """
         future: Future[T] = Future()
+        task = future, partial(fn, *args, **kwargs)
         with self._lock:
             if self._closed:
-                raise process_ended()
+                raise CheckpointError("the threads of this Checkpointer have ended, since it was closed")
             if not self._idle.acquire(blocking=False) and len(self._threads) < self._most:
                 thread = threading.Thread(target=self._work, name="outlast-checkpoint", daemon=True)
-                try:
+                with suppress(RuntimeError):  # no more threads
                     thread.start()
-                except RuntimeError as error:
-                    if not self._threads:
-                        if self.refuse:
-                            raise process_ended() from error
-                        raise
-                else:
                     self._threads.append(thread)
-            self._tasks.put((future, lambda: fn(*args, **kwargs)))
+            if self._threads:
+                self._tasks.put(task)
+                return future
+        self._do(task)
         return future
 
     def map(
@@ -107,52 +107,42 @@ class IoThreads(Executor):
                 raise ConnectionError(f"the storage has not answered for {limit_s:g} s")
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """As of the base class, but threads that hang are waited for no longer than 30 s."""
+        """As of the base class, but work that was taken is always done, and threads that hang are waited for no longer
+        than ``limit_s``, and 30 s."""
         with self._lock:
             self._closed = True
-            if cancel_futures:
-                with suppress(Empty):
-                    while (task := self._tasks.get_nowait()) is not None:
-                        task[0].cancel()
             for _ in self._threads:
                 self._tasks.put(None)
         if not wait:
             return
-        deadline = time.monotonic() + _END_S
+        deadline = time.monotonic() + min(self._limit_s, _END_S)
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         hanging = sum(thread.is_alive() for thread in self._threads)
         if hanging:
             _log.warning("%d threads still wait for the storage; they are not waited for", hanging)
 
-    @property
-    def refuse(self) -> bool:
-        """Whether the interpreter's own pools take no more work, which storage clients use."""
-        with ThreadPoolExecutor(1) as probe:
-            try:
-                probe.submit(int)
-            except RuntimeError as error:
-                return "interpreter shutdown" in str(error)
-        return False
-
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
-            future, do = task
-            if future.set_running_or_notify_cancel():
-                try:
-                    result = do()
-                except BaseException as error:  # raised where the result is read
-                    future.set_exception(error)
-                else:
-                    future.set_result(result)
-            self.answers += 1
-            del task, future, do
+            self._do(task)
+            del task
             self._idle.release()
 
+    def _do(self, task: _Task) -> None:
+        future, do = task
+        if future.set_running_or_notify_cancel():
+            try:
+                result = do()
+            except BaseException as error:  # raised where the result is read
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+        self.answers += 1
 
-def process_ended() -> CheckpointError:
+
+def process_ended(how: str = "") -> CheckpointError:
     """Why a save fails that is under way when its process ends without closing the Checkpointer."""
     return CheckpointError(
-        "the process ended before the checkpoint was committed",
+        f"the process ended before the checkpoint was committed{how}",
         "call Checkpointer.close() at the end of training, or use the Checkpointer in a with statement",
     )

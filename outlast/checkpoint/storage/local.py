@@ -183,6 +183,8 @@ class LocalStore:
             self.remove(path)
             return
         self.remove(f"{path}/{COMMIT}")
+        # Then the votes: while all of them exist, the step looks as if only its record were missing, and is kept.
+        shutil.rmtree(self._at(f"{path}/votes"), ignore_errors=True)
         for attempt in range(3):
             try:
                 shutil.rmtree(self._at(path))

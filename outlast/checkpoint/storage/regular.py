@@ -57,7 +57,7 @@ def read_regular(path: str | os.PathLike[str], at_most_bytes: int) -> bytes:
         size_bytes = os.fstat(fd).st_size
         if size_bytes > at_most_bytes:
             raise FileTooLarge(os.fspath(path), size_bytes, at_most_bytes)
-        return file.read(at_most_bytes)
+        return file.read(size_bytes)  # reserves as much at once
 
 
 def create_flags(extra: int = 0) -> int:

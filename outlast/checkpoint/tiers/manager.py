@@ -6,6 +6,8 @@ Every save goes to memory first, which takes no longer than a copy, and from the
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from outlast.checkpoint.format.names import MEMORY, PARTNER
@@ -91,9 +93,7 @@ class Tiers:
         due = []
         for tier in [tier for tier in self._fed if tier.due(request)]:
             tier.wait(request.step)
-            if tier.hangs:
-                tier.refuse(request)
-            else:
+            if not tier.refuses(request.step):
                 due.append(tier)
         try:
             slot = self._memory.slots.take(slot_bytes(self._context, request))
@@ -143,7 +143,7 @@ class Tiers:
     def _folders(self) -> list[Path]:
         return [self.folder, *([self.disk_folder] if self.disk_folder is not None else [])]
 
-    def finish(self, save_id: int) -> None:
+    def finish(self, save_id: int, check: Callable[[], None] = lambda: None) -> None:
         """Wait until all tiers have what is on its way to them.
 
         Memory, and the room on the disk, is given back if storage has all that is in memory. If not, it stays for the
@@ -152,6 +152,7 @@ class Tiers:
 
         Args:
             save_id: of no save.
+            check: called while the others are waited for; raises CheckpointError to end that.
 
         Raises:
             Exception: a bug that ended a copy, or an error of ``on_event``.
@@ -160,7 +161,7 @@ class Tiers:
             tier.finish()
         newest = self._memory.slots.newest
         try:
-            stored = self._part(save_id, self._storage.has(newest))
+            stored = self._part(save_id, self._storage.has(newest), check)
         except (OSError, CheckpointError) as error:
             _log.warning("this rank ends without waiting for the others: %s", error)
             stored = False
@@ -173,17 +174,17 @@ class Tiers:
                 self.folder,
             )
 
-    def _part(self, save_id: int, stored: bool) -> bool:
+    def _part(self, save_id: int, stored: bool, check: Callable[[], None]) -> bool:
         """Wait until all ranks are here; whether all of them see the newest step stored."""
         if self._context.world_size == 1:
             return stored
         if self._context.rank == 0:
-            votes = self._protocol.collect_votes(save_id, _never)
+            votes = self._protocol.collect_votes(save_id, check)
             stored = stored and all(vote["stored"] for vote in votes.values())
             self._protocol.announce({"serial": save_id, "stored": stored})
             return stored
         self._protocol.vote({"serial": save_id, "stored": stored})
-        return bool(self._protocol.wait_decision(save_id, _never)["stored"])
+        return bool(self._protocol.wait_decision(save_id, check)["stored"])
 
     def _give_back(self) -> None:
         self._memory.slots.remove()
@@ -204,6 +205,13 @@ class Tiers:
         """Raise what must be raised of copies that have ended, without waiting."""
         for tier in self._fed:
             tier.raise_error()
+
+    def end_within(self, limit_s: float, reason: Exception) -> None:
+        """Wait for what is on its way, for so long in all at most, and give up the rest."""
+        deadline = time.monotonic() + limit_s
+        for tier in self._fed:
+            if not tier.ends_within(deadline - time.monotonic()):
+                tier.abort(reason)
 
     def abort(self, reason: Exception) -> None:
         """Give up what is on its way."""
@@ -245,7 +253,3 @@ def _partner_tier(context: SaveContext, meeting: Meeting) -> PartnerTier | None:
         context.on_event(CheckpointFailed(step=0, tier=PARTNER, reason="there is one node: no other can keep copies"))
         return None
     return PartnerTier(context, partner, meeting)
-
-
-def _never() -> None:
-    """The end of a run cannot be given up."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from outlast.checkpoint.format.records import Commit, SlotIndex
-from outlast.checkpoint.save.background import Background, raise_error, report_behind
+from outlast.checkpoint.save.background import Background, raise_error
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import Copied
 from outlast.checkpoint.tiers.slots import Slot
@@ -60,7 +60,7 @@ class Tier:
         """Called instead of :meth:`start` if a save did not reach memory. By default nothing is to be done."""
 
     def wait(self, step: int) -> float:
-        """Wait until the copy before has ended, so that the one of ``step`` can begin; or hangs, see :attr:`hangs`.
+        """Wait until the copy before has ended, so that the one of ``step`` can begin; or hangs: see :meth:`refuses`.
 
         Returns:
             Seconds this call blocked; it is logged if training noticed.
@@ -71,7 +71,7 @@ class Tier:
         began = time.monotonic()
         self.finish()
         waited_s = time.monotonic() - began
-        if waited_s > _BEHIND_S and not self.hangs:
+        if waited_s > _BEHIND_S and not (self._newest is not None and self._newest.hangs):
             _log.warning(
                 "step %d: training waited %.1f s for the copy before to reach %s; lengthen that tier's interval",
                 step,
@@ -80,21 +80,19 @@ class Tier:
             )
         return waited_s
 
-    @property
-    def hangs(self) -> bool:
-        """Whether the copy before hangs: nothing more can go to this tier until that has ended."""
-        return self._newest is not None and self._newest.hangs
-
-    def refuse(self, request: SaveRequest) -> None:
-        """Report that a save cannot go to this tier, because the one before hangs."""
-        if self._newest is not None:
-            report_behind(self._newest, request.step, self.name, self._context.on_event)
+    def refuses(self, step: int) -> bool:
+        """Whether a save cannot go to this tier, because the one before hangs; that is reported."""
+        return self._newest is not None and self._newest.refuses(step)
 
     def finish(self) -> None:
         """Wait until the copy on its way has ended; raises as :meth:`wait` does."""
         if self._newest is not None:
             self._newest.wait(self._newest.done)
             raise_error(self._newest)
+
+    def ends_within(self, limit_s: float) -> bool:
+        """Wait for the copy on its way, for so long at most; whether it has ended."""
+        return self._newest is None or self._newest.done.wait(max(limit_s, 0.0))
 
     def raise_error(self) -> None:
         """Raise the error of a copy that has ended, without waiting for one that has not."""

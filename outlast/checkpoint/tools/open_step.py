@@ -11,6 +11,7 @@ from typing import Any, Self
 from outlast.checkpoint.format.names import COMMIT, step_name
 from outlast.checkpoint.format.records import Fault
 from outlast.checkpoint.format.zarr import ArrayInfo
+from outlast.checkpoint.state.selection import EVERYTHING, Selection
 from outlast.checkpoint.steps.catalog import scan
 from outlast.checkpoint.steps.reader import StepReader, as_error
 from outlast.checkpoint.storage.base import Store
@@ -48,17 +49,26 @@ class OpenedStep:
         self.world_size = self.commit.world_size
         self.url = f"{self._store.url}/{step_name(self.step)}"
 
-    def load(self, rank: int | None) -> dict[str, Any]:
+    def load(self, rank: int | None, selection: Selection = EVERYTHING) -> dict[str, Any]:
         """The local state of a rank, or (None) the replicated state; every byte is verified, tensors are on the CPU.
 
         Objects of classes that this program has not imported are stand-ins (``format.classes.Unloaded``).
 
+        Args:
+            rank: whose.
+            selection: what is taken of it.
+
         Raises:
             CorruptCheckpoint, IncompleteCheckpoint: names the file.
+            StateMismatch: see :meth:`StepReader.load_selected`.
             CheckpointError: the storage cannot be read.
         """
         with storage(self._url), self._faults():
-            return self._reader.load(rank, stand_ins=True)
+            return self._reader.load_selected(rank, None, selection, stand_ins=True)[0]
+
+    def parts(self) -> list[str]:
+        """The top-level keys of its states."""
+        return self._reader.parts()
 
     def describe(self, rank: int | None) -> tuple[dict[str, ArrayInfo], dict[str, dict[str, Any]]]:
         """As :meth:`StepReader.describe`; raises as :meth:`load` does."""

@@ -65,7 +65,7 @@ class BucketAverager:
         self._vote = OverflowVote(self._codec, all_ranks, self._pipeline, self.meter, stream)
         self.ledger = StepLedger(on_open)
         """Of the steps."""
-        self._steps = OptimizerSteps(self._refuse_scaler)
+        self._steps = OptimizerSteps(self._refuse_scaler, update=method.direction is not None)
         self._loss_scale: float | None = None
         self._buckets: list[BucketExchange] = []
         """Of the backward pass that is under way."""

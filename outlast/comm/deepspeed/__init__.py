@@ -23,6 +23,7 @@ from outlast.comm.ddp.checks import refuse_complex
 from outlast.comm.deepspeed.integrations import Integration, Partitions, WholeGradients
 from outlast.comm.direction import Direction
 from outlast.comm.exchange.stats import ReduceStats
+from outlast.comm.exchange.update_optimizer import refuse_other_than_sgd
 from outlast.comm.reducer import Reducer, refuse_loss_scale
 from outlast.comm.transport.communicator import CollectiveObserver
 from outlast.deepspeed_compat import check_engine, check_method, import_deepspeed, known_attributes
@@ -173,6 +174,8 @@ def attach_deepspeed(
             "update, which must not be clipped like a gradient",
             "set gradient_clipping = 0, or target = 'gradient'",
         )
+    if config.target == "update":
+        refuse_other_than_sgd(engine.basic_optimizer)
     integration: Integration
     if type(optimizer) is partitioned:
         check_method(optimizer, "average_tensor", ("tensor", "communication_data_type"), CommError)

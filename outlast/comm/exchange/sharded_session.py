@@ -86,7 +86,7 @@ class ShardSession:
         self._buffers = BufferPool(device)
         self._meter = ReduceMeter(self._stream)
         self._ledger = StepLedger(self._open)
-        self._steps = OptimizerSteps(self._refuse_scaler)
+        self._steps = OptimizerSteps(self._refuse_scaler, update=self._direction is not None)
 
     def begin_step(self, step: int) -> None:
         """See :meth:`GradientReducer.begin_step`.

@@ -33,6 +33,10 @@ from outlast.errors import CommError, CommStateMismatch
 
 VERSION = 2
 
+_RESHARD = (
+    "redistribute it: reducer.load_resharded(read, ranks), where ranks saved it, and read(rank) returns what rank's "
+    "state_dict() was, with outlast.checkpoint restored.read_local(rank)"
+)
 _METHOD = ("compressor", "feedback", "density", "values", "rank", "block", "transport")
 
 
@@ -234,8 +238,8 @@ class ParameterStates:
         """
         keys = ["version", "compressor", "feedback", "target"]
         if self.feedback is not None:  # without slots, the ranks and the transport do not matter
-            keys += ["transport", "ranks_per_node", "world_size"]
-        check_meta(state["meta"], self._meta(0, world_size), keys)
+            keys += ["world_size", "transport", "ranks_per_node"]  # what "auto" stands for depends on the world size
+        check_meta(state["meta"], self._meta(0, world_size), keys, {"world_size": _RESHARD})
         step = int(state["meta"]["step"])
         schemas = {name: param.schema(self.feedback, self.direction) for name, param in self.params.items()}
         for name, (local, replicated) in read_slots(state, schemas, step, left).items():

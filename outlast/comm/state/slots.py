@@ -90,8 +90,19 @@ def split(slots: Slots) -> SplitSlots:
     return result
 
 
-def check_meta(saved: Mapping[str, Any], expected: Mapping[str, Any], keys: Iterable[str]) -> None:
+def check_meta(
+    saved: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    keys: Iterable[str],
+    remedies: Mapping[str, str] | None = None,
+) -> None:
     """Compare the ``meta`` of a state with this run's.
+
+    Args:
+        saved: of the state.
+        expected: of this run.
+        keys: which to compare, in this order.
+        remedies: by key, what to do where it differs, in place of going on with the saved value.
 
     Raises:
         CommStateMismatch: names the first of ``keys`` that differs, and both values.
@@ -100,7 +111,7 @@ def check_meta(saved: Mapping[str, Any], expected: Mapping[str, Any], keys: Iter
         if saved.get(key) != expected[key]:
             raise CommStateMismatch(
                 f"error-feedback state was saved with {key} = {saved.get(key)!r}, this run has {expected[key]!r}",
-                f"continue with {key} = {saved.get(key)!r}, or start a new run",
+                (remedies or {}).get(key) or f"continue with {key} = {saved.get(key)!r}, or start a new run",
             )
 
 

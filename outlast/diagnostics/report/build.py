@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from outlast.diagnostics.config import DiagnosticsConfig
+from outlast.diagnostics.report.failures import Beginning, with_failures
 from outlast.diagnostics.report.incidents import find_incidents, restarts_of
 from outlast.diagnostics.report.load import Floats, Loaded, Steps, last_executions, load
 from outlast.diagnostics.report.model import (
@@ -26,6 +27,7 @@ from outlast.diagnostics.report.model import (
     TimeSplit,
     Traffic,
 )
+from outlast.diagnostics.report.phases import SlowPhase, find_phases, phase_incidents
 from outlast.diagnostics.report.stalls import find_stalls
 from outlast.diagnostics.report.stragglers import UNKNOWN_HOST, StragglerRow, lateness_s, rank_stragglers
 from outlast.errors import DiagnosticsError
@@ -60,22 +62,23 @@ def build_report(run_dir: Path | str, config: DiagnosticsConfig | None = None) -
     starts = _starts(loaded, hosts, begun, began_t)
     facts = _facts(loaded, steps, starts, begun, began_t)
     rows = rank_stragglers(steps, hosts, config)
+    phases = find_phases(steps, hosts, rows, config)
+    beginnings = [Beginning(where=(one.attempt, one.generation), launched_s=one.launched_s) for one in starts]
+    found, failures = with_failures(loaded, find_incidents(loaded, steps, began_t), beginnings, hosts, began_t)
+    slow = [*phase_incidents(phases, steps, began_t), *find_stalls(steps, began_t, config, phases)]
     missing = [*loaded.missing, *_gaps(loaded, steps, begun)]
     return Report(
         name=run_dir.resolve().name,
         run_dir=str(run_dir),
-        verdict=_verdict(rows, len(steps.ranks), config),
+        verdict=_verdict(rows, phases, len(steps.ranks), config),
         facts=facts,
         loss=_loss(loaded, steps),
         split=_split(steps),
         traffic=_traffic(steps),
         checkpoints=_checkpoints(loaded, steps),
-        incidents=tuple(
-            sorted(
-                (*find_incidents(loaded, steps, began_t), *find_stalls(steps, began_t, config)),
-                key=lambda one: one.at_s,
-            )
-        ),
+        incidents=tuple(sorted((*found, *slow), key=lambda one: one.at_s)),
+        failures=failures,
+        slow_phases=phases,
         lateness=_lateness(steps, hosts),
         stragglers=rows,
         thresholds=config,
@@ -215,13 +218,41 @@ def _split(steps: Steps) -> TimeSplit:
     step_s, data_s, comm_s, checkpoint_s = (
         _mean(steps, name) for name in ("step_s", "data_s", "comm_s", "checkpoint_s")
     )
+    waiting_s, waited_for = _waiting(steps)
     return TimeSplit(
         steps=tuple(steps.steps),
         compute_s=_series(np.maximum(step_s - data_s - comm_s - checkpoint_s, 0.0)),
         data_s=_series(data_s),
         communication_s=_series(comm_s),
         checkpoint_s=_series(checkpoint_s),
+        waiting_s=_series(waiting_s),
+        waited_for=waited_for,
     )
+
+
+def _waiting(steps: Steps) -> tuple[Floats, tuple[tuple[int, float], ...]]:
+    """[steps]: the wait for the latest rank, mean over ranks; and each rank's share of being the one waited for.
+
+    A rank waits in collectives as much longer as it arrives earlier than the latest. What backward hides of that is
+    not in ``comm_s``: the wait is no longer than what this rank's ``comm_s`` exceeds that of the rank with the least.
+    """
+    if len(steps.ranks) < 2 or not steps.steps:
+        return np.zeros(len(steps.steps)), ()
+    comm_s, collective_s = steps.values["comm_s"], steps.values["collective_s"]
+    late_s = lateness_s(collective_s)
+    several = np.isfinite(late_s).any(axis=1)
+    waited = np.zeros(comm_s.shape)
+    early_s = collective_s[several] - np.nanmin(collective_s[several], axis=1, keepdims=True)
+    longer_s = comm_s[several] - np.nanmin(comm_s[several], axis=1, keepdims=True)
+    waited[several] = np.nan_to_num(np.minimum(early_s, longer_s))
+    mean: Floats = waited.sum(axis=1) / np.isfinite(steps.values["t"]).sum(axis=1)
+    latest = np.argmax(np.nan_to_num(late_s), axis=1)
+    of_rank = np.bincount(latest, weights=mean, minlength=len(steps.ranks))
+    if of_rank.sum() <= 0:
+        return mean, ()
+    order = np.argsort(-of_rank, kind="stable")
+    shares = of_rank / of_rank.sum()
+    return mean, tuple((steps.ranks[int(one)], float(shares[one])) for one in order if shares[one] > 0)
 
 
 def _traffic(steps: Steps) -> Traffic:
@@ -295,7 +326,9 @@ def _lateness(steps: Steps, hosts: Hosts) -> Lateness:
     )
 
 
-def _verdict(rows: tuple[StragglerRow, ...], ranks: int, config: DiagnosticsConfig) -> str:
+def _verdict(
+    rows: tuple[StragglerRow, ...], phases: tuple[SlowPhase, ...], ranks: int, config: DiagnosticsConfig
+) -> str:
     if ranks == 0:
         return "No verdict on stragglers: no step was finished."
     if ranks == 1:
@@ -304,11 +337,17 @@ def _verdict(rows: tuple[StragglerRow, ...], ranks: int, config: DiagnosticsConf
     if stragglers:
         parts = [
             f"rank {row.rank} on {row.host} ({row.median_lateness_ms:.1f} ms late in the median step, the latest in "
-            f"{row.latest_share:.0%} of {row.steps} steps, which made steps {row.slowdown_share:.0%} longer)"
+            f"{row.latest_share:.0%} of {row.steps} steps, which made steps {row.slowdown_share:.0%} longer"
+            f"{_mostly(row, phases)})"
             for row in stragglers[:3]
         ]
         more = f", and {len(stragglers) - 3} more" if len(stragglers) > 3 else ""
         return f"{'Straggler' if len(stragglers) == 1 else f'{len(stragglers)} stragglers'}: {'; '.join(parts)}{more}."
+    if phases:
+        named = "; ".join(f"rank {one.rank} on {one.host} in {one.which}" for one in phases[:3])
+        more = f"; and {len(phases) - 3} more" if len(phases) > 3 else ""
+        what = "a slow phase" if len(phases) == 1 else f"{len(phases)} slow phases"
+        return f"No straggler over the whole run, but {what}: {named}{more}."
     judged = max((row.steps for row in rows), default=0)
     if judged < config.straggler_min_steps:
         return (
@@ -320,6 +359,12 @@ def _verdict(rows: tuple[StragglerRow, ...], ranks: int, config: DiagnosticsConf
         f"No straggler: the latest rank, {worst.rank} on {worst.host}, was {worst.median_lateness_ms:.1f} ms late in "
         f"the median step and the latest in {worst.latest_share:.0%} of {worst.steps} steps."
     )
+
+
+def _mostly(row: StragglerRow, phases: tuple[SlowPhase, ...]) -> str:
+    """The phases in which a straggler was slow."""
+    own = [one.which for one in phases if (one.rank, one.host) == (row.rank, row.host)]
+    return f", slow in {' and '.join(own[:3])}" if own else ""
 
 
 def _gaps(loaded: Loaded, steps: Steps, begun: Begun) -> list[str]:

@@ -41,7 +41,7 @@ def render_html(report: Report) -> str:
         "data": _script_json(_data(report)),
         "name": escape(report.name),
         "chips": "".join(f"<li>{escape(chip)}</li>" for chip in _chips(report)),
-        "verdict_class": "bad" if has_straggler else "good" if judged else "",
+        "verdict_class": "bad" if has_straggler or summary.cause(report) else "good" if judged else "",
         "headline": escape(first),
         "evidence": escape(rest),
         "course": escape(summary.outcome(report)),
@@ -55,8 +55,9 @@ def render_html(report: Report) -> str:
         ),
         "split_label": escape(
             "Shares of the step time: "
-            + ", ".join(f"{name} {fmt.share(part)}" for name, part in report.split.shares().items())
+            + ", ".join(f"{name} {fmt.share(part)}" for name, part in report.split.shares_told_apart().items())
         ),
+        "waited_for": escape(f"{told}." if (told := summary.waiting(report.split)) else ""),
         "time_label": escape(f"Timeline of {len(report.facts.starts)} attempts and {len(report.incidents)} incidents"),
         "incidents": _incidents(report),
         "checkpoints": _checkpoints(report),
@@ -95,7 +96,8 @@ def _data(report: Report) -> dict[str, Any]:
     top_ms = max(least_ms, float(np.percentile(finite, 99)) if len(finite) else 0.0)
     edges = _edges(len(late.steps), MOST_HEAT_BINS)
     loss_edges, split_edges = _edges(len(loss.steps), MOST_LOSS_BINS), _edges(len(split.steps), MOST_SPLIT_BINS)
-    starts, shares = report.facts.starts, split.shares()
+    starts, shares = report.facts.starts, split.shares_told_apart()
+    transfer_s = np.maximum(np.asarray(split.communication_s) - np.asarray(split.waiting_s), 0.0)
     return {
         "restart_steps": sorted({one.first_step for one in report.facts.starts[1:] if one.first_step is not None}),
         "heat": {
@@ -122,7 +124,8 @@ def _data(report: Report) -> dict[str, Any]:
                 for name, values in (
                     ("compute", split.compute_s),
                     ("data", split.data_s),
-                    ("communication", split.communication_s),
+                    ("transfer", transfer_s),
+                    ("waiting", split.waiting_s),
                     ("checkpoint", split.checkpoint_s),
                 )
             },
@@ -261,7 +264,9 @@ def _ranking(report: Report) -> str:
     most_ms = max(10.0, *(row.median_lateness_ms for row in report.stragglers))
     rows = []
     for row in report.stragglers[:MOST_ROWS]:
-        badge = '<span class="badge bad">straggler</span>' if row.straggler else '<span class="badge none">fine</span>'
+        slow = summary.slow_in(report.phases_of(row))
+        kind, word = ("bad", "straggler") if row.straggler else ("warn", slow) if slow else ("none", "fine")
+        badge = f'<span class="badge {kind}">{escape(word)}</span>'
         slower = f"+{fmt.share(row.slowdown_share)}" if row.straggler else fmt.UNKNOWN
         width = round(100 * row.median_lateness_ms / most_ms)
         evidence = (
@@ -286,7 +291,7 @@ def _ranking(report: Report) -> str:
 
 def _incidents(report: Report) -> str:
     if not report.incidents:
-        return '<p class="quiet">No failures, restarts or rejected checkpoints.</p>'
+        return '<p class="quiet">No failures, restarts, stalls, slow phases or rejected checkpoints.</p>'
     items = [
         f'<li><span class="when">{fmt.duration(one.at_s)}</span><span class="mark {one.severity}"></span>'
         f'<div><div>{escape(one.title)}</div><div class="detail">{escape(one.detail)}</div></div></li>'

@@ -1,4 +1,4 @@
-"""What failed and how the run recovered, in order of time."""
+"""What went wrong in a run, event by event, in order of time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from outlast.diagnostics import formatting as fmt
 from outlast.diagnostics.report.load import Loaded, Steps
 from outlast.events import Record
 
@@ -14,6 +15,9 @@ Severity = Literal["bad", "warn", "good"]
 
 SAME_RESTART_S = 60.0
 """Nodes that start their ranks within this time of each other belong to the same restart."""
+MOST_CHARS = 240
+"""Of somebody's words in the headline."""
+_KILLED_BY = "killed by "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +27,8 @@ class Incident:
     at_s: float
     """Seconds since the first event of the run."""
     kind: str
-    """``hang_found``, ``workers_failed``, ``workers_started``, ``recovered``, ``checkpoint_failed``,
-    ``checkpoint_rejected``, ``checkpoint_restored``, ``run_ended``, ``loss_not_finite`` or ``stall``."""
+    """``hang_found``, ``workers_failed``, ``workers_started``, ``rank_died``, ``recovered``, ``checkpoint_failed``,
+    ``checkpoint_rejected``, ``checkpoint_restored``, ``run_ended``, ``loss_not_finite``, ``slow_phase``, ``stall``."""
     severity: Severity
     title: str
     detail: str
@@ -33,7 +37,9 @@ class Incident:
     cause: str = ""
     """What went wrong, with whom, as the beginning of a sentence; empty where this is no cause."""
     cost_s: float = 0.0
-    """Seconds that a stall cost."""
+    """Seconds that a stall or a slow phase cost, or that passed without progress before a hang was found."""
+    restarting: bool = False
+    """Whether the launcher was about to restart the ranks that failed."""
 
 
 def find_incidents(loaded: Loaded, steps: Steps, begin_t: float) -> tuple[Incident, ...]:
@@ -48,7 +54,6 @@ def find_incidents(loaded: Loaded, steps: Steps, begin_t: float) -> tuple[Incide
             found += _from_event(record, begin_t, loaded)
     found += [_from_checkpoint(records, begin_t) for records in grouped.values()]
     found += _restarts(loaded, begin_t)
-    found += _recoveries(loaded, begin_t)
     found += _losses(steps, begin_t)
     found.sort(key=lambda one: one.at_s)
     return tuple(found)
@@ -70,7 +75,8 @@ def _from_event(record: Record, begin_t: float, loaded: Loaded) -> list[Incident
                 ),
                 step=get("step"),
                 rank=get("culprit"),
-                cause=f"rank {get('culprit')} hung in step {get('step')}: {get('evidence')}",
+                cause=f"rank {get('culprit')} hung in step {get('step')}: {_shortened(get('evidence'))}",
+                cost_s=silent_s if isinstance(silent_s := get("silent_s"), (int, float)) else 0.0,
             )
         ]
     if record.kind == "workers_failed":
@@ -82,11 +88,12 @@ def _from_event(record: Record, begin_t: float, loaded: Loaded) -> list[Incident
                 at_s=at_s,
                 kind=record.kind,
                 severity="bad",
-                title=f"{_ranks(ranks)} failed on {get('host')}",
+                title=f"{names_of(ranks)} failed on {get('host')}",
                 detail="; ".join(reasons) + ("; restarting" if get("restarting") else "; not restarted"),
                 step=step,
                 rank=ranks[0] if len(ranks) == 1 else None,
-                cause=_crash(record, step),
+                cause=_crash(record, step, at_s),
+                restarting=bool(get("restarting")),
             )
         ]
     if record.kind == "run_ended" and not get("ok"):
@@ -99,7 +106,10 @@ def _from_event(record: Record, begin_t: float, loaded: Loaded) -> list[Incident
                 detail=str(get("reason") or "no reason given"),
                 step=get("step"),
                 rank=record.rank,
-                cause=f"rank {record.rank} failed at step {get('step')}: {get('reason') or 'no reason given'}",
+                cause=(
+                    f"rank {record.rank} failed at {at_time(at_s)}, at step {get('step')}: "
+                    f"{_shortened(get('reason') or 'no reason given')}"
+                ),
             )
         ]
     return []
@@ -112,15 +122,29 @@ def _last_step(loaded: Loaded, failed: Record, rank: int) -> int | None:
     return int(mine[mine[:, 4].argmax(), 3]) if len(mine) else None
 
 
-def _crash(record: Record, step: int | None) -> str:
-    """``rank 1 on host was killed by SIGKILL after step 60``: the likely cause, which launchers list first."""
-    ranks, reasons = record.fields.get("ranks") or [], record.fields.get("reasons") or []
+def _crash(record: Record, step: int | None, at_s: float) -> str:
+    """``rank 1 on host killed (SIGKILL) at 7.6 s, after step 60``: the likely cause, which launchers list first."""
+    ranks, reasons = record.fields.get("ranks") or [], list(map(str, record.fields.get("reasons") or []))
     if not ranks or not reasons:
-        return f"ranks failed on {record.fields.get('host')}"
-    how, _, words = str(reasons[0]).partition(": ")
-    verb = "was " if how.startswith("killed by") else ""
-    when = f" after step {step}" if step is not None else " before its first step was done"
-    return f"rank {ranks[0]} on {record.fields.get('host')} {verb}{how}{when}" + (f": {words}" if words else "")
+        return f"ranks failed on {record.fields.get('host')} at {at_time(at_s)}"
+    alike = [rank for rank, reason in zip(ranks, reasons, strict=False) if reason == reasons[0]]
+    how, _, words = reasons[0].partition(": ")
+    if how.startswith(_KILLED_BY):
+        how = f"killed ({how.removeprefix(_KILLED_BY)})"
+    when = f"after step {step}" if step is not None else "before its first step was done"
+    who = f"{names_of(sorted(alike))} on {record.fields.get('host')}"
+    return f"{who} {how} at {at_time(at_s)}, {when}" + (f": {_shortened(words)}" if words else "")
+
+
+def at_time(at_s: float) -> str:
+    """``7.6 s``, ``3 min 05 s``: when something happened."""
+    return f"{at_s:.1f} s" if at_s < 99.95 else fmt.duration(at_s)
+
+
+def _shortened(text: object) -> str:
+    """For a headline; the incident itself has the whole text."""
+    words = " ".join(str(text).split())
+    return words if len(words) <= MOST_CHARS else f"{words[: MOST_CHARS - 1].rstrip()}…"
 
 
 def _from_checkpoint(records: Sequence[Record], begin_t: float) -> Incident:
@@ -128,15 +152,18 @@ def _from_checkpoint(records: Sequence[Record], begin_t: float) -> Incident:
     first = records[0]
     get = first.fields.get
     step = get("step")
-    who = _ranks(sorted({one.rank for one in records}))
+    who = names_of(sorted({one.rank for one in records}))
     if first.kind == "checkpoint_restored":
         seconds = max(float(one.fields.get("seconds", 0.0)) for one in records)
         title, detail = f"restored the checkpoint of step {step}", f"in {seconds:.2f} s, on {who}"
     elif first.kind == "checkpoint_rejected":
         file = f" (file {get('file')})" if get("file") else ""
-        title, detail = f"the checkpoint of step {step} was rejected", f"{get('reason')}{file}; reported by {who}"
+        # Events before this field existed told of damage, mostly.
+        verb = "rejected" if get("damaged", True) else "not used"
+        title, detail = f"the checkpoint of step {step} was {verb}", f"{get('reason')}{file}; reported by {who}"
     else:
         title, detail = f"the checkpoint of step {step} was not committed", f"{get('reason')}; reported by {who}"
+    has_cause = first.kind == "checkpoint_failed" or (first.kind == "checkpoint_rejected" and get("damaged", True))
     return Incident(
         at_s=min(one.t for one in records) - begin_t,
         kind=first.kind,
@@ -144,6 +171,7 @@ def _from_checkpoint(records: Sequence[Record], begin_t: float) -> Incident:
         title=title,
         detail=detail,
         step=step,
+        cause=f"{title}: {_shortened(get('reason'))}" if has_cause else "",
     )
 
 
@@ -178,41 +206,11 @@ def _restarts(loaded: Loaded, begin_t: float) -> list[Incident]:
                 at_s=group[0].t - begin_t,
                 kind="workers_started",
                 severity="warn",
-                title=f"{_ranks(ranks)} restarted on {hosts[0] if len(hosts) == 1 else f'{len(hosts)} hosts'}",
+                title=f"{names_of(ranks)} restarted on {hosts[0] if len(hosts) == 1 else f'{len(hosts)} hosts'}",
                 detail=f"restart {group[0].generation}; {left} restarts left",
             )
         )
     return found
-
-
-def _recoveries(loaded: Loaded, begin_t: float) -> list[Incident]:
-    """When the first step after each restart was done."""
-    if len(loaded.rows) == 0:
-        return []
-    found: dict[float, Incident] = {}
-    for _, record in loaded.others:
-        if record.kind != "workers_failed" or not record.fields.get("restarting"):
-            continue
-        later = loaded.rows[(loaded.rows[:, 4] > record.t) & (loaded.rows[:, 1] > record.generation)]
-        if len(later) == 0:
-            continue
-        next_step = later[later[:, 4].argmin()]
-        t, step = float(next_step[4]), int(next_step[3])
-        lost = loaded.rows[(loaded.rows[:, 4] < t) & (loaded.rows[:, 3] >= step)]
-        redone = len(set(lost[:, 3]))
-        again = f"{redone} step{'s' if redone != 1 else ''} redone"
-        found.setdefault(
-            t,
-            Incident(
-                at_s=t - begin_t,
-                kind="recovered",
-                severity="good",
-                title=f"training resumed with step {step}",
-                detail=f"{t - record.t:.1f} s after the failure; {again}",
-                step=step,
-            ),
-        )
-    return list(found.values())
 
 
 def _losses(steps: Steps, begin_t: float) -> list[Incident]:
@@ -233,16 +231,16 @@ def _losses(steps: Steps, begin_t: float) -> list[Incident]:
                     kind="loss_not_finite",
                     severity="bad",
                     title=f"training loss is NaN or infinite from step {step} on",
-                    detail=f"on {_ranks(bad)}",
+                    detail=f"on {names_of(bad)}",
                     step=step,
                     rank=bad[0] if len(bad) == 1 else None,
-                    cause=f"training loss is NaN or infinite from step {step} on, on {_ranks(bad)}",
+                    cause=f"training loss is NaN or infinite from step {step} on, on {names_of(bad)}",
                 )
             ]
     return []
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def names_of(ranks: Sequence[int]) -> str:
     """``rank 3``, ``ranks 0–3``, ``ranks 0, 2, 5``."""
     if not ranks:
         return "no rank"

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from outlast.diagnostics.config import DiagnosticsConfig
+from outlast.diagnostics.report.failures import Failure
 from outlast.diagnostics.report.incidents import Incident
+from outlast.diagnostics.report.phases import SlowPhase
 from outlast.diagnostics.report.stragglers import StragglerRow
 
 Series = tuple[float, ...]
@@ -93,8 +95,12 @@ class TimeSplit:
     compute_s: Series
     data_s: Series
     communication_s: Series
-    """Not overlapped with the backward pass."""
+    """Not overlapped with the backward pass: transfer, and the wait for late ranks."""
     checkpoint_s: Series
+    waiting_s: Series
+    """Of ``communication_s``, the wait for the latest rank; the rest is transfer."""
+    waited_for: tuple[tuple[int, float], ...]
+    """Each rank that others waited for, and its share of all waiting; the largest first."""
 
     def totals_s(self) -> dict[str, float]:
         """Seconds over all steps, by part."""
@@ -107,9 +113,28 @@ class TimeSplit:
 
     def shares(self) -> dict[str, float]:
         """Share of all steps' time, by part; zeros for no steps."""
+        return _shares(self.totals_s())
+
+    def told_apart_s(self) -> dict[str, float]:
+        """As :meth:`totals_s`, with communication as two parts: ``transfer``, and ``waiting`` for late ranks."""
         totals = self.totals_s()
-        whole = math.fsum(totals.values())
-        return {name: seconds / whole if whole > 0 else 0.0 for name, seconds in totals.items()}
+        waiting = math.fsum(self.waiting_s)
+        return {
+            "compute": totals["compute"],
+            "data": totals["data"],
+            "transfer": max(totals["communication"] - waiting, 0.0),
+            "waiting": waiting,
+            "checkpoint": totals["checkpoint"],
+        }
+
+    def shares_told_apart(self) -> dict[str, float]:
+        """As :meth:`shares`, of the parts of :meth:`told_apart_s`."""
+        return _shares(self.told_apart_s())
+
+
+def _shares(totals: dict[str, float]) -> dict[str, float]:
+    whole = math.fsum(totals.values())
+    return {name: seconds / whole if whole > 0 else 0.0 for name, seconds in totals.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +211,10 @@ class Report:
     traffic: Traffic
     checkpoints: Checkpoints
     incidents: tuple[Incident, ...]
+    failures: tuple[Failure, ...]
+    """What ended ranks, oldest first, each with what it cost; several incidents may belong to one."""
+    slow_phases: tuple[SlowPhase, ...]
+    """Stretches of steps in which one rank was slow, and was not in the rest of the run."""
     lateness: Lateness
     stragglers: tuple[StragglerRow, ...]
     """Every rank on every host it had; stragglers first, then by median lateness."""
@@ -194,10 +223,15 @@ class Report:
     missing: tuple[str, ...]
     """Events that are missing or could not be read."""
 
+    def phases_of(self, row: StragglerRow) -> tuple[SlowPhase, ...]:
+        """The slow phases of a rank on one host."""
+        return tuple(one for one in self.slow_phases if (one.rank, one.host) == (row.rank, row.host))
+
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values; NaN and infinities are None."""
         plain: dict[str, Any] = _plain(self)
         plain["split"]["shares"] = self.split.shares()
+        plain["split"]["shares_told_apart"] = self.split.shares_told_apart()
         return plain
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,17 +12,20 @@ from outlast.diagnostics import formatting as fmt
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.report.incidents import Incident
 from outlast.diagnostics.report.load import Floats, Steps
+from outlast.diagnostics.report.phases import SlowPhase
 from outlast.diagnostics.report.stragglers import Bools, Indices, lateness_s, steps_after_warmup
 
 HALF = 0.5
 """A part of the step, or a rank, is the cause if it explains more than this share of the lost time."""
 
 
-def find_stalls(steps: Steps, begin_t: float, config: DiagnosticsConfig) -> tuple[Incident, ...]:
+def find_stalls(
+    steps: Steps, begin_t: float, config: DiagnosticsConfig, phases: Sequence[SlowPhase] = ()
+) -> tuple[Incident, ...]:
     """Each unbroken stretch of slow steps as one incident, oldest first.
 
     A step is slow if it took ``stall_factor`` median steps, and ``stall_min_s`` more than one, on any rank; the first
-    steps of a start are not counted.
+    steps of a start are not counted. What a rank's slow phase explains is no stall.
     """
     if not steps.steps:
         return ()
@@ -34,7 +38,11 @@ def find_stalls(steps: Steps, begin_t: float, config: DiagnosticsConfig) -> tupl
     found = []
     for is_slow, group in itertools.groupby(range(len(slow)), key=lambda at: bool(slow[at])):
         if is_slow:
-            found.append(_incident(steps, np.fromiter(group, dtype=np.int64), step_s, median_s, counted, begin_t))
+            at = np.fromiter(group, dtype=np.int64)
+            stall = _incident(steps, at, step_s, median_s, counted, begin_t)
+            first, last = steps.steps[int(at[0])], steps.steps[int(at[-1])]
+            if not any(one.rank == stall.rank and one.first_step <= first and last <= one.last_step for one in phases):
+                found.append(stall)
     return tuple(found)
 
 

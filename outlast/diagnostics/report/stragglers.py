@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -13,12 +14,19 @@ from outlast.diagnostics.report.load import Floats, Steps
 
 Bools = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
+Subjects = dict[tuple[int, str], Indices]
+"""By (column, host): the steps in which a rank is judged while it was on that host."""
+Hosts = Mapping[tuple[int, int, int], str]
+"""By (attempt, generation, rank)."""
 UNKNOWN_HOST = "unknown host"
 
 MAD_TO_SIGMA = 1.4826
 """Standard deviation / median absolute deviation of normally distributed values."""
 MEDIAN_ERROR = 1.2533
 """Standard error of a median, in standard deviations / sqrt(n)."""
+CHANCE = 1e-5
+"""A rank that is behind its median peer as often as it is ahead of it is late as often as observed with at most this
+probability, where its noise is not considered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +48,8 @@ class StragglerRow:
     that are later."""
     slowdown_share: float
     """How much longer steps took because of this rank alone: 0.25 is 25 % longer. 0 unless it is a straggler."""
+    cost_s: float = 0.0
+    """Seconds that all judged steps took longer because of this rank alone. 0 unless it is a straggler."""
     steps: int
     """Judged steps: those that it and all its peers took while it was on this host, without warm-up."""
     longer: tuple[tuple[str, float], ...]
@@ -57,9 +67,20 @@ def lateness_s(collective_s: Floats) -> Floats:
     return late
 
 
-def rank_stragglers(
-    steps: Steps, hosts: Mapping[tuple[int, int, int], str], config: DiagnosticsConfig
-) -> tuple[StragglerRow, ...]:
+def subjects_of(steps: Steps, late: Floats, hosts: Hosts, config: DiagnosticsConfig) -> Subjects:
+    """Each rank on each host it had, and the steps in which it is judged there."""
+    judged = steps_after_warmup(steps, config.straggler_warmup_steps)
+    subjects: Subjects = {}
+    for column, rank in enumerate(steps.ranks):
+        groups: dict[str, list[int]] = {}
+        for row in np.flatnonzero(judged & np.isfinite(late[:, column])):
+            where = (steps.attempt[row], steps.generation[row], rank)
+            groups.setdefault(hosts.get(where, UNKNOWN_HOST), []).append(int(row))
+        subjects |= {(column, host): np.asarray(group) for host, group in groups.items()}
+    return subjects
+
+
+def rank_stragglers(steps: Steps, hosts: Hosts, config: DiagnosticsConfig) -> tuple[StragglerRow, ...]:
     """Every rank on every host it had, the latest first.
 
     Args:
@@ -70,14 +91,7 @@ def rank_stragglers(
     if not steps.steps:
         return ()
     late = lateness_s(steps.values["collective_s"])
-    judged = steps_after_warmup(steps, config.straggler_warmup_steps)
-    subjects: dict[tuple[int, str], Indices] = {}  # (column, host): the steps in which it is judged
-    for column, rank in enumerate(steps.ranks):
-        groups: dict[str, list[int]] = {}
-        for row in np.flatnonzero(judged & np.isfinite(late[:, column])):
-            where = (steps.attempt[row], steps.generation[row], rank)
-            groups.setdefault(hosts.get(where, UNKNOWN_HOST), []).append(int(row))
-        subjects |= {(column, host): np.asarray(group) for host, group in groups.items()}
+    subjects = subjects_of(steps, late, hosts, config)
     # A straggler hides ranks that are less late. Name the latest, judge the others without it, and repeat.
     blamed = np.zeros_like(late, dtype=np.bool_)
     done: dict[tuple[int, str], StragglerRow] = {}
@@ -98,7 +112,7 @@ def rank_stragglers(
         done, key=lambda subject: (not done[subject].straggler, -done[subject].median_lateness_ms, subject)
     )
     return tuple(
-        replace(done[subject], slowdown_share=_slowdown(steps, late, blamed, subjects[subject], subject[0]))
+        _with_cost(done[subject], steps, late, blamed, subjects[subject], subject[0])
         if done[subject].straggler
         else done[subject]
         for subject in ordered
@@ -121,25 +135,28 @@ def _judge(
     steps: Steps, late: Floats, blamed: Bools, at: Indices, column: int, host: str, config: DiagnosticsConfig
 ) -> StragglerRow:
     own = late[at, column]
-    peers = np.delete(late[at], column, axis=1)
-    behind = own - np.nanmedian(peers, axis=1)
+    behind = behind_peers_s(late, at, column)
     median_behind = float(np.median(behind))
     noise = MAD_TO_SIGMA * float(np.median(np.abs(behind - median_behind)))
     median_late = float(np.median(own))
     # the noise of a rank that is late every other step is as large as its lateness, but it is not always the latest
-    tolerance = min(noise, median_late / 4)
-    rivals = np.where(np.delete(blamed[at], column, axis=1) | np.isnan(peers), 0.0, peers)
-    latest_share = float(np.mean(rivals.max(axis=1) - own <= tolerance))
+    latest_share = share_latest(late, blamed, at, column, tolerance_s=min(noise, median_late / 4))
     error = MEDIAN_ERROR * noise / len(at) ** 0.5
     step_s = float(np.median(np.nanmedian(steps.values["step_s"][at], axis=1)))
     straggler = (
         len(at) >= config.straggler_min_steps
         and median_behind >= max(config.straggler_min_s, config.straggler_share * step_s)
         and latest_share >= config.straggler_latest_share
-        and median_behind >= config.straggler_noise * noise
-        and median_behind >= config.straggler_sigmas * error
+        and (
+            (median_behind >= config.straggler_noise * noise and median_behind >= config.straggler_sigmas * error)
+            # a rank that is slow in some phases only has a large spread, but nearly every step waits for it
+            or (
+                share_latest(late, blamed, at, column, tolerance_s=0.0) >= config.straggler_always_share
+                and _chance(behind) <= CHANCE
+            )
+        )
     )
-    longer = _longer(steps, at, column)
+    longer = parts_longer(steps, at, column)
     behind_ms = round(median_behind * 1e3, 1) + 0.0  # no "-0.0"
     evidence = (
         f"{median_late * 1e3:.1f} ms late in the median of {len(at)} steps, {behind_ms:.1f} ms behind its "
@@ -163,7 +180,36 @@ def _judge(
     )
 
 
-def _longer(steps: Steps, at: Indices, column: int) -> tuple[tuple[str, float], ...]:
+def behind_peers_s(late: Floats, at: Indices, column: int) -> Floats:
+    """[steps at]: the lateness of a rank minus that of its median peer."""
+    behind: Floats = late[at, column] - np.nanmedian(np.delete(late[at], column, axis=1), axis=1)
+    return behind
+
+
+def share_latest(late: Floats, blamed: Bools, at: Indices, column: int, *, tolerance_s: float) -> float:
+    """The share of steps in which no other rank was later by more than the tolerance, not counting blamed ones."""
+    rivals = _rivals(late, blamed, at, column)
+    return float(np.mean(rivals.max(axis=1) - late[at, column] <= tolerance_s))
+
+
+def _rivals(late: Floats, blamed: Bools, at: Indices, column: int) -> Floats:
+    """[steps at, other ranks]: lateness; 0 where a rank is blamed for it already, or did not take the step."""
+    peers = np.delete(late[at], column, axis=1)
+    rivals: Floats = np.where(np.delete(blamed[at], column, axis=1) | np.isnan(peers), 0.0, peers)
+    return rivals
+
+
+def _chance(behind: Floats) -> float:
+    """The probability that a fair coin shows heads as often as the rank was behind its median peer: a sign test."""
+    count, heads = len(behind), int(np.sum(behind > 0))
+    halves = [
+        math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) - count * math.log(2)
+        for k in range(heads, count + 1)
+    ]
+    return math.fsum(map(math.exp, halves))
+
+
+def parts_longer(steps: Steps, at: Indices, column: int) -> tuple[tuple[str, float], ...]:
     """Parts of the step, without communication, that took this rank at least 1 ms longer than its median peer."""
     values = {name: steps.values[name][at] for name in ("step_s", "data_s", "comm_s", "checkpoint_s")}
     parts = {
@@ -180,9 +226,15 @@ def _longer(steps: Steps, at: Indices, column: int) -> tuple[tuple[str, float], 
     return tuple(sorted(found, key=lambda item: -item[1]))
 
 
-def _slowdown(steps: Steps, late: Floats, blamed: Bools, at: Indices, column: int) -> float:
-    """The time that a straggler adds beyond the latest other rank, as a share of the step without it."""
-    others = np.max(np.where(blamed[at] | np.isnan(late[at]), 0.0, late[at]), axis=1)
-    lost = float(np.median(np.maximum(late[at, column] - others, 0.0)))
-    without = float(np.median(np.nanmax(steps.values["step_s"][at], axis=1))) - lost
-    return lost / without if without > 0 else 0.0
+def lost_s(late: Floats, blamed: Bools, at: Indices, column: int) -> Floats:
+    """[steps at]: the seconds that a rank adds beyond the latest other rank that is not blamed."""
+    added: Floats = np.maximum(late[at, column] - _rivals(late, blamed, at, column).max(axis=1), 0.0)
+    return added
+
+
+def _with_cost(row: StragglerRow, steps: Steps, late: Floats, blamed: Bools, at: Indices, column: int) -> StragglerRow:
+    """The row of a straggler with what it cost: seconds, and the share of a step without it."""
+    added = lost_s(late, blamed, at, column)
+    median = float(np.median(added))
+    without = float(np.median(np.nanmax(steps.values["step_s"][at], axis=1))) - median
+    return replace(row, slowdown_share=median / without if without > 0 else 0.0, cost_s=float(added.sum()))

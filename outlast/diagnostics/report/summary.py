@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
-from outlast.diagnostics.formatting import duration, first_and_last, share
-from outlast.diagnostics.report.model import Report
+from collections.abc import Sequence
 
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
-"""Words of a rank that lost another one: an effect, not a cause."""
-_CAUSES = {"hang_found": 0, "workers_failed": 0, "loss_not_finite": 1, "run_ended": 2}
-"""Kinds of incidents that end or spoil training, the most telling first; victims end before the culprit is judged."""
+from outlast.diagnostics.formatting import duration, first_and_last, share
+from outlast.diagnostics.report.failures import worst_of
+from outlast.diagnostics.report.model import Report, TimeSplit
+from outlast.diagnostics.report.phases import SlowPhase, described
+
+MOST_ENDED = 3
+"""Names of checkpoints in one sentence."""
 
 
 def cause(report: Report) -> str:
-    """What went wrong with the run, with whom, and what it cost, in one sentence; empty if nothing did.
+    """The worst that happened to the run, with whom, and what it cost, in one sentence; empty if nothing did.
 
-    Of failures the first one, since the others may follow from it; without failures, the stalls.
+    Worst is a failure from which the run did not recover; then a loss that is not finite; then the failure that cost
+    most, a checkpoint that was lost, and last what only cost time: stalls and slow phases. It is empty too where a
+    straggler, which is told by the verdict, cost more time than those.
     """
-    bad = [one for one in report.incidents if one.cause and one.kind in _CAUSES]
-    if bad:
-        first = min(bad, key=lambda one: (_is_effect(one.cause), _CAUSES[one.kind], one.at_s))
-        restarts = _restarts(report)
-        return _sentence(first.cause + (f"; {restarts}" if restarts else ""))
+    worst = worst_of(report.failures, report.facts.median_step_s)
+    losses = [one.cause for one in report.incidents if one.kind == "loss_not_finite"]
+    if worst is not None and (worst.lost_s is None or not losses):
+        others = len(report.failures) - 1
+        return _sentence(worst.told + (f"; the worst of {others + 1} failures" if others else ""))
+    if losses:
+        return _sentence(losses[0])
+    lost = [one for one in report.incidents if one.cause and one.kind in ("checkpoint_failed", "checkpoint_rejected")]
+    if lost:
+        steps = sorted({one.step for one in lost[:-1] if one.step is not None})
+        named = ", ".join(map(str, steps[-MOST_ENDED:]))
+        return _sentence(
+            lost[-1].cause + (f"; likewise of step{'s' if len(steps) > 1 else ''} {named}" if steps else "")
+        )
+    return _lost_time(report)
+
+
+def _lost_time(report: Report) -> str:
+    """The worst of stalls and slow phases, unless a straggler cost more."""
     stalls = [one for one in report.incidents if one.kind == "stall"]
-    if not stalls:
+    stalled_s = sum(one.cost_s for one in stalls)
+    straggling = {(row.rank, row.host): row.cost_s for row in report.stragglers if row.straggler}
+    phases = [one for one in report.slow_phases if (one.rank, one.host) not in straggling]
+    phase = max(phases, key=lambda one: one.cost_s, default=None)
+    if max(straggling.values(), default=0.0) >= max(stalled_s, phase.cost_s if phase is not None else 0.0):
         return ""
+    if phase is not None and phase.cost_s >= stalled_s:
+        return _sentence(f"rank {phase.rank} on {phase.host} was slow in {phase.which}: {described(phase)}")
     worst = max(stalls, key=lambda one: one.cost_s)
     if len(stalls) == 1:
         return _sentence(f"{worst.cause}; it went on by itself")
-    total_s = sum(one.cost_s for one in stalls)
-    return _sentence(f"{len(stalls)} stalls cost {duration(total_s)}; the worst: {worst.cause}")
-
-
-def _is_effect(text: str) -> bool:
-    return any(phrase in text for phrase in _LOST_PEER)
+    return _sentence(f"{len(stalls)} stalls cost {duration(stalled_s)}; the worst: {worst.cause}")
 
 
 def _sentence(text: str) -> str:
@@ -49,13 +68,16 @@ def headline(report: Report) -> tuple[str, str]:
 def _verdict(report: Report) -> tuple[str, str]:
     """The verdict on stragglers in a few words, and its evidence."""
     stragglers = [row for row in report.stragglers if row.straggler]
+    own = {(one.rank, one.host): one for one in report.slow_phases}
     if not stragglers:
         first, _, rest = report.verdict.partition(": ")
         return first, rest[:1].upper() + rest[1:]
     if len(stragglers) == 1:
         row = stragglers[0]
         first = f"Rank {row.rank} on {row.host} is a straggler: it makes steps {share(row.slowdown_share)} longer"
-        return first, row.evidence[:1].upper() + row.evidence[1:] + "."
+        phase = own.get((row.rank, row.host))
+        slow = f" It was slow in {phase.which}: {described(phase)}." if phase is not None else ""
+        return first, f"{row.evidence[:1].upper()}{row.evidence[1:]}.{slow}"
     named = ", ".join(f"rank {row.rank} on {row.host}" for row in stragglers[:4])
     more = f" and {len(stragglers) - 4} more" if len(stragglers) > 4 else ""
     worst = stragglers[0]
@@ -85,6 +107,22 @@ def _restarts(report: Report) -> str:
         return ""
     times = "once" if facts.restarts == 1 else f"{facts.restarts} times"
     return f"restarted {times} and redid {facts.steps_redone} step{'s' if facts.steps_redone != 1 else ''}"
+
+
+def slow_in(phases: Sequence[SlowPhase]) -> str:
+    """``slow in steps 12 to 44``; empty without slow phases."""
+    if not phases:
+        return ""
+    more = f" and {len(phases) - 1} more phase{'s' if len(phases) > 2 else ''}" if len(phases) > 1 else ""
+    return f"slow in {max(phases, key=lambda one: one.cost_s).which}{more}"
+
+
+def waiting(split: TimeSplit) -> str:
+    """``92% of the waiting was for rank 1``; empty if no rank waited."""
+    if not split.waited_for:
+        return ""
+    rank, part = split.waited_for[0]
+    return f"{share(part)} of the waiting was for rank {rank}"
 
 
 def error_feedback(alpha: float, residual: float) -> str:

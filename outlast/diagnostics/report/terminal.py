@@ -97,10 +97,12 @@ def _split(report: Report, console: Console) -> Table | None:
     block = "#" if console.options.ascii_only else "█"
     title = f"Where a step's time goes (median step {fmt.duration(report.facts.median_step_s)})"
     table = _table(title, "", "share", "mean", "", right=(1, 2))
-    totals = report.split.totals_s()
-    for name, part in report.split.shares().items():
+    totals = report.split.told_apart_s()
+    for name, part in report.split.shares_told_apart().items():
         mean_s = totals[name] / len(report.split.steps)
-        table.add_row(name, fmt.share(part), fmt.duration(mean_s), block * round(part * BAR_CHARS))
+        title = "waiting for late ranks" if name == "waiting" else name
+        table.add_row(title, fmt.share(part), fmt.duration(mean_s), block * round(part * BAR_CHARS))
+    table.caption = summary.waiting(report.split)
     return table
 
 
@@ -117,6 +119,9 @@ def _ranks(report: Report) -> Table | None:
         if row.straggler and row.longer:
             part, more_ms = row.longer[0]
             verdict += f" ({part} +{more_ms:.0f} ms)"
+        slow = summary.slow_in(report.phases_of(row))
+        if slow:
+            verdict = f"{verdict}, {slow}" if row.straggler else f"[yellow]{slow}[/]"
         table.add_row(
             str(row.rank),
             escape(row.host),

@@ -200,7 +200,7 @@ def test_a_step_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="incomplete saves of step 5"):
         import_step(tmp_path / "x", tmp_path / "a", "torch", step=3)
     assert steps_at(tmp_path / "a") == ["step_00000002", "step_00000004", "step_00000005"]
-    with pytest.raises(ConfigError, match="step = -1"):
+    with pytest.raises(CheckpointError, match="a step is an integer >= 0, got -1"):
         import_step(tmp_path / "x", tmp_path / "a", "torch", step=-1)
     with pytest.raises(ConfigError, match="unknown format 'onnx'"):
         import_step(tmp_path / "x", tmp_path / "a", "onnx")  # type: ignore[arg-type]

@@ -208,8 +208,10 @@ def test_another_number_of_ranks(url: Path) -> None:
     assert back is not None
     assert back.step == 1
     save_by_ranks(url, 5, world_size=2, attempt_id="two")
-    with checkpointer(url) as reader, pytest.raises(StateMismatch, match="saved by 2 ranks, this job has 1"):
+    with checkpointer(url) as reader, pytest.raises(StateMismatch, match="saved by 2 ranks, this job has 1") as refused:
         reader.restore("auto")
+    assert "any_world_size=True" in refused.value.fix
+    assert "load_resharded(read, restored.world_size)" in refused.value.fix
 
 
 def test_going_back_sets_newer_steps_aside(url: Path) -> None:

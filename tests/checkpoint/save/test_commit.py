@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -232,7 +230,7 @@ def test_an_event_sink_that_fails_is_raised(tmp_path: Path) -> None:
 
 def test_an_error_in_training_gives_the_save_up(tmp_path: Path) -> None:
     events: list[Event] = []
-    saver = checkpointer(tmp_path, events, world_size=2)
+    saver = checkpointer(tmp_path, events, world_size=2, exit_wait_s=0.2)
 
     def train() -> None:
         with saver:
@@ -241,7 +239,7 @@ def test_an_error_in_training_gives_the_save_up(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="training broke"):
         train()
-    assert "training ended" in failed(events)[0]
+    assert "training ended with ValueError: training broke" in failed(events)[0]
     with pytest.raises(CheckpointError, match="closed"):
         saver.save(2, replicated={}, local={})
 
@@ -313,63 +311,6 @@ def test_a_vote_that_may_have_been_counted_keeps_its_files(tmp_path: Path, monke
     committed = [info.step for info in list_steps(tmp_path) if info.status == "committed"]
     assert committed == [e.step for e in of(CheckpointSaved, events[0])]
     assert all(verify(tmp_path, step).ok for step in committed)
-
-
-def end_without_closing(code: str, *arguments: str) -> str:
-    """What a process writes to stderr if it ends without closing its Checkpointer."""
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, timeout=60, cwd=Path(__file__).parents[3], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-PROCESS_ENDED = "checkpoint of step 1 failed: the process ended before the checkpoint was committed\n"
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_ends_without_closing_ends(tmp_path: Path, rank: int) -> None:
-    code = (
-        "import sys, torch; from tests.checkpoint.helpers import checkpointer; "
-        "c = checkpointer(sys.argv[1], rank=int(sys.argv[2]), world_size=2, commit_timeout_s=600); "
-        "big = {str(n): torch.ones(100_000) for n in range(300)}; "
-        "c.save(1, replicated={'model': big}, local={})"
-    )
-    said = end_without_closing(code, str(tmp_path), str(rank))
-    assert said.startswith(PROCESS_ENDED)
-    assert said.count("failed") == 1
-    assert [info.status for info in list_steps(tmp_path)] in ([], ["uncommitted"])
-
-
-REFUSED = """
-import atexit, sys, threading, torch
-from outlast.checkpoint.storage.local import LocalStore
-from tests.checkpoint.helpers import checkpointer
-
-exiting, put_new = threading.Event(), LocalStore.put_new
-
-
-def late(store, path, data):
-    exiting.wait()
-    if sys.argv[2] == "the client's":
-        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
-    put_new(store, path, data)
-
-
-LocalStore.put_new = late
-saver = checkpointer(sys.argv[1])
-# Called before the Checkpointer's own callback, and after threads of concurrent.futures were shut down.
-# Ours refuse nothing: the save is given up when the Checkpointer is.
-atexit.register(lambda: (exiting.set(), sys.argv[2] == "ours" or saver._saving.join()))
-saver.save(1, replicated={"model": {"w": torch.ones(100_000)}})
-"""
-
-
-@pytest.mark.parametrize("threads", ["ours", "the client's"])
-def test_threads_that_refuse_work_at_exit_are_no_fault_of_the_save(tmp_path: Path, threads: str) -> None:
-    said = end_without_closing(REFUSED, str(tmp_path), threads)
-    assert said.startswith(PROCESS_ENDED)
-    assert said.count("failed") == 1
-    assert [info.status for info in list_steps(tmp_path)] in ([], ["uncommitted"])
 
 
 @pytest.mark.parametrize("only", ["replicated", "local"])

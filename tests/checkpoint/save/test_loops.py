@@ -130,6 +130,7 @@ def test_the_loop_in_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         model = nn.Linear(4, 1)
         names: dict[str, Any] = {
             "model": model,
+            "ddp": model,  # of one rank
             "optimizer": optim.SGD(model.parameters(), lr=0.1),
             "loss": lambda model, step: model(torch.full((2, 4), 1.0 / step)).square().mean(),
             "last": last,

@@ -156,7 +156,7 @@ def test_memory_goes_on_without_the_tier_that_hangs(tmp_path: Path, disk: Disk, 
         other = ({STORAGE, LOCAL_DISK} - {tier}).pop()
         assert not failed(events, other)
         disk.thaw()
-        wait_for(lambda: not any(each.hangs for each in fed))
+        wait_for(lambda: not any(each._newest is not None and each._newest.hangs for each in fed))
         do_save(saver, 5)
     finally:
         disk.thaw()
@@ -168,6 +168,7 @@ def test_memory_goes_on_without_the_tier_that_hangs(tmp_path: Path, disk: Disk, 
 
 ENDS = """
 import sys, threading, torch
+from outlast.checkpoint import Checkpointer
 from tests.checkpoint.faulty import Place
 from tests.checkpoint.helpers import checkpointer
 place = Place("hangs")
@@ -181,16 +182,17 @@ print("ends", flush=True)
 """
 
 
-@pytest.mark.parametrize("end", ["c.close()", "c.abort()", "c.wait_copied()"])
+@pytest.mark.parametrize("end", ["Checkpointer.close(c)", "c.abort()", "c.wait_copied()"])
 def test_a_process_ends_though_its_storage_never_answers(end: str) -> None:
     """Closed, given up, or neither; the interpreter does not wait for threads that hang."""
     code = ENDS.replace("END", end)
     done = subprocess.run(
         [sys.executable, "-c", code], timeout=120, cwd=Path(__file__).parents[3], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert "ends" in done.stdout
     assert "checkpoint of step 2 failed" in done.stderr
+    assert (done.returncode == 0) == (end == "c.abort()"), "what is asked for, and not durable, is a failure"
+    assert ("NotDurable" in done.stderr) == (end == "Checkpointer.close(c)")
+    assert ("ends" in done.stdout) == (end != "Checkpointer.close(c)")
 
 
 def test_reading_from_a_storage_that_does_not_answer_is_an_error(request: pytest.FixtureRequest) -> None:
@@ -225,5 +227,5 @@ def test_a_pool_that_comes_forward_is_waited_for() -> None:
     with pytest.raises(ConnectionError, match=r"has not answered for 0\.4 s"):
         list(pool.map(lambda n: time.sleep(3), range(1)))
     pool.shutdown(wait=False)
-    with pytest.raises(CheckpointError, match="process ended"):
+    with pytest.raises(CheckpointError, match="have ended"):
         pool.submit(int)

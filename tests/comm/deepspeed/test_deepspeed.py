@@ -310,12 +310,18 @@ def refused(rank: int) -> list[str]:
         model = Toy()
         return engine_of(model, torch.optim.SGD(model.parameters(), lr=1.0), stage, **more)
 
+    def adamw(stage: int) -> Any:
+        model = Toy()
+        return engine_of(model, torch.optim.AdamW(model.parameters()), stage)
+
     gradient = CommConfig(**TOY, target="gradient")
     found = [
         error(lambda: attach_deepspeed(Toy(), gradient)),
         error(lambda: attach_deepspeed(made(2, zero={"overlap_comm": True}), gradient)),
         error(lambda: attach_deepspeed(made(1, zero={"contiguous_gradients": False}), gradient)),
         error(lambda: attach_deepspeed(made(2, gradient_clipping=1.0), CommConfig(target="update"))),
+        error(lambda: attach_deepspeed(adamw(2), CommConfig(target="update"))),
+        error(lambda: attach_deepspeed(adamw(0), CommConfig(target="update"))),
         error(lambda: attach_deepspeed(made(2), CommConfig(compressor="auto"))),
         error(lambda: attach_deepspeed(made(2, managed_gradient_accumulation=False), gradient)),
     ]
@@ -351,6 +357,8 @@ def test_what_cannot_be_right_is_refused(two_ranks: Ranks) -> None:
         "overlap_comm",
         "contiguous_gradients",
         "gradient_clipping = 1",
+        "the optimizer is AdamW",
+        "the optimizer is AdamW",
         "compressor = 'auto'",
         "managed_gradient_accumulation = false",
         "is already replaced",

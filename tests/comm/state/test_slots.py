@@ -159,6 +159,10 @@ def test_what_does_not_fit_is_named_and_changes_nothing(make: Any) -> None:
     with pytest.raises(CommStateMismatch, match="local error-feedback state of 'other': no such compressed parameter"):
         load(other, wrong)
     wrong = {**state, "meta": {**state["meta"], "world_size": 3}}
+    with pytest.raises(CommStateMismatch, match="saved with world_size = 3, this run has 2") as caught:
+        load(other, wrong)
+    assert ("reducer.load_resharded(read, ranks)" in caught.value.fix) == isinstance(other, ParameterStates)
+    wrong["meta"]["transport"] = "all-gather"  # what "auto" is for two ranks, and not for three
     with pytest.raises(CommStateMismatch, match="saved with world_size = 3, this run has 2"):
         load(other, wrong)
 

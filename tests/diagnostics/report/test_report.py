@@ -381,7 +381,13 @@ class TestTerminal:
         text = terminal(tmp_path)
         assert max(map(len, text.splitlines())) <= 80
         assert "\x1b" not in text
-        for words in ("Straggler: rank 2 on node-b", "held-out loss", "communication", "rank 3 hung"):
+        for words in (
+            "Straggler: rank 2 on node-b",
+            "held-out loss",
+            "transfer",
+            "waiting for late ranks",
+            "rank 3 hung",
+        ):
             assert words in text
         assert "11.4 × as much" in text
         assert "committed" in text

@@ -59,11 +59,21 @@ def test_a_clean_run_and_its_first_steps_have_none(tmp_path: Path) -> None:
     assert first_line(tmp_path) == tmp_path.name
 
 
-def test_the_first_failure_stands_in_the_first_line(tmp_path: Path) -> None:
+def test_the_worst_failure_stands_in_the_first_line(tmp_path: Path) -> None:
+    """A hang that was found after 10 s, and cost 18 steps: more than a kill that cost 4, or a stall of 9 s."""
     eventful(tmp_path, stalls={5: ("link", 9.0)})
-    assert first_line(tmp_path).startswith(
-        "Rank 1 on node-a was killed by SIGKILL after step 34; restarted 2 times and "
+    line = first_line(tmp_path)
+    assert line.startswith("Rank 3 hung in step 49: stopped (state T)")
+    assert line.endswith("; 15.1 s and 18 steps lost; recovered; the worst of 2 failures.")
+    kill, hang = build_report(tmp_path).failures
+    assert (kill.cause, kill.steps_lost, kill.outcome) == (
+        "rank 1 on node-a killed (SIGKILL) at 23.3 s, after step 34",
+        4,
+        "recovered",
     )
+    assert hang.lost_s is not None
+    assert kill.lost_s is not None
+    assert hang.lost_s > kill.lost_s + 10
 
 
 def test_a_hang_stands_there_with_its_evidence(tmp_path: Path) -> None:

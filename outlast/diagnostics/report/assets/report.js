@@ -168,7 +168,7 @@
       }
       view.svg.append(element("rect", {
         x: barLeft, y: middle - Math.min(5, rowHeight * 0.3), width: Math.max(1, barScale(heat.median[row])),
-        height: Math.min(10, Math.max(2, rowHeight * 0.6)), rx: 1.5, fill: colour(guilty ? "bad" : "communication"),
+        height: Math.min(10, Math.max(2, rowHeight * 0.6)), rx: 1.5, fill: colour(guilty ? "bad" : "transfer"),
       }));
       if (named(row)) {
         svgText(view.svg, barLeft + Math.max(1, barScale(heat.median[row])) + 6, middle + 4, `${heat.median[row].toFixed(1)} ms`, "start", guilty && "strong");
@@ -285,7 +285,7 @@
   }
 
   // -- time split -------------------------------------------------------------------------------------------------
-  const PARTS = ["compute", "data", "communication", "checkpoint"];
+  const PARTS = ["compute", "data", "transfer", "waiting", "checkpoint"];
   function drawSplit() {
     const { bins } = data.split;
     if (!bins.length) {
@@ -386,7 +386,7 @@
       shape.addEventListener("mouseleave", hideTip);
       view.svg.append(shape);
     }
-    legend("time-legend", [["set-up", colour("idle")], ["training", colour("compute")], ["failure, and silence before it", colour("bad")], ["warning", colour("warn")], ["mended", colour("good"), "dot"]]);
+    legend("time-legend", [["set-up", colour("idle")], ["training", colour("compute")], ["failure, and silence before it", colour("bad")], ["warning", colour("warn")], ["recovered", colour("good"), "dot"]]);
   }
 
   function draw() { drawHeat(); drawLoss(); drawSplit(); drawTime(); }
