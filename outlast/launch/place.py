@@ -12,7 +12,8 @@ Four launchers are known. The first one in this order whose variables are set de
 4. none of them: a single process.
 
 ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` without ``RANK`` are common in batch scripts and select no launcher,
-but an explicit ``MASTER_ADDR`` or ``MASTER_PORT`` is used with all launchers.
+but an explicit ``MASTER_ADDR`` or ``MASTER_PORT`` is used with all launchers. A single process ignores them: it meets
+nobody, and the host of a job that once was may not answer.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from outlast.launch.ports import free_port
 
 GENERATION = "OUTLAST_GENERATION"
 """Set by ``outlast launch``, because torchelastic counts restarts per agent and not those caused by other nodes."""
+
+LOOPBACK = "127.0.0.1"
 
 _OVERRIDE = "unset the variables of the launcher that did not start this process"
 
@@ -211,7 +214,10 @@ class Slurm:
 
 
 class Single:
-    """No launcher: one process, rank 0 of 1."""
+    """No launcher: one process, rank 0 of 1, on loopback."""
+
+    IGNORED = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
+    """Variables of other launchers that a single process may find left over."""
 
     def is_present(self, environ: Mapping[str, str]) -> bool:
         return True
@@ -222,8 +228,8 @@ class Single:
             world_size=1,
             local_rank=0,
             local_world_size=1,
-            master_addr=environ.get("MASTER_ADDR") or "127.0.0.1",
-            master_port=_number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else free_port(),
+            master_addr=LOOPBACK,
+            master_port=free_port(),
             generation=_generation(environ),
             source="single",
         )
@@ -273,10 +279,27 @@ def _number(environ: Mapping[str, str], key: str) -> int:
 def requeues(environ: Mapping[str, str]) -> int:
     """How often Slurm has requeued this job; 0 outside Slurm.
 
+    Slurm sets the count only in jobs that were requeued, so that one may be left over from another job: it does not
+    count outside jobs. In a job that another, requeued one has submitted it does; the scripts in ``slurm/`` and
+    ``outlast launch`` therefore ask Slurm itself.
+
     Raises:
         PlaceError: ``SLURM_RESTART_COUNT`` is not an integer.
     """
-    return _number(environ, "SLURM_RESTART_COUNT") if environ.get("SLURM_RESTART_COUNT") else 0
+    if not environ.get("SLURM_RESTART_COUNT") or not environ.get("SLURM_JOB_ID"):
+        return 0
+    return _number(environ, "SLURM_RESTART_COUNT")
+
+
+def counted_requeues(environ: Mapping[str, str]) -> int:
+    """As :func:`requeues`, by Slurm's own count where there is one in the environment. It takes a call to Slurm.
+
+    Raises:
+        PlaceError: ``SLURM_RESTART_COUNT`` is not an integer.
+    """
+    told = requeues(environ)
+    true = slurm.true_restarts(environ["SLURM_JOB_ID"]) if told else None
+    return told if true is None else true
 
 
 def _generation(environ: Mapping[str, str]) -> int:

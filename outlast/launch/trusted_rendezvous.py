@@ -36,8 +36,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from outlast.errors import LaunchError
-from outlast.events import plain_text
 from outlast.launch.joining import JoiningHolder
+from outlast.plain_text import plain_text
 
 SECRET = "OUTLAST_LAUNCH_SECRET"
 """Environment variable with the run's secret, for launchers that do not share the run's directory."""

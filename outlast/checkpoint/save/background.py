@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from outlast.checkpoint.format.names import STORAGE
+from outlast.checkpoint.shortage import as_os_error, start
 from outlast.errors import CheckpointError, PlaceInUse, SnapshotMutated, StateMismatch
 from outlast.events import CheckpointFailed, Event
 
@@ -43,6 +44,8 @@ class Background:
         """Whether its end is told."""
         self._report_lock = threading.Lock()
         self._signs = 0
+        self._refused: OSError | None = None
+        """Why there is no thread for it."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
@@ -60,13 +63,18 @@ class Background:
         return True
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the thread; if there can be no more threads, the work has failed when this returns."""
+        try:
+            start(self._thread)
+        except OSError as error:  # no more threads: what is left is to report it, which this one can do
+            self._refused = error
+            self.give_up(error)
+            self._run()
 
     def join(self) -> None:
         """Wait until the thread has ended, but not for one that hangs."""
         self.wait(self.done, min(self._limit_s, _END_S))
-        if not self.hangs:
+        if not self.hangs and self._thread.ident is not None:
             self._thread.join(_END_S)
 
     def wait(self, until: threading.Event, limit_s: float | None = None) -> None:
@@ -153,6 +161,6 @@ def must_be_raised(error: Exception) -> bool:
 
     What else the environment does is reported, and training goes on.
     """
-    return not isinstance(error, (OSError, CheckpointError)) or isinstance(
-        error, (SnapshotMutated, StateMismatch, PlaceInUse)
-    )
+    if isinstance(error, CheckpointError):
+        return isinstance(error, (SnapshotMutated, StateMismatch, PlaceInUse))
+    return as_os_error(error) is None

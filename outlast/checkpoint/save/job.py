@@ -7,7 +7,8 @@ import threading
 from outlast.checkpoint.save.background import Background, must_be_raised
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import Source
-from outlast.errors import SnapshotMutated
+from outlast.checkpoint.shortage import as_os_error
+from outlast.errors import CheckpointError, SnapshotMutated
 
 
 class SaveJob(Background):
@@ -36,6 +37,8 @@ class SaveJob(Background):
         self.eager_copied, self.copied = source.eager_copied, source.copied
         self.blocked_s = 0.0
         self.predicted_stall_s: float | None = None
+        self.copied_bytes = sum(part.nbytes for part in request.plan.parts)
+        """How much of the state this rank copies."""
         self._request = request.without_tensors()
         self._source = source
         self._snapshot = request.snapshot
@@ -65,8 +68,11 @@ class SaveJob(Background):
         assert self._snapshot is not None
         try:
             self._snapshot.check()
-        except SnapshotMutated as error:
-            self.give_up(error)
+        except Exception as error:
+            short = error if isinstance(error, SnapshotMutated) else as_os_error(error)
+            if short is None:
+                raise
+            self.give_up(short)
             return
         self._snapshot.release()
         self._confirmed.set()
@@ -98,6 +104,9 @@ class SaveJob(Background):
 
     def _report(self, reason: Exception) -> None:
         """Report that the save failed; if it is the program's fault, it is raised in the training thread, too."""
-        if must_be_raised(reason) and reason is not self._stop:
-            self.error = reason
+        if must_be_raised(reason):
+            if reason is not self._stop:
+                self.error = reason
+        elif not isinstance(reason, CheckpointError):
+            reason = as_os_error(reason) or reason
         super()._report(reason)

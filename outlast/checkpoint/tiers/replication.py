@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from outlast.checkpoint.format.records import Commit, SlotIndex
 from outlast.checkpoint.save.background import Background
+from outlast.checkpoint.shortage import as_os_error
 from outlast.checkpoint.tiers.slots import Slot
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointSaved, Event
@@ -52,8 +53,13 @@ class Replication(Background):
         vote = self._index.vote
         try:
             try:
+                if self._refused is not None:
+                    raise self._refused
                 self._copy()
-            except (OSError, CheckpointError) as error:
+            except Exception as problem:
+                error = problem if isinstance(problem, CheckpointError) else as_os_error(problem)
+                if error is None:
+                    raise
                 self._report(error)
                 return
             self._ends()

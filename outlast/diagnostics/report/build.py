@@ -203,9 +203,10 @@ def _loss(loaded: Loaded, steps: Steps) -> LossCurve:
     for _, record in loaded.others:  # oldest first, so a repeated evaluation of a step replaces the earlier one
         if record.kind == "eval":
             held_out[int(record.fields["step"])] = float(record.fields["loss"])
+    told = bool(steps.steps) and not np.isnan(steps.values["lr"]).all()
     return LossCurve(
-        steps=tuple(steps.steps),
-        train=_series(_mean(steps, "loss")),
+        steps=tuple(steps.steps) if told else (),
+        train=_series(_mean(steps, "loss")) if told else (),
         lr=_series(_mean(steps, "lr")),
         grad_norm=_series(_mean(steps, "grad_norm")),
         update_norm=_series(_mean(steps, "update_norm")),

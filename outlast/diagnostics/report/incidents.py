@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from outlast.diagnostics import formatting as fmt
 from outlast.diagnostics.report.load import Loaded, Steps
 from outlast.events import Record
@@ -217,7 +219,8 @@ def _losses(steps: Steps, begin_t: float) -> list[Incident]:
     """The first step whose training loss is NaN or infinite on a rank that took it."""
     if not steps.steps:
         return []
-    loss, t = steps.values["loss"], steps.values["t"]
+    # A program that tells nothing of itself has neither a loss nor a learning rate.
+    loss, t = steps.values["loss"], np.where(np.isnan(steps.values["lr"]), np.nan, steps.values["t"])
     for index, step in enumerate(steps.steps):
         bad = [
             rank
