@@ -1,7 +1,5 @@
 """Kills ranks and nodes of a run at random; the run must end bit-identical to one without failures.
 
-::
-
     sudo python -m benchmarks.chaos --kills 100
 
 The run has 4 ranks on 2 emulated nodes. Ranks are processes that run the trainer of ``outlast train``; a node is a

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 from torch.nn.parallel import DistributedDataParallel
 
 from outlast.checkpoint import CheckpointConfig, Checkpointer, attach
-from outlast.checkpoint.tiers.slots import memory_folder
+from outlast.checkpoint.tiers.folders import memory_folder
 from outlast.events import CheckpointFailed, CheckpointSaved, Event
 
 WIDTH = 2048

@@ -1,11 +1,11 @@
 """Several hosts on one Linux machine: network namespaces on a bridge, each with a hostname, an address and a link rate.
 
-As a library::
+As a library:
 
     with Cluster(hosts=4, rate="200mbit") as cluster:
         processes = [host.popen([sys.executable, "-m", "outlast.trainer", …]) for host in cluster.hosts]
 
-From the shell (root)::
+From the shell (root):
 
     python -m benchmarks.cluster up 4 200mbit
     python -m benchmarks.cluster run 4 COMMAND …     on every host at once; $HOST_INDEX is 0, 1, …

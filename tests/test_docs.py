@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 ELSEWHERE = {
+    "outlast launch --nproc-per-node 2 train.py --lr 3e-4": "tests/launch/test_any_program.py, with its own script",
+    "outlast report runs/train": "tests/launch/test_any_program.py",
     "make train": "tests/test_first_run.py",
     "make test": "this very suite",
     "make check": "tests/test_docs.py::test_make_check_is_what_it_says and .ci/run",

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from outlast.checkpoint.begin import begin
 from outlast.checkpoint.config import CheckpointConfig
 from outlast.checkpoint.durability import Durability
 from outlast.checkpoint.ending import AtExit, Ending, give_up
@@ -27,7 +28,7 @@ from outlast.checkpoint.save.device import DeviceRoom
 from outlast.checkpoint.save.hooks import Hooks
 from outlast.checkpoint.save.io_threads import IoThreads
 from outlast.checkpoint.save.job import SaveJob, raise_error
-from outlast.checkpoint.save.prepare import make_request, make_storage_save
+from outlast.checkpoint.save.prepare import make_request
 from outlast.checkpoint.save.request import SaveContext
 from outlast.checkpoint.save.stall_forecast import StallForecast
 from outlast.checkpoint.save.storage_save import StorageSave
@@ -210,7 +211,8 @@ class Checkpointer:
         self._at_exit.user = threading.current_thread()
         self._finish()
         problem = self._start.before_save()
-        request = make_request(
+        make = partial(
+            make_request,
             self._context,
             self._group,
             self._device_room,
@@ -224,17 +226,12 @@ class Checkpointer:
             # The partner gets the first save at once: what a restart went on from may be in one place alone.
             replicate_now=not self._replicated,
         )
-        saving: SaveJob | None = None
-        if self._tiers is not None:
-            saving = self._tiers.begin(request)
-            self._replicated = True
+        numbers = step, self._save_id
+        saving = begin(make, self._context, self._tiers, self._arena, numbers, durable=durable)
         if saving is None:
-            if not durable:
-                return
-            saving = make_storage_save(self._context, request, self._arena)
-        self._saving = saving
-        copied_bytes = sum(part.nbytes for part in request.plan.parts)
-        saving.predicted_stall_s = self._stall.begin(copied_bytes, time.monotonic())
+            return
+        self._replicated, self._saving = True, saving
+        saving.predicted_stall_s = self._stall.begin(saving.copied_bytes, time.monotonic())
         if problem is not None:
             saving.give_up(problem)
         saving.start()

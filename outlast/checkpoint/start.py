@@ -21,6 +21,7 @@ from outlast.checkpoint.restore.request import RestoreContext, agree_on_request
 from outlast.checkpoint.restore.restore import restore
 from outlast.checkpoint.restore.survey import Survey
 from outlast.checkpoint.save.request import SaveContext
+from outlast.checkpoint.shortage import as_os_error
 from outlast.checkpoint.state.selection import Selection
 from outlast.checkpoint.steps.catalog import move_all_aside, scan
 from outlast.checkpoint.storage.base import Store
@@ -71,9 +72,8 @@ class Start:
         self.lease.raise_if_lost()
         if self._done or not self._decided or self._tried:
             return
-        try:
-            self.go_on()
-        except OSError as error:
+        error = self.before_save()
+        if error is not None:
             self._tried = True
             _log.warning("%s cannot be taken or put in order yet: %s", self._context.store.url, error)
 
@@ -85,8 +85,11 @@ class Start:
         """
         try:
             self.go_on()
-        except OSError as error:
-            return error
+        except Exception as error:
+            failure = as_os_error(error)
+            if failure is None:
+                raise
+            return failure
         return None
 
     @contextmanager

@@ -24,11 +24,14 @@ from outlast.events import EventLog, HangFound, NoticeCame, WorkersFailed, Worke
 from outlast.launch.backoff import Backoff
 from outlast.launch.config import LaunchConfig
 from outlast.launch.failures import NO_RESTART_STATUS, RESUME_STATUS, RankFailure, first_line
+from outlast.launch.first_cause import find_failures
 from outlast.launch.hang_watch import HangWatch
 from outlast.launch.notice_relay import NoticeRelay
+from outlast.launch.notice_store import NoticeStore
 from outlast.launch.orphans import Guard, end_orphans, find_orphans, shown
-from outlast.launch.place import requeues
+from outlast.launch.place import counted_requeues
 from outlast.launch.processes import RankProcesses, dump_stacks
+from outlast.launch.program_runs import ProgramRuns
 from outlast.launch.rank_output import RankOutput
 
 STARTS = "starts"
@@ -65,6 +68,7 @@ class WatchedAgent(LocalElasticAgent):
         host: this node's name in events.
         relay: passes notices on.
         guard: ends the ranks if this process dies.
+        program_runs: numbers the starts of somebody's program; None for a command that does so itself.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class WatchedAgent(LocalElasticAgent):
         host: str,
         relay: NoticeRelay,
         guard: Guard,
+        program_runs: ProgramRuns | None = None,
     ) -> None:
         super().__init__(
             spec,
@@ -99,13 +104,15 @@ class WatchedAgent(LocalElasticAgent):
         self._host = host
         self._relay = relay
         self._told = False
+        self._notices: NoticeStore | None = None
         self._guard = guard
         self._processes: RankProcesses | None = None
         self._watch = HangWatch(run_dir, config) if config.watch else None
         self._hung: dict[int, Culprit] = {}
         self._waits = False
         self._ended: dict[int, int] = {}
-        self._requeues = requeues(os.environ)
+        self._requeues = counted_requeues(os.environ)
+        self._program_runs = program_runs
         self._backoff = Backoff(config.backoff_s, config.longest_backoff_s)
         self._backoff_s = 0.0
         self._started_s = time.monotonic()
@@ -123,6 +130,10 @@ class WatchedAgent(LocalElasticAgent):
         super()._rendezvous(worker_group)
         self.joined = True
         self._output.generation = self._requeues + self._agree_on_starts(worker_group)
+        store = worker_group.store
+        self._notices = None
+        if isinstance(store, dist.PrefixStore) and worker_group.group_world_size != 1:  # type: ignore[attr-defined]
+            self._notices = NoticeStore(store.underlying_store, self._output.generation)
 
     def _agree_on_starts(self, worker_group: WorkerGroup) -> int:
         """How often the job's ranks were started before.
@@ -138,7 +149,12 @@ class WatchedAgent(LocalElasticAgent):
             store.set(JOB_NAME, lasting.compare_set(JOB_NAME, "", secrets.token_hex(8)))
             store.set(STARTS, str(lasting.add(STARTS, 1) - 1))
         self._output.job = store.get(JOB_NAME).decode()
-        return int(store.get(STARTS))
+        starts = int(store.get(STARTS))
+        if self._program_runs is not None:
+            self._output.added = self._program_runs.agree(
+                store, job=self._output.job, generation=self._requeues + starts, leads=worker_group.group_rank == 0
+            )
+        return starts
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         ranks = self.ranks
@@ -180,34 +196,55 @@ class WatchedAgent(LocalElasticAgent):
         processes = self._processes
         assert processes is not None, "torchelastic polls only after a start"
         self._tell_notice()
-        if self._relay.obeyed and (ended := self._ended_by_notice(processes)) is not None:
-            return ended
         if self._watch is not None:
             alone = worker_group.group_world_size == 1
             for culprit in self._watch.find_hung(processes.running(), alone=alone):
                 self._kill_hung(processes, culprit)
             self._end_wrappers(processes, self._watch.ended)
             self._tell_wait(self._watch.waiting)
-        evidence = {rank: culprit.evidence for rank, culprit in self._hung.items()}
-        self.failures = processes.failures(evidence, self._ended)
+        self.failures = self._find_failures(processes)
+        if (ended := self._ended_by_notice(processes)) is not None:
+            self.failures = []
+            return ended
         undying = sorted(self._hung.keys() & processes.running().keys()) if self._hung else []
         if self.failures or undying:
             self._end_peers(processes)
         if undying:  # in an uninterruptible sleep: it must not keep the others from restarting
             log.error("outlast: ranks %s do not die of SIGKILL; going on without them", undying)
-            result = RunResult(state=WorkerState.UNHEALTHY)
+            result = RunResult(state=WorkerState.FAILED)
         else:
             result = self._poll(processes, worker_group)
+            if result.state == WorkerState.FAILED and (ended := self._ended_by_notice(processes)) is not None:
+                return ended  # they have ended since the look above
+            if self.failures and result.state == WorkerState.SUCCEEDED:
+                result = RunResult(state=WorkerState.FAILED)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
-            self._write_failure(result)
+            self._write_failure(result, processes)
         return result
 
+    def _find_failures(self, processes: RankProcesses) -> list[RankFailure]:
+        return find_failures(
+            processes,
+            self._watch,
+            hang_evidence={rank: culprit.evidence for rank, culprit in self._hung.items()},
+            ended=self._ended,
+            says_finish=self._relay.obeyed,
+        )
+
     def _tell_notice(self) -> None:
-        """Of a notice, one line and one event."""
+        """Of a notice, one line and one event; the other nodes' launchers hear of it through the store, and this one of
+        theirs."""
+        if self._relay.notice is None and self._notices is not None and self._relay.obeyed:
+            elsewhere = self._notices.get()
+            if elsewhere is not None:
+                log.warning("outlast: another node's launcher got %s", elsewhere.name)
+                self._relay.learn(elsewhere)
         notice = self._relay.notice
         if notice is None or self._told:
             return
         self._told = True
+        if self._notices is not None:
+            self._notices.put(notice)
         grace_s = self._relay.grace_s
         log.warning(
             "outlast: %s: the ranks have %g s to save a checkpoint and to end; a second signal ends them at once",
@@ -218,6 +255,8 @@ class WatchedAgent(LocalElasticAgent):
 
     def _ended_by_notice(self, processes: RankProcesses) -> RunResult | None:
         """The result if ranks have ended because of a notice, and none has failed; None in any other case."""
+        if not self._relay.obeyed:
+            return None
         statuses = processes.statuses()
         found = set(statuses.values())
         if RESUME_STATUS not in found or found - {None, 0, RESUME_STATUS}:
@@ -272,7 +311,7 @@ class WatchedAgent(LocalElasticAgent):
         """
         if self._relay.kill is not None:
             self._relay.kill = None
-            self._relay.loses = self._watch is None or self._watch.steps_begun(self.ranks)
+            self._relay.loses = not self.resumable and (self._watch is None or self._watch.steps_begun(self.ranks))
         if self._processes is not None:
             if self._relay.obeyed:
                 self._processes.kill_all()
@@ -370,22 +409,19 @@ class WatchedAgent(LocalElasticAgent):
         if wait_s == 0.0:
             log.warning("outlast: restarting the ranks; %d restarts left after this", left)
             return
-        where = f"after {lasted_s:.1f} s" if step is None else f"no further than step {step}"
         log.warning(
-            "outlast: the ranks failed %s%s; restarting them in %.3g s (launch.backoff_s); %d restarts left after "
-            "this; Ctrl-C, or SIGTERM to this launcher, ends the job",
-            "before their first step" if step == 0 else where,
-            f", {self._backoff.in_vain} times in a row" if self._backoff.in_vain > 1 else "",
-            wait_s,
+            "outlast: %s; %d restarts left after this; Ctrl-C, or SIGTERM to this launcher, ends the job",
+            self._backoff.describe(step, lasted_s, wait_s),
             left,
         )
 
-    def _write_failure(self, result: RunResult) -> None:
+    def _write_failure(self, result: RunResult, processes: RankProcesses) -> None:
         if not self.failures:  # a rank failed between our poll and torchelastic's
             self.failures = [
                 RankFailure(rank=rank, pid=failure.pid, status=failure.exitcode)
                 for rank, failure in sorted(result.failures.items())
             ]
+            self.failures[:0] = [failure for failure in self._find_failures(processes) if failure.early]
         if any(failure.status == NO_RESTART_STATUS for failure in self.failures):
             self._remaining_restarts = 0
         if self._relay.notice is not None:

@@ -38,3 +38,12 @@ class Backoff:
             return 0.0
         self.in_vain += 1
         return float(min(self._longest_s, self._first_s * 2.0 ** min(self.in_vain - 1, 32)))
+
+    def describe(self, step: int | None, lasted_s: float, wait_s: float) -> str:
+        """What happened to the start of :meth:`after`, and what is done about it, as text for people."""
+        where = f"after {lasted_s:.1f} s" if step is None else f"no further than step {step}"
+        again = f", {self.in_vain} times in a row" if self.in_vain > 1 else ""
+        return (
+            f"the ranks failed {'before their first step' if step == 0 else where}{again}; restarting them in "
+            f"{wait_s:.3g} s (launch.backoff_s)"
+        )

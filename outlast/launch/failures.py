@@ -13,8 +13,14 @@ from outlast.errors import RanksFailed
 LAST_LINES = 3
 TAIL_BYTES = 64 << 10
 """How much of the end of a log is read: the stacks of many threads fit."""
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
-"""Phrases of gloo and the store for a connection that another rank closed."""
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "left the exchange",
+)
+"""Phrases of gloo, the store and the reducer for a connection that another rank closed."""
 WATCHED = "OUTLAST_WATCHED"
 """Set in the environment of ranks whose shared memory the launcher reads, and removes once they have ended."""
 
@@ -42,21 +48,34 @@ class RankFailure:
     ended_alone: bool = False
     """Its process ended by itself with an unknown status; ``status`` is that of what had started it."""
 
-    def sort_key(self) -> tuple[bool, bool, bool, bool, int]:
-        """Sorts the likely cause first: hung ranks, then killed ones, and last those that report a lost peer."""
-        lost_peer = any(phrase in self.message for phrase in LOST_PEER)
-        return not self.hang, lost_peer, self.status >= 0, not self.message, self.rank
+    early: str = ""
+    """Where it was, if it ended with status 0 and its peers were not done; they fail because of it."""
+
+    memory: str = ""
+    """What the kernel's OOM killer did meanwhile."""
+
+    def sort_key(self) -> tuple[bool, bool, bool, bool, bool, int]:
+        """Sorts the likely cause first: ranks that left, hung ones, killed ones; last those that report a lost peer."""
+        return not self.early, not self.hang, self.lost_peer, self.status >= 0, not self.message, self.rank
+
+    @property
+    def lost_peer(self) -> bool:
+        """Whether it reports that another rank was lost, and so is a victim."""
+        return any(phrase in self.message for phrase in LOST_PEER) and not self.hang
 
     @property
     def reason(self) -> str:
         """One line, e.g. ``killed by SIGKILL``, ``exited with status 1: ValueError: …``."""
         if self.hang:
             return f"hung, killed by the launcher: {self.hang}"
+        if self.early:
+            return f"exited with status 0 {self.early}, before training was done (sys.exit or os._exit in its program?)"
         lines = self.message.splitlines()
         # An error's own line is not indented; frames of a traceback and advice are.
         telling = [line for line in lines if line and not line[0].isspace()] or lines
         words = f": {telling[-1].strip()}" if telling and (self.status > 0 or self.ended_alone) else ""
-        return ("its process ended" if self.ended_alone else describe_exit(self.status)) + words
+        memory = f": {self.memory}" if self.memory and not self.lost_peer else ""
+        return ("its process ended" if self.ended_alone else describe_exit(self.status)) + memory + words
 
 
 def describe_exit(status: int) -> str:

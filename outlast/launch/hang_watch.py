@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from outlast.diagnostics.live import (
     shm_directory,
 )
 from outlast.errors import DiagnosticsError, RunDirectoryError
+from outlast.launch.activity import Activity
 from outlast.launch.config import LaunchConfig
 
 _GRAIN_S = 1.0
@@ -100,6 +101,7 @@ class HangWatch:
         self._alive: set[int] = set()
         self._recheck_s = config.recheck_s
         self._clock = WatchClock(config.monitor_interval_s)
+        self._activity = Activity()
         self._stopped_until_s: dict[int, float] = {}
         self._started_s = time.monotonic()
 
@@ -120,6 +122,7 @@ class HangWatch:
             )
         self._remove_files(ranks)
         self._clock.begin()
+        self._activity = Activity()
         self._stopped_until_s = {}
         self._alive = set()
         self.ended = {}
@@ -134,6 +137,20 @@ class HangWatch:
         except OSError as error:  # still in use, or already removed by another process
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                 raise
+
+    def ended_early(self, ended: Iterable[int]) -> dict[int, str]:
+        """Where those of these ranks were that had not said that they finish; their processes have ended."""
+        beats = {rank: self._beat_of(rank) for rank in ended}
+        return {
+            rank: f"in phase {beat.phase} of step {beat.step}"
+            for rank, beat in beats.items()
+            if beat is not None and beat.phase != "finish"
+        }
+
+    def is_stuck(self, pids: Mapping[int, int]) -> bool:
+        """Whether one of these ranks waits inside a collective for longer than it may be silent."""
+        now_s = time.monotonic()
+        return any(one.pending and one.silent_s(now_s) > one.limit_s(self.rules) for one in self.observe(pids))
 
     def steps_begun(self, ranks: tuple[int, ...]) -> bool:
         """Whether one of these ranks has left set-up."""
@@ -171,6 +188,7 @@ class HangWatch:
         self._clock.tick()
         beats = self._observe_heartbeats(pids)
         now_s = time.monotonic()
+        self._activity.look({one.rank: one.pid for one in beats if one.is_program}, now_s)
         for one in beats:  # who was stopped until now has had no chance to beat
             if one.state == "stopped":
                 self._stopped_until_s[one.rank] = now_s
@@ -215,6 +233,8 @@ class HangWatch:
     def _told_after_s(self, one: Observation) -> float:
         """From when on a silent rank is worth a line."""
         is_set_up = one.beat is not None and one.beat.phase != "setup"
+        if one.is_program and not one.pending:  # until steps come, it imports, compiles, reads: who knows
+            is_set_up = one.beat is not None and one.beat.median_step_s > 0
         return self.rules.floor_s if is_set_up else max(self.rules.floor_s, _SETUP_S)
 
     def _patience_s(self, one: Observation, alone: bool) -> float:
@@ -230,7 +250,9 @@ class HangWatch:
     def observe(self, pids: Mapping[int, int]) -> list[Observation]:
         """Heartbeats, process states and collectives of these ranks now."""
         found = [observe(self.shm_dir, rank=rank, pid=pid, started_s=self._started_s) for rank, pid in pids.items()]
-        return [self._excused(self._with_true_state(one, pids[one.rank])) for one in found]
+        true = [self._excused(self._with_true_state(one, pids[one.rank])) for one in found]
+        now_s = time.monotonic()
+        return [replace(one, idle_s=self._activity.idle_s(one.rank, now_s)) for one in true]
 
     def _with_true_state(self, one: Observation, started_pid: int) -> Observation:
         """A process that was never seen alive may live in another PID namespace; then its wrapper's state has to do."""

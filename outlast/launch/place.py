@@ -12,7 +12,8 @@ Four launchers are known. The first one in this order whose variables are set de
 4. none of them: a single process.
 
 ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` without ``RANK`` are common in batch scripts and select no launcher,
-but an explicit ``MASTER_ADDR`` or ``MASTER_PORT`` is used with all launchers.
+but an explicit ``MASTER_ADDR`` or ``MASTER_PORT`` is used with all launchers. A single process ignores them: it meets
+nobody, and the host of a job that once was may not answer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Protocol
 
 from outlast.errors import MissingDependency, PlaceError
 from outlast.launch import slurm
-from outlast.launch.ports import free_port
+from outlast.launch.ports import free_port, loopback
 
 GENERATION = "OUTLAST_GENERATION"
 """Set by ``outlast launch``, because torchelastic counts restarts per agent and not those caused by other nodes."""
@@ -147,7 +148,7 @@ class Mpi:
         chosen = array("i", [0])
         if world.Get_rank() == 0:
             alone = local_world_size == world.Get_size()
-            addr = environ.get("MASTER_ADDR") or ("127.0.0.1" if alone else _own_address())
+            addr = environ.get("MASTER_ADDR") or (loopback() if alone else _own_address())
             name[: len(addr.encode())] = addr.encode()
             chosen[0] = _number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else free_port()
         world.Bcast([name, MPI.BYTE], root=0)
@@ -211,7 +212,10 @@ class Slurm:
 
 
 class Single:
-    """No launcher: one process, rank 0 of 1."""
+    """No launcher: one process, rank 0 of 1, on loopback."""
+
+    IGNORED = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
+    """Variables of other launchers that a single process may find left over."""
 
     def is_present(self, environ: Mapping[str, str]) -> bool:
         return True
@@ -222,8 +226,8 @@ class Single:
             world_size=1,
             local_rank=0,
             local_world_size=1,
-            master_addr=environ.get("MASTER_ADDR") or "127.0.0.1",
-            master_port=_number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else free_port(),
+            master_addr=loopback(),
+            master_port=free_port(),
             generation=_generation(environ),
             source="single",
         )
@@ -273,10 +277,27 @@ def _number(environ: Mapping[str, str], key: str) -> int:
 def requeues(environ: Mapping[str, str]) -> int:
     """How often Slurm has requeued this job; 0 outside Slurm.
 
+    Slurm sets the count only in jobs that were requeued, so that one may be left over from another job: it does not
+    count outside jobs. In a job that another, requeued one has submitted it does; the scripts in ``slurm/`` and
+    ``outlast launch`` therefore ask Slurm itself.
+
     Raises:
         PlaceError: ``SLURM_RESTART_COUNT`` is not an integer.
     """
-    return _number(environ, "SLURM_RESTART_COUNT") if environ.get("SLURM_RESTART_COUNT") else 0
+    if not environ.get("SLURM_RESTART_COUNT") or not environ.get("SLURM_JOB_ID"):
+        return 0
+    return _number(environ, "SLURM_RESTART_COUNT")
+
+
+def counted_requeues(environ: Mapping[str, str]) -> int:
+    """As :func:`requeues`, by Slurm's own count where there is one in the environment. It takes a call to Slurm.
+
+    Raises:
+        PlaceError: ``SLURM_RESTART_COUNT`` is not an integer.
+    """
+    told = requeues(environ)
+    true = slurm.true_restarts(environ["SLURM_JOB_ID"]) if told else None
+    return told if true is None else true
 
 
 def _generation(environ: Mapping[str, str]) -> int:

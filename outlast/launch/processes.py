@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
 from outlast.diagnostics.live import process_state
 from outlast.launch.failures import RankFailure, is_torn, last_output
+from outlast.launch.oom_killer import OomKills
 from outlast.launch.orphans import now_ticks
 
 STACK_DUMP_S = 0.3
@@ -41,6 +42,7 @@ class RankProcesses:
         self._local_ranks = dict(local_ranks)
         self._log_dir = log_dir
         self._started_at = started_at - CLOCK_GRAIN_S
+        self._oom_kills = OomKills()
         self._gone: dict[int, int] = {}  # process id to when it was first seen to have ended
 
     def running(self) -> dict[int, int]:
@@ -63,17 +65,20 @@ class RankProcesses:
         """Exit status of every rank, ``-N`` for signal N; None while it runs."""
         return {rank: process.poll() for rank, process in self._by_rank().items()}
 
-    def failures(self, hang_evidence: Mapping[int, str], ended: Mapping[int, int]) -> list[RankFailure]:
-        """Ranks that exited with a status other than 0, the likely cause first.
+    def failures(
+        self, hang_evidence: Mapping[int, str], ended: Mapping[int, int], early: Mapping[int, str]
+    ) -> list[RankFailure]:
+        """Ranks that exited with a status other than 0, or too early, the likely cause first.
 
         Args:
             hang_evidence: of each rank that was killed because it hung.
             ended: the process of each rank that had ended before its wrapper was killed.
+            early: where ranks were that exited with status 0 while their peers needed them.
         """
         failures = []
         for rank, process in self._by_rank().items():
             status = process.poll()
-            if not status:
+            if not status and rank not in early:
                 continue
             local_rank = self._local_ranks[rank]
             outputs = (self._context.stderrs[local_rank], self._context.stdouts[local_rank])
@@ -83,11 +88,13 @@ class RankProcesses:
                 RankFailure(
                     rank=rank,
                     pid=ended.get(rank, process.pid),
-                    status=status,
+                    status=status or 0,
                     message=message,
                     log=log,
                     hang=hang_evidence.get(rank, ""),
                     ended_alone=rank in ended,
+                    early=early.get(rank, ""),
+                    memory="" if rank in hang_evidence else self._oom_kills.describe(status == -signal.SIGKILL),
                 )
             )
         return sorted(failures, key=RankFailure.sort_key)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from outlast.errors import PlaceError
 
 FIRST_PORT = 61440
+_ASK_S = 30.0
 PORTS = 4096
 """61440 to 65535 are above Linux's ephemeral ports (32768 to 60999), so no outgoing connection uses one."""
 
@@ -106,6 +107,25 @@ def node_address(name: str) -> str:
             f"Slurm node {name!r} does not resolve here, and scontrol prints no address for it: {output}", fix
         )
     return match[1]
+
+
+def true_restarts(job_id: str) -> int | None:
+    """How often Slurm says that it has requeued a job; None if it does not say so."""
+    scontrol = shutil.which("scontrol")
+    if scontrol is None:
+        return None
+    try:
+        asked = subprocess.run(
+            [scontrol, "--oneliner", "show", "job", job_id],
+            capture_output=True,
+            text=True,
+            timeout=_ASK_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    match = re.search(r"\bRestarts=(\d+)", asked.stdout)
+    return int(match[1]) if match is not None else None
 
 
 def _resolves(name: str) -> bool:

@@ -35,18 +35,28 @@ from outlast.diagnostics.live import (
     shm_directory,
 )
 from outlast.diagnostics.report.html_file import write_html
-from outlast.errors import ConfigError, DataError, DiagnosticsError, NotDurable, OutlastError, RunDirectoryError
+from outlast.errors import (
+    ConfigError,
+    DataError,
+    DiagnosticsError,
+    EndedEarly,
+    NotDurable,
+    OutlastError,
+    RunDirectoryError,
+)
 from outlast.events import CommChosen, Event, EventLog, RunEnded, RunStarted
 from outlast.launch import (
     Notice,
     Place,
     find_place,
 )
+from outlast.launch.attempt import Attempt
 from outlast.launch.failures import (
     NO_RESTART_STATUS,
     RESUME_STATUS,
     WATCHED,
 )
+from outlast.launch.place import Single
 from outlast.trainer import logs, process_group
 from outlast.trainer.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
@@ -58,7 +68,7 @@ from outlast.trainer.model import GPT
 from outlast.trainer.progress import Progress
 from outlast.trainer.rng import seed_all
 from outlast.trainer.run import Run
-from outlast.trainer.run_directory import Attempt, begin_attempt, run_lease, run_path
+from outlast.trainer.run_directory import begin_attempt, run_lease, run_path
 from outlast.trainer.summary import render_summary
 
 _LOG = logging.getLogger("outlast")
@@ -115,6 +125,7 @@ def run_rank(config: Config, place: Place) -> bool:
         logs.set_up_terminal(place.rank)
         stack.callback(logs.shut_down)
         notice = stack.enter_context(Notice(config.launch.notice_grace_s))
+        _tell_left_over(place)
         trainer = config.trainer
         if trainer.deterministic:
             process_group.make_deterministic()
@@ -138,10 +149,20 @@ def run_rank(config: Config, place: Place) -> bool:
             train(run)
         except Exception as error:
             _LOG.exception("rank %d failed", place.rank)
-            if run is not None:
-                reason = f"{type(error).__name__}: {error}"
-                run.events.write(RunEnded(step=run.recorder.step, ok=False, reason=reason))
+            _write_failed(run, error)
             raise
+        except SystemExit as error:
+            if error.code not in (None, 0):
+                raise
+            _LOG.exception("rank %d called sys.exit()", place.rank)
+            step = run.recorder.step if run is not None else 0
+            early = EndedEarly(
+                f"rank {place.rank} called sys.exit() in step {step} of {config.trainer.steps}, before training "
+                "was done",
+                "its traceback is in this rank's log; end a run early with fewer trainer.steps, or with SIGTERM",
+            )
+            _write_failed(run, early)
+            raise early from error
         ended_by = run.ended_by
         if place.rank == 0 and not ended_by:  # after a notice every second counts; the report can be made later
             _write_report(run)
@@ -151,6 +172,18 @@ def run_rank(config: Config, place: Place) -> bool:
         if ended_by and place.rank == 0:
             _tell_end(run)
         return not ended_by
+
+
+def _tell_left_over(place: Place) -> None:
+    """A process that no launcher started may be thought to be one of many."""
+    found = [f"{key}={os.environ[key]}" for key in Single.IGNORED if os.environ.get(key)]
+    if place.source == "single" and found and os.environ.get("WORLD_SIZE") != "1":
+        _LOG.warning("%s: ignored, because no RANK is set: this process trains alone", " ".join(found))
+
+
+def _write_failed(run: Run | None, error: Exception) -> None:
+    if run is not None:
+        run.events.write(RunEnded(step=run.recorder.step, ok=False, reason=f"{type(error).__name__}: {error}"))
 
 
 def _check_durable(run: Run, what: str) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -12,6 +16,11 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from outlast.errors import LaunchError, MissingDependency, PortInUse
 from outlast.launch import Place
+
+TOLD_AFTER_S = 10.0
+"""Ranks that meet sooner are nothing to write about."""
+
+_LOG = logging.getLogger("outlast")
 
 
 def choose_device(device: str, place: Place, *, shared: bool = False) -> torch.device:
@@ -59,16 +68,17 @@ def start(place: Place, device: torch.device, timeout: timedelta, backend: str =
         backend = "nccl" if device.type == "cuda" else "gloo"
     os.environ.update(MASTER_ADDR=place.master_addr, MASTER_PORT=str(place.master_port))
     try:
-        store = _store_of_this_start(place, timeout)
-        dist.init_process_group(
-            backend=backend,
-            init_method="env://" if store is None else None,
-            store=store,
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=timeout,
-            device_id=device if backend == "nccl" else None,
-        )
+        with _told_if_slow(place, timeout):
+            store = _store_of_this_start(place, timeout)
+            dist.init_process_group(
+                backend=backend,
+                init_method="env://" if store is None else None,
+                store=store,
+                rank=place.rank,
+                world_size=place.world_size,
+                timeout=timeout,
+                device_id=device if backend == "nccl" else None,
+            )
     except dist.DistError as error:
         where = f"{place.master_addr}:{place.master_port}"
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
@@ -94,6 +104,31 @@ def _store_of_this_start(place: Place, timeout: timedelta) -> Store | None:
     store = TCPStore(place.master_addr, place.master_port, place.world_size, is_master=False, timeout=timeout)
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"outlast/{restarts}/{place.world_size}", store)
+
+
+@contextmanager
+def _told_if_slow(place: Place, timeout: timedelta) -> Iterator[None]:
+    """One line if the ranks do not meet soon: torch waits in silence."""
+    timer = threading.Timer(
+        TOLD_AFTER_S,
+        _LOG.warning,
+        [
+            "rank %d of %d (%s) still waits for %s at %s:%d, up to %.0f s (trainer.timeout_s)",
+            place.rank,
+            place.world_size,
+            place.source,
+            "the other ranks" if place.rank == 0 else "rank 0",
+            place.master_addr,
+            place.master_port,
+            timeout.total_seconds(),
+        ],
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def broadcast_token(device: torch.device, number: int) -> tuple[int, str]:

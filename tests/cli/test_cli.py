@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -52,6 +53,15 @@ def test_help_of_every_verb_and_action_is_plain_text(capsys: pytest.CaptureFixtu
         text = capsys.readouterr().out
         assert "``" not in text, words
         assert "::" not in text, words
+
+
+@pytest.mark.parametrize("name", ["chaos", "checkpoint", "cluster", "codec", "comm", "gpu.__main__"])
+def test_what_benchmarks_print_as_help_is_plain_text(name: str) -> None:
+    """Their help is the docstring of their module."""
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name.replace('.', '/')}.py"
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    assert text
+    assert "::" not in text
 
 
 def test_reading_a_command_line_imports_no_torch() -> None:

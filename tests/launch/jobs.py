@@ -17,13 +17,16 @@ STARTED: list[Job] = []
 """Launchers that the fixture of conftest ends."""
 
 
-def start(run: Path, *words: str, flags: dict[str, Any] | None = None, **config: Any) -> Job:
+def start(
+    run: Path, *words: str, flags: dict[str, Any] | None = None, obeys_notice: bool = False, **config: Any
+) -> Job:
     """A launcher of two ranks in a process of its own, output to ``RUN.log``."""
     told = {
         "command": [sys.executable, *words],
         "run_dir": str(run),
         "flags": {"nproc_per_node": "2", **(flags or {})},
         "config": {**QUICK, **config},
+        "obeys_notice": obeys_notice,
     }
     log, env = run.with_suffix(".log"), clean_env(PYTHONPATH=str(HERE.parent.parent))
     job = Job("tests.launch.launcher", [json.dumps(told)], env=env, stdout=log, stderr=log)
@@ -33,7 +36,7 @@ def start(run: Path, *words: str, flags: dict[str, Any] | None = None, **config:
 
 def finish(job: Job, run: Path, status: int = 0) -> str:
     """What the launcher and rank 0 wrote, once they have ended with ``status``."""
-    found = job.wait(timeout=90)
+    found = job.wait(timeout=300)
     text = run.with_suffix(".log").read_text()
     assert found == status, text
     return text

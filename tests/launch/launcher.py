@@ -1,5 +1,5 @@
-"""A launcher as a :class:`tests.forked.Job`: launch() with the command, run_dir, flags and config of its argument,
-which is JSON; prints errors as the CLI does."""
+"""A launcher as a :class:`tests.forked.Job`: launch() with what its argument says, which is JSON; prints errors as the
+CLI does."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def main() -> int:
         run_dir=Path(told["run_dir"]),
         flags=LaunchFlags(**told.get("flags", {})),
         config=LaunchConfig(**told.get("config", {})),
+        obeys_notice=told.get("obeys_notice", False),
     )
     try:
         launch(spec)

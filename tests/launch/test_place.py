@@ -94,11 +94,17 @@ def test_what_batch_scripts_export_for_all_tasks_selects_nothing() -> None:
 
 
 def test_requeues_and_restarts_add_up() -> None:
-    assert find_place(TORCHRUN | {"SLURM_RESTART_COUNT": "3"}).generation == 5
+    assert find_place(TORCHRUN | {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3"}).generation == 5
 
 
 def test_the_launchers_own_count_comes_first() -> None:
-    assert find_place(TORCHRUN | {"SLURM_RESTART_COUNT": "3", "OUTLAST_GENERATION": "7"}).generation == 7
+    more = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3", "OUTLAST_GENERATION": "7"}
+    assert find_place(TORCHRUN | more).generation == 7
+
+
+@pytest.mark.parametrize("environ", [{}, TORCHRUN])
+def test_a_count_of_requeues_outside_a_job_is_left_over(environ: dict[str, str]) -> None:
+    assert find_place(environ | {"SLURM_RESTART_COUNT": "3"}).generation == find_place(environ).generation
 
 
 def test_a_batch_script_that_forgot_srun() -> None:
@@ -116,6 +122,12 @@ def test_half_of_sruns_variables(missing: str) -> None:
 
 def test_srun_with_pmi2_is_slurm() -> None:
     assert find_place(SRUN | {"PMI_RANK": "3", "PMI_SIZE": "4"}).source == "slurm"
+
+
+@pytest.mark.parametrize("port", ["29500", "not a port"])
+def test_alone_with_what_another_launcher_left(port: str) -> None:
+    place = find_place({"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": port, "WORLD_SIZE": "4"})
+    assert (place.rank, place.world_size, place.master_addr, place.source) == (0, 1, "127.0.0.1", "single")
 
 
 def test_alone() -> None:

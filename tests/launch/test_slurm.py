@@ -115,3 +115,27 @@ def test_launch_sbatch_restarts_inside_the_allocation(
     assert len(again) == 2
     assert min(again) > 5
     assert sorted(record.rank for record in events(run, "step") if record["step"] == 80) == [0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["launch.sbatch", "train.sbatch"])
+def test_a_notice_saves_and_requeues(
+    cluster: SlurmCluster, env: dict[str, str], root: Path, tmp_path: Path, script: str
+) -> None:
+    config, run = tiny_config(tmp_path)
+    words = ["--trainer.steps", "60", "--checkpoint.every-steps", "1000"]
+    job = cluster.sbatch(
+        "--nodes=2", str(root / "slurm" / script), config.name, *words, env=env | {"NPROC_PER_NODE": "1"}, cwd=tmp_path
+    )
+    wait_for(lambda: events(run, "step"))
+    cluster.run("scancel", "--signal=USR1", str(job))  # as --signal=USR1@60 does: to the steps, not to the batch script
+    state = cluster.wait(job, timeout_s=300)
+    output = (tmp_path / f"outlast-{job}.out").read_text()
+    assert state == "COMPLETED", output
+    assert "status 75 after a notice; requeueing" in output
+    ended = [record for record in events(run, "run_ended") if record["step"] < 60]
+    assert len(ended) == 2
+    assert {record["reason"] for record in ended} == {"notice (SIGUSR1)"}
+    (step,) = {record["step"] for record in ended}
+    assert steps_saved(run) == [step, 60]
+    assert [record["first_step"] for record in events(run, "run_started")] == [1, 1, step + 1, step + 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from outlast.checkpoint.durability import Durability
 from outlast.errors import NotDurable
 from outlast.events import CheckpointFailed, CheckpointRestored, CheckpointSaved, Event
-from tests.helpers import events, outlast, steps_saved, tiny_config
+from tests.helpers import events, outlast, start_outlast, steps_saved, tiny_config, wait_for
 
 
 def saved(step: int, tier: str = "storage") -> CheckpointSaved:
@@ -86,3 +87,28 @@ def test_with_room_again_the_same_command_ends_well(tmp_path: Path, small_disk: 
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     outlast("train", config, *words, "--run.resume", "auto")
     outlast("train", config, *words[:2], "--run.resume", "auto", "--checkpoint.every-steps", "3")
+
+
+@pytest.mark.root
+def test_a_notice_on_a_full_disk_is_a_failure(tmp_path: Path, small_disk: Path) -> None:
+    """Work that was to be saved and is not: the status says so, on every rank, and nobody is told to just go on."""
+    config, run = tiny_config(tmp_path)
+    words = [
+        "--checkpoint.url",
+        str(small_disk / "checkpoints"),
+        "--model.width",
+        "96",
+        "--checkpoint.every-steps",
+        "5000",
+    ]
+    log = tmp_path / "log"
+    job = start_outlast("launch", config, "--nproc-per-node", "2", *words, "--trainer.steps", "9000", log=log)
+    wait_for(lambda: len(events(run, "step")) > 6)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=90) == 1
+    said = log.read_text()
+    assert "the run was ended by a notice (SIGTERM), but step" in said
+    assert "is not durable (nothing that this process saved is)" in said
+    assert "No space left on device" in said
+    (failed,) = events(run, "workers_failed")
+    assert failed["ranks"] == [0, 1]

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from outlast.checkpoint.ownership.holder import Holder, local_time
+from outlast.checkpoint.shortage import as_os_error, start
 from outlast.checkpoint.storage.base import Store
 from outlast.errors import CheckpointError, PlaceInUse
 
@@ -164,15 +165,22 @@ class Lease:
         with self._lock:
             self.raise_if_lost()
             if self.taken:
+                self._start_keeping()
                 return
             for _ in range(_TRIES):
                 if self._try():
                     break
             else:
                 raise PlaceInUse(f"{self._what} is being taken by others: {_TRIES} tries came too late", self._ways_out)
+            self._start_keeping()
+
+    def _start_keeping(self) -> None:
+        """Have the lease renewed; raises OSError if there is no thread for that, and may be tried again."""
+        if self._thread is None:
             self._stop = threading.Event()
-            self._thread = threading.Thread(target=self._keep, args=(self._stop,), name="outlast-lease", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._keep, args=(self._stop,), name="outlast-lease", daemon=True)
+            start(thread)
+            self._thread = thread
 
     def wait_taken(self, limit_s: float) -> None:
         """Wait until rank 0 has taken the place for this attempt; on other ranks, which have the same token.
@@ -215,6 +223,8 @@ class Lease:
         """Give the place back; harmless if it was not taken, or is given back. What fails is logged."""
         thread, self._thread = self._thread, None
         self._stop.set()
+        if thread is None and self.taken and self._record.holder.pid == os.getpid():
+            self._keep(self._stop)  # there was no thread to be had
         if thread is None or self._record.holder.pid != os.getpid():  # a fork has the object, but not the place
             return
         # The thread writes it: a storage that hangs must not hold whoever ends.
@@ -303,7 +313,10 @@ class Lease:
                 told = False
             except PlaceInUse:
                 return
-            except OSError as error:
+            except Exception as problem:
+                error = as_os_error(problem)
+                if error is None:
+                    raise
                 if not told:
                     # Nobody else can take it while the storage is away for all; and it is confirmed before a commit.
                     _log.warning("the lease of %s cannot be renewed now: %s", self._what, error)

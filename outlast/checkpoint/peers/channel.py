@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from outlast.checkpoint.shortage import start
 from outlast.errors import CheckpointError
 
 _log = logging.getLogger("outlast.checkpoint")
@@ -186,7 +187,11 @@ class Listener:
         """In the order in which they came."""
         self._lock = threading.Lock()
         self._log = SparseLog(_LOG_EVERY_S)
-        threading.Thread(target=self._accept, name="outlast-listen", daemon=True).start()
+        try:
+            start(threading.Thread(target=self._accept, name="outlast-listen", daemon=True))
+        except OSError as error:
+            self._socket.close()
+            raise CheckpointError(f"cannot listen on {host}: {error}") from error
 
     @property
     def address(self) -> tuple[str, int]:
@@ -224,8 +229,8 @@ class Listener:
             with self._lock:
                 self._unproven[sock] = None
             try:
-                threading.Thread(target=self._admit, args=(sock, peer), name="outlast-peer", daemon=True).start()
-            except RuntimeError as error:  # the limit of threads
+                start(threading.Thread(target=self._admit, args=(sock, peer), name="outlast-peer", daemon=True))
+            except OSError as error:  # the limit of threads
                 self._log.warning("a connection from %s could not be served: %s", peer[0], error)
                 self._forget(sock)
                 sock.close()

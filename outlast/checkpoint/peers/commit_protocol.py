@@ -16,6 +16,7 @@ from contextlib import suppress
 
 from outlast.checkpoint.peers.channel import Channel, Header
 from outlast.checkpoint.peers.topology import Meeting
+from outlast.checkpoint.shortage import start
 from outlast.errors import CheckpointError
 
 _log = logging.getLogger("outlast.checkpoint")
@@ -144,7 +145,13 @@ class CommitProtocol:
             self._peers[0] = channel
             self._lost.pop(0, None)
             last_sent = self._last_sent
-        threading.Thread(target=self._listen, args=(channel,), name="outlast-control", daemon=True).start()
+        try:
+            start(threading.Thread(target=self._listen, args=(channel,), name="outlast-control", daemon=True))
+        except OSError:  # to whom nobody listens is lost
+            with self._changed:
+                self._lost[0] = "there is no thread to listen to it", time.monotonic()
+            channel.close()
+            raise
         if last_sent is not None:
             with suppress(OSError):  # the listening thread connects again, and repeats it
                 channel.send(last_sent)

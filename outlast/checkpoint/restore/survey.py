@@ -22,7 +22,8 @@ from outlast.checkpoint.restore.messages import (
 )
 from outlast.checkpoint.restore.slot_files import SlotFiles, Span
 from outlast.checkpoint.storage.local import sync_dir
-from outlast.checkpoint.tiers.slots import OWN, SlotContents, commits, holdings
+from outlast.checkpoint.tiers.folders import OWN
+from outlast.checkpoint.tiers.slots import SlotContents, commits, holdings
 from outlast.errors import IncompleteCheckpoint
 
 _log = logging.getLogger("outlast.checkpoint")

@@ -10,6 +10,7 @@ from typing import Protocol
 from outlast.checkpoint.format.names import STORAGE
 from outlast.checkpoint.save.request import SaveRequest
 from outlast.checkpoint.save.source import Source
+from outlast.checkpoint.shortage import as_os_error, start
 from outlast.errors import CheckpointError, PlaceInUse, SnapshotMutated, StateMismatch
 from outlast.events import CheckpointFailed, Event
 
@@ -40,6 +41,8 @@ class SaveJob:
         self.error: Exception | None = None
         self.blocked_s = 0.0
         self.predicted_stall_s: float | None = None
+        self.copied_bytes = sum(part.nbytes for part in request.plan.parts)
+        """How much of the state this rank copies."""
         self._request = request.without_tensors()
         self._source = source
         self._snapshot = request.snapshot
@@ -61,8 +64,12 @@ class SaveJob:
         return self._source.copied_at
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the thread; if there can be no more threads, the save has failed when this returns."""
+        try:
+            start(self._thread)
+        except OSError as error:  # no more threads: what is left is to report it, which this one can do
+            self.give_up(error)
+            self._run()
 
     def confirm(self) -> None:
         """Check once more that no lazy tensor was changed; the rank votes only after that. Call after ``copied``.
@@ -74,8 +81,11 @@ class SaveJob:
         assert self._snapshot is not None
         try:
             self._snapshot.check()
-        except SnapshotMutated as error:
-            self.give_up(error)
+        except Exception as error:
+            short = error if isinstance(error, SnapshotMutated) else as_os_error(error)
+            if short is None:
+                raise
+            self.give_up(short)
             return
         self._snapshot.release()
         self._confirmed.set()
@@ -91,7 +101,8 @@ class SaveJob:
 
     def join(self) -> None:
         """Wait until the thread has ended."""
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         raise NotImplementedError
@@ -113,8 +124,11 @@ class SaveJob:
 
     def _report(self, reason: Exception, tier: str, on_event: Callable[[Event], None]) -> None:
         """Report that the save failed; if it is the program's fault, it is raised in the training thread, too."""
-        if must_be_raised(reason) and reason is not self._stop:
-            self.error = reason
+        if must_be_raised(reason):
+            if reason is not self._stop:
+                self.error = reason
+        elif not isinstance(reason, CheckpointError):
+            reason = as_os_error(reason) or reason
         _log.warning("checkpoint of step %d failed%s: %s", self.step, "" if tier == STORAGE else f" in {tier}", reason)
         try:
             on_event(CheckpointFailed(step=self.step, reason=failure_text(reason), tier=tier))
@@ -147,6 +161,6 @@ def must_be_raised(error: Exception) -> bool:
 
     What else the environment does is reported, and training goes on.
     """
-    return not isinstance(error, (OSError, CheckpointError)) or isinstance(
-        error, (SnapshotMutated, StateMismatch, PlaceInUse)
-    )
+    if isinstance(error, CheckpointError):
+        return isinstance(error, (SnapshotMutated, StateMismatch, PlaceInUse))
+    return as_os_error(error) is None

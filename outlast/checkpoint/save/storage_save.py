@@ -29,10 +29,11 @@ from outlast.checkpoint.format.zarr import node_path
 from outlast.checkpoint.save.absent import no_vote, not_opened, other_count
 from outlast.checkpoint.save.commit import ReceivedVote, build_commit, make_vote, read_vote
 from outlast.checkpoint.save.io_threads import process_ended
-from outlast.checkpoint.save.job import SaveJob, failure_text
+from outlast.checkpoint.save.job import SaveJob, failure_text, must_be_raised
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import Source
 from outlast.checkpoint.save.writer import Writer
+from outlast.checkpoint.shortage import start
 from outlast.checkpoint.steps import catalog, retention
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointRejected, CheckpointSaved
@@ -109,8 +110,7 @@ class StorageSave(SaveJob):
                 )
             )
             if self._context.rank == 0:
-                catalog.retire(self._context.store, self.step)
-                retention.prune(self._context.store, self.step, self._context.config.keep_last)
+                self._remove_old()
         except Exception as error:
             # The thread ends here: the error becomes an event, or is raised in the training thread.
             if finished:
@@ -120,15 +120,26 @@ class StorageSave(SaveJob):
         finally:
             self._end()
 
+    def _remove_old(self) -> None:
+        try:
+            catalog.retire(self._context.store, self.step)
+            retention.prune(self._context.store, self.step, self._context.config.keep_last)
+            retention.prune_asides(self._context.store, self.step, self._context.config.aside_keep_last)
+        except Exception as error:
+            if must_be_raised(error):
+                raise
+            _log.warning("step %d is committed, but old steps are not removed yet: %s", self.step, error)
+
     def _fail(self, reason: Exception) -> None:
         self._clean_up(reason)
         self._report(reason, STORAGE, self._context.on_event)
 
     def _write_and_vote(self) -> int:
+        self._check_cancelled()
         context = self._context
         # Only daemon threads wait: the interpreter does not exit before the pool's threads have ended.
         opened: Future[list[FileEntry]] = Future()
-        threading.Thread(target=self._open, args=(opened,), name=f"outlast-open-{self.step}", daemon=True).start()
+        start(threading.Thread(target=self._open, args=(opened,), name=f"outlast-open-{self.step}", daemon=True))
         entries = self._writer.run(opened)
         context.store.sync_dirs(f"{step_name(self.step)}/{entry.path}" for entry in entries)
         self._confirmed.wait()
@@ -272,12 +283,12 @@ class StorageSave(SaveJob):
         """Remove what this rank wrote, beginning with what makes it count, and leave a flag for the other ranks."""
         try:
             self._remove_own()
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             _log.warning("files of the failed save of step %d could not be removed yet: %s", self.step, error)
         if self._context.world_size > 1 and not self._flagged:
             try:
                 self._context.store.put(self._flag(), [failure_text(reason).encode()])
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 _log.warning("could not flag for the other ranks that step %d failed: %s", self.step, error)
 
     def _remove_own(self) -> None:

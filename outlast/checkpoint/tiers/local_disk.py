@@ -2,7 +2,7 @@
 
 ::
 
-    LOCAL_DIR/outlast-UID-ckpt-HASH/         HASH: of the URL of the checkpoints; mode 0700
+    LOCAL_DIR/outlast-UID-ckpt-HASH-RANDOM/  see :mod:`.folders`; mode 0700
       own/  ATTEMPT.rank_00001.7.data        save 7 of rank 1, as it was in its slot
             ATTEMPT.rank_00001.7.json        what is in it, and where; written, and synced, after the data
             ATTEMPT.7.commit                 the commit record of the save, after that
@@ -23,8 +23,9 @@ from outlast.checkpoint.format.records import Commit, Fault, SlotIndex, check_fi
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.checkpoint.tiers import slots
+from outlast.checkpoint.tiers.folders import OWN
 from outlast.checkpoint.tiers.replication import Replication
-from outlast.checkpoint.tiers.slots import OWN, Slot
+from outlast.checkpoint.tiers.slots import Slot
 from outlast.checkpoint.tiers.tier import StagedSave, Tier
 from outlast.errors import CheckpointError
 from outlast.events import Event
@@ -34,7 +35,7 @@ class LocalDisk:
     """One rank's copies.
 
     Args:
-        folder: from :func:`local_folder`.
+        folder: from :func:`~outlast.checkpoint.tiers.folders.local_folder`.
         context: whose copies.
         is_node_leader: whether this rank removes what attempts before left on its node.
 

@@ -17,11 +17,12 @@ from outlast.checkpoint.peers.commit_protocol import CommitProtocol
 from outlast.checkpoint.peers.topology import CHOOSE, Meeting, meet
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.tiers import slots
+from outlast.checkpoint.tiers.folders import OWN, SHM_ROOT, agree_on_names, local_folder
 from outlast.checkpoint.tiers.local_disk import DiskTier, LocalDisk
 from outlast.checkpoint.tiers.memory_save import Memory, MemorySave, slot_bytes
 from outlast.checkpoint.tiers.partner import PartnerReceiver, PartnerTier
 from outlast.checkpoint.tiers.run_lock import RunLock
-from outlast.checkpoint.tiers.slots import OWN, Slots
+from outlast.checkpoint.tiers.slots import Slots
 from outlast.checkpoint.tiers.storage import StorageTier
 from outlast.checkpoint.tiers.tier import Tier
 from outlast.errors import CheckpointError
@@ -48,7 +49,12 @@ class Tiers:
     def __init__(self, context: SaveContext, agreement: Agreement, host: str | None) -> None:
         config, rank = context.config, context.rank
         self._context = context
-        self._lock = RunLock(context.store.url)
+        roots = [SHM_ROOT]
+        if config.local_every_steps:
+            assert config.local_dir is not None
+            roots.append(Path(config.local_dir))
+        names = agree_on_names(agreement, context.store.url, roots)
+        self._lock = RunLock(context.store.url, name=names[0])
         self.folder = self._lock.folder
         # Both must be there before anybody can dial.
         self._received = PartnerReceiver(self.folder, context.attempt_id, max(2, config.memory_keep_last))
@@ -63,8 +69,8 @@ class Tiers:
         self._disk: DiskTier | None = None
         disk: LocalDisk | None = None
         if config.local_every_steps:
-            assert config.local_dir is not None
-            disk = LocalDisk(slots.local_folder(context.store.url, Path(config.local_dir)), context, is_node_leader)
+            folder = local_folder(context.store.url, roots[1], names[1])
+            disk = LocalDisk(folder, context, is_node_leader)
             self._disk = DiskTier(context, disk)
         self._memory = Memory(
             context=context,
@@ -105,6 +111,10 @@ class Tiers:
         if request.durable:
             self._durable = save
         return save
+
+    def announce_failure(self, save_id: int, reason: str) -> None:
+        """Tell the other ranks that this one cannot even begin a save."""
+        self._protocol.announce_failure(save_id, reason)
 
     @property
     def storing(self) -> bool:

@@ -11,6 +11,7 @@ Then the copies to the tiers for which one is due begin, from the slot.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from outlast.checkpoint.format.zarr import node_path
 from outlast.checkpoint.memory.arena import room
 from outlast.checkpoint.peers.commit_protocol import CommitProtocol
 from outlast.checkpoint.save.commit import ReceivedVote, build_commit, make_vote, read_vote
-from outlast.checkpoint.save.job import SaveJob, failure_text
+from outlast.checkpoint.save.job import SaveJob, failure_text, must_be_raised
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import Copied, TensorSource
 from outlast.checkpoint.tiers import slots
@@ -43,6 +44,8 @@ from outlast.checkpoint.tiers.slots import Slot, Slots
 from outlast.checkpoint.tiers.tier import StagedSave, Tier
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointSaved
+
+_log = logging.getLogger("outlast.checkpoint")
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,9 @@ class MemorySave(SaveJob):
         memory, context = self._memory, self._memory.context
         parts: tuple[Copied, ...] = ()
         index = commit = None
+        counts = False
         try:
+            self._check_cancelled()
             parts = tuple(copied for copied in self._source.copies(self._check_cancelled) if copied is not None)
             self._confirmed.wait()
             self._check_cancelled()
@@ -107,6 +112,7 @@ class MemorySave(SaveJob):
             commit = self._agree(index.vote)
             slots.put_commit(memory.folder, commit, seal(commit))
             self._slot.step, self._slot.save_id = self.step, self._request.save_id
+            counts = True
             context.on_event(
                 CheckpointSaved(
                     step=self.step,
@@ -120,22 +126,32 @@ class MemorySave(SaveJob):
             )
             self._clear_up()
         except Exception as error:
+            if counts:
+                raise
             reason = self._stop or error
             if commit is None:
                 memory.protocol.announce_failure(self._request.save_id, failure_text(reason))
-                self._report(reason, MEMORY, context.on_event)
+            self._report(reason, MEMORY, context.on_event)
+            commit = None
             if index is None:
                 for tier in self._feeds:
                     tier.cancel(self._request, reason)
                 return
-            if commit is not None:
-                raise
         for tier in self._feeds:
             tier.start(StagedSave(self._request, self._slot, parts, index, commit))
-        with suppress(OSError):  # no memory for it: reported when the slot is needed
+        with suppress(OSError, MemoryError):  # no memory for it: reported when the slot is needed
             memory.slots.prepare(self._slot.memory.numel(), pinned=self._slot.pinned)
 
     def _clear_up(self) -> None:
+        """Remove what is no longer needed; the next save tries again."""
+        try:
+            self._remove_old()
+        except Exception as error:
+            if must_be_raised(error):
+                raise
+            _log.warning("step %d is in memory, but old ones are not removed yet: %s", self.step, error)
+
+    def _remove_old(self) -> None:
         """Remove old commit records; with this attempt's first commits, also what attempts before left."""
         memory, attempt_id, save_id = self._memory, self._memory.context.attempt_id, self._request.save_id
         if not memory.is_node_leader:

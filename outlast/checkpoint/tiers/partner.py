@@ -152,7 +152,7 @@ class PartnerReceiver:
             problem = error.what
         except ConnectionError:
             raise
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             problem = f"{self._folder}: {error}"
         if problem:
             _log.warning("refused a copy from rank %d: %s", rank, problem)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from outlast.checkpoint.format.records import Commit, SlotIndex
+from outlast.checkpoint.shortage import as_os_error, start
 from outlast.checkpoint.tiers.slots import Slot
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointFailed, CheckpointSaved, Event
@@ -41,15 +42,22 @@ class Replication:
         self._index = index
         self._commit = commit
         self._on_event = on_event
+        self._refused: OSError | None = None
+        """Why there is no thread for it."""
         self._thread = threading.Thread(target=self._run, name=f"outlast-{self.tier}", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the thread; if there can be no more threads, the copy has failed when this returns."""
+        try:
+            start(self._thread)
+        except OSError as error:
+            self._refused = error
+            self._run()
 
     def join(self) -> None:
         """Wait until the thread has ended."""
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _copy(self) -> None:
         """Copy; raises OSError or CheckpointError."""
@@ -61,6 +69,8 @@ class Replication:
         try:
             event: Event
             try:
+                if self._refused is not None:
+                    raise self._refused
                 self._copy()
                 event = CheckpointSaved(
                     step=vote.step,
@@ -70,7 +80,10 @@ class Replication:
                     blocked_s=0.0,
                     durable_s=time.monotonic() - began,
                 )
-            except (OSError, CheckpointError) as error:
+            except Exception as problem:
+                error = problem if isinstance(problem, CheckpointError) else as_os_error(problem)
+                if error is None:
+                    raise
                 _log.warning("step %d could not be copied to %s: %s", vote.step, self.target, error)
                 event = CheckpointFailed(step=vote.step, reason=f"{type(error).__name__}: {error}", tier=self.tier)
             self._on_event(event)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from outlast.checkpoint.tiers.slots import SHM_ROOT, memory_folder
+from outlast.checkpoint.tiers.folders import SHM_ROOT, memory_folder
 from outlast.errors import CheckpointError
 
 _LOCKS = Path("/proc/locks")
@@ -25,6 +25,7 @@ class RunLock:
     Args:
         url: of the checkpoints.
         root: of shared memory.
+        name: see :func:`memory_folder`.
 
     Attributes:
         folder: of this node's memory; it is made if it is missing.
@@ -33,9 +34,9 @@ class RunLock:
         CheckpointError: see :func:`memory_folder`.
     """
 
-    def __init__(self, url: str, root: Path = SHM_ROOT) -> None:
+    def __init__(self, url: str, root: Path = SHM_ROOT, name: str | None = None) -> None:
         while True:
-            self.folder = memory_folder(url, root)
+            self.folder = memory_folder(url, root, name)
             try:
                 fd = os.open(self.folder, _OPEN)
             except FileNotFoundError:  # just removed, at the end of a run or by hand

@@ -2,7 +2,7 @@
 
 ::
 
-    /dev/shm/outlast-UID-ckpt-HASH/         HASH: of the URL of the checkpoints; mode 0700
+    /dev/shm/outlast-UID-ckpt-HASH-RANDOM/  see :mod:`.folders`; mode 0700
       own/      ATTEMPT.rank_00001.0.data   slot 0 of rank 1: chunks with their CRC32C and documents, page by page
                 ATTEMPT.rank_00001.0.json   what is in it: the rank's vote, and where each file begins; sealed
                 ATTEMPT.SAVE.commit         the commit record of a save, which makes it count on this node
@@ -15,12 +15,10 @@ so what a restore has mapped does not change. Nothing is fsynced: this memory su
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
-import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,68 +33,11 @@ from outlast.checkpoint.memory.pages import map_all
 from outlast.checkpoint.memory.pinning import pin, unpin
 from outlast.checkpoint.storage.local import sync_dir
 from outlast.checkpoint.storage.regular import check_regular, read_regular
+from outlast.checkpoint.tiers.folders import OWN
 from outlast.errors import CheckpointError
 
-SHM_ROOT = Path("/dev/shm")
-OWN = "own"
-"""The folder of what this node's ranks saved; a partner's copies are in a folder with the name of that tier."""
 _SENT = 2
-_CHOOSE = "choose a writable folder on this node's own disk, or set checkpoint.local_every_steps = 0"
 INDEX, DATA, _COMMIT = ".json", ".data", ".commit"
-
-
-def memory_folder(url: str, root: Path = SHM_ROOT) -> Path:
-    """The folder of this node's memory for the checkpoints at ``url``; it is made if it is missing.
-
-    Raises:
-        CheckpointError: there is no shared memory, or the folder is a link, another user's, or open to others.
-    """
-    fix = f"{root} must be a writable tmpfs (docker: --shm-size), or set checkpoint.memory_every_steps = 0"
-    return _own_folder(memory_path(url, root), (OWN, PARTNER), "shared memory", fix)
-
-
-def local_folder(url: str, root: Path) -> Path:
-    """The folder of this node's disk for the checkpoints at ``url``, below ``root``; it is made if it is missing.
-
-    Raises:
-        CheckpointError: it cannot be made, or is a link, another user's, or open to others.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint.local_dir {root} cannot be made: {error}", _CHOOSE) from error
-    folder = _own_folder(memory_path(url, root), (OWN,), "the local disk's", _CHOOSE)
-    for path in (folder, root, root.parent):
-        sync_dir(str(path))
-    return folder
-
-
-def memory_path(url: str, root: Path = SHM_ROOT) -> Path:
-    """The path of such a folder, whether it exists or not."""
-    return root / f"outlast-{os.getuid()}-ckpt-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-
-
-def _own_folder(folder: Path, below: Sequence[str], what: str, fix: str) -> Path:
-    try:
-        # Each is checked before anything is made in it: a link of another user's would lead elsewhere.
-        for path in (folder, *(folder / name for name in below)):
-            with suppress(FileExistsError):
-                path.mkdir(mode=0o700)
-            check_ours(path, what)
-    except OSError as error:
-        raise CheckpointError(f"{what} {folder} cannot be made: {error}", fix) from error
-    return folder
-
-
-def check_ours(folder: Path, what: str = "shared memory") -> None:
-    """Raise :class:`CheckpointError` if the folder is a link, another user's, or open to others."""
-    info = folder.lstat()
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise CheckpointError(
-            f"{what} {folder} is refused: it must be a folder that is ours alone, but has mode "
-            f"{stat.S_IMODE(info.st_mode):04o} and belongs to user {info.st_uid}",
-            "look at it, and remove it if it is a leftover",
-        )
 
 
 @dataclass

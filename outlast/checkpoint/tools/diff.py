@@ -99,7 +99,7 @@ def diff(
     values: list[ValueDifference] = []
     equal_tensors: list[tuple[int | None, str]] = []
     equal_values: list[tuple[int | None, str]] = []
-    with OpenedStep(url_a, step_a) as a, OpenedStep(url_b, step_b) as b:
+    with OpenedStep(url_a, step_a) as a, OpenedStep(url_b, step_b, "--other-step") as b:
         for rank in (None, *range(max(a.world_size, b.world_size))):
             state_a, state_b = (_leaves(opened, rank) for opened in (a, b))
             # A tensor in one and a value in the other count as two: each is in only one of the steps.

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from outlast.checkpoint.format.names import PARTNER
 from outlast.checkpoint.storage.open import open_store
+from outlast.checkpoint.tiers.folders import SHM_ROOT, check_ours, memory_path
 from outlast.checkpoint.tiers.run_lock import alone, is_used
-from outlast.checkpoint.tiers.slots import SHM_ROOT, check_ours, commits, holdings, memory_path
+from outlast.checkpoint.tiers.slots import commits, holdings
 from outlast.errors import CheckpointError
 
 

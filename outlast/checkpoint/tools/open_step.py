@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from outlast.checkpoint.format.names import COMMIT, step_name
+from outlast.checkpoint.format.names import COMMIT, parse_step, step_name
 from outlast.checkpoint.format.records import Fault
 from outlast.checkpoint.format.zarr import ArrayInfo
 from outlast.checkpoint.state.selection import EVERYTHING, Selection
@@ -29,6 +29,7 @@ class OpenedStep:
     Args:
         url: of the checkpoints.
         step: its number; None takes the newest committed one.
+        option: by which a command line takes the step's number, for messages.
 
     Raises:
         CheckpointNotFound: the step does not exist.
@@ -36,12 +37,12 @@ class OpenedStep:
         CheckpointError: the storage cannot be read.
     """
 
-    def __init__(self, url: str | os.PathLike[str], step: int | None) -> None:
+    def __init__(self, url: str | os.PathLike[str], step: int | None, option: str = "--step") -> None:
         self._url = url
         with ExitStack() as stack:
             io = stack.enter_context(ThreadPoolExecutor(THREADS))
             with storage(url) as self._store:
-                self.step = choose(self._store, step)
+                self.step = choose(self._store, step, option)
                 with self._faults():
                     self._reader = StepReader(self._store, self.step, io)
             self._open = stack.pop_all()
@@ -89,11 +90,11 @@ class OpenedStep:
             raise as_error(fault, self._store, self.step) from fault
 
 
-def choose(store: Store, step: int | None) -> int:
+def choose(store: Store, step: int | None, option: str = "--step") -> int:
     """The step, if it exists (None: the newest committed one).
 
     Raises:
-        CheckpointNotFound: it does not exist; names the committed steps.
+        CheckpointNotFound: it does not exist; names the committed steps, or the folder that was meant.
     """
     scanned = scan(store)
     if step is None and scanned.committed:
@@ -103,8 +104,20 @@ def choose(store: Store, step: int | None) -> int:
     committed = ", ".join(map(str, scanned.committed))
     raise CheckpointNotFound(
         f"no checkpoint{'' if step is None else f' of step {step}'} at {store.url}",
-        f"committed steps: {committed}" if committed else f"no folder step_*/ there has a {COMMIT}",
+        f"committed steps: {committed}" if committed else where_steps_are(store, option),
     )
+
+
+def where_steps_are(store: Store, option: str = "--step") -> str:
+    """What to give instead of a URL without committed steps: of the folder of a step, the one above and its number."""
+    above, _, last = store.url.rstrip("/").rpartition("/")
+    step = parse_step(last)
+    names = store.names("")
+    if step is not None and COMMIT in names:
+        return f"this is step {step} itself: give {above} {option} {step}"
+    if "checkpoints" in names:
+        return f"this looks like a run's directory: give {store.url}/checkpoints"
+    return f"no folder step_*/ there has a {COMMIT}; give the folder that contains the step_* folders"
 
 
 @contextmanager

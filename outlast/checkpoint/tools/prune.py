@@ -10,6 +10,7 @@ from typing import Literal
 from outlast.checkpoint.storage.base import Store
 from outlast.checkpoint.storage.open import open_store
 from outlast.checkpoint.tools.inspect import StepInfo, Verification, list_steps, verify
+from outlast.checkpoint.tools.open_step import where_steps_are
 from outlast.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, OutOfRange
 
 
@@ -81,9 +82,7 @@ def prune(
     steps = list_steps(url)
     committed = [info for info in steps if info.status == "committed"]
     if not committed:
-        raise CheckpointNotFound(
-            f"no committed steps at {store.url}", "nothing was removed; `outlast ckpt ls` lists what is there"
-        )
+        raise CheckpointNotFound(f"no committed steps at {store.url}", f"nothing was removed; {where_steps_are(store)}")
     obsolete: list[StepInfo] = committed[:-keep_last]
     damaged: list[Verification] = []
     if aside:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.table import Column, Table
 
-from outlast.cli.ckpt.output import Action, Url, escape, finite, print_json, print_line, rank_text, shape_text
+from outlast.cli.ckpt.output import Action, Url, finite, print_json, print_line, print_rows, rank_text, shape_text
 from outlast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,40 +54,34 @@ def _print(comparison: Comparison, console: Console) -> None:
     print_line(console, f"a: {comparison.url_a}, {comparison.world_size_a} ranks")
     print_line(console, f"b: {comparison.url_b}, {comparison.world_size_b} ranks")
     if comparison.tensors:
-        console.print(_tensors(comparison))
+        heads = ("tensor", "rank", "differs in", "a", "b", "elements", "max |a-b|", "relative L2")
+        print_rows(console, heads, _tensors(comparison))
     if comparison.values:
-        console.print(_values(comparison))
+        print_rows(console, ("value", "rank", "differs in", "a", "b"), _values(comparison))
     equal = f"{len(comparison.equal_tensors)} tensors and {len(comparison.equal_values)} values"
     unequal = f"{len(comparison.tensors)} tensors and {len(comparison.values)} values differ"
     console.print(f"equal: all {equal}" if comparison.equal else f"{unequal}, {equal} are equal")
 
 
-def _tensors(comparison: Comparison) -> Table:
-    name = Column("tensor", overflow="fold")
-    table = Table(name, "rank", "differs in", "a", "b", "elements", "max |a-b|", "relative L2", box=None)
+def _tensors(comparison: Comparison) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
     for tensor in comparison.tensors:
         amounts = ("", "", "")
         if tensor.differing is not None and tensor.shape_a is not None:
             count = f"{tensor.differing} of {math.prod(tensor.shape_a)}"
             amounts = (count, f"{tensor.max_abs:.3g}", f"{tensor.relative_l2:.3g}")
-        table.add_row(
-            escape(tensor.name),
-            rank_text(tensor.rank),
-            tensor.kind,
-            _tensor_text(tensor.shape_a, tensor.dtype_a),
-            _tensor_text(tensor.shape_b, tensor.dtype_b),
-            *amounts,
-        )
-    return table
+        a, b = _tensor_text(tensor.shape_a, tensor.dtype_a), _tensor_text(tensor.shape_b, tensor.dtype_b)
+        rows.append((tensor.name, rank_text(tensor.rank), tensor.kind, a, b, *amounts))
+    return rows
 
 
-def _values(comparison: Comparison) -> Table:
-    table = Table(Column("value", overflow="fold"), "rank", "differs in", "a", "b", box=None)
+def _values(comparison: Comparison) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
     for value in comparison.values:
         a = "" if value.kind == "only in b" else _short(value.a)
         b = "" if value.kind == "only in a" else _short(value.b)
-        table.add_row(escape(value.name), rank_text(value.rank), value.kind, escape(a), escape(b))
-    return table
+        rows.append((value.name, rank_text(value.rank), value.kind, a, b))
+    return rows
 
 
 def _tensor_text(shape: tuple[int, ...] | None, dtype: str | None) -> str:

@@ -7,9 +7,20 @@ from dataclasses import dataclass
 from functools import partial
 
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
-from outlast.cli.ckpt.output import Action, Url, escape, print_json, print_line, rank_text, shape_text, size, time_text
+from outlast.cli.ckpt.output import (
+    Action,
+    Url,
+    escape,
+    print_json,
+    print_line,
+    print_rows,
+    rank_text,
+    shape_text,
+    size,
+    time_text,
+)
 from outlast.cli.ckpt.progress import Verifying
 from outlast.errors import CheckpointNotFound
 
@@ -67,16 +78,11 @@ class Show(Action):
         print_line(
             console, f"{step.url}: {step.world_size} ranks, {size(step.size_bytes)}, saved {time_text(step.saved_at)}"
         )
-        table = Table(Column("tensor", overflow="fold"), "rank", "shape", "type", "size", box=None)
-        for tensor in step.tensors:
-            table.add_row(
-                escape(tensor.name),
-                rank_text(tensor.rank),
-                shape_text(tensor.shape),
-                tensor.dtype,
-                size(tensor.size_bytes),
-            )
-        console.print(table)
+        rows = [
+            (tensor.name, rank_text(tensor.rank), shape_text(tensor.shape), tensor.dtype, size(tensor.size_bytes))
+            for tensor in step.tensors
+        ]
+        print_rows(console, ("tensor", "rank", "shape", "type", "size"), rows)
         return 0
 
 
@@ -121,4 +127,7 @@ class Verify(Action):
 
 
 def _none_at(url: str) -> CheckpointNotFound:
-    return CheckpointNotFound(f"no checkpoints at {url}", "give the folder that contains the step_… folders")
+    from outlast.checkpoint.tools.open_step import storage, where_steps_are
+
+    with storage(url) as store:
+        return CheckpointNotFound(f"no checkpoints at {store.url}", where_steps_are(store))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
@@ -12,8 +13,10 @@ from typing import Annotated, Any
 import tyro
 from rich import markup
 from rich.console import Console
+from rich.padding import Padding
+from rich.table import Column, Table
 
-from outlast.events import plain_text
+from outlast.plain_text import plain_text
 
 Url = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="URL")]
 
@@ -39,6 +42,27 @@ def print_line(console: Console, text: str) -> None:
 def escape(text: str) -> str:
     """A text for a table as it is: no markup, and control characters made visible."""
     return markup.escape(plain_text(text))
+
+
+def print_rows(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table, or where it is too wide each row as a block: the name, which is never broken, and below it the rest.
+
+    Args:
+        console: to print on.
+        heads: of the columns; the first is that of the names.
+        rows: their cells, as they are.
+    """
+    table = Table(*(Column(head, no_wrap=True) for head in heads), box=None)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    wide = console.options.update(width=1 << 20)
+    if console.measure(table, options=wide).maximum <= console.width:
+        console.print(table)
+        return
+    for name, *cells in rows:
+        print_line(console, name)
+        told = [f"{head} {cell}" for head, cell in zip(heads[1:], cells, strict=True) if cell]
+        console.print(Padding(escape("; ".join(told)), (0, 0, 0, 4)), highlight=False)
 
 
 def print_json(value: Any) -> None:

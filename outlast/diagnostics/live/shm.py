@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import socket
 import stat
 import struct
 from pathlib import Path
 
+from outlast.diagnostics.live.run_key import run_key
 from outlast.errors import DiagnosticsError
 
 SHM_ROOT = Path("/dev/shm")
@@ -21,16 +23,20 @@ WORD_BYTES = 8
 
 
 def shm_directory(run_dir: Path | str) -> Path:
-    """The folder of shared memory that belongs to ``run_dir``: ``/dev/shm/outlast-<uid>-<hash of the path>``.
+    """The folder of shared memory that belongs to ``run_dir``: ``/dev/shm/outlast-<uid>-<hash>``.
 
-    It is created with mode 0700 if it does not exist. The name can be guessed and ``/dev/shm`` is open to everyone, so
-    an existing folder is used only if it is a real directory, owned by this user, and closed to others.
+    The hash is of the path, of a random key in the run's directory that only this user can read, and of the machine:
+    ``/dev/shm`` is open to everyone, and whoever could guess the name could make the folder first. It is created with
+    mode 0700 if it does not exist. An existing folder is used only if it is a real directory, owned by this user, and
+    closed to others.
 
     Raises:
-        DiagnosticsError: there is no ``/dev/shm``, or the folder is a link, another user's, or open to others.
+        DiagnosticsError: there is no ``/dev/shm``, the folder is a link, another user's, or open to others, or the key
+            can be neither read nor made.
     """
-    resolved = str(Path(run_dir).resolve())
-    folder = SHM_ROOT / f"outlast-{os.getuid()}-{hashlib.sha256(resolved.encode()).hexdigest()[:16]}"
+    resolved = Path(run_dir).resolve()
+    named = f"{resolved}\n{run_key(resolved)}\n{_boot_id()}"
+    folder = SHM_ROOT / f"outlast-{os.getuid()}-{hashlib.sha256(named.encode()).hexdigest()[:16]}"
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
@@ -42,6 +48,14 @@ def shm_directory(run_dir: Path | str) -> Path:
         ) from error
     _refuse_foreign(folder)
     return folder
+
+
+def _boot_id() -> str:
+    """Differs between machines that share a run's directory: a name seen on one does not tell that on another."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def _refuse_foreign(folder: Path) -> None:

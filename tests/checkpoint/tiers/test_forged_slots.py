@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from outlast.checkpoint.tiers.slots import local_folder, memory_folder
+from outlast.checkpoint.tiers.folders import local_folder, memory_folder
 from outlast.checkpoint.tools.memory import list_memory
 from outlast.cli.main import main
 from outlast.events import Event

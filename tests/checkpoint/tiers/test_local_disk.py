@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from outlast.checkpoint import CheckpointConfig
-from outlast.checkpoint.tiers.slots import local_folder, memory_folder
+from outlast.checkpoint.tiers.folders import local_folder, memory_folder
 from outlast.errors import CheckpointError, ConfigError
 from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
 from tests.checkpoint.damage import flip

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from outlast.checkpoint import CheckpointConfig
-from outlast.checkpoint.tiers.slots import memory_folder
+from outlast.checkpoint.tiers.folders import memory_folder
 from outlast.errors import CheckpointError, ConfigError
 from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
 from tests.checkpoint.damage import flip

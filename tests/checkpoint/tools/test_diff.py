@@ -175,3 +175,44 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "give a second URL" in capsys.readouterr().err
     assert main(["ckpt", "diff", str(tmp_path / "a"), str(tmp_path / "none")]) == 1
     assert "CheckpointNotFound" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_step_is_answered_with_the_options_that_name_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of each action, and of the second URL, which has an option of its own."""
+    run = tmp_path / "run" / "checkpoints"
+    save_by_ranks(run, 3, 4, world_size=1)
+    step = str(run / "step_00000003")
+    for words in (["show", step], ["ls", step], ["verify", step], ["prune", step, "--keep-last", "1"]):
+        assert main(["ckpt", *words]) == 1
+        assert f"this is step 3 itself: give {run} --step 3" in capsys.readouterr().err
+    for words, option in (([step, step], "--step 3"), ([str(run), step], "--other-step 3")):
+        assert main(["ckpt", "diff", *words]) == 1
+        assert f"this is step 3 itself: give {run} {option}" in capsys.readouterr().err
+    assert main(["ckpt", "show", str(tmp_path / "run")]) == 1
+    assert f"this looks like a run's directory: give {run}" in capsys.readouterr().err
+
+
+def test_names_are_never_broken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tensors and values, by diff and show, where the table is too wide."""
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "optimizer.blocks.10.feed_forward.projection.with_a_name_that_fills_a_line.weight"
+    value = "a_setting_of_the_learning_rate_scheduler.that_has_a_long_name.betas"
+    save(tmp_path, {name: torch.ones(48, 144), value: [0.9, 0.999]}, step=1)
+    save(tmp_path, {name: torch.zeros(48, 144), value: [0.8, 0.999]}, step=2)
+    assert main(["ckpt", "diff", str(tmp_path), "--step", "1", "--other-step", "2"]) == 1
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert name in lines
+    assert "elements 6912 of 6912; max |a-b| 1; relative L2 1" in " ".join(said.split())
+    assert value in lines
+    assert "a [0.9, 0.999]; b [0.8, 0.999]" in " ".join(said.split())
+    assert main(["ckpt", "show", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert name in shown.splitlines()
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["ckpt", "diff", str(tmp_path), "--step", "1", "--other-step", "2"]) == 1
+    assert any(line.split()[:3] == ["tensor", "rank", "differs"] for line in capsys.readouterr().out.splitlines())

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from outlast.checkpoint.tiers.folders import memory_path
 from outlast.checkpoint.tiers.run_lock import RunLock, alone, is_used
-from outlast.checkpoint.tiers.slots import memory_path
 from outlast.checkpoint.tools import list_memory, remove_memory
 from outlast.cli.main import main
 from outlast.errors import CheckpointError
@@ -74,9 +74,10 @@ def test_not_while_a_run_uses_it(url: Path) -> None:
 
 
 def test_several_use_it_until_they_are_let_go_of(tmp_path: Path) -> None:
-    folder = memory_path("somewhere", tmp_path)
-    assert not is_used(folder)
+    assert not is_used(memory_path("somewhere", tmp_path))
     one, other = RunLock("somewhere", tmp_path), RunLock("somewhere", tmp_path)
+    folder = memory_path("somewhere", tmp_path)
+    assert one.folder == other.folder == folder
     one.close()
     one.close()
     assert is_used(folder)
@@ -85,10 +86,10 @@ def test_several_use_it_until_they_are_let_go_of(tmp_path: Path) -> None:
 
 
 def test_a_run_that_begins_meanwhile_waits(tmp_path: Path) -> None:
-    folder = memory_path("somewhere", tmp_path)
     RunLock("somewhere", tmp_path).close()
+    folder = memory_path("somewhere", tmp_path)
     found: list[Any] = []
-    begins = threading.Thread(target=lambda: found.append(RunLock("somewhere", tmp_path)))
+    begins = threading.Thread(target=lambda: found.append(RunLock("somewhere", tmp_path, folder.name)))
     with alone(folder):
         begins.start()
         begins.join(0.2)
@@ -138,7 +139,8 @@ def test_command(url: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ckpt", "memory", str(url)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[1].split()[:6] == ["1", "first", "committed", "3", "0-2", "-"]
-    assert said[3].startswith(str(memory_path(str(url))))
+    folder = memory_path(str(url))
+    assert said[3].startswith(str(folder))
     assert said[3].endswith("no run uses it; --remove frees it")
     assert main(["ckpt", "memory", str(url), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -150,5 +152,5 @@ def test_command(url: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "nothing was removed" in capsys.readouterr().err
         assert one.restore("auto", any_world_size=True) is not None
     assert main(["ckpt", "memory", str(url), "--remove"]) == 0
-    assert f"removed: {memory_path(str(url))}" in capsys.readouterr().out
-    assert not memory_path(str(url)).exists()
+    assert f"removed: {folder}" in capsys.readouterr().out
+    assert not folder.exists()

@@ -4,13 +4,15 @@ import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from outlast.diagnostics import build_report, render_html
-from outlast.events import CheckpointFailed, RunEnded, plain_text
+from outlast.events import CheckpointFailed, RunEnded
+from outlast.plain_text import plain_text
 from tests.diagnostics.report.synthetic import SyntheticRun, clean, eventful
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -130,16 +132,33 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: chromium)")
-def test_a_real_browser_draws_all_charts(tmp_path: Path) -> None:
+def test_a_real_browser_draws_all_charts_and_clips_no_column(tmp_path: Path) -> None:
     assert CHROMIUM is not None
     eventful(tmp_path / "run", late_s={2: 0.05})
     page = tmp_path / "report.html"
     # nothing of the page may fail in silence: an error of the script becomes part of the page
     caught = "<script>addEventListener('error', (e) => { document.title = 'ERROR ' + e.message; });</script>"
-    page.write_text(render_html(build_report(tmp_path / "run")).replace("<title>", caught + "<title>", 1))
+    clipped = """<script>
+      const narrow = [1600, 1200, 1100, 1040].map((width) => {
+        document.querySelector("main").style.width = `${width}px`;
+        const tables = [...document.querySelectorAll(".scroll")];
+        return tables.filter((one) => one.scrollWidth > one.clientWidth).map((one) => `${width}: ${one.innerText}`);
+      });
+      document.body.dataset.clipped = JSON.stringify(narrow.flat());
+    </script>"""
+    text = render_html(build_report(tmp_path / "run")).replace("<title>", caught + "<title>", 1)
+    page.write_text(text.replace("</body>", f"{clipped}</body>", 1))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1600,2000"]
     done = subprocess.run(
-        [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
+        [
+            CHROMIUM,
+            *flags,
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1600,2000",
+            "--dump-dom",
+            page.as_uri(),
+        ],
         capture_output=True,
         text=True,
         timeout=60,
@@ -150,3 +169,5 @@ def test_a_real_browser_draws_all_charts(tmp_path: Path) -> None:
         drawn = dom.split(f'id="{chart}"', 1)[1].split("</section>", 1)[0]
         assert "<svg" in drawn, chart
     assert "<canvas" in dom
+    (narrow,) = re.findall(r'data-clipped="(.*?)"', dom, re.DOTALL)
+    assert json.loads(unescape(narrow)) == []
