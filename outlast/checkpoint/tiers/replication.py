@@ -9,6 +9,7 @@ from typing import ClassVar
 from outlast.checkpoint.format.records import Commit, SlotIndex
 from outlast.checkpoint.save.background import Background
 from outlast.checkpoint.shortage import as_os_error
+from outlast.checkpoint.storage.io_threads import SILENT_S
 from outlast.checkpoint.tiers.slots import Slot
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointSaved, Event
@@ -33,7 +34,12 @@ class Replication(Background):
     """In words, for the log."""
 
     def __init__(
-        self, slot: Slot, index: SlotIndex, commit: Commit, on_event: Callable[[Event], None], silent_s: float
+        self,
+        slot: Slot,
+        index: SlotIndex,
+        commit: Commit,
+        on_event: Callable[[Event], None],
+        silent_s: float = SILENT_S,
     ) -> None:
         limit_s = silent_s + slot.used / _SLOWEST_BYTES_PER_S
         super().__init__(index.vote.step, self.tier, on_event, name=f"outlast-{self.tier}", limit_s=limit_s)
