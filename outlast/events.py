@@ -16,7 +16,6 @@ import logging
 import os
 import threading
 import time
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,10 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from outlast.errors import DiagnosticsError
+from outlast.plain_text import plain_value
 
 VERSION = 1
 _LOG = logging.getLogger(__name__)
-_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Unicode's categories of characters that are not seen themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +95,18 @@ class StepDone(Event):
     measured."""
     residual: float | None = None
     """Relative residual of this rank, ||e|| / ||g||; None in steps in which it is not measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramStep(Event):
+    """One step of a program that tells nothing of itself: from one update of its optimizer to the next."""
+
+    kind: ClassVar[str] = "program_step"
+    step: int
+    """Counted over all starts of the run."""
+    step_s: float
+    collective_s: float
+    """Time with a collective under way, overlapped or not: transfer, and the wait for the last rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,6 +360,10 @@ class EventLog:
         return self._line(EventsLost(count=self.lost, reason=self._reason)) if self.lost else b""
 
     def _open(self) -> int:
+        if self._fd is not None and os.fstat(self._fd).st_nlink == 0:
+            # The file was removed, perhaps with its folder: what is written to it now is nowhere.
+            os.close(self._fd)
+            self._fd = None
         if self._fd is None:
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         return self._fd
@@ -379,39 +393,6 @@ class EventLog:
         self.close()
 
 
-def plain_text(text: str, keep: str = "") -> str:
-    """The text with control characters, and those that change the direction of writing, made visible: ``\\x1b``.
-
-    Host names, error texts and names in files are other people's: on a terminal or a page they must not move the
-    cursor, hide a line, or look like one of outlast's own. A line break becomes a space.
-
-    Args:
-        text: any.
-        keep: characters that stay as they are.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        char if char in keep or unicodedata.category(char) not in _UNSEEN else " " if char == "\n" else _shown(char)
-        for char in text
-    )
-
-
-def _shown(char: str) -> str:
-    return char.encode("unicode_escape").decode()
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value with all its texts made plain."""
-    if isinstance(value, str):
-        return plain_text(value)
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {plain_text(key): _plain(item) for key, item in value.items()}
-    return value
-
-
 def read_events(path: Path | str) -> Iterator[Record]:
     """Yield the records of one file, oldest first; a torn last line is skipped.
 
@@ -419,8 +400,7 @@ def read_events(path: Path | str) -> Iterator[Record]:
         DiagnosticsError: a line is not an event, or has an unknown schema version.
     """
     lines = Path(path).read_bytes().split(b"\n")
-    torn = lines.pop()  # empty after a whole last line
-    del torn
+    lines.pop()  # torn, or empty after a whole last line
     for number, line in enumerate(lines, 1):
         yield parse_event(line, f"{path}:{number}")
 
@@ -434,7 +414,7 @@ def parse_event(line: bytes, where: str) -> Record:
     try:
         raw = json.loads(line)
         if b"\\" in line or b"\x7f" in line or not line.isascii():
-            raw = _plain(raw)
+            raw = plain_value(raw)
         version = raw.pop("v")
         envelope = {key: raw.pop(key) for key in ("t", "rank", "generation", "kind")}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

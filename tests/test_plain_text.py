@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from outlast.cli.main import main
-from outlast.events import parse_event, plain_text
+from outlast.events import parse_event
+from outlast.plain_text import plain_text
 from tests.checkpoint.helpers import checkpointer
 
 HOSTILE = "\x1b[2J\x1b[1;32mOK\rverified\n0 restarts\u202e\x9b\x7f\u2028"

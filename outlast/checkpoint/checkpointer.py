@@ -48,14 +48,12 @@ class Checkpointer:
     :func:`outlast.checkpoint.attach` makes one for the ranks of a process group::
 
         with outlast.checkpoint.attach("runs/mine/checkpoints") as checkpointer:
-            restored = checkpointer.restore("auto", into={"model": model.state_dict()})
-            for step in range(restored.step + 1 if restored else 1, 1001):
-                loss(model, step).backward()
-                checkpointer.wait_copied()  # or, once and before the loop: checkpointer.watch(model, optimizer)
-                optimizer.step()
-                optimizer.zero_grad()
-                if step % 10 == 0:
-                    checkpointer.save(step, replicated={"model": model.state_dict()})
+            checkpointer.watch(ddp, optimizer)  # its step waits for what is not copied yet, as wait_copied() does
+            restored = checkpointer.restore("auto")  # before the loop: None, or the newest valid step
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpointer.save(step, replicated=state)  # in the loop, on every rank
+
+    ``docs/loop.md`` has whole loops, and says what belongs in a checkpoint.
 
     Failure contract. What the environment does (a full disk, a timeout, another rank's death) makes a save fail: it is
     reported by a ``CheckpointFailed`` event and a log line, training goes on, and earlier checkpoints are untouched.

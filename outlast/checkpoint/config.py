@@ -28,6 +28,10 @@ class CheckpointConfig:
     """Committed checkpoints that are kept; older ones are removed after each commit. 0 keeps all. The newest committed
     checkpoint is never removed."""
 
+    aside_keep_last: int = 3
+    """Folders of steps set aside (damaged, or left behind by going back to an earlier step) that are kept, those of the
+    highest steps; others are removed after a commit, once a step newer than theirs is committed. 0 keeps all."""
+
     url: str | None = None
     """Where checkpoints are saved: a path or any fsspec URL (``s3://bucket/run``); none takes ``checkpoints/`` in the
     run's directory."""
@@ -105,6 +109,9 @@ class CheckpointConfig:
         require(self.rank_mtbf_h > 0, "checkpoint.rank_mtbf_h", self.rank_mtbf_h, "hours > 0")
         require(self.interval_limit_s > 0, "checkpoint.interval_limit_s", self.interval_limit_s, "seconds > 0")
         require(self.keep_last >= 0, "checkpoint.keep_last", self.keep_last, "keep_last >= 0 (0 keeps all)")
+        require(
+            self.aside_keep_last >= 0, "checkpoint.aside_keep_last", self.aside_keep_last, "0 or more (0 keeps all)"
+        )
         require(self.commit_timeout_s > 0, "checkpoint.commit_timeout_s", self.commit_timeout_s, "seconds > 0")
         require(self.exit_wait_s >= 0, "checkpoint.exit_wait_s", self.exit_wait_s, "0 or more seconds")
         require(1 <= self.lease_s <= 600, "checkpoint.lease_s", self.lease_s, "1 to 600 seconds")

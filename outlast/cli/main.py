@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -13,12 +15,15 @@ from outlast.cli.ckpt import Ckpt
 from outlast.cli.config import Config
 from outlast.cli.doctor import Doctor
 from outlast.cli.launch import Launch
+from outlast.cli.launch_program import LaunchProgram, split_program
 from outlast.cli.predict import Predict
 from outlast.cli.report import Report
 from outlast.cli.train import Train
+from outlast.cli.verb import Verb
 from outlast.config import split_overrides
 from outlast.errors import ConfigError, OutlastError
-from outlast.events import plain_text
+from outlast.launch.flags import arguments_from_environment
+from outlast.plain_text import plain_text
 
 DESCRIPTION = """Data-parallel PyTorch training that outlasts its machines.
 
@@ -49,10 +54,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"outlast {__version__}")
         return 0
     try:
+        program = None
+        if arguments and arguments[0] == "launch":
+            own, program = split_program(arguments[1:])
+            arguments = ["launch", *arguments_from_environment(own, os.environ), *own]
         rest, overrides = split_overrides(arguments)
-        verb = tyro.cli(
-            AnyVerb, prog="outlast", description=DESCRIPTION, args=rest, config=(tyro.conf.OmitArgPrefixes,)
-        )
+        verb: Verb
+        if program is not None:
+            verb = tyro.cli(LaunchProgram, prog="outlast launch", args=rest[1:], config=(tyro.conf.OmitArgPrefixes,))
+            verb = dataclasses.replace(verb, program=program)
+        else:
+            verb = tyro.cli(
+                AnyVerb, prog="outlast", description=DESCRIPTION, args=rest, config=(tyro.conf.OmitArgPrefixes,)
+            )
         if overrides and not verb.takes_settings:
             raise ConfigError(f"outlast {arguments[0]} takes no settings, got {', '.join(overrides)}")
         return verb.run(overrides)

@@ -31,6 +31,7 @@ from outlast.launch.notice_store import NoticeStore
 from outlast.launch.orphans import Guard, end_orphans, find_orphans, shown
 from outlast.launch.place import counted_requeues
 from outlast.launch.processes import RankProcesses, dump_stacks
+from outlast.launch.program_runs import ProgramRuns
 from outlast.launch.rank_output import RankOutput
 
 STARTS = "starts"
@@ -67,6 +68,7 @@ class WatchedAgent(LocalElasticAgent):
         host: this node's name in events.
         relay: passes notices on.
         guard: ends the ranks if this process dies.
+        program_runs: numbers the starts of somebody's program; None for a command that does so itself.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class WatchedAgent(LocalElasticAgent):
         host: str,
         relay: NoticeRelay,
         guard: Guard,
+        program_runs: ProgramRuns | None = None,
     ) -> None:
         super().__init__(
             spec,
@@ -109,6 +112,7 @@ class WatchedAgent(LocalElasticAgent):
         self._waits = False
         self._ended: dict[int, int] = {}
         self._requeues = counted_requeues(os.environ)
+        self._program_runs = program_runs
         self._backoff = Backoff(config.backoff_s, config.longest_backoff_s)
         self._backoff_s = 0.0
         self._started_s = time.monotonic()
@@ -145,7 +149,12 @@ class WatchedAgent(LocalElasticAgent):
             store.set(JOB_NAME, lasting.compare_set(JOB_NAME, "", secrets.token_hex(8)))
             store.set(STARTS, str(lasting.add(STARTS, 1) - 1))
         self._output.job = store.get(JOB_NAME).decode()
-        return int(store.get(STARTS))
+        starts = int(store.get(STARTS))
+        if self._program_runs is not None:
+            self._output.added = self._program_runs.agree(
+                store, job=self._output.job, generation=self._requeues + starts, leads=worker_group.group_rank == 0
+            )
+        return starts
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         ranks = self.ranks

@@ -26,6 +26,7 @@ from outlast.diagnostics.live import (
     shm_directory,
 )
 from outlast.errors import DiagnosticsError, RunDirectoryError
+from outlast.launch.activity import Activity
 from outlast.launch.config import LaunchConfig
 
 _GRAIN_S = 1.0
@@ -100,6 +101,7 @@ class HangWatch:
         self._alive: set[int] = set()
         self._recheck_s = config.recheck_s
         self._clock = WatchClock(config.monitor_interval_s)
+        self._activity = Activity()
         self._stopped_until_s: dict[int, float] = {}
         self._started_s = time.monotonic()
 
@@ -120,6 +122,7 @@ class HangWatch:
             )
         self._remove_files(ranks)
         self._clock.begin()
+        self._activity = Activity()
         self._stopped_until_s = {}
         self._alive = set()
         self.ended = {}
@@ -185,6 +188,7 @@ class HangWatch:
         self._clock.tick()
         beats = self._observe_heartbeats(pids)
         now_s = time.monotonic()
+        self._activity.look({one.rank: one.pid for one in beats if one.is_program}, now_s)
         for one in beats:  # who was stopped until now has had no chance to beat
             if one.state == "stopped":
                 self._stopped_until_s[one.rank] = now_s
@@ -229,6 +233,8 @@ class HangWatch:
     def _told_after_s(self, one: Observation) -> float:
         """From when on a silent rank is worth a line."""
         is_set_up = one.beat is not None and one.beat.phase != "setup"
+        if one.is_program and not one.pending:  # until steps come, it imports, compiles, reads: who knows
+            is_set_up = one.beat is not None and one.beat.median_step_s > 0
         return self.rules.floor_s if is_set_up else max(self.rules.floor_s, _SETUP_S)
 
     def _patience_s(self, one: Observation, alone: bool) -> float:
@@ -244,7 +250,9 @@ class HangWatch:
     def observe(self, pids: Mapping[int, int]) -> list[Observation]:
         """Heartbeats, process states and collectives of these ranks now."""
         found = [observe(self.shm_dir, rank=rank, pid=pid, started_s=self._started_s) for rank, pid in pids.items()]
-        return [self._excused(self._with_true_state(one, pids[one.rank])) for one in found]
+        true = [self._excused(self._with_true_state(one, pids[one.rank])) for one in found]
+        now_s = time.monotonic()
+        return [replace(one, idle_s=self._activity.idle_s(one.rank, now_s)) for one in true]
 
     def _with_true_state(self, one: Observation, started_pid: int) -> Observation:
         """A process that was never seen alive may live in another PID namespace; then its wrapper's state has to do."""

@@ -11,8 +11,8 @@ import psutil
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import RendezvousBackend, RendezvousSettings
 
 from outlast.errors import LaunchError
-from outlast.events import plain_text
 from outlast.launch.node_clocks import StateHolder
+from outlast.plain_text import plain_text
 
 FIRST_S = 5.0
 """A wait that is shorter is nothing to write about."""

@@ -15,13 +15,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from outlast.diagnostics.live.flight import buffer_variable
 from outlast.errors import ConfigError, LaunchError, OutOfRange, RunDirectoryError
 from outlast.events import EventLog
 from outlast.launch.failures import RESUME_STATUS, WATCHED, first_line, ranks_failed
 from outlast.launch.flags import DEFAULT_PORT
 from outlast.launch.notice import NOTICE_FILE
 from outlast.launch.orphans import Guard
-from outlast.launch.ports import check_port
+from outlast.launch.ports import LOOPBACKS, check_port
 from outlast.launch.rendezvous import Rendezvous, resolve
 from outlast.launch.spec import LaunchSpec
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
     from outlast.launch.notice_relay import NoticeRelay
+    from outlast.launch.program_runs import ProgramRuns
     from outlast.launch.rank_output import RankOutput
 
 PARENT_DEATH = Path(__file__).with_name("parent_death.py")
@@ -42,6 +44,9 @@ TORCHELASTIC_NOISE = (
 """Loggers whose messages the agent's and the launcher's own replace."""
 CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 SPARED = "outlast: the other nodes finished the job before this one was needed"
+
+COLLECTIVES_KEPT = 2000
+"""By torch's flight recorder in each rank of a program; torch's own default for NCCL."""
 
 log = logging.getLogger("outlast.launch")
 
@@ -88,7 +93,7 @@ def launch(spec: LaunchSpec) -> None:
     _check_port(rendezvous)
     with (
         EventLog(events_dir / f"agent_{host}.jsonl", rank=-1) as events,
-        _environment(_worker_environment(ranks, rendezvous)),
+        _environment(_worker_environment(spec, ranks, rendezvous)),
     ):
         _run_agent(spec, rendezvous, ranks, host, events)
 
@@ -103,7 +108,7 @@ def dry_run(spec: LaunchSpec) -> str:
     ranks = _local_ranks(spec.flags.nproc_per_node)
     least, most = rendezvous.min_nodes, rendezvous.max_nodes
     nodes = str(least) if least == most else f"{least} to {most}"
-    added = _worker_environment(ranks, rendezvous)
+    added = _worker_environment(spec, ranks, rendezvous)
     config = spec.effective()
     lines = [
         f"command     {shlex.join(spec.command)}",
@@ -132,6 +137,7 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     from outlast.launch.notice_relay import NoticeRelay
+    from outlast.launch.program_runs import ProgramRuns
     from outlast.launch.rank_output import RankOutput
 
     output = RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host)
@@ -140,10 +146,11 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
         _quiet(*TORCHELASTIC_NOISE),
         NoticeRelay(spec) as relay,
         closing(Guard(output.mark)) as guard,
+        closing(ProgramRuns(spec.run_dir)) if spec.is_program else contextlib.nullcontext() as runs,
         _environment({} if relay.file is None else {NOTICE_FILE: str(relay.file)}),
     ):
         try:
-            _supervise(spec, rendezvous, ranks, host, events, output, relay, guard)
+            _supervise(spec, rendezvous, ranks, host, events, output, relay, guard, runs)
         except SignalException as error:
             signum = error.sigval
             if spec.obeys_notice and signum == relay.notice and not relay.loses:
@@ -172,6 +179,7 @@ def _supervise(
     output: RankOutput,
     relay: NoticeRelay,
     guard: Guard,
+    runs: ProgramRuns | None,
 ) -> None:
     import torch.distributed as dist
     from torch.distributed.elastic.agent.server.api import WorkerSpec
@@ -209,6 +217,7 @@ def _supervise(
         host,
         relay,
         guard,
+        runs,
     )
     try:
         result = agent.run()
@@ -348,11 +357,13 @@ def _local_ranks(nproc_per_node: str) -> int:
     return ranks
 
 
-def _worker_environment(ranks: int, rendezvous: Rendezvous) -> dict[str, str]:
+def _worker_environment(spec: LaunchSpec, ranks: int, rendezvous: Rendezvous) -> dict[str, str]:
     """Variables that the launcher adds to the ranks' environment unless they are set."""
     added = {"PYTHONUNBUFFERED": "1", WATCHED: "1"}
-    if rendezvous.max_nodes == 1 and rendezvous.local_addr == "127.0.0.1":
+    if rendezvous.max_nodes == 1 and rendezvous.local_addr in LOOPBACKS:
         added["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo listens where the host's name leads
+    if spec.is_program:
+        added[buffer_variable()] = str(COLLECTIVES_KEPT)
     if ranks > 1:
         added["OMP_NUM_THREADS"] = "1"  # as torchrun does
     return {key: value for key, value in added.items() if key not in os.environ}

@@ -32,6 +32,8 @@ class RankOutput(LogsSpecs):
         """Marks the processes of this launcher's ranks, whatever they start; nothing else has it."""
         self.job = ""
         """Names the job to its ranks, the same after each restart and on all nodes; the agent sets it."""
+        self.added: dict[str, str] = {}
+        """More variables for the ranks that start next; the agent sets them."""
 
     @property
     def root_log_dir(self) -> str:
@@ -53,6 +55,7 @@ class RankOutput(LogsSpecs):
             out.error_files[local_rank] = f"{stem}.error.json"
             environ[GENERATION] = str(self.generation)
             environ[JOB] = self.job
+            environ.update(self.added)
             environ[MARK] = self.mark
             environ["TORCHELASTIC_ERROR_FILE"] = f"{stem}.error.json"
         return out

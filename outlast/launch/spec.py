@@ -24,6 +24,9 @@ class LaunchSpec:
     """Restarts and hang detection."""
     flags: LaunchFlags = field(default_factory=LaunchFlags)
     """How many ranks, and where they meet."""
+    is_program: bool = False
+    """Whether the command is somebody's program, so that the launcher, not the trainer, numbers its attempts and takes
+    the run's directory."""
 
     obeys_notice: bool = False
     """Whether the command asks for notices, as the trainer and everything with a :class:`~outlast.launch.Notice` does:

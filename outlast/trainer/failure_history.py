@@ -9,7 +9,7 @@ from pathlib import Path
 
 from outlast.errors import DiagnosticsError
 from outlast.events import Record, RunEnded, RunStarted, StepDone, parse_event
-from outlast.trainer.run_directory import Attempt
+from outlast.launch.attempt import Attempt
 
 _LOG = logging.getLogger("outlast")
 

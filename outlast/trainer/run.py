@@ -18,12 +18,12 @@ from outlast.diagnostics import Heartbeat, Recorder
 from outlast.errors import NotDurable, StateMismatch
 from outlast.events import EvalDone, EventLog, StepDone
 from outlast.launch import Notice, Place
+from outlast.launch.attempt import Attempt
 from outlast.trainer.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
 from outlast.trainer.data import Loader
 from outlast.trainer.engine import Engine
 from outlast.trainer.progress import Progress
-from outlast.trainer.run_directory import Attempt
 from outlast.trainer.saved_settings import changed_settings, saved_settings
 
 _LOG = logging.getLogger("outlast")

@@ -16,45 +16,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from outlast.checkpoint.ownership import Lease
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.config import to_toml
 from outlast.errors import PlaceInUse, RunDirectoryError
+from outlast.launch.attempt import Attempt, next_attempt
 from outlast.trainer.config import Config
 
 
 def run_path(config: Config) -> Path:
     """The absolute path of the run's directory."""
     return Path(config.run.dir if config.run.dir is not None else Path("runs") / config.run.name).absolute()
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One start of a run's processes, and its folder."""
-
-    run: Path
-    number: int
-
-    @property
-    def path(self) -> Path:
-        """``attempts/NNNN``."""
-        return self.run / "attempts" / f"{self.number:04d}"
-
-    def log_path(self, rank: int) -> Path:
-        """A rank's log."""
-        return self.path / "logs" / f"rank_{rank:05d}.log"
-
-    def events_path(self, rank: int) -> Path:
-        """A rank's events."""
-        return self.path / "events" / f"rank_{rank:05d}.jsonl"
-
-    def make_folders(self) -> None:
-        """Create the attempt's folders; harmless if another rank has done so."""
-        for folder in ("logs", "events"):
-            (self.path / folder).mkdir(parents=True, exist_ok=True)
 
 
 def _take(lease: Lease) -> None:
@@ -116,15 +90,10 @@ def begin_attempt(config: Config, lease: Lease, *, resuming: bool) -> Attempt:
         _take(lease)  # before anything is changed
     run = check_usable(config, resuming=resuming)
     _take(lease)
-    attempts = run / "attempts"
-    attempts.mkdir(exist_ok=True)
-    taken = [int(entry.name) for entry in attempts.iterdir() if entry.name.isdecimal()]
-    attempt = Attempt(run, max(taken, default=0) + 1)
+    attempt = next_attempt(run)
     attempt.make_folders()
     (attempt.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
     if not (run / "config.toml").exists():
         (run / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    link = attempts / f".latest-{os.getpid()}"
-    link.symlink_to(attempt.path.name)
-    link.replace(attempts / "latest")
+    attempt.link_as_latest()
     return attempt

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from outlast.events import EventLog, RunEnded, RunStarted
+from outlast.launch.attempt import Attempt
 from outlast.trainer.main import _write_report
-from outlast.trainer.run_directory import Attempt
 
 
 def _run(tmp_path: Path) -> Any:

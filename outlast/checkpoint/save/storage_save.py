@@ -124,6 +124,7 @@ class StorageSave(SaveJob):
         try:
             catalog.retire(self._context.store, self.step)
             retention.prune(self._context.store, self.step, self._context.config.keep_last)
+            retention.prune_asides(self._context.store, self.step, self._context.config.aside_keep_last)
         except Exception as error:
             if must_be_raised(error):
                 raise

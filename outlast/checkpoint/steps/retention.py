@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from outlast.checkpoint.format.names import step_name
+from outlast.checkpoint.format.names import parse_aside, step_name
 from outlast.checkpoint.format.records import Fault
 from outlast.checkpoint.steps.catalog import _log, scan
 from outlast.checkpoint.steps.commit import read_commit
@@ -35,6 +35,28 @@ def prune(store: Store, newest: int, keep_last: int) -> None:
     except OSError as error:
         # The new checkpoint is committed nevertheless; the next commit tries again.
         _log.warning("old checkpoints cannot be removed: %s", error)
+
+
+def prune_asides(store: Store, newest: int, keep_last: int) -> None:
+    """Remove steps that were set aside, until the ``keep_last`` of the highest numbers are left; 0 keeps all.
+
+    Only what is older than ``newest``, which is committed, is removed: until then it may be all that is left of a run's
+    latest work. A failure is logged, not raised.
+    """
+    if keep_last == 0:
+        return
+    try:
+        asides = sorted(
+            (step, int(name.rpartition("-")[2]), name)
+            for name in store.names("")
+            if (step := parse_aside(name)) is not None
+        )
+        for step, _, name in asides[:-keep_last]:
+            if step < newest:
+                store.remove_tree(name)
+                _log.info("%s is removed: a newer step is committed, and %d others are kept", name, keep_last)
+    except OSError as error:
+        _log.warning("steps that were set aside cannot be removed: %s", error)
 
 
 def prune_all_but_newest_valid(store: Store, io: ThreadPoolExecutor) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Column, Table
 
-from outlast.events import plain_text
+from outlast.plain_text import plain_text
 
 Url = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="URL")]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from outlast.diagnostics.live.recorder import Collective, Ring
 
@@ -39,6 +39,20 @@ def find_desync(rings: Sequence[Ring]) -> Desync | None:
     Args:
         rings: of the ranks that wait; others must not be among them.
     """
+    groups = sorted({one.group for ring in rings for one in ring.pending})
+    found = (_find_in_group([_of_group(ring, group) for ring in rings], group) for group in groups)
+    return next((one for one in found if one is not None), None)
+
+
+def _of_group(ring: Ring, group: str) -> Ring:
+    """A rank's collectives in one process group, numbered as there; without groups the ring itself."""
+    if not group:
+        return ring
+    records = tuple(replace(one, seq=one.group_seq) for one in ring.records if one.group == group)
+    return replace(ring, records=records)
+
+
+def _find_in_group(rings: Sequence[Ring], group: str) -> Desync | None:
     pairs = [(a, b) for n, a in enumerate(rings) for b in rings[n + 1 :]]
     found = [(seq, a, b) for a, b in pairs if (seq := _parted_at(a, b)) is not None]
     if not found:
@@ -53,8 +67,8 @@ def find_desync(rings: Sequence[Ring]) -> Desync | None:
         other=kept.rank,
         evidence=(
             f"desynchronised: ranks {min(left.rank, kept.rank)} and {max(left.rank, kept.rank)} are in different "
-            f"collectives; rank {left.rank} left the order first: its collective #{seq} was {_describe(there)}, that "
-            f"of rank {kept.rank} {_describe(here)}"
+            f"collectives{f' of group {group}' if group else ''}; rank {left.rank} left the order first: its "
+            f"collective #{seq} was {_describe(there)}, that of rank {kept.rank} {_describe(here)}"
         ),
     )
 

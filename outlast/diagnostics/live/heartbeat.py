@@ -20,7 +20,8 @@ from typing import Literal, get_args
 from outlast.diagnostics.live.shm import create_mapped, map_for_reading, publish
 from outlast.errors import DiagnosticsError
 
-Phase = Literal["setup", "step", "eval", "checkpoint", "finish", "data"]
+Phase = Literal["setup", "step", "eval", "checkpoint", "finish", "data", "program"]
+"""``program``: of a program that does not tell what it does, so that it may be anything."""
 PHASES: tuple[str, ...] = get_args(Phase)
 
 MAGIC = int.from_bytes(b"OUTLBEAT", "little")
@@ -50,8 +51,9 @@ class Beat:
 class Heartbeat:
     """Shows the launcher that this rank makes progress. The constructor writes the first beat (``setup``, step 0).
 
-    A step lasts from its first beat in phase ``step`` to the next step's first beat in that phase. A step that includes
-    evaluation or set-up does not count towards the median; time spent on checkpoints and on waiting for data does.
+    A step lasts from its first beat in phase ``step`` (or ``program``) to the next step's first beat in that phase. A
+    step that includes evaluation or set-up does not count towards the median; time spent on checkpoints and on waiting
+    for data does.
 
     Args:
         path: as :func:`outlast.diagnostics.live.shm.heartbeat_path` returns it; an existing file is replaced.
@@ -104,7 +106,7 @@ class Heartbeat:
     def _count_step(self, phase: str, step: int, now: int) -> None:
         if phase in ("checkpoint", "data"):
             return
-        if phase != "step":
+        if phase not in ("step", "program"):
             self._step_began = None
             return
         if self._step_began is not None:

@@ -3,7 +3,8 @@
 A file of ``HEADER_BYTES`` followed by ``capacity`` records of ``RECORD_BYTES``; all numbers are native 64-bit words::
 
     header   magic  version  capacity  rank  pid  entered          (entered: collectives entered so far)
-    record   opened  seq  nbytes  step  entered_ns  completed_ns  op[24 bytes]  label[48 bytes]  closed
+    record   opened  seq  nbytes  step  entered_ns  completed_ns  group_seq  op[24 bytes]  label[48 bytes]
+             group[32 bytes]  closed
 
 Collective ``seq`` (counted from 0) is in record ``seq % capacity``. The writer sets ``closed`` to 0, then ``opened``
 to ``seq + 1``, then the body, then ``closed`` to ``seq + 1``; each guard is one aligned 8-byte store. A record is
@@ -27,15 +28,17 @@ from outlast.diagnostics.live.shm import WORD_BYTES, create_mapped, map_for_read
 from outlast.errors import DiagnosticsError
 
 MAGIC = int.from_bytes(b"OUTLRING", "little")
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 64
-RECORD_BYTES = 128
+RECORD_BYTES = 192
 OP_BYTES = 24
 LABEL_BYTES = 48
+GROUP_BYTES = 32
 _HEADER_WORDS = HEADER_BYTES // WORD_BYTES
 _WORDS = RECORD_BYTES // WORD_BYTES
-_TEXT_AT = 6 * WORD_BYTES
-_CLOSED = 15
+_TEXT_AT = 7 * WORD_BYTES
+_TEXT_BYTES = OP_BYTES + LABEL_BYTES + GROUP_BYTES
+_CLOSED = _WORDS - 1
 _READ_TRIES = 5
 _TRY_PAUSE_S = 0.0002
 
@@ -53,6 +56,15 @@ class Collective:
     entered_s: float
     completed_s: float | None
     """None while it is in progress."""
+    group: str = ""
+    """The process group, if whoever recorded it tells groups apart."""
+    group_seq: int = 0
+    """With a group: its position there, the same on all ranks of the group."""
+
+    @property
+    def number(self) -> int:
+        """What tells it apart from others on all ranks: its position in its group, or in its process."""
+        return self.group_seq if self.group else self.seq
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +110,7 @@ class Recorder:
         """Written into every record; the training loop sets it."""
         self._seq = 0
         self._lock = threading.Lock()
-        self._texts: dict[tuple[str, str], bytes] = {}
+        self._texts: dict[tuple[str, str, str], bytes] = {}
         self._map = create_mapped(self.path, HEADER_BYTES + capacity * RECORD_BYTES)
         self._bytes = memoryview(self._map)
         self._words = self._bytes.cast("q")
@@ -115,26 +127,77 @@ class Recorder:
         Raises:
             DiagnosticsError: the recorder is closed.
         """
-        text = self._texts.get((op, label)) or self._encode(op, label)
         with self._lock:
             if self._closed:
                 raise DiagnosticsError(f"{self.path}: {op} entered after the recorder was closed")
             seq = self._seq
-            self._seq = seq + 1
-            words = self._words
-            at = _HEADER_WORDS + (seq % self.capacity) * _WORDS
-            words[at + _CLOSED] = 0
-            words[at] = seq + 1
-            words[at + 1] = seq
-            words[at + 2] = nbytes
-            words[at + 3] = self.step
-            words[at + 4] = time.monotonic_ns()
-            words[at + 5] = 0
-            start = at * WORD_BYTES + _TEXT_AT
-            self._bytes[start : start + OP_BYTES + LABEL_BYTES] = text
-            words[at + _CLOSED] = seq + 1
-            words[5] = seq + 1
+            self._write(seq, nbytes, self.step, time.monotonic_ns(), 0, 0, self._text(op, label, ""))
         return seq
+
+    def copy(self, collective: Collective) -> None:
+        """Record a collective that something else has recorded, with its times; a later copy of it replaces it.
+
+        A recorder is filled either by :meth:`enter` and :meth:`complete`, or by this.
+
+        Raises:
+            DiagnosticsError: the recorder is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise DiagnosticsError(f"{self.path}: {collective.op} copied after the recorder was closed")
+            self._write(
+                collective.seq,
+                collective.nbytes,
+                collective.step,
+                round(collective.entered_s * 1e9),
+                0 if collective.completed_s is None else max(1, round(collective.completed_s * 1e9)),
+                collective.group_seq,
+                self._text(collective.op, collective.label, collective.group),
+            )
+
+    def count(self, entered: int) -> None:
+        """Tell how many collectives were entered, if they are to be copied later.
+
+        Raises:
+            DiagnosticsError: the recorder is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise DiagnosticsError(f"{self.path}: counted after the recorder was closed")
+            self._seq = max(self._seq, entered)
+            self._words[5] = self._seq
+
+    def forget(self) -> None:
+        """Remove the copies: what was pending in them may have completed. How many were entered stays.
+
+        Raises:
+            DiagnosticsError: the recorder is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise DiagnosticsError(f"{self.path}: to be emptied after the recorder was closed")
+            for at in range(_HEADER_WORDS, len(self._words), _WORDS):
+                self._words[at + _CLOSED] = 0
+                self._words[at] = 0
+
+    def _write(
+        self, seq: int, nbytes: int, step: int, entered_ns: int, completed_ns: int, group_seq: int, text: bytes
+    ) -> None:
+        words = self._words
+        at = _HEADER_WORDS + (seq % self.capacity) * _WORDS
+        words[at + _CLOSED] = 0
+        words[at] = seq + 1
+        words[at + 1] = seq
+        words[at + 2] = nbytes
+        words[at + 3] = step
+        words[at + 4] = entered_ns
+        words[at + 5] = completed_ns
+        words[at + 6] = group_seq
+        start = at * WORD_BYTES + _TEXT_AT
+        self._bytes[start : start + _TEXT_BYTES] = text
+        words[at + _CLOSED] = seq + 1
+        self._seq = max(self._seq, seq + 1)
+        words[5] = self._seq
 
     def complete(self, token: int) -> None:
         """Record that the collective of ``token`` has completed on this rank.
@@ -163,10 +226,12 @@ class Recorder:
         if unlink:
             self.path.unlink(missing_ok=True)
 
-    def _encode(self, op: str, label: str) -> bytes:
-        text = _cut(op, OP_BYTES) + _cut(label, LABEL_BYTES)
-        if len(self._texts) < 4096:  # labels that vary with the step must not grow without bound
-            self._texts[op, label] = text
+    def _text(self, op: str, label: str, group: str) -> bytes:
+        text = self._texts.get((op, label, group))
+        if text is None:
+            text = _cut(op, OP_BYTES) + _cut(label, LABEL_BYTES) + _cut(group, GROUP_BYTES)
+            if len(self._texts) < 4096:  # labels that vary with the step must not grow without bound
+                self._texts[op, label, group] = text
         return text
 
 
@@ -234,15 +299,23 @@ def _read_record(words: memoryview, raw: memoryview, slot: int) -> Collective | 
 
 
 def _decode(body: bytes) -> Collective:
-    numbers = memoryview(body)[: 6 * WORD_BYTES].cast("q")
-    op = body[_TEXT_AT : _TEXT_AT + OP_BYTES]
-    label = body[_TEXT_AT + OP_BYTES : _TEXT_AT + OP_BYTES + LABEL_BYTES]
+    numbers = memoryview(body)[:_TEXT_AT].cast("q")
+    op, label, group = (
+        body[start : start + size].rstrip(b"\0").decode(errors="replace")
+        for start, size in (
+            (_TEXT_AT, OP_BYTES),
+            (_TEXT_AT + OP_BYTES, LABEL_BYTES),
+            (_TEXT_AT + OP_BYTES + LABEL_BYTES, GROUP_BYTES),
+        )
+    )
     return Collective(
         seq=numbers[1],
-        op=op.rstrip(b"\0").decode(errors="replace"),
-        label=label.rstrip(b"\0").decode(errors="replace"),
+        op=op,
+        label=label,
         nbytes=numbers[2],
         step=numbers[3],
         entered_s=numbers[4] / 1e9,
         completed_s=numbers[5] / 1e9 if numbers[5] else None,
+        group=group,
+        group_seq=numbers[6],
     )

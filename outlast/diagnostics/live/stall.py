@@ -52,6 +52,11 @@ class StallRules:
     one_node: bool = False
     """Whether all ranks of the job are on this node, so that no other one can be at fault."""
 
+    @property
+    def idle_limit_s(self) -> float:
+        """How long its peers wait for a rank of a program that tells no phases and does nothing."""
+        return self.patience * self.alone_limit_s
+
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
@@ -66,6 +71,8 @@ class Observation:
     ring: Ring | None = None
     excused_s: float = 0.0
     """Seconds since its last beat that do not count: the watcher did not run, or saw the process stopped until then."""
+    idle_s: float = 0.0
+    """Seconds for which its process and those it started have computed, read and written next to nothing."""
 
     @property
     def step(self) -> int:
@@ -88,8 +95,13 @@ class Observation:
         return min(now_s - self.pending[0].entered_s, self.silent_s(now_s)) if self.pending else 0.0
 
     def limit_s(self, rules: StallRules) -> float:
-        """How long it may be silent: ``max(floor, factor x median step)``, or the start-up limit."""
-        if self.beat is None or self.beat.phase in SLOW_PHASES or self.beat.median_step_s <= 0.0:
+        """How long it may be silent: ``max(floor, factor x median step)``, or the start-up limit.
+
+        A program that tells no phases may be doing anything; but inside a collective it waits for others.
+        """
+        if self.is_program and self.pending:
+            return max(self.step_limit_s(rules), rules.alone_limit_s)
+        if self.beat is None or self.is_program or self.beat.phase in SLOW_PHASES or self.beat.median_step_s <= 0.0:
             return rules.startup_limit_s
         return self.step_limit_s(rules)
 
@@ -108,10 +120,19 @@ class Observation:
         )
 
     @property
+    def is_program(self) -> bool:
+        """Whether it runs a program that does not tell what it does."""
+        return self.beat is not None and self.beat.phase == "program"
+
+    def may_be_busy(self, rules: StallRules) -> bool:
+        """Whether it may be at work that nobody waits for: a program that computes, or has never had peers."""
+        return self.is_program and (self.entered == 0 or self.idle_s <= rules.startup_limit_s)
+
+    @property
     def where(self) -> str:
         """``rank 1 in all_gather #12 of step 3``, or ``rank 1 in phase data of step 3``."""
         if self.pending:
-            return f"rank {self.rank} in {self.pending[0].op} #{self.pending[0].seq} of step {self.step}"
+            return f"rank {self.rank} in {self.pending[0].op} #{self.pending[0].number} of step {self.step}"
         phase = self.beat.phase if self.beat is not None else "setup"
         return f"rank {self.rank} in phase {phase} of step {self.step}"
 
@@ -179,13 +200,13 @@ def judge(ranks: Sequence[Observation], rules: StallRules, now_s: float) -> Stal
     """Which ranks are stalled and which caused it, as far as this node can tell.
 
     No rank is named until one is silent beyond its limit, or has been awaited for ``alone_limit_s`` while it evaluates
-    or waits for data. A process that is dead is never named, because that is a crash. The culprits are the first of
-    these:
+    or waits for data, or for ``patience x alone_limit_s`` while it does nothing, though its program tells no phases. A
+    process that is dead is never named, because that is a crash. The culprits are the first of these:
 
     1. ranks whose process is stopped;
     2. silent ranks outside any collective, if other ranks have waited inside one for at least half the limit;
     3. the ranks that are silent and furthest behind, if none is inside a collective: after ``together_limit_s``,
-       because all may wait for the same thing;
+       because all may wait for the same thing; of programs that tell no phases, only those that do nothing;
     4. no rank, while the silent ranks wait for a local rank that is outside any collective and within its own limit,
        for example because it writes a checkpoint;
     5. if all ranks are silent inside collectives that cannot meet, the rank that left the common order first
@@ -214,7 +235,7 @@ def judge(ranks: Sequence[Observation], rules: StallRules, now_s: float) -> Stal
                     pid=one.pid,
                     step=one.step,
                     silent_s=one.silent_s(now_s),
-                    limit_s=rules.alone_limit_s if one in late else one.limit_s(rules),
+                    limit_s=_late_limit_s(one, rules) if one in late else one.limit_s(rules),
                     evidence=why or _evidence(one, ranks, now_s, weak=weak, one_node=rules.one_node),
                     weak=weak,
                 )
@@ -234,7 +255,11 @@ def judge(ranks: Sequence[Observation], rules: StallRules, now_s: float) -> Stal
     if awaited:
         return verdict(awaited, weak=False)
     if outside and not any(one.pending for one in ranks):
-        patient = [one for one in outside if one.silent_s(now_s) > max(rules.together_limit_s, one.limit_s(rules))]
+        patient = [
+            one
+            for one in outside
+            if one.silent_s(now_s) > max(rules.together_limit_s, one.limit_s(rules)) and not one.may_be_busy(rules)
+        ]
         return verdict(_furthest_behind(patient), weak=False)
     if any(not one.pending for one in ranks):
         return verdict([], weak=True)
@@ -245,10 +270,16 @@ def judge(ranks: Sequence[Observation], rules: StallRules, now_s: float) -> Stal
 
 
 def _is_late_for_peers(one: Observation, waited_s: float, rules: StallRules) -> bool:
-    """Whether it evaluates or waits for data, and its peers have long finished doing so."""
+    """Whether it evaluates or waits for data, and its peers have long finished doing so; or does nothing at all."""
+    if one.is_program:
+        return not one.pending and min(waited_s, one.idle_s) > rules.idle_limit_s
     return (
         one.beat is not None and one.beat.phase in SHARED_PHASES and not one.pending and waited_s > rules.alone_limit_s
     )
+
+
+def _late_limit_s(one: Observation, rules: StallRules) -> float:
+    return rules.idle_limit_s if one.is_program else rules.alone_limit_s
 
 
 def _furthest_behind(ranks: Sequence[Observation]) -> list[Observation]:
@@ -283,11 +314,13 @@ def _describe_collective(one: Observation, now_s: float) -> str:
         return "no recorder"
     if one.pending:
         oldest = one.pending[0]
-        return f"inside {oldest.op} #{oldest.seq} of step {oldest.step} for {now_s - oldest.entered_s:.1f} s"
+        return f"inside {oldest.op} #{oldest.number} of step {oldest.step} for {now_s - oldest.entered_s:.1f} s"
     if not one.ring.records:
-        return "has not entered a collective" if one.entered == 0 else f"its collective #{one.entered - 1} is torn"
+        if one.ring.torn:
+            return f"its collective #{one.ring.torn[-1]} is torn"
+        return f"has entered {one.entered} collectives" if one.entered else "has not entered a collective"
     last = one.ring.records[-1]
-    return f"last entered {last.op} #{last.seq} in step {last.step}, completed"
+    return f"last entered {last.op} #{last.number} in step {last.step}, completed"
 
 
 def _describe_waiting_peers(peers: Sequence[Observation], now_s: float) -> str:
@@ -296,7 +329,7 @@ def _describe_waiting_peers(peers: Sequence[Observation], now_s: float) -> str:
     for one in peers:
         if one.pending:
             oldest = one.pending[0]
-            groups.setdefault((oldest.op, oldest.seq), []).append(now_s - oldest.entered_s)
+            groups.setdefault((oldest.op, oldest.number), []).append(now_s - oldest.entered_s)
     parts = []
     for (op, seq), waits in sorted(groups.items(), key=lambda item: item[0][1]):
         noun = "1 peer has" if len(waits) == 1 else f"{len(waits)} peers have"

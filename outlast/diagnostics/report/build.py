@@ -143,7 +143,8 @@ def _facts(loaded: Loaded, steps: Steps, starts: tuple[Start, ...], begun: Begun
     newest = begun[max(begun)].fields if begun else {}
     last = starts[-1] if starts else None
     ended = {
-        record.rank: bool(record.fields.get("ok"))
+        # A rank that a notice ended before the last step has ended well, and gives it as the reason.
+        record.rank: bool(record.fields.get("ok")) and not record.fields.get("reason")
         for attempt, record in loaded.others
         if last is not None
         and record.kind == "run_ended"
@@ -203,9 +204,10 @@ def _loss(loaded: Loaded, steps: Steps) -> LossCurve:
     for _, record in loaded.others:  # oldest first, so a repeated evaluation of a step replaces the earlier one
         if record.kind == "eval":
             held_out[int(record.fields["step"])] = float(record.fields["loss"])
+    told = bool(steps.steps) and not np.isnan(steps.values["lr"]).all()
     return LossCurve(
-        steps=tuple(steps.steps),
-        train=_series(_mean(steps, "loss")),
+        steps=tuple(steps.steps) if told else (),
+        train=_series(_mean(steps, "loss")) if told else (),
         lr=_series(_mean(steps, "lr")),
         grad_norm=_series(_mean(steps, "grad_norm")),
         update_norm=_series(_mean(steps, "update_norm")),

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from outlast.errors import DiagnosticsError
-from outlast.events import Record, StepDone, parse_event
+from outlast.events import ProgramStep, Record, StepDone, parse_event
 
 Floats = npt.NDArray[np.float64]
 
@@ -31,6 +31,10 @@ STEP_FIELDS = (
 )
 OPTIONAL_FIELDS = ("grad_norm", "update_norm", "alpha", "residual")
 """Measured in some runs or steps only; NaN in the others."""
+UNTOLD: dict[str, float] = {"loss": np.nan, "lr": np.nan} | dict.fromkeys(
+    ("tokens", "data_s", "comm_s", "checkpoint_s", "codec_s", "wire_bytes", "dense_bytes"), 0.0
+)
+"""Columns of a step of a program that tells nothing of itself."""
 _COLUMNS = ("attempt", "generation", "rank", "step", "t", *STEP_FIELDS, *OPTIONAL_FIELDS)
 
 
@@ -111,9 +115,10 @@ def _read(path: Path, attempt: int, table: array[float], loaded: Loaded, name: P
             torn += 1
             continue
         times.append(record.t)
-        if record.kind == StepDone.kind:
+        if record.kind in (StepDone.kind, ProgramStep.kind):
+            untold = UNTOLD if record.kind == ProgramStep.kind else {}
             try:
-                fields = [float(record.fields[key]) for key in STEP_FIELDS]
+                fields = [float((untold | record.fields)[key]) for key in STEP_FIELDS]
                 optional = [record.fields.get(key) for key in OPTIONAL_FIELDS]
                 fields += [np.nan if value is None else float(value) for value in optional]
                 row = [attempt, record.generation, record.rank, record.fields["step"], record.t, *fields]

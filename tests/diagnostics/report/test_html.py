@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from outlast.diagnostics import build_report, render_html
-from outlast.events import CheckpointFailed, RunEnded, plain_text
+from outlast.events import CheckpointFailed, RunEnded
+from outlast.plain_text import plain_text
 from tests.diagnostics.report.synthetic import SyntheticRun, clean, eventful
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}

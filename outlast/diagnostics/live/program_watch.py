@@ -1,0 +1,157 @@
+"""Watches a program from inside its own process, without its help: its collectives, its steps, its heartbeat.
+
+A step ends where the program's optimizer has made its update (:meth:`ProgramWatch.on_optimizer_step`, called by torch's
+global hook). A thread looks at torch's flight recorder every ``INTERVAL_S``: how long collectives were pending, which
+is how a late rank is told from its peers without comparing clocks; and whether anything moves. When nothing has moved
+for ``QUIET_S``, it copies the newest collectives to the recorder's ring in shared memory, where the launcher finds them
+although this process may be stopped or killed by then.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+import threading
+import time
+from collections import deque
+
+from outlast.diagnostics.live.flight import FlightCount, FlightEntry, flight_counts, flight_entries
+from outlast.diagnostics.live.heartbeat import Heartbeat
+from outlast.diagnostics.live.recorder import Collective, Recorder
+from outlast.events import EventLog, ProgramStep
+
+INTERVAL_S = 0.01
+"""Between two looks; each takes about 20 µs."""
+BEAT_S = 0.2
+"""Progress between steps is told this often at most."""
+QUIET_S = 1.0
+"""The ring is filled when nothing has moved for so long,"""
+AGAIN_S = 5.0
+"""and again each time this has passed, while collectives are pending."""
+NEWEST = 256
+"""Collectives copied to the ring."""
+KEPT_STEPS = 512
+
+
+class ProgramWatch:
+    """Counts a program's steps and collectives until :meth:`close`. It belongs to the process that made it.
+
+    Args:
+        heartbeat: shows the launcher that the program moves.
+        recorder: takes the newest collectives when nothing moves.
+        events: takes one event a step.
+        first_step: how many steps the run has taken before.
+    """
+
+    def __init__(self, heartbeat: Heartbeat, recorder: Recorder, events: EventLog, *, first_step: int = 0) -> None:
+        self._heartbeat = heartbeat
+        self._recorder = recorder
+        self._events = events
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._step = first_step
+        self._steps: deque[tuple[int, int]] = deque(maxlen=KEPT_STEPS)  # (ns when it ended, step)
+        self._leader: int | None = None
+        self._step_began_s: float | None = None
+        self._pending_s = 0.0
+        self._heartbeat.beat("program", self._step)
+        self._thread = threading.Thread(target=self._run, name="outlast-watch", daemon=True)
+
+    @property
+    def step(self) -> int:
+        """Steps taken so far, earlier starts included."""
+        return self._step
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def on_optimizer_step(self, optimizer: object) -> None:
+        """An optimizer has made its update; of several, each step of the first one counts.
+
+        In a process forked from the watched one it does nothing.
+        """
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            if self._stop.is_set():
+                return
+            if self._leader is None:
+                self._leader = id(optimizer)
+            if id(optimizer) != self._leader:
+                return
+            now_s = time.monotonic()
+            began_s, pending_s = self._step_began_s, self._pending_s
+            self._step += 1
+            self._step_began_s, self._pending_s = now_s, 0.0
+            self._steps.append((round(now_s * 1e9), self._step))
+            self._heartbeat.beat("program", self._step)
+        if began_s is not None:  # nobody knows when the first step of a start began
+            step_s = now_s - began_s
+            self._events.write(ProgramStep(step=self._step, step_s=step_s, collective_s=min(pending_s, step_s)))
+
+    def close(self) -> None:
+        """Stop looking; the thread has ended when this returns, or within a moment if it is inside torch."""
+        with self._lock:
+            self._stop.set()
+        if self._thread.is_alive() and os.getpid() == self._pid:
+            self._thread.join(timeout=1.0)
+
+    def _run(self) -> None:
+        before: tuple[dict[str, FlightCount], int] = ({}, self._step)
+        was_pending = False
+        looked_s = moved_s = beaten_s = time.monotonic()
+        copied_s = 0.0  # 0: there are no copies, or they are no longer true
+        while not self._stop.wait(INTERVAL_S):
+            counts = flight_counts()
+            now_s = time.monotonic()
+            pending = any(count.pending for count in counts.values())
+            with self._lock:
+                if self._stop.is_set():
+                    return
+                # between two looks nobody knows when it changed: half of the time is right on average
+                self._pending_s += (now_s - looked_s) * (was_pending + pending) / 2
+                if (counts, self._step) != before:
+                    before = counts, self._step
+                    moved_s = now_s
+                    if now_s - beaten_s >= BEAT_S:
+                        beaten_s = now_s
+                        self._heartbeat.beat("program", self._step)
+                        self._recorder.count(sum(count.enqueued for count in counts.values()))
+                    if copied_s:
+                        self._recorder.forget()
+                    copied_s = 0.0
+            looked_s, was_pending = now_s, pending
+            quiet = now_s - moved_s >= QUIET_S
+            if counts and quiet and (copied_s == 0.0 or (pending and now_s - copied_s >= AGAIN_S)):
+                copied_s = now_s
+                self._copy_newest()
+
+    def _copy_newest(self) -> None:
+        entries = flight_entries(NEWEST)
+        with self._lock:
+            if self._stop.is_set():
+                return
+            ends = [end_ns for end_ns, _ in self._steps]
+            for entry in entries:
+                self._recorder.copy(_collective(entry, self._step_at(entry.entered_ns, ends)))
+
+    def _step_at(self, t_ns: int, ends: list[int]) -> int:
+        """The step that was under way at a time: the one after the last that had ended."""
+        after = bisect.bisect_right(ends, t_ns)
+        return self._steps[after - 1][1] + 1 if after else (self._steps[0][1] if self._steps else self._step + 1)
+
+
+def _collective(entry: FlightEntry, step: int) -> Collective:
+    return Collective(
+        seq=entry.record,
+        op=entry.op,
+        label="",
+        nbytes=entry.nbytes,
+        step=step,
+        entered_s=entry.entered_ns / 1e9,
+        completed_s=entry.completed_ns / 1e9 if entry.completed_ns else None,
+        group=entry.group,
+        group_seq=entry.group_seq,
+    )

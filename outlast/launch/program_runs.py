@@ -1,0 +1,100 @@
+"""The starts of somebody's program in a run's directory: numbered, and one job at a time.
+
+The trainer's rank 0 takes the run's directory by itself. A program does not know of it, so the launcher of the node
+that leads the rendezvous does it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from outlast.checkpoint.ownership import JOB, Lease
+from outlast.checkpoint.storage.local import LocalStore
+from outlast.errors import PlaceInUse, RunDirectoryError
+from outlast.launch.attempt import Attempt, next_attempt, steps_taken
+from outlast.launch.place import GENERATION
+from outlast.launch.runner import ATTEMPT, RUN_DIR, STEPS_TAKEN
+
+LEASE_S = 60.0
+"""After so long without a renewal another job may take the directory of a job whose machine is gone."""
+
+
+class KeyValueStore(Protocol):
+    """What is needed of a rendezvous' store."""
+
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+
+
+class ProgramRuns:
+    """Numbers the attempts of one launch.
+
+    Args:
+        run_dir: the run's directory.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir.absolute()
+        self._attempt: Attempt | None = None
+        self._lease: Lease | None = None
+
+    def agree(self, store: KeyValueStore, *, job: str, generation: int, leads: bool) -> dict[str, str]:
+        """Variables for the ranks that start next.
+
+        Collective over the agents of the job. If the one that leads fails, the others raise after the store's timeout.
+
+        Args:
+            store: of this round, shared by all agents.
+            job: its name, the same in all rounds.
+            generation: how often its ranks were started before.
+            leads: whether this agent decides; exactly one does.
+
+        Raises:
+            RunDirectoryError: another job trains in the directory, or it cannot be written.
+        """
+        if leads:
+            self._take(job, generation)
+            try:
+                attempt = self._attempt or next_attempt(self._run_dir)
+                attempt.make_folders()
+                attempt.link_as_latest()
+                taken = steps_taken(self._run_dir)
+            except OSError as error:
+                raise RunDirectoryError(
+                    f"the run directory {self._run_dir} cannot be written: {error.strerror} ({error.filename})",
+                    "choose another: --run-dir OTHER",
+                ) from error
+            store.set("outlast/attempt", f"{attempt.number} {taken}")
+        else:
+            self.close()
+        number, taken = map(int, store.get("outlast/attempt").split())
+        self._attempt = Attempt(self._run_dir, number)
+        return {RUN_DIR: str(self._run_dir), ATTEMPT: str(number), STEPS_TAKEN: str(taken)}
+
+    def close(self) -> None:
+        """Give the directory back, if this launcher holds it."""
+        if self._lease is not None:
+            self._lease.close()
+            self._lease = None
+
+    def _take(self, job: str, generation: int) -> None:
+        if self._lease is not None:
+            return
+        os.environ[JOB], os.environ[GENERATION] = job, str(generation)  # whose lease it is
+        lease = Lease(
+            LocalStore(str(self._run_dir)),
+            LEASE_S,
+            what=f"the run directory {self._run_dir}",
+            ways_out="--run-dir OTHER",
+        )
+        try:
+            lease.take()
+        except PlaceInUse as error:
+            raise RunDirectoryError(error.what, error.fix) from error
+        except OSError as error:
+            raise RunDirectoryError(
+                f"the run directory cannot be taken: {error}", "choose another: --run-dir OTHER"
+            ) from error
+        self._lease = lease

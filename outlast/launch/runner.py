@@ -1,0 +1,209 @@
+"""Runs a Python program as a watched rank: ``python -m outlast.launch.runner [-m] TARGET ARGUMENTS…``.
+
+``outlast launch`` starts scripts and modules through it. The program runs as ``__main__``, with its own ``sys.argv``,
+``sys.path``, working directory and tracebacks, and need not know of it: what watches is a thread, torch's own flight
+recorder, and a hook that torch calls after an optimizer's step. torch is not imported unless the program does so.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import runpy
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+from outlast.diagnostics.live.heartbeat import Heartbeat
+from outlast.diagnostics.live.program_watch import ProgramWatch
+from outlast.diagnostics.live.recorder import Recorder
+from outlast.diagnostics.live.shm import heartbeat_path, ring_path, shm_directory
+from outlast.events import EventLog, RunEnded, RunStarted
+from outlast.launch.attempt import Attempt
+from outlast.launch.place import GENERATION
+
+RUN_DIR = "OUTLAST_RUN_DIR"
+"""In the environment of ranks that run somebody's program: the run's directory,"""
+ATTEMPT = "OUTLAST_ATTEMPT"
+"""the number of the attempt,"""
+STEPS_TAKEN = "OUTLAST_STEPS_TAKEN"
+"""and how many steps the run had taken before this start."""
+RING_CAPACITY = 512
+ARCHIVE = b"PK\x03\x04"
+"""How a zip archive begins; Python runs those that have a ``__main__.py``."""
+
+_OPTIMIZERS = "torch.optim.optimizer"
+
+
+class Runner:
+    """What is installed around a program.
+
+    Args:
+        environ: torchrun's variables and those above.
+
+    Raises:
+        DiagnosticsError: shared memory cannot be used.
+        KeyError: a variable is missing; ``outlast launch`` sets them.
+    """
+
+    def __init__(self, environ: dict[str, str] | os._Environ[str]) -> None:
+        self.rank, self.world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+        self.attempt = Attempt(Path(environ[RUN_DIR]), int(environ[ATTEMPT]))
+        self.attempt.make_folders()
+        self._log = self.attempt.log_path(self.rank).open("a", encoding="utf-8")
+        faulthandler.register(signal.SIGUSR1, file=self._log, all_threads=True)
+        shm = shm_directory(self.attempt.run)
+        self._events = EventLog(
+            self.attempt.events_path(self.rank), rank=self.rank, generation=int(environ.get(GENERATION, "0"))
+        )
+        self._heartbeat = Heartbeat(heartbeat_path(shm, self.rank), rank=self.rank)
+        self._recorder = Recorder(ring_path(shm, self.rank), rank=self.rank, capacity=RING_CAPACITY)
+        taken = int(environ.get(STEPS_TAKEN, "0"))
+        self._watch = ProgramWatch(self._heartbeat, self._recorder, self._events, first_step=taken)
+        self._events.write(
+            RunStarted(
+                attempt=self.attempt.number,
+                world_size=self.world_size,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                device="",
+                first_step=taken + 1,
+                last_step=0,
+                parameters=0,
+                comm="",
+            )
+        )
+
+    def run(self, start: Callable[[], None]) -> int:
+        """Run the program; returns its exit status. Its own traceback is printed, without the runner's frames."""
+        sys.meta_path.insert(0, _AfterImport(_OPTIMIZERS, self._hook_optimizers))
+        self._watch.start()
+        ok, reason, status = True, "", 0
+        try:
+            start()
+        except SystemExit as end:
+            ok, reason, status = _meaning(end.code)
+        except BaseException as error:
+            ok, reason, status = False, f"{type(error).__name__}: {error}", 1
+            error.__traceback__ = _without_own(error.__traceback__)
+            self._tell(error)
+            if isinstance(error, KeyboardInterrupt):
+                status = 130
+        finally:
+            self._end(ok, reason)
+        return status
+
+    def _hook_optimizers(self, module: ModuleType) -> None:
+        def after_step(optimizer: object, args: Any, kwargs: Any) -> None:
+            self._watch.on_optimizer_step(optimizer)
+
+        module.register_optimizer_step_post_hook(after_step)
+
+    def _tell(self, error: BaseException) -> None:
+        """Print the traceback, and leave it where the launcher looks for a rank's last words."""
+        sys.excepthook(type(error), error, error.__traceback__)
+        traceback.print_exception(error, file=self._log)
+        self._log.flush()
+
+    def _end(self, ok: bool, reason: str) -> None:
+        self._watch.close()
+        self._heartbeat.beat("finish", self._watch.step)
+        self._events.write(RunEnded(step=self._watch.step, ok=ok, reason=reason))
+        self._events.close()
+        self._log.flush()
+
+
+class _AfterImport(MetaPathFinder):
+    """Calls a function with a module right after it was imported, in the thread that imports it."""
+
+    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
+        self._name = name
+        self._then = then
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The module's spec, with a loader that calls the function too; None for any other module."""
+        if fullname != self._name:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        spec.loader = _ThenCall(spec.loader, self._call)
+        return spec
+
+    def _call(self, module: ModuleType) -> None:
+        sys.meta_path.remove(self)
+        self._then(module)
+
+
+class _ThenCall(Loader):
+    def __init__(self, loader: Loader, then: Callable[[ModuleType], None]) -> None:
+        self._loader = loader
+        self._then = then
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        self._then(module)
+
+
+def _meaning(code: object) -> tuple[bool, str, int]:
+    """What ``sys.exit(code)`` means: whether all is well, in words, and as a status."""
+    if code is None or code == 0:
+        return True, "", 0
+    if isinstance(code, int):
+        return False, f"exited with status {code}", code
+    print(code, file=sys.stderr)
+    return False, str(code), 1
+
+
+def _without_own(tb: TracebackType | None) -> TracebackType | None:
+    """The traceback from the program's first frame on; as it is if there is none."""
+    start = tb
+    while start is not None and start.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+        start = start.tb_next
+    return start or tb
+
+
+def _run_script(path: str) -> None:
+    """Execute a file, or the ``__main__.py`` of a folder or archive, as ``__main__``, as the interpreter would."""
+    source = None if Path(path).is_dir() else Path(path).read_bytes()
+    if source is None or source.startswith(ARCHIVE):
+        runpy.run_path(path, run_name="__main__")
+        return
+    sys.path[0] = str(Path(path).resolve().parent)
+    code = compile(source, path, "exec", dont_inherit=True)
+    main = ModuleType("__main__")
+    vars(main).update(__file__=path, __builtins__=__builtins__, __spec__=None, __cached__=None)
+    sys.modules["__main__"] = main
+    exec(code, vars(main))
+
+
+def _run_module(name: str) -> None:
+    sys.path[0] = os.getcwd()
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Install what watches, then run the program."""
+    is_module = arguments[0] == "-m"
+    target, *rest = arguments[is_module:]
+    runner = Runner(os.environ)
+    sys.argv = [target, *rest]
+    start = _run_module if is_module else _run_script
+    return runner.run(lambda: start(target))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,135 @@
+"""``outlast launch`` of programs that know nothing of outlast: watched, restarted and reported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from outlast.diagnostics import build_report
+from tests.forked import Job
+from tests.helpers import clean_env, events, outlast, start_outlast, wait_for
+from tests.launch.jobs import STARTED
+
+SCRIPT = Path(__file__).with_name("ddp_program.py")
+QUICK = ("--launch.hang-floor-s", "2", "--launch.monitor-interval-s", "0.2", "--launch.alone-limit-s", "3")
+"""A rank that does nothing is awaited for three times the last of these."""
+
+
+def launch(run: Path, *words: str | Path, check: int = 0) -> str:
+    done = outlast("launch", "--nproc_per_node", "2", "--run-dir", run, *QUICK, *words, check=check)
+    return done.stdout + done.stderr
+
+
+def test_a_script_is_restarted_and_its_late_rank_found(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said = launch(run, SCRIPT, "40", "--slow", "1", "--do", "kill")
+    assert "rank 0 done" in said
+    (failed,) = events(run, "workers_failed")
+    assert (failed["ranks"], failed["reasons"], failed["restarting"]) == ([1], ["killed by SIGKILL"], True)
+    steps = [(one.generation, one["step"]) for one in events(run, "program_step") if one.rank == 0]
+    # The first step of a start has no known beginning; steps are counted on over restarts.
+    assert [step for generation, step in steps if generation == 0] == list(range(2, 6))
+    assert [step for generation, step in steps if generation == 1] == list(range(7, 46))
+    report = build_report(run)
+    assert [row.rank for row in report.stragglers if row.straggler] == [1]
+    assert report.facts.finished
+    assert not report.loss.steps
+    text = outlast("report", run).stdout
+    assert "killed by SIGKILL" in text
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize(
+    ("what", "evidence"), [("stop", "stopped (state T), has entered"), ("sleep", "last entered all_reduce #")]
+)
+def test_a_rank_that_does_nothing_is_found_and_named(tmp_path: Path, what: str, evidence: str) -> None:
+    run = tmp_path / "run"
+    assert "rank 0 done" in launch(run, SCRIPT, "8", "--do", what)
+    (hang,) = events(run, "hang_found")
+    assert hang["culprit"] == 1
+    assert evidence in hang["evidence"]
+    assert "1 peer has been waiting" in hang["evidence"]
+
+
+def test_a_rank_that_computes_alone_is_left_alone(tmp_path: Path) -> None:
+    """It evaluates, or writes a checkpoint, while its peer waits ten times as long as is allowed for doing nothing."""
+    run = tmp_path / "run"
+    said = launch(run, SCRIPT, "8", "--do", "compute")
+    assert "rank 0 done" in said
+    assert "no progress for" in said, "a long wait is told"
+    assert not events(run, "hang_found")
+    assert not events(run, "workers_failed")
+
+
+def test_an_error_is_told_with_the_scripts_own_traceback(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said = launch(run, "--max-restarts", "0", SCRIPT, "8", "--do", "raise", check=1)
+    assert "rank 1" in said
+    assert "ValueError: a batch that cannot be read" in said
+    assert "runner.py" not in said
+    ended = [one for one in events(run, "run_ended") if one.rank == 1]
+    assert [(one["ok"], one["reason"]) for one in ended] == [(False, "ValueError: a batch that cannot be read")]
+
+
+def test_a_second_job_in_the_directory_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first: Job = start_outlast(
+        "launch", "--nproc_per_node", "2", "--run-dir", run, SCRIPT, "400", log=tmp_path / "first.log"
+    )
+    STARTED.append(first)
+    wait_for(lambda: run.exists() and events(run, "program_step"))
+    said = launch(run, SCRIPT, "4", check=1)
+    assert "is being trained on this node" in said or "is in use" in said or "held by" in said
+    assert not events(run, "workers_failed")
+    assert not events(run, "run_ended"), "the first job goes on"
+    assert [path.name for path in sorted((run / "attempts").iterdir())] == ["0001", "latest"]
+
+
+PYTHON = """
+import multiprocessing, os, sys
+
+def square(x):
+    return x * x
+
+if __name__ == "__main__":
+    print([os.path.basename(sys.argv[0]), *sys.argv[1:]], os.path.basename(__file__), __name__)
+    print(sys.path[0], os.getcwd())
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(pool.map(square, [2, 3]), flush=True)
+    sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("form", ["script", "module", "folder"])
+def test_a_program_sees_what_python_would_show_it(tmp_path: Path, form: str) -> None:
+    """Its arguments may look like the launcher's."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    for name in ("job.py", "package/job.py", "package/__main__.py"):
+        (tmp_path / name).write_text(PYTHON)
+    target = {"script": ["package/job.py"], "module": ["-m", "package.job"], "folder": ["package"]}[form]
+    words = ["--nnodes", "7", "--launch.watch", "x", "-m", "--", "--help"]
+    env = clean_env()
+    plain = subprocess.run(
+        [sys.executable, *target, *words], cwd=tmp_path, env=env, text=True, capture_output=True, check=True
+    )
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        launched = outlast("launch", "--standalone", *target, *words, env=env)
+    finally:
+        os.chdir(before)
+    assert plain.stdout in launched.stdout
+    assert (tmp_path / "runs" / {"script": "job", "module": "package.job", "folder": "package"}[form]).is_dir()
+
+
+def test_a_program_that_is_not_python(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said = launch(run, "--no-python", "sh", "-c", 'sleep 4; echo "rank $RANK of $WORLD_SIZE"')
+    assert "rank 0 of 2" in said
+    assert "not watched" in said
+    assert not events(run, "hang_found")
