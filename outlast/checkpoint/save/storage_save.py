@@ -174,7 +174,7 @@ class StorageSave(SaveJob):
             if flag is not None and (flag[0] != context.attempt_id or flag[1] < self._request.save_id - 1):
                 context.store.remove(name)
         for old in catalog.clear_for(context.store, self.step, context.attempt_id):
-            reason = f"saved again; the old one is kept as {old} until the new one is committed, then set aside"
+            reason = f"saved again; the old one is kept as {old} until the new one is committed, then as .aside-N"
             context.on_event(CheckpointRejected(step=self.step, reason=reason, damaged=False))
         self.sign()
         self._make_room()

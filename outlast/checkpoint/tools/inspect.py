@@ -120,9 +120,7 @@ def list_steps(url: str | os.PathLike[str]) -> list[StepInfo]:
             if step is not None:
                 steps.append(_info(store, step))
             elif (aside := parse_aside(name)) is not None:
-                reason = (
-                    "set aside as damaged, cut off or superseded when a run resumed or overwrote the step; never read"
-                )
+                reason = "kept under another name, as damaged, cut off or superseded; never read"
                 steps.append(StepInfo(aside, name, "aside", reason, None, None, None))
             elif (replaced := parse_replaced(name)) is not None:
                 reason = "was being overwritten; if that was interrupted, a restore makes it the step again"
