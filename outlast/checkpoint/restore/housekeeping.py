@@ -138,7 +138,9 @@ class Settlement:
         return [step for step, data in records.items() if step in scanned.committed and record_of(store, step) == data]
 
     def _set_aside(self, step: int) -> str:
-        return self._unless_read_only(step, lambda store, step: f"set aside as {set_aside(store, step)}")
+        return self._unless_read_only(
+            step, lambda store, step: f"kept as {set_aside(store, step)}, which is never read"
+        )
 
     def _unless_read_only(self, step: int, change: Callable[[Store, int], str]) -> str:
         """The outcome in words; a step that cannot be changed can be read all the same."""

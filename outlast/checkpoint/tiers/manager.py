@@ -96,9 +96,11 @@ class Tiers:
         Raises:
             Exception: a bug that ended a copy before, or an error of ``on_event``.
         """
-        due = [tier for tier in self._fed if tier.due(request)]
-        for tier in due:
+        due = []
+        for tier in [tier for tier in self._fed if tier.due(request)]:
             tier.wait(request.step)
+            if not tier.refuses(request.step):
+                due.append(tier)
         try:
             slot = self._memory.slots.take(slot_bytes(self._context, request))
         except OSError as error:
