@@ -59,9 +59,10 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"first_cause", "joining", "notice_relay", "notice_store"},
         {"processes", "program", "program_runs"},
         {"hang_watch", "notice", "rank_output", "runner", "spec"},
+        {"notice_signals"},
         {"failures", "place"},
-        {"activity", "attempt", "backoff", "flags", "node_clocks", "notice_signals", "orphans", "ports"},
-        {"slurm", "parent_death", "config"},
+        {"activity", "attempt", "backoff", "flags", "node_clocks", "orphans", "ports"},
+        {"oom_killer", "slurm", "parent_death", "config"},
     ],
     "trainer": [
         {"__main__"},

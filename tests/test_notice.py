@@ -96,6 +96,9 @@ def test_a_run_ended_by_a_notice_goes_on_as_if_there_was_none(started: Started, 
     ended = events(started.run, "run_ended")
     assert [(one["step"], one["ok"], one["reason"]) for one in ended] == [(step, True, "notice (SIGTERM)")] * 2
     assert events(started.run, "workers_failed") == []
+    report = outlast("report", started.run).stdout
+    assert f"Not finished: {step} of 40 steps" in report
+    assert "got SIGTERM" in report
     assert not list(shm_directory(started.run).iterdir())
 
     outlast("launch", started.config, *TWO, "--trainer.steps", "40", "--resume", "auto")
@@ -278,3 +281,20 @@ def test_a_notice_to_one_node_ends_all(tmp_path: Path) -> None:
     (saved,) = steps_saved(run)
     assert saved == min(record["step"] for record in events(run, "run_ended"))
     assert events(run, "run_started")[-1]["first_step"] == saved + 1
+
+
+def test_before_there_are_ranks(tmp_path: Path) -> None:
+    """The launcher still reads its settings, here from a pipe that nobody writes to."""
+    config, log = tmp_path / "config.toml", tmp_path / "log"
+    os.mkfifo(config)
+    job = start_outlast("launch", config, *LONG, log=log)
+
+    def listens() -> bool:
+        status = Path(f"/proc/{job.pid}/status").read_text()
+        caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), 16)
+        return bool(caught >> (signal.SIGUSR2 - 1) & 1)
+
+    wait_for(listens)
+    job.send_signal(signal.SIGUSR2)
+    assert job.wait(timeout=60) == 75
+    assert "SIGUSR2 came before the ranks were started" in log.read_text()

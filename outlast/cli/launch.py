@@ -12,6 +12,7 @@ import tyro
 from outlast.cli.verb import TrainingVerb, load_config
 from outlast.config import Overrides, override_arguments
 from outlast.launch.flags import LaunchFlags
+from outlast.launch.notice_signals import early_notices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,10 @@ class Launch(TrainingVerb):
 
     def run(self, overrides: Overrides) -> int:
         """Launch. A wrong setting is found here, before any process is started."""
+        with early_notices():
+            return self._run(overrides)
+
+    def _run(self, overrides: Overrides) -> int:
         from outlast.launch import LaunchSpec, dry_run, launch
         from outlast.trainer.run_directory import check_usable, run_path
 

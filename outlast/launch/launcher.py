@@ -22,7 +22,7 @@ from outlast.launch.failures import RESUME_STATUS, WATCHED, first_line, ranks_fa
 from outlast.launch.flags import DEFAULT_PORT
 from outlast.launch.notice import NOTICE_FILE
 from outlast.launch.orphans import Guard
-from outlast.launch.ports import check_port
+from outlast.launch.ports import LOOPBACKS, check_port
 from outlast.launch.rendezvous import Rendezvous, resolve
 from outlast.launch.spec import LaunchSpec
 
@@ -360,7 +360,7 @@ def _local_ranks(nproc_per_node: str) -> int:
 def _worker_environment(spec: LaunchSpec, ranks: int, rendezvous: Rendezvous) -> dict[str, str]:
     """Variables that the launcher adds to the ranks' environment unless they are set."""
     added = {"PYTHONUNBUFFERED": "1", WATCHED: "1"}
-    if rendezvous.max_nodes == 1 and rendezvous.local_addr == "127.0.0.1":
+    if rendezvous.max_nodes == 1 and rendezvous.local_addr in LOOPBACKS:
         added["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo listens where the host's name leads
     if spec.is_program:
         added[buffer_variable()] = str(COLLECTIVES_KEPT)

@@ -7,11 +7,14 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Self
+
+from outlast.launch.failures import RESUME_STATUS
 
 NOTICES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SAME_S = 1.0
@@ -80,7 +83,7 @@ class NoticeSignals:
             signal.set_wakeup_fd(-1)
         _OURS.pop(self._handle, None)
         self._writer.close()  # ends the thread
-        self._thread.join()
+        self._thread.join(5.0)  # at once, if it can run
         self._reader.close()
 
     def install(self) -> None:
@@ -181,3 +184,23 @@ def _restore() -> None:
     if found != -1 and found not in _OURS.values():
         signal.set_wakeup_fd(found)
     _OURS.clear()
+
+
+@contextlib.contextmanager
+def early_notices() -> Iterator[None]:
+    """Before there is anybody to pass a notice on to: it ends this process, with the status that says so.
+
+    Raises:
+        SystemExit: a notice came; nothing is lost.
+    """
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        print(f"outlast: {signal.Signals(signum).name} came before the ranks were started", file=sys.stderr, flush=True)
+        raise SystemExit(RESUME_STATUS)
+
+    before = {one: signal.signal(one, end) for one in NOTICES}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler if handler is not None else signal.SIG_DFL)

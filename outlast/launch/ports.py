@@ -11,6 +11,28 @@ import psutil
 from outlast.errors import LaunchError, PortInUse
 
 PROBE_S = 3.0
+LOOPBACKS = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
+"""The addresses of this host that no other host reaches, as far as it has them."""
+
+
+def loopback() -> str:
+    """This host's loopback address: ``127.0.0.1``, or ``::1`` where there is only IPv6.
+
+    Raises:
+        LaunchError: it has neither.
+    """
+    problems = []
+    for address, family in LOOPBACKS.items():
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.bind((address, 0))
+        except OSError as error:
+            problems.append(f"{address}: {error.strerror}")
+        else:
+            return address
+    raise LaunchError(
+        f"this host has no loopback address ({'; '.join(problems)})", "set the interface lo up: ip link set lo up"
+    )
 
 
 def free_port() -> int:

@@ -1,15 +1,18 @@
 """A rank that does nothing but beat, meet its peers in an all-reduce, and misbehave as told.
 
-``rank.py RUN_DIR STEPS [--rank R --at STEP --do kill|stop|spin|torn|exit:N|raise|wait:S|skip] [--once] [--all]``
+``rank.py RUN_DIR STEPS [--rank R --at STEP --do kill|stop|spin|torn|exit:N|raise|wait:S|skip] [--once] [--all]
+[--notice]``
 
 ``--do skip`` leaves out the step's all-reduce. With ``--all``, all ranks misbehave; with ``--once``, only in generation
-0. Every rank appends ``generation rank step`` to ``RUN_DIR/steps``.
+0. With ``--notice`` it ends after a step when told to, and its children do not inherit how it takes signals. Every rank
+appends ``generation rank step`` to ``RUN_DIR/steps``.
 """
 
 from __future__ import annotations
 
 import argparse
 import faulthandler
+import multiprocessing
 import os
 import signal
 import sys
@@ -28,7 +31,7 @@ from outlast.diagnostics.live import (
     ring_path,
     shm_directory,
 )
-from outlast.launch import find_place
+from outlast.launch import Notice, find_place
 
 
 def misbehave(how: str) -> None:
@@ -60,6 +63,7 @@ def main() -> None:
     parser.add_argument("--do", default="")
     parser.add_argument("--once", action="store_true")
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--notice", action="store_true")
     parser.add_argument("--step-s", type=float, default=0.05)
     told = parser.parse_args()
     place = find_place()
@@ -70,6 +74,13 @@ def main() -> None:
     recorder = Recorder(ring_path(shm, place.rank), rank=place.rank, capacity=64)
     os.environ.update(place.environ())
     dist.init_process_group("gloo")
+    notice = Notice() if told.notice else None
+    if notice is not None:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        child.start()
+        child.terminate()
+        child.join(60)
+        assert child.exitcode == -signal.SIGTERM
     with (told.run_dir / "steps").open("a") as record:
         for step in range(1, told.steps + 1):
             heartbeat.beat("step", step)
@@ -88,6 +99,9 @@ def main() -> None:
             dist.all_reduce(ones)
             recorder.complete(token)
             assert ones.tolist() == [place.world_size] * 4
+            if notice is not None and notice.came():
+                print(f"rank {place.rank} was told to end: {notice.name}", flush=True)
+                sys.exit(notice.status)
     heartbeat.beat("finish", told.steps)
     dist.destroy_process_group()
     print(f"rank {place.rank} of {place.world_size} done in generation {place.generation} ({place.source})")

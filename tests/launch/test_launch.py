@@ -204,6 +204,18 @@ def test_a_launcher_that_is_told_to_end_ends_its_ranks(tmp_path: Path, signum: s
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
+def test_a_loop_of_ones_own_obeys_a_notice(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = start(run, RANK, str(run), "100000", "--notice", obeys_notice=True)
+    wait_for(lambda: (run / "steps").exists() and len(steps(run)) > 6)
+    job.send_signal(signal.SIGUSR1)
+    said = finish(job, run, status=75)
+    assert "rank 0 was told to end: SIGUSR1" in said
+    (last,) = {max(step for _, rank, step in steps(run) if rank == one) for one in (0, 1)}
+    assert last < 100000
+    assert not any(shm_directory(run).iterdir())
+
+
 def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = start(run, "-c", "import time; time.sleep(99)")

@@ -143,7 +143,8 @@ def _facts(loaded: Loaded, steps: Steps, starts: tuple[Start, ...], begun: Begun
     newest = begun[max(begun)].fields if begun else {}
     last = starts[-1] if starts else None
     ended = {
-        record.rank: bool(record.fields.get("ok"))
+        # A rank that a notice ended before the last step has ended well, and gives it as the reason.
+        record.rank: bool(record.fields.get("ok")) and not record.fields.get("reason")
         for attempt, record in loaded.others
         if last is not None
         and record.kind == "run_ended"
