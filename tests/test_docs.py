@@ -30,6 +30,8 @@ ELSEWHERE = {
     "sbatch slurm/train.sbatch configs/stdlib_gpt.toml": "tests/launch/test_slurm.py, on a real Slurm",
     "sbatch --nodes 4 --gpus-per-node 8 slurm/launch.sbatch configs/stdlib_gpt.toml": "tests/launch/test_slurm.py",
     "torchrun --nproc-per-node 2 examples/own_loop.py runs/own_loop": "tests/test_own_loop.py",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 2 --max-restarts 4 "
+    "examples/own_loop.py runs/own_loop": "tests/test_own_loop.py",
 }
 
 

@@ -1,4 +1,4 @@
-"""The trainer's own settings, and :class:`Config`, which joins the settings of all rooms: one field per section."""
+"""The trainer's own settings, and :class:`Config`, which joins the settings of all packages: one field per section."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class RunConfig:
     """The run's directory."""
     resume: str = "never"
     """``never``: refuse a used directory. ``auto``: resume from the newest complete checkpoint, or start. ``STEP``:
-    resume from that step's checkpoint; newer ones are set aside. A restart within a job always behaves as ``auto``."""
+    resume from that step's checkpoint; newer ones are kept as ``step_….aside-N``. A restart within a job always behaves
+    as ``auto``."""
     seed: int = 0
     """Seeds the model's initial weights and the order of the data."""
 
@@ -164,7 +165,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All settings of a run; each field is a section of the TOML file, owned by the room of that name."""
+    """All settings of a run; each field is a section of the TOML file, owned by the package of that name."""
 
     run: RunConfig = field(default_factory=RunConfig)
     """Name, directory and seed of the run."""

@@ -377,15 +377,18 @@ def _write_report(run: Run) -> None:
     try:
         report = build_report(run.attempt.run)
         write_html(report, path)
-    except DiagnosticsError as error:
-        _LOG.warning("no report was written (`outlast report %s` makes it later): %s", run.attempt.run, error)
-        return
-    render_summary(report, Console(), path)
+        render_summary(report, Console(), path)
+    except (DiagnosticsError, OSError) as error:  # a pipe that nobody reads, or a terminal's log on a full disk, too
+        what = error.what if isinstance(error, DiagnosticsError) else error
+        _LOG.warning("no report was written (`outlast report %s` makes it later): %s", run.attempt.run, what)
 
 
 def _report_failure(error: Exception) -> int:
     """Tell the launcher and the user (with a traceback only for what outlast did not raise); return the exit status."""
-    get_error_handler().record_exception(error)
+    try:
+        get_error_handler().record_exception(error)
+    except OSError as problem:  # the error itself matters more
+        print(f"outlast: the launcher cannot be told: {problem}", file=sys.stderr, flush=True)
     print(f"outlast: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     if not isinstance(error, OutlastError):
         sys.excepthook(type(error), error, error.__traceback__)
