@@ -77,6 +77,10 @@ def resolve(flags: LaunchFlags, environ: Mapping[str, str] | None = None) -> Ren
     endpoint, why = flags.rdzv_endpoint, "--rdzv-endpoint"
     if not endpoint and (flags.master_addr or flags.rdzv_backend == "static"):
         endpoint, why = f"{flags.master_addr or '127.0.0.1'}:{flags.master_port}", "--master-addr and --master-port"
+        if flags.rdzv_backend == "c10d" and flags.node_rank is not None and most > 1:
+            conf.setdefault("is_host", str(flags.node_rank == 0))
+            if flags.node_rank == 0 and local_addr is None:
+                local_addr = flags.master_addr  # where others reach this node, whatever its host name leads to
     slurm = Slurm()
     if slurm.is_present(environ):
         if not endpoint:
@@ -95,7 +99,7 @@ def resolve(flags: LaunchFlags, environ: Mapping[str, str] | None = None) -> Ren
             f"give every node the same --rdzv-endpoint HOST:PORT, e.g. --rdzv-endpoint FIRST_NODE:{DEFAULT_PORT}",
         )
     if flags.rdzv_backend == "static":
-        conf.setdefault("rank", str(flags.node_rank))
+        conf.setdefault("rank", str(flags.node_rank or 0))
     rendezvous = Rendezvous(
         backend=flags.rdzv_backend,
         endpoint=endpoint,
