@@ -313,8 +313,8 @@ class Checkpointer:
         (a ``CheckpointRejected`` event, and a log line that names the file). An integer takes that step.
 
         Reading changes nothing. If the run goes on from there (see :meth:`save`), newer steps are renamed then to
-        ``step_XXXXXXXX.aside-N``, which is never read, and interrupted saves are cleared away. With a memory tier, a step that is
-        in the memory of too few nodes is copied again at once, unless another job has the place.
+        ``step_XXXXXXXX.aside-N``, which is never read, and interrupted saves are cleared away. With a memory tier, a
+        step that is in the memory of too few nodes is copied again at once, unless another job has the place.
 
         Args:
             which: ``"auto"``, or a step.
