@@ -228,7 +228,7 @@ class WatchedAgent(LocalElasticAgent):
             self._watch,
             hang_evidence={rank: culprit.evidence for rank, culprit in self._hung.items()},
             ended=self._ended,
-            says_finish=self._relay.obeyed,
+            says_finish=self._relay.expected,
         )
 
     def _tell_notice(self) -> None:
@@ -311,7 +311,10 @@ class WatchedAgent(LocalElasticAgent):
         """
         if self._relay.kill is not None:
             self._relay.kill = None
-            self._relay.loses = not self.resumable and (self._watch is None or self._watch.steps_begun(self.ranks))
+            told = self._relay.notice is not None and not self.resumable
+            # A program's own loop may begin unseen.
+            unseen = self._watch is None or not self._relay.expected
+            self._relay.loses = told and (unseen or self._watch.steps_begun(self.ranks))
         if self._processes is not None:
             if self._relay.obeyed:
                 self._processes.kill_all()
