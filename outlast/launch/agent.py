@@ -313,8 +313,8 @@ class WatchedAgent(LocalElasticAgent):
             self._relay.kill = None
             told = self._relay.notice is not None and not self.resumable
             # A program's own loop may begin unseen.
-            unseen = self._watch is None or not self._relay.expected
-            self._relay.loses = told and (unseen or self._watch.steps_begun(self.ranks))
+            watch = self._watch if self._relay.expected else None
+            self._relay.loses = told and (watch is None or watch.steps_begun(self.ranks))
         if self._processes is not None:
             if self._relay.obeyed:
                 self._processes.kill_all()

@@ -62,7 +62,7 @@ class Notice:
                 NoticeSignals(grace_s, _END_S, obeyed=_always, end=_leave, last_resort=_leave)
             )
         else:
-            # A scheduler sends these signals to all processes of a job; the launcher gets them too, and has the ranks of
+            # A scheduler sends these signals to all processes of a job, the launcher among them, which has the ranks of
             # outlast's trainer ignore them from the start. Handlers have the same effect, but are not inherited by
             # programs that this one starts. Where the process has handlers of its own, these stay.
             for one in NOTICES:
