@@ -361,6 +361,8 @@ class Checkpointer:
         if which != "auto":
             which = as_step(which, "restore", "auto")
         self._finish()
+        if self._tiers is not None:
+            self._tiers.wait()  # a save that is committed after this would be newer than what the run goes on from
         running = like is not None or into is not None
         select = partial(make_selection, parts, strict, rename, cast, running=running)
         reading = Reading(self._context, self._tiers, self._group)

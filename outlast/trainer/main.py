@@ -316,6 +316,7 @@ def _restore(run: Run, device: torch.device, resume: str) -> None:
     """Restore a checkpoint if asked to, and announce the start."""
     start_s = time.perf_counter()
     restored = run.restore(resume) if resume != "never" else None
+    begun = run.begin_from() if restored is None and run.config.run.start_from is not None else None
     parameters = sum(p.numel() for p in run.engine.model.parameters() if p.requires_grad)
     comm = run.config.comm.describe()
     run.events.write(
@@ -349,6 +350,10 @@ def _restore(run: Run, device: torch.device, resume: str) -> None:
         )
         if restored is not None:
             _LOG.info("restored step %d in %.2f s", restored.step, time.perf_counter() - start_s)
+        if begun is not None:
+            _LOG.info("begins with the parameters of step %d of %s", begun.step, run.config.run.start_from)
+            for mismatch in begun.not_taken:
+                _LOG.info("not taken: %s", mismatch)
 
 
 def _log_choice(choice: Choice, events: EventLog) -> None:

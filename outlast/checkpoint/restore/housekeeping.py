@@ -105,6 +105,8 @@ class Settlement:
         for step in self._unchanged(scanned, self.damaged):
             _log.warning("%s: %s", step_name(step), self._set_aside(step))
         for step in scanned.uncommitted:
+            if self._own(step, attempt_id):
+                continue  # it may still be running; if it has failed, it has cleaned up after itself
             outcome = self._unless_read_only(step, clear_leftover)
             if scanned.committed and step < scanned.committed[-1]:
                 _log.info("%s: removing it, or an earlier save of it, was cut off; %s", step_name(step), outcome)

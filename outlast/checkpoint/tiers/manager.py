@@ -167,8 +167,7 @@ class Tiers:
         Raises:
             Exception: a bug that ended a copy, or an error of ``on_event``.
         """
-        for tier in self._fed:
-            tier.finish()
+        self.wait()
         newest = self._memory.slots.newest
         try:
             stored = self._part(save_id, self._storage.has(newest), check)
@@ -205,6 +204,11 @@ class Tiers:
         if self._memory.is_node_leader:
             for folder in self._folders:
                 slots.remove_records(folder, self._context.attempt_id)
+
+    def wait(self) -> None:
+        """Wait until what is on its way has arrived, or has failed; raises as :meth:`finish` does."""
+        for tier in self._fed:
+            tier.finish()
 
     def wait_partner(self) -> None:
         """Wait until the copy on its way to the partner is there, or has failed; raises as :meth:`finish` does."""
