@@ -1,6 +1,6 @@
 """Draws the pictures of the docs: ``python docs/make_pictures.py [FOLDER]``, without a folder beside this file.
 
-The rooms are drawn from the tree, the curves from ``comm_benchmark.json``.
+The packages are drawn from the tree, the curves from ``comm_benchmark.json``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ EVERY_STEP = (
 
 
 def step() -> str:
-    """One step's way through the rooms, left to right; a row for each thread."""
+    """One step's way through the packages, left to right; a row for each thread."""
     return svg(
         1060,
         496,
-        "One training step through the rooms",
+        "One training step through the packages",
         [
             text(20, 34, "training thread", "head"),
             box(20, 50, 96, 60, "batch", ["of this step"], "run"),

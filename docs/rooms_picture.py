@@ -223,4 +223,4 @@ def rooms() -> str:
     out.append(line(f"24,24 24,{y - 18:g}"))
     turned = f'class="small" transform="translate(16 {y / 2:g}) rotate(-90)" text-anchor="middle"'
     out.append(f"<text {turned}>imports go down, never up</text>")
-    return svg(WIDTH, y + 6, "The rooms of outlast, on the floors that their imports give", out)
+    return svg(WIDTH, y + 6, "The packages of outlast, in the layers that their imports give", out)

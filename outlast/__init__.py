@@ -1,6 +1,6 @@
 """outlast: training that outlasts its machines.
 
-Each room is a package that is usable without the others:
+Each package is usable without the others:
 
 - :mod:`outlast.comm`         gradients over slow links
 - :mod:`outlast.checkpoint`   state that survives
@@ -8,7 +8,7 @@ Each room is a package that is usable without the others:
 - :mod:`outlast.launch`       starting ranks, and keeping them running
 - :mod:`outlast.trainer`      the loop that joins them
 
-``import outlast`` imports none of them, and not torch; a room is imported when it is first used, as in
+``import outlast`` imports none of them, and not torch; a package is imported when it is first used, as in
 ``outlast.comm.attach(...)``.
 """
 

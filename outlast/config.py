@@ -1,7 +1,7 @@
 """Reads settings from the command line, a TOML file and the environment into frozen dataclasses.
 
-Each room owns the dataclass of its own settings; the trainer joins them into one whose fields are the sections of the
-TOML file. A value is taken from the first of these that has one:
+Each package owns the dataclass of its own settings; the trainer joins them into one whose fields are the sections of
+the TOML file. A value is taken from the first of these that has one:
 
 1. the command line, ``--section.key VALUE`` (dashes and underscores are alike),
 2. the TOML file, ``key = value`` under ``[section]``,

@@ -360,6 +360,10 @@ class EventLog:
         return self._line(EventsLost(count=self.lost, reason=self._reason)) if self.lost else b""
 
     def _open(self) -> int:
+        if self._fd is not None and os.fstat(self._fd).st_nlink == 0:
+            # The file was removed, perhaps with its folder: what is written to it now is nowhere.
+            os.close(self._fd)
+            self._fd = None
         if self._fd is None:
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         return self._fd

@@ -78,3 +78,11 @@ def test_steps_to_a_loss() -> None:
     assert comm.steps_to(curve, 2.5) == pytest.approx(30 + 10 * 2 / 3)
     assert comm.steps_to(curve, 9.0) == 10
     assert comm.steps_to(curve, 1.0) is None
+
+
+def test_the_benchmark_of_being_watched(root: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.watch", "--rounds", "1", "--steps", "3"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "wall_s: watched / not" in done.stdout
+    assert "cpu_s: watched / not" in done.stdout

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 ELSEWHERE = {
+    "outlast launch --nproc-per-node 2 train.py --lr 3e-4": "tests/launch/test_any_program.py, with its own script",
+    "outlast report runs/train": "tests/launch/test_any_program.py",
     "make train": "tests/test_first_run.py",
     "make test": "this very suite",
     "make check": "tests/test_docs.py::test_make_check_is_what_it_says and .ci/run",
@@ -28,6 +30,8 @@ ELSEWHERE = {
     "sbatch slurm/train.sbatch configs/stdlib_gpt.toml": "tests/launch/test_slurm.py, on a real Slurm",
     "sbatch --nodes 4 --gpus-per-node 8 slurm/launch.sbatch configs/stdlib_gpt.toml": "tests/launch/test_slurm.py",
     "torchrun --nproc-per-node 2 examples/own_loop.py runs/own_loop": "tests/test_own_loop.py",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 2 --max-restarts 4 "
+    "examples/own_loop.py runs/own_loop": "tests/test_own_loop.py",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,24 @@ def test_a_full_device_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
         assert log.lost == 3
     assert caplog.text.count("No space left on device") == 2  # once when it begins, once at the end
     assert "3 events were lost" in caplog.text
+
+
+def test_a_folder_that_vanishes_is_told_and_what_is_written_then_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "events" / "rank_00000.jsonl"
+    path.parent.mkdir()
+    with EventLog(path, rank=0) as log:
+        log.write(EvalDone(step=1, loss=1.0, seconds=0.5))
+        shutil.rmtree(path.parent)
+        log.write(EvalDone(step=2, loss=1.0, seconds=0.5))
+        assert (log.lost, path.parent.exists()) == (1, False)
+        assert "No such file" in caplog.text
+        path.parent.mkdir()
+        log.write(EvalDone(step=3, loss=1.0, seconds=0.5))
+        path.unlink()  # of a file alone that is removed, a new one is made
+        log.write(EvalDone(step=4, loss=1.0, seconds=0.5))
+    assert [record["step"] for record in read_events(path)] == [4]
 
 
 def test_a_folder_that_appears_later_gets_the_events_and_the_count(tmp_path: Path) -> None:

@@ -55,14 +55,15 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "diagnostics": [{"doctor", "report"}, {"live"}, {"formatting", "config"}],
     "launch": [
         {"launcher"},
-        {"agent", "rendezvous", "trusted_rendezvous"},
+        {"agent", "rendezvous_errors"},
+        {"rendezvous", "trusted_rendezvous"},
         {"first_cause", "joining", "notice_relay", "notice_store"},
         {"processes", "program", "program_runs"},
         {"hang_watch", "notice", "rank_output", "runner", "spec"},
         {"notice_signals"},
         {"failures", "place"},
         {"activity", "attempt", "backoff", "flags", "node_clocks", "orphans", "ports"},
-        {"slurm", "parent_death", "config"},
+        {"oom_killer", "slurm", "parent_death", "config"},
     ],
     "trainer": [
         {"__main__"},

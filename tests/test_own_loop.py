@@ -58,6 +58,23 @@ def test_killed_at_any_moment_it_ends_like_a_run_that_was_not(root: Path, tmp_pa
     assert len(compared["equal_tensors"]) > 10
 
 
+@pytest.mark.slow
+def test_torchrun_restarts_it(root: Path, tmp_path: Path) -> None:
+    """As the docs say, with a store for each start: rank 0 is killed, and then rank 1."""
+    folder = tmp_path / "a"
+    words = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "4", "--monitor-interval", "0.1"]
+    script = [root / "tests" / "killed_at.py", "25,46", root / "examples" / "own_loop.py", "100", folder]
+    log = tmp_path / "log"
+    env = clean_env(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    job = Job("torch.distributed.run", [*words, *map(str, script)], env=env, stdout=log, stderr=log)
+    try:
+        assert job.wait(150) == 0, log.read_text()[-4000:]
+    finally:
+        ranks_of(folder)
+    assert log.read_text().count("going on from step 20") == 2
+    assert log.read_text().count("going on from step 40") == 2
+
+
 def ranks_of(folder: Path) -> list[int]:
     """Processes that were started to save in a folder."""
     found = []

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from outlast.checkpoint.format.names import MEMORY, STORAGE, failed_name
 from outlast.checkpoint.memory.arena import Arena
-from outlast.checkpoint.save.job import SaveJob, failure_text
+from outlast.checkpoint.save.background import failure_text
+from outlast.checkpoint.save.job import SaveJob
 from outlast.checkpoint.save.prepare import make_storage_save
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.shortage import as_os_error

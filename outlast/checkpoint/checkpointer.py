@@ -24,16 +24,17 @@ from outlast.checkpoint.memory.arena import Arena
 from outlast.checkpoint.ownership.lease import Lease
 from outlast.checkpoint.peers.collectives import Agreement, check_ranks
 from outlast.checkpoint.restore.load import Restored
+from outlast.checkpoint.save.background import raise_error
 from outlast.checkpoint.save.device import DeviceRoom
 from outlast.checkpoint.save.hooks import Hooks
-from outlast.checkpoint.save.io_threads import IoThreads
-from outlast.checkpoint.save.job import SaveJob, raise_error
+from outlast.checkpoint.save.job import SaveJob
 from outlast.checkpoint.save.prepare import make_request
 from outlast.checkpoint.save.request import SaveContext
 from outlast.checkpoint.save.stall_forecast import StallForecast
 from outlast.checkpoint.save.storage_save import StorageSave
 from outlast.checkpoint.start import Reading, Start, check_place
 from outlast.checkpoint.state.selection import Rename, make_selection
+from outlast.checkpoint.storage.io_threads import IoThreads
 from outlast.checkpoint.storage.open import open_store
 from outlast.checkpoint.tiers.manager import Tiers
 from outlast.errors import CheckpointError
@@ -48,16 +49,14 @@ class Checkpointer:
     :func:`outlast.checkpoint.attach` makes one for the ranks of a process group::
 
         with outlast.checkpoint.attach("runs/mine/checkpoints") as checkpointer:
-            restored = checkpointer.restore("auto", into={"model": model.state_dict()})
-            for step in range(restored.step + 1 if restored else 1, 1001):
-                loss(model, step).backward()
-                checkpointer.wait_copied()  # or, once and before the loop: checkpointer.watch(model, optimizer)
-                optimizer.step()
-                optimizer.zero_grad()
-                if step % 10 == 0:
-                    checkpointer.save(step, replicated={"model": model.state_dict()})
+            checkpointer.watch(ddp, optimizer)  # its step waits for what is not copied yet, as wait_copied() does
+            restored = checkpointer.restore("auto")  # before the loop: None, or the newest valid step
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpointer.save(step, replicated=state)  # in the loop, on every rank
 
-    Failure contract. What the environment does (a full disk, a timeout, another rank's death) makes a save fail: it is
+    ``docs/loop.md`` has whole loops, and says what belongs in a checkpoint.
+
+    Failure contract. What the environment does (a full disk, a silent one, another rank's death) fails a save: it is
     reported by a ``CheckpointFailed`` event and a log line, training goes on, and earlier checkpoints are untouched.
     What the program does wrong is raised: bad state by :meth:`save` at once; a changed snapshot, or a bug in the
     background thread, by the next call of :meth:`wait_copied`, :meth:`save`, :meth:`restore` or :meth:`close`. A save
@@ -109,7 +108,7 @@ class Checkpointer:
         check_ranks(world_size, group, "outlast.checkpoint.Checkpointer")
         self._store = open_store(url)
         check_place(self._store)
-        self._io = IoThreads(config.io_threads, thread_name_prefix="outlast-checkpoint")
+        self._io = IoThreads(config.io_threads, config.commit_timeout_s)
         lease = Lease(
             self._store, config.lease_s, token=attempt_id, ways_out="save to another place; to read, no job has to end"
         )
@@ -130,8 +129,7 @@ class Checkpointer:
         self._hooks = Hooks(self.wait_copied, self._confirm_early)
         self._stall = StallForecast()
         self._save_id = 0
-        self._replicated = False
-        """Whether a copy was due at the partner in this attempt."""
+        self._replicated = False  # whether a copy was due at the partner in this attempt
         self._closed = False
         # A thread that is inside PyTorch while the interpreter is taken down would abort the process.
         self._at_exit = AtExit(self._leave, self._durability, config.exit_wait_s)
@@ -171,10 +169,9 @@ class Checkpointer:
         The first save, or after a restore the first :meth:`wait_copied`, takes the place for this job alone, and puts
         in order what the restored step leaves behind.
 
-        One save runs at a time: while the one before is still being written, this call waits for it, and the wait
-        counts as ``blocked_s`` of the new save's ``CheckpointSaved`` event. (Save less often if that happens.) With a
-        memory tier, this call waits only until the save before is in memory, and in the other tiers for which the new
-        one is due.
+        One save runs at a time: while the one before is being written, this call waits for it, which counts as
+        ``blocked_s`` of the new save's ``CheckpointSaved`` event. With a memory tier, this call waits only until the
+        save before is in memory, and in the other tiers for which the new one is due.
 
         Args:
             step: number of the step just done, >= 0; an integer of any kind.
@@ -212,6 +209,8 @@ class Checkpointer:
             )
         self._at_exit.user = threading.current_thread()
         self._finish()
+        if self._saving is not None and self._saving.refuses(step):
+            return
         problem = self._start.before_save()
         make = partial(
             make_request,
@@ -237,7 +236,7 @@ class Checkpointer:
         if problem is not None:
             saving.give_up(problem)
         saving.start()
-        saving.eager_copied.wait()
+        saving.wait(saving.eager_copied)
         saving.blocked_s += time.monotonic() - began
 
     def wait_copied(self) -> float:
@@ -264,7 +263,7 @@ class Checkpointer:
             self._tiers.raise_errors()
         if self._awaited is not saving:
             self._awaited = saving
-            saving.copied.wait()
+            saving.wait(saving.copied)
             if not saving.confirmed:
                 saving.blocked_s += time.monotonic() - began
             self._stall.end(asked=began, copied=saving.copied_at)
@@ -307,8 +306,7 @@ class Checkpointer:
     ) -> Restored | None:
         """Read a checkpoint back, and verify every byte.
 
-        Collective over the group: all ranks call it with the same arguments. If a rank is lost, the others raise what
-        the group's backend raises.
+        Collective over the group: all ranks call it with the same arguments.
 
         ``"auto"`` takes the newest step that all ranks find complete and undamaged. Each file is read from the fastest
         undamaged copy: this node's memory, another node's, the local disks, storage. Newer damaged steps are reported
@@ -363,6 +361,8 @@ class Checkpointer:
         if which != "auto":
             which = as_step(which, "restore", "auto")
         self._finish()
+        if self._tiers is not None:
+            self._tiers.wait()  # a save that is committed after this would be newer than what the run goes on from
         running = like is not None or into is not None
         select = partial(make_selection, parts, strict, rename, cast, running=running)
         reading = Reading(self._context, self._tiers, self._group)
@@ -443,5 +443,5 @@ class Checkpointer:
         """Confirm the running save, and wait for its end."""
         if self._saving is not None:
             self._wait_copied()
-            self._saving.done.wait()
+            self._saving.wait(self._saving.done)
             raise_error(self._saving)

@@ -39,7 +39,8 @@ class CheckpointConfig:
     commit_timeout_s: float = 300.0
     """Seconds the coordinator waits for the votes of the other ranks, and they for the coordinator to open the save.
     After that, the save is given up and reported, and training goes on. Choose more than the longest time by which one
-    rank's storage may lag behind another's."""
+    rank's storage may lag behind another's. A storage that has answered nothing for this long is not waited for
+    either: the save is given up and reported, and so are later ones until it answers."""
 
     exit_wait_s: float = 60.0
     """A process that ends without closing its ``Checkpointer`` waits so long for its last save to be committed, and no

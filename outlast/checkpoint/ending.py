@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from outlast.checkpoint import process_exit
 from outlast.checkpoint.durability import Durability
-from outlast.checkpoint.save.io_threads import process_ended
-from outlast.checkpoint.save.job import SaveJob, raise_error
+from outlast.checkpoint.save.background import raise_error
+from outlast.checkpoint.save.job import SaveJob
+from outlast.checkpoint.storage.io_threads import process_ended
 from outlast.checkpoint.tiers.manager import Tiers
 from outlast.errors import CheckpointError, NotDurable
 

@@ -7,7 +7,6 @@ import difflib
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, SupportsIndex
 
@@ -26,6 +25,7 @@ from outlast.checkpoint.restore.request import RestoreContext, agree_on_request
 from outlast.checkpoint.state.selection import Rename, make_selection
 from outlast.checkpoint.steps.reader import StepReader, as_error
 from outlast.checkpoint.storage.base import Store
+from outlast.checkpoint.storage.io_threads import IoThreads
 from outlast.checkpoint.storage.local import LocalStore
 from outlast.checkpoint.storage.open import open_store
 from outlast.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint
@@ -89,7 +89,7 @@ def load(
     if dist.is_initialized() and not alone:
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     agreement = Agreement(group, rank, world_size)
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="outlast-load") as io:
+    with IoThreads(_THREADS) as io:
         context = RestoreContext(store, rank, world_size, agreement, _discard, io)
         running = like is not None or into is not None
         select = partial(make_selection, parts, strict, rename, cast, running=running)
@@ -193,7 +193,7 @@ def _not_found(store: Store, wanted: int | None, committed: tuple[int, ...]) -> 
 def _read_local(store: Store, step: int, world_size: int, rank: int) -> dict[str, Any]:
     if not 0 <= rank < world_size:
         raise CheckpointError(f"step {step} has no rank {rank}", f"it was saved by {world_size} ranks, from 0")
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="outlast-load") as io:
+    with IoThreads(_THREADS) as io:
         return read_local_of(StepReader(store, step, io), store, rank)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -21,6 +22,7 @@ from outlast.cli.train import Train
 from outlast.cli.verb import Verb
 from outlast.config import split_overrides
 from outlast.errors import ConfigError, OutlastError
+from outlast.launch.flags import arguments_from_environment
 from outlast.plain_text import plain_text
 
 DESCRIPTION = """Data-parallel PyTorch training that outlasts its machines.
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         program = None
         if arguments and arguments[0] == "launch":
             own, program = split_program(arguments[1:])
-            arguments = ["launch", *own]
+            arguments = ["launch", *arguments_from_environment(own, os.environ), *own]
         rest, overrides = split_overrides(arguments)
         verb: Verb
         if program is not None:

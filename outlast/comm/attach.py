@@ -37,7 +37,8 @@ def attach(
 ) -> Reducer:
     """Compress what a model's ranks average, from the next backward on; a collective call.
 
-    Adam's directions, with Adam in the reducer (the default)::
+    Adam's directions, with Adam in the reducer (the default); any optimizer but plain SGD is an error, at its
+    first step::
 
         reducer = outlast.comm.attach(ddp, target="update", density=0.01)
         optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3, weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""Settings of the diagnostics room: section ``[diagnostics]``."""
+"""Settings of diagnostics: section ``[diagnostics]``."""
 
 from __future__ import annotations
 

@@ -51,6 +51,9 @@ class RankFailure:
     early: str = ""
     """Where it was, if it ended with status 0 and its peers were not done; they fail because of it."""
 
+    memory: str = ""
+    """What the kernel's OOM killer did meanwhile."""
+
     def sort_key(self) -> tuple[bool, bool, bool, bool, bool, int]:
         """Sorts the likely cause first: ranks that left, hung ones, killed ones; last those that report a lost peer."""
         return not self.early, not self.hang, self.lost_peer, self.status >= 0, not self.message, self.rank
@@ -71,7 +74,8 @@ class RankFailure:
         # An error's own line is not indented; frames of a traceback and advice are.
         telling = [line for line in lines if line and not line[0].isspace()] or lines
         words = f": {telling[-1].strip()}" if telling and (self.status > 0 or self.ended_alone) else ""
-        return ("its process ended" if self.ended_alone else describe_exit(self.status)) + words
+        memory = f": {self.memory}" if self.memory and not self.lost_peer else ""
+        return ("its process ended" if self.ended_alone else describe_exit(self.status)) + memory + words
 
 
 def describe_exit(status: int) -> str:

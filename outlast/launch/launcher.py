@@ -22,7 +22,7 @@ from outlast.launch.failures import RESUME_STATUS, WATCHED, first_line, ranks_fa
 from outlast.launch.flags import DEFAULT_PORT
 from outlast.launch.notice import NOTICE_FILE
 from outlast.launch.orphans import Guard
-from outlast.launch.ports import check_port
+from outlast.launch.ports import LOOPBACKS, check_port, is_free, is_own_address
 from outlast.launch.rendezvous import Rendezvous, resolve
 from outlast.launch.spec import LaunchSpec
 
@@ -74,7 +74,7 @@ def launch(spec: LaunchSpec) -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         raise LaunchError("launch() was called outside the main thread", "call it from the main thread")
-    _load_torch()
+    load_torch()
     rendezvous = resolve(spec.flags)
     if rendezvous.backend == "static" and spec.effective().max_restarts > 0:
         raise ConfigError(
@@ -188,6 +188,7 @@ def _supervise(
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
     from outlast.launch.agent import WatchedAgent
+    from outlast.launch.rendezvous_errors import rendezvous_failed
     from outlast.launch.trusted_rendezvous import AuthenticatedHandler
 
     config = spec.effective()
@@ -257,47 +258,12 @@ def _supervise(
         if spare and isinstance(error, RendezvousClosedError):
             log.warning(SPARED)
             return
-        raise _rendezvous_failed(error, rendezvous, handler) from error
+        for failure in agent.untold:
+            log.error("outlast: rank %d (pid %d) %s", failure.rank, failure.pid, failure.reason)
+        raise rendezvous_failed(error, rendezvous, handler) from error
     finally:
         if close and agent.joined:  # never that of another job, or one that goes on without this node
             handler.shutdown()
-
-
-def _rendezvous_failed(error: Exception, rendezvous: Rendezvous, handler: RendezvousHandler) -> LaunchError:
-    """What it means that the launchers cannot meet, or cannot meet again."""
-    from torch.distributed import DistError
-    from torch.distributed.elastic.rendezvous import (
-        RendezvousClosedError,
-        RendezvousConnectionError,
-        RendezvousTimeoutError,
-    )
-
-    from outlast.launch.trusted_rendezvous import AuthenticatedHandler
-
-    where = f"{rendezvous.endpoint} (id {rendezvous.run_id})"
-    again = "once it is well, start the job again on all nodes: training goes on from the newest checkpoint"
-    if isinstance(error, (RendezvousConnectionError, DistError)):
-        return LaunchError(
-            f"the rendezvous at {where} is lost: the launcher there has ended, its node has failed, or the link to it "
-            f"is cut ({first_line(error.__cause__ or error)}); this node's ranks were ended",
-            again,
-        )
-    if isinstance(error, RendezvousClosedError):
-        return LaunchError(
-            f"the rendezvous at {where} is closed: the job has ended on another node",
-            "read that node's launcher for the cause; to start it again, start all nodes",
-        )
-    if isinstance(error, RendezvousTimeoutError) and isinstance(handler, AuthenticatedHandler) and handler.missing:
-        fewer = f"--nnodes 1:{rendezvous.max_nodes} lets the others go on without a node"
-        return LaunchError(
-            f"too few nodes at the rendezvous at {where} in the time for it (--rdzv-conf join_timeout): "
-            f"{handler.missing}",
-            f"start the job again on all nodes, with the same endpoint, id and --nnodes; {fewer}",
-        )
-    return LaunchError(
-        f"the rendezvous at {where} failed: {first_line(error)}",
-        "make sure every node was started with the same endpoint, id and --nnodes, and can reach that host",
-    )
 
 
 def _handler(rendezvous: Rendezvous, run_dir: Path) -> RendezvousHandler:
@@ -314,7 +280,7 @@ def _handler(rendezvous: Rendezvous, run_dir: Path) -> RendezvousHandler:
             min_nodes=rendezvous.min_nodes,
             max_nodes=rendezvous.max_nodes,
             local_addr=rendezvous.local_addr,
-            **{key: int(value) if key == "rank" else value for key, value in rendezvous.conf.items()},
+            **{key: int(value) if key == "rank" else value for key, value in _conf(rendezvous).items()},
         )
         if rendezvous.backend == "c10d":
             return dynamic_handler(params, run_dir)
@@ -330,8 +296,6 @@ def _handler(rendezvous: Rendezvous, run_dir: Path) -> RendezvousHandler:
 
 def _check_port(rendezvous: Rendezvous) -> None:
     """Detect a port in use before torch does: torch's client waits for ever if the server there stays silent."""
-    from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
-
     host, port = rendezvous.host_and_port()
     if port == -1:
         port = DEFAULT_PORT if rendezvous.backend == "static" else 29400  # torch's own default of c10d
@@ -342,8 +306,31 @@ def _check_port(rendezvous: Rendezvous) -> None:
         hosts = rendezvous.conf.get("is_host", "").lower()
         if hosts in ("1", "true", "t", "yes", "y"):
             check_port(host, port, may_join=False)
-        elif not hosts and _matches_machine_hostname(host):
+        elif not hosts and _is_this_host(host):
             check_port(host, port, may_join=True)
+
+
+def _is_this_host(host: str) -> bool:
+    """As torchelastic decides it, which fails where this host's own name does not resolve."""
+    from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
+
+    try:
+        return bool(_matches_machine_hostname(host))
+    except OSError:
+        return is_own_address(host)
+
+
+def _conf(rendezvous: Rendezvous) -> dict[str, str]:
+    """The rendezvous' options; who holds the store is decided here where torchelastic cannot."""
+    conf = dict(rendezvous.conf)
+    if rendezvous.backend != "c10d" or "is_host" in conf:
+        return conf
+    try:
+        socket.getaddrinfo(socket.gethostname(), None)
+    except OSError:
+        host, port = rendezvous.host_and_port()
+        conf["is_host"] = str(is_own_address(host) and (port <= 0 or is_free(port)))
+    return conf
 
 
 def _local_ranks(nproc_per_node: str) -> int:
@@ -361,7 +348,7 @@ def _local_ranks(nproc_per_node: str) -> int:
 def _worker_environment(spec: LaunchSpec, ranks: int, rendezvous: Rendezvous) -> dict[str, str]:
     """Variables that the launcher adds to the ranks' environment unless they are set."""
     added = {"PYTHONUNBUFFERED": "1", WATCHED: "1"}
-    if rendezvous.max_nodes == 1 and rendezvous.local_addr == "127.0.0.1":
+    if rendezvous.max_nodes == 1 and rendezvous.local_addr in LOOPBACKS:
         added["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo listens where the host's name leads
     if spec.is_program:
         added[buffer_variable()] = str(COLLECTIVES_KEPT)
@@ -390,7 +377,7 @@ def _quiet(*names: str) -> Iterator[None]:
         yield
 
 
-def _load_torch() -> None:
+def load_torch() -> None:
     """Load torch without its stores' warnings, which are frames of C++ for each lost connection. Ranks keep theirs."""
     if "torch" in sys.modules or CPP_LOG_LEVEL in os.environ:
         return

@@ -83,7 +83,7 @@ class NoticeSignals:
             signal.set_wakeup_fd(-1)
         _OURS.pop(self._handle, None)
         self._writer.close()  # ends the thread
-        self._thread.join()
+        self._thread.join(5.0)  # at once, if it can run
         self._reader.close()
 
     def install(self) -> None:

@@ -27,12 +27,10 @@ from typing import Protocol
 
 from outlast.errors import MissingDependency, PlaceError
 from outlast.launch import slurm
-from outlast.launch.ports import free_port
+from outlast.launch.ports import free_port, loopback
 
 GENERATION = "OUTLAST_GENERATION"
 """Set by ``outlast launch``, because torchelastic counts restarts per agent and not those caused by other nodes."""
-
-LOOPBACK = "127.0.0.1"
 
 _OVERRIDE = "unset the variables of the launcher that did not start this process"
 
@@ -150,7 +148,7 @@ class Mpi:
         chosen = array("i", [0])
         if world.Get_rank() == 0:
             alone = local_world_size == world.Get_size()
-            addr = environ.get("MASTER_ADDR") or ("127.0.0.1" if alone else _own_address())
+            addr = environ.get("MASTER_ADDR") or (loopback() if alone else _own_address())
             name[: len(addr.encode())] = addr.encode()
             chosen[0] = _number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else free_port()
         world.Bcast([name, MPI.BYTE], root=0)
@@ -228,7 +226,7 @@ class Single:
             world_size=1,
             local_rank=0,
             local_world_size=1,
-            master_addr=LOOPBACK,
+            master_addr=loopback(),
             master_port=free_port(),
             generation=_generation(environ),
             source="single",

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
 from outlast.diagnostics.live import process_state
 from outlast.launch.failures import RankFailure, is_torn, last_output
+from outlast.launch.oom_killer import OomKills
 from outlast.launch.orphans import now_ticks
 
 STACK_DUMP_S = 0.3
@@ -41,6 +42,7 @@ class RankProcesses:
         self._local_ranks = dict(local_ranks)
         self._log_dir = log_dir
         self._started_at = started_at - CLOCK_GRAIN_S
+        self._oom_kills = OomKills()
         self._gone: dict[int, int] = {}  # process id to when it was first seen to have ended
 
     def running(self) -> dict[int, int]:
@@ -92,6 +94,7 @@ class RankProcesses:
                     hang=hang_evidence.get(rank, ""),
                     ended_alone=rank in ended,
                     early=early.get(rank, ""),
+                    memory="" if rank in hang_evidence else self._oom_kills.describe(status == -signal.SIGKILL),
                 )
             )
         return sorted(failures, key=RankFailure.sort_key)

@@ -11,6 +11,7 @@ from outlast.errors import ConfigError
 from outlast.launch import slurm as slurm_names
 from outlast.launch.flags import DEFAULT_PORT, LaunchFlags
 from outlast.launch.place import Slurm
+from outlast.launch.ports import loopback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,19 +63,24 @@ def resolve(flags: LaunchFlags, environ: Mapping[str, str] | None = None) -> Ren
         if flags.standalone and most != 1:
             raise ConfigError(f"--standalone and --nnodes {flags.nnodes} contradict each other", "remove one of them")
         # The loopback address also works where the host's name does not resolve.
+        address = loopback()
         return Rendezvous(
             backend="c10d",
-            endpoint="127.0.0.1:0",
+            endpoint=f"[{address}]:0" if ":" in address else f"{address}:0",
             run_id=run_id or uuid.uuid4().hex[:12],
             conf=conf,
             min_nodes=1,
             max_nodes=1,
-            local_addr=local_addr or "127.0.0.1",
+            local_addr=local_addr or address,
             why="single node, free port",
         )
     endpoint, why = flags.rdzv_endpoint, "--rdzv-endpoint"
     if not endpoint and (flags.master_addr or flags.rdzv_backend == "static"):
         endpoint, why = f"{flags.master_addr or '127.0.0.1'}:{flags.master_port}", "--master-addr and --master-port"
+        if flags.rdzv_backend == "c10d" and flags.node_rank is not None and most > 1:
+            conf.setdefault("is_host", str(flags.node_rank == 0))
+            if flags.node_rank == 0 and local_addr is None:
+                local_addr = flags.master_addr  # where others reach this node, whatever its host name leads to
     slurm = Slurm()
     if slurm.is_present(environ):
         if not endpoint:
@@ -93,7 +99,7 @@ def resolve(flags: LaunchFlags, environ: Mapping[str, str] | None = None) -> Ren
             f"give every node the same --rdzv-endpoint HOST:PORT, e.g. --rdzv-endpoint FIRST_NODE:{DEFAULT_PORT}",
         )
     if flags.rdzv_backend == "static":
-        conf.setdefault("rank", str(flags.node_rank))
+        conf.setdefault("rank", str(flags.node_rank or 0))
     rendezvous = Rendezvous(
         backend=flags.rdzv_backend,
         endpoint=endpoint,

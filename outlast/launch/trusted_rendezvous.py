@@ -37,15 +37,17 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 
 from outlast.errors import LaunchError
 from outlast.launch.joining import JoiningHolder
+from outlast.launch.ports import LOOPBACKS, fail_when_silent, loopback, sockets_of
 from outlast.plain_text import plain_text
 
 SECRET = "OUTLAST_LAUNCH_SECRET"
 """Environment variable with the run's secret, for launchers that do not share the run's directory."""
 SECRET_FILE = "launch.secret"
 """In the run's directory otherwise; its mode is 0600."""
-LOOPBACK = "127.0.0.1"
 OWNER = "outlast/owner"
 """Key in a rendezvous' store of the id of the job that made it."""
+SILENT_S = 30.0
+"""A store that does not answer for this long is lost. Twice as long as a node may be silent."""
 _MAC_BYTES = 32
 _LEAST_SECRET_BYTES = 16
 
@@ -160,10 +162,11 @@ class AuthenticatedHandler(DynamicRendezvousHandler):
 
 def loopback_store(port: int = 0, timeout_s: float = 300.0) -> TCPStore:
     """A store whose server listens on loopback alone; torch's own constructor listens on all interfaces."""
-    with socket.create_server((LOOPBACK, port), backlog=socket.SOMAXCONN) as listener:
+    address = loopback()
+    with socket.create_server((address, port), family=LOOPBACKS[address], backlog=socket.SOMAXCONN) as listener:
         port = listener.getsockname()[1]
         return TCPStore(
-            LOOPBACK,
+            address,
             port,
             is_master=True,
             multi_tenant=True,
@@ -184,13 +187,16 @@ def dynamic_handler(params: RendezvousParameters, run_dir: Path) -> Authenticate
     alone = params.max_nodes == 1
     backend: RendezvousBackend
     store: Store
-    if alone and params.endpoint == f"{LOOPBACK}:0":
+    if alone and params.endpoint in ("127.0.0.1:0", "[::1]:0"):
         secret = secrets.token_bytes(32)  # nobody else needs it
         store = loopback_store(timeout_s=_number(params, "read_timeout", 60))
         backend = C10dRendezvousBackend(store, params.run_id)
     else:
         secret = run_secret(run_dir)
         backend, store = create_backend(params)
+        if isinstance(store, TCPStore):
+            for fd in sockets_of(store.port):
+                fail_when_silent(fd, SILENT_S)
         _tell_owner(store, params)
 
     def seconds(key: str) -> timedelta | None:
@@ -209,7 +215,7 @@ def dynamic_handler(params: RendezvousParameters, run_dir: Path) -> Authenticate
     node = AuthenticatedHandler._node_desc_generator.generate(params.local_addr)
     holder = JoiningHolder(backend, settings, node, params.endpoint)
     handler = AuthenticatedHandler(node, settings, backend.name, store, holder)
-    handler.loopback = alone and params.local_addr == LOOPBACK
+    handler.loopback = alone and params.local_addr in LOOPBACKS
     return handler
 
 

@@ -1,4 +1,4 @@
-"""The training loop that joins the rooms; its parts are usable without it.
+"""The training loop that joins the packages; its parts are usable without it.
 
 ``python -m outlast.trainer CONFIG`` is one rank of a run; under torchrun, srun or mpirun it reads its rank from the
 environment.

@@ -1,4 +1,4 @@
-"""The trainer's own settings, and :class:`Config`, which joins the settings of all rooms: one field per section."""
+"""The trainer's own settings, and :class:`Config`, which joins the settings of all packages: one field per section."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ class RunConfig:
     """The run's directory."""
     resume: str = "never"
     """``never``: refuse a used directory. ``auto``: resume from the newest complete checkpoint, or start. ``STEP``:
-    resume from that step's checkpoint; newer ones are set aside. A restart within a job always behaves as ``auto``."""
+    resume from that step's checkpoint; newer ones are kept as ``step_….aside-N``. A restart within a job always behaves
+    as ``auto``."""
+    start_from: str | None = None
+    """Checkpoints, a path or any fsspec URL, whose parameters and buffers a new run begins with; optimizer, error
+    feedback, data and step begin anew. A run that has a checkpoint of its own resumes from that, and from all of it."""
+    start_step: int | None = None
+    """With ``start_from``: the step; none takes the newest one that is undamaged."""
+    start_strict: bool = True
+    """With ``start_from``: the tensors must be those of the model. If false, those that fit by name and shape are
+    taken, and the log names the others, a changed head for example, which begin as initialised."""
     seed: int = 0
     """Seeds the model's initial weights and the order of the data."""
 
@@ -30,6 +39,11 @@ class RunConfig:
         require(bool(self.name) and "/" not in self.name, "run.name", self.name, "a name without '/'")
         ok = self.resume in ("auto", "never") or self.resume.isdecimal()
         require(ok, "run.resume", self.resume, "auto, never, or the number of a checkpointed step")
+        require(self.start_from != "", "run.start_from", self.start_from, "a path or URL of checkpoints, or none")
+        alone = self.start_from is None and (self.start_step is not None or not self.start_strict)
+        require(not alone, "run.start_from", None, "set, with run.start_step or run.start_strict")
+        least = self.start_step is None or self.start_step >= 0
+        require(least, "run.start_step", self.start_step, "0 or more, or none for the newest")
         require(0 <= self.seed < 2**63, "run.seed", self.seed, "0 <= seed < 2**63")
 
 
@@ -164,7 +178,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All settings of a run; each field is a section of the TOML file, owned by the room of that name."""
+    """All settings of a run; each field is a section of the TOML file, owned by the package of that name."""
 
     run: RunConfig = field(default_factory=RunConfig)
     """Name, directory and seed of the run."""

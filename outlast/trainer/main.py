@@ -316,6 +316,7 @@ def _restore(run: Run, device: torch.device, resume: str) -> None:
     """Restore a checkpoint if asked to, and announce the start."""
     start_s = time.perf_counter()
     restored = run.restore(resume) if resume != "never" else None
+    begun = run.begin_from() if restored is None and run.config.run.start_from is not None else None
     parameters = sum(p.numel() for p in run.engine.model.parameters() if p.requires_grad)
     comm = run.config.comm.describe()
     run.events.write(
@@ -349,6 +350,10 @@ def _restore(run: Run, device: torch.device, resume: str) -> None:
         )
         if restored is not None:
             _LOG.info("restored step %d in %.2f s", restored.step, time.perf_counter() - start_s)
+        if begun is not None:
+            _LOG.info("begins with the parameters of step %d of %s", begun.step, run.config.run.start_from)
+            for mismatch in begun.not_taken:
+                _LOG.info("not taken: %s", mismatch)
 
 
 def _log_choice(choice: Choice, events: EventLog) -> None:
@@ -377,15 +382,18 @@ def _write_report(run: Run) -> None:
     try:
         report = build_report(run.attempt.run)
         write_html(report, path)
-    except DiagnosticsError as error:
-        _LOG.warning("no report was written (`outlast report %s` makes it later): %s", run.attempt.run, error)
-        return
-    render_summary(report, Console(), path)
+        render_summary(report, Console(), path)
+    except (DiagnosticsError, OSError) as error:  # a pipe that nobody reads, or a terminal's log on a full disk, too
+        what = error.what if isinstance(error, DiagnosticsError) else error
+        _LOG.warning("no report was written (`outlast report %s` makes it later): %s", run.attempt.run, what)
 
 
 def _report_failure(error: Exception) -> int:
     """Tell the launcher and the user (with a traceback only for what outlast did not raise); return the exit status."""
-    get_error_handler().record_exception(error)
+    try:
+        get_error_handler().record_exception(error)
+    except OSError as problem:  # the error itself matters more
+        print(f"outlast: the launcher cannot be told: {problem}", file=sys.stderr, flush=True)
     print(f"outlast: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     if not isinstance(error, OutlastError):
         sys.excepthook(type(error), error, error.__traceback__)

@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from outlast.errors import LaunchError, MissingDependency, PortInUse
 from outlast.launch import Place
@@ -68,9 +69,11 @@ def start(place: Place, device: torch.device, timeout: timedelta, backend: str =
     os.environ.update(MASTER_ADDR=place.master_addr, MASTER_PORT=str(place.master_port))
     try:
         with _told_if_slow(place, timeout):
+            store = _store_of_this_start(place, timeout)
             dist.init_process_group(
                 backend=backend,
-                init_method="env://",
+                init_method="env://" if store is None else None,
+                store=store,
                 rank=place.rank,
                 world_size=place.world_size,
                 timeout=timeout,
@@ -88,6 +91,19 @@ def start(place: Place, device: torch.device, timeout: timedelta, backend: str =
             f"{error}",
             "make sure all ranks started and every node reaches this address (outlast doctor)",
         ) from error
+
+
+def _store_of_this_start(place: Place, timeout: timedelta) -> Store | None:
+    """What ranks meet in where torchrun's agent has one store for all of its starts; None where it has not.
+
+    torchrun gives ranks that it restarts the store of the start before, in which gloo finds the addresses of ranks that
+    are dead: they wait for these, or fail. So each start has keys of its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = TCPStore(place.master_addr, place.master_port, place.world_size, is_master=False, timeout=timeout)
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"outlast/{restarts}/{place.world_size}", store)
 
 
 @contextmanager

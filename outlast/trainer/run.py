@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from outlast.checkpoint import Checkpointer, Restored
+from outlast.checkpoint import Checkpointer, Restored, load
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.diagnostics import Heartbeat, Recorder
 from outlast.errors import NotDurable, StateMismatch
@@ -170,6 +170,31 @@ class Run:
         self.events.write(done)
         self.progress.step(done)
         self.schedule.on_step(done, saving=self.checkpointer.running)
+
+    def begin_from(self) -> Restored:
+        """Take the parameters and buffers of ``run.start_from``, and nothing else. Collective.
+
+        Returns:
+            The step that they are of; ``not_taken`` names the tensors that do not fit.
+
+        Raises:
+            CheckpointError: see :func:`outlast.checkpoint.load`; a :class:`StateMismatch` says which setting helps.
+        """
+        run, model = self.config.run, self.engine.model
+        assert run.start_from is not None
+        tensors = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        try:
+            return load(
+                run.start_from,
+                "newest" if run.start_step is None else run.start_step,
+                parts=("model",),
+                into={"model": tensors},
+                strict=run.start_strict,
+                cast=True,
+            )
+        except StateMismatch as error:
+            fix = "set run.start_strict = false to take what fits, or choose the settings of the model that was saved"
+            raise StateMismatch(f"run.start_from: {error.what}", fix) from error
 
     def restore(self, resume: str) -> Restored | None:
         """Restore a checkpoint, if there is one. Collective; see :meth:`Checkpointer.restore` for its failure contract.

@@ -67,8 +67,8 @@ class Arena:
             self._free = [(0, self._pages.numel())]
 
     def clear(self) -> None:
-        """Give the memory back; only while no region is taken."""
-        if self._pinned:
+        """Give the memory back; a region that is taken stays with whoever has it, page-locked if it was."""
+        if self._pinned and self._free == [(0, self._pages.numel())]:
             unpin(self._pages)
         self._pages, self._pinned, self._free = torch.empty(0, dtype=torch.uint8), False, []
 

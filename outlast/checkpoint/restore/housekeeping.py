@@ -105,6 +105,8 @@ class Settlement:
         for step in self._unchanged(scanned, self.damaged):
             _log.warning("%s: %s", step_name(step), self._set_aside(step))
         for step in scanned.uncommitted:
+            if self._own(step, attempt_id):
+                continue  # it may still be running; if it has failed, it has cleaned up after itself
             outcome = self._unless_read_only(step, clear_leftover)
             if scanned.committed and step < scanned.committed[-1]:
                 _log.info("%s: removing it, or an earlier save of it, was cut off; %s", step_name(step), outcome)
@@ -136,7 +138,9 @@ class Settlement:
         return [step for step, data in records.items() if step in scanned.committed and record_of(store, step) == data]
 
     def _set_aside(self, step: int) -> str:
-        return self._unless_read_only(step, lambda store, step: f"set aside as {set_aside(store, step)}")
+        return self._unless_read_only(
+            step, lambda store, step: f"kept as {set_aside(store, step)}, which is never read"
+        )
 
     def _unless_read_only(self, step: int, change: Callable[[Store, int], str]) -> str:
         """The outcome in words; a step that cannot be changed can be read all the same."""

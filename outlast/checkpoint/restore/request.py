@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ class RestoreContext:
     world_size: int
     agreement: Agreement
     on_event: Callable[[Event], None]
-    io: ThreadPoolExecutor
+    io: Executor
     """Threads that read and verify."""
 
     def report(self, step: int, reason: str, file: str = "", *, damaged: bool = False) -> None:

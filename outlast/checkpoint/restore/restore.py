@@ -47,7 +47,8 @@ def restore(
         _report_uncommitted(context, found)
         for other in newer:
             context.report(
-                other, f"newer than the restored step {which}; if the run goes on from there, it is set aside"
+                other,
+                f"newer than the restored step {which}; if the run goes on from there, it is kept under another name",
             )
         return restored, Settlement(context, survey, found, which, superseded=records_of(reading, newer))
     newest, damaged = restore_newest(loader, found)

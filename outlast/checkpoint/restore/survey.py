@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class Survey:
         nodes: Nodes,
         rank: int,
         agreement: Agreement,
-        io: ThreadPoolExecutor,
+        io: Executor,
     ) -> None:
         self.nodes = nodes
         self.rank = rank

@@ -9,11 +9,11 @@ from typing import Any
 from outlast.checkpoint.config import CheckpointConfig
 from outlast.checkpoint.format.zarr import root_document
 from outlast.checkpoint.ownership.lease import Lease
-from outlast.checkpoint.save.io_threads import IoThreads
 from outlast.checkpoint.save.plan import RankPlan
 from outlast.checkpoint.save.replicas import Replicas
 from outlast.checkpoint.save.snapshot import Snapshot
 from outlast.checkpoint.storage.base import Store
+from outlast.checkpoint.storage.io_threads import IoThreads
 from outlast.events import Event
 
 

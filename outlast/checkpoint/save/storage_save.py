@@ -27,14 +27,15 @@ from outlast.checkpoint.format.names import COMMIT, STORAGE, failed_name, parse_
 from outlast.checkpoint.format.records import Fault, FileEntry, crc_hex, seal
 from outlast.checkpoint.format.zarr import node_path
 from outlast.checkpoint.save.absent import no_vote, not_opened, other_count
+from outlast.checkpoint.save.background import failure_text, must_be_raised
 from outlast.checkpoint.save.commit import ReceivedVote, build_commit, make_vote, read_vote
-from outlast.checkpoint.save.io_threads import process_ended
-from outlast.checkpoint.save.job import SaveJob, failure_text, must_be_raised
+from outlast.checkpoint.save.job import SaveJob
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import Source
 from outlast.checkpoint.save.writer import Writer
 from outlast.checkpoint.shortage import start
 from outlast.checkpoint.steps import catalog, retention
+from outlast.checkpoint.storage.io_threads import process_ended
 from outlast.errors import CheckpointError
 from outlast.events import CheckpointRejected, CheckpointSaved
 
@@ -56,9 +57,8 @@ class StorageSave(SaveJob):
     """
 
     def __init__(self, context: SaveContext, request: SaveRequest, source: Source) -> None:
-        super().__init__(request, source)
+        super().__init__(context, request, source, STORAGE, context.config.commit_timeout_s)
         plan = request.plan
-        self._context = context
         self._save = context.attempt_id, request.save_id
         # Of all ranks, with the overhead of files: as if each rank had as many files as this one.
         files = 1 + len(plan.documents) + len(plan.parts)
@@ -71,6 +71,7 @@ class StorageSave(SaveJob):
             context.io,
             self._check_cancelled,
             self.give_up,
+            self.sign,
         )
         self._voted = False
         self._flagged = False
@@ -88,6 +89,13 @@ class StorageSave(SaveJob):
             return process_ended(f" ({error})")
         return error
 
+    def signs(self) -> int:
+        """See :class:`Background`; what the threads do that write files counts."""
+        return super().signs() + self._context.io.answers
+
+    def _where(self) -> str:
+        return self._context.store.url
+
     # The save's own thread from here on.
 
     def _run(self) -> None:
@@ -99,6 +107,7 @@ class StorageSave(SaveJob):
             else:
                 self._hear_verdict()
             finished = self.committed = True
+            self._ends()
             self._context.on_event(
                 CheckpointSaved(
                     step=self.step,
@@ -132,7 +141,7 @@ class StorageSave(SaveJob):
 
     def _fail(self, reason: Exception) -> None:
         self._clean_up(reason)
-        self._report(reason, STORAGE, self._context.on_event)
+        self._report(reason)
 
     def _write_and_vote(self) -> int:
         self._check_cancelled()
@@ -142,6 +151,7 @@ class StorageSave(SaveJob):
         start(threading.Thread(target=self._open, args=(opened,), name=f"outlast-open-{self.step}", daemon=True))
         entries = self._writer.run(opened)
         context.store.sync_dirs(f"{step_name(self.step)}/{entry.path}" for entry in entries)
+        self.sign()
         self._confirmed.wait()
         self._check_cancelled()
         vote = make_vote(context, self._request, entries)
@@ -158,13 +168,15 @@ class StorageSave(SaveJob):
     def _open_for_all(self) -> list[FileEntry]:
         context = self._context
         context.lease.confirm()
+        self.sign()
         for name in context.store.names(""):
             flag = parse_failed(name)
             if flag is not None and (flag[0] != context.attempt_id or flag[1] < self._request.save_id - 1):
                 context.store.remove(name)
         for old in catalog.clear_for(context.store, self.step, context.attempt_id):
-            reason = f"saved again; the old one is kept as {old} until the new one is committed, then set aside"
+            reason = f"saved again; the old one is kept as {old} until the new one is committed, then as .aside-N"
             context.on_event(CheckpointRejected(step=self.step, reason=reason, damaged=False))
+        self.sign()
         self._make_room()
         data = self._request.root_document(context)
         self._writer.files.add(node_path(""))
@@ -181,7 +193,7 @@ class StorageSave(SaveJob):
             if opened is not None and opened[0] == self._save[0] and opened[1] > self._save[1]:
                 own, self._save = self._save[1], opened  # rank 0 looks for a flag of its own save
                 raise other_count(self.step, own, opened[1])
-            if not poll.wait():
+            if not poll.pause():
                 raise not_opened(self.step, poll.limit_s)
 
     def _make_room(self) -> None:
@@ -243,7 +255,7 @@ class StorageSave(SaveJob):
             if len(votes) == len(ranks):
                 return [votes[rank] for rank in ranks]
             self._check_cancelled(others=True)
-            if not poll.wait():
+            if not poll.pause():
                 absent = [rank for rank in ranks if rank not in votes]
                 known = {entry.path for received in votes.values() for entry in received.vote.files}
                 known |= {vote_path(self.step, rank).partition("/")[2] for rank in ranks} | {node_path("")}
@@ -260,7 +272,7 @@ class StorageSave(SaveJob):
         while not store.exists(commit):
             self._check_others()
             # If this rank gives up now, e.g. because its process ends, that changes nothing any more.
-            if self._stop is not None or not poll.wait():
+            if self._stop is not None or not poll.pause():
                 return
 
     def _check_cancelled(self, *, others: bool = False) -> None:
@@ -270,7 +282,9 @@ class StorageSave(SaveJob):
             self._check_others()
 
     def _check_others(self) -> None:
-        if self._context.store.exists(self._flag()):
+        flagged = self._context.store.exists(self._flag())
+        self.sign()
+        if flagged:
             self._flagged = True
             reason = bytes(self._context.store.read(self._flag())).decode(errors="replace")
             why = f": {reason}" if reason else ""
@@ -314,7 +328,7 @@ class Poll:
         self._deadline = time.monotonic() + limit_s
         self._pause_s = _FIRST_POLL_S
 
-    def wait(self) -> bool:
+    def pause(self) -> bool:
         """Pause; False if the limit is reached."""
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from contextlib import closing
 
 from outlast.checkpoint.format.records import CRC_BYTES, FileEntry, crc_hex
@@ -24,6 +24,7 @@ class Writer:
         io: threads that write.
         check_cancelled: called before each file; raises if the save was given up.
         give_up: called with the error that ends the save, from any of the threads.
+        sign: called when something was copied.
 
     Attributes:
         files: those that were written, or begun, relative to the step's folder.
@@ -35,9 +36,10 @@ class Writer:
         folder: str,
         documents: Mapping[str, bytes],
         source: Source,
-        io: ThreadPoolExecutor,
+        io: Executor,
         check_cancelled: Callable[[], None],
         give_up: Callable[[Exception], None],
+        sign: Callable[[], None],
     ) -> None:
         self.files: set[str] = set()
         self._store = store
@@ -47,6 +49,7 @@ class Writer:
         self._io = io
         self._check_cancelled = check_cancelled
         self._give_up = give_up
+        self._sign = sign
         self._waiting: deque[Copied] = deque()
         self._futures: list[Future[FileEntry]] = []
 
@@ -68,6 +71,7 @@ class Writer:
                 for copied in copies:
                     if copied is not None:
                         self._waiting.append(copied)
+                        self._sign()
                     if copied is None or opened.done():
                         opened.result()
                         self._start_writes()

@@ -99,7 +99,7 @@ def clear_leftover(store: Store, step: int) -> str:
         What was done, as the end of a sentence.
     """
     if has_all_votes(store, step):
-        return f"it has all votes and is set aside as {set_aside(store, step)}"
+        return f"it has all votes and is kept as {set_aside(store, step)}, never read"
     store.remove_tree(step_name(step))
     return "its files are removed"
 
@@ -142,7 +142,7 @@ def retire(store: Store, step: int) -> None:
             store.remove_tree(old)
     except OSError as error:
         # The new checkpoint is committed nevertheless; the next restore tries again.
-        _log.warning("%s cannot be set aside: %s", old, error)
+        _log.warning("%s cannot be renamed: %s", old, error)
 
 
 def only_readable(error: OSError) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
@@ -126,7 +126,7 @@ class StepReader:
         self,
         store: Store,
         step: int,
-        io: ThreadPoolExecutor,
+        io: Executor,
         faster: FileSource | None = None,
         commit: Commit | None = None,
         votes: Mapping[int, Vote] = MappingProxyType({}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 
 from outlast.checkpoint.format.names import parse_aside, step_name
 from outlast.checkpoint.format.records import Fault
@@ -59,7 +59,7 @@ def prune_asides(store: Store, newest: int, keep_last: int) -> None:
         _log.warning("steps that were set aside cannot be removed: %s", error)
 
 
-def prune_all_but_newest_valid(store: Store, io: ThreadPoolExecutor) -> None:
+def prune_all_but_newest_valid(store: Store, io: Executor) -> None:
     """Remove committed steps older than the newest one that verifies, to make room on a full disk.
 
     If none verifies, none is removed. Steps whose record cannot be read are kept.

@@ -33,6 +33,10 @@ T = TypeVar("T")
 _BUCKETS = {"s3", "s3a", "gs", "gcs"}
 """Protocols without directories. Making one would create the bucket, but a mistyped name must be an error."""
 _S3 = ("s3", "s3a")
+_OBJECT_CLIENTS = {"s3fs", "gcsfs"}
+"""Clients for whose storage there are neither folders nor pipes nor links, only objects."""
+_AT_ONCE_BYTES = 64 << 20
+"""Objects up to this size are read without asking for their size before; of larger ones so much is read in vain."""
 
 ANSWER_S = 30.0
 """How long a write of no bytes may take."""
@@ -79,6 +83,8 @@ class FsspecStore:
         generic = AsyncFileSystem._find if isinstance(filesystem, AsyncFileSystem) else AbstractFileSystem.find
         self._lists_all = getattr(type(filesystem), generic.__name__) is not generic
         self._has_limits = isinstance(filesystem, AsyncFileSystem)
+        self._reads_at_once = type(filesystem).__module__.partition(".")[0] in _OBJECT_CLIENTS
+        """Whether all that can be read is an object, and a part of it can be asked for without its size."""
 
     def check(self) -> None:
         return
@@ -149,6 +155,11 @@ class FsspecStore:
         del paths
 
     def read(self, path: str, at_most_bytes: int = MAX_DOCUMENT_BYTES) -> Buffer:
+        if self._reads_at_once:
+            nbytes = min(at_most_bytes, _AT_ONCE_BYTES) + 1
+            data = self._read_part(path, nbytes)
+            if data is not None and len(data) < nbytes:
+                return np.frombuffer(bytearray(data), np.uint8)
         self._fs.invalidate_cache()
         info = self._read(path, self._fs.info)
         if info["type"] != "file":
@@ -156,6 +167,15 @@ class FsspecStore:
         if info.get("size") is not None and info["size"] > at_most_bytes:
             raise FileTooLarge(f"{self.url}/{path}", int(info["size"]), at_most_bytes)
         return np.frombuffer(bytearray(self._read(path, self._fs.cat_file)), np.uint8)
+
+    def _read_part(self, path: str, nbytes: int) -> bytes | None:
+        """An object's first bytes, in one request; None: it has none, or has no part of that size to give."""
+        try:
+            return bytes(self._do(path, lambda: self._fs.cat_file(self._at(path), start=0, end=nbytes)))
+        except (FileNotFoundError, PermissionError, ConnectionError):
+            raise
+        except (OSError, ValueError):  # an empty object has no first byte
+            return None
 
     def _read(self, path: str, ask: Callable[[str], Any]) -> Any:
         try:

@@ -110,8 +110,10 @@ class DiskTier(Tier):
     def start(self, staged: StagedSave) -> None:
         """See :class:`Tier`; a save that does not count in memory is not copied."""
         if staged.commit is not None:
-            on_event = self._context.on_event
-            self._begin(DiskReplication(self._disk, staged.slot, staged.index, staged.commit, on_event), staged.slot)
+            on_event, silent_s = self._context.on_event, self._context.config.commit_timeout_s
+            self._begin(
+                DiskReplication(self._disk, staged.slot, staged.index, staged.commit, on_event, silent_s), staged.slot
+            )
 
 
 class DiskReplication(Replication):
@@ -119,16 +121,22 @@ class DiskReplication(Replication):
 
     Args:
         disk: where to.
-        slot, index, commit, on_event: see :class:`Replication`.
+        slot, index, commit, on_event, silent_s: see :class:`Replication`.
     """
 
     tier = LOCAL_DISK
     target = "the local disk"
 
     def __init__(
-        self, disk: LocalDisk, slot: Slot, index: SlotIndex, commit: Commit, on_event: Callable[[Event], None]
+        self,
+        disk: LocalDisk,
+        slot: Slot,
+        index: SlotIndex,
+        commit: Commit,
+        on_event: Callable[[Event], None],
+        silent_s: float,
     ) -> None:
-        super().__init__(slot, index, commit, on_event)
+        super().__init__(slot, index, commit, on_event, silent_s)
         self._disk = disk
 
     def _copy(self) -> None:

@@ -96,9 +96,11 @@ class Tiers:
         Raises:
             Exception: a bug that ended a copy before, or an error of ``on_event``.
         """
-        due = [tier for tier in self._fed if tier.due(request)]
-        for tier in due:
+        due = []
+        for tier in [tier for tier in self._fed if tier.due(request)]:
             tier.wait(request.step)
+            if not tier.refuses(request.step):
+                due.append(tier)
         try:
             slot = self._memory.slots.take(slot_bytes(self._context, request))
         except OSError as error:
@@ -165,8 +167,7 @@ class Tiers:
         Raises:
             Exception: a bug that ended a copy, or an error of ``on_event``.
         """
-        for tier in self._fed:
-            tier.finish()
+        self.wait()
         newest = self._memory.slots.newest
         try:
             stored = self._part(save_id, self._storage.has(newest), check)
@@ -203,6 +204,11 @@ class Tiers:
         if self._memory.is_node_leader:
             for folder in self._folders:
                 slots.remove_records(folder, self._context.attempt_id)
+
+    def wait(self) -> None:
+        """Wait until what is on its way has arrived, or has failed; raises as :meth:`finish` does."""
+        for tier in self._fed:
+            tier.finish()
 
     def wait_partner(self) -> None:
         """Wait until the copy on its way to the partner is there, or has failed; raises as :meth:`finish` does."""

@@ -34,8 +34,9 @@ from outlast.checkpoint.format.records import (
 from outlast.checkpoint.format.zarr import node_path
 from outlast.checkpoint.memory.arena import room
 from outlast.checkpoint.peers.commit_protocol import CommitProtocol
+from outlast.checkpoint.save.background import failure_text, must_be_raised
 from outlast.checkpoint.save.commit import ReceivedVote, build_commit, make_vote, read_vote
-from outlast.checkpoint.save.job import SaveJob, failure_text, must_be_raised
+from outlast.checkpoint.save.job import SaveJob
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import Copied, TensorSource
 from outlast.checkpoint.tiers import slots
@@ -83,10 +84,15 @@ class MemorySave(SaveJob):
             replicas.digests()
             pin()
 
-        super().__init__(request, TensorSource(request.plan, request.snapshot, slot, prepare=prepare, verify=True))
+        source = TensorSource(request.plan, request.snapshot, slot, prepare=prepare, verify=True)
+        # The other ranks' votes, and rank 0's decision, have limits of their own, which end first.
+        super().__init__(memory.context, request, source, MEMORY, 3 * memory.context.config.commit_timeout_s)
         self._memory = memory
         self._slot = slot
         self._feeds = feeds
+
+    def _where(self) -> str:
+        return f"{self._memory.folder}, or in a copy from a device"
 
     # The save's own thread from here on.
 
@@ -111,6 +117,7 @@ class MemorySave(SaveJob):
             index = self._publish(parts)
             commit = self._agree(index.vote)
             slots.put_commit(memory.folder, commit, seal(commit))
+            self._ends()
             self._slot.step, self._slot.save_id = self.step, self._request.save_id
             counts = True
             context.on_event(
@@ -131,7 +138,7 @@ class MemorySave(SaveJob):
             reason = self._stop or error
             if commit is None:
                 memory.protocol.announce_failure(self._request.save_id, failure_text(reason))
-            self._report(reason, MEMORY, context.on_event)
+            self._report(reason)
             commit = None
             if index is None:
                 for tier in self._feeds:

@@ -49,7 +49,8 @@ class PartnerTier(Tier):
         """See :class:`Tier`; a save that does not count in memory is not sent."""
         if staged.commit is None:
             return
-        copy = PartnerReplication(self._connect, staged.slot, staged.index, staged.commit, self._context.on_event)
+        on_event, silent_s = self._context.on_event, self._context.config.commit_timeout_s
+        copy = PartnerReplication(self._connect, staged.slot, staged.index, staged.commit, on_event, silent_s)
         staged.slot.sent = True
         self._begin(copy, staged.slot)
 
@@ -83,7 +84,7 @@ class PartnerReplication(Replication):
 
     Args:
         connect: opens a connection to the partner.
-        slot, index, commit, on_event: see :class:`Replication`.
+        slot, index, commit, on_event, silent_s: see :class:`Replication`.
     """
 
     tier = PARTNER
@@ -96,8 +97,9 @@ class PartnerReplication(Replication):
         index: SlotIndex,
         commit: Commit,
         on_event: Callable[[Event], None],
+        silent_s: float,
     ) -> None:
-        super().__init__(slot, index, commit, on_event)
+        super().__init__(slot, index, commit, on_event, silent_s)
         self._connect = connect
 
     def _copy(self) -> None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections.abc import Callable
 from typing import ClassVar
 
 from outlast.checkpoint.format.records import Commit, SlotIndex
-from outlast.checkpoint.shortage import as_os_error, start
+from outlast.checkpoint.save.background import Background
+from outlast.checkpoint.shortage import as_os_error
+from outlast.checkpoint.storage.io_threads import SILENT_S
 from outlast.checkpoint.tiers.slots import Slot
 from outlast.errors import CheckpointError
-from outlast.events import CheckpointFailed, CheckpointSaved, Event
+from outlast.events import CheckpointSaved, Event
 
-_log = logging.getLogger("outlast.checkpoint")
+_SLOWEST_BYTES_PER_S = 10e6
+"""A slot is copied whole, without a sign in between; a target slower than this is taken for one that hangs."""
 
 
-class Replication:
+class Replication(Background):
     """One copy, in a thread of its own. A failure is an event; training goes on.
 
     Args:
@@ -25,39 +26,29 @@ class Replication:
         index: what is in it.
         commit: of the save.
         on_event: takes events, from the copy's thread.
-
-    Attributes:
-        done: set once the copy counts, or has failed.
-        error: what must be raised in the training thread: a bug, or an error of ``on_event``.
+        silent_s: how long the target may not answer, besides the time that the copy itself may take.
     """
 
     tier: ClassVar[str]
     target: ClassVar[str]
     """In words, for the log."""
 
-    def __init__(self, slot: Slot, index: SlotIndex, commit: Commit, on_event: Callable[[Event], None]) -> None:
-        self.done = threading.Event()
-        self.error: Exception | None = None
+    def __init__(
+        self,
+        slot: Slot,
+        index: SlotIndex,
+        commit: Commit,
+        on_event: Callable[[Event], None],
+        silent_s: float = SILENT_S,
+    ) -> None:
+        limit_s = silent_s + slot.used / _SLOWEST_BYTES_PER_S
+        super().__init__(index.vote.step, self.tier, on_event, name=f"outlast-{self.tier}", limit_s=limit_s)
         self._slot = slot
         self._index = index
         self._commit = commit
-        self._on_event = on_event
-        self._refused: OSError | None = None
-        """Why there is no thread for it."""
-        self._thread = threading.Thread(target=self._run, name=f"outlast-{self.tier}", daemon=True)
 
-    def start(self) -> None:
-        """Start the thread; if there can be no more threads, the copy has failed when this returns."""
-        try:
-            start(self._thread)
-        except OSError as error:
-            self._refused = error
-            self._run()
-
-    def join(self) -> None:
-        """Wait until the thread has ended."""
-        if self._thread.ident is not None:
-            self._thread.join()
+    def _where(self) -> str:
+        return self.target
 
     def _copy(self) -> None:
         """Copy; raises OSError or CheckpointError."""
@@ -67,12 +58,19 @@ class Replication:
         began = time.monotonic()
         vote = self._index.vote
         try:
-            event: Event
             try:
                 if self._refused is not None:
                     raise self._refused
                 self._copy()
-                event = CheckpointSaved(
+            except Exception as problem:
+                error = problem if isinstance(problem, CheckpointError) else as_os_error(problem)
+                if error is None:
+                    raise
+                self._report(error)
+                return
+            self._ends()
+            self._on_event(
+                CheckpointSaved(
                     step=vote.step,
                     committed=False,
                     tier=self.tier,
@@ -80,13 +78,7 @@ class Replication:
                     blocked_s=0.0,
                     durable_s=time.monotonic() - began,
                 )
-            except Exception as problem:
-                error = problem if isinstance(problem, CheckpointError) else as_os_error(problem)
-                if error is None:
-                    raise
-                _log.warning("step %d could not be copied to %s: %s", vote.step, self.target, error)
-                event = CheckpointFailed(step=vote.step, reason=f"{type(error).__name__}: {error}", tier=self.tier)
-            self._on_event(event)
+            )
         except Exception as error:  # a bug, or an error of on_event: raised in the training thread
             self.error = error
         finally:

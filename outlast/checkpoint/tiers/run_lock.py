@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from outlast.checkpoint.tiers.folders import SHM_ROOT, memory_folder
 from outlast.errors import CheckpointError
 
 _LOCKS = Path("/proc/locks")
+_SHARE_S = 60.0
+_PAUSE_S = 0.01
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -41,11 +44,33 @@ class RunLock:
                 fd = os.open(self.folder, _OPEN)
             except FileNotFoundError:  # just removed, at the end of a run or by hand
                 continue
-            fcntl.flock(fd, fcntl.LOCK_SH)
+            try:
+                _share(fd, self.folder)
+            except BaseException:
+                os.close(fd)
+                raise
             if _is_at(fd, self.folder):
                 break
             os.close(fd)
         self.close = weakref.finalize(self, os.close, fd)
+
+
+def _share(fd: int, folder: Path) -> None:
+    """Lock it with others; whoever has it locked alone only removes files."""
+    deadline = time.monotonic() + _SHARE_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                pids = ", ".join(map(str, _holders(fd)))
+                raise CheckpointError(
+                    f"{folder} has been locked for {_SHARE_S:g} s by processes that remove what is in it ({pids})",
+                    "wait until `outlast ckpt memory` there has ended, or end it",
+                ) from error
+            time.sleep(_PAUSE_S)
+        else:
+            return
 
 
 def is_used(folder: Path) -> bool:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from outlast.checkpoint.format.records import Commit, SlotIndex
-from outlast.checkpoint.save.job import Background, raise_error
+from outlast.checkpoint.save.background import Background, raise_error
 from outlast.checkpoint.save.request import SaveContext, SaveRequest
 from outlast.checkpoint.save.source import Copied
 from outlast.checkpoint.tiers.slots import Slot
@@ -32,19 +31,6 @@ class StagedSave:
     """None: the save does not count in memory, since some rank has failed there."""
 
 
-class Copy(Background, Protocol):
-    """A copy on its way to a tier, in a thread of its own."""
-
-    done: threading.Event
-    """Set once the copy counts, or has failed."""
-
-    def start(self) -> None:
-        """Start the thread."""
-
-    def join(self) -> None:
-        """Wait until the thread has ended."""
-
-
 class Tier:
     """A tier that memory feeds.
 
@@ -60,7 +46,7 @@ class Tier:
 
     def __init__(self, context: SaveContext) -> None:
         self._context = context
-        self._newest: Copy | None = None
+        self._newest: Background | None = None
 
     def due(self, request: SaveRequest) -> bool:
         """Whether a save goes to this tier, too; the same on all ranks."""
@@ -74,7 +60,7 @@ class Tier:
         """Called instead of :meth:`start` if a save did not reach memory. By default nothing is to be done."""
 
     def wait(self, step: int) -> float:
-        """Wait until the copy before has ended, so that the one of ``step`` can begin.
+        """Wait until the copy before has ended, so that the one of ``step`` can begin; or hangs: see :meth:`refuses`.
 
         Returns:
             Seconds this call blocked; it is logged if training noticed.
@@ -85,7 +71,7 @@ class Tier:
         began = time.monotonic()
         self.finish()
         waited_s = time.monotonic() - began
-        if waited_s > _BEHIND_S:
+        if waited_s > _BEHIND_S and not (self._newest is not None and self._newest.hangs):
             _log.warning(
                 "step %d: training waited %.1f s for the copy before to reach %s; lengthen that tier's interval",
                 step,
@@ -94,10 +80,14 @@ class Tier:
             )
         return waited_s
 
+    def refuses(self, step: int) -> bool:
+        """Whether a save cannot go to this tier, because the one before hangs; that is reported."""
+        return self._newest is not None and self._newest.refuses(step)
+
     def finish(self) -> None:
         """Wait until the copy on its way has ended; raises as :meth:`wait` does."""
         if self._newest is not None:
-            self._newest.done.wait()
+            self._newest.wait(self._newest.done)
             raise_error(self._newest)
 
     def ends_within(self, limit_s: float) -> bool:
@@ -117,7 +107,7 @@ class Tier:
         if self._newest is not None:
             self._newest.join()
 
-    def _begin(self, copy: Copy, slot: Slot | None) -> None:
+    def _begin(self, copy: Background, slot: Slot | None) -> None:
         self._newest = copy
         if slot is not None:
             slot.readers.append(copy.done)

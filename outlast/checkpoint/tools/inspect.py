@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from outlast.checkpoint.steps.catalog import scan
 from outlast.checkpoint.steps.commit import read_commit
 from outlast.checkpoint.steps.reader import Progress, StepReader
 from outlast.checkpoint.storage.base import Store
+from outlast.checkpoint.storage.io_threads import IoThreads
 from outlast.checkpoint.tools.open_step import THREADS, OpenedStep, choose, storage
 from outlast.errors import IncompleteCheckpoint, UnknownFormatVersion
 
@@ -120,9 +120,7 @@ def list_steps(url: str | os.PathLike[str]) -> list[StepInfo]:
             if step is not None:
                 steps.append(_info(store, step))
             elif (aside := parse_aside(name)) is not None:
-                reason = (
-                    "set aside as damaged, cut off or superseded when a run resumed or overwrote the step; never read"
-                )
+                reason = "kept under another name, as damaged, cut off or superseded; never read"
                 steps.append(StepInfo(aside, name, "aside", reason, None, None, None))
             elif (replaced := parse_replaced(name)) is not None:
                 reason = "was being overwritten; if that was interrupted, a restore makes it the step again"
@@ -180,7 +178,7 @@ def verify(url: str | os.PathLike[str], step: int | None = None, progress: Progr
         CheckpointNotFound: the step does not exist.
         CheckpointError: the storage cannot be read.
     """
-    with storage(url) as store, ThreadPoolExecutor(THREADS) as io:
+    with storage(url) as store, IoThreads(THREADS) as io:
         step = choose(store, step)
         where = f"{store.url}/{step_name(step)}"
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +15,7 @@ from outlast.checkpoint.state.selection import EVERYTHING, Selection
 from outlast.checkpoint.steps.catalog import scan
 from outlast.checkpoint.steps.reader import StepReader, as_error
 from outlast.checkpoint.storage.base import Store
+from outlast.checkpoint.storage.io_threads import IoThreads
 from outlast.checkpoint.storage.open import open_store
 from outlast.errors import CheckpointError, CheckpointNotFound
 
@@ -40,7 +40,7 @@ class OpenedStep:
     def __init__(self, url: str | os.PathLike[str], step: int | None, option: str = "--step") -> None:
         self._url = url
         with ExitStack() as stack:
-            io = stack.enter_context(ThreadPoolExecutor(THREADS))
+            io = stack.enter_context(IoThreads(THREADS))
             with storage(url) as self._store:
                 self.step = choose(self._store, step, option)
                 with self._faults():

@@ -65,8 +65,8 @@ def prune(
     Args:
         url: of the checkpoints.
         keep_last: how many to keep, at least 1.
-        aside: also remove what was set aside, and saves that were cut off. A running save looks like one that was cut
-            off and would fail: use this only while no training saves there.
+        aside: also remove what was kept as ``step_….aside-N``, and saves that were cut off. A running save looks like
+            one that was cut off and would fail: use this only while no training saves there.
         dry_run: remove nothing.
         progress: called with the step that is being verified, and the bytes verified so far and in total.
 

@@ -22,7 +22,7 @@ class Prune(Action):
     keep_last: int
     """How many committed steps to keep, at least 1."""
     aside: bool = False
-    """Also remove incomplete saves and what was set aside. Not while a run saves there: its save is incomplete."""
+    """Also remove incomplete saves and what was kept as step_….aside-N. Not while a run saves: its save looks so."""
     dry_run: bool = False
     """Print what would be removed, and remove nothing."""
     json: bool = False

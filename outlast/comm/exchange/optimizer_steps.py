@@ -7,6 +7,7 @@ the first was thrown away. That they follow one another is seen by the hooks tha
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 import weakref
@@ -19,9 +20,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from outlast.comm.exchange.update_optimizer import refuse_other_than_sgd
 from outlast.errors import CommError
 
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _FRAMES = 20
 """How far up from an optimizer's step a GradScaler's is looked for; wrappers stand between."""
 
@@ -44,8 +45,8 @@ class OptimizerSteps:
         """By id, the names of parameters whose average no optimizer has used yet."""
         self._held: set[int] = set()
         """Parameters that some optimizer has."""
-        self._stepping: set[int] = set()
-        """Those of an optimizer whose step is under way; its closure may average again and again."""
+        self._under_way: set[int] = set()
+        """Those of optimizers whose step has begun and not ended: it runs, or has raised."""
         self._doubts = 0
         this = weakref.ref(self)
         self._handles = [
@@ -82,8 +83,7 @@ class OptimizerSteps:
         """These are being averaged."""
         for name, param in params:
             self._mine.add(id(param))
-            if id(param) not in self._stepping:
-                self._unused[id(param)] = name
+            self._unused[id(param)] = name
 
     def close(self) -> None:
         """Take the hooks away."""
@@ -99,20 +99,31 @@ class OptimizerSteps:
             if issubclass(type(each), Optimizer):
                 self._held |= _params(each) & self._mine
 
-    def _before(self, optimizer: Optimizer) -> None:
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:
         params = _params(optimizer)
         if params & self._mine:
-            if self._update:
-                refuse_other_than_sgd(optimizer)
             scaler = _scaler_on_stack()
             if scaler is not None:
                 self._scaled(scaler)
-        self._stepping |= params
-        self._use(params)
+        self._held |= params & self._mine
+        # Some optimizers use what was averaged before, and then call their closure. But the step before this one may
+        # have raised, and used nothing.
+        calls = 0 if params & self._under_way else 1
+
+        def called() -> None:
+            nonlocal calls
+            if calls:
+                self._use(params)
+            calls += 1
+
+        told = _with_closures(args, kwargs, called, f"_outlast_steps_{id(self)}")
+        self._under_way |= params
+        return told
 
     def _after(self, optimizer: Optimizer) -> None:
+        # Only now: a step that raises has used nothing.
         params = _params(optimizer)
-        self._stepping -= params
+        self._under_way -= params
         self._use(params)
 
     def _use(self, params: set[int]) -> None:
@@ -152,10 +163,37 @@ def _params(optimizer: Any) -> set[int]:
     return {id(param) for group in groups or () for param in group.get("params", ())}
 
 
-def _before(this: weakref.ref[OptimizerSteps], optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _with_closures(
+    args: tuple[Any, ...], kwargs: dict[str, Any], called: Callable[[], None], mark: str
+) -> _Arguments | None:
+    """Arguments of a step with closures that tell when they are called; None: it has none.
+
+    An optimizer that calls its closure again has used what the closure averaged before. The mark, an attribute, is on
+    closures that tell already: the step of a subclass hands them to that of its base class.
+    """
+
+    def telling(closure: Any) -> Any:
+        if not callable(closure) or isinstance(closure, Optimizer) or hasattr(closure, mark):
+            return closure
+
+        @functools.wraps(closure)
+        def told(*args: Any, **kwargs: Any) -> Any:
+            called()
+            return closure(*args, **kwargs)
+
+        setattr(told, mark, True)
+        return told
+
+    if not any(map(callable, (*args[1:], *kwargs.values()))):
+        return None
+    return tuple(map(telling, args)), {name: telling(value) for name, value in kwargs.items()}
+
+
+def _before(
+    this: weakref.ref[OptimizerSteps], optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Arguments | None:
     steps = this()
-    if steps is not None:
-        steps._before(optimizer)
+    return steps._before(optimizer, args, kwargs) if steps is not None else None
 
 
 def _after(this: weakref.ref[OptimizerSteps], optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -18,7 +18,7 @@ _KEEP = "or keep the optimizer and set target = 'gradient'"
 def refuse_other_than_sgd(optimizer: Any) -> None:
     """``optimizer`` is to apply an averaged update.
 
-    A wrapper (``ZeroRedundancyOptimizer``, ``PostLocalSGDOptimizer``) is judged by what it wraps, which makes a step of
+    A wrapper (``ZeroRedundancyOptimizer``, one of several optimizers) is judged by what it wraps, which makes steps of
     its own. Subclasses of SGD count as SGD.
 
     Raises:
@@ -34,7 +34,7 @@ def refuse_other_than_sgd(optimizer: Any) -> None:
                 "attach(..., direction=outlast.comm.direction.Adam(beta1=...)); " + _KEEP,
             )
         return
-    if any(isinstance(inner, Optimizer) for inner in vars(optimizer).values()):
+    if _wraps(optimizer):
         return
     groups = getattr(optimizer, "param_groups", None) or [{}]
     rate = groups[0].get("lr")
@@ -47,3 +47,12 @@ def refuse_other_than_sgd(optimizer: Any) -> None:
         "AdamW would (leave out clip_grad_norm_ with it: no gradient is left to clip); if it does nothing but "
         "x -= lr * grad, make it a subclass of SGD; " + _KEEP,
     )
+
+
+def _wraps(optimizer: Any) -> bool:
+    """Whether it holds optimizers, one or several."""
+    for held in vars(optimizer).values():
+        inner = held.values() if type(held) is dict else held if isinstance(held, (list, tuple)) else (held,)
+        if any(isinstance(each, Optimizer) for each in inner):
+            return True
+    return False

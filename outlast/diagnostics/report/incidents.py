@@ -31,7 +31,7 @@ class Incident:
     kind: str
     """``hang_found``, ``workers_failed``, ``workers_started``, ``rank_died``, ``recovered``, ``checkpoint_failed``,
     ``checkpoint_rejected``, ``checkpoint_restored``, ``run_ended``, ``loss_not_finite``, ``slow_phase``, ``stall``,
-    ``notice``."""
+    ``notice``, ``events_lost``."""
     severity: Severity
     title: str
     detail: str
@@ -97,6 +97,18 @@ def _from_event(record: Record, begin_t: float, loaded: Loaded) -> list[Incident
                 rank=ranks[0] if len(ranks) == 1 else None,
                 cause=_crash(record, step, at_s),
                 restarting=bool(get("restarting")),
+            )
+        ]
+    if record.kind == "events_lost":
+        who = "the launcher" if record.rank < 0 else f"rank {record.rank}"
+        return [
+            Incident(
+                at_s=at_s,
+                kind=record.kind,
+                severity="warn",
+                title=f"{get('count')} events of {who} were lost before this",
+                detail=f"they could not be written, and are in no figure here: {get('reason')}",
+                rank=record.rank if record.rank >= 0 else None,
             )
         ]
     if record.kind == "notice":

@@ -74,8 +74,11 @@ def _verdict(report: Report) -> tuple[str, str]:
         return first, rest[:1].upper() + rest[1:]
     if len(stragglers) == 1:
         row = stragglers[0]
-        first = f"Rank {row.rank} on {row.host} is a straggler: it makes steps {share(row.slowdown_share)} longer"
         phase = own.get((row.rank, row.host))
+        where = f", slow in {phase.which}" if phase is not None else ""
+        added = row.slowdown_share
+        longer = f"it makes steps {1 + added:.1f} × as long" if added >= 1 else f"it makes steps {share(added)} longer"
+        first = f"Rank {row.rank} on {row.host} is a straggler{where}: {longer}"
         slow = f" It was slow in {phase.which}: {described(phase)}." if phase is not None else ""
         return first, f"{row.evidence[:1].upper()}{row.evidence[1:]}.{slow}"
     named = ", ".join(f"rank {row.rank} on {row.host}" for row in stragglers[:4])

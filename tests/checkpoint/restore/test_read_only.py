@@ -118,7 +118,7 @@ def test_restoring_changes_nothing_there_and_says_what_it_would_have(disk: Disk)
             reader.restore(9)
         assert files_of(disk.url) == before
     reasons = [event.reason for event in events if event.kind == "checkpoint_rejected"]
-    assert sum("not used" in reason or "set aside" in reason for reason in reasons) == 4
+    assert sum("not used" in reason or "another name" in reason for reason in reasons) == 4
     disk.may_only("rw")
     with checkpointer(disk.url, events, attempt_id="three") as reader:
         again = reader.restore("auto")

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from outlast.checkpoint import CheckpointConfig, Checkpointer, attach, process_exit
 
@@ -147,6 +148,23 @@ def trains_in_a_daemon_thread() -> None:
     thread = threading.Thread(target=train_on, daemon=True)
     thread.start()
     thread.join()
+
+
+def rank_0_destroys_its_group() -> None:
+    rank_of_two(0)
+    dist.destroy_process_group()
+
+
+def rank_1_leaves_with_1() -> None:
+    rank_of_two(1)
+    sys.exit(1)
+
+
+def rank_of_two(rank: int) -> None:
+    global URL
+    URL = os.path.join(os.path.dirname(URL), "two")
+    dist.init_process_group("gloo", init_method=f"file://{URL}.store", rank=rank, world_size=2)
+    begin(memory_every_steps=1)
 
 
 def forks() -> None:

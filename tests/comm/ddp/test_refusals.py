@@ -257,14 +257,27 @@ def test_another_divisor_is_refused(three_ranks: Ranks) -> None:
     three_ranks.run(run_other_divisor)
 
 
-def run_compiled(rank: int, mode: str) -> None:
+class Branch(nn.Module):
+    """With a layer that no step uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12))
+        self.unused = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.used(x)
+        return y
+
+
+def run_compiled(rank: int, mode: str, unused: bool) -> None:
     """Under torch.compile, with compiled autograd too, the hook gets what it gets without."""
     x = torch.randn(4, 12, generator=torch.Generator().manual_seed(rank))
     means = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12))
-        ddp = DistributedDataParallel(model)
+        model = Branch() if unused else Branch().used
+        ddp = DistributedDataParallel(model, find_unused_parameters=unused)
         reducer = attach(ddp, CommConfig(**EXACT, feedback="ef21"))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         run = torch.compile(ddp, backend="aot_eager") if compiled else ddp
@@ -276,9 +289,12 @@ def run_compiled(rank: int, mode: str) -> None:
         means.append([p.grad for p in model.parameters()])
         reducer.close()
     for ours, theirs in zip(*means, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("unused", [False, True], ids=["all used", "one unused"])
 @pytest.mark.parametrize("mode", ["graph", "autograd"])
-def test_compiled(three_ranks: Ranks, mode: str) -> None:
-    three_ranks.run(run_compiled, mode)
+def test_compiled(three_ranks: Ranks, mode: str, unused: bool) -> None:
+    three_ranks.run(run_compiled, mode, unused)

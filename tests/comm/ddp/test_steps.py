@@ -187,6 +187,62 @@ def test_an_update_of_ones_own(three_ranks: Ranks) -> None:
     three_ranks.run(run_own_update, "ef21")
 
 
+def run_failing(rank: int, kind: str) -> None:
+    """A step that raised has used no average: the next, without a step in between, is named, and nothing is sent."""
+    model = nn.Linear(8, 8, bias=False)
+    ddp = DistributedDataParallel(model)
+    reducer = attach(ddp, CommConfig(feedback="ef21", target="gradient", density=0.3, dense_below=1))
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(rank))
+    fails = [True]
+
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            if fails and kind == "step":
+                raise MemoryError("of the optimizer")
+            return super().step(closure)
+
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3) if kind == "lbfgs" else Failing(model.parameters())
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(1)
+        loss = loss_of(ddp, optimizer, x)
+        if kind == "twice":
+            with pytest.raises(CommError) as caught:  # in one call of a closure, too
+                loss_of(ddp, optimizer, x)
+            told(caught)
+        if fails and len(calls) == (2 if kind == "lbfgs" else 1) and kind != "twice":
+            raise MemoryError("of the closure")
+        return loss
+
+    if kind == "twice":
+        optimizer.step(closure)
+        fails.clear()
+    else:
+        if kind == "step":
+            loss_of(ddp, optimizer, x)
+        with pytest.raises(MemoryError):
+            optimizer.step(closure)
+        fails.clear()
+        with pytest.raises(CommError) as caught:
+            loss_of(ddp, optimizer, x)
+        told(caught)
+        with pytest.raises(CommError) as caught:
+            optimizer.step(closure)
+        told(caught)
+    if kind != "lbfgs":
+        optimizer.step()  # of what was averaged before
+        kind = "works"
+        for _ in range(2):
+            optimizer.step(closure)
+    reducer.close()
+
+
+@pytest.mark.parametrize("kind", ["step", "closure", "lbfgs", "twice"])
+def test_a_step_that_raised_has_used_nothing(three_ranks: Ranks, kind: str) -> None:
+    three_ranks.run(run_failing, kind)
+
+
 def run_named_or_dense(rank: int) -> None:
     """Who names steps answers for them; and a mean that keeps nothing may be taken as often as one likes."""
     ddp, reducer = wrap({"feedback": "ef21"})

@@ -43,6 +43,19 @@ class Own(optim.Optimizer):
         raise AssertionError("it must not be reached")
 
 
+class Several(optim.Optimizer):
+    """Of which each has some of the parameters."""
+
+    def __init__(self, params: Any, make: Callable[[Any], optim.Optimizer]) -> None:
+        params = list(params)
+        super().__init__(params, {})
+        self.inner = [make(params[:2]), make(params[2:])]
+
+    def step(self, closure: Any = None) -> None:
+        for each in self.inner:
+            each.step()
+
+
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12))
@@ -85,6 +98,8 @@ def run_ddp(rank: int, settings: dict[str, Any], make: Callable[[Any], optim.Opt
         ({**UPDATE, "compressor": "auto"}, optim.Adagrad, "the optimizer is Adagrad"),
         (UPDATE, partial(optim.SGD, lr=0.1, momentum=0.9), "SGD with momentum = 0.9"),
         (UPDATE, Own, "the optimizer is Own"),
+        (UPDATE, partial(Several, make=optim.AdamW), "the optimizer is AdamW"),
+        (UPDATE, partial(Several, make=partial(optim.SGD, lr=0.01)), ""),
         (UPDATE, partial(optim.SGD, lr=0.01, weight_decay=0.1), ""),
         (UPDATE, partial(OwnSGD, lr=0.01), ""),
         (GRADIENT, optim.AdamW, ""),

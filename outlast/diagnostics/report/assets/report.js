@@ -159,7 +159,7 @@
     const named = (row) => heat.guilty[row] || (row % every === 0 && !heat.guilty.slice(Math.max(0, row - every + 1), row + every).some(Boolean));
     const most = Math.max(...heat.median, heat.top_ms / 2);
     const barLeft = plot.right + 12;
-    const barScale = scale(0, most, 0, barRoom - 74);
+    const barScale = scale(0, most, 0, barRoom - 92);
     heat.ranks.forEach((rank, row) => {
       const guilty = heat.guilty[row];
       const middle = top + (row + 0.5) * rowHeight;

@@ -1,0 +1,27 @@
+"""``killed_at.py STEP,STEP,… SCRIPT STEPS …``: an example whose start n is killed at its step, on rank n modulo 2."""
+
+import os
+import signal
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+kills, script, steps, *words = sys.argv[1:]
+spec = spec_from_file_location("example", script)
+assert spec is not None
+assert spec.loader is not None
+example = module_from_spec(spec)
+spec.loader.exec_module(example)
+example.STEPS = int(steps)
+start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+batch = example.batch
+
+
+def batch_or_end(step, rank):
+    """The step's batch, unless it is the one in which this rank is killed."""
+    if start < len(kills.split(",")) and step == int(kills.split(",")[start]) and rank == start % 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return batch(step, rank)
+
+
+example.batch = batch_or_end
+example.main(*words)
