@@ -55,7 +55,8 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "diagnostics": [{"doctor", "report"}, {"live"}, {"formatting", "config"}],
     "launch": [
         {"launcher"},
-        {"agent", "rendezvous", "trusted_rendezvous"},
+        {"agent", "rendezvous_errors"},
+        {"rendezvous", "trusted_rendezvous"},
         {"first_cause", "joining", "notice_relay", "notice_store"},
         {"processes", "program", "program_runs"},
         {"hang_watch", "notice", "rank_output", "runner", "spec"},

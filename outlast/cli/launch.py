@@ -12,6 +12,7 @@ import tyro
 from outlast.cli.verb import TrainingVerb, load_config
 from outlast.config import Overrides, override_arguments
 from outlast.launch.flags import LaunchFlags
+from outlast.launch.launcher import load_torch
 from outlast.launch.notice_signals import early_notices
 
 
@@ -28,6 +29,7 @@ class Launch(TrainingVerb):
             return self._run(overrides)
 
     def _run(self, overrides: Overrides) -> int:
+        load_torch()
         from outlast.launch import LaunchSpec, dry_run, launch
         from outlast.trainer.run_directory import check_usable, run_path
 

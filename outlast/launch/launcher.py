@@ -22,7 +22,7 @@ from outlast.launch.failures import RESUME_STATUS, WATCHED, first_line, ranks_fa
 from outlast.launch.flags import DEFAULT_PORT
 from outlast.launch.notice import NOTICE_FILE
 from outlast.launch.orphans import Guard
-from outlast.launch.ports import LOOPBACKS, check_port
+from outlast.launch.ports import LOOPBACKS, check_port, is_free, is_own_address
 from outlast.launch.rendezvous import Rendezvous, resolve
 from outlast.launch.spec import LaunchSpec
 
@@ -74,7 +74,7 @@ def launch(spec: LaunchSpec) -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         raise LaunchError("launch() was called outside the main thread", "call it from the main thread")
-    _load_torch()
+    load_torch()
     rendezvous = resolve(spec.flags)
     if rendezvous.backend == "static" and spec.effective().max_restarts > 0:
         raise ConfigError(
@@ -153,21 +153,22 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
             _supervise(spec, rendezvous, ranks, host, events, output, relay, guard, runs)
         except SignalException as error:
             signum = error.sigval
-            if spec.obeys_notice and signum == relay.notice and not relay.loses:
+            if relay.obeyed and signum == relay.notice and not relay.loses:
                 log.warning(
                     "outlast: %s came before the ranks had begun a step; there was nothing to save", signum.name
                 )
                 raise SystemExit(RESUME_STATUS) from error
-            if spec.obeys_notice and relay.notice is not None:
+            if relay.obeyed and relay.notice is not None:
                 why = f"the {relay.grace_s:g} s are over" if relay.grace_is_over else "a second signal came"
-                _tell_loss(relay.notice, f"{why} before the ranks had ended", spec.run_dir)
+                _tell_loss(relay.notice, f"{why} before the ranks had ended", spec)
             raise SystemExit(128 + int(signum)) from error
 
 
-def _tell_loss(notice: signal.Signals, what: str, run_dir: Path) -> None:
+def _tell_loss(notice: signal.Signals, what: str, spec: LaunchSpec) -> None:
     from outlast.launch.notice_relay import describe_progress
 
-    log.error("outlast: %s: %s; %s", notice.name, what, describe_progress(run_dir))
+    progress = describe_progress(spec.run_dir) if spec.obeys_notice else "the program knows what is durable"
+    log.error("outlast: %s: %s; %s", notice.name, what, progress)
 
 
 def _supervise(
@@ -187,6 +188,7 @@ def _supervise(
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
     from outlast.launch.agent import WatchedAgent
+    from outlast.launch.rendezvous_errors import rendezvous_failed
     from outlast.launch.trusted_rendezvous import AuthenticatedHandler
 
     config = spec.effective()
@@ -227,7 +229,7 @@ def _supervise(
             close = False
             if not relay.loses:
                 raise SystemExit(RESUME_STATUS)
-            _tell_loss(relay.notice, "ranks died before they had saved", spec.run_dir)
+            _tell_loss(relay.notice, "ranks died before they had saved", spec)
             raise SystemExit(128 + relay.notice)
         elif result.is_failed():
             # With a variable number of nodes the others may go on without this one.
@@ -256,47 +258,12 @@ def _supervise(
         if spare and isinstance(error, RendezvousClosedError):
             log.warning(SPARED)
             return
-        raise _rendezvous_failed(error, rendezvous, handler) from error
+        for failure in agent.untold:
+            log.error("outlast: rank %d (pid %d) %s", failure.rank, failure.pid, failure.reason)
+        raise rendezvous_failed(error, rendezvous, handler) from error
     finally:
         if close and agent.joined:  # never that of another job, or one that goes on without this node
             handler.shutdown()
-
-
-def _rendezvous_failed(error: Exception, rendezvous: Rendezvous, handler: RendezvousHandler) -> LaunchError:
-    """What it means that the launchers cannot meet, or cannot meet again."""
-    from torch.distributed import DistError
-    from torch.distributed.elastic.rendezvous import (
-        RendezvousClosedError,
-        RendezvousConnectionError,
-        RendezvousTimeoutError,
-    )
-
-    from outlast.launch.trusted_rendezvous import AuthenticatedHandler
-
-    where = f"{rendezvous.endpoint} (id {rendezvous.run_id})"
-    again = "once it is well, start the job again on all nodes: training goes on from the newest checkpoint"
-    if isinstance(error, (RendezvousConnectionError, DistError)):
-        return LaunchError(
-            f"the rendezvous at {where} is lost: the launcher there has ended, its node has failed, or the link to it "
-            f"is cut ({first_line(error.__cause__ or error)}); this node's ranks were ended",
-            again,
-        )
-    if isinstance(error, RendezvousClosedError):
-        return LaunchError(
-            f"the rendezvous at {where} is closed: the job has ended on another node",
-            "read that node's launcher for the cause; to start it again, start all nodes",
-        )
-    if isinstance(error, RendezvousTimeoutError) and isinstance(handler, AuthenticatedHandler) and handler.missing:
-        fewer = f"--nnodes 1:{rendezvous.max_nodes} lets the others go on without a node"
-        return LaunchError(
-            f"too few nodes at the rendezvous at {where} in the time for it (--rdzv-conf join_timeout): "
-            f"{handler.missing}",
-            f"start the job again on all nodes, with the same endpoint, id and --nnodes; {fewer}",
-        )
-    return LaunchError(
-        f"the rendezvous at {where} failed: {first_line(error)}",
-        "make sure every node was started with the same endpoint, id and --nnodes, and can reach that host",
-    )
 
 
 def _handler(rendezvous: Rendezvous, run_dir: Path) -> RendezvousHandler:
@@ -313,7 +280,7 @@ def _handler(rendezvous: Rendezvous, run_dir: Path) -> RendezvousHandler:
             min_nodes=rendezvous.min_nodes,
             max_nodes=rendezvous.max_nodes,
             local_addr=rendezvous.local_addr,
-            **{key: int(value) if key == "rank" else value for key, value in rendezvous.conf.items()},
+            **{key: int(value) if key == "rank" else value for key, value in _conf(rendezvous).items()},
         )
         if rendezvous.backend == "c10d":
             return dynamic_handler(params, run_dir)
@@ -329,8 +296,6 @@ def _handler(rendezvous: Rendezvous, run_dir: Path) -> RendezvousHandler:
 
 def _check_port(rendezvous: Rendezvous) -> None:
     """Detect a port in use before torch does: torch's client waits for ever if the server there stays silent."""
-    from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
-
     host, port = rendezvous.host_and_port()
     if port == -1:
         port = DEFAULT_PORT if rendezvous.backend == "static" else 29400  # torch's own default of c10d
@@ -341,8 +306,31 @@ def _check_port(rendezvous: Rendezvous) -> None:
         hosts = rendezvous.conf.get("is_host", "").lower()
         if hosts in ("1", "true", "t", "yes", "y"):
             check_port(host, port, may_join=False)
-        elif not hosts and _matches_machine_hostname(host):
+        elif not hosts and _is_this_host(host):
             check_port(host, port, may_join=True)
+
+
+def _is_this_host(host: str) -> bool:
+    """As torchelastic decides it, which fails where this host's own name does not resolve."""
+    from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
+
+    try:
+        return bool(_matches_machine_hostname(host))
+    except OSError:
+        return is_own_address(host)
+
+
+def _conf(rendezvous: Rendezvous) -> dict[str, str]:
+    """The rendezvous' options; who holds the store is decided here where torchelastic cannot."""
+    conf = dict(rendezvous.conf)
+    if rendezvous.backend != "c10d" or "is_host" in conf:
+        return conf
+    try:
+        socket.getaddrinfo(socket.gethostname(), None)
+    except OSError:
+        host, port = rendezvous.host_and_port()
+        conf["is_host"] = str(is_own_address(host) and (port <= 0 or is_free(port)))
+    return conf
 
 
 def _local_ranks(nproc_per_node: str) -> int:
@@ -389,7 +377,7 @@ def _quiet(*names: str) -> Iterator[None]:
         yield
 
 
-def _load_torch() -> None:
+def load_torch() -> None:
     """Load torch without its stores' warnings, which are frames of C++ for each lost connection. Ranks keep theirs."""
     if "torch" in sys.modules or CPP_LOG_LEVEL in os.environ:
         return

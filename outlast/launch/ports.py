@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from datetime import timedelta
@@ -35,11 +36,56 @@ def loopback() -> str:
     )
 
 
+def is_own_address(host: str) -> bool:
+    """Whether a server on this host can listen at ``host``, a name or an address, whatever this host's own name is."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)
+        except OSError:
+            continue
+        return True
+    return False
+
+
 def free_port() -> int:
     """A TCP port that is free on all interfaces now. It is not reserved: use it soon."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
+
+
+def sockets_of(port: int) -> set[int]:
+    """This process's file descriptors that are connected to ``port`` of some host."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as one:
+                if one.family in LOOPBACKS.values() and one.getpeername()[1] == port:
+                    found.add(int(name))
+        except OSError:  # closed meanwhile, or not connected
+            continue
+    return found
+
+
+def fail_when_silent(fd: int, after_s: float) -> None:
+    """Have the kernel fail a TCP connection whose other end has not answered for about ``after_s``.
+
+    Without this it takes the kernel a quarter of an hour to give up on a link that was cut, and torch's stores wait for
+    as long, whatever their own time limit.
+    """
+    with socket.socket(fileno=os.dup(fd)) as one:
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * after_s))
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(after_s / 3)))
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(after_s / 6)))
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
 
 
 def is_free(port: int) -> bool:

@@ -37,7 +37,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 
 from outlast.errors import LaunchError
 from outlast.launch.joining import JoiningHolder
-from outlast.launch.ports import LOOPBACKS, loopback
+from outlast.launch.ports import LOOPBACKS, fail_when_silent, loopback, sockets_of
 from outlast.plain_text import plain_text
 
 SECRET = "OUTLAST_LAUNCH_SECRET"
@@ -46,6 +46,8 @@ SECRET_FILE = "launch.secret"
 """In the run's directory otherwise; its mode is 0600."""
 OWNER = "outlast/owner"
 """Key in a rendezvous' store of the id of the job that made it."""
+SILENT_S = 30.0
+"""A store that does not answer for this long is lost. Twice as long as a node may be silent."""
 _MAC_BYTES = 32
 _LEAST_SECRET_BYTES = 16
 
@@ -192,6 +194,9 @@ def dynamic_handler(params: RendezvousParameters, run_dir: Path) -> Authenticate
     else:
         secret = run_secret(run_dir)
         backend, store = create_backend(params)
+        if isinstance(store, TCPStore):
+            for fd in sockets_of(store.port):
+                fail_when_silent(fd, SILENT_S)
         _tell_owner(store, params)
 
     def seconds(key: str) -> timedelta | None:
