@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.forked import Job
 from tests.helpers import clean_env, events, outlast, start_outlast, wait_for
 from tests.launch.jobs import STARTED
 
-SCRIPT = Path(__file__).with_name("ddp_program.py")
+SCRIPT = Path(__file__).with_name("watched_program.py")
 QUICK = ("--launch.hang-floor-s", "2", "--launch.monitor-interval-s", "0.2", "--launch.alone-limit-s", "3")
 """A rank that does nothing is awaited for three times the last of these."""
 
@@ -53,6 +54,22 @@ def test_a_rank_that_does_nothing_is_found_and_named(tmp_path: Path, what: str, 
     assert hang["culprit"] == 1
     assert evidence in hang["evidence"]
     assert "1 peer has been waiting" in hang["evidence"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp2", "zero3"])
+def test_however_the_model_is_wrapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    if how == "zero3":
+        pytest.importorskip("deepspeed")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run = tmp_path / "run"
+    said = launch(run, SCRIPT, "24", "--wrap", how, "--slow", "1", "--do", "stop", "--at", "12")
+    assert "rank 0 done" in said
+    (hang,) = events(run, "hang_found")
+    assert hang["culprit"] == 1
+    assert "1 peer has been waiting" in hang["evidence"]
+    report = build_report(run)
+    assert [row.rank for row in report.stragglers if row.straggler] == [1]
 
 
 def test_a_rank_that_computes_alone_is_left_alone(tmp_path: Path) -> None:
@@ -109,8 +126,9 @@ def test_a_program_sees_what_python_would_show_it(tmp_path: Path, form: str) -> 
     """Its arguments may look like the launcher's."""
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").touch()
-    for name in ("job.py", "package/job.py", "package/__main__.py"):
-        (tmp_path / name).write_text(PYTHON)
+    (tmp_path / "package" / "job.py").write_text(PYTHON)
+    # Python itself starts no pool of such a program.
+    (tmp_path / "package" / "__main__.py").write_text(re.sub(r"    with .*\n.*\n", "", PYTHON))
     target = {"script": ["package/job.py"], "module": ["-m", "package.job"], "folder": ["package"]}[form]
     words = ["--nnodes", "7", "--launch.watch", "x", "-m", "--", "--help"]
     env = clean_env()

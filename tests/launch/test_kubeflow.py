@@ -13,7 +13,7 @@ from outlast.errors import ConfigError
 from outlast.launch.flags import arguments_from_environment
 from tests.helpers import clean_env, events, outlast
 
-SCRIPT = Path(__file__).with_name("ddp_program.py")
+SCRIPT = Path(__file__).with_name("watched_program.py")
 
 
 @pytest.mark.root
