@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -77,10 +79,10 @@ def run(rank: int, adapter: str, comm: dict[str, Any], uses: Uses) -> dict[str, 
     return {"applied": applied, "last": last, **slots}
 
 
-def drawn_uses(steps: int) -> st.SearchStrategy[Uses]:
+def drawn_uses(steps: int, ranks: int = 3) -> st.SearchStrategy[Uses]:
     """The bias is always used: DDP itself waits for ever for a rank that uses nothing."""
     one = st.tuples(st.booleans(), st.booleans(), st.just(True), st.booleans()).map(list)
-    return st.lists(st.lists(one, min_size=3, max_size=3), min_size=steps, max_size=steps)
+    return st.lists(st.lists(one, min_size=ranks, max_size=ranks), min_size=steps, max_size=steps)
 
 
 def put_in(uses: Uses, ranks: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -136,6 +138,53 @@ def check_mass(ranks: Ranks, method: tuple[str, dict[str, Any]], uses: Uses) -> 
 
 def test_nothing_is_lost(three_ranks: Ranks) -> None:
     check_mass(three_ranks)
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Ranks]:
+    """Two nodes of two ranks."""
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()
+
+
+def held_by_nodes(found: list[dict[str, Any]], name: str) -> np.ndarray[Any, Any]:
+    """A rank holds what its node's mean lost of its own rows; what an owner keeps is of a mean over nodes."""
+    total = np.zeros(SHAPES[name])
+    for rank, one in enumerate(found):
+        slots = one["local"].get(name, {})
+        rows = slices(torch.from_numpy(total), 2)[rank % 2]
+        if "e" in slots:
+            rows += 2 * torch.from_numpy(slots["e"]).reshape(rows.shape)
+        if "owned_s" in slots:
+            part = slices(rows, 2)[rank // 2]
+            part += 4 * torch.from_numpy(slots["owned_s"]).reshape(part.shape)
+    return total
+
+
+@settings(max_examples=6, phases=[Phase.generate])
+@given(
+    method=st.sampled_from(
+        [
+            {"feedback": "ef14"},
+            {"feedback": "ef14", "transport": "two-phase"},
+            {"feedback": "econtrol"},
+        ]
+    ),
+    uses=drawn_uses(4, ranks=4),
+)
+def check_nodes(ranks: Ranks, method: dict[str, Any], uses: Uses) -> None:
+    found = ranks.run(run, "ddp", {**method, "ranks_per_node": 2}, uses)
+    total = put_in(uses, 4)
+    for name in SHAPES:
+        for one in found:
+            np.testing.assert_array_equal(one["applied"][name], found[0]["applied"][name])
+        balance = 4 * found[0]["applied"][name] + held_by_nodes(found, name)
+        np.testing.assert_allclose(balance, total[name], atol=4e-5 * len(uses), err_msg=name)
+
+
+def test_nothing_is_lost_between_nodes(two_nodes: Ranks) -> None:
+    check_nodes(two_nodes)
 
 
 @settings(max_examples=6, phases=[Phase.generate])
