@@ -312,9 +312,9 @@ class Checkpointer:
         undamaged copy: this node's memory, another node's, the local disks, storage. Newer damaged steps are reported
         (a ``CheckpointRejected`` event, and a log line that names the file). An integer takes that step.
 
-        Reading changes nothing. If the run goes on from there (see :meth:`save`), newer steps are set aside then, by
-        the name ``step_XXXXXXXX.aside-N``, and interrupted saves are cleared away. With a memory tier, a step that is
-        in the memory of too few nodes is copied again at once, unless another job has the place.
+        Reading changes nothing. If the run goes on from there (see :meth:`save`), newer steps are renamed then to
+        ``step_XXXXXXXX.aside-N``, which is never read, and interrupted saves are cleared away. With a memory tier, a
+        step that is in the memory of too few nodes is copied again at once, unless another job has the place.
 
         Args:
             which: ``"auto"``, or a step.

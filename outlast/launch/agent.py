@@ -230,7 +230,7 @@ class WatchedAgent(LocalElasticAgent):
             self._watch,
             hang_evidence={rank: culprit.evidence for rank, culprit in self._hung.items()},
             ended=self._ended,
-            says_finish=self._relay.obeyed,
+            says_finish=self._relay.expected,
         )
 
     def _tell_notice(self) -> None:
@@ -313,7 +313,10 @@ class WatchedAgent(LocalElasticAgent):
         """
         if self._relay.kill is not None:
             self._relay.kill = None
-            self._relay.loses = not self.resumable and (self._watch is None or self._watch.steps_begun(self.ranks))
+            told = self._relay.notice is not None and not self.resumable
+            # A program's own loop may begin unseen.
+            watch = self._watch if self._relay.expected else None
+            self._relay.loses = told and (watch is None or watch.steps_begun(self.ranks))
         if self._processes is not None:
             if self._worker_group.state == WorkerState.HEALTHY:  # the agent itself fails, and does not poll any more
                 self.untold = self._find_failures(self._processes)

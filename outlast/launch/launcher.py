@@ -153,21 +153,22 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
             _supervise(spec, rendezvous, ranks, host, events, output, relay, guard, runs)
         except SignalException as error:
             signum = error.sigval
-            if spec.obeys_notice and signum == relay.notice and not relay.loses:
+            if relay.obeyed and signum == relay.notice and not relay.loses:
                 log.warning(
                     "outlast: %s came before the ranks had begun a step; there was nothing to save", signum.name
                 )
                 raise SystemExit(RESUME_STATUS) from error
-            if spec.obeys_notice and relay.notice is not None:
+            if relay.obeyed and relay.notice is not None:
                 why = f"the {relay.grace_s:g} s are over" if relay.grace_is_over else "a second signal came"
-                _tell_loss(relay.notice, f"{why} before the ranks had ended", spec.run_dir)
+                _tell_loss(relay.notice, f"{why} before the ranks had ended", spec)
             raise SystemExit(128 + int(signum)) from error
 
 
-def _tell_loss(notice: signal.Signals, what: str, run_dir: Path) -> None:
+def _tell_loss(notice: signal.Signals, what: str, spec: LaunchSpec) -> None:
     from outlast.launch.notice_relay import describe_progress
 
-    log.error("outlast: %s: %s; %s", notice.name, what, describe_progress(run_dir))
+    progress = describe_progress(spec.run_dir) if spec.obeys_notice else "the program knows what is durable"
+    log.error("outlast: %s: %s; %s", notice.name, what, progress)
 
 
 def _supervise(
@@ -228,7 +229,7 @@ def _supervise(
             close = False
             if not relay.loses:
                 raise SystemExit(RESUME_STATUS)
-            _tell_loss(relay.notice, "ranks died before they had saved", spec.run_dir)
+            _tell_loss(relay.notice, "ranks died before they had saved", spec)
             raise SystemExit(128 + relay.notice)
         elif result.is_failed():
             # With a variable number of nodes the others may go on without this one.

@@ -62,13 +62,16 @@ class Notice:
                 NoticeSignals(grace_s, _END_S, obeyed=_always, end=_leave, last_resort=_leave)
             )
         else:
-            # The launcher started this process with these signals ignored: a scheduler sends them to all processes of a
-            # job. Handlers have the same effect, but are not inherited by programs that this one starts.
+            # A scheduler sends these signals to all processes of a job, the launcher among them, which has the ranks of
+            # outlast's trainer ignore them from the start. Handlers have the same effect, but are not inherited by
+            # programs that this one starts. Where the process has handlers of its own, these stay.
             for one in NOTICES:
-                if signal.getsignal(one) == signal.SIG_IGN:
+                before = signal.getsignal(one)
+                if before in (signal.SIG_IGN, signal.default_int_handler) or not _is_caught(one):
                     signal.signal(one, _nothing)
-                    self._stack.callback(signal.signal, one, signal.SIG_IGN)
+                    self._stack.callback(signal.signal, one, before)
             restore_in_children(_nothing)
+            asked_path(self._file).touch(mode=0o600)
 
     @property
     def name(self) -> str:
@@ -124,6 +127,18 @@ class Notice:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def asked_path(notice_file: Path) -> Path:
+    """The file that exists once a rank asks for notices, beside the one in which the launcher writes them."""
+    return notice_file.with_name(f"{notice_file.name}_asked")
+
+
+def _is_caught(one: signal.Signals) -> bool:
+    """Whether there is a handler; also one of C's, such as faulthandler's, which Python does not know of."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    caught = next(line.split()[1] for line in lines if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (one - 1) & 1)
 
 
 def _always(signum: signal.Signals) -> bool:

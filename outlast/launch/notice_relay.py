@@ -18,6 +18,7 @@ from outlast.diagnostics.live import shm_directory
 from outlast.errors import DiagnosticsError
 from outlast.events import CheckpointSaved, RunStarted, StepDone, read_events
 from outlast.launch.config import LaunchConfig
+from outlast.launch.notice import asked_path
 from outlast.launch.notice_signals import NOTICES, NoticeSignals
 from outlast.launch.spec import LaunchSpec
 
@@ -37,8 +38,8 @@ class NoticeRelay:
     def __init__(self, spec: LaunchSpec) -> None:
         config: LaunchConfig = spec.effective()
         self.grace_s = config.notice_grace_s
-        self.obeyed = spec.obeys_notice
-        """Whether the ranks ask for notices."""
+        self.expected = spec.obeys_notice
+        """Whether every rank is known to ask for notices, from the start."""
         self.file: Path | None = None
         """Where the ranks look for one."""
         self.kill: Callable[[], None] | None = None
@@ -49,17 +50,24 @@ class NoticeRelay:
         self._stack = ExitStack()
         self._signals = NoticeSignals(
             self.grace_s,
-            _END_S + (0 if self.obeyed else 2 * config.stop_grace_s),
+            _END_S + (0 if self.expected else 2 * config.stop_grace_s),
             obeyed=self._tell,
             end=_end,
             last_resort=self._leave,
         )
 
     def __enter__(self) -> Self:
-        if self.obeyed:
-            self.file = shm_directory(self._run_dir) / f"notice_{os.getpid()}"
-            self.file.unlink(missing_ok=True)  # of an earlier process with this number
-            self._stack.callback(self.file.unlink, missing_ok=True)
+        try:
+            folder = shm_directory(self._run_dir)
+        except DiagnosticsError:
+            if self.expected:
+                raise
+        else:
+            self.file = folder / f"notice_{os.getpid()}"
+            self._stack.callback(_remove_folder, folder)
+            for path in (self.file, asked_path(self.file)):
+                path.unlink(missing_ok=True)  # of an earlier process with this number
+                self._stack.callback(path.unlink, missing_ok=True)
         self._stack.enter_context(self._signals)
         return self
 
@@ -67,9 +75,14 @@ class NoticeRelay:
         self._stack.close()
 
     @property
+    def obeyed(self) -> bool:
+        """Whether ranks ask for notices: a program's own loop may, or may not."""
+        return self.expected or (self.file is not None and asked_path(self.file).exists())
+
+    @property
     def ignored(self) -> str:
         """The signals that a rank ignores until it sets handlers, as ``parent_death.py`` takes them."""
-        return ",".join(str(int(one)) for one in NOTICES) if self.obeyed else "-"
+        return ",".join(str(int(one)) for one in NOTICES) if self.expected else "-"
 
     @property
     def notice(self) -> signal.Signals | None:
@@ -91,7 +104,7 @@ class NoticeRelay:
 
     def _tell(self, signum: signal.Signals) -> bool:
         """Tell the ranks. Called by a handler of signals: no locks, no logging."""
-        if self.kill is None or self.file is None:
+        if self.kill is None or self.file is None or not self.obeyed:
             return False
         temporary = f"{self.file}_{signum.name}"
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -112,6 +125,12 @@ class NoticeRelay:
 
 def _end(signum: signal.Signals) -> None:
     raise SignalException(f"the launcher got {signum.name}", sigval=signum)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Unless something else is in it."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def describe_progress(run_dir: Path) -> str:

@@ -172,8 +172,20 @@ def restore_in_children(handler: Callable[[int, FrameType | None], None], wakeup
     global _hook_set  # a hook of this kind cannot be removed
     _OURS[handler] = wakeup_fd
     if not _hook_set:
-        os.register_at_fork(after_in_child=_restore)
+        os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_restore)
         _hook_set = True
+
+
+_held = threading.local()
+
+
+def _hold() -> None:
+    """A signal that reaches the new process before its handlers are restored waits until they are."""
+    _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
+
+
+def _let_go() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
 
 
 def _restore() -> None:
@@ -184,6 +196,7 @@ def _restore() -> None:
     if found != -1 and found not in _OURS.values():
         signal.set_wakeup_fd(found)
     _OURS.clear()
+    _let_go()
 
 
 @contextlib.contextmanager

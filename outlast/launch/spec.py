@@ -29,9 +29,9 @@ class LaunchSpec:
     the run's directory."""
 
     obeys_notice: bool = False
-    """Whether the command asks for notices, as the trainer and everything with a :class:`~outlast.launch.Notice` does:
-    then it has ``notice_grace_s`` to save and to exit with ``Notice.status``. If not, a notice is SIGTERM to the ranks,
-    and SIGKILL after ``stop_grace_s``."""
+    """Whether the command is known to ask for notices, as the trainer does: its ranks then ignore their signals from
+    the start, and have ``notice_grace_s`` to save and to exit with ``Notice.status``. So have those of any command once
+    one has made a :class:`~outlast.launch.Notice`. To others it is SIGTERM, and SIGKILL after ``stop_grace_s``."""
 
     def __post_init__(self) -> None:
         require(len(self.command) > 0, "command", self.command, "a command")

@@ -206,7 +206,7 @@ def test_a_launcher_that_is_told_to_end_ends_its_ranks(tmp_path: Path, signum: s
 
 def test_a_loop_of_ones_own_obeys_a_notice(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = start(run, RANK, str(run), "100000", "--notice", obeys_notice=True)
+    job = start(run, RANK, str(run), "100000", "--notice")
     wait_for(lambda: (run / "steps").exists() and len(steps(run)) > 6)
     job.send_signal(signal.SIGUSR1)
     said = finish(job, run, status=75)

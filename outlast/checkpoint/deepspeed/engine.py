@@ -305,8 +305,9 @@ class DeepSpeedCheckpointEngine:
     ) -> tuple[str | None, dict[str, Any] | None]:
         """Resume; collective. Arguments and result are DeepSpeed's; (None, None) if there is no checkpoint at all.
 
-        Without a tag, from the newest step that all ranks find complete and undamaged; damaged newer ones are set
-        aside. With a tag, from the newest committed step with this tag; newer ones are set aside.
+        Without a tag, from the newest step that all ranks find complete and undamaged; damaged newer ones are
+        renamed to ``step_XXXXXXXX.aside-N``. With a tag, from the newest committed step with this tag; newer ones are
+        renamed.
 
         Raises:
             CheckpointError: see :meth:`Checkpointer.restore`.

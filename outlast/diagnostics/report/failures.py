@@ -148,7 +148,7 @@ def recoveries(failures: Sequence[Failure]) -> tuple[Incident, ...]:
         if one.resumed_at_s is None or one.lost_s is None:
             continue
         since = "it was started again by hand" if one.by_hand else "the failure"
-        again = f"{one.steps_lost} step{'s' if one.steps_lost != 1 else ''} redone"
+        again = f"; {one.steps_lost} step{'s' if one.steps_lost != 1 else ''} redone" if one.steps_lost else ""
         found.setdefault(
             one.resumed_at_s,
             Incident(
@@ -156,7 +156,7 @@ def recoveries(failures: Sequence[Failure]) -> tuple[Incident, ...]:
                 kind="recovered",
                 severity="good",
                 title=f"training resumed with step {one.resumed_step}",
-                detail=f"{one.lost_s:.1f} s after {since}; {again}",
+                detail=f"{one.lost_s:.1f} s after {since}{again}",
                 step=one.resumed_step,
             ),
         )

@@ -217,6 +217,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     blocked = report.split.totals_s()["checkpoint"]
     speed = f"{fmt.count(facts.tokens / facts.useful_s)} tokens/s" if facts.useful_s > 0 else ""
     wire = f"{fmt.size(traffic.wire_bytes)} sent; dense {fmt.size(traffic.dense_bytes)}"
+    redone = f"{facts.steps_redone} step{'s' if facts.steps_redone != 1 else ''} redone" if facts.steps_redone else ""
     return [
         (
             name,
@@ -231,7 +232,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
             f"{fmt.duration(blocked)} blocked",
         ),
         ("Goodput", fmt.share(goodput), f"of {fmt.duration(facts.wall_s)}, in steps that count"),
-        ("Restarts", str(facts.restarts), f"{facts.steps_redone} step{'s' if facts.steps_redone != 1 else ''} redone"),
+        ("Restarts", str(facts.restarts), redone),
     ]
 
 
@@ -334,7 +335,7 @@ def _facts(report: Report) -> str:
         ("device", facts.device or "unknown"),
         ("parameters", f"{facts.parameters:,}".replace(",", " ") if facts.parameters else "unknown"),
         ("communication", facts.comm or "unknown"),
-        ("steps", f"{facts.steps_done}{planned}, {facts.steps_redone} redone"),
+        ("steps", f"{facts.steps_done}{planned}" + (f", {facts.steps_redone} redone" if facts.steps_redone else "")),
         ("attempts", str(len(facts.starts))),
         ("began", fmt.date(facts.began_t)),
         ("wall time", fmt.duration(facts.wall_s)),

@@ -109,7 +109,8 @@ def _restarts(report: Report) -> str:
     if not facts.restarts:
         return ""
     times = "once" if facts.restarts == 1 else f"{facts.restarts} times"
-    return f"restarted {times} and redid {facts.steps_redone} step{'s' if facts.steps_redone != 1 else ''}"
+    redone = facts.steps_redone  # what a program that tells nothing of itself does again is not known
+    return f"restarted {times}" + (f" and redid {redone} step{'s' if redone != 1 else ''}" if redone else "")
 
 
 def slow_in(phases: Sequence[SlowPhase]) -> str:
