@@ -189,6 +189,15 @@ def test_who_moves_between_two_looks_is_spared(ranks: Ranks) -> None:
     waker.join()
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_node_with_one_rank_sees_nobody_wait(ranks: Ranks, alone: bool) -> None:
+    """A hang outside collectives looks like slow storage, so that it gets the time that all ranks may take together."""
+    pids = ranks.start("step")
+    (culprit,) = wait_for(lambda: ranks.watch.find_hung(pids, alone=alone))
+    assert (culprit.rank, culprit.weak) == (0, False)
+    assert culprit.silent_s > RULES.together_limit_s
+
+
 def test_a_process_that_has_ended_does_not_hang(ranks: Ranks) -> None:
     pids = ranks.start("step", "step inside")
     ranks.watch.find_hung(pids, alone=True)

@@ -15,6 +15,9 @@ from outlast.diagnostics.report.load import Floats, Steps
 from outlast.diagnostics.report.phases import SlowPhase
 from outlast.diagnostics.report.stragglers import Bools, Indices, lateness_s, steps_after_warmup
 
+_STRETCH = 3.0
+_GAP_STEPS = 3
+"""Steps of the usual length that a slow stretch may have in a row."""
 HALF = 0.5
 """A part of the step, or a rank, is the cause if it explains more than this share of the lost time."""
 
@@ -25,7 +28,8 @@ def find_stalls(
     """Each unbroken stretch of slow steps as one incident, oldest first.
 
     A step is slow if it took ``stall_factor`` median steps, and ``stall_min_s`` more than one, on any rank; the first
-    steps of a start are not counted. What a rank's slow phase explains is no stall.
+    steps of a start are not counted. Many short steps in a row that are slow together are a stall, too. What a rank's
+    slow phase explains is no stall.
     """
     if not steps.steps:
         return ()
@@ -35,6 +39,7 @@ def find_stalls(
         return ()
     median_s = float(np.median(step_s[counted]))
     slow = counted & (step_s > max(config.stall_factor * median_s, median_s + config.stall_min_s))
+    slow |= _slow_stretches(step_s, median_s, counted, config)
     found = []
     for is_slow, group in itertools.groupby(range(len(slow)), key=lambda at: bool(slow[at])):
         if is_slow:
@@ -44,6 +49,20 @@ def find_stalls(
             if not any(one.rank == stall.rank and one.first_step <= first and last <= one.last_step for one in phases):
                 found.append(stall)
     return tuple(found)
+
+
+def _slow_stretches(step_s: Floats, median_s: float, counted: Bools, config: DiagnosticsConfig) -> Bools:
+    """Steps of stretches that are slow as a whole: short steps on a throttled processor, none of which takes long.
+
+    The steps of a stretch take ``stall_factor`` median steps, but for a few between them, and cost ``_STRETCH`` times
+    ``stall_min_s`` together.
+    """
+    found = np.zeros(len(step_s), dtype=bool)
+    slow = np.flatnonzero(counted & (step_s > config.stall_factor * median_s))
+    for stretch in np.split(slow, np.flatnonzero(np.diff(slow) > _GAP_STEPS + 1) + 1):
+        if len(stretch) > 1 and (step_s[stretch] - median_s).sum() > _STRETCH * config.stall_min_s:
+            found[stretch[0] : stretch[-1] + 1] = True
+    return found & counted
 
 
 def _incident(steps: Steps, at: Indices, step_s: Floats, median_s: float, counted: Bools, begin_t: float) -> Incident:

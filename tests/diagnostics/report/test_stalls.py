@@ -45,6 +45,17 @@ def test_a_stretch_of_slow_steps_is_one_stall(tmp_path: Path) -> None:
     assert "Steps 20 to 31 stalled" in first_line(tmp_path)
 
 
+def test_short_steps_that_are_slow_together_are_one_stall(tmp_path: Path) -> None:
+    """As on a throttled processor: no step is long, and half a minute is lost. One alone is no stall."""
+    clean(tmp_path / "long", stalls={step: ("all", 0.9) for step in range(20, 44) if step % 4})
+    (stall,) = (one for one in build_report(tmp_path / "long").incidents if one.kind == "stall")
+    assert stall.cost_s == pytest.approx(18 * 0.9, abs=1.0)
+    assert "as on a busy, throttled or suspended machine" in stall.detail
+    assert "Steps 21 to 43 stalled" in first_line(tmp_path / "long")
+    clean(tmp_path / "short", stalls={step: ("all", 0.9) for step in (20, 30, 40)})
+    assert not [one for one in build_report(tmp_path / "short").incidents if one.kind == "stall"]
+
+
 def test_six_short_stops(tmp_path: Path) -> None:
     clean(tmp_path, stalls={step: ("rank 1", 3.0) for step in range(15, 45, 5)})
     stalls = [one for one in build_report(tmp_path).incidents if one.kind == "stall"]
