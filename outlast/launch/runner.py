@@ -180,7 +180,7 @@ def _run_script(path: str) -> None:
     """Execute a file, or the ``__main__.py`` of a folder or archive, as ``__main__``, as the interpreter would."""
     source = None if Path(path).is_dir() else Path(path).read_bytes()
     if source is None or source.startswith(ARCHIVE):
-        runpy.run_path(path, run_name="__main__")
+        runpy.run_path(str(Path(path).absolute()), run_name="__main__")
         return
     sys.path[0] = str(Path(path).resolve().parent)
     code = compile(source, path, "exec", dont_inherit=True)
