@@ -20,6 +20,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from outlast.comm.exchange.update_optimizer import refuse_other_than_sgd
 from outlast.errors import CommError
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -102,6 +103,8 @@ class OptimizerSteps:
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:
         params = _params(optimizer)
         if params & self._mine:
+            if self._update:
+                refuse_other_than_sgd(optimizer)
             scaler = _scaler_on_stack()
             if scaler is not None:
                 self._scaled(scaler)
