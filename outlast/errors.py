@@ -6,7 +6,7 @@
     ├── ConfigError                  a setting is wrong
     │   ├── UnknownKey               no such setting; names the nearest right one
     │   └── OutOfRange               a value outside what the setting allows
-    ├── EndedEarly                   training code called sys.exit() before the last step
+    ├── EndedEarly                   training code ended the process before the last step
     ├── TrainingDiverged             the loss or the gradient norm is NaN or infinite
     ├── DataError                    no training data, or other data than the checkpoint's
     ├── RunDirectoryError            the run's directory is in use, or cannot be written

@@ -145,7 +145,7 @@ class SlurmCluster:
         assert match is not None
         return match[1]
 
-    def wait(self, job: int, timeout_s: float = 120) -> str:
+    def wait(self, job: int, timeout_s: float = 240) -> str:
         """The state in which the job ends."""
         self._wait(lambda: self.state(job) in ENDED, f"job {job} to end", timeout_s)
         return self.state(job)

@@ -58,11 +58,11 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"agent", "rendezvous_errors"},
         {"rendezvous", "trusted_rendezvous"},
         {"first_cause", "joining", "notice_relay", "notice_store"},
-        {"processes", "program", "program_runs"},
+        {"processes", "program_runs"},
         {"hang_watch", "notice", "rank_output", "runner", "spec"},
         {"notice_signals"},
         {"failures", "place"},
-        {"activity", "attempt", "backoff", "flags", "node_clocks", "orphans", "ports"},
+        {"activity", "attempt", "backoff", "flags", "program", "node_clocks", "orphans", "ports"},
         {"oom_killer", "slurm", "parent_death", "config"},
     ],
     "trainer": [
@@ -76,7 +76,11 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"saved_settings", "logs", "process_group", "progress", "rng", "step_timer"},
         {"config"},
     ],
-    "cli": [{"main"}, {"ckpt", "config", "doctor", "launch", "launch_program", "predict", "report", "train"}, {"verb"}],
+    "cli": [
+        {"main"},
+        {"ckpt", "config", "doctor", "launch", "launch_program", "predict", "report", "train"},
+        {"program_config", "verb"},
+    ],
 }
 """Top to bottom, the folders and files of a room: each imports only from floors below its own."""
 

@@ -50,7 +50,7 @@ class Live:
 
     def files(self) -> dict[str, int]:
         """What a second start could take away: the save in progress, heartbeats and rings, by inode."""
-        shared = [*self.shm.iterdir()]
+        shared = [path for path in self.shm.iterdir() if path.name.startswith(("heartbeat_", "ring_"))]
         saved = [path for path in (self.run / "checkpoints").rglob("*") if path.is_file()]
         assert len(shared) == 2
         return {str(path): path.stat().st_ino for path in (*shared, *saved)}

@@ -28,6 +28,8 @@ WITHOUT_LIMIT = {
     ("checkpoint/ending.py", "saving.join()"): "Background.join has a limit of its own",
     ("checkpoint/checkpointer.py", "self._io.shutdown()"): "IoThreads.shutdown has a limit of its own",
     ("checkpoint/checkpointer.py", "self._saving.join()"): "Background.join has a limit of its own",
+    ("checkpoint/checkpointer.py", "self._tiers.wait()"): "Background.wait has a limit of its own",
+    ("checkpoint/tiers/manager.py", "self.wait()"): "Background.wait has a limit of its own",
     ("checkpoint/tiers/tier.py", "self._newest.join()"): "Background.join has a limit of its own",
     ("checkpoint/save/snapshot.py", "copier.wait()"): DEVICE,
     ("checkpoint/save/source.py", "checksum.result()"): DEVICE,

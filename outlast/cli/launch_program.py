@@ -13,9 +13,7 @@ import tyro
 
 from outlast.cli.verb import Verb
 from outlast.config import Overrides, load
-from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.errors import ConfigError
-from outlast.launch.config import LaunchConfig
 from outlast.launch.flags import LaunchFlags
 from outlast.launch.program import Kind, Program
 
@@ -24,14 +22,6 @@ KINDS: dict[str, Kind] = {"-m": "module", "--module": "module", "--no-python": "
 """Flags that say what the target is; without one it is a script."""
 SWITCHES = {"-h", "--help", "--standalone", "--no-standalone", "--dry-run", "--no-dry-run"}
 """Flags without a value: what follows may be the target."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProgramConfig:
-    """The settings that apply to any program; sections of a TOML file."""
-
-    launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
-    diagnostics: DiagnosticsConfig = dataclasses.field(default_factory=DiagnosticsConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +43,7 @@ class LaunchProgram(Verb):
 
     def run(self, overrides: Overrides) -> int:
         """Launch. What is wrong with the program's name or the settings is found here, before any process starts."""
+        from outlast.cli.program_config import ProgramConfig
         from outlast.launch import LaunchSpec, dry_run, launch
 
         assert self.program is not None

@@ -15,7 +15,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outlast.diagnostics.live.flight import buffer_variable
 from outlast.errors import ConfigError, LaunchError, OutOfRange, RunDirectoryError
 from outlast.events import EventLog
 from outlast.launch.failures import RESUME_STATUS, WATCHED, first_line, ranks_failed
@@ -351,6 +350,8 @@ def _worker_environment(spec: LaunchSpec, ranks: int, rendezvous: Rendezvous) ->
     if rendezvous.max_nodes == 1 and rendezvous.local_addr in LOOPBACKS:
         added["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo listens where the host's name leads
     if spec.is_program:
+        from outlast.diagnostics.live.flight import buffer_variable  # reading a command line imports no numpy
+
         added[buffer_variable()] = str(COLLECTIVES_KEPT)
     if ranks > 1:
         added["OMP_NUM_THREADS"] = "1"  # as torchrun does

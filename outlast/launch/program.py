@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 from outlast.errors import ConfigError
-from outlast.launch.runner import ARCHIVE
 
+ARCHIVE = b"PK\x03\x04"
+"""How a zip archive begins; Python runs those that have a ``__main__.py``."""
 Kind = Literal["script", "module", "program"]
 
 

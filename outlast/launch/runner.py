@@ -28,6 +28,7 @@ from outlast.diagnostics.live.shm import heartbeat_path, ring_path, shm_director
 from outlast.events import EventLog, RunEnded, RunStarted
 from outlast.launch.attempt import Attempt
 from outlast.launch.place import GENERATION
+from outlast.launch.program import ARCHIVE
 
 RUN_DIR = "OUTLAST_RUN_DIR"
 """In the environment of ranks that run somebody's program: the run's directory,"""
@@ -36,8 +37,6 @@ ATTEMPT = "OUTLAST_ATTEMPT"
 STEPS_TAKEN = "OUTLAST_STEPS_TAKEN"
 """and how many steps the run had taken before this start."""
 RING_CAPACITY = 512
-ARCHIVE = b"PK\x03\x04"
-"""How a zip archive begins; Python runs those that have a ``__main__.py``."""
 
 _OPTIMIZERS = "torch.optim.optimizer"
 

@@ -63,7 +63,7 @@ def test_however_the_model_is_wrapped(tmp_path: Path, monkeypatch: pytest.Monkey
         pytest.importorskip("deepspeed")
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     run = tmp_path / "run"
-    said = launch(run, SCRIPT, "24", "--wrap", how, "--slow", "1", "--do", "stop", "--at", "12")
+    said = launch(run, SCRIPT, "24", "--wrap", how, "--slow", "1", "--slow-s", "0.4", "--do", "stop", "--at", "12")
     assert "rank 0 done" in said
     (hang,) = events(run, "hang_found")
     assert hang["culprit"] == 1

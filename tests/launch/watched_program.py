@@ -19,6 +19,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("steps", type=int)
 parser.add_argument("--wrap", default="ddp", choices=["ddp", "fsdp2", "zero3"])
 parser.add_argument("--slow", type=int, default=-1)
+parser.add_argument("--slow-s", type=float, default=0.1)
 parser.add_argument("--do", default="", help="in the first start only")
 parser.add_argument("--at", type=int, default=5)
 given = parser.parse_args()
@@ -57,7 +58,7 @@ for step in range(given.steps):
         elif given.do == "raise":
             raise ValueError("a batch that cannot be read")
     if rank == given.slow:
-        time.sleep(0.1)
+        time.sleep(given.slow_s)
     time.sleep(0.02)
     loss = model(torch.randn(8, 16)).square().mean()
     if engine is not None:

@@ -27,7 +27,7 @@ from outlast.checkpoint.state.selection import Rename, make_selection
 from outlast.checkpoint.steps.catalog import scan
 from outlast.checkpoint.storage.open import open_store
 from outlast.checkpoint.tools.open_step import OpenedStep
-from outlast.errors import CheckpointError, CheckpointNotFound, ConfigError
+from outlast.errors import CheckpointError, CheckpointNotFound, ConfigError, NotDurable
 from outlast.events import CheckpointFailed, CheckpointSaved, Event
 
 ForeignFormat = Literal["safetensors", "dcp", "torch"]
@@ -251,7 +251,10 @@ def _save(url: str | os.PathLike[str], step: int, replicated: dict[str, Any]) ->
     events: list[Event] = []
     config = CheckpointConfig(keep_last=0, old_steps="keep")
     attempt_id = f"import-{uuid.uuid4().hex}"
-    with Checkpointer(url, config, rank=0, world_size=1, attempt_id=attempt_id, on_event=events.append) as saver:
+    with (
+        contextlib.suppress(NotDurable),  # told below, in an import's own words
+        Checkpointer(url, config, rank=0, world_size=1, attempt_id=attempt_id, on_event=events.append) as saver,
+    ):
         saver.save(step, replicated=replicated)
     for event in events:
         if isinstance(event, CheckpointFailed):

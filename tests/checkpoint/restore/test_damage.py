@@ -56,7 +56,7 @@ def test_any_damage_of_any_file(pristine: Path, tmp_path: Path, damage: str) -> 
         assert [problem.file for problem in problems] == [file]
         assert problems[0].kind == ("IncompleteCheckpoint" if damage == "delete" else "CorruptCheckpoint")
         events: list[Event] = []
-        with checkpointer(url, events) as reader:
+        with checkpointer(url, events, attempt_id="two") as reader:
             with pytest.raises(IncompleteCheckpoint if damage == "delete" else CorruptCheckpoint) as error:
                 reader.restore(2)
             assert str(url / "step_00000002" / file) in str(error.value)
