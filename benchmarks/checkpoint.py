@@ -89,9 +89,14 @@ class Ranks:
         return ask(self._processes, **order)
 
     def close(self) -> None:
-        """Let the ranks exit."""
+        """Let the ranks exit: all at once, since they may wait for one another."""
         for process in self._processes:
-            process.communicate(timeout=120)
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in self._processes:
+            process.wait(timeout=120)
+            assert process.stdout is not None
+            process.stdout.close()
 
 
 def measure(

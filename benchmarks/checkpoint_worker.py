@@ -270,8 +270,8 @@ class Outlast(Method):
         return [event for event in list(self._events) if isinstance(event, CheckpointSaved) and event.tier == self.tier]
 
     def load(self, state: State) -> None:
-        reader = attach(self.folder, self.config)
-        assert reader.restore("auto", into=state) is not None
+        with attach(self.folder, self.config) as reader:
+            assert reader.restore("auto", into=state) is not None
 
 
 class OutlastMemory(Outlast):

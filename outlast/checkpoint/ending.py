@@ -28,18 +28,23 @@ class Ending:
         exit_wait_s: see :class:`CheckpointConfig`.
         error: that ends training; None: the process ends.
         failing: whether the process ends with an error.
+        exiting: whether the interpreter exits; the time is then one for all Checkpointers of the process.
     """
 
-    def __init__(self, exit_wait_s: float, error: BaseException | None = None, *, failing: bool = True) -> None:
+    def __init__(
+        self, exit_wait_s: float, error: BaseException | None = None, *, failing: bool = True, exiting: bool = False
+    ) -> None:
         self._error = error
         self._failing = failing
         self._limit_s = min(_AFTER_ERROR_S, exit_wait_s) if failing else exit_wait_s
-        self._deadline = time.monotonic() + self._limit_s
+        left_s = process_exit.left_s(self._limit_s) if exiting else self._limit_s
+        self._deadline = time.monotonic() + left_s
 
     def carry_out(self, saving: SaveJob | None, tiers: Tiers | None, next_save_id: int) -> None:
         """Commit what can be within the time, and give up the rest; what a save has run into is logged.
 
-        A tensor that is unchanged by now stays so, since nobody trains any more.
+        A tensor that is unchanged by now stays so, since nobody trains any more. A rank that has saved nothing waits for
+        no other: none sends to it.
 
         Args:
             saving: the running save, or the last.
@@ -51,7 +56,7 @@ class Ending:
                 self._finish(saving)
             if tiers is not None:
                 tiers.end_within(self._left_s, self._reason(late=True))
-                if not self._failing:
+                if saving is not None and not self._failing:
                     tiers.finish(next_save_id, self._check)
         except Exception as problem:  # of a save that has ended; there is nobody to raise it to
             if not isinstance(problem, CheckpointError):  # those are reported
@@ -123,7 +128,7 @@ class AtExit:
 
     def end_at_exit(self) -> None:
         """Commit what is complete and unchanged; if the last save is not durable, say so, also by the exit status."""
-        self._leave(Ending(self._exit_wait_s, failing=process_exit.by_exception()))
+        self._leave(Ending(self._exit_wait_s, failing=process_exit.by_exception(), exiting=True))
         try:
             self._durability.check()
         except NotDurable as error:

@@ -14,12 +14,14 @@ import logging
 import os
 import sys
 import threading
+import time
 from typing import Protocol
 
 _log = logging.getLogger("outlast.checkpoint")
 _open: dict[int, Unclosed] = {}
 _lock = threading.Lock()
 _state = {"registered": False, "exiting": False, "failed": False}
+_began_s = {"waiting": 0.0}
 
 
 class Unclosed(Protocol):
@@ -68,6 +70,11 @@ def by_exception() -> bool:
     return getattr(sys, "last_value", None) is not None
 
 
+def left_s(limit_s: float) -> float:
+    """What is left of a time that the exit may take: it is one for all that are told of it, not one for each."""
+    return max(0.0, _began_s["waiting"] + limit_s - time.monotonic())
+
+
 def end_with_failure() -> None:
     """Have the process end with status 1, once all else is done.
 
@@ -89,6 +96,7 @@ def _begin_exit() -> None:
 
 
 def _end_all(*, unused_only: bool = False) -> None:
+    _began_s["waiting"] = time.monotonic()
     for one in list(_open.values()):
         if one.pid == os.getpid() and not (unused_only and one.in_use):
             remove(one)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -165,6 +166,30 @@ def rank_of_two(rank: int) -> None:
     URL = os.path.join(os.path.dirname(URL), "two")
     dist.init_process_group("gloo", init_method=f"file://{URL}.store", rank=rank, world_size=2)
     begin(memory_every_steps=1)
+
+
+def reads_and_leaves() -> None:
+    read(0)
+
+
+def reads_and_outlives_it() -> None:
+    """It leaves once the other is gone, which waits for nobody."""
+    group = read(1)
+    try:
+        group.barrier().wait()
+    except RuntimeError as error:  # the other's end of the connection is closed
+        sys.exit("timed out" in str(error).lower())
+    sys.exit(4)
+
+
+def read(rank: int) -> dist.ProcessGroup:
+    global URL
+    URL = os.path.join(os.path.dirname(URL), "reads")
+    limit = timedelta(seconds=45)  # less than exit_wait_s
+    dist.init_process_group("gloo", init_method=f"file://{URL}.store", rank=rank, world_size=2, timeout=limit)
+    attach(URL, CheckpointConfig(memory_every_steps=1)).restore("auto", into={"weight": WEIGHT})
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
 
 
 def forks() -> None:

@@ -28,6 +28,8 @@ EXPECTED: dict[str, tuple[int, list[int], str]] = {
     "trains_in_a_daemon_thread": (0, [2, 3, 4], NOTHING),
     "rank_0_destroys_its_group": (0, [1, 2], NOTHING),
     "rank_1_leaves_with_1": (1, [1, 2], NOTHING),
+    "reads_and_leaves": (0, [], NOTHING),
+    "reads_and_outlives_it": (0, [], NOTHING),
     "forks": (0, [1, 2, 3], NOTHING),
     "with_leaves_with_0": (0, [1, 2], NOTHING),
     "with_raises": (1, [1, 2], BROKE),
@@ -46,7 +48,7 @@ def test_every_way_to_end(tmp_path: Path) -> None:
     done = subprocess.run(command, timeout=240, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     found, wanted, said = {}, {}, {}
     for way, status in json.loads(done.stdout).items():
-        place = tmp_path / ("two" if way.startswith("rank") else way)
+        place = tmp_path / {"rank": "two", "reads": "reads"}.get(way.partition("_")[0], way)
         steps = [info.step for info in list_steps(place) if info.status == "committed"]
         assert all(verify(place, step).ok for step in steps)
         found[way] = status, steps
