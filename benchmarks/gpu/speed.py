@@ -1,6 +1,6 @@
 """How much of the card training uses, and what outlast adds: recorder, heartbeat, snapshots, compression.
 
-A plain PyTorch loop and outlast's engine take turns with the same model, a few steps each, in one process.
+A plain PyTorch loop and outlast's engine take turns, a few steps each, in one process, each with a model of its own.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Ours:
     """outlast's engine, with all that the trainer's loop does around it.
 
     Args:
-        model: the same as the plain loop's.
+        model: of the same size as the plain loop's.
         settings: of the run.
         folder: for ring and heartbeat.
         comm: how gradients are averaged.
@@ -156,7 +156,8 @@ def section(report: Report, settings: Settings) -> None:
             def compare(label: str = label, comm: CommConfig = comm, every: int = every) -> None:
                 folder = Path(name) / str(every)
                 folder.mkdir()
-                ours = Ours(model, settings, folder, comm, every)
+                # A model of its own: the reducer of updates refuses that AdamW steps its parameters.
+                ours = Ours(build(settings), settings, folder, comm, every)
                 try:
                     timed(ours.step, 1, 2, parts, settings)
                     count, rounds = (5, 2) if every else (3, 1)
