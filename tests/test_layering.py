@@ -59,7 +59,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"rendezvous", "trusted_rendezvous"},
         {"first_cause", "joining", "notice_relay", "notice_store"},
         {"processes", "program_runs"},
-        {"hang_watch", "notice", "rank_output", "runner", "spec"},
+        {"flag_sources", "hang_watch", "notice", "rank_output", "runner", "spec", "torch_options"},
         {"notice_signals"},
         {"failures", "place"},
         {"activity", "attempt", "backoff", "flags", "program", "node_clocks", "orphans", "ports"},

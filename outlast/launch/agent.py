@@ -87,7 +87,7 @@ class WatchedAgent(LocalElasticAgent):
             spec,
             output,
             exit_barrier_timeout=config.exit_barrier_s,
-            log_line_prefix_template="[rank ${rank}] ",
+            log_line_prefix_template=os.environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank ${rank}] "),
         )
         self.failures: list[RankFailure] = []
         """Ranks that caused the newest failure; ranks that were ended because of it are left out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import shlex
@@ -10,20 +11,21 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from outlast.errors import ConfigError, LaunchError, OutOfRange, RunDirectoryError
+from outlast.errors import ConfigError, LaunchError, RunDirectoryError
 from outlast.events import EventLog
 from outlast.launch.failures import RESUME_STATUS, WATCHED, first_line, ranks_failed
-from outlast.launch.flags import DEFAULT_PORT
+from outlast.launch.flags import DEFAULT_PORT, HANDLED_SIGNALS
 from outlast.launch.notice import NOTICE_FILE
 from outlast.launch.orphans import Guard
 from outlast.launch.ports import LOOPBACKS, check_port, is_free, is_own_address
 from outlast.launch.rendezvous import Rendezvous, resolve
 from outlast.launch.spec import LaunchSpec
+from outlast.launch.torch_options import local_ranks, tell_missing_ranks, torch_options
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler
@@ -41,6 +43,7 @@ TORCHELASTIC_NOISE = (
     "torch.distributed.elastic.rendezvous.dynamic_rendezvous",  # logs tracebacks where a store is lost
 )
 """Loggers whose messages the agent's and the launcher's own replace."""
+ELASTIC_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 SPARED = "outlast: the other nodes finished the job before this one was needed"
 
@@ -80,7 +83,9 @@ def launch(spec: LaunchSpec) -> None:
             "a static rendezvous cannot be repeated, so ranks cannot be restarted",
             "use --rdzv-backend c10d, or --max-restarts 0",
         )
-    ranks = _local_ranks(spec.flags.nproc_per_node)
+    ranks = local_ranks(spec.flags.nproc_per_node)
+    tell_missing_ranks(spec.flags, ranks)
+    options = torch_options(spec.flags)
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     events_dir = spec.run_dir / "events"
     try:
@@ -94,7 +99,7 @@ def launch(spec: LaunchSpec) -> None:
         EventLog(events_dir / f"agent_{host}.jsonl", rank=-1) as events,
         _environment(_worker_environment(spec, ranks, rendezvous)),
     ):
-        _run_agent(spec, rendezvous, ranks, host, events)
+        _run_agent(spec, rendezvous, ranks, options, host, events)
 
 
 def dry_run(spec: LaunchSpec) -> str:
@@ -104,7 +109,8 @@ def dry_run(spec: LaunchSpec) -> str:
         ConfigError: as ``launch``.
     """
     rendezvous = resolve(spec.flags)
-    ranks = _local_ranks(spec.flags.nproc_per_node)
+    ranks = local_ranks(spec.flags.nproc_per_node)
+    torch_options(spec.flags)
     least, most = rendezvous.min_nodes, rendezvous.max_nodes
     nodes = str(least) if least == most else f"{least} to {most}"
     added = _worker_environment(spec, ranks, rendezvous)
@@ -132,16 +138,21 @@ def dry_run(spec: LaunchSpec) -> str:
     return "\n".join(lines)
 
 
-def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, events: EventLog) -> None:
+def _run_agent(
+    spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, options: Mapping[str, Any], host: str, events: EventLog
+) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     from outlast.launch.notice_relay import NoticeRelay
     from outlast.launch.program_runs import ProgramRuns
     from outlast.launch.rank_output import RankOutput
 
-    output = RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host)
+    output = RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host, spec.flags)
+    _check_log_dir(output, spec)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # ranks' lines, whatever they hold, at once
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     with (
-        _signals_restored(),
+        _signals_restored(spec.flags.signals_to_handle),
         _quiet(*TORCHELASTIC_NOISE),
         NoticeRelay(spec) as relay,
         closing(Guard(output.mark)) as guard,
@@ -149,7 +160,7 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
         _environment({} if relay.file is None else {NOTICE_FILE: str(relay.file)}),
     ):
         try:
-            _supervise(spec, rendezvous, ranks, host, events, output, relay, guard, runs)
+            _supervise(spec, rendezvous, ranks, options, host, events, output, relay, guard, runs)
         except SignalException as error:
             signum = error.sigval
             if relay.obeyed and signum == relay.notice and not relay.loses:
@@ -163,6 +174,17 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
             raise SystemExit(128 + int(signum)) from error
 
 
+def _check_log_dir(output: RankOutput, spec: LaunchSpec) -> None:
+    try:
+        output.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"no folder for the ranks' output can be made at {output.folder}: {error.strerror}"
+        fix = "give another with --log-dir FOLDER; the launcher reads there why a rank failed"
+        if spec.flags.log_dir:
+            raise ConfigError(f"--log-dir {spec.flags.log_dir}: {why}", fix) from error
+        raise RunDirectoryError(why, fix) from error
+
+
 def _tell_loss(notice: signal.Signals, what: str, spec: LaunchSpec) -> None:
     from outlast.launch.notice_relay import describe_progress
 
@@ -174,6 +196,7 @@ def _supervise(
     spec: LaunchSpec,
     rendezvous: Rendezvous,
     ranks: int,
+    options: Mapping[str, Any],
     host: str,
     events: EventLog,
     output: RankOutput,
@@ -210,6 +233,7 @@ def _supervise(
             master_addr=master_addr,
             master_port=master_port,
             local_addr=rendezvous.local_addr,
+            **options,
         ),
         output,
         config,
@@ -332,21 +356,11 @@ def _conf(rendezvous: Rendezvous) -> dict[str, str]:
     return conf
 
 
-def _local_ranks(nproc_per_node: str) -> int:
-    from torch.distributed.run import determine_local_world_size
-
-    try:
-        ranks = int(determine_local_world_size(nproc_per_node))
-    except ValueError as error:
-        raise OutOfRange(f"--nproc-per-node {nproc_per_node}: {error}", "give a number, auto, cpu or gpu") from error
-    if ranks < 1:
-        raise OutOfRange(f"--nproc-per-node {nproc_per_node} starts no ranks", "give 1 or more, auto, cpu or gpu")
-    return ranks
-
-
 def _worker_environment(spec: LaunchSpec, ranks: int, rendezvous: Rendezvous) -> dict[str, str]:
     """Variables that the launcher adds to the ranks' environment unless they are set."""
     added = {"PYTHONUNBUFFERED": "1", WATCHED: "1"}
+    if spec.flags.signals_to_handle != HANDLED_SIGNALS:
+        added[ELASTIC_SIGNALS] = spec.flags.signals_to_handle
     if rendezvous.max_nodes == 1 and rendezvous.local_addr in LOOPBACKS:
         added["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo listens where the host's name leads
     if spec.is_program:
@@ -390,9 +404,10 @@ def load_torch() -> None:
 
 
 @contextlib.contextmanager
-def _signals_restored() -> Iterator[None]:
-    """Restore the signal handlers that torchelastic replaces."""
-    before = {one: signal.getsignal(one) for one in SIGNALS}
+def _signals_restored(handled: str) -> Iterator[None]:
+    """Restore the signal handlers that torchelastic replaces: of these, by name, and of its own."""
+    named = {signal.Signals[name.strip()] for name in handled.split(",")}
+    before = {one: signal.getsignal(one) for one in {*SIGNALS, *named}}
     try:
         yield
     finally:
