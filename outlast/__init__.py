@@ -6,7 +6,8 @@ Each package is usable without the others:
 - :mod:`outlast.checkpoint`   state that survives
 - :mod:`outlast.diagnostics`  what is wrong, and which rank is at fault
 - :mod:`outlast.launch`       starting ranks, and keeping them running
-- :mod:`outlast.trainer`      the loop that joins them
+- :mod:`outlast.session`      the four joined for a loop of your own
+- :mod:`outlast.trainer`      a loop that joins them
 
 ``import outlast`` imports none of them, and not torch; a package is imported when it is first used, as in
 ``outlast.comm.attach(...)``.
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
     from outlast import comm as comm
     from outlast import diagnostics as diagnostics
     from outlast import launch as launch
+    from outlast import session as session
     from outlast import trainer as trainer
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "checkpoint", "comm", "diagnostics", "launch", "trainer"]
+__all__ = ["__version__", "checkpoint", "comm", "diagnostics", "launch", "session", "trainer"]
 
 __getattr__ = lazy_modules("outlast", __all__[1:])
 

@@ -11,7 +11,7 @@ from outlast.checkpoint import AutoInterval, CheckpointConfig
 from outlast.diagnostics import Recorder
 from outlast.events import CheckpointFailed, CheckpointInterval, Event, EventLog, StepDone
 from outlast.launch import Place
-from outlast.trainer.failure_history import FailureHistory
+from outlast.session.failure_history import FailureHistory
 
 _LOG = logging.getLogger("outlast")
 

@@ -1,0 +1,1 @@
+"""The packages joined for anybody's loop."""
