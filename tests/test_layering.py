@@ -56,8 +56,9 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "diagnostics": [{"doctor", "report"}, {"live"}, {"formatting", "config"}],
     "launch": [
         {"launcher"},
-        {"agent", "rendezvous_errors"},
+        {"agent", "plan", "rendezvous_errors"},
         {"rendezvous", "trusted_rendezvous"},
+        {"hung_ranks", "notice_spread", "rounds"},
         {"first_cause", "joining", "notice_relay", "notice_store"},
         {"processes", "program_runs"},
         {"flag_sources", "hang_watch", "notice", "rank_output", "runner", "spec", "torch_options"},

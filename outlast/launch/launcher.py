@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import os
-import shlex
 import signal
 import socket
 import sys
@@ -18,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from outlast.errors import ConfigError, LaunchError, RunDirectoryError
 from outlast.events import EventLog
-from outlast.launch.failures import RESUME_STATUS, WATCHED, first_line, ranks_failed
-from outlast.launch.flags import DEFAULT_PORT, HANDLED_SIGNALS
+from outlast.launch.failures import RESUME_STATUS, first_line, ranks_failed
+from outlast.launch.flags import DEFAULT_PORT
 from outlast.launch.notice import NOTICE_FILE
 from outlast.launch.orphans import Guard
-from outlast.launch.ports import LOOPBACKS, check_port, is_free, is_own_address
+from outlast.launch.plan import worker_environment
+from outlast.launch.ports import check_port, is_free, is_own_address
 from outlast.launch.rendezvous import Rendezvous, resolve
 from outlast.launch.spec import LaunchSpec
 from outlast.launch.torch_options import local_ranks, tell_missing_ranks, torch_options
@@ -43,12 +43,8 @@ TORCHELASTIC_NOISE = (
     "torch.distributed.elastic.rendezvous.dynamic_rendezvous",  # logs tracebacks where a store is lost
 )
 """Loggers whose messages the agent's and the launcher's own replace."""
-ELASTIC_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 SPARED = "outlast: the other nodes finished the job before this one was needed"
-
-COLLECTIVES_KEPT = 2000
-"""By torch's flight recorder in each rank of a program; torch's own default for NCCL."""
 
 log = logging.getLogger("outlast.launch")
 
@@ -97,45 +93,9 @@ def launch(spec: LaunchSpec) -> None:
     _check_port(rendezvous)
     with (
         EventLog(events_dir / f"agent_{host}.jsonl", rank=-1) as events,
-        _environment(_worker_environment(spec, ranks, rendezvous)),
+        _environment(worker_environment(spec, ranks, rendezvous)),
     ):
         _run_agent(spec, rendezvous, ranks, options, host, events)
-
-
-def dry_run(spec: LaunchSpec) -> str:
-    """Describe what :func:`launch` would do: the command, the environment it would add, and the rendezvous.
-
-    Raises:
-        ConfigError: as ``launch``.
-    """
-    rendezvous = resolve(spec.flags)
-    ranks = local_ranks(spec.flags.nproc_per_node)
-    torch_options(spec.flags)
-    least, most = rendezvous.min_nodes, rendezvous.max_nodes
-    nodes = str(least) if least == most else f"{least} to {most}"
-    added = _worker_environment(spec, ranks, rendezvous)
-    config = spec.effective()
-    lines = [
-        f"command     {shlex.join(spec.command)}",
-        f"ranks       {ranks} on this node; nodes: {nodes}",
-        f"rendezvous  {rendezvous.backend} at {rendezvous.endpoint} ({rendezvous.why}), id {rendezvous.run_id}",
-        *(f"            {key}={value}" for key, value in sorted(rendezvous.conf.items())),
-        f"environment {' '.join(f'{key}={value}' for key, value in sorted(added.items())) or '(unchanged)'}",
-        "            plus torchrun's RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, "
-        "TORCHELASTIC_*",
-        f"restarts    up to {config.max_restarts} after a failure"
-        + (
-            f" or a hang (no progress for {config.hang_floor_s:g} s and {config.hang_factor:g} median steps; "
-            f"{config.startup_limit_s:g} s during set-up)"
-            if config.watch
-            else "; hangs are not detected"
-        ),
-        f"notice      {config.notice_grace_s:g} s to save a checkpoint and to end"
-        if spec.obeys_notice
-        else "notice      ends the ranks",
-        f"directory   {spec.run_dir}",
-    ]
-    return "\n".join(lines)
 
 
 def _run_agent(
@@ -354,22 +314,6 @@ def _conf(rendezvous: Rendezvous) -> dict[str, str]:
         host, port = rendezvous.host_and_port()
         conf["is_host"] = str(is_own_address(host) and (port <= 0 or is_free(port)))
     return conf
-
-
-def _worker_environment(spec: LaunchSpec, ranks: int, rendezvous: Rendezvous) -> dict[str, str]:
-    """Variables that the launcher adds to the ranks' environment unless they are set."""
-    added = {"PYTHONUNBUFFERED": "1", WATCHED: "1"}
-    if spec.flags.signals_to_handle != HANDLED_SIGNALS:
-        added[ELASTIC_SIGNALS] = spec.flags.signals_to_handle
-    if rendezvous.max_nodes == 1 and rendezvous.local_addr in LOOPBACKS:
-        added["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo listens where the host's name leads
-    if spec.is_program:
-        from outlast.diagnostics.live.flight import buffer_variable  # reading a command line imports no numpy
-
-        added[buffer_variable()] = str(COLLECTIVES_KEPT)
-    if ranks > 1:
-        added["OMP_NUM_THREADS"] = "1"  # as torchrun does
-    return {key: value for key, value in added.items() if key not in os.environ}
 
 
 @contextlib.contextmanager
