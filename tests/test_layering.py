@@ -78,7 +78,12 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"saved_settings", "logs", "progress", "rng", "step_timer"},
         {"config"},
     ],
-    "session": [{"checkpoint_schedule"}, {"failure_history", "process_group"}],
+    "session": [
+        {"session"},
+        {"checkpoints"},
+        {"checkpoint_schedule", "compression", "place", "settings", "state"},
+        {"agreement", "failure_history", "models", "process_group"},
+    ],
     "cli": [
         {"main"},
         {"ckpt", "config", "doctor", "launch", "launch_program", "predict", "report", "train"},
@@ -248,7 +253,7 @@ def test_a_room_is_imported_when_it_is_used() -> None:
     )
     with pytest.raises(AttributeError, match="'outlast' has no attribute 'chekpoint'"):
         outlast.chekpoint  # noqa: B018
-    assert set(outlast.__all__) == {"__version__", *FLOORS[2], *FLOORS[3], *FLOORS[4], *FLOORS[5]}
+    assert set(outlast.__all__) == {"Session", "__version__", *FLOORS[2], *FLOORS[3], *FLOORS[4], *FLOORS[5]}
 
 
 FACES = {
@@ -285,6 +290,7 @@ FACES = {
         "render_terminal",
     },
     "launch": {"LaunchConfig", "LaunchFlags", "LaunchSpec", "Notice", "Place", "dry_run", "find_place", "launch"},
+    "session": {"Session"},
     "trainer": {
         "GPT",
         "Config",
