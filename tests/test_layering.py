@@ -17,6 +17,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"trainer"},
+    {"session"},
     {"launch"},
     {"comm", "checkpoint", "diagnostics"},
     {"config", "config_tables", "deepspeed_compat", "events", "errors", "lazy", "plain_text"},
@@ -55,11 +56,12 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "diagnostics": [{"doctor", "report"}, {"live"}, {"formatting", "config"}],
     "launch": [
         {"launcher"},
-        {"agent", "rendezvous_errors"},
+        {"agent", "plan", "rendezvous_errors"},
         {"rendezvous", "trusted_rendezvous"},
+        {"hung_ranks", "notice_spread", "rounds"},
         {"first_cause", "joining", "notice_relay", "notice_store"},
         {"processes", "program_runs"},
-        {"hang_watch", "notice", "rank_output", "runner", "spec"},
+        {"flag_sources", "hang_watch", "notice", "rank_output", "runner", "spec", "torch_options"},
         {"notice_signals"},
         {"failures", "place"},
         {"activity", "attempt", "backoff", "flags", "program", "node_clocks", "orphans", "ports"},
@@ -71,12 +73,18 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"build"},
         {"loop"},
         {"run", "summary"},
-        {"checkpoint_schedule", "engines"},
+        {"engines"},
         {"parts"},
-        {"failure_history", "optim", "data", "model", "factories", "batches", "blocks"},
+        {"optim", "data", "model", "factories", "batches", "blocks"},
         {"run_directory"},
-        {"saved_settings", "logs", "process_group", "progress", "rng", "step_timer"},
+        {"saved_settings", "logs", "progress", "rng", "step_timer"},
         {"config"},
+    ],
+    "session": [
+        {"session"},
+        {"checkpoints"},
+        {"checkpoint_schedule", "compression", "place", "settings", "state"},
+        {"agreement", "failure_history", "models", "process_group"},
     ],
     "cli": [
         {"main"},
@@ -248,7 +256,7 @@ def test_a_room_is_imported_when_it_is_used() -> None:
     )
     with pytest.raises(AttributeError, match="'outlast' has no attribute 'chekpoint'"):
         outlast.chekpoint  # noqa: B018
-    assert set(outlast.__all__) == {"__version__", *FLOORS[2], *FLOORS[3], *FLOORS[4]}
+    assert set(outlast.__all__) == {"Session", "__version__", *FLOORS[2], *FLOORS[3], *FLOORS[4], *FLOORS[5]}
 
 
 FACES = {
@@ -285,6 +293,7 @@ FACES = {
         "render_terminal",
     },
     "launch": {"LaunchConfig", "LaunchFlags", "LaunchSpec", "Notice", "Place", "dry_run", "find_place", "launch"},
+    "session": {"Session"},
     "trainer": {
         "GPT",
         "Config",

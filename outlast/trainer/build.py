@@ -32,13 +32,13 @@ from outlast.launch import (
     Place,
 )
 from outlast.launch.attempt import Attempt
-from outlast.trainer import process_group
+from outlast.session import process_group
+from outlast.session.checkpoint_schedule import CheckpointSchedule
+from outlast.session.failure_history import FailureHistory, read_failure_history
 from outlast.trainer.blocks import compile_model
-from outlast.trainer.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
 from outlast.trainer.data import Corpus, Loader, find_files, split_held_out
 from outlast.trainer.engines.build import build_engine
-from outlast.trainer.failure_history import FailureHistory, read_failure_history
 from outlast.trainer.parts import build_model, flops_per_token
 from outlast.trainer.progress import Progress
 from outlast.trainer.rng import seed_all

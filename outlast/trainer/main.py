@@ -44,7 +44,8 @@ from outlast.launch.failures import (
     WATCHED,
 )
 from outlast.launch.place import Single
-from outlast.trainer import logs, process_group
+from outlast.session import process_group
+from outlast.trainer import logs
 from outlast.trainer.build import build_run, restore
 from outlast.trainer.config import Config
 from outlast.trainer.factories import search_beside

@@ -18,8 +18,8 @@ from outlast.errors import NotDurable, StateMismatch
 from outlast.events import EvalDone, EventLog, StepDone
 from outlast.launch import Notice, Place
 from outlast.launch.attempt import Attempt
+from outlast.session.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.batches import Batch, in_form
-from outlast.trainer.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
 from outlast.trainer.data import Loader
 from outlast.trainer.engines.base import Engine

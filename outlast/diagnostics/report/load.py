@@ -118,9 +118,9 @@ def _read(path: Path, attempt: int, table: array[float], loaded: Loaded, name: P
         if record.kind in (StepDone.kind, ProgramStep.kind):
             untold = UNTOLD if record.kind == ProgramStep.kind else {}
             try:
-                fields = [float((untold | record.fields)[key]) for key in STEP_FIELDS]
-                optional = [record.fields.get(key) for key in OPTIONAL_FIELDS]
-                fields += [np.nan if value is None else float(value) for value in optional]
+                told = [(untold | record.fields)[key] for key in STEP_FIELDS]
+                told += [record.fields.get(key) for key in OPTIONAL_FIELDS]
+                fields = [np.nan if value is None else float(value) for value in told]
                 row = [attempt, record.generation, record.rank, record.fields["step"], record.t, *fields]
             except (KeyError, TypeError, ValueError) as error:
                 raise DiagnosticsError(f"{path}:{number}: a step event without a valid {error}") from error
