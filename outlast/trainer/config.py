@@ -9,6 +9,7 @@ from outlast.checkpoint.config import CheckpointConfig
 from outlast.comm.config import UPDATE_BETA1, UPDATE_CLIP_RMS, CommConfig
 from outlast.config import require
 from outlast.diagnostics.config import DiagnosticsConfig
+from outlast.diagnostics.export.config import ExportConfig
 from outlast.launch.config import LaunchConfig
 
 
@@ -196,6 +197,8 @@ class Config:
     """Checkpoints."""
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     """Recording and reports."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """Metrics for Prometheus and others, under ``outlast launch``."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """Restarts and hang detection, under ``outlast launch``."""
 
