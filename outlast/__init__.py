@@ -6,10 +6,11 @@ Each package is usable without the others:
 - :mod:`outlast.checkpoint`   state that survives
 - :mod:`outlast.diagnostics`  what is wrong, and which rank is at fault
 - :mod:`outlast.launch`       starting ranks, and keeping them running
-- :mod:`outlast.trainer`      the loop that joins them
+- :mod:`outlast.session`      the four joined for a loop of your own
+- :mod:`outlast.trainer`      a loop that joins them
 
-``import outlast`` imports none of them, and not torch; a package is imported when it is first used, as in
-``outlast.comm.attach(...)``.
+:class:`outlast.Session` is the whole in one object. ``import outlast`` imports none of them, and not torch; a package
+is imported when it is first used, as in ``outlast.comm.attach(...)``.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
     from outlast import comm as comm
     from outlast import diagnostics as diagnostics
     from outlast import launch as launch
+    from outlast import session as session
     from outlast import trainer as trainer
+    from outlast.session import Session as Session
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "checkpoint", "comm", "diagnostics", "launch", "trainer"]
+__all__ = ["Session", "__version__", "checkpoint", "comm", "diagnostics", "launch", "session", "trainer"]
 
-__getattr__ = lazy_modules("outlast", __all__[1:])
+__getattr__ = lazy_modules("outlast", __all__[2:], {"Session": "session"})
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,7 @@
     ├── TrainingDiverged             the loss or the gradient norm is NaN or infinite
     ├── DataError                    no training data, or other data than the checkpoint's
     ├── RunDirectoryError            the run's directory is in use, or cannot be written
+    ├── SessionError                 a program's use of outlast.Session is not what it can do
     ├── CommError                    gradients could not be exchanged
     │   ├── UnknownCompressor        no compressor or error feedback has this name
     │   ├── NonFiniteGradient        a gradient to be compressed contains NaN or infinity
@@ -93,6 +94,12 @@ class DataError(OutlastError):
 
 class RunDirectoryError(OutlastError):
     """The run's directory is in use, or cannot be written."""
+
+    restartable = False
+
+
+class SessionError(OutlastError):
+    """A program uses :class:`outlast.Session` in a way that it cannot serve."""
 
     restartable = False
 

@@ -61,8 +61,8 @@ class StepDone(Event):
 
     kind: ClassVar[str] = "step"
     step: int
-    loss: float
-    """Mean training loss of this rank's micro-batches, before the update."""
+    loss: float | None
+    """Mean training loss of this rank's micro-batches, before the update; None where a program logs none."""
     grad_norm: float | None = None
     """Norm of the averaged gradient before clipping; None with ``comm.target = "update"``, where ranks average updates
     and none of them knows the averaged gradient."""
@@ -74,7 +74,7 @@ class StepDone(Event):
     """
     lr: float
     tokens: int
-    """Tokens that this rank processed."""
+    """Tokens that this rank processed; 0 where a program does not say."""
     step_s: float
     """The whole step."""
     data_s: float
@@ -95,6 +95,15 @@ class StepDone(Event):
     measured."""
     residual: float | None = None
     """Relative residual of this rank, ||e|| / ||g||; None in steps in which it is not measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logged(Event):
+    """Numbers that a program has logged in a step."""
+
+    kind: ClassVar[str] = "logged"
+    step: int
+    values: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"trainer"},
+    {"session"},
     {"launch"},
     {"comm", "checkpoint", "diagnostics"},
     {"config", "deepspeed_compat", "events", "errors", "lazy", "plain_text"},
@@ -70,11 +71,17 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"main"},
         {"loop"},
         {"run", "summary"},
-        {"checkpoint_schedule", "engine"},
-        {"failure_history", "optim", "data", "model"},
+        {"engine"},
+        {"optim", "data", "model"},
         {"run_directory"},
-        {"saved_settings", "logs", "process_group", "progress", "rng", "step_timer"},
+        {"saved_settings", "logs", "progress", "rng", "step_timer"},
         {"config"},
+    ],
+    "session": [
+        {"session"},
+        {"checkpoints"},
+        {"checkpoint_schedule", "compression", "place", "settings", "state"},
+        {"agreement", "failure_history", "models", "process_group"},
     ],
     "cli": [
         {"main"},
@@ -245,7 +252,7 @@ def test_a_room_is_imported_when_it_is_used() -> None:
     )
     with pytest.raises(AttributeError, match="'outlast' has no attribute 'chekpoint'"):
         outlast.chekpoint  # noqa: B018
-    assert set(outlast.__all__) == {"__version__", *FLOORS[2], *FLOORS[3], *FLOORS[4]}
+    assert set(outlast.__all__) == {"Session", "__version__", *FLOORS[2], *FLOORS[3], *FLOORS[4], *FLOORS[5]}
 
 
 FACES = {
@@ -282,6 +289,7 @@ FACES = {
         "render_terminal",
     },
     "launch": {"LaunchConfig", "LaunchFlags", "LaunchSpec", "Notice", "Place", "dry_run", "find_place", "launch"},
+    "session": {"Session"},
     "trainer": {
         "GPT",
         "Config",

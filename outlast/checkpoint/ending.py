@@ -43,8 +43,8 @@ class Ending:
     def carry_out(self, saving: SaveJob | None, tiers: Tiers | None, next_save_id: int) -> None:
         """Commit what can be within the time, and give up the rest; what a save has run into is logged.
 
-        A tensor that is unchanged by now stays so, since nobody trains any more. A rank that has saved nothing waits for
-        no other: none sends to it.
+        A tensor that is unchanged by now stays so, since nobody trains any more. A rank that has saved nothing
+        waits for no other: none sends to it.
 
         Args:
             saving: the running save, or the last.

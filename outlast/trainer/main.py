@@ -57,12 +57,13 @@ from outlast.launch.failures import (
     WATCHED,
 )
 from outlast.launch.place import Single
-from outlast.trainer import logs, process_group
-from outlast.trainer.checkpoint_schedule import CheckpointSchedule
+from outlast.session import process_group
+from outlast.session.checkpoint_schedule import CheckpointSchedule
+from outlast.session.failure_history import FailureHistory, read_failure_history
+from outlast.trainer import logs
 from outlast.trainer.config import Config
 from outlast.trainer.data import Corpus, Loader, find_files, split_held_out
 from outlast.trainer.engine import build_engine
-from outlast.trainer.failure_history import FailureHistory, read_failure_history
 from outlast.trainer.loop import train
 from outlast.trainer.model import GPT
 from outlast.trainer.progress import Progress

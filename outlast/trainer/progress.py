@@ -66,7 +66,7 @@ class Progress:
         width = len(str(self._last_step))
         return (
             f"step {done.step:{width}}/{self._last_step}  "
-            f"loss {sum(d.loss for d in self._window) / len(self._window):7.4f}  "
+            f"loss {sum(math.nan if d.loss is None else d.loss for d in self._window) / len(self._window):7.4f}  "
             f"{_norm(done)}  lr {done.lr:.2e}  "
             f"{seconds / len(self._window) * 1e3:7.1f} ms  {tokens_per_s * self._world_size:9,.0f} tok/s  {speed}  "
             f"comm {sum(d.comm_s for d in self._window) / seconds:4.0%}  "

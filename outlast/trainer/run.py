@@ -19,7 +19,7 @@ from outlast.errors import NotDurable, StateMismatch
 from outlast.events import EvalDone, EventLog, StepDone
 from outlast.launch import Notice, Place
 from outlast.launch.attempt import Attempt
-from outlast.trainer.checkpoint_schedule import CheckpointSchedule
+from outlast.session.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.config import Config
 from outlast.trainer.data import Loader
 from outlast.trainer.engine import Engine

@@ -11,7 +11,7 @@ import torch
 
 from outlast.errors import LaunchError
 from outlast.launch import Place
-from outlast.trainer import process_group
+from outlast.session import process_group
 from tests.helpers import clean_env, free_port, outlast, steps_saved, tiny_config
 
 

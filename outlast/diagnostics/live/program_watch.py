@@ -1,10 +1,11 @@
 """Watches a program from inside its own process, without its help: its collectives, its steps, its heartbeat.
 
 A step ends where the program's optimizer has made its update (:meth:`ProgramWatch.on_optimizer_step`, called by torch's
-global hook). A thread looks at torch's flight recorder every ``INTERVAL_S``: how long collectives were pending, which
-is how a late rank is told from its peers without comparing clocks; and whether anything moves. When nothing has moved
-for ``QUIET_S``, it copies the newest collectives to the recorder's ring in shared memory, where the launcher finds them
-although this process may be stopped or killed by then.
+global hook), or where the program says so (:meth:`ProgramWatch.take_steps`). A thread looks at torch's flight recorder
+every ``INTERVAL_S``: how long collectives were pending, which is how a late rank is told from its peers without
+comparing clocks; and whether anything moves. When nothing has moved for ``QUIET_S``, it copies the newest collectives
+to the recorder's ring in shared memory, where the launcher finds them although this process may be stopped or killed
+by then.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections import deque
 
 from outlast.diagnostics.live.flight import FlightCount, FlightEntry, flight_counts, flight_entries
-from outlast.diagnostics.live.heartbeat import Heartbeat
+from outlast.diagnostics.live.heartbeat import Heartbeat, Phase
 from outlast.diagnostics.live.recorder import Collective, Recorder
 from outlast.events import EventLog, ProgramStep
 
@@ -31,6 +32,13 @@ AGAIN_S = 5.0
 NEWEST = 256
 """Collectives copied to the ring."""
 KEPT_STEPS = 512
+_watching: list[ProgramWatch] = []
+"""The one of this process, while it looks."""
+
+
+def watched() -> ProgramWatch | None:
+    """What watches this process; None if nothing does, and in a process forked from a watched one."""
+    return next((one for one in _watching if one.pid == os.getpid()), None)
 
 
 class ProgramWatch:
@@ -44,10 +52,13 @@ class ProgramWatch:
     """
 
     def __init__(self, heartbeat: Heartbeat, recorder: Recorder, events: EventLog, *, first_step: int = 0) -> None:
+        self.events = events
+        self.pid = os.getpid()
+        self.phase: Phase = "program"
+        """Of the heartbeat, between steps too; set it with :meth:`begin_phase`."""
         self._heartbeat = heartbeat
         self._recorder = recorder
-        self._events = events
-        self._pid = os.getpid()
+        self._told = False
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._step = first_step
@@ -55,7 +66,7 @@ class ProgramWatch:
         self._leader: int | None = None
         self._step_began_s: float | None = None
         self._pending_s = 0.0
-        self._heartbeat.beat("program", self._step)
+        self._heartbeat.beat(self.phase, self._step)
         self._thread = threading.Thread(target=self._run, name="outlast-watch", daemon=True)
 
     @property
@@ -65,17 +76,42 @@ class ProgramWatch:
 
     def start(self) -> None:
         """Begin to look."""
+        _watching.append(self)
         self._thread.start()
+
+    def take_steps(self, step: int) -> None:
+        """From now on the program says by :meth:`end_step` where its steps end; ``step`` was its last one."""
+        with self._lock:
+            self._told = True
+            self._step, self._step_began_s, self._pending_s = step, None, 0.0
+        self.begin_phase(self.phase)
+
+    def begin_phase(self, phase: Phase) -> None:
+        """What the program does from now on, for its heartbeat."""
+        with self._lock:
+            self.phase = phase
+            if not self._stop.is_set():
+                self._heartbeat.beat(phase, self._step)
+
+    def end_step(self, step: int) -> float:
+        """A step has ended; returns the seconds of it in which a collective was under way."""
+        with self._lock:
+            pending_s, self._pending_s = self._pending_s, 0.0
+            self._step = step
+            self._steps.append((time.monotonic_ns(), step))
+            if not self._stop.is_set():
+                self._heartbeat.beat(self.phase, step)
+        return pending_s
 
     def on_optimizer_step(self, optimizer: object) -> None:
         """An optimizer has made its update; of several, each step of the first one counts.
 
         In a process forked from the watched one it does nothing.
         """
-        if os.getpid() != self._pid:
+        if os.getpid() != self.pid:
             return
         with self._lock:
-            if self._stop.is_set():
+            if self._stop.is_set() or self._told:
                 return
             if self._leader is None:
                 self._leader = id(optimizer)
@@ -86,16 +122,18 @@ class ProgramWatch:
             self._step += 1
             self._step_began_s, self._pending_s = now_s, 0.0
             self._steps.append((round(now_s * 1e9), self._step))
-            self._heartbeat.beat("program", self._step)
+            self._heartbeat.beat(self.phase, self._step)
         if began_s is not None:  # nobody knows when the first step of a start began
             step_s = now_s - began_s
-            self._events.write(ProgramStep(step=self._step, step_s=step_s, collective_s=min(pending_s, step_s)))
+            self.events.write(ProgramStep(step=self._step, step_s=step_s, collective_s=min(pending_s, step_s)))
 
     def close(self) -> None:
         """Stop looking; the thread has ended when this returns, or within a moment if it is inside torch."""
         with self._lock:
             self._stop.set()
-        if self._thread.is_alive() and os.getpid() == self._pid:
+        if self in _watching:
+            _watching.remove(self)
+        if self._thread.is_alive() and os.getpid() == self.pid:
             self._thread.join(timeout=1.0)
 
     def _run(self) -> None:
@@ -117,7 +155,7 @@ class ProgramWatch:
                     moved_s = now_s
                     if now_s - beaten_s >= BEAT_S:
                         beaten_s = now_s
-                        self._heartbeat.beat("program", self._step)
+                        self._heartbeat.beat(self.phase, self._step)
                         self._recorder.count(sum(count.enqueued for count in counts.values()))
                     if copied_s:
                         self._recorder.forget()

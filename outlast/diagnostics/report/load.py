@@ -140,9 +140,9 @@ def row_of(attempt: int, record: Record) -> list[float]:
         KeyError, TypeError, ValueError: it lacks a value, or has one that is no number.
     """
     untold = UNTOLD if record.kind == ProgramStep.kind else {}
-    fields = [float((untold | record.fields)[key]) for key in STEP_FIELDS]
-    optional = [record.fields.get(key) for key in OPTIONAL_FIELDS]
-    fields += [np.nan if value is None else float(value) for value in optional]
+    told = [(untold | record.fields)[key] for key in STEP_FIELDS]
+    told += [record.fields.get(key) for key in OPTIONAL_FIELDS]
+    fields = [np.nan if value is None else float(value) for value in told]
     return [attempt, record.generation, record.rank, record.fields["step"], record.t, *fields]
 
 

@@ -11,7 +11,7 @@ from outlast.checkpoint import AutoInterval, CheckpointConfig
 from outlast.diagnostics import Recorder
 from outlast.events import CheckpointFailed, CheckpointInterval, Event, EventLog, StepDone
 from outlast.launch import Place
-from outlast.trainer.failure_history import FailureHistory
+from outlast.session.failure_history import FailureHistory
 
 _LOG = logging.getLogger("outlast")
 
@@ -27,7 +27,7 @@ class CheckpointSchedule:
         place: this rank's place.
         device: where tensors of collectives are.
         history: earlier failures of the run; used on rank 0 only.
-        recorder: records the broadcasts.
+        recorder: records the broadcasts; None where torch's own flight recorder does.
         events: where decisions are written.
     """
 
@@ -37,7 +37,7 @@ class CheckpointSchedule:
         place: Place,
         device: torch.device,
         history: FailureHistory,
-        recorder: Recorder,
+        recorder: Recorder | None,
         events: EventLog,
     ) -> None:
         self._every_steps = None if config.every_steps == "auto" else config.every_steps
@@ -70,9 +70,12 @@ class CheckpointSchedule:
             choice = self._auto_interval.decide(step, saving=saving)
             self._announce(step, self._auto_interval)
         decision = torch.tensor(choice, dtype=torch.int64, device=self._device)
-        token = self._recorder.enter("broadcast", decision.nbytes, "checkpoint interval")
-        dist.broadcast(decision, src=0)
-        self._recorder.complete(token)
+        if self._recorder is None:
+            dist.broadcast(decision, src=0)
+        else:
+            token = self._recorder.enter("broadcast", decision.nbytes, "checkpoint interval")
+            dist.broadcast(decision, src=0)
+            self._recorder.complete(token)
         now, self._steps_to_decision = decision.tolist()
         return bool(now)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from outlast.launch.attempt import Attempt
-from outlast.trainer.failure_history import FailureHistory, read_failure_history
+from outlast.session.failure_history import FailureHistory, read_failure_history
 
 STARTED = {"kind": "run_started", "world_size": 2, "attempt": 1}
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from outlast.launch import find_place
-from outlast.trainer.process_group import start
+from outlast.session.process_group import start
 
 kills = int(sys.argv[1])
 place = find_place()

@@ -1,0 +1,114 @@
+"""What the ranks of a session agree on between steps: whether a notice came, and whether all of them go on."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from outlast.errors import EndedEarly
+from outlast.launch import Notice
+
+_NONE = -(1 << 62)
+
+
+class StepAgreement:
+    """One small all-reduce a step on a gloo group of its own, which the step's own work hides.
+
+    All ranks call the same methods in the same order: :meth:`ask` when a step begins, :meth:`answer` when it has ended,
+    and in the end :meth:`leave`. Whether a rank goes on is part of each question, so that a rank that leaves its loop
+    before the others learns that at once, and they from it, instead of waiting in a collective that never comes.
+
+    Failure contract: when a peer is lost, :meth:`answer`, :meth:`leave` and :meth:`share` raise what gloo raises, at
+    once if its process has ended, else within the timeout of the default process group.
+
+    Args:
+        rank: of this process.
+        world_size: with 1 there is no group, and all calls are local.
+        notice: None: notices are not looked for.
+    """
+
+    def __init__(self, rank: int, world_size: int, notice: Notice | None) -> None:
+        self._rank = rank
+        self._notice = notice
+        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._asked: tuple[dist.Work, torch.Tensor] | None = None
+        self.notice_came = False
+        """The newest answer; once true it stays so."""
+
+    def share(self, numbers: Sequence[int]) -> list[int]:
+        """Rank 0's numbers, on every rank."""
+        box = torch.tensor(numbers, dtype=torch.int64)
+        if self._group is not None:
+            dist.broadcast(box, src=0, group=self._group)
+        return [int(number) for number in box.tolist()]
+
+    def token(self) -> str:
+        """Random text, the same on all ranks."""
+        return f"{self.share([secrets.randbits(62)])[0]:016x}"
+
+    def maximum(self, number: int) -> int:
+        """The largest number of all ranks."""
+        box = torch.tensor([number], dtype=torch.int64)
+        if self._group is not None:
+            dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._group)
+        return int(box.item())
+
+    def ask(self) -> None:
+        """A step begins on this rank. Its answer is there when the step has ended."""
+        self._ask(leaving_after=None)
+
+    def answer(self) -> bool:
+        """Whether a notice had come to any rank when the question was asked; waits for the last rank to ask.
+
+        Raises:
+            EndedEarly: a rank has left its loop, while this one goes on.
+        """
+        self._answer(leaving_after=None)
+        return self.notice_came
+
+    def leave(self, done_step: int) -> bool:
+        """This rank takes no more steps; waits for the others to say the same. Returns whether a notice came.
+
+        Raises:
+            EndedEarly: others go on, or have done other steps.
+        """
+        if self._asked is not None:  # left inside a step, as the others may have
+            self._answer(leaving_after=None)
+        self._ask(leaving_after=done_step)
+        self._answer(leaving_after=done_step)
+        return self.notice_came
+
+    def _ask(self, leaving_after: int | None) -> None:
+        noticed = self.notice_came or (self._notice is not None and bool(self._notice.name))
+        left = (self._rank + 1, leaving_after, -leaving_after) if leaving_after is not None else (0, _NONE, _NONE)
+        box = torch.tensor([noticed, leaving_after is None, *left], dtype=torch.int64)
+        if self._group is None:
+            self.notice_came = noticed
+            return
+        self._asked = dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._group, async_op=True), box
+
+    def _answer(self, leaving_after: int | None) -> None:
+        if self._asked is None:
+            return
+        work, box = self._asked
+        self._asked = None
+        work.wait()
+        noticed, staying, leaver, last, first = (int(number) for number in box.tolist())
+        self.notice_came = bool(noticed)
+        fix = (
+            "every rank must take the same steps: decide to stop early from numbers that all ranks have, such as an "
+            "all-reduced loss, and make all ranks' data equally long"
+        )
+        if leaver and staying:
+            if leaving_after is None:
+                raise EndedEarly(
+                    f"rank {leaver - 1} has left session.steps() after step {last}, before the others", fix
+                )
+            raise EndedEarly(
+                f"rank {self._rank} has left session.steps() after step {leaving_after}, while others go on", fix
+            )
+        if leaver and last != -first:
+            raise EndedEarly(f"ranks have left session.steps() after different steps: {-first} to {last}", fix)

@@ -1,0 +1,155 @@
+"""The checkpoints of a session: when they are due, what they hold, and the way back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+
+from outlast.checkpoint import CheckpointConfig, Checkpointer
+from outlast.errors import NotDurable
+from outlast.events import Event, StepDone
+from outlast.launch import Place
+from outlast.session.agreement import StepAgreement
+from outlast.session.checkpoint_schedule import CheckpointSchedule
+from outlast.session.failure_history import FailureHistory, read_failure_history
+from outlast.session.models import unwrapped
+from outlast.session.place import RunPlace
+from outlast.session.state import EAGER, SessionState
+
+_LOG = logging.getLogger("outlast")
+
+
+class SessionCheckpoints:
+    """Saves and restores a session's state. Making one is collective.
+
+    Args:
+        config: its settings.
+        run: the run's directory, which holds the checkpoints unless ``config.url`` says otherwise.
+        place: of this rank.
+        agreement: of all ranks.
+        state: what is saved.
+        device: where tensors of collectives are.
+
+    Raises:
+        ConfigError, CheckpointError: see :class:`Checkpointer`; another job saves there.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        run: RunPlace,
+        place: Place,
+        agreement: StepAgreement,
+        state: SessionState,
+        device: torch.device,
+    ) -> None:
+        auto = config.every_steps == "auto" and place.rank == 0
+        history = read_failure_history(run.attempt) if auto else FailureHistory()
+        self._schedule = CheckpointSchedule(config, place, device, history, None, run.events)
+        self._place = place
+        self._agreement = agreement
+        self._state = state
+        self._memory_every_steps = config.memory_every_steps
+        self._saved_step = 0
+
+        def emit(event: Event) -> None:
+            run.events.write(event)
+            self._schedule.on_event(event)
+
+        self._checkpointer = Checkpointer(
+            config.url if config.url is not None else str(run.path / "checkpoints"),
+            config,
+            rank=place.rank,
+            world_size=place.world_size,
+            attempt_id=agreement.token(),
+            on_event=emit,
+        )
+        try:
+            self._checkpointer.claim()
+            for one in state.trained:
+                self._checkpointer.watch(unwrapped(one.model), *([] if one.optimizer is None else [one.optimizer]))
+        except BaseException:
+            self._checkpointer.abort()
+            raise
+
+    def restore(self, which: Literal["auto"] | int) -> int:
+        """Put a checkpoint back, if there is one; returns its step, or 0. Collective.
+
+        Raises:
+            CheckpointError, CommStateMismatch: see :meth:`Checkpointer.restore` and :meth:`SessionState.load`.
+        """
+        # Ranks that hold parts of tensors read no more than these; that takes the state as it is now.
+        sharded = any(one.is_sharded for one in self._state.trained)
+        restored = self._checkpointer.restore(
+            which,
+            any_world_size=True,
+            like=self._state.replicated() if sharded else None,
+            strict=("model",) if sharded else True,
+        )
+        if restored is None:
+            return 0
+        own = restored.local if restored.world_size == self._place.world_size else None
+
+        def read_local(rank: int) -> Mapping[str, Any]:
+            return own if own is not None and rank == self._place.rank else restored.read_local(rank)
+
+        anew = self._state.load(
+            restored.replicated,
+            read_local,
+            rank=self._place.rank,
+            world_size=self._place.world_size,
+            saved_by=restored.world_size,
+        )
+        if not self._memory_every_steps:  # otherwise it may be in memory alone
+            self._saved_step = restored.step
+        for what in anew:
+            _LOG.warning("step %d has no %s: it begins anew", restored.step, what)
+        return restored.step
+
+    def save_if_due(self, step: int, *, wanted: bool) -> None:
+        """Begin a save if one is due after this step, or wanted. With ``auto`` it is collective now and then."""
+        durable = self._schedule.due(step, saving=self._checkpointer.running) or wanted
+        memory = self._memory_every_steps
+        if durable or (memory and step % memory == 0):
+            self._save(step, durable=durable)
+
+    def note(self, done: StepDone) -> None:
+        """Let the schedule learn from a step."""
+        self._schedule.on_step(done, saving=self._checkpointer.running)
+
+    def finish(self, step: int) -> None:
+        """Make the state after ``step`` durable, and end. Collective.
+
+        Raises:
+            NotDurable: on all ranks, if the last save failed.
+            SnapshotMutated: see :meth:`Checkpointer.close`.
+        """
+        if step > self._saved_step:
+            self._save(step, durable=True)
+        failure: NotDurable | None = None
+        try:
+            self._checkpointer.close()
+        except NotDurable as problem:
+            failure = problem
+        failed = self._agreement.maximum(int(failure is not None))
+        if failure is not None:
+            raise failure
+        if failed:
+            raise NotDurable("the session has ended, but its last step is not durable", "see the message of rank 0")
+
+    def leave(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """What a ``with`` block's end does; nothing after :meth:`finish`."""
+        self._checkpointer.__exit__(kind, error, tb)
+
+    def _save(self, step: int, *, durable: bool) -> None:
+        for one in self._state.trained:
+            one.check_unchanged()
+        if durable:
+            self._saved_step = step
+        self._checkpointer.save(
+            step, replicated=self._state.replicated(), local=self._state.local(), eager=EAGER, durable=durable
+        )

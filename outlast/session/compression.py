@@ -1,0 +1,73 @@
+"""Which compression a session puts under its models, and what it costs a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from outlast.comm import CommConfig, Reducer, attach
+from outlast.session.models import Trained, kind_of
+
+GRADIENTS: dict[str, Any] = {"target": "gradient", "feedback": "ef21"}
+"""Error feedback on gradients, which suits any optimizer."""
+
+
+def attach_reducers(
+    trained: Sequence[Trained], comm: CommConfig | Mapping[str, Any] | Literal[False] | None, world_size: int
+) -> dict[str, Reducer]:
+    """A reducer for each model whose gradients ranks average, by the model's name. Collective.
+
+    Raises:
+        UnknownKey, UnknownCompressor, OutOfRange, CommError: see :func:`outlast.comm.attach`.
+    """
+    if comm is False or world_size == 1:
+        return {}
+    settings = GRADIENTS if comm is None else {} if isinstance(comm, CommConfig) else comm
+    config = comm if isinstance(comm, CommConfig) else None
+    return {
+        one.name: attach(one.model, config, **settings) for one in trained if kind_of(one.model) in ("ddp", "fsdp2")
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What the exchanges of one step cost, over all models; zero where nothing is compressed."""
+
+    comm_s: float = 0.0
+    collective_s: float = 0.0
+    codec_s: float = 0.0
+    wire_bytes: int = 0
+    dense_bytes: int = 0
+    alpha: float | None = None
+    residual: float | None = None
+
+
+class Costs:
+    """Adds up what reducers measure.
+
+    Args:
+        reducers: of all models.
+    """
+
+    def __init__(self, reducers: Mapping[str, Reducer]) -> None:
+        self._reducers = list(reducers.values())
+
+    def of_step(self) -> Cost:
+        """What the exchanges since the last call cost; waits for those under way.
+
+        Raises:
+            CommError: one failed.
+        """
+        stats = [reducer.end_step() for reducer in self._reducers]
+        if not stats:
+            return Cost()
+        return Cost(
+            comm_s=sum(one.exposed_s for one in stats),
+            collective_s=sum(one.collective_s for one in stats),
+            codec_s=sum(one.codec_s for one in stats),
+            wire_bytes=sum(one.wire_bytes for one in stats),
+            dense_bytes=sum(one.dense_bytes for one in stats),
+            alpha=stats[0].alpha,
+            residual=stats[0].residual,
+        )

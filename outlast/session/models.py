@@ -1,0 +1,153 @@
+"""The models of a session: what averages their gradients, and their state as a checkpoint holds it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from outlast.checkpoint import check_like
+from outlast.errors import SessionError, StateMismatch
+
+State = dict[str, Any]
+Kind = Literal["ddp", "fsdp2", "alone"]
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """What averages this model's gradients: DDP, FSDP2, or nothing.
+
+    Raises:
+        SessionError: it is neither a model nor something that a session can serve.
+    """
+    if not isinstance(model, nn.Module):
+        raise SessionError(
+            f"Session: the model is a {type(model).__name__}",
+            "give a torch.nn.Module, wrapped or not, or a dictionary of them",
+        )
+    if isinstance(unwrapped(model, keep_ddp=True), DistributedDataParallel):
+        return "ddp"
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if sharded is not None and any(isinstance(module, sharded) for module in model.modules()):
+        return "fsdp2"
+    return "alone"
+
+
+def unwrapped(model: nn.Module, *, keep_ddp: bool = False) -> nn.Module:
+    """The module itself, whose names do not depend on torch.compile and DDP around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(inner, nn.Module):
+            model = inner
+        elif isinstance(model, DistributedDataParallel) and not keep_ddp:
+            model = model.module
+        else:
+            return model
+
+
+def wrapped(model: nn.Module, world_size: int) -> nn.Module:
+    """The model, in DDP if there are several ranks and nothing averages its gradients yet. Collective then."""
+    if world_size == 1 or kind_of(model) != "alone" or not any(p.requires_grad for p in model.parameters()):
+        return model
+    device = next(model.parameters()).device
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+@dataclass(slots=True)
+class Trained:
+    """A model with the optimizers that update it."""
+
+    name: str
+    """Among the session's models; empty if there is one."""
+    model: nn.Module
+    optimizer: Optimizer | None
+    _expected: dict[str, torch.Size]
+
+    @classmethod
+    def begin(cls, name: str, model: nn.Module, optimizer: Optimizer | None) -> Trained:
+        """Remember which parameters there are."""
+        module = unwrapped(model)
+        return cls(name, model, optimizer, {key: param.shape for key, param in module.named_parameters()})
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of it."""
+        return kind_of(self.model) == "fsdp2"
+
+    def check_unchanged(self) -> None:
+        """Raise SessionError if the model has other parameters than when the session began."""
+        now = {key: param.shape for key, param in unwrapped(self.model).named_parameters()}
+        if now == self._expected:
+            return
+        added = sorted(now.keys() - self._expected.keys())
+        gone = sorted(self._expected.keys() - now.keys())
+        reshaped = sorted(key for key in now.keys() & self._expected.keys() if now[key] != self._expected[key])
+        found = [
+            f"{what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+            for what, names in (("new", added), ("gone", gone), ("of another shape", reshaped))
+            if names
+        ]
+        model = f"model {self.name!r}" if self.name else "the model"
+        raise SessionError(
+            f"{model} has changed since the session began: {'; '.join(found)}",
+            "change a model before Session(...), or close this session and begin another one",
+        )
+
+    def state(self) -> tuple[State, State, State]:
+        """Parameters, the rest of the model's state (buffers), and the optimizer's state. The tensors are live."""
+        module = unwrapped(self.model)
+        if self.is_sharded and self.optimizer is not None:
+            from torch.distributed.checkpoint.state_dict import get_state_dict
+
+            whole, optimizer = get_state_dict(self.model, self.optimizer)
+        else:
+            whole = module.state_dict()
+            optimizer = {} if self.optimizer is None else self.optimizer.state_dict()
+        names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        params = {name: _bare(value) for name, value in whole.items() if name in names}
+        rest = {name: _bare(value) for name, value in whole.items() if name not in names}
+        return params, rest, optimizer
+
+    def load(self, params: Mapping[str, Any], rest: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
+        """Load a copy of what :meth:`state` returned.
+
+        Raises:
+            StateMismatch: names what does not match; nothing of this model has been loaded then.
+        """
+        module = unwrapped(self.model)
+        if self.is_sharded and self.optimizer is not None:
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+            set_state_dict(
+                self.model,
+                self.optimizer,
+                model_state_dict=dict(params) | dict(rest),
+                optim_state_dict=dict(optimizer),
+                options=StateDictOptions(strict=False),
+            )
+            return
+        running, buffers, _ = self.state()
+        check_like(params, running)
+        check_like({k: v for k, v in rest.items() if isinstance(v, Tensor)}, _tensors(buffers))
+        module.load_state_dict({**params, **rest})
+        if self.optimizer is not None:
+            try:
+                self.optimizer.load_state_dict(dict(optimizer))
+            except (ValueError, KeyError) as error:
+                raise StateMismatch(
+                    f"the optimizer's state in the checkpoint does not fit {type(self.optimizer).__name__}: {error}",
+                    "make the optimizer as it was when the checkpoint was saved, or begin a new run",
+                ) from error
+
+
+def _bare(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _tensors(state: State) -> State:
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}

@@ -1,0 +1,173 @@
+"""Where a session's ranks leave what they tell: the run's directory, one attempt a start, events and heartbeats."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from outlast.checkpoint.ownership import Lease
+from outlast.checkpoint.storage.local import LocalStore
+from outlast.diagnostics import Heartbeat, Recorder
+from outlast.diagnostics.live import heartbeat_path, ring_path, shm_directory
+from outlast.diagnostics.live.program_watch import ProgramWatch, watched
+from outlast.errors import PlaceInUse, RunDirectoryError
+from outlast.events import EventLog, RunEnded, RunStarted
+from outlast.launch import Place
+from outlast.launch.attempt import Attempt, next_attempt
+from outlast.launch.failures import WATCHED
+from outlast.launch.runner import ATTEMPT, RING_CAPACITY, RUN_DIR
+from outlast.session.agreement import StepAgreement
+
+LEASE_S = 60.0
+"""After so long without a renewal another job may take the directory of a job whose machine is gone."""
+_open: set[Path] = set()
+
+
+class RunPlace:
+    """A run's directory as one rank of a session has it. Making one is collective over the ranks of ``agreement``.
+
+    Under ``outlast launch`` the launcher has taken the directory, and what watches the program is there already.
+    Elsewhere rank 0 takes it, and numbers the attempt.
+
+    Args:
+        run_dir: None takes the launcher's, or ``runs/NAME`` with the script's name.
+        place: of this rank.
+        agreement: of all ranks.
+        resuming: a directory with earlier attempts may be used.
+
+    Raises:
+        RunDirectoryError: the directory is in use, by another job or another session of this process; it holds a run,
+            and this one does not resume; it cannot be written; or the launcher has chosen another one.
+        DiagnosticsError: shared memory cannot be used.
+    """
+
+    def __init__(
+        self, run_dir: str | os.PathLike[str] | None, place: Place, agreement: StepAgreement, *, resuming: bool
+    ) -> None:
+        launched = os.environ.get(RUN_DIR)
+        self.path = Path(run_dir or launched or Path("runs") / (Path(sys.argv[0]).stem or "session")).absolute()
+        self._place = place
+        self._stack = ExitStack()
+        if self.path in _open:
+            raise RunDirectoryError(
+                f"this process has a Session on {self.path} already",
+                "close it first, or give this one a directory of its own",
+            )
+        if launched is not None and self.path != Path(launched):
+            raise RunDirectoryError(
+                f"outlast launch watches this run in {launched}, but Session was given {self.path}",
+                f"start it with outlast launch --run-dir {self.path}, or leave the directory out of Session()",
+            )
+        _open.add(self.path)
+        self._stack.callback(_open.discard, self.path)
+        try:
+            watch = watched() if launched is not None else None
+            number = int(os.environ[ATTEMPT]) if watch is not None else self._claim(agreement, resuming=resuming)
+            self.attempt = Attempt(self.path, number)
+            self.attempt.make_folders()
+            self._own = watch is None
+            self.watch = watch if watch is not None else self._begin_watch()
+        except BaseException:
+            self._stack.close()
+            raise
+        self.events = self.watch.events
+
+    def tell_start(self, *, device: str, first_step: int, last_step: int, parameters: int, comm: str) -> None:
+        """Write the event of the start; under a launcher this adds what only the program knows."""
+        self.events.write(
+            RunStarted(
+                attempt=self.attempt.number,
+                world_size=self._place.world_size,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                device=device,
+                first_step=first_step,
+                last_step=last_step,
+                parameters=parameters,
+                comm=comm,
+            )
+        )
+
+    def tell_end(self, step: int, *, ok: bool, reason: str) -> None:
+        """Write the event of the end. Under a launcher the program has not ended yet, and its runner will write it."""
+        if self._own:
+            self.events.write(RunEnded(step=step, ok=ok, reason=reason))
+
+    def close(self) -> None:
+        """Give the directory back."""
+        self._stack.close()
+
+    def _claim(self, agreement: StepAgreement, *, resuming: bool) -> int:
+        """The number of this attempt, which rank 0 takes; if it cannot, all ranks raise."""
+        refusal: RunDirectoryError | None = None
+        number = 0
+        if self._place.rank == 0:
+            try:
+                number = self._take(resuming=resuming)
+            except RunDirectoryError as error:
+                refusal = error
+        (number,) = agreement.share([number])
+        if refusal is not None:
+            raise refusal
+        if number == 0:
+            raise RunDirectoryError(f"rank 0 cannot use the run directory {self.path}", "see the message of rank 0")
+        return number
+
+    def _take(self, *, resuming: bool) -> int:
+        used = any((self.path / name).exists() for name in ("config.toml", "attempts", "checkpoints"))
+        if used and not resuming:
+            raise RunDirectoryError(
+                f"{self.path} already contains a run",
+                'resume it: Session(..., resume="auto"); give another directory; or delete it to start over',
+            )
+        lease = Lease(
+            LocalStore(str(self.path)),
+            LEASE_S,
+            what=f"the run directory {self.path}",
+            ways_out="give Session another directory",
+        )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lease.take()
+            self._stack.callback(lease.close)
+            attempt = next_attempt(self.path)
+            attempt.make_folders()
+            attempt.link_as_latest()
+        except PlaceInUse as error:
+            raise RunDirectoryError(error.what, error.fix) from error
+        except OSError as error:
+            raise RunDirectoryError(
+                f"the run directory {self.path} cannot be written: {error.strerror} ({error.filename})",
+                "give Session another directory",
+            ) from error
+        return attempt.number
+
+    def _begin_watch(self) -> ProgramWatch:
+        rank = self._place.rank
+        shm = shm_directory(self.path)
+        events = EventLog(self.attempt.events_path(rank), rank=rank, generation=self._place.generation)
+        self._stack.callback(events.close)
+        heartbeat = Heartbeat(heartbeat_path(shm, rank), rank=rank)
+        recorder = Recorder(ring_path(shm, rank), rank=rank, capacity=RING_CAPACITY)
+        self._stack.callback(_remove, shm, heartbeat, recorder)
+        watch = ProgramWatch(heartbeat, recorder, events)
+        self._stack.callback(watch.close)
+        watch.start()
+        return watch
+
+
+def _remove(shm: Path, heartbeat: Heartbeat, recorder: Recorder) -> None:
+    """Close both; where no launcher reads them, they are of no more use."""
+    unwatched = WATCHED not in os.environ
+    heartbeat.close(unlink=unwatched)
+    recorder.close(unlink=unwatched)
+    if unwatched:
+        try:
+            shm.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # a peer has removed it, or has not finished yet
+                raise

@@ -1,0 +1,381 @@
+"""One object that joins the packages for a loop of one's own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from outlast.checkpoint import CheckpointConfig
+from outlast.comm import CommConfig
+from outlast.errors import SessionError, StateMismatch
+from outlast.events import Logged, StepDone
+from outlast.launch import Notice, find_place
+from outlast.launch.failures import RESUME_STATUS
+from outlast.session import process_group
+from outlast.session.agreement import StepAgreement
+from outlast.session.checkpoints import SessionCheckpoints
+from outlast.session.compression import Costs, attach_reducers
+from outlast.session.models import Trained, unwrapped, wrapped
+from outlast.session.place import RunPlace
+from outlast.session.settings import checkpoint_settings, named
+from outlast.session.state import SessionState
+
+Model = nn.Module | Mapping[str, nn.Module]
+Optimizers = Optimizer | Mapping[str, Optimizer]
+
+
+class Session:
+    """A training run, for as long as the ``with`` block lasts; every rank makes one, with the same arguments.
+
+    ::
+
+        with outlast.Session("runs/mine", model, optimizer) as session:
+            for step in session.steps(10_000):
+                ...
+
+    It joins the process group if the program has not, puts a model that nothing averages into DDP, compresses what
+    ranks average, goes on after the newest checkpoint that verifies, saves when it is due, writes the events from which
+    ``outlast report`` is made, and obeys a notice of preemption. It works under ``outlast launch``, torchrun, srun and
+    mpirun, and as a single process. Constructing it, :meth:`steps`, :meth:`resume` and the end of the block are
+    collective over all ranks.
+
+    What is saved: models, optimizers, error feedback, random-number states, and what :meth:`add` names. Checkpoints are
+    in the run's directory, or where ``checkpoint`` says; a resumed run goes on bit for bit if batches are a function of
+    the step, or come from a loader that was added.
+
+    The block's end: without an exception, the last step is saved unless it is, and nothing is left behind. If a notice
+    ended the loop before its last step, the block ends the process with ``SystemExit(75)``, which launchers and the
+    Slurm scripts take for "run me again"; what follows the block is not executed then. If the last checkpoint cannot be
+    made durable, it raises :class:`NotDurable`.
+
+    Failure contract: when a peer is lost, collectives raise what their backend raises; the session ends with that
+    error, and what was saved before stays. What the environment does to a save is reported, and training goes on.
+
+    Args:
+        run: the run's directory; None takes the one that ``outlast launch`` has chosen, or ``runs/NAME`` with the
+            script's name.
+        model: in DDP, sharded with ``fully_shard``, or bare; on its device. Several go by name, as do their optimizers.
+        optimizer: that updates the model; None if the loop updates parameters itself.
+        comm: settings of :class:`CommConfig`, as that or as a dictionary; None takes error feedback that suits the
+            optimizer. False leaves averaging to DDP or FSDP2. A single rank sends nothing, whatever is set.
+        checkpoint: settings of :class:`CheckpointConfig`; None takes the defaults; False saves nothing.
+        resume: ``"auto"`` goes on from the newest valid checkpoint if there is one; a step, from that one; ``"never"``
+            refuses a directory with a run in it.
+        notice_grace_s: seconds that the process has after a notice, where no launcher of outlast's says so; None takes
+            no signals.
+        timeout_s: limit of the process group, if the session joins it.
+
+    Raises:
+        SessionError: an argument, or how the model is wrapped, is not what a session can serve.
+        PlaceError, LaunchError: this process's place is not clear, or other ranks do not come.
+        RunDirectoryError: see :class:`~outlast.session.place.RunPlace`.
+        ConfigError, CommError, CheckpointError: see :func:`outlast.comm.attach` and :class:`Checkpointer`.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str] | None,
+        model: Model,
+        optimizer: Optimizers | None = None,
+        *,
+        comm: CommConfig | Mapping[str, Any] | Literal[False] | None = None,
+        checkpoint: CheckpointConfig | Mapping[str, Any] | Literal[False] | None = None,
+        resume: Literal["auto", "never"] | int = "auto",
+        notice_grace_s: float | None = 25.0,
+        timeout_s: float = 600.0,
+    ) -> None:
+        models, optimizers = named(model, optimizer)
+        config = checkpoint_settings(checkpoint)
+        if resume not in ("auto", "never") and (isinstance(resume, (bool, str)) or resume < 0):
+            raise SessionError(f"Session: resume = {resume!r}", 'give "auto", "never" or a step')
+        self._resume_from: Literal["auto", "never"] | int = resume
+        self._stack = contextlib.ExitStack()
+        try:
+            self._open(run, models, optimizers, comm, config, notice_grace_s, timeout_s)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _open(
+        self,
+        run: str | os.PathLike[str] | None,
+        models: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        comm: CommConfig | Mapping[str, Any] | Literal[False] | None,
+        config: CheckpointConfig | None,
+        notice_grace_s: float | None,
+        timeout_s: float,
+    ) -> None:
+        enter = self._stack.enter_context
+        notice = None if notice_grace_s is None else enter(Notice(notice_grace_s))
+        self.device = next((p.device for m in models.values() for p in m.parameters()), torch.device("cpu"))
+        """Where the first model's parameters are."""
+        self._place = find_place()
+        if not dist.is_initialized():
+            process_group.start(self._place, self.device, timedelta(seconds=timeout_s))
+            self._stack.callback(_leave_group)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._agreement = StepAgreement(self.rank, self.world_size, notice)
+        # torchrun counts restarts per node; a node whose own ranks never failed would not resume.
+        if self._agreement.maximum(self._place.generation) > 0:
+            self._resume_from = "auto"
+        self._run = RunPlace(run, self._place, self._agreement, resuming=self._resume_from != "never")
+        self._stack.callback(self._run.close)
+        self.run_dir = self._run.path
+        """The run's directory, absolute."""
+        self._run.watch.begin_phase("setup")
+        models = {name: wrapped(each, self.world_size) for name, each in models.items()}
+        self.model: Any = models.get("", models)
+        """What the loop calls: the model, or the models by name. Bare ones are in DDP by now, if there are several
+        ranks."""
+        trained = [Trained.begin(name, each, optimizers.get(name)) for name, each in models.items()]
+        reducers = attach_reducers(trained, comm, self.world_size)
+        for reducer in reducers.values():
+            self._stack.callback(reducer.close)
+        self._state = SessionState(trained, reducers)
+        self._costs = Costs(reducers)
+        self._checkpoints: SessionCheckpoints | None = None
+        if config is not None:
+            self._checkpoints = SessionCheckpoints(
+                config, self._run, self._place, self._agreement, self._state, self.device
+            )
+            self._stack.push(self._checkpoints.leave)
+        for one in trained:
+            if one.optimizer is not None:
+                self._stack.callback(one.optimizer.register_step_post_hook(self._note_update).remove)
+        self._first_step: int | None = None
+        self._last_step = 0
+        self._done_step = 0
+        self._steps_taken = False
+        self._updated = False
+        self._logged: dict[str, float | Tensor] = {}
+        self._wanted = False
+        self._boundary_s = 0.0
+        self._closed = False
+        self.ending = False
+        """Whether a notice came: this step is the last one of this start. The same on all ranks."""
+
+    def _note_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._updated = True
+
+    def add(self, *, replicated: bool | None = None, **parts: Any) -> None:
+        """Save these with every checkpoint, and put them back, under their names; before :meth:`steps`.
+
+        ::
+
+            session.add(scheduler=scheduler, loader=loader, ema=ema)
+
+        Args:
+            replicated: whether they are equal on all ranks, so that one of them is saved. None: modules, optimizers,
+                schedulers and gradient scalers are; anything else is each rank's own, and can only be resumed on as
+                many ranks.
+            parts: with ``state_dict()`` and ``load_state_dict()``.
+
+        Raises:
+            SessionError: one has neither, its name is taken, or the run has been resumed.
+        """
+        if self._first_step is not None:
+            raise SessionError(
+                f"session.add({', '.join(parts)}) after the run was resumed: its state would not be put back",
+                "add it before session.steps() and session.resume()",
+            )
+        for name, holder in parts.items():
+            self._state.add(name, holder, replicated)
+
+    def resume(self) -> int:
+        """Restore the checkpoint to go on from, if there is one; :meth:`steps` does this by itself. Collective.
+
+        Returns:
+            The last step that is done; 0 if the run begins.
+
+        Raises:
+            CheckpointError, CommStateMismatch: see :meth:`Checkpointer.restore`; what is saved does not fit.
+        """
+        if self._first_step is None:
+            if self._checkpoints is not None and self._resume_from != "never":
+                self._done_step = self._checkpoints.restore(self._resume_from)
+            self._first_step = self._done_step + 1
+            self._run.watch.take_steps(self._done_step)
+        return self._done_step
+
+    def steps(self, last_step: int) -> Iterator[int]:
+        """The numbers of the steps that are left to do, up to ``last_step``; each is done when the next is asked for.
+
+        Between two steps it saves what is due, writes the step's event, and learns whether a notice came, after which
+        there are no more. Leave it early (``break``) on all ranks in the same step or on none.
+
+        Args:
+            last_step: number of the run's last step, over all its starts; the first step is 1.
+
+        Raises:
+            EndedEarly: a rank has left its loop before the others.
+            SessionError: called twice; or the model has changed since the session began.
+            StateMismatch: the run has done more steps already.
+            SnapshotMutated: a tensor changed before its snapshot was copied.
+        """
+        if self._steps_taken:
+            raise SessionError(
+                "session.steps() was called twice", "use one loop, or a session for each; epochs go inside the loop"
+            )
+        self._steps_taken = True
+        self.resume()
+        if self._done_step > last_step:
+            raise StateMismatch(
+                f"the checkpoint is of step {self._done_step}, but the loop ends at step {last_step}",
+                "ask for more steps, or go on from an earlier checkpoint with Session(..., resume=STEP)",
+            )
+        self._last_step = last_step
+        self._tell_start(last_step)
+        return self._steps(last_step)
+
+    def _steps(self, last_step: int) -> Iterator[int]:
+        assert self._first_step is not None
+        self._run.watch.begin_phase("program")
+        self._boundary_s = time.perf_counter()
+        for step in range(self._first_step, last_step + 1):
+            if self.ending:
+                return
+            self._begin_step()
+            try:
+                yield step
+            except GeneratorExit:  # the loop was left; whether this step is done, its update says
+                if self._updated and not self._closed:
+                    self._end_step(step)
+                raise
+            self._end_step(step)
+            self.ending = self._agreement.answer()
+
+    def log(self, **values: float | Tensor) -> None:
+        """Numbers of this step, such as ``loss``, for the run's events; tensors of one element are read at its end."""
+        self._logged.update({name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()})
+
+    def save(self) -> None:
+        """Save after this step, whether or not a checkpoint is due; call it on every rank."""
+        self._wanted = True
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation inside a step: ``outlast launch`` gives it the time that a pause takes, not that of a step."""
+        watch = self._run.watch
+        watch.begin_phase("eval")
+        try:
+            yield
+        finally:
+            watch.begin_phase("program")
+
+    def close(self) -> None:
+        """What the end of the block does if no exception ends it; see the class. Collective."""
+        self.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._closed:
+            return
+        if error is not None and not (isinstance(error, SystemExit) and not error.code):
+            self._end(error)
+            return
+        try:
+            self._finish()
+        except BaseException as problem:
+            self._end(problem)
+            raise
+        early = self.ending and self._done_step < self._last_step
+        self._end(None, "notice" if early else "")
+        if early:
+            saved = "is durable" if self._checkpoints is not None else "was the last one done"
+            if self.rank == 0:
+                print(f"outlast: ended by a notice; step {self._done_step} {saved}", file=sys.stderr, flush=True)
+            raise SystemExit(RESUME_STATUS)
+
+    def _end(self, error: BaseException | None, reason: str = "") -> None:
+        self._closed = True
+        self._run.tell_end(
+            self._done_step, ok=error is None, reason=reason if error is None else f"{type(error).__name__}: {error}"
+        )
+        self._stack.__exit__(*((None, None, None) if error is None else (type(error), error, error.__traceback__)))
+
+    def _finish(self) -> None:
+        """The ranks leave together, and the last step is made durable."""
+        if self._first_step is None:  # no step was asked for
+            return
+        self._run.watch.begin_phase("finish")
+        self.ending = self._agreement.leave(self._done_step)
+        if self._checkpoints is not None:
+            self._checkpoints.finish(self._done_step)
+
+    def _tell_start(self, last_step: int) -> None:
+        assert self._first_step is not None
+        models = [unwrapped(one.model) for one in self._state.trained]
+        reducers = self._state.reducers
+        comm = "; ".join(one.config.describe() for one in reducers.values()) if reducers else "dense"
+        self._run.tell_start(
+            device=str(self.device),
+            first_step=self._first_step,
+            last_step=last_step,
+            parameters=sum(p.numel() for model in models for p in model.parameters() if p.requires_grad),
+            comm=comm,
+        )
+        if self.rank == 0:
+            start = f"goes on after step {self._done_step}" if self._done_step else "begins"
+            ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''} ({self._place.source})"
+            print(f"outlast: {self.run_dir}: {start}; {ranks}; gradients: {comm}", file=sys.stderr, flush=True)
+
+    def _begin_step(self) -> None:
+        self._agreement.ask()
+        self._updated = self._wanted = False
+        self._logged = {}
+        scaler = self._state.scaler
+        if scaler is not None:
+            for reducer in self._state.reducers.values():
+                reducer.begin_step(self._done_step + 1, loss_scale=float(scaler.get_scale()))
+
+    def _end_step(self, step: int) -> None:
+        cost = self._costs.of_step()
+        self._done_step = step
+        seen_s = self._run.watch.end_step(step)
+        began = time.perf_counter()
+        if self._checkpoints is not None:
+            self._checkpoints.save_if_due(step, wanted=self._wanted or step == self._last_step)
+        now = time.perf_counter()
+        values = {name: float(value) for name, value in self._logged.items()}
+        optimizer = next((one.optimizer for one in self._state.trained if one.optimizer is not None), None)
+        done = StepDone(
+            step=step,
+            loss=values.pop("loss", None),
+            lr=0.0 if optimizer is None else float(optimizer.param_groups[0]["lr"]),
+            tokens=int(values.pop("tokens", 0)),
+            step_s=now - self._boundary_s,
+            data_s=0.0,
+            comm_s=cost.comm_s,
+            checkpoint_s=now - began,
+            collective_s=min(max(seen_s, cost.collective_s), now - self._boundary_s),
+            codec_s=cost.codec_s,
+            wire_bytes=cost.wire_bytes,
+            dense_bytes=cost.dense_bytes,
+            alpha=cost.alpha,
+            residual=cost.residual,
+        )
+        self._boundary_s = now
+        self._run.events.write(done)
+        if values:
+            self._run.events.write(Logged(step=step, values=values))
+        if self._checkpoints is not None:
+            self._checkpoints.note(done)
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
