@@ -39,6 +39,7 @@ def exporters(launcher: int) -> list[psutil.Process]:
     return [one for one in children if "outlast.diagnostics.export" in one.cmdline()]
 
 
+@pytest.mark.slow
 def test_metrics_survive_restarts_and_training_survives_what_exports_them(tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     words = ("--nproc_per_node", "2", "--run-dir", run, "--export.prometheus-port", "0", "--export.run-name", "mine")
