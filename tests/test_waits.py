@@ -23,7 +23,7 @@ WITHOUT_LIMIT = {
     ("comm/transport/worker.py", "self._jobs.get()"): DAEMON,
     ("comm/ddp/averager.py", "self._stream.join()"): "orders two streams of the device, and does not wait",
     ("launch/launcher.py", "handler.shutdown()"): "asks the rendezvous' store, which has a read timeout of its own",
-    ("launch/agent.py", "self._notices.get()"): "NoticeStore.get asks whether the key is there, and does not wait",
+    ("launch/notice_spread.py", "self.store.get()"): "NoticeStore.get asks whether the key is there, and does not wait",
     ("launch/notice.py", "work.wait()"): "its process group has a timeout",
     ("checkpoint/ending.py", "saving.join()"): "Background.join has a limit of its own",
     ("checkpoint/checkpointer.py", "self._io.shutdown()"): "IoThreads.shutdown has a limit of its own",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -14,13 +14,19 @@ import tyro
 from outlast.cli.verb import Verb
 from outlast.config import Overrides, load
 from outlast.errors import ConfigError
+from outlast.launch.flag_sources import PREFIX, read_switch
 from outlast.launch.flags import LaunchFlags
 from outlast.launch.program import Kind, Program
 
 _LOG = logging.getLogger("outlast.launch")
-KINDS: dict[str, Kind] = {"-m": "module", "--module": "module", "--no-python": "program"}
+KINDS: dict[str, Kind] = {"-m": "module", "--module": "module", "--no-python": "program", "--run-path": "script"}
 """Flags that say what the target is; without one it is a script."""
-SWITCHES = {"-h", "--help", "--standalone", "--no-standalone", "--dry-run", "--no-dry-run"}
+SHORT = {"-r": "--redirects", "-t": "--tee"}
+SWITCHES = {
+    "-h",
+    "--help",
+    *(f"--{no}{name}" for name in ("standalone", "virtual-local-rank", "dry-run") for no in ("", "no-")),
+}
 """Flags without a value: what follows may be the target."""
 
 
@@ -73,37 +79,59 @@ class LaunchProgram(Verb):
         return 0
 
 
-def split_program(arguments: Sequence[str]) -> tuple[list[str], Program | None]:
+def split_program(
+    arguments: Sequence[str], environ: Mapping[str, str] | None = None
+) -> tuple[list[str], Program | None]:
     """Separate the launcher's arguments from a program and its own; None for outlast's trainer, or no target at all.
 
-    Everything after the target is the program's, whatever it looks like.
+    Everything after the target is the program's, whatever it looks like. Of the launcher's own, short names and
+    underscores become the long names with dashes.
+
+    Args:
+        arguments: what follows ``outlast launch``.
+        environ: the environment, for torchrun's PET_MODULE, PET_NO_PYTHON and PET_RUN_PATH.
 
     Raises:
-        ConfigError: two of ``-m`` and ``--no-python``, or one of them without a target.
+        ConfigError: two of ``-m``, ``--no-python`` and ``--run-path``, or one of them without a target.
     """
     own: list[str] = []
-    kind: Kind | None = None
+    kinds: dict[str, Kind] = {}
+    for flag, kind in KINDS.items():
+        variable = f"{PREFIX}{flag[2:].replace('-', '_').upper()}"
+        if flag.startswith("--") and environ and environ.get(variable) and read_switch(variable, environ[variable]):
+            kinds[f"{variable}={environ[variable]}"] = kind
     queue = list(arguments)
     while queue:
         word = queue.pop(0)
-        name = "--" + word[2:].partition("=")[0].replace("_", "-") if word.startswith("--") else word
         if word == "--":
             if not queue:
                 break
-            return own, Program(kind=kind or "script", target=queue[0], arguments=tuple(queue[1:]))
-        if name in KINDS:
-            if kind is not None:
-                raise ConfigError("-m and --no-python contradict one another", "leave one of them out")
-            kind = KINDS[name]
+            return own, _program(kinds, queue)
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            name = name if "." in name else name.replace("_", "-")
+        elif len(word) > 1 and word[:2] in SHORT:
+            name, equals, value = SHORT[word[:2]], word[2:], word[2:].removeprefix("=")
+        if name in KINDS and not equals:
+            kinds[name] = KINDS[name]
         elif word.startswith("-"):
-            own.append(word)
-            if name not in SWITCHES and "=" not in word and queue:
+            own.append(f"{name}={value}" if equals else name)
+            if name not in SWITCHES and not equals and queue:
                 own.append(queue.pop(0))
-        elif kind is None and word.endswith(".toml"):
+        elif not kinds and word.endswith(".toml"):
             return [*own, word, *queue], None
         else:
-            return own, Program(kind=kind or "script", target=word, arguments=tuple(queue))
-    if kind is not None:
-        what = "a module's name" if kind == "module" else "a program"
-        raise ConfigError(f"no target: {'-m' if kind == 'module' else '--no-python'} needs {what}")
+            return own, _program(kinds, [word, *queue])
+    if kinds:
+        _program(kinds, [])
     return own, None
+
+
+def _program(kinds: Mapping[str, Kind], words: Sequence[str]) -> Program:
+    if len(set(kinds.values())) > 1:
+        raise ConfigError(f"{' and '.join(kinds)} contradict one another", "leave one of them out")
+    kind: Kind = next(iter(kinds.values()), "script")
+    if not words:
+        what = {"module": "a module's name", "program": "a program", "script": "a script"}[kind]
+        raise ConfigError(f"no target: {next(iter(kinds))} needs {what}")
+    return Program(kind=kind, target=words[0], arguments=tuple(words[1:]))

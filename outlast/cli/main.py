@@ -22,7 +22,7 @@ from outlast.cli.train import Train
 from outlast.cli.verb import Verb
 from outlast.config import split_overrides
 from outlast.errors import ConfigError, OutlastError
-from outlast.launch.flags import arguments_from_environment
+from outlast.launch.flag_sources import arguments_from_environment, name_variables
 from outlast.plain_text import plain_text
 
 DESCRIPTION = """Data-parallel PyTorch training that outlasts its machines.
@@ -53,10 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if list(arguments) in (["--version"], ["version"]):
         print(f"outlast {__version__}")
         return 0
+    own: list[str] = []
     try:
         program = None
         if arguments and arguments[0] == "launch":
-            own, program = split_program(arguments[1:])
+            own, program = split_program(arguments[1:], os.environ)
             arguments = ["launch", *arguments_from_environment(own, os.environ), *own]
         rest, overrides = split_overrides(arguments)
         verb: Verb
@@ -71,7 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"outlast {arguments[0]} takes no settings, got {', '.join(overrides)}")
         return verb.run(overrides)
     except OutlastError as error:
-        print(plain_text(f"outlast: {type(error).__name__}: {error}", keep="\n"), file=sys.stderr)
+        text = f"outlast: {type(error).__name__}: {error}"
+        if isinstance(error, ConfigError) and arguments[0] == "launch":
+            text = "\n  ".join(filter(None, (text, name_variables(text, own, os.environ))))
+        print(plain_text(text, keep="\n"), file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130

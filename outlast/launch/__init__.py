@@ -7,9 +7,10 @@ ranks on torchelastic's own agent. It restarts them after a failure, and kills a
 
 from outlast.launch.config import LaunchConfig
 from outlast.launch.flags import LaunchFlags
-from outlast.launch.launcher import dry_run, launch
+from outlast.launch.launcher import launch
 from outlast.launch.notice import Notice
 from outlast.launch.place import Place, find_place
+from outlast.launch.plan import dry_run
 from outlast.launch.spec import LaunchSpec
 
 __all__ = ["LaunchConfig", "LaunchFlags", "LaunchSpec", "Notice", "Place", "dry_run", "find_place", "launch"]

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
 import signal
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +14,23 @@ import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.elastic.utils import store as store_util
 
-from outlast.diagnostics.live import Culprit
-from outlast.events import EventLog, HangFound, NoticeCame, WorkersFailed, WorkersStarted
+from outlast.events import EventLog, WorkersFailed, WorkersStarted
 from outlast.launch.backoff import Backoff
 from outlast.launch.config import LaunchConfig
-from outlast.launch.failures import NO_RESTART_STATUS, RESUME_STATUS, RankFailure, first_line
+from outlast.launch.failures import NO_RESTART_STATUS, RankFailure, first_line
 from outlast.launch.first_cause import find_failures
 from outlast.launch.hang_watch import HangWatch
+from outlast.launch.hung_ranks import HungRanks
 from outlast.launch.notice_relay import NoticeRelay
-from outlast.launch.notice_store import NoticeStore
+from outlast.launch.notice_spread import NoticeSpread
 from outlast.launch.orphans import Guard, end_orphans, find_orphans, shown
 from outlast.launch.place import counted_requeues
-from outlast.launch.processes import RankProcesses, dump_stacks
+from outlast.launch.processes import RankProcesses
 from outlast.launch.program_runs import ProgramRuns
 from outlast.launch.rank_output import RankOutput
-
-STARTS = "starts"
-"""Key of the job in the rendezvous store that counts how often its ranks were started."""
-JOB_NAME = "job"
-"""Key of the job in the rendezvous store of a name that no other job has."""
+from outlast.launch.rounds import agree, forget_store
 
 EXIT_BARRIER = "torchelastic/agent/terminal_state"
 """torchelastic's key, so that its own agents may be among the other nodes."""
@@ -87,7 +80,7 @@ class WatchedAgent(LocalElasticAgent):
             spec,
             output,
             exit_barrier_timeout=config.exit_barrier_s,
-            log_line_prefix_template="[rank ${rank}] ",
+            log_line_prefix_template=os.environ.get("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank ${rank}] "),
         )
         self.failures: list[RankFailure] = []
         """Ranks that caused the newest failure; ranks that were ended because of it are left out."""
@@ -105,14 +98,11 @@ class WatchedAgent(LocalElasticAgent):
         self._events = events
         self._host = host
         self._relay = relay
-        self._told = False
-        self._notices: NoticeStore | None = None
         self._guard = guard
         self._processes: RankProcesses | None = None
         self._watch = HangWatch(run_dir, config) if config.watch else None
-        self._hung: dict[int, Culprit] = {}
-        self._waits = False
-        self._ended: dict[int, int] = {}
+        self._hung = HungRanks(self._watch, events)
+        self._notices = NoticeSpread(relay, events, host)
         self._requeues = counted_requeues(os.environ)
         self._program_runs = program_runs
         self._backoff = Backoff(config.backoff_s, config.longest_backoff_s)
@@ -120,50 +110,19 @@ class WatchedAgent(LocalElasticAgent):
         self._started_s = time.monotonic()
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        """Meet the other nodes, with a fresh store for the ranks. Collective over the agents of the job.
-
-        torchelastic reuses the store of the first round. Restarted ranks would then read the addresses of their dead
-        predecessors from it, and gloo would fail with "Connection refused". The old ranks have ended by now.
-        """
-        handler = worker_group.spec.rdzv_handler
-        if isinstance(handler, DynamicRendezvousHandler):
-            handler._bootstrap_store_info = None
-            handler._shared_tcp_store_server = None
+        """Meet the other nodes, with a fresh store for the ranks: the old ones have ended. Collective over agents."""
+        forget_store(worker_group.spec.rdzv_handler)
         super()._rendezvous(worker_group)
         self.joined = True
-        self._output.generation = self._requeues + self._agree_on_starts(worker_group)
-        store = worker_group.store
-        self._notices = None
-        if isinstance(store, dist.PrefixStore) and worker_group.group_world_size != 1:  # type: ignore[attr-defined]
-            self._notices = NoticeStore(store.underlying_store, self._output.generation)
-
-    def _agree_on_starts(self, worker_group: WorkerGroup) -> int:
-        """How often the job's ranks were started before.
-
-        Node 0 of the round counts it in the store that outlives rounds, and hands it to the others through the round's
-        own store; likewise the job's name, which the first round draws.
-        """
-        store = worker_group.store
-        assert isinstance(store, dist.PrefixStore)  # type: ignore[attr-defined]
-        if worker_group.group_rank == 0:
-            job = f"outlast/{worker_group.spec.rdzv_handler.get_run_id()}"  # jobs may share an endpoint
-            lasting = dist.PrefixStore(job, store.underlying_store)
-            store.set(JOB_NAME, lasting.compare_set(JOB_NAME, "", secrets.token_hex(8)))
-            store.set(STARTS, str(lasting.add(STARTS, 1) - 1))
-        self._output.job = store.get(JOB_NAME).decode()
-        starts = int(store.get(STARTS))
-        if self._program_runs is not None:
-            self._output.added = self._program_runs.agree(
-                store, job=self._output.job, generation=self._requeues + starts, leads=worker_group.group_rank == 0
-            )
-        return starts
+        found = agree(worker_group, requeues=self._requeues, program_runs=self._program_runs)
+        self._output.generation = found.generation
+        self._output.job = found.job
+        self._output.added = found.variables
+        self._notices.store = found.notices
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         ranks = self.ranks
-        if self._watch is not None:
-            self._watch.begin(ranks)
-        self._hung = {}
-        self._ended = {}
+        self._hung.begin(ranks)
         started_at, self._started_s = time.time(), time.monotonic()
         self._guard.watch()
         pids: dict[int, Any] = super()._start_workers(worker_group)
@@ -197,18 +156,13 @@ class WatchedAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         processes = self._processes
         assert processes is not None, "torchelastic polls only after a start"
-        self._tell_notice()
-        if self._watch is not None:
-            alone = worker_group.group_world_size == 1
-            for culprit in self._watch.find_hung(processes.running(), alone=alone):
-                self._kill_hung(processes, culprit)
-            self._end_wrappers(processes, self._watch.ended)
-            self._tell_wait(self._watch.waiting)
+        self._notices.look()
+        self._hung.look(processes, alone=worker_group.group_world_size == 1)
         self.failures = self._find_failures(processes)
         if (ended := self._ended_by_notice(processes)) is not None:
             self.failures = []
             return ended
-        undying = sorted(self._hung.keys() & processes.running().keys()) if self._hung else []
+        undying = self._hung.undying(processes)
         if self.failures or undying:
             self._end_peers(processes)
         if undying:  # in an uninterruptible sleep: it must not keep the others from restarting
@@ -228,46 +182,21 @@ class WatchedAgent(LocalElasticAgent):
         return find_failures(
             processes,
             self._watch,
-            hang_evidence={rank: culprit.evidence for rank, culprit in self._hung.items()},
-            ended=self._ended,
+            hang_evidence=self._hung.evidence,
+            ended=self._hung.ended,
             says_finish=self._relay.expected,
         )
 
-    def _tell_notice(self) -> None:
-        """Of a notice, one line and one event; the other nodes' launchers hear of it through the store, and this one of
-        theirs."""
-        if self._relay.notice is None and self._notices is not None and self._relay.obeyed:
-            elsewhere = self._notices.get()
-            if elsewhere is not None:
-                log.warning("outlast: another node's launcher got %s", elsewhere.name)
-                self._relay.learn(elsewhere)
-        notice = self._relay.notice
-        if notice is None or self._told:
-            return
-        self._told = True
-        if self._notices is not None:
-            self._notices.put(notice)
-        grace_s = self._relay.grace_s
-        log.warning(
-            "outlast: %s: the ranks have %g s to save a checkpoint and to end; a second signal ends them at once",
-            notice.name,
-            grace_s,
-        )
-        self._events.write(NoticeCame(host=self._host, signal=notice.name, grace_s=grace_s))
-
     def _ended_by_notice(self, processes: RankProcesses) -> RunResult | None:
         """The result if ranks have ended because of a notice, and none has failed; None in any other case."""
-        if not self._relay.obeyed:
-            return None
         statuses = processes.statuses()
-        found = set(statuses.values())
-        if RESUME_STATUS not in found or found - {None, 0, RESUME_STATUS}:
-            return None
-        if None in found:  # the others follow, within the grace
-            self._relay.learn(signal.SIGTERM)
+        outcome = self._notices.outcome(statuses)
+        if outcome == "ending":
             return RunResult(state=WorkerState.HEALTHY)
-        self.resumable = True
-        return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(statuses))
+        if outcome == "saved":
+            self.resumable = True
+            return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(statuses))
+        return None
 
     def _poll(self, processes: RankProcesses, worker_group: WorkerGroup) -> RunResult:
         """torchelastic's own poll of the processes.
@@ -357,53 +286,9 @@ class WatchedAgent(LocalElasticAgent):
         if self._watch is not None:
             self._watch.close(self.ranks)
 
-    def _end_wrappers(self, processes: RankProcesses, ended: Mapping[int, int]) -> None:
-        """A rank whose process has ended is a crash, even if what had started the process still runs."""
-        for rank, pid in ended.items():
-            if rank not in self._ended:
-                self._ended[rank] = pid
-                log.error("outlast: rank %d (pid %d) has ended, but what started it still runs; ending that", rank, pid)
-                processes.kill(rank)
-
-    def _tell_wait(self, waiting: str) -> None:
-        """One line when the watch begins to wait, and one when progress goes on."""
-        if bool(waiting) != self._waits:
-            self._waits = bool(waiting)
-            if waiting:
-                log.warning("outlast: %s", waiting)
-            elif not self._hung:
-                log.warning("outlast: the ranks make progress again")
-
-    def _kill_hung(self, processes: RankProcesses, culprit: Culprit) -> None:
-        """Have a hung rank write its stacks, then kill it."""
-        if culprit.rank in self._hung:
-            return
-        self._hung[culprit.rank] = culprit
-        dump_stacks(culprit.pid)
-        log.error(
-            "outlast: rank %d hangs at step %d (silent for %.1f s, limit %.1f s): %s; killing it",
-            culprit.rank,
-            culprit.step,
-            culprit.silent_s,
-            culprit.limit_s,
-            culprit.evidence,
-        )
-        self._events.write(
-            HangFound(
-                culprit=culprit.rank,
-                pid=culprit.pid,
-                step=culprit.step,
-                silent_s=culprit.silent_s,
-                limit_s=culprit.limit_s,
-                evidence=culprit.evidence,
-            )
-        )
-        processes.kill(culprit.rank)
-
     def _end_peers(self, processes: RankProcesses) -> None:
         """A rank has failed: end the others, without waiting for those that are inside a collective."""
-        observed = self._watch.observe(processes.running()) if self._watch is not None else []
-        waiting = [observation.rank for observation in observed if observation.pending]
+        waiting = self._hung.waiting_in_collectives(processes)
         if self._relay.obeyed:  # they take no SIGTERM for an order to end
             processes.kill_all()
         processes.end(waiting, self._config.stop_grace_s)

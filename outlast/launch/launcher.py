@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
-import shlex
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from outlast.errors import ConfigError, LaunchError, OutOfRange, RunDirectoryError
+from outlast.errors import ConfigError, LaunchError, RunDirectoryError
 from outlast.events import EventLog
 from outlast.launch.attempt import steps_taken
 from outlast.launch.exporting import start_exporting
-from outlast.launch.failures import RESUME_STATUS, WATCHED, first_line, ranks_failed
+from outlast.launch.failures import RESUME_STATUS, first_line, ranks_failed
 from outlast.launch.flags import DEFAULT_PORT
 from outlast.launch.notice import NOTICE_FILE
 from outlast.launch.orphans import Guard
-from outlast.launch.ports import LOOPBACKS, check_port, is_free, is_own_address
+from outlast.launch.plan import worker_environment
+from outlast.launch.ports import check_port, is_free, is_own_address
 from outlast.launch.rendezvous import Rendezvous, resolve
 from outlast.launch.spec import LaunchSpec
+from outlast.launch.torch_options import local_ranks, tell_missing_ranks, torch_options
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler
@@ -45,9 +47,6 @@ TORCHELASTIC_NOISE = (
 """Loggers whose messages the agent's and the launcher's own replace."""
 CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 SPARED = "outlast: the other nodes finished the job before this one was needed"
-
-COLLECTIVES_KEPT = 2000
-"""By torch's flight recorder in each rank of a program; torch's own default for NCCL."""
 
 log = logging.getLogger("outlast.launch")
 
@@ -83,7 +82,9 @@ def launch(spec: LaunchSpec) -> None:
             "a static rendezvous cannot be repeated, so ranks cannot be restarted",
             "use --rdzv-backend c10d, or --max-restarts 0",
         )
-    ranks = _local_ranks(spec.flags.nproc_per_node)
+    ranks = local_ranks(spec.flags.nproc_per_node)
+    tell_missing_ranks(spec.flags, ranks)
+    options = torch_options(spec.flags)
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     events_dir = spec.run_dir / "events"
     try:
@@ -97,56 +98,26 @@ def launch(spec: LaunchSpec) -> None:
     with (
         start_exporting(spec.export, spec.run_dir, agent, steps_done=steps_taken(spec.run_dir)),
         EventLog(agent, rank=-1) as events,
-        _environment(_worker_environment(spec, ranks, rendezvous)),
+        _environment(worker_environment(spec, ranks, rendezvous)),
     ):
-        _run_agent(spec, rendezvous, ranks, host, events)
+        _run_agent(spec, rendezvous, ranks, options, host, events)
 
 
-def dry_run(spec: LaunchSpec) -> str:
-    """Describe what :func:`launch` would do: the command, the environment it would add, and the rendezvous.
-
-    Raises:
-        ConfigError: as ``launch``.
-    """
-    rendezvous = resolve(spec.flags)
-    ranks = _local_ranks(spec.flags.nproc_per_node)
-    least, most = rendezvous.min_nodes, rendezvous.max_nodes
-    nodes = str(least) if least == most else f"{least} to {most}"
-    added = _worker_environment(spec, ranks, rendezvous)
-    config = spec.effective()
-    lines = [
-        f"command     {shlex.join(spec.command)}",
-        f"ranks       {ranks} on this node; nodes: {nodes}",
-        f"rendezvous  {rendezvous.backend} at {rendezvous.endpoint} ({rendezvous.why}), id {rendezvous.run_id}",
-        *(f"            {key}={value}" for key, value in sorted(rendezvous.conf.items())),
-        f"environment {' '.join(f'{key}={value}' for key, value in sorted(added.items())) or '(unchanged)'}",
-        "            plus torchrun's RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, "
-        "TORCHELASTIC_*",
-        f"restarts    up to {config.max_restarts} after a failure"
-        + (
-            f" or a hang (no progress for {config.hang_floor_s:g} s and {config.hang_factor:g} median steps; "
-            f"{config.startup_limit_s:g} s during set-up)"
-            if config.watch
-            else "; hangs are not detected"
-        ),
-        f"notice      {config.notice_grace_s:g} s to save a checkpoint and to end"
-        if spec.obeys_notice
-        else "notice      ends the ranks",
-        f"directory   {spec.run_dir}",
-    ]
-    return "\n".join(lines)
-
-
-def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, events: EventLog) -> None:
+def _run_agent(
+    spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, options: Mapping[str, Any], host: str, events: EventLog
+) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     from outlast.launch.notice_relay import NoticeRelay
     from outlast.launch.program_runs import ProgramRuns
     from outlast.launch.rank_output import RankOutput
 
-    output = RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host)
+    output = RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host, spec.flags)
+    _check_log_dir(output, spec)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # ranks' lines, whatever they hold, at once
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     with (
-        _signals_restored(),
+        _signals_restored(spec.flags.signals_to_handle),
         _quiet(*TORCHELASTIC_NOISE),
         NoticeRelay(spec) as relay,
         closing(Guard(output.mark)) as guard,
@@ -154,7 +125,7 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
         _environment({} if relay.file is None else {NOTICE_FILE: str(relay.file)}),
     ):
         try:
-            _supervise(spec, rendezvous, ranks, host, events, output, relay, guard, runs)
+            _supervise(spec, rendezvous, ranks, options, host, events, output, relay, guard, runs)
         except SignalException as error:
             signum = error.sigval
             if relay.obeyed and signum == relay.notice and not relay.loses:
@@ -168,6 +139,17 @@ def _run_agent(spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, host: str, 
             raise SystemExit(128 + int(signum)) from error
 
 
+def _check_log_dir(output: RankOutput, spec: LaunchSpec) -> None:
+    try:
+        output.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"no folder for the ranks' output can be made at {output.folder}: {error.strerror}"
+        fix = "give another with --log-dir FOLDER; the launcher reads there why a rank failed"
+        if spec.flags.log_dir:
+            raise ConfigError(f"--log-dir {spec.flags.log_dir}: {why}", fix) from error
+        raise RunDirectoryError(why, fix) from error
+
+
 def _tell_loss(notice: signal.Signals, what: str, spec: LaunchSpec) -> None:
     from outlast.launch.notice_relay import describe_progress
 
@@ -179,6 +161,7 @@ def _supervise(
     spec: LaunchSpec,
     rendezvous: Rendezvous,
     ranks: int,
+    options: Mapping[str, Any],
     host: str,
     events: EventLog,
     output: RankOutput,
@@ -215,6 +198,7 @@ def _supervise(
             master_addr=master_addr,
             master_port=master_port,
             local_addr=rendezvous.local_addr,
+            **options,
         ),
         output,
         config,
@@ -337,32 +321,6 @@ def _conf(rendezvous: Rendezvous) -> dict[str, str]:
     return conf
 
 
-def _local_ranks(nproc_per_node: str) -> int:
-    from torch.distributed.run import determine_local_world_size
-
-    try:
-        ranks = int(determine_local_world_size(nproc_per_node))
-    except ValueError as error:
-        raise OutOfRange(f"--nproc-per-node {nproc_per_node}: {error}", "give a number, auto, cpu or gpu") from error
-    if ranks < 1:
-        raise OutOfRange(f"--nproc-per-node {nproc_per_node} starts no ranks", "give 1 or more, auto, cpu or gpu")
-    return ranks
-
-
-def _worker_environment(spec: LaunchSpec, ranks: int, rendezvous: Rendezvous) -> dict[str, str]:
-    """Variables that the launcher adds to the ranks' environment unless they are set."""
-    added = {"PYTHONUNBUFFERED": "1", WATCHED: "1"}
-    if rendezvous.max_nodes == 1 and rendezvous.local_addr in LOOPBACKS:
-        added["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo listens where the host's name leads
-    if spec.is_program:
-        from outlast.diagnostics.live.flight import buffer_variable  # reading a command line imports no numpy
-
-        added[buffer_variable()] = str(COLLECTIVES_KEPT)
-    if ranks > 1:
-        added["OMP_NUM_THREADS"] = "1"  # as torchrun does
-    return {key: value for key, value in added.items() if key not in os.environ}
-
-
 @contextlib.contextmanager
 def _environment(added: dict[str, str]) -> Iterator[None]:
     """Add variables to this process's environment for a while; torchelastic passes it on to the ranks."""
@@ -395,9 +353,10 @@ def load_torch() -> None:
 
 
 @contextlib.contextmanager
-def _signals_restored() -> Iterator[None]:
-    """Restore the signal handlers that torchelastic replaces."""
-    before = {one: signal.getsignal(one) for one in SIGNALS}
+def _signals_restored(handled: str) -> Iterator[None]:
+    """Restore the signal handlers that torchelastic replaces: of these, by name, and of its own."""
+    named = {signal.Signals[name.strip()] for name in handled.split(",")}
+    before = {one: signal.getsignal(one) for one in {*SIGNALS, *named}}
     try:
         yield
     finally:

@@ -7,7 +7,8 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from outlast.errors import ConfigError
+from outlast.config import nearest
+from outlast.errors import ConfigError, UnknownKey
 from outlast.launch import slurm as slurm_names
 from outlast.launch.flags import DEFAULT_PORT, LaunchFlags
 from outlast.launch.place import Slurm
@@ -54,7 +55,7 @@ def resolve(flags: LaunchFlags, environ: Mapping[str, str] | None = None) -> Ren
     """
     environ = os.environ if environ is None else environ
     least, most = flags.node_range()
-    conf = _read_conf(flags.rdzv_conf)
+    conf = _read_conf(flags.rdzv_conf, flags.rdzv_backend)
     run_id = flags.rdzv_id
     local_addr = flags.local_addr
     if flags.standalone or (
@@ -114,13 +115,27 @@ def resolve(flags: LaunchFlags, environ: Mapping[str, str] | None = None) -> Ren
     return rendezvous
 
 
-def _read_conf(text: str) -> dict[str, str]:
-    conf = {}
+C10D_OPTIONS = (
+    *("is_host", "store_type", "read_timeout", "join_timeout", "last_call_timeout", "close_timeout"),
+    *("heartbeat_timeout", "keep_alive_interval", "keep_alive_max_attempt"),
+)
+STATIC_OPTIONS = ("rank", "timeout")
+
+
+def _read_conf(text: str, backend: str) -> dict[str, str]:
+    """The options, by name. ``timeout``, which torchrun's c10d takes and ignores, is how long to wait for nodes."""
+    known = C10D_OPTIONS if backend == "c10d" else STATIC_OPTIONS
+    conf: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = item.partition("=")
         if not equals or not key.strip() or not value.strip():
             raise ConfigError(
                 f"--rdzv-conf {text!r}: {item!r} is not key=value", "e.g. --rdzv-conf read_timeout=60,is_host=true"
             )
-        conf[key.strip()] = value.strip()
+        name = key.strip()
+        if name == "timeout" and backend == "c10d":
+            name = "join_timeout"
+        if name not in known:
+            raise UnknownKey(f"--rdzv-conf {text!r}: rendezvous {backend} has no option {name!r}", nearest(name, known))
+        conf.setdefault(name, value.strip())
     return conf

@@ -46,4 +46,6 @@ class LaunchSpec:
             config = replace(config, max_restarts=flags.max_restarts)
         if flags.monitor_interval is not None:
             config = replace(config, monitor_interval_s=flags.monitor_interval)
+        if flags.shutdown_timeout is not None:
+            config = replace(config, stop_grace_s=flags.shutdown_timeout)
         return config

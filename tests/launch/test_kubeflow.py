@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.cluster import Cluster
 from outlast.errors import ConfigError
-from outlast.launch.flags import arguments_from_environment
+from outlast.launch.flag_sources import arguments_from_environment
 from tests.helpers import clean_env, events, outlast
 
 SCRIPT = Path(__file__).with_name("watched_program.py")
@@ -56,7 +56,7 @@ def test_the_command_line_comes_first() -> None:
     [
         ({"PET_RDZV_ENDPOINT": "a:1", "PET_MASTER_ADDR": "b"}, ("PET_RDZV_ENDPOINT=a:1", "PET_MASTER_ADDR=b")),
         ({"PET_STANDALONE": "1", "PET_RDZV_ENDPOINT": "a:1"}, ("PET_STANDALONE=1", "PET_RDZV_ENDPOINT=a:1")),
-        ({"PET_START_METHOD": "fork"}, ("PET_START_METHOD", "unset")),
+        ({"PET_STANDALONE": "1", "PET_NNODES": "2"}, ("PET_STANDALONE=1", "PET_NNODES=2")),
     ],
 )
 def test_what_contradicts_is_named(environ: dict[str, str], names: tuple[str, str]) -> None:
@@ -70,3 +70,4 @@ def test_a_node_that_is_not_among_the_nodes(tmp_path: Path) -> None:
     done = outlast("launch", "--run-dir", tmp_path / "run", SCRIPT, "1", env=env, check=2)
     assert "--node-rank" in done.stderr
     assert "--nnodes 2" in done.stderr
+    assert "PET_NODE_RANK=2" in done.stderr

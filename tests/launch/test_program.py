@@ -48,7 +48,7 @@ def test_what_cannot_be_run(
         ("train.py --lr 1", "", ("script", "train.py", "--lr 1")),
         (
             "--nproc_per_node 2 --standalone train.py --nnodes 3",
-            "--nproc_per_node 2 --standalone",
+            "--nproc-per-node 2 --standalone",
             ("script", "train.py", "--nnodes 3"),
         ),
         ("--nnodes=2 -m a.b -m c", "--nnodes=2", ("module", "a.b", "-m c")),

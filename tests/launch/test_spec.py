@@ -71,7 +71,7 @@ def test_several_nodes_need_an_endpoint() -> None:
         resolve(LaunchFlags(nnodes="2:4"), {})
     rendezvous = resolve(LaunchFlags(nnodes="2:4", rdzv_endpoint="h:1", rdzv_conf="is_host=true, timeout=5"), {})
     assert rendezvous.host_and_port() == ("h", 1)
-    assert rendezvous.conf == {"is_host": "true", "timeout": "5"}
+    assert rendezvous.conf == {"is_host": "true", "join_timeout": "5"}
     assert resolve(LaunchFlags(nnodes="2", master_addr="h", master_port=7), {}).endpoint == "h:7"
 
 

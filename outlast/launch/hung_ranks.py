@@ -1,0 +1,107 @@
+"""What is done about this node's ranks that make no progress: one line, an event, their stacks, and their end."""
+
+from __future__ import annotations
+
+import logging
+
+from outlast.diagnostics.live import Culprit
+from outlast.events import EventLog, HangFound
+from outlast.launch.hang_watch import HangWatch
+from outlast.launch.processes import RankProcesses, dump_stacks
+
+log = logging.getLogger("outlast.launch")
+
+
+class HungRanks:
+    """Kills the ranks that the watch convicts, one start after another.
+
+    Args:
+        watch: of this node's ranks; None if only the end of a process is noticed.
+        events: where hangs are written.
+    """
+
+    def __init__(self, watch: HangWatch | None, events: EventLog) -> None:
+        self._watch = watch
+        self._events = events
+        self._hung: dict[int, Culprit] = {}
+        self._waits = False
+        self.ended: dict[int, int] = {}
+        """By rank, the process that had ended before what had started it was killed."""
+
+    def begin(self, ranks: tuple[int, ...]) -> None:
+        """``ranks`` are about to be started."""
+        if self._watch is not None:
+            self._watch.begin(ranks)
+        self._hung = {}
+        self.ended = {}
+
+    def look(self, processes: RankProcesses, *, alone: bool) -> None:
+        """Find hung ranks and kill them.
+
+        Args:
+            processes: this node's ranks.
+            alone: whether there are no other nodes.
+        """
+        if self._watch is None:
+            return
+        for culprit in self._watch.find_hung(processes.running(), alone=alone):
+            self._kill(processes, culprit)
+        self._end_wrappers(processes, self._watch)
+        self._tell_wait(self._watch.waiting)
+
+    @property
+    def evidence(self) -> dict[int, str]:
+        """Why each rank was killed that hung in this start."""
+        return {rank: culprit.evidence for rank, culprit in self._hung.items()}
+
+    def undying(self, processes: RankProcesses) -> list[int]:
+        """Those that run although they were killed: they are in an uninterruptible sleep."""
+        return sorted(self._hung.keys() & processes.running().keys()) if self._hung else []
+
+    def waiting_in_collectives(self, processes: RankProcesses) -> list[int]:
+        """Running ranks that are inside a collective, and so react to no SIGTERM."""
+        observed = self._watch.observe(processes.running()) if self._watch is not None else []
+        return [one.rank for one in observed if one.pending]
+
+    def _kill(self, processes: RankProcesses, culprit: Culprit) -> None:
+        """Have a hung rank write its stacks, then kill it."""
+        if culprit.rank in self._hung:
+            return
+        self._hung[culprit.rank] = culprit
+        dump_stacks(culprit.pid)
+        log.error(
+            "outlast: rank %d hangs at step %d (silent for %.1f s, limit %.1f s): %s; killing it",
+            culprit.rank,
+            culprit.step,
+            culprit.silent_s,
+            culprit.limit_s,
+            culprit.evidence,
+        )
+        self._events.write(
+            HangFound(
+                culprit=culprit.rank,
+                pid=culprit.pid,
+                step=culprit.step,
+                silent_s=culprit.silent_s,
+                limit_s=culprit.limit_s,
+                evidence=culprit.evidence,
+            )
+        )
+        processes.kill(culprit.rank)
+
+    def _end_wrappers(self, processes: RankProcesses, watch: HangWatch) -> None:
+        """A rank whose process has ended is a crash, even if what had started the process still runs."""
+        for rank, pid in watch.ended.items():
+            if rank not in self.ended:
+                self.ended[rank] = pid
+                log.error("outlast: rank %d (pid %d) has ended, but what started it still runs; ending that", rank, pid)
+                processes.kill(rank)
+
+    def _tell_wait(self, waiting: str) -> None:
+        """One line when the watch begins to wait, and one when progress goes on."""
+        if bool(waiting) != self._waits:
+            self._waits = bool(waiting)
+            if waiting:
+                log.warning("outlast: %s", waiting)
+            elif not self._hung:
+                log.warning("outlast: the ranks make progress again")
