@@ -10,6 +10,7 @@ from outlast.comm.config import UPDATE_BETA1, UPDATE_CLIP_RMS, CommConfig
 from outlast.config import require
 from outlast.config_tables import Table
 from outlast.diagnostics.config import DiagnosticsConfig
+from outlast.diagnostics.export.config import ExportConfig
 from outlast.launch.config import LaunchConfig
 
 
@@ -247,6 +248,8 @@ class Config:
     """Checkpoints."""
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     """Recording and reports."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """Metrics for Prometheus and others, under ``outlast launch``."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """Restarts and hang detection, under ``outlast launch``."""
 
