@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from outlast.comm.auto.policy import Choice
 from outlast.comm.config import CommConfig
@@ -28,6 +29,7 @@ def attach(
     model_or_engine: Any,
     config: CommConfig | None = None,
     *,
+    optimizer: Optimizer | None = None,
     observer: CollectiveObserver | None = None,
     direction: Direction | None = None,
     dense_direction: Direction | None = None,
@@ -37,11 +39,14 @@ def attach(
 ) -> Reducer:
     """Compress what a model's ranks average, from the next backward on; a collective call.
 
-    Adam's directions, with Adam in the reducer (the default); any optimizer but plain SGD is an error, at its
-    first step::
+    Adam's directions (the default), with your own AdamW, or Adam, which stays what it is to the program::
 
-        reducer = outlast.comm.attach(ddp, target="update", density=0.01)
-        optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-3, weight_decay=0.1)
+        reducer = outlast.comm.attach(ddp, optimizer=optimizer, target="update", density=0.01)
+
+    Its moments are the reducer's from then on, and its ``step()`` applies what was averaged. What it takes from the
+    object, and what it refuses, is said in docs/compression.md. Without ``optimizer`` the one that steps is
+    ``torch.optim.SGD``, and any other is an error, at its first step.
 
     Gradients, with any optimizer::
 
@@ -55,8 +60,11 @@ def attach(
         model_or_engine: a ``DistributedDataParallel`` model, an FSDP2 model (sharded completely), or a DeepSpeed
             engine, before its first backward.
         config: see :class:`CommConfig`; None takes its defaults.
+        optimizer: for ``target = "update"``: ``torch.optim.AdamW`` or ``Adam``, which applies the updates. beta2 and
+            eps are its own, lr and weight decay those of each of its groups at every step.
         observer: notified of every collective.
-        direction: what ``target = "update"`` compresses; None takes Adam with beta1 = 0, beta2 = 0.95, clip_rms = 1.
+        direction: what ``target = "update"`` compresses; None takes Adam with beta1 = 0, beta2 = 0.95 (or the
+            optimizer's), clip_rms = 1.
         dense_direction: the same for DDP where nothing is compressed; see :class:`GradientReducer`.
         replicas: for FSDP2 over a one-dimensional mesh: the ranks that hold copies of this rank's shards.
         on_choice: for DDP: called with what ``compressor = "auto"`` became.
@@ -69,7 +77,7 @@ def attach(
         UnknownKey: there is no such setting; names the nearest one that exists.
         UnknownCompressor, OutOfRange: a setting is wrong.
         CommError: nothing averages this model's gradients yet, there is no process group, an argument does not apply to
-            the model, or what it is set up to do cannot be compressed.
+            the model, or what it or the optimizer is set up to do cannot be compressed.
     """
     settled = _settle(config, settings)
     _check_group()
@@ -83,12 +91,13 @@ def attach(
             direction=direction,
             dense_direction=dense_direction,
             on_choice=on_choice,
+            optimizer=optimizer,
         )
     if _is_deepspeed_engine(model_or_engine):
-        _refuse("a DeepSpeed engine", {"replicas": replicas, **ddp_only})
+        _refuse("a DeepSpeed engine", {"optimizer": optimizer, "replicas": replicas, **ddp_only})
         return attach_deepspeed(model_or_engine, settled, observer=observer, direction=direction)
     if _is_fsdp2(model_or_engine):
-        _refuse("FSDP2", ddp_only)
+        _refuse("FSDP2", {"optimizer": optimizer, **ddp_only})
         return attach_fsdp(model_or_engine, settled, replicas=replicas, observer=observer, direction=direction)
     raise CommError(
         f"nothing averages the gradients of a {type(model_or_engine).__name__} yet",

@@ -76,7 +76,8 @@ class CommConfig:
     ef14 and ef21 have none."""
     target: Target = "auto"
     """What is averaged: ``update``, the direction in which Adam would take this rank's gradient, or ``gradient``. With
-    ``update`` the optimizer is ``torch.optim.SGD``; with ``gradient`` any, but Adam lags behind compressed gradients.
+    ``update`` the optimizer is an AdamW that the reducer is given, or ``torch.optim.SGD``; with ``gradient`` any, but
+    Adam lags behind compressed gradients.
     ``auto`` becomes ``update``, or with ``compressor = "dense"`` ``gradient``."""
     residual: Residual = "full"
     """How ef14 keeps what was not sent: ``full``, in fp32, or ``int8``, in a quarter of the memory."""

@@ -65,7 +65,8 @@ class BucketAverager:
         self._vote = OverflowVote(self._codec, all_ranks, self._pipeline, self.meter, stream)
         self.ledger = StepLedger(on_open)
         """Of the steps."""
-        self._steps = OptimizerSteps(self._refuse_scaler, update=method.direction is not None)
+        self.steps = OptimizerSteps(self._refuse_scaler, update=method.direction is not None)
+        """Of the optimizers that have the parameters."""
         self._loss_scale: float | None = None
         self._buckets: list[BucketExchange] = []
         """Of the backward pass that is under way."""
@@ -127,10 +128,10 @@ class BucketAverager:
         if used is not None:
             mine = [named for named, is_used in zip(mine, used, strict=False) if is_used]
         if counts and (first or used is not None):
-            self._steps.check(mine, _WRAP)
+            self.steps.check(mine, _WRAP)
         self.ledger.enter(index, f"bucket {index}", _ONCE, counted=shadow)
         if not shadow:
-            self._steps.averaged(mine)
+            self.steps.averaged(mine)
         self._under_way = True
 
     def start_bucket(
@@ -212,7 +213,7 @@ class BucketAverager:
         Raises:
             CommError: a collective did not end within the limit.
         """
-        self._steps.close()
+        self.steps.close()
         if self._under_way or (self._buckets and sys.exception() is not None):
             self._fail(sys.exception() or CommError("the reducer was closed in the middle of a backward pass"))
         for bucket in self._buckets:

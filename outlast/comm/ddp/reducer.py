@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from outlast.comm.auto.chooser import Auto
 from outlast.comm.auto.policy import DENSE_STEPS, Choice
@@ -18,6 +19,8 @@ from outlast.comm.ddp.averager import BucketAverager
 from outlast.comm.ddp.backward import DdpBackward
 from outlast.comm.ddp.checks import refuse_complex, refuse_sparse_gradient
 from outlast.comm.direction import Adam, Direction, default_direction
+from outlast.comm.exchange.adam_settings import followed
+from outlast.comm.exchange.kept_optimizer import KeptOptimizer, check_optimizer
 from outlast.comm.exchange.method import ExchangeMethod
 from outlast.comm.exchange.resync import resync_all
 from outlast.comm.exchange.stats import ReduceStats
@@ -25,6 +28,7 @@ from outlast.comm.exchange.step_ledger import due
 from outlast.comm.exchange.topology import Network
 from outlast.comm.feedback import Feedback, Probe
 from outlast.comm.reducer import Reducer
+from outlast.comm.state.adam_moments import WholeMoments
 from outlast.comm.state.parameters import ParameterStates
 from outlast.comm.transport.communicator import CollectiveObserver
 from outlast.comm.transport.stream import DeviceStream
@@ -43,7 +47,8 @@ class GradientReducer(Reducer):
     ``ddp.no_sync()``.
 
     With ``config.target = "update"`` what is averaged is the direction in which Adam would take each rank's gradient.
-    The step is then ``x -= lr * grad``, ``torch.optim.SGD(lr, weight_decay)``, and no gradient is clipped.
+    The step is then ``x -= lr * grad``, of ``optimizer``, or of ``torch.optim.SGD(lr, weight_decay)``, and no gradient
+    is clipped.
 
     Without :meth:`begin_step`, a step is what an optimizer's step ends. Gradients that are averaged again before any
     ``torch.optim.Optimizer`` that has them made a step are an error. Where no optimizer of torch's has the parameters,
@@ -76,10 +81,12 @@ class GradientReducer(Reducer):
             clip_rms = 1.
         feedback: a method that settings cannot name (EF21-W with its weights, your own compressor); replaces theirs.
         on_choice: called with what ``config.compressor = "auto"`` became, in the training thread.
+        optimizer: for ``config.target = "update"``: the AdamW, or Adam, that applies the updates; see
+            :func:`outlast.comm.attach`.
 
     Raises:
         CommError: no default process group; parameters on several devices; a duplicate parameter; a world size that is
-            not a multiple of ``config.ranks_per_node``; a complex parameter.
+            not a multiple of ``config.ranks_per_node``; a complex parameter; an optimizer that cannot be kept.
     """
 
     def __init__(
@@ -93,9 +100,15 @@ class GradientReducer(Reducer):
         dense_direction: Direction | None = None,
         feedback: Feedback | None = None,
         on_choice: Callable[[Choice], None] | None = None,
+        optimizer: Optimizer | None = None,
     ) -> None:
         self.config = config
         parameters = list(named_parameters)
+        params = [param for _, param in parameters]
+        follows = followed(optimizer, config, params, direction, dense_direction)
+        if optimizer is not None and follows is not None:
+            check_optimizer(optimizer, params)
+            direction, dense_direction = follows.compressed, follows.dense
         refuse_complex(parameters)
         self._stream = DeviceStream(next((param.device for _, param in parameters), torch.device("cpu")))
         self._network = Network(
@@ -133,6 +146,11 @@ class GradientReducer(Reducer):
             self._network, self._method, self._states, self._stream, config.timeout_s, self._open
         )
         self._ddp: DdpBackward | None = None
+        self._kept: KeptOptimizer | None = None
+        if optimizer is not None and follows is not None:
+            moments, ledger = WholeMoments(self._states), self._averager.ledger
+            self._kept = KeptOptimizer(optimizer, moments, follows, self._averager.settle, lambda: ledger.step)
+            self._averager.steps.kept = self._kept
 
     def attach(self, ddp: DistributedDataParallel) -> None:
         """Average what ``ddp`` would average, from the next backward on; :meth:`close` ends that.
@@ -225,7 +243,7 @@ class GradientReducer(Reducer):
         self._take_choice(state["meta"])
         left: list[str] = []
         step = self._states.load_state_dict(state, self.world_size, None if strict else left)
-        self._averager.ledger.resume_after(step)
+        self._resume_after(step)
         return tuple(left)
 
     def load_resharded(
@@ -253,7 +271,7 @@ class GradientReducer(Reducer):
         self._take_choice(read(0)["meta"])
         state = self._states.resharded(read, ranks, n, rank, self._method.of_all)
         left: list[str] = []
-        self._averager.ledger.resume_after(self._states.load_state_dict(state, n, None if strict else left))
+        self._resume_after(self._states.load_state_dict(state, n, None if strict else left))
         return tuple(left)
 
     def resync(self) -> float:
@@ -281,7 +299,8 @@ class GradientReducer(Reducer):
 
     def close(self) -> None:
         """End both threads, drop the process group, and let DDP average by itself again, densely. What was not sent yet
-        is lost. Not a collective call; closing twice is harmless.
+        is lost. An optimizer that was kept gets its moments, and goes on alone. Not a collective call; closing twice is
+        harmless.
 
         After a failure, or in the middle of a backward pass, it issues nothing: peers that wait for this rank get an
         error that names it and the exception that is being handled here.
@@ -291,7 +310,16 @@ class GradientReducer(Reducer):
         """
         if self._ddp is not None:
             self._ddp.detach()
-        self._averager.close()
+        try:
+            self._averager.close()
+        finally:
+            if self._kept is not None:
+                self._kept.release()
+
+    def _resume_after(self, step: int) -> None:
+        self._averager.ledger.resume_after(step)
+        if self._kept is not None:
+            self._kept.reducer_loaded()
 
     def _open(self, step: int) -> None:
         """Step ``step`` begins."""

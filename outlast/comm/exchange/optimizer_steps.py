@@ -20,6 +20,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from outlast.comm.exchange import clipping
+from outlast.comm.exchange.kept_optimizer import KeptOptimizer
 from outlast.comm.exchange.update_optimizer import refuse_other_than_sgd
 from outlast.errors import CommError
 
@@ -35,15 +37,17 @@ class OptimizerSteps:
 
     Args:
         scaled: called when a ``GradScaler`` steps an optimizer of these parameters, before it updates any; may raise.
-        update: what is averaged is an update, which plain SGD alone may apply.
+        update: what is averaged is an update, which plain SGD alone may apply, or an optimizer that is kept.
     """
 
     def __init__(self, scaled: Callable[[GradScaler], None], *, update: bool) -> None:
         self._scaled = scaled
         self._update = update
         self._mine: set[int] = set()
-        self._unused: dict[int, str] = {}
-        """By id, the names of parameters whose average no optimizer has used yet."""
+        self.kept: KeptOptimizer | None = None
+        """The user's own, which applies updates."""
+        self._unused: dict[int, tuple[str, Tensor]] = {}
+        """By id, the parameters whose average no optimizer has used yet, with their names."""
         self._held: set[int] = set()
         """Parameters that some optimizer has."""
         self._under_way: set[int] = set()
@@ -55,6 +59,8 @@ class OptimizerSteps:
             register_optimizer_step_post_hook(partial(_after, this)),
         ]
         self._end = weakref.finalize(self, _remove, self._handles)
+        if update:
+            clipping.watch(self)
 
     def check(self, params: Iterable[tuple[str, Tensor]], remedy: str) -> None:
         """These are about to be averaged.
@@ -84,10 +90,16 @@ class OptimizerSteps:
         """These are being averaged."""
         for name, param in params:
             self._mine.add(id(param))
-            self._unused[id(param)] = name
+            self._unused[id(param)] = name, param
+
+    def update_in(self, grads: Iterable[Tensor | None]) -> str | None:
+        """The name of a parameter whose average, not used yet, is among ``grads``; None if there is none."""
+        given = {id(grad) for grad in grads}
+        return next((name for name, param in self._unused.values() if id(param.grad) in given), None)
 
     def close(self) -> None:
         """Take the hooks away."""
+        clipping.unwatch(self)
         self._end()
 
     def _look_for_optimizers(self) -> None:
@@ -104,7 +116,10 @@ class OptimizerSteps:
         params = _params(optimizer)
         if params & self._mine:
             if self._update:
-                refuse_other_than_sgd(optimizer)
+                if self.kept is not None and optimizer is self.kept.optimizer:
+                    self.kept.before_step()
+                else:
+                    refuse_other_than_sgd(optimizer)
             scaler = _scaler_on_stack()
             if scaler is not None:
                 self._scaled(scaler)

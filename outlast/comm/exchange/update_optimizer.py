@@ -1,4 +1,4 @@
-"""Which optimizers may apply an averaged update: with ``target = "update"`` the step is ``x -= lr * grad``.
+"""Which optimizers may apply an averaged update without being kept: the step is ``x -= lr * grad``.
 
 What is averaged then is the direction in which Adam would go. An optimizer that takes it for a gradient, and adapts to
 it or gives it a momentum once more, trains, and trains badly without a sign of it.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from outlast.errors import CommError
 
-_KEEP = "or keep the optimizer and set target = 'gradient'"
+_KEEP = "or keep any optimizer and set target = 'gradient'"
 
 
 def refuse_other_than_sgd(optimizer: Any) -> None:
@@ -43,7 +43,12 @@ def refuse_other_than_sgd(optimizer: Any) -> None:
     raise CommError(
         f"comm.target = 'update', but the optimizer is {kind}: what is averaged is the direction in which Adam would "
         f"go, with Adam's moments in the reducer, and {kind} would take it for a gradient",
-        f"make the optimizer torch.optim.SGD(parameters, lr={lr}, weight_decay=...), which goes in that direction as "
+        (
+            "keep it, and hand it to the reducer: attach(..., optimizer=optimizer); "
+            if isinstance(optimizer, Adam)
+            else ""
+        )
+        + f"make the optimizer torch.optim.SGD(parameters, lr={lr}, weight_decay=...), which goes in that direction as "
         "AdamW would (leave out clip_grad_norm_ with it: no gradient is left to clip); if it does nothing but "
         "x -= lr * grad, make it a subclass of SGD; " + _KEEP,
     )

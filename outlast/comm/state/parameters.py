@@ -106,7 +106,8 @@ class ParamState:
         """Adopt slots that fit :meth:`schema`."""
         own, owned, moments = split(local)
         aggregate, _, moments_of_mean = split(replicated)
-        started = self.compress and bool(local or replicated)
+        # Moments alone are of an optimizer that was taken over, before the first gradient.
+        started = self.compress and bool(own or owned or aggregate)
         self.local = own if own or started else None
         self.replicated = aggregate or None
         self.owned = owned or None
@@ -197,6 +198,10 @@ class ParameterStates:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next((state.param.device for state in self.params.values()), torch.device("cpu"))
+
+    def knows(self, param: Tensor) -> bool:
+        """Whether it is one of them."""
+        return id(param) in self._by_id
 
     def of(self, param: Tensor) -> ParamState:
         """The state of a parameter.

@@ -1,0 +1,452 @@
+"""The user's own AdamW applies averaged updates, and stays what it is to everything around it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn, optim
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from outlast.comm import CommConfig, GradientReducer, attach
+from outlast.comm.direction import Adam
+from outlast.errors import CommError, CommStateMismatch
+from tests.comm.ranks import Ranks
+
+SMALL: dict[str, Any] = {"density": 0.2, "dense_below": 10, "timeout_s": 30.0, "target": "update"}
+BETAS, EPS = (0.9, 0.97), 1e-7
+ADAM = {"betas": BETAS, "eps": EPS}
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def net(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)).to(dtype)
+
+
+def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(2 * step + rank)).to(dtype)
+    return model(x).square().mean()
+
+
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    """As nanoGPT makes them: matrices decay, biases do not."""
+    params = list(model.parameters())
+    return [
+        {"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0, "lr": 3e-2},
+    ]
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def run_as_sgd(rank: int, settings: dict[str, Any], how: dict[str, Any], dtype: torch.dtype, beta1: float) -> None:
+    """Bit for bit the path that there was before: SGD on the direction, with the same constants."""
+    ended = []
+    for kept in (True, False):
+        ddp = DistributedDataParallel(net(dtype), bucket_cap_mb=0.0005)
+        settings = {**SMALL, **settings}
+        if kept:
+            optimizer: optim.Optimizer = optim.AdamW(groups_of(ddp.module), lr=1e-2, **ADAM, **how)
+            scheduler = optim.lr_scheduler.LinearLR(optimizer, total_iters=5)  # before attach
+            reducer = attach(ddp, optimizer=optimizer, **settings)
+        else:
+            direction = Adam(beta1=beta1, beta2=BETAS[1], eps=EPS, clip_rms=1.0)
+            reducer = attach(ddp, direction=direction, **settings)
+            optimizer = optim.SGD(groups_of(ddp.module), lr=1e-2, **how)
+            scheduler = optim.lr_scheduler.LinearLR(optimizer, total_iters=5)
+        for step in range(1, 9):
+            optimizer.zero_grad()
+            with ddp.no_sync():
+                loss_of(ddp, rank, 100 + step).backward()
+            loss_of(ddp, rank, step).backward()
+            optimizer.step()
+            scheduler.step()
+            if step == 6:
+                optimizer.param_groups[0]["lr"] = 4e-3  # by hand
+                optimizer.param_groups[0]["weight_decay"] = 0.3
+        ended.append(weights(ddp))
+        reducer.close()
+    assert equal(*ended)
+    assert not equal(ended[0], weights(net(dtype)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "how", "dtype", "beta1"),
+    [
+        ({}, {}, torch.float32, 0.0),
+        ({}, {"fused": True}, torch.float32, 0.0),
+        ({"transport": "two-phase"}, {"foreach": True}, torch.float32, 0.0),
+        ({"compressor": "sign"}, {}, torch.bfloat16, 0.0),
+        ({"warmup_steps": 3}, {}, torch.float64, 0.0),
+        ({"compressor": "dense"}, {}, torch.float32, BETAS[0]),  # where nothing is compressed beta1 is AdamW's
+    ],
+)
+def test_it_ends_as_sgd_does(
+    two_ranks: Ranks, settings: dict[str, Any], how: dict[str, Any], dtype: torch.dtype, beta1: float
+) -> None:
+    two_ranks.run(run_as_sgd, settings, how, dtype, beta1)
+
+
+def run_dense(rank: int) -> None:
+    """One rank's worth: with nothing compressed and nothing clipped it is AdamW, up to rounding."""
+    ended = []
+    for kept in (True, False):
+        ddp = DistributedDataParallel(net())
+        optimizer = optim.AdamW(groups_of(ddp.module), lr=1e-2, **ADAM)
+        if kept:
+            unclipped = Adam(beta1=BETAS[0], beta2=BETAS[1], eps=EPS)
+            attach(ddp, optimizer=optimizer, direction=unclipped, **{**SMALL, "compressor": "dense"})
+        for step in range(1, 7):
+            optimizer.zero_grad()
+            loss_of(ddp, 0, step).backward()  # the same on both ranks, so the mean of directions is that of the mean
+            optimizer.step()
+        ended.append(weights(ddp))
+    for one, other in zip(*ended, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_dense_it_is_adamw(two_ranks: Ranks) -> None:
+    two_ranks.run(run_dense)
+
+
+def run_around(rank: int) -> None:
+    """Hooks once each, closures, schedulers made later, groups that are added, parameters that are not averaged."""
+    ddp, other = DistributedDataParallel(net()), nn.Linear(3, 3)
+    alone = copy.deepcopy(other)
+    first, *rest = ddp.parameters()
+    optimizer = optim.AdamW([{"params": [first]}, {"params": [*rest, *other.parameters()]}], lr=1e-2, **ADAM)
+    reference = optim.AdamW(alone.parameters(), lr=1e-2, **ADAM)
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    everywhere = [
+        register_optimizer_step_pre_hook(lambda of, *_: calls.append("all pre") if of is optimizer else None),
+        register_optimizer_step_post_hook(lambda of, *_: calls.append("all post") if of is optimizer else None),
+    ]
+    with attach(ddp, optimizer=optimizer, **SMALL):
+        scheduler = optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=20)  # moves betas, too
+        for _ in range(2):  # both take what the other module's gradient is as it is
+            for module, its in ((other, optimizer), (alone, reference)):
+                its.zero_grad()
+                module(torch.ones(1, 3)).sum().backward()
+            reference.param_groups[0].update(
+                lr=optimizer.param_groups[0]["lr"], betas=optimizer.param_groups[0]["betas"]
+            )
+            loss_of(ddp, rank, 1).backward()
+            before = weights(ddp)
+            optimizer.step()
+            reference.step()
+            scheduler.step()
+            assert not any(map(torch.equal, before, weights(ddp)))
+            assert equal(weights(other), weights(alone))
+        assert calls == ["all pre", "pre", "post", "all post"] * 2
+        for each in everywhere:
+            each.remove()
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = loss_of(ddp, rank, 2)
+            value.backward()
+            return value
+
+        before = weights(ddp)
+        assert optimizer.step(closure).item() > 0
+        assert not any(map(torch.equal, before, weights(ddp)))
+        late = nn.Linear(2, 2)
+        optimizer.add_param_group({"params": late.parameters(), "lr": 0.5, "betas": (0.5, 0.5), "amsgrad": True})
+        loss_of(ddp, rank, 3).backward()
+        late(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        assert len(optimizer.state_dict()["state"]) == 4 + 2 + 2
+        optimizer.param_groups[1]["betas"] = (0.9, 0.5)
+        loss_of(ddp, rank, 3).backward()
+        before = weights(ddp)
+        with pytest.raises(CommError, match=r"group 1 \(0\.9, 0\.5\)"):
+            optimizer.step()
+        assert equal(before, weights(ddp))
+
+
+def test_around_it_all_is_as_it_was(two_ranks: Ranks) -> None:
+    two_ranks.run(run_around)
+
+
+def run_scaled(rank: int, how: dict[str, Any]) -> None:
+    """With a GradScaler it ends as without; a step that overflows changes nothing."""
+    ended = []
+    for scaled in (False, True):
+        ddp = DistributedDataParallel(net())
+        optimizer = optim.AdamW(groups_of(ddp.module), lr=1e-2, **ADAM, **how)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        with attach(ddp, optimizer=optimizer, **SMALL) as reducer:
+            for step in range(1, 5):
+                optimizer.zero_grad()
+                reducer.begin_step(step, loss_scale=scaler.get_scale() if scaled else None)
+                scaler.scale(loss_of(ddp, rank, step)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            ended.append(weights(ddp))
+            if scaled:
+                moments = copy.deepcopy(optimizer.state_dict()["state"])
+                optimizer.zero_grad()
+                reducer.begin_step(5, loss_scale=scaler.get_scale())
+                (scaler.scale(loss_of(ddp, rank, 5)) * (float("inf") if rank else 1.0)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                assert equal(ended[-1], weights(ddp))
+                after = optimizer.state_dict()["state"]
+                assert all(torch.equal(after[n][slot], moments[n][slot]) for n in moments for slot in moments[n])
+                assert scaler.get_scale() == 512.0
+    assert equal(*ended)
+
+
+@pytest.mark.parametrize("how", [{}, {"fused": True}])
+def test_with_a_scaler(two_ranks: Ranks, how: dict[str, Any]) -> None:
+    two_ranks.run(run_scaled, how)
+
+
+def run_state(rank: int) -> None:
+    """Compression is switched on in the middle, saved, loaded, and switched off; AdamW goes on with its moments."""
+    model = net()
+    ddp = DistributedDataParallel(model)
+    optimizer = optim.AdamW(groups_of(model), lr=1e-2, **ADAM)
+    for step in (1, 2):
+        optimizer.zero_grad()
+        loss_of(ddp, rank, step).backward()
+        optimizer.step()
+    plain = copy.deepcopy(optimizer.state_dict())
+    reducer = attach(ddp, optimizer=optimizer, **SMALL)
+    assert not optimizer.state  # the reducer's now
+    shown = optimizer.state_dict()
+    assert {key: sorted(value) for key, value in shown["state"].items()} == {
+        key: sorted(value) for key, value in plain["state"].items()
+    }
+    assert shown["param_groups"] == plain["param_groups"]
+    for number, state in plain["state"].items():
+        assert torch.equal(shown["state"][number]["exp_avg_sq"], state["exp_avg_sq"])
+        assert float(shown["state"][number]["step"]) == 2
+    restart(ddp, optimizer, reducer)  # before the first gradient
+    loss_of(ddp, rank, 3).backward()
+    optimizer.step()
+    reducer_state = copy.deepcopy(reducer.state_dict())
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert {float(state["step"]) for state in saved["state"].values()} == {3.0}
+    later = go_on(ddp, rank, optimizer)
+    for order in ("reducer first", "optimizer first"):
+        back(model, saved, reducer_state, optimizer, reducer, order)
+        model.load_state_dict(later[0])
+        assert equal(later[1], go_on(ddp, rank, optimizer)[1]), order
+    with pytest.raises(CommStateMismatch, match="and no exp_avg"):
+        optimizer.load_state_dict({**saved, "state": {0: {"momentum_buffer": torch.zeros(12, 12)}}})
+    wrong = {0: {slot: torch.zeros(3) for slot in ("step", "exp_avg", "exp_avg_sq")}}
+    with pytest.raises(CommStateMismatch, match="exp_avg of parameter 0 is"):
+        optimizer.load_state_dict({**saved, "state": wrong})
+    coupled = copy.deepcopy(saved)
+    coupled["param_groups"][0]["amsgrad"] = True
+    with pytest.raises(CommError, match="amsgrad = True"):
+        optimizer.load_state_dict(coupled)
+    now = copy.deepcopy(optimizer.state_dict())
+    reducer.close()
+    assert "_init_group" not in vars(optimizer)
+    assert len(optimizer.state) == 4
+    after = optimizer.state_dict()
+    assert all(torch.equal(after["state"][n][s], now["state"][n][s]) for n in now["state"] for s in now["state"][n])
+    fresh = optim.AdamW(groups_of(model), lr=1.0, **ADAM)
+    fresh.load_state_dict(now)  # what a plain AdamW takes
+    for its in (optimizer, fresh):
+        its.zero_grad()
+        loss_of(ddp, rank, 9).backward()
+        before = weights(model)
+        its.step()
+        assert not any(map(torch.equal, before, weights(model)))
+    assert {float(state["step"]) for state in optimizer.state_dict()["state"].values()} == {6.0}
+
+
+def restart(ddp: nn.Module, optimizer: optim.Optimizer, reducer: Any) -> None:
+    """What is saved before the first gradient loads again, moments included."""
+    state = copy.deepcopy(reducer.state_dict())
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    reducer.load_state_dict(state)
+    after = optimizer.state_dict()["state"]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n]["exp_avg_sq"], after[n]["exp_avg_sq"]) for n in before)
+
+
+def go_on(
+    ddp: DistributedDataParallel, rank: int, optimizer: optim.Optimizer
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    began = copy.deepcopy(ddp.module.state_dict())
+    for step in (4, 5):
+        optimizer.zero_grad()
+        loss_of(ddp, rank, step).backward()
+        optimizer.step()
+    return began, weights(ddp)
+
+
+def back(
+    model: nn.Module, saved: Any, reducer_state: Any, optimizer: optim.Optimizer, reducer: Any, order: str
+) -> None:
+    """Another rank's moments in the optimizer's state do not replace this rank's own in the reducer's."""
+    strange = copy.deepcopy(saved)
+    for state in strange["state"].values():
+        state["exp_avg_sq"].mul_(3)
+    loads: list[Callable[[], Any]] = [
+        lambda: reducer.load_state_dict(reducer_state),
+        lambda: optimizer.load_state_dict(strange),
+    ]
+    for load in loads if order == "reducer first" else reversed(loads):
+        load()
+
+
+def test_state(two_ranks: Ranks) -> None:
+    two_ranks.run(run_state)
+
+
+def run_loaded_betas(rank: int) -> None:
+    """Constants that a state dict brings count from the next gradient on, as they would in AdamW."""
+    ended = []
+    for betas in ((0.9, 0.5), (0.9, 0.99)):
+        ddp = DistributedDataParallel(net())
+        optimizer = optim.AdamW(ddp.parameters(), lr=1e-2, betas=betas)
+        with attach(ddp, optimizer=optimizer, **SMALL):
+            other = optim.AdamW(net().parameters(), lr=1e-2, betas=(0.9, 0.5))
+            optimizer.load_state_dict(other.state_dict())
+            for step in (1, 2, 3):
+                optimizer.zero_grad()
+                loss_of(ddp, rank, step).backward()
+                optimizer.step()
+            ended.append(weights(ddp))
+    assert equal(*ended)
+
+
+def test_constants_of_a_state_dict_count(two_ranks: Ranks) -> None:
+    two_ranks.run(run_loaded_betas)
+
+
+class Own(optim.AdamW):
+    """With a step of its own."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Named(optim.AdamW):
+    """That is called something else."""
+
+
+def mixed(params: Any) -> optim.Optimizer:
+    first, *rest = params
+    return optim.AdamW([{"params": [first]}, {"params": rest, "betas": (0.8, 0.9)}])
+
+
+def of_another_model(_: Any) -> optim.Optimizer:
+    return optim.AdamW(net().parameters())
+
+
+def run_refused(rank: int, make: Callable[[Any], Any], settings: dict[str, Any], said: str) -> None:
+    ddp = DistributedDataParallel(net())
+    optimizer = make(ddp.parameters())
+    with pytest.raises((CommError), match=said) as caught:
+        attach(ddp, optimizer=optimizer, **{**SMALL, **settings})
+    assert caught.value.fix
+    assert "_init_group" not in vars(optimizer)
+    attach(ddp, **{**SMALL, "target": "gradient"}).close()  # nothing is left of it
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "said"),
+    [
+        (partial(optim.AdamW, amsgrad=True), {}, "amsgrad = True"),
+        (partial(optim.AdamW, maximize=True), {}, "maximize = True"),
+        (partial(optim.Adam, weight_decay=0.1), {}, "Adam's with weight_decay = 0.1"),
+        (partial(optim.NAdam), {}, "NAdam, and only torch.optim.AdamW"),
+        (partial(optim.SGD, lr=0.1), {}, "SGD, and only"),
+        (Own, {}, "Own has a step"),
+        (mixed, {}, "groups differ"),
+        (of_another_model, {}, "none of the model's parameters"),
+        (optim.AdamW, {"target": "gradient"}, "comm.target = 'gradient'"),
+        (optim.AdamW, {"direction": Adam(beta2=0.5)}, "beta2 = 0.999 and eps = 1e-08, the direction beta2 = 0.5"),
+        (optim.AdamW, {"ranks_per_node": 2}, "ranks_per_node = 2"),
+    ],
+)
+def test_refused_by_name(two_ranks: Ranks, make: Callable[[Any], Any], settings: dict[str, Any], said: str) -> None:
+    two_ranks.run(run_refused, make, settings, said)
+
+
+def run_kept_twice(rank: int) -> None:
+    one, other = (DistributedDataParallel(net()) for _ in range(2))
+    optimizer = Named([*one.parameters(), *other.parameters()])
+    with attach(one, optimizer=optimizer, **SMALL):
+        with pytest.raises(CommError, match="another reducer has this optimizer"):
+            attach(other, optimizer=optimizer, **SMALL)
+        loss_of(one, rank, 1).backward()
+        optimizer.step()
+        loss_of(one, rank, 1).backward()
+        with pytest.raises(CommError, match="the optimizer is AdamW"):  # another one still may not
+            optim.AdamW(one.parameters()).step()
+        optimizer.param_groups[0]["decoupled_weight_decay"] = False
+        with pytest.raises(CommError, match=r"weight_decay = 0\.01"):
+            optimizer.step()
+        optimizer.param_groups[0]["decoupled_weight_decay"] = True
+        optimizer.step()
+    with attach(other, optimizer=optimizer, **SMALL):
+        loss_of(other, rank, 1).backward()
+        optimizer.step()
+
+
+def test_one_reducer_at_a_time(two_ranks: Ranks) -> None:
+    two_ranks.run(run_kept_twice)
+
+
+def run_compiled(rank: int) -> None:
+    """A step that is traced would apply this update again and again: an error, before anything is changed."""
+    ddp = DistributedDataParallel(net())
+    optimizer = optim.AdamW(ddp.parameters())
+    with attach(ddp, optimizer=optimizer, **SMALL):
+        loss_of(ddp, rank, 1).backward()
+        before = weights(ddp)
+        with pytest.raises(Exception, match=r"compile the model, not optimizer.step\(\)"):
+            torch.compile(lambda: optimizer.step(), backend="eager")()
+        assert equal(before, weights(ddp))
+        torch.compiler.reset()
+        optimizer.step()
+        assert not equal(before, weights(ddp))
+
+
+def test_compiled(two_ranks: Ranks) -> None:
+    two_ranks.run(run_compiled)
+
+
+def run_bare(rank: int) -> None:
+    """Without DDP."""
+    model = net()
+    optimizer = optim.Adam(model.parameters(), lr=1e-2)
+    with GradientReducer(model.named_parameters(), CommConfig(**SMALL), optimizer=optimizer) as reducer:
+        for step in (1, 2):
+            optimizer.zero_grad()
+            loss_of(model, rank, step).backward()
+            reducer.reduce()
+            optimizer.step()
+    assert len(optimizer.state) == 4
+
+
+def test_without_ddp(two_ranks: Ranks) -> None:
+    two_ranks.run(run_bare)
