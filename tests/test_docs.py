@@ -25,6 +25,7 @@ ELSEWHERE = {
         "tests/launch/test_exporting.py, on a free port"
     ),
     "outlast report runs/train": "tests/launch/test_any_program.py",
+    "outlast launch configs/gpt2.toml --nproc-per-node 2": "tests/trainer/test_foreign_ddp.py, smaller",
     "make train": "tests/test_first_run.py",
     "make test": "this very suite",
     "make check": "tests/test_docs.py::test_make_check_is_what_it_says and .ci/run",
