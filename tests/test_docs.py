@@ -21,7 +21,11 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 ELSEWHERE = {
     "outlast launch --nproc-per-node 2 train.py --lr 3e-4": "tests/launch/test_any_program.py, with its own script",
+    "outlast launch --nproc-per-node 2 --export.prometheus-port 9464 train.py --lr 3e-4": (
+        "tests/launch/test_exporting.py, on a free port"
+    ),
     "outlast report runs/train": "tests/launch/test_any_program.py",
+    "outlast launch configs/gpt2.toml --nproc-per-node 2": "tests/trainer/test_foreign_ddp.py, smaller",
     "make train": "tests/test_first_run.py",
     "make test": "this very suite",
     "make check": "tests/test_docs.py::test_make_check_is_what_it_says and .ci/run",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from benchmarks.gpu.harness import Settings, seconds
 from outlast.trainer import GPT
+from outlast.trainer.blocks import compile_model
 from outlast.trainer.config import ModelConfig
 
 Batch = tuple[Tensor, Tensor]
@@ -26,7 +27,7 @@ def build(settings: Settings) -> GPT:
     with settings.device:
         model = GPT(sizes(settings))
     if settings.cuda:
-        model.compile_blocks()
+        compile_model(model)
     return model
 
 

@@ -19,7 +19,8 @@ class Config(Verb):
     takes_settings: ClassVar[bool] = True
 
     action: tyro.conf.Positional[Literal["show", "validate"]]
-    """show: print all settings as TOML; validate: only check them."""
+    """show: print all settings as TOML; validate: only check them, and
+    import what factories they name."""
     config: ConfigFile
     """The TOML file. --section.key VALUE overrides any of its settings."""
     explain: bool = False
@@ -28,5 +29,11 @@ class Config(Verb):
     def run(self, overrides: Overrides) -> int:
         """Resolve the settings and print them, or that they are valid."""
         config = load_config(self.config, overrides)
+        if self.action == "validate":
+            from outlast.trainer.factories import search_beside
+            from outlast.trainer.parts import check_factories
+
+            search_beside(self.config)
+            check_factories(config)
         sys.stdout.write(to_toml(config, explain=self.explain) if self.action == "show" else f"{self.config}: valid\n")
         return 0

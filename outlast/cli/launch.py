@@ -39,6 +39,7 @@ class Launch(TrainingVerb):
             command=(sys.executable, "-m", "outlast.trainer", str(self.config), *override_arguments(overrides)),
             run_dir=run_path(config),
             config=config.launch,
+            export=config.export,
             flags=self.flags,
             obeys_notice=True,
         )

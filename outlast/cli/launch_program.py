@@ -39,7 +39,7 @@ class LaunchProgram(Verb):
     run_dir: Path | None = None
     """Where attempts, events, logs and the report go; by default runs/NAME, with the script's or module's name."""
     config: Path | None = None
-    """A TOML file with sections [launch] and [diagnostics]; --launch.key VALUE overrides a setting."""
+    """A TOML file with sections [launch], [export] and [diagnostics]; --launch.key VALUE overrides a setting."""
     dry_run: bool = False
     """Print what would run, and run nothing."""
     flags: Annotated[LaunchFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=LaunchFlags)
@@ -63,6 +63,7 @@ class LaunchProgram(Verb):
             run_dir=(self.run_dir or Path("runs") / self.program.name).absolute(),
             config=settings,
             flags=self.flags,
+            export=config.export,
             is_program=True,
         )
         if self.dry_run:
@@ -102,6 +103,8 @@ def split_program(
     queue = list(arguments)
     while queue:
         word = queue.pop(0)
+        if word == "-":
+            raise ConfigError("standard input cannot be the script: each rank reads it", "write it into a file")
         if word == "--":
             if not queue:
                 break

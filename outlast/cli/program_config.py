@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from outlast.diagnostics.config import DiagnosticsConfig
+from outlast.diagnostics.export.config import ExportConfig
 from outlast.launch.config import LaunchConfig
 
 
@@ -14,4 +15,5 @@ class ProgramConfig:
     """The settings that apply to any program; sections of a TOML file."""
 
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
+    export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
     diagnostics: DiagnosticsConfig = dataclasses.field(default_factory=DiagnosticsConfig)

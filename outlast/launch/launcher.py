@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from outlast.errors import ConfigError, LaunchError, RunDirectoryError
 from outlast.events import EventLog
+from outlast.launch.attempt import steps_taken
+from outlast.launch.exporting import start_exporting
 from outlast.launch.failures import RESUME_STATUS, first_line, ranks_failed
 from outlast.launch.flags import DEFAULT_PORT
 from outlast.launch.notice import NOTICE_FILE
@@ -69,6 +71,7 @@ def launch(spec: LaunchSpec) -> None:
         LaunchError: the rendezvous failed, or its store was lost.
         RunDirectoryError: the run's directory cannot be created.
         ConfigError: the flags contradict one another.
+        MissingDependency, PortInUse: see ``spec.export``.
     """
     if threading.current_thread() is not threading.main_thread():
         raise LaunchError("launch() was called outside the main thread", "call it from the main thread")
@@ -91,8 +94,10 @@ def launch(spec: LaunchSpec) -> None:
             f"run directory {spec.run_dir} cannot be created: {error.strerror}", "choose another run.dir"
         ) from error
     _check_port(rendezvous)
+    agent = events_dir / f"agent_{host}.jsonl"
     with (
-        EventLog(events_dir / f"agent_{host}.jsonl", rank=-1) as events,
+        start_exporting(spec.export, spec.run_dir, agent, steps_done=steps_taken(spec.run_dir)),
+        EventLog(agent, rank=-1) as events,
         _environment(worker_environment(spec, ranks, rendezvous)),
     ):
         _run_agent(spec, rendezvous, ranks, options, host, events)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from outlast.config import require
+from outlast.diagnostics.export.config import ExportConfig
 from outlast.launch.config import LaunchConfig
 from outlast.launch.flags import LaunchFlags
 
@@ -24,6 +25,8 @@ class LaunchSpec:
     """Restarts and hang detection."""
     flags: LaunchFlags = field(default_factory=LaunchFlags)
     """How many ranks, and where they meet."""
+    export: ExportConfig | None = None
+    """To whom metrics of this node go; None exports none."""
     is_program: bool = False
     """Whether the command is somebody's program, so that the launcher, not the trainer, numbers its attempts and takes
     the run's directory."""

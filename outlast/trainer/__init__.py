@@ -7,9 +7,9 @@ environment.
 from outlast.trainer.config import Config as Config
 from outlast.trainer.data import Corpus as Corpus
 from outlast.trainer.data import Loader as Loader
-from outlast.trainer.engine import DDPEngine as DDPEngine
-from outlast.trainer.engine import Engine as Engine
-from outlast.trainer.engine import EngineState as EngineState
+from outlast.trainer.engines.base import Engine as Engine
+from outlast.trainer.engines.base import EngineState as EngineState
+from outlast.trainer.engines.ddp import DDPEngine as DDPEngine
 from outlast.trainer.loop import train as train
 from outlast.trainer.main import run_rank as run_rank
 from outlast.trainer.model import GPT as GPT

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from outlast.checkpoint.config import CheckpointConfig
 from outlast.comm.config import UPDATE_BETA1, UPDATE_CLIP_RMS, CommConfig
 from outlast.config import require
+from outlast.config_tables import Table
 from outlast.diagnostics.config import DiagnosticsConfig
+from outlast.diagnostics.export.config import ExportConfig
 from outlast.launch.config import LaunchConfig
+
+
+def _require_default(config: Any, section: str, keys: tuple[str, ...], factory: str, instead: str) -> None:
+    """Settings that a factory leaves no place for must not be set."""
+    defaults = {one.name: one.default for one in fields(config)}
+    for key in keys:
+        value = getattr(config, key)
+        require(value == defaults[key], f"{section}.{key}", value, f"not set, with {section}.{factory}: {instead}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +59,19 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """``[model]``: a byte-level GPT."""
+    """``[model]``: a GPT, or what a factory makes."""
 
+    factory: str | None = None
+    """``package.module:name`` of a function or class that makes the model, called with ``[model.arguments]``; none:
+    the built-in GPT. Looked for in the current folder and in that of the config file, too."""
+    arguments: Table = field(default_factory=dict)
+    """The factory's arguments, by name. A table with the key ``factory``, and ``arguments`` or not, is itself made so:
+    ``config = {factory = "transformers:GPT2Config", arguments = {n_layer = 2}}``."""
+    loss: str | None = None
+    """``package.module:name`` of a class, made once with ``[model.loss_arguments]``, or of a function, to which the
+    model's output and the target are passed. None: the model returns a loss, or an output that has one."""
+    loss_arguments: Table = field(default_factory=dict)
+    """The arguments of ``loss``, by name."""
     layers: int = 6
     """Transformer blocks."""
     heads: int = 6
@@ -58,10 +79,19 @@ class ModelConfig:
     width: int = 384
     """Width of the residual stream."""
     context: int = 256
-    """Tokens (bytes) per sequence."""
+    """Tokens per sequence of ``data.files``, whatever the model."""
+    vocabulary: int = 256
+    """How many different tokens there are; 256 are all bytes."""
 
     def __post_init__(self) -> None:
-        for key in ("layers", "heads", "width", "context"):
+        if self.factory is not None:
+            own = ("layers", "heads", "width", "vocabulary")
+            _require_default(self, "model", own, "factory", "sizes are arguments of the factory")
+        require(self.factory is not None or not self.arguments, "model.factory", None, "set, with [model.arguments]")
+        needs = "set, with model.loss: the built-in GPT computes its own loss"
+        require(self.loss is None or self.factory is not None, "model.factory", None, needs)
+        require(self.loss is not None or not self.loss_arguments, "model.loss", None, "set, with model.loss_arguments")
+        for key in ("layers", "heads", "width", "context", "vocabulary"):
             require(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "1 or more")
         require(self.width % self.heads == 0, "model.heads", self.heads, f"a divisor of model.width = {self.width}")
 
@@ -78,6 +108,9 @@ class DataConfig:
     """Share of the files that are held out for evaluation, chosen by a hash of their names."""
     batch_size: int = 8
     """Sequences per rank and micro-batch."""
+    form: Literal["pair", "transformers"] = "pair"
+    """How a batch of ``files`` reaches the model. ``pair``: ``model(tokens, targets)``, targets one token ahead.
+    ``transformers``: ``model(input_ids=tokens, labels=tokens)``, where the model itself looks one token ahead."""
 
     def __post_init__(self) -> None:
         require(len(self.files) > 0, "data.files", self.files, "at least one file or glob")
@@ -87,8 +120,18 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """``[optim]``: AdamW with linear warm-up and cosine decay."""
+    """``[optim]``: AdamW with linear warm-up and cosine decay, or what factories make."""
 
+    factory: str | None = None
+    """``package.module:name`` of a function or class that makes the optimizer, called with the list of parameters,
+    ``lr`` and ``[optim.arguments]``; ``model`` is passed too if it has an argument of that name. None: AdamW."""
+    arguments: Table = field(default_factory=dict)
+    """The factory's arguments, by name."""
+    scheduler: str | None = None
+    """``package.module:name`` of a function or class that makes a scheduler, stepped after each update; called with the
+    optimizer and ``[optim.scheduler_arguments]``; ``steps`` is passed too if it has an argument of that name."""
+    scheduler_arguments: Table = field(default_factory=dict)
+    """The scheduler's arguments, by name."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr_share: float = 0.1
@@ -112,6 +155,15 @@ class OptimConfig:
     rate; 0 clips nothing."""
 
     def __post_init__(self) -> None:
+        if self.factory is not None:
+            instead = "write it under [optim.arguments], if it takes it"
+            _require_default(self, "optim", ("weight_decay", "beta1", "beta2", "eps"), "factory", instead)
+        require(self.factory is not None or not self.arguments, "optim.factory", None, "set, with [optim.arguments]")
+        if self.scheduler is not None:
+            instead = "the schedule is the scheduler's"
+            _require_default(self, "optim", ("warmup_steps", "min_lr_share"), "scheduler", instead)
+        alone = self.scheduler is None and bool(self.scheduler_arguments)
+        require(not alone, "optim.scheduler", None, "set, with [optim.scheduler_arguments]")
         require(self.lr > 0, "optim.lr", self.lr, "lr > 0")
         require(0 <= self.min_lr_share <= 1, "optim.min_lr_share", self.min_lr_share, "0 <= share <= 1")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "0 or more")
@@ -196,6 +248,8 @@ class Config:
     """Checkpoints."""
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     """Recording and reports."""
+    export: ExportConfig = field(default_factory=ExportConfig)
+    """Metrics for Prometheus and others, under ``outlast launch``."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """Restarts and hang detection, under ``outlast launch``."""
 
@@ -206,6 +260,11 @@ class Config:
         if self.comm.target == "update":
             rule = 'not set, or 0, with comm.target = "update", where there are no averaged gradients to clip'
             require(not self.optim.clip_norm, "optim.clip_norm", self.optim.clip_norm, rule)
+            rule = 'not set with comm.target = "update", whose optimizer is Adam; with comm.target = "gradient", any'
+            require(self.optim.factory is None, "optim.factory", self.optim.factory, rule)
+        if self.model.factory is None:
+            rule = 'pair, for the built-in GPT; "transformers" is for a model.factory'
+            require(self.data.form == "pair", "data.form", self.data.form, rule)
 
     @property
     def beta1(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from outlast.events import RunEnded, StepDone
+from outlast.trainer.batches import size_of
 from outlast.trainer.run import Run
 from outlast.trainer.step_timer import StepTimer
 
@@ -23,11 +24,12 @@ def train(run: Run) -> None:
         with timer("data"):
             batches = run.batches(step)
 
-        loss, reduced = run.engine.forward_backward(step, batches)  # gradients are exchanged while backward runs
+        loss = run.engine.forward_backward(step, batches)  # gradients are exchanged while backward runs
         run.ask_notice()  # answered after the update
         with timer("checkpoint"):
             run.wait_copied(step)  # the update changes what the last snapshot may still be copying
         update = run.engine.update(step)
+        reduced = update.reduced
         run.answer_notice()
         with timer("checkpoint"):
             if run.checkpoint_due(step):
@@ -39,7 +41,7 @@ def train(run: Run) -> None:
             grad_norm=update.grad_norm,
             update_norm=update.update_norm,
             lr=update.lr,
-            tokens=sum(tokens.numel() for tokens, _ in batches),
+            tokens=sum(map(size_of, batches)),
             step_s=timer.elapsed_s,
             data_s=timer.seconds["data"],
             comm_s=reduced.exposed_s,

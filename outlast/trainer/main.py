@@ -5,46 +5,33 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import socket
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from outlast.checkpoint import Checkpointer
 from outlast.checkpoint.ownership import Lease
-from outlast.comm import Choice
 from outlast.config import Overrides, load, split_overrides
 from outlast.diagnostics import (
-    Heartbeat,
-    Recorder,
     build_report,
-)
-from outlast.diagnostics.live import (
-    heartbeat_path,
-    ring_path,
-    shm_directory,
 )
 from outlast.diagnostics.report.html_file import write_html
 from outlast.errors import (
     ConfigError,
-    DataError,
     DiagnosticsError,
     EndedEarly,
     NotDurable,
     OutlastError,
     RunDirectoryError,
 )
-from outlast.events import CommChosen, Event, EventLog, RunEnded, RunStarted
+from outlast.events import RunEnded
 from outlast.launch import (
     Notice,
     Place,
@@ -58,16 +45,12 @@ from outlast.launch.failures import (
 )
 from outlast.launch.place import Single
 from outlast.session import process_group
-from outlast.session.checkpoint_schedule import CheckpointSchedule
-from outlast.session.failure_history import FailureHistory, read_failure_history
 from outlast.trainer import logs
+from outlast.trainer.build import build_run, restore
 from outlast.trainer.config import Config
-from outlast.trainer.data import Corpus, Loader, find_files, split_held_out
-from outlast.trainer.engine import build_engine
+from outlast.trainer.factories import search_beside
 from outlast.trainer.loop import train
-from outlast.trainer.model import GPT
-from outlast.trainer.progress import Progress
-from outlast.trainer.rng import seed_all
+from outlast.trainer.parts import check_factories
 from outlast.trainer.run import Run
 from outlast.trainer.run_directory import begin_attempt, run_lease, run_path
 from outlast.trainer.summary import render_summary
@@ -93,7 +76,9 @@ def start_rank(file: Path, overrides: Overrides) -> int:
     """
     get_error_handler().initialize()
     try:
-        done = run_rank(load(Config, file, overrides=overrides), find_place())
+        config = load(Config, file, overrides=overrides)
+        search_beside(file)
+        done = run_rank(config, find_place())
     except Exception as error:
         return _report_failure(error)
     return 0 if done else RESUME_STATUS
@@ -127,6 +112,7 @@ def run_rank(config: Config, place: Place) -> bool:
         stack.callback(logs.shut_down)
         notice = stack.enter_context(Notice(config.launch.notice_grace_s))
         _tell_left_over(place)
+        check_factories(config)
         trainer = config.trainer
         if trainer.deterministic:
             process_group.make_deterministic()
@@ -144,8 +130,8 @@ def run_rank(config: Config, place: Place) -> bool:
         logs.set_up_file(attempt.log_path(place.rank), place.rank, stacks=WATCHED in os.environ)
         run = None
         try:
-            run = _build_run(config, place, device, attempt, epoch, notice, stack)
-            _restore(run, device, resume)
+            run = build_run(config, place, device, attempt, epoch, notice, stack)
+            restore(run, device, resume)
             run.ending = notice.came(device=device)
             train(run)
         except Exception as error:
@@ -222,145 +208,6 @@ def _claim_attempt(config: Config, device: torch.device, lease: Lease, *, resumi
     attempt = Attempt(run_path(config), number)
     attempt.make_folders()
     return attempt, epoch
-
-
-def _build_run(
-    config: Config,
-    place: Place,
-    device: torch.device,
-    attempt: Attempt,
-    epoch: str,
-    notice: Notice,
-    stack: ExitStack,
-) -> Run:
-    """Build every part; ``stack`` closes those that hold resources."""
-    shm = shm_directory(attempt.run)
-    events = stack.enter_context(
-        EventLog(attempt.events_path(place.rank), rank=place.rank, generation=place.generation)
-    )
-    heartbeat = Heartbeat(heartbeat_path(shm, place.rank), rank=place.rank)
-    stack.callback(heartbeat.close)
-    heartbeat.beat("setup", 0)
-    recorder = Recorder(ring_path(shm, place.rank), rank=place.rank, capacity=config.diagnostics.ring_capacity)
-    stack.callback(recorder.close)
-
-    training, held_out = (Corpus(part) for part in split_held_out(find_files(config.data), config.data.held_out_share))
-    if not process_group.all_equal(device, int(training.fingerprint[:15], 16)):
-        raise DataError(
-            f"the training text of rank {place.rank} differs from its peers' ({len(training.files)} files, "
-            f"{len(training)} bytes, fingerprint {training.fingerprint})",
-            "make sure every node has the same files",
-        )
-    seed_all(config.run.seed, place.rank)
-    model = GPT(config.model, seed=config.run.seed).to(device)
-    if config.trainer.compile:
-        model.compile_blocks()
-    engine = build_engine(
-        model, config, device, observer=recorder, on_choice=lambda choice: _log_choice(choice, events)
-    )
-    stack.callback(engine.close)
-    auto = config.checkpoint.every_steps == "auto" and place.rank == 0
-    history = read_failure_history(attempt) if auto else FailureHistory()
-    schedule = CheckpointSchedule(config.checkpoint, place, device, history, recorder, events)
-
-    def emit(event: Event) -> None:
-        events.write(event)
-        schedule.on_event(event)
-
-    url = config.checkpoint.url if config.checkpoint.url is not None else str(attempt.run / "checkpoints")
-    checkpointer = stack.enter_context(
-        Checkpointer(
-            url,
-            config.checkpoint,
-            rank=place.rank,
-            world_size=place.world_size,
-            attempt_id=epoch,
-            group=dist.group.WORLD,
-            on_event=emit,
-        )
-    )
-    checkpointer.claim()
-    checkpointer.watch(model)
-    order: dict[str, Any] = {
-        "context": config.model.context,
-        "batch_size": config.data.batch_size,
-        "seed": config.run.seed,
-        "rank": place.rank,
-        "world_size": place.world_size,
-    }
-    return Run(
-        config=config,
-        place=place,
-        attempt=attempt,
-        engine=engine,
-        loader=Loader(training, accumulate=config.trainer.accumulate, **order),
-        held_out=Loader(held_out, accumulate=1, **order),
-        checkpointer=checkpointer,
-        schedule=schedule,
-        recorder=recorder,
-        heartbeat=heartbeat,
-        events=events,
-        notice=notice,
-        device=device,
-        progress=Progress(
-            every_steps=config.trainer.log_every_steps,
-            last_step=config.trainer.steps,
-            world_size=place.world_size,
-            flops_per_token=model.flops_per_token(),
-            peak_tflops=config.trainer.peak_tflops,
-            quiet=place.rank != 0,
-        ),
-    )
-
-
-def _restore(run: Run, device: torch.device, resume: str) -> None:
-    """Restore a checkpoint if asked to, and announce the start."""
-    start_s = time.perf_counter()
-    restored = run.restore(resume) if resume != "never" else None
-    begun = run.begin_from() if restored is None and run.config.run.start_from is not None else None
-    parameters = sum(p.numel() for p in run.engine.model.parameters() if p.requires_grad)
-    comm = run.config.comm.describe()
-    run.events.write(
-        RunStarted(
-            attempt=run.attempt.number,
-            world_size=run.place.world_size,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            device=str(device),
-            first_step=run.first_step,
-            last_step=run.last_step,
-            parameters=parameters,
-            comm=comm,
-        )
-    )
-    if run.place.rank == 0:
-        _LOG.info(
-            "%s: attempt %d, %d ranks (%s) on %s",
-            run.attempt.run,
-            run.attempt.number,
-            run.place.world_size,
-            run.place.source,
-            device,
-        )
-        _LOG.info(
-            "model: %.1f M parameters; text: %.1f MB in %d files; gradients: %s",
-            parameters / 1e6,
-            len(run.loader.corpus) / 1e6,
-            len(run.loader.corpus.files),
-            comm,
-        )
-        if restored is not None:
-            _LOG.info("restored step %d in %.2f s", restored.step, time.perf_counter() - start_s)
-        if begun is not None:
-            _LOG.info("begins with the parameters of step %d of %s", begun.step, run.config.run.start_from)
-            for mismatch in begun.not_taken:
-                _LOG.info("not taken: %s", mismatch)
-
-
-def _log_choice(choice: Choice, events: EventLog) -> None:
-    """Record what ``comm.compressor = "auto"`` resolved to."""
-    events.write(CommChosen(comm=choice.config.describe(), why=choice.why))
-    _LOG.info("comm.compressor = auto: %s", choice.why)
 
 
 def _remove_shared_memory(run: Run) -> None:

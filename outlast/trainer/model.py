@@ -1,4 +1,4 @@
-"""A byte-level GPT: pre-norm blocks, causal attention, untied head, no biases.
+"""A GPT, of bytes by default: pre-norm blocks, causal attention, untied head, no biases.
 
 Shapes are written as ``B`` sequences, ``T`` tokens, ``C`` width, ``H`` heads, ``V`` vocabulary.
 GPT-2 (Radford et al. 2019) with the pre-norm placement of arXiv:2002.04745. It has no biases, no dropout,
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from outlast.trainer.config import ModelConfig
 
-VOCABULARY = 256  # the values of a byte
+VOCABULARY = 256  # the values of a byte, and the default of ``model.vocabulary``
 
 
 class Attention(nn.Module):
@@ -55,10 +55,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Predicts the next byte.
+    """Predicts the next token.
 
     Args:
-        config: sizes; 12·layers·width² + (2·256 + context)·width parameters, and the norms'.
+        config: sizes; 12·layers·width² + (2·vocabulary + context)·width parameters, and the norms'.
         seed: seeds the initial weights; PyTorch's global generator is neither used nor changed.
     """
 
@@ -67,11 +67,11 @@ class GPT(nn.Module):
         self.config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.token = nn.Embedding(VOCABULARY, config.width)  # weight (V, C)
+            self.token = nn.Embedding(config.vocabulary, config.width)  # weight (V, C)
             self.position = nn.Embedding(config.context, config.width)  # weight (T, C)
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
             self.norm = nn.LayerNorm(config.width, bias=False)  # weight (C,)
-            self.head = nn.Linear(config.width, VOCABULARY, bias=False)  # weight (V, C)
+            self.head = nn.Linear(config.width, config.vocabulary, bias=False)  # weight (V, C)
             self._initialise()
 
     def _initialise(self) -> None:
@@ -83,11 +83,11 @@ class GPT(nn.Module):
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per byte.
+        """Mean cross-entropy in nats per token.
 
         Args:
-            tokens: (B, T) int64, values below 256, T at most the context.
-            targets: (B, T) int64, the byte that follows each token.
+            tokens: (B, T) int64, values below the vocabulary's size, T at most the context.
+            targets: (B, T) int64, the token that follows each token.
 
         Returns:
             A scalar.
@@ -97,13 +97,6 @@ class GPT(nn.Module):
             x = block(x)
         logits = self.head(self.norm(x))  # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-    def compile_blocks(self) -> None:
-        """``torch.compile`` each block, in place. One compilation serves them all; parameters keep their names."""
-        # Else compiled graphs are cut where buckets of gradients end. A block is small enough to be one.
-        torch._dynamo.config.optimize_ddp = False
-        for block in self.blocks:
-            block.compile()
 
     def flops_per_token(self) -> float:
         """FLOPs of forward and backward per token: 6N + 12·layers·context·width (arXiv:2204.02311, appendix B)."""

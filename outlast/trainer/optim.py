@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from outlast.errors import StateMismatch
 from outlast.trainer.config import OptimConfig
 
 
@@ -43,7 +44,11 @@ def lr_share(index: int, config: OptimConfig, steps: int) -> float:
 
 def build_scheduler(optimizer: Optimizer, config: OptimConfig, steps: int) -> LambdaLR:
     """:func:`lr_share` as a scheduler that is stepped after each update."""
-    return LambdaLR(optimizer, lambda index: lr_share(index, config, steps))
+    return _OwnSchedule(optimizer, lambda index: lr_share(index, config, steps))
+
+
+class _OwnSchedule(LambdaLR):
+    """Tells our own schedule from a LambdaLR of the user's."""
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
@@ -60,8 +65,38 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, saved: dict[str
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def load_scheduler_state(scheduler: LambdaLR, saved: dict[str, Any]) -> None:
-    """Take the number of steps from a scheduler's ``state_dict``; peak and shape are those of the running schedule."""
+def scheduler_state(scheduler: LRScheduler) -> dict[str, Any]:
+    """A schedule's ``state_dict``; of one that is not ours also what it has set in the optimizer's groups."""
+    state = dict(scheduler.state_dict())
+    if not isinstance(scheduler, _OwnSchedule):
+        groups = scheduler.optimizer.param_groups
+        state["groups"] = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    return state
+
+
+def load_scheduler_state(scheduler: LRScheduler, saved: dict[str, Any]) -> None:
+    """Load :func:`scheduler_state`. Of our own schedule the number of steps is taken: peak and shape are those of the
+    running one.
+
+    Raises:
+        StateMismatch: a schedule of another kind was saved.
+    """
+    if isinstance(scheduler, _OwnSchedule):
+        _load_own(scheduler, saved)
+        return
+    groups = scheduler.optimizer.param_groups
+    if len(saved.get("groups", ())) != len(groups):
+        raise StateMismatch(
+            f"the checkpoint has no state of a schedule like optim.scheduler for {len(groups)} groups of parameters",
+            "resume with the schedule that was saved, or begin a new run with run.start_from",
+        )
+    scheduler.load_state_dict({key: value for key, value in saved.items() if key != "groups"})
+    for group, values in zip(groups, saved["groups"], strict=True):
+        for key, value in values.items():  # a tuple comes back from a checkpoint as a list
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+
+
+def _load_own(scheduler: LambdaLR, saved: dict[str, Any]) -> None:
     steps = int(saved["last_epoch"])
     rates = [base * share(steps) for base, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     scheduler.last_epoch = steps

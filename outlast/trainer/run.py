@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from outlast.checkpoint import Checkpointer, Restored, load
 from outlast.checkpoint.rng import load_rng_state, rng_state
@@ -20,9 +19,10 @@ from outlast.events import EvalDone, EventLog, StepDone
 from outlast.launch import Notice, Place
 from outlast.launch.attempt import Attempt
 from outlast.session.checkpoint_schedule import CheckpointSchedule
+from outlast.trainer.batches import Batch, in_form
 from outlast.trainer.config import Config
 from outlast.trainer.data import Loader
-from outlast.trainer.engine import Engine
+from outlast.trainer.engines.base import Engine
 from outlast.trainer.progress import Progress
 from outlast.trainer.saved_settings import changed_settings, saved_settings
 
@@ -110,22 +110,22 @@ class Run:
         if self.place.rank == 0:
             _LOG.info("step %d: held-out loss %.4f", step, loss)
 
-    def _held_out_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _held_out_batches(self, step: int) -> Iterator[Batch]:
         """Each batch is a sign of life, so that a long evaluation is no hang. After a notice there are no more."""
         self.heartbeat.beat("eval", step)
         for number in range(self.config.trainer.eval_batches):
             for pair in self.held_out.batches(number + 1):
                 self.ask_notice()
-                yield pair
+                yield in_form(pair, self.config.data.form)
                 self.heartbeat.beat("eval", step)
                 self.answer_notice()
                 if self.ending:
                     return
 
-    def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+    def batches(self, step: int) -> list[Batch]:
         """The micro-batches of ``step``; waiting for them is a phase of its own."""
         self.heartbeat.beat("data", step)
-        batches = self.loader.batches(step)
+        batches = [in_form(pair, self.config.data.form) for pair in self.loader.batches(step)]
         self.heartbeat.beat("step", step)
         return batches
 
@@ -211,7 +211,12 @@ class Run:
         Raises:
             CheckpointError, DataError: see :meth:`Checkpointer.restore` and :meth:`Loader.resumed_from`.
         """
-        restored = self.checkpointer.restore("auto" if resume == "auto" else int(resume), any_world_size=True)
+        restored = self.checkpointer.restore(
+            "auto" if resume == "auto" else int(resume),
+            like=self.engine.like(),
+            any_world_size=True,
+            strict=("model",) if self.engine.like() is not None else True,
+        )
         if restored is None:
             return None
         if restored.step > self.last_step:

@@ -21,8 +21,18 @@ def saved_settings(config: Config) -> dict[str, Any]:
         part = getattr(config, section)
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
-            settings[f"{section}.{field.name}"] = list(value) if isinstance(value, tuple) else value
+            settings[f"{section}.{field.name}"] = _saved(value)
     return settings
+
+
+def _saved(value: Any) -> Any:
+    if isinstance(value, Mapping):  # in one order, however the sources gave it
+        return to_toml_value(_sorted(value))
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _sorted(value: Any) -> Any:
+    return {key: _sorted(value[key]) for key in sorted(value)} if isinstance(value, Mapping) else value
 
 
 def changed_settings(saved: Mapping[str, Any], config: Config, step: int) -> list[str]:
@@ -36,7 +46,7 @@ def changed_settings(saved: Mapping[str, Any], config: Config, step: int) -> lis
     """
     now = saved_settings(config)
     differing = [name for name in now if name in saved and saved[name] != now[name]]
-    lines = {name: f"{name}: {_text(saved[name])} -> {_text(now[name])}" for name in differing}
+    lines = {name: f"{name}: {_text(name, saved)} -> {_text(name, now)}" for name in differing}
     fixed = [name for name in differing if name == "run.seed" or name.startswith("model.")]
     if "optim.beta1" in differing and config.comm.target == "update" and saved.get("comm.target") == "update":
         # Without a first moment the direction's state has no slot for one.
@@ -50,5 +60,8 @@ def changed_settings(saved: Mapping[str, Any], config: Config, step: int) -> lis
     return list(lines.values())
 
 
-def _text(value: Any) -> str:
+def _text(name: str, settings: Mapping[str, Any]) -> str:
+    value = settings[name]
+    if name.endswith("arguments"):  # saved as TOML
+        return str(value)
     return "not set" if value is None else to_toml_value(value)

@@ -36,11 +36,23 @@ def test_every_change_is_told_with_both_values() -> None:
     ]
 
 
-@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(ModelConfig)])
+@pytest.mark.parametrize("key", ["layers", "heads", "width", "context", "vocabulary"])
 def test_the_model_may_not_change(key: str) -> None:
     now = Config(model=dataclasses.replace(ModelConfig(heads=2), **{key: 12}))
     with pytest.raises(StateMismatch, match=rf"step 7 .* model\.{key}: \d+ -> 12"):
         changed_settings(saved(Config(model=ModelConfig(heads=2))), now, 7)
+
+
+def test_the_factory_of_the_model_may_not_change() -> None:
+    def made(**settings: Any) -> Config:
+        return Config(model=ModelConfig(factory="a:b", **settings))
+
+    before = saved(made(arguments={"depth": 2, "width": 3}))
+    assert changed_settings(before, made(arguments={"width": 3, "depth": 2}), 7) == []
+    with pytest.raises(StateMismatch, match=r"model\.arguments: \{depth = 2, width = 3\} -> \{depth = 2, width = 4\}"):
+        changed_settings(before, made(arguments={"width": 4, "depth": 2}), 7)
+    with pytest.raises(StateMismatch, match=r'model\.factory: "a:b" -> not set'):
+        changed_settings(before, Config(), 7)
 
 
 def test_a_first_moment_may_not_appear_among_updates() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import tomllib
 from pathlib import Path
@@ -13,12 +12,14 @@ import numpy.typing as npt
 
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.report.failures import Beginning, with_failures
+from outlast.diagnostics.report.goodput import goodput_of
 from outlast.diagnostics.report.incidents import find_incidents, restarts_of
 from outlast.diagnostics.report.load import Floats, Loaded, Steps, last_executions, load
 from outlast.diagnostics.report.model import (
     CheckpointRow,
     Checkpoints,
     Facts,
+    GoodputSplit,
     Lateness,
     LossCurve,
     Report,
@@ -60,7 +61,8 @@ def build_report(run_dir: Path | str, config: DiagnosticsConfig | None = None) -
     hosts = {where: str(record.fields.get("host", UNKNOWN_HOST)) for where, record in begun.items()}
     began_t = _first_t(loaded)
     starts = _starts(loaded, hosts, begun, began_t)
-    facts = _facts(loaded, steps, starts, begun, began_t)
+    goodput = goodput_of(loaded)
+    facts = _facts(loaded, steps, starts, begun, began_t, goodput.wall_s)
     rows = rank_stragglers(steps, hosts, config)
     phases = find_phases(steps, hosts, rows, config)
     beginnings = [Beginning(where=(one.attempt, one.generation), launched_s=one.launched_s) for one in starts]
@@ -74,6 +76,7 @@ def build_report(run_dir: Path | str, config: DiagnosticsConfig | None = None) -
         facts=facts,
         loss=_loss(loaded, steps),
         split=_split(steps),
+        goodput=GoodputSplit(wall_s=goodput.wall_s, **{f"{cause}_s": s for cause, s in goodput.seconds.items()}),
         traffic=_traffic(steps),
         checkpoints=_checkpoints(loaded, steps),
         incidents=tuple(sorted((*found, *slow), key=lambda one: one.at_s)),
@@ -139,7 +142,9 @@ def _starts(loaded: Loaded, hosts: Hosts, begun: Begun, began_t: float) -> tuple
     return tuple(starts)
 
 
-def _facts(loaded: Loaded, steps: Steps, starts: tuple[Start, ...], begun: Begun, began_t: float) -> Facts:
+def _facts(
+    loaded: Loaded, steps: Steps, starts: tuple[Start, ...], begun: Begun, began_t: float, wall_s: float
+) -> Facts:
     newest = begun[max(begun)].fields if begun else {}
     last = starts[-1] if starts else None
     ended = {
@@ -168,21 +173,11 @@ def _facts(loaded: Loaded, steps: Steps, starts: tuple[Start, ...], begun: Begun
         steps_redone=steps.redone,
         finished=last is not None and len(ended) == last.world_size and all(ended.values()),
         began_t=began_t,
-        wall_s=_wall_s(loaded, starts, began_t),
+        wall_s=wall_s,
         useful_s=float(step_s.sum()),
         tokens=int(np.nansum(steps.values.get("tokens", np.empty(0)))),
         median_step_s=float(np.median(step_s)) if len(step_s) else 0.0,
     )
-
-
-def _wall_s(loaded: Loaded, starts: tuple[Start, ...], began_t: float) -> float:
-    """From the first to the last event, without the pauses before starts by hand."""
-    ends = [span[1] for span in loaded.spans.values()] + [record.t for _, record in loaded.others[-1:]]
-    paused = 0.0
-    for before, after in itertools.pairwise(starts):
-        if after.generation == 0:
-            paused += max(0.0, after.launched_s - before.ended_s)
-    return max(ends) - began_t - paused
 
 
 def _mean(steps: Steps, name: str) -> Floats:

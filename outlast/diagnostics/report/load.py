@@ -35,7 +35,8 @@ UNTOLD: dict[str, float] = {"loss": np.nan, "lr": np.nan} | dict.fromkeys(
     ("tokens", "data_s", "comm_s", "checkpoint_s", "codec_s", "wire_bytes", "dense_bytes"), 0.0
 )
 """Columns of a step of a program that tells nothing of itself."""
-_COLUMNS = ("attempt", "generation", "rank", "step", "t", *STEP_FIELDS, *OPTIONAL_FIELDS)
+COLUMNS = ("attempt", "generation", "rank", "step", "t", *STEP_FIELDS, *OPTIONAL_FIELDS)
+"""Of :attr:`Loaded.rows`."""
 
 
 @dataclass(slots=True)
@@ -43,7 +44,7 @@ class Loaded:
     """The events of a run: steps as one table, everything else as records."""
 
     rows: Floats
-    """[n, len(_COLUMNS)]: attempt, generation, rank, step, t, then the fields; in the order they were read."""
+    """[n, len(COLUMNS)]: attempt, generation, rank, step, t, then the fields; in the order they were read."""
     others: list[tuple[int, Record]]
     """(attempt, record) of all other events, oldest first; attempt 0 for the launchers' events."""
     missing: list[str]
@@ -85,10 +86,10 @@ def load(run_dir: Path) -> Loaded:
             f"{run_dir} contains no events", "give the directory of a run; its events are in attempts/NNNN/events/"
         )
     table = array("d")
-    loaded = Loaded(np.empty((0, len(_COLUMNS))), [], [], {})
+    loaded = Loaded(np.empty((0, len(COLUMNS))), [], [], {})
     for attempt, path in [*files, *((0, path) for path in launchers)]:
         _read(path, attempt, table, loaded, path.relative_to(run_dir))
-    loaded.rows = np.frombuffer(table, dtype=np.float64).reshape(-1, len(_COLUMNS)) if table else loaded.rows
+    loaded.rows = np.frombuffer(table, dtype=np.float64).reshape(-1, len(COLUMNS)) if table else loaded.rows
     loaded.others.sort(key=lambda item: item[1].t)
     _note_absent(loaded, files)
     return loaded
@@ -116,12 +117,8 @@ def _read(path: Path, attempt: int, table: array[float], loaded: Loaded, name: P
             continue
         times.append(record.t)
         if record.kind in (StepDone.kind, ProgramStep.kind):
-            untold = UNTOLD if record.kind == ProgramStep.kind else {}
             try:
-                told = [(untold | record.fields)[key] for key in STEP_FIELDS]
-                told += [record.fields.get(key) for key in OPTIONAL_FIELDS]
-                fields = [np.nan if value is None else float(value) for value in told]
-                row = [attempt, record.generation, record.rank, record.fields["step"], record.t, *fields]
+                row = row_of(attempt, record)
             except (KeyError, TypeError, ValueError) as error:
                 raise DiagnosticsError(f"{path}:{number}: a step event without a valid {error}") from error
             table.extend(row)
@@ -134,6 +131,19 @@ def _read(path: Path, attempt: int, table: array[float], loaded: Loaded, name: P
     elif attempt:
         first, last = loaded.spans.get(attempt, (times[0], times[0]))
         loaded.spans[attempt] = (min(first, *times), max(last, *times))
+
+
+def row_of(attempt: int, record: Record) -> list[float]:
+    """A step's event as a row of :attr:`Loaded.rows`.
+
+    Raises:
+        KeyError, TypeError, ValueError: it lacks a value, or has one that is no number.
+    """
+    untold = UNTOLD if record.kind == ProgramStep.kind else {}
+    told = [(untold | record.fields)[key] for key in STEP_FIELDS]
+    told += [record.fields.get(key) for key in OPTIONAL_FIELDS]
+    fields = [np.nan if value is None else float(value) for value in told]
+    return [attempt, record.generation, record.rank, record.fields["step"], record.t, *fields]
 
 
 def _is_json(line: bytes) -> bool:
@@ -180,7 +190,7 @@ def last_executions(rows: Floats) -> Steps:
         generation=[int(starts[one, 1]) for one in newest],
         redone=executed - len(steps),
     )
-    for column, name in enumerate(_COLUMNS[4:], 4):
+    for column, name in enumerate(COLUMNS[4:], 4):
         values = np.full((len(steps), len(ranks)), np.nan)
         values[step[kept], rank[kept]] = rows[kept, column]
         found.values[name] = values

@@ -138,6 +138,31 @@ def _shares(totals: dict[str, float]) -> dict[str, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GoodputSplit:
+    """Where the run's wall time went, in seconds: the parts add up to ``wall_s``. See ``report.goodput.CAUSES``."""
+
+    wall_s: float
+    """From the first to the last event, without the pauses between launches by hand."""
+    useful_s: float
+    redone_s: float
+    restart_s: float
+    hang_s: float
+    checkpoint_s: float
+    evaluation_s: float
+    data_s: float
+    startup_s: float
+
+    def parts_s(self) -> dict[str, float]:
+        """Seconds by cause."""
+        parts = dataclasses.asdict(self)
+        return {name.removesuffix("_s"): seconds for name, seconds in parts.items() if name != "wall_s"}
+
+    def shares(self) -> dict[str, float]:
+        """Share of the wall time by cause; zeros for none."""
+        return _shares(self.parts_s())
+
+
+@dataclass(frozen=True, kw_only=True)
 class Traffic:
     """Gradient bytes that all ranks sent in the steps that count."""
 
@@ -208,6 +233,7 @@ class Report:
     facts: Facts
     loss: LossCurve
     split: TimeSplit
+    goodput: GoodputSplit
     traffic: Traffic
     checkpoints: Checkpoints
     incidents: tuple[Incident, ...]
@@ -232,6 +258,7 @@ class Report:
         plain: dict[str, Any] = _plain(self)
         plain["split"]["shares"] = self.split.shares()
         plain["split"]["shares_told_apart"] = self.split.shares_told_apart()
+        plain["goodput"]["shares"] = self.goodput.shares()
         return plain
 
 

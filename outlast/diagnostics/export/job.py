@@ -1,0 +1,71 @@
+"""What the process that exports a node's events is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from outlast.diagnostics.config import DiagnosticsConfig
+from outlast.diagnostics.export.config import ExportConfig
+from outlast.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportJob:
+    """Which events to tell, and to whom."""
+
+    run_dir: str
+    settings: ExportConfig
+    since_t: float
+    """Events before this, in seconds since the epoch, are of earlier launches."""
+    steps_done: int = 0
+    """The last step of earlier launches."""
+    agent: str = ""
+    """The events of the node's launcher."""
+    socket_fd: int | None = None
+    """The socket of Prometheus' port, which listens."""
+    thresholds: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+
+    @property
+    def run(self) -> str:
+        """The run's name."""
+        return self.settings.run_name or Path(self.run_dir).resolve().name
+
+    def to_json(self) -> str:
+        """As an argument of a command line; there is no secret in it."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ExportJob:
+        """Read what :meth:`to_json` wrote."""
+        raw: dict[str, Any] = json.loads(text)
+        raw["settings"] = ExportConfig(**raw["settings"])
+        raw["thresholds"] = DiagnosticsConfig(**raw["thresholds"])
+        return cls(**raw)
+
+
+def read_token(settings: ExportConfig) -> str | None:
+    """The token of Prometheus' port; None if none is asked for.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no token of one line of printable ASCII.
+    """
+    name = settings.prometheus_token_file
+    if name is None:
+        return None
+    try:
+        token = Path(name).expanduser().read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"export.prometheus_token_file = {name!r} cannot be read: {error}",
+            "write a token into it: openssl rand -hex 32 > FILE",
+        ) from error
+    if len(token) < 16 or not token.isprintable() or " " in token:
+        raise ConfigError(
+            f"export.prometheus_token_file = {name!r} holds no token: one line of 16 or more printable characters",
+            "write one into it: openssl rand -hex 32 > FILE",
+        )
+    return token
