@@ -103,6 +103,8 @@ def split_program(
     queue = list(arguments)
     while queue:
         word = queue.pop(0)
+        if word == "-":
+            raise ConfigError("standard input cannot be the script: each rank reads it", "write it into a file")
         if word == "--":
             if not queue:
                 break

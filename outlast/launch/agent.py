@@ -185,6 +185,7 @@ class WatchedAgent(LocalElasticAgent):
             hang_evidence=self._hung.evidence,
             ended=self._hung.ended,
             says_finish=self._relay.expected,
+            is_program=self._program_runs is not None,
         )
 
     def _ended_by_notice(self, processes: RankProcesses) -> RunResult | None:

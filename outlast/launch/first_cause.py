@@ -20,6 +20,7 @@ def find_failures(
     hang_evidence: Mapping[int, str],
     ended: Mapping[int, int],
     says_finish: bool,
+    is_program: bool = False,
 ) -> list[RankFailure]:
     """The ranks that failed, the likely cause first; empty while none has.
 
@@ -32,18 +33,26 @@ def find_failures(
         hang_evidence: of each rank that was killed because it hung.
         ended: the process of each rank that had ended before its wrapper was killed.
         says_finish: whether each rank says so in its heartbeat before it ends well, as outlast's trainer does.
+        is_program: whether the ranks run somebody's program, which ends well wherever it ends, in the middle of
+            training too. That is held against a rank once its peers have lost it, or wait for it.
     """
     deadline_s = time.monotonic() + CAUSE_S
     while True:
-        early = find_early(processes, watch, says_finish=says_finish)
+        early = find_early(processes, watch, says_finish=says_finish, is_program=is_program)
         failures = processes.failures(hang_evidence, ended, early)
         victims = bool(failures) and all(failure.lost_peer for failure in failures)
+        if victims and is_program and watch is not None and not early:
+            early = watch.left_peers(rank for rank, status in processes.statuses().items() if status == 0)
+            if early:
+                return processes.failures(hang_evidence, ended, early)
         if not victims or not processes.running() or time.monotonic() > deadline_s:
             return failures
         time.sleep(CAUSE_S / 20)
 
 
-def find_early(processes: RankProcesses, watch: HangWatch | None, *, says_finish: bool) -> dict[int, str]:
+def find_early(
+    processes: RankProcesses, watch: HangWatch | None, *, says_finish: bool, is_program: bool
+) -> dict[int, str]:
     """Where ranks were that exited with status 0 and so are the cause of what their peers suffer.
 
     A program that beats may end without saying that it finishes. So this is held against a rank only if its peers fail,
@@ -52,7 +61,10 @@ def find_early(processes: RankProcesses, watch: HangWatch | None, *, says_finish
     statuses = processes.statuses()
     if watch is None or 0 not in statuses.values():
         return {}
-    early = watch.ended_early(rank for rank, status in statuses.items() if status == 0)
-    if not early or says_finish or any(statuses.values()):
+    well = [rank for rank, status in statuses.items() if status == 0]
+    early = watch.ended_early(well)
+    if (early and says_finish) or any(statuses.values()):
         return early
-    return early if watch.is_stuck(processes.running()) else {}
+    if not watch.is_stuck(processes.running()):
+        return {}
+    return early or (watch.left_peers(well) if is_program else {})

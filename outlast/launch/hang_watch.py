@@ -22,6 +22,7 @@ from outlast.diagnostics.live import (
     observe,
     process_state,
     read_heartbeat,
+    read_ring,
     ring_path,
     shm_directory,
 )
@@ -146,6 +147,18 @@ class HangWatch:
             for rank, beat in beats.items()
             if beat is not None and beat.phase != "finish"
         }
+
+    def left_peers(self, ended: Iterable[int]) -> dict[int, str]:
+        """After which step those of these ranks ended that had been in collectives with others."""
+        left = {}
+        for rank in ended:
+            beat = self._beat_of(rank)
+            if beat is None:
+                continue
+            with suppress(DiagnosticsError):
+                if beat.step or read_ring(ring_path(self.shm_dir, rank)).entered:
+                    left[rank] = f"after step {beat.step}" if beat.step else "before its first step"
+        return left
 
     def is_stuck(self, pids: Mapping[int, int]) -> bool:
         """Whether one of these ranks waits inside a collective for longer than it may be silent."""

@@ -15,6 +15,8 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+NO_RESTART_STATUS = 93
+"""As in ``failures.py``: what cannot be run now cannot be run after a restart."""
 
 
 def main(arguments: list[str]) -> None:
@@ -28,7 +30,8 @@ def main(arguments: list[str]) -> None:
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        sys.exit(f"outlast: {command[0]} cannot be run: {error.strerror}")
+        print(f"outlast: {command[0]} cannot be run: {error.strerror}", file=sys.stderr, flush=True)
+        sys.exit(NO_RESTART_STATUS)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pkgutil
 import shutil
 import sys
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Literal
 
@@ -53,64 +55,122 @@ class Program:
         {"script": self._check_script, "module": self._check_module, "program": self._check_program}[self.kind]()
 
     def _check_script(self) -> None:
+        if not self.target.strip():
+            raise ConfigError("the script's name is empty", "is the variable set that should hold it?")
         path = Path(self.target)
-        if path.is_dir():
-            if not (path / "__main__.py").is_file():
-                raise ConfigError(
-                    f"{path} is a directory without a __main__.py",
-                    "name the script in it, or use -m MODULE for a package",
-                )
-            path = path / "__main__.py"
         try:
+            if path.is_dir():
+                path = path / "__main__.py"
+            if path.exists() and not path.is_file():  # a pipe gives what it holds only once
+                raise ConfigError(
+                    f"{path} is no file: each rank reads the script, and again after a restart", "write it into a file"
+                )
             source = path.read_bytes()
         except FileNotFoundError as error:
-            near = f"; as a module: -m {self.target}" if importlib_finds(self.target) else ""
+            if path.parent.is_dir() and path != Path(self.target):
+                raise ConfigError(
+                    f"{path.parent} is a directory without a __main__.py",
+                    "name the script in it, or use -m MODULE for a package",
+                ) from error
+            near = f"; as a module: -m {self.target}" if find_module(self.target) else ""
             raise ConfigError(f"no script at {path}", f"give its path, relative to {Path.cwd()}{near}") from error
         except OSError as error:
-            raise ConfigError(f"script {path} cannot be read: {error.strerror}") from error
-        if source.startswith(ARCHIVE):
-            return
-        try:
-            compile(source, str(path), "exec", dont_inherit=True)
-        except (SyntaxError, ValueError) as error:
-            where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
             raise ConfigError(
-                f"{path}{where} is not valid Python: {error.msg if isinstance(error, SyntaxError) else error}",
-                "for a program that is not Python: --no-python PROGRAM; for settings of outlast's own trainer the "
-                "file's name ends in .toml",
+                f"script {path} cannot be read: {error.strerror}", "give the user who runs this the right to read it"
             ) from error
+        if not source.startswith(ARCHIVE):
+            _check_python(path, source)
 
     def _check_module(self) -> None:
-        if not importlib_finds(self.target):
+        spec = find_module(self.target)
+        if spec is None:
             raise ConfigError(
                 f"no module named {self.target!r}", "a module is found in the working directory and in sys.path"
             )
-        spec = importlib.util.find_spec(self.target)
-        if spec is not None and spec.submodule_search_locations and not importlib_finds(f"{self.target}.__main__"):
-            raise ConfigError(
-                f"{self.target} is a package without a __main__ module, so it cannot be run",
-                f"name a module in it: -m {self.target}.MODULE",
-            )
+        if spec.submodule_search_locations is not None:
+            spec = find_module(f"{self.target}.__main__")
+            if spec is None:
+                raise ConfigError(
+                    f"{self.target} is a package without a __main__ module, so it cannot be run",
+                    f"name a module in it: -m {self.target}.MODULE",
+                )
+        if spec.origin is not None and spec.origin.endswith(".py") and Path(spec.origin).is_file():
+            try:
+                source = Path(spec.origin).read_bytes()
+            except OSError as error:
+                raise ConfigError(
+                    f"module {self.target}, at {spec.origin}, cannot be read: {error.strerror}",
+                    "give the user who runs this the right to read it",
+                ) from error
+            _check_python(Path(spec.origin), source)
 
     def _check_program(self) -> None:
-        if shutil.which(self.target) is None:
-            path = Path(self.target)
-            why = "it is not executable" if path.is_file() else "there is no such program in PATH"
-            raise ConfigError(f"{self.target} cannot be run: {why}", "give a path, or make it executable: chmod +x")
+        if shutil.which(self.target) is not None:
+            return
+        path = Path(self.target)
+        try:
+            if path.is_dir():
+                raise ConfigError(f"{self.target} cannot be run: it is a directory", "name the program in it")
+            path.stat()
+        except PermissionError as error:
+            raise ConfigError(f"{self.target} cannot be run: {error.strerror}") from error
+        except OSError:  # it is not there
+            pass
+        why = "it is not executable" if path.is_file() else "there is no such program in PATH"
+        raise ConfigError(f"{self.target} cannot be run: {why}", "give a path, or make it executable: chmod +x")
 
 
-def importlib_finds(module: str) -> bool:
-    """Whether ``python -m`` would find the module, from the working directory."""
-    if not all(part.isidentifier() for part in module.split(".")):
-        return False
+def _check_python(path: Path, source: bytes) -> None:
+    try:
+        compile(source, str(path), "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        raise ConfigError(
+            f"{path}{where} is not valid Python: {error.msg if isinstance(error, SyntaxError) else error}",
+            "for a program that is not Python: --no-python PROGRAM; for settings of outlast's own trainer the "
+            "file's name ends in .toml",
+        ) from error
+
+
+def find_module(name: str) -> ModuleSpec | None:
+    """Where ``python -m`` would find the module, from the working directory; None if it would not.
+
+    No package is imported for it: its code belongs into the ranks.
+    """
+    parts = name.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return None
     here = os.getcwd()
     added = here not in sys.path
+    importlib.invalidate_caches()
     if added:
         sys.path.insert(0, here)
     try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError, AttributeError):  # a parent that is not there, is no package, or fails
-        return False
+        spec = importlib.util.find_spec(parts[0])
+    except (ImportError, ValueError):  # a module that is loaded, and does not say from where
+        return None
     finally:
         if added:
             sys.path.remove(here)
+    for depth in range(2, len(parts) + 1):
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = _find_in(list(spec.submodule_search_locations), ".".join(parts[:depth]))
+    return spec
+
+
+def _find_in(folders: list[str], name: str) -> ModuleSpec | None:
+    """A module of a package; as importlib does it, which for a namespace package imports what is above it."""
+    parts: list[str] = []
+    for folder in folders:
+        finder = pkgutil.get_importer(folder)
+        spec = finder.find_spec(name) if finder is not None else None
+        if spec is not None and spec.loader is not None:
+            return spec
+        if spec is not None:
+            parts += spec.submodule_search_locations or ()
+    if not parts:
+        return None
+    spec = ModuleSpec(name, None, is_package=True)
+    spec.submodule_search_locations = parts
+    return spec

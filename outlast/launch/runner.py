@@ -21,12 +21,14 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+from outlast.diagnostics.live.flight import flight_counts
 from outlast.diagnostics.live.heartbeat import Heartbeat
 from outlast.diagnostics.live.program_watch import ProgramWatch
 from outlast.diagnostics.live.recorder import Recorder
 from outlast.diagnostics.live.shm import heartbeat_path, ring_path, shm_directory
 from outlast.events import EventLog, RunEnded, RunStarted
 from outlast.launch.attempt import Attempt
+from outlast.launch.failures import NO_RESTART_STATUS
 from outlast.launch.place import GENERATION
 from outlast.launch.program import ARCHIVE
 
@@ -37,6 +39,8 @@ ATTEMPT = "OUTLAST_ATTEMPT"
 STEPS_TAKEN = "OUTLAST_STEPS_TAKEN"
 """and how many steps the run had taken before this start."""
 RING_CAPACITY = 512
+USAGE_STATUS = 2
+"""Exit status of a program that does not understand its arguments: argparse, click and others agree on it."""
 
 _OPTIMIZERS = "torch.optim.optimizer"
 
@@ -59,12 +63,11 @@ class Runner:
         self._log = self.attempt.log_path(self.rank).open("a", encoding="utf-8")
         faulthandler.register(signal.SIGUSR1, file=self._log, all_threads=True)
         shm = shm_directory(self.attempt.run)
-        self._events = EventLog(
-            self.attempt.events_path(self.rank), rank=self.rank, generation=int(environ.get(GENERATION, "0"))
-        )
+        self._generation = int(environ.get(GENERATION, "0"))
+        self._events = EventLog(self.attempt.events_path(self.rank), rank=self.rank, generation=self._generation)
         self._heartbeat = Heartbeat(heartbeat_path(shm, self.rank), rank=self.rank)
         self._recorder = Recorder(ring_path(shm, self.rank), rank=self.rank, capacity=RING_CAPACITY)
-        taken = int(environ.get(STEPS_TAKEN, "0"))
+        self._taken = taken = int(environ.get(STEPS_TAKEN, "0"))
         self._watch = ProgramWatch(self._heartbeat, self._recorder, self._events, first_step=taken)
         self._events.write(
             RunStarted(
@@ -89,15 +92,30 @@ class Runner:
             start()
         except SystemExit as end:
             ok, reason, status = _meaning(end.code)
+            if not isinstance(end.code, int) and not ok:
+                print(end.code, file=sys.stderr)
+                print(end.code, file=self._log)
+            if end.code == USAGE_STATUS and self._never_began():
+                status = NO_RESTART_STATUS
         except BaseException as error:
             ok, reason, status = False, f"{type(error).__name__}: {error}", 1
-            error.__traceback__ = _without_own(error.__traceback__)
+            error.__traceback__ = _without_own(error)
             self._tell(error)
             if isinstance(error, KeyboardInterrupt):
                 status = 130
+            elif isinstance(error, SyntaxError | ImportError | UnreadableScript) and self._never_began():
+                status = NO_RESTART_STATUS
         finally:
             self._end(ok, reason)
         return status
+
+    def _never_began(self) -> bool:
+        """Whether this is the job's first start, and nothing has been done in it: the same would come of another one.
+
+        In a later start it would not: what was there once may come back, such as a file on storage that is away.
+        """
+        begun = self._watch.step > self._taken or any(count.enqueued for count in flight_counts().values())
+        return self._generation == 0 and not begun
 
     def _hook_optimizers(self, module: ModuleType) -> None:
         def after_step(optimizer: object, args: Any, kwargs: Any) -> None:
@@ -117,6 +135,10 @@ class Runner:
         self._events.write(RunEnded(step=self._watch.step, ok=ok, reason=reason))
         self._events.close()
         self._log.flush()
+
+
+class UnreadableScript(Exception):
+    """The script is not there any more, or not readable here."""
 
 
 class _AfterImport(MetaPathFinder):
@@ -163,21 +185,23 @@ def _meaning(code: object) -> tuple[bool, str, int]:
         return True, "", 0
     if isinstance(code, int):
         return False, f"exited with status {code}", code
-    print(code, file=sys.stderr)
     return False, str(code), 1
 
 
-def _without_own(tb: TracebackType | None) -> TracebackType | None:
-    """The traceback from the program's first frame on; as it is if there is none."""
-    start = tb
+def _without_own(error: BaseException) -> TracebackType | None:
+    """The traceback from the program's first frame on. Without one, what is wrong may be the program's text or name."""
+    start = tb = error.__traceback__
     while start is not None and start.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
         start = start.tb_next
-    return start or tb
+    return start if start is not None or isinstance(error, SyntaxError | ImportError | UnreadableScript) else tb
 
 
 def _run_script(path: str) -> None:
     """Execute a file, or the ``__main__.py`` of a folder or archive, as ``__main__``, as the interpreter would."""
-    source = None if Path(path).is_dir() else Path(path).read_bytes()
+    try:
+        source = None if Path(path).is_dir() else Path(path).read_bytes()
+    except OSError as error:  # the launcher has seen it
+        raise UnreadableScript(f"can't open file {path!r} in {os.getcwd()}: {error.strerror}") from None
     if source is None or source.startswith(ARCHIVE):
         runpy.run_path(str(Path(path).absolute()), run_name="__main__")
         return

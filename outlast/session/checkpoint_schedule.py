@@ -42,6 +42,7 @@ class CheckpointSchedule:
     ) -> None:
         self._every_steps = None if config.every_steps == "auto" else config.every_steps
         self._device = device
+        self._alone = place.world_size == 1
         self._recorder = recorder
         self._events = events
         self._steps_to_decision = AutoInterval.FIRST_DECISION_STEPS
@@ -70,7 +71,9 @@ class CheckpointSchedule:
             choice = self._auto_interval.decide(step, saving=saving)
             self._announce(step, self._auto_interval)
         decision = torch.tensor(choice, dtype=torch.int64, device=self._device)
-        if self._recorder is None:
+        if self._alone:
+            pass
+        elif self._recorder is None:
             dist.broadcast(decision, src=0)
         else:
             token = self._recorder.enter("broadcast", decision.nbytes, "checkpoint interval")

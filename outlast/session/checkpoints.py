@@ -107,7 +107,7 @@ class SessionCheckpoints:
         if not self._memory_every_steps:  # otherwise it may be in memory alone
             self._saved_step = restored.step
         for what in anew:
-            _LOG.warning("step %d has no %s: it begins anew", restored.step, what)
+            _LOG.warning("step %d: %s", restored.step, what)
         return restored.step
 
     def save_if_due(self, step: int, *, wanted: bool) -> None:

@@ -67,6 +67,8 @@ class Trained:
     model: nn.Module
     optimizer: Optimizer | None
     _expected: dict[str, torch.Size]
+    is_kept: bool = False
+    """Whether the optimizer's moments are a reducer's, which saves them."""
 
     @classmethod
     def begin(cls, name: str, model: nn.Module, optimizer: Optimizer | None) -> Trained:
@@ -108,10 +110,9 @@ class Trained:
         else:
             whole = module.state_dict()
             optimizer = {} if self.optimizer is None else self.optimizer.state_dict()
-        names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        params = {name: _bare(value) for name, value in whole.items() if name in names}
-        rest = {name: _bare(value) for name, value in whole.items() if name not in names}
-        return params, rest, optimizer
+            if self.is_kept:
+                optimizer = {"state": {}, "param_groups": optimizer["param_groups"]}
+        return *split(module, whole), optimizer
 
     def load(self, params: Mapping[str, Any], rest: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
         """Load a copy of what :meth:`state` returned.
@@ -143,6 +144,19 @@ class Trained:
                     f"the optimizer's state in the checkpoint does not fit {type(self.optimizer).__name__}: {error}",
                     "make the optimizer as it was when the checkpoint was saved, or begin a new run",
                 ) from error
+
+
+def split(module: nn.Module, state: Mapping[str, Any] | None = None) -> tuple[State, State]:
+    """Its parameters, which are equal on all ranks, and the rest: what forward changes on each rank in its own way.
+
+    Args:
+        module: whose names count.
+        state: its state; None takes ``module.state_dict()``.
+    """
+    state = module.state_dict() if state is None else state
+    names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    params = {name: _bare(value) for name, value in state.items() if name in names}
+    return params, {name: _bare(value) for name, value in state.items() if name not in names}
 
 
 def _bare(value: Any) -> Any:

@@ -122,10 +122,10 @@ class Session:
         self.device = next((p.device for m in models.values() for p in m.parameters()), torch.device("cpu"))
         """Where the first model's parameters are."""
         self._place = find_place()
-        if not dist.is_initialized():
+        if not dist.is_initialized() and self._place.world_size > 1:
             process_group.start(self._place, self.device, timedelta(seconds=timeout_s))
             self._stack.callback(_leave_group)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._agreement = StepAgreement(self.rank, self.world_size, notice)
         # torchrun counts restarts per node; a node whose own ranks never failed would not resume.
         if self._agreement.maximum(self._place.generation) > 0:
@@ -162,6 +162,7 @@ class Session:
         self._logged: dict[str, float | Tensor] = {}
         self._wanted = False
         self._boundary_s = 0.0
+        self._inside = 0  # the step that the loop is in
         self._closed = False
         self.ending = False
         """Whether a notice came: this step is the last one of this start. The same on all ranks."""
@@ -177,9 +178,9 @@ class Session:
             session.add(scheduler=scheduler, loader=loader, ema=ema)
 
         Args:
-            replicated: whether they are equal on all ranks, so that one of them is saved. None: modules, optimizers,
-                schedulers and gradient scalers are; anything else is each rank's own, and can only be resumed on as
-                many ranks.
+            replicated: whether they are equal on all ranks, so that one of them is saved. None: modules (their
+                parameters; buffers are each rank's own), optimizers, schedulers and gradient scalers are; anything else
+                is each rank's own, and can only be resumed on as many ranks.
             parts: with ``state_dict()`` and ``load_state_dict()``.
 
         Raises:
@@ -247,12 +248,9 @@ class Session:
             if self.ending:
                 return
             self._begin_step()
-            try:
-                yield step
-            except GeneratorExit:  # the loop was left; whether this step is done, its update says
-                if self._updated and not self._closed:
-                    self._end_step(step)
-                raise
+            self._inside = step
+            yield step
+            self._inside = 0
             self._end_step(step)
             self.ending = self._agreement.answer()
 
@@ -292,7 +290,7 @@ class Session:
         except BaseException as problem:
             self._end(problem)
             raise
-        early = self.ending and self._done_step < self._last_step
+        early = self._first_step is not None and self.ending and self._done_step < self._last_step
         self._end(None, "notice" if early else "")
         if early:
             saved = "is durable" if self._checkpoints is not None else "was the last one done"
@@ -311,6 +309,8 @@ class Session:
         """The ranks leave together, and the last step is made durable."""
         if self._first_step is None:  # no step was asked for
             return
+        if self._inside and self._updated:  # the loop was left in this step, after its update
+            self._end_step(self._inside)
         self._run.watch.begin_phase("finish")
         self.ending = self._agreement.leave(self._done_step)
         if self._checkpoints is not None:

@@ -14,9 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.comm import Reducer
 from outlast.errors import SessionError, StateMismatch
-from outlast.session.models import State, Trained
+from outlast.session.models import State, Trained, split
 
-EAGER = frozenset({"comm", "rng", "buffers", "parts", "own_parts"})
+EAGER = frozenset({"comm", "rng", "buffers", "module_buffers", "parts", "own_parts"})
 """Top-level keys whose tensors the next step may change before the update; they are copied at once."""
 
 
@@ -35,6 +35,11 @@ class Part:
     holder: Stateful
     replicated: bool
     """Equal on all ranks; otherwise each rank's own."""
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that it is, if so: its parameters are equal on all ranks, its buffers each rank's own."""
+        return self.holder if self.replicated and isinstance(self.holder, nn.Module) else None
 
 
 @dataclass(slots=True)
@@ -86,8 +91,8 @@ class SessionState:
             "model": _folded(models),
             "optimizer": _folded(optimizers),
             "comm": _folded(aggregates),
-            "modules": {part.name: part.holder.state_dict() for part in shared if isinstance(part.holder, nn.Module)},
-            "parts": {part.name: part.holder.state_dict() for part in shared if not isinstance(part.holder, nn.Module)},
+            "modules": {part.name: split(part.module)[0] for part in shared if part.module is not None},
+            "parts": {part.name: part.holder.state_dict() for part in shared if part.module is None},
         }
         return {key: value for key, value in found.items() if value}
 
@@ -96,6 +101,7 @@ class SessionState:
         found = {
             "rng": rng_state(),
             "buffers": _folded({one.name: one.state()[1] for one in self.trained}),
+            "module_buffers": {one.name: split(one.module)[1] for one in self.parts.values() if one.module is not None},
             "comm": _folded({name: reducer.state_dict()["local"] for name, reducer in self.reducers.items()}),
             "own_parts": {part.name: part.holder.state_dict() for part in self.parts.values() if not part.replicated},
         }
@@ -120,7 +126,7 @@ class SessionState:
             saved_by: the world size then.
 
         Returns:
-            What begins anew, in words, because the checkpoint has none of it.
+            What the checkpoint and this session do not share, in words.
 
         Raises:
             StateMismatch, CommStateMismatch: names what does not fit.
@@ -133,11 +139,11 @@ class SessionState:
         for one in self.trained:
             one.load(models.get(one.name, {}), buffers.get(one.name, {}), optimizers.get(one.name, {}))
         self._load_comm(replicated, read_local, saved_by, anew)
-        self._load_parts(replicated, own if saved_by == world_size else None, saved_by, world_size, anew)
+        self._load_parts(replicated, own, saved_by, world_size, anew)
         if rank < saved_by:
             load_rng_state(own["rng"])
         else:
-            anew.append(f"random numbers of rank {rank}, which is new")
+            anew.append(f"there are no random-number states of rank {rank}, which is new")
         return anew
 
     @property
@@ -152,10 +158,14 @@ class SessionState:
         anew: list[str],
     ) -> None:
         aggregates = _unfolded(replicated.get("comm", {}), self._names)
+        unused = sorted(name for name, state in aggregates.items() if state and name not in self.reducers)
+        for name in unused:
+            of = f" of {name}" if name else ""
+            anew.append(f"error feedback{of} is not used now: what had not been sent yet, and moments it had, are lost")
         for name, reducer in self.reducers.items():
             aggregate = aggregates.get(name)
             if not aggregate:
-                anew.append("error feedback" + (f" of {name}" if name else ""))
+                anew.append("there is no error feedback" + (f" of {name}" if name else "") + ": it begins anew")
                 continue
 
             def read(rank: int, name: str = name, aggregate: State = aggregate) -> State:
@@ -171,7 +181,7 @@ class SessionState:
     def _load_parts(
         self,
         replicated: Mapping[str, Any],
-        own: Mapping[str, Any] | None,
+        own: Mapping[str, Any],
         saved_by: int,
         world_size: int,
         anew: list[str],
@@ -180,7 +190,10 @@ class SessionState:
         for part in self.parts.values():
             if part.replicated:
                 state = shared.get(part.name)
-            elif own is None:
+                buffers = own.get("module_buffers", {}).get(part.name)
+                if state is not None and buffers is not None:
+                    state = {**state, **buffers}
+            elif saved_by != world_size:
                 raise StateMismatch(
                     f"{part.name} is each rank's own, and was saved by {saved_by} ranks; this job has {world_size}",
                     f"resume on {saved_by} ranks; or make {part.name} a function of the step, or equal on all ranks, "
@@ -189,7 +202,7 @@ class SessionState:
             else:
                 state = own.get("own_parts", {}).get(part.name)
             if state is None:
-                anew.append(part.name)
+                anew.append(f"there is no {part.name}: it goes on as it is")
             else:
                 part.holder.load_state_dict(state)
 
