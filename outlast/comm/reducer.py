@@ -147,13 +147,11 @@ class Reducer(Protocol):
     def checkpoint_parts(self, name: str = "comm") -> CheckpointParts:
         """Its whole state, split for a checkpoint; call it between steps::
 
-            comm = reducer.checkpoint_parts()
-            checkpointer.save(
-                step,
-                replicated={"model": model.state_dict(), **comm.replicated},
-                local={"rng": rng_state(), **comm.local},
-                eager={"rng", *comm.eager},
-            )
+            reducer = outlast.comm.attach(ddp, optimizer=optimizer)
+            with outlast.checkpoint.attach("runs/mine") as checkpointer:
+                comm = reducer.checkpoint_parts()
+                replicated = {"model": model.state_dict(), **comm.replicated}
+                checkpointer.save(step, replicated=replicated, local=comm.local, eager=comm.eager)
 
         Args:
             name: the top-level key. Of several reducers each has its own.
