@@ -97,8 +97,15 @@ def attach(
         _refuse("a DeepSpeed engine", {"optimizer": optimizer, "replicas": replicas, **ddp_only})
         return attach_deepspeed(model_or_engine, settled, observer=observer, direction=direction)
     if _is_fsdp2(model_or_engine):
-        _refuse("FSDP2", {"optimizer": optimizer, **ddp_only})
-        return attach_fsdp(model_or_engine, settled, replicas=replicas, observer=observer, direction=direction)
+        _refuse("FSDP2", ddp_only)
+        return attach_fsdp(
+            model_or_engine,
+            settled,
+            replicas=replicas,
+            observer=observer,
+            direction=direction,
+            optimizer=optimizer,
+        )
     raise CommError(
         f"nothing averages the gradients of a {type(model_or_engine).__name__} yet",
         "wrap it in DistributedDataParallel, shard it with torch.distributed.fsdp.fully_shard, or hand over what "

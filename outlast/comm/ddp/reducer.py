@@ -146,11 +146,12 @@ class GradientReducer(Reducer):
             self._network, self._method, self._states, self._stream, config.timeout_s, self._open
         )
         self._ddp: DdpBackward | None = None
-        self._kept: KeptOptimizer | None = None
+        self.kept: KeptOptimizer | None = None
+        """The user's own optimizer."""
         if optimizer is not None and follows is not None:
             moments, ledger = WholeMoments(self._states), self._averager.ledger
-            self._kept = KeptOptimizer(optimizer, moments, follows, self._averager.settle, lambda: ledger.step)
-            self._averager.steps.kept = self._kept
+            self.kept = KeptOptimizer(optimizer, moments, follows, self._averager.settle, lambda: ledger.step)
+            self._averager.steps.kept = self.kept
 
     def attach(self, ddp: DistributedDataParallel) -> None:
         """Average what ``ddp`` would average, from the next backward on; :meth:`close` ends that.
@@ -313,13 +314,13 @@ class GradientReducer(Reducer):
         try:
             self._averager.close()
         finally:
-            if self._kept is not None:
-                self._kept.release()
+            if self.kept is not None:
+                self.kept.release()
 
     def _resume_after(self, step: int) -> None:
         self._averager.ledger.resume_after(step)
-        if self._kept is not None:
-            self._kept.reducer_loaded()
+        if self.kept is not None:
+            self.kept.reducer_loaded()
 
     def _open(self, step: int) -> None:
         """Step ``step`` begins."""

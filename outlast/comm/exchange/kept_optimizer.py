@@ -218,6 +218,11 @@ def _check_state(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
                 "load the state dict of a torch.optim.AdamW or Adam",
             )
         for slot in ("exp_avg", "exp_avg_sq"):
+            if hasattr(param, "full_tensor") and not hasattr(state[slot], "full_tensor"):  # DTensors
+                raise CommStateMismatch(
+                    f"the optimizer's {slot} of parameter {number} is a plain tensor, the parameter is sharded",
+                    "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict",
+                )
             if state[slot].shape != param.shape:
                 raise CommStateMismatch(
                     f"the optimizer's {slot} of parameter {number} is {tuple(state[slot].shape)}, the parameter "

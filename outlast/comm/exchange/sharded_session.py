@@ -86,7 +86,8 @@ class ShardSession:
         self._buffers = BufferPool(device)
         self._meter = ReduceMeter(self._stream)
         self._ledger = StepLedger(self._open)
-        self._steps = OptimizerSteps(self._refuse_scaler, update=self._direction is not None)
+        self.steps = OptimizerSteps(self._refuse_scaler, update=self._direction is not None)
+        """Of the optimizers that have the parameters."""
 
     def begin_step(self, step: int) -> None:
         """See :meth:`GradientReducer.begin_step`.
@@ -121,14 +122,18 @@ class ShardSession:
         """
         if not self._ledger.named and self._keeps_state:
             try:
-                self._steps.check(params, wrap)
+                self.steps.check(params, wrap)
             except CommError as error:
                 if not self._ledger.opens(key):  # others of this backward have been exchanged
                     self._ledger.fail(error)
                     self._communicator.leave(error)
                 raise
         self._ledger.enter(key, name, once)
-        self._steps.averaged(params)
+        self.steps.averaged(params)
+
+    def current_step(self) -> int:
+        """The open step, or the last one; 0 before the first."""
+        return self._ledger.step
 
     def at_step(self, step: int) -> None:
         """Open ``step`` unless it is open."""
@@ -186,7 +191,7 @@ class ShardSession:
         Raises:
             CommError: a collective did not end within the limit.
         """
-        self._steps.close()
+        self.steps.close()
         self._ledger.close()
         self._communicator.close()
 

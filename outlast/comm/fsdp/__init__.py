@@ -18,10 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from outlast.comm.config import CommConfig
 from outlast.comm.ddp.checks import refuse_complex, refuse_sparse
 from outlast.comm.direction import Direction
+from outlast.comm.exchange.adam_settings import followed
+from outlast.comm.exchange.kept_optimizer import KeptOptimizer, check_optimizer
 from outlast.comm.exchange.sharded import ShardItem
 from outlast.comm.exchange.sharded_session import ShardSession
 from outlast.comm.exchange.stats import ReduceStats
@@ -70,6 +73,8 @@ class ShardedReducer(Reducer):
         self._session = session
         self._groups = groups
         self._ranks, self._rank = saved_by
+        self.kept: KeptOptimizer | None = None
+        """The user's own optimizer."""
 
     def begin_step(self, step: int, loss_scale: float | None = None) -> None:
         """Say which step (1-based) the next backward belongs to; the warm-up depends on it.
@@ -114,7 +119,10 @@ class ShardedReducer(Reducer):
             CommStateMismatch: names what does not fit, another world size included; nothing has been loaded then.
             CommError: an exchange has failed.
         """
-        return self._session.load_state_dict(state, strict=strict)
+        left = self._session.load_state_dict(state, strict=strict)
+        if self.kept is not None:
+            self.kept.reducer_loaded()
+        return left
 
     def load_resharded(
         self, read: Callable[[int], Mapping[str, Mapping[str, Any]]], ranks: int, *, strict: bool = True
@@ -146,7 +154,11 @@ class ShardedReducer(Reducer):
         for group in self._groups:
             while group.undo:
                 group.undo.pop()()
-        self._session.close()
+        try:
+            self._session.close()
+        finally:
+            if self.kept is not None:
+                self.kept.release()
 
     def _scatter(self, group: Group, output: Tensor, buffer: Tensor, op: Any) -> None:
         """One reduce-scatter: ``output`` becomes this rank's row of the mean (or sum, as ``op`` says)."""
@@ -207,6 +219,7 @@ def attach_fsdp(
     replicas: dist.ProcessGroup | None = None,
     observer: CollectiveObserver | None = None,
     direction: Direction | None = None,
+    optimizer: Optimizer | None = None,
 ) -> ShardedReducer:
     """Compress the gradients of an FSDP2 model from the next backward on; a collective call.
 
@@ -215,8 +228,8 @@ def attach_fsdp(
         for block in model.blocks:
             fully_shard(block)
         fully_shard(model)
-        reducer = outlast.comm.attach(model, target="update", density=0.02)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+        reducer = outlast.comm.attach(model, optimizer=optimizer, target="update", density=0.02)
 
     Over a one-dimensional mesh the reduce-scatter is compressed (``FSDPModule.set_custom_reduce_scatter``): each rank
     sends each owner its slice of every parameter, and the owner adds the ranks' slices in rank order in fp32. There is
@@ -234,8 +247,10 @@ def attach_fsdp(
     ``set_requires_gradient_sync(False)`` for all but the last backward of a step; else each is a step of its own.
     Mixed precision: the buffers have ``reduce_dtype``, the sums and the state fp32.
 
-    With ``target = "update"`` the optimizer is ``torch.optim.SGD`` on the shards. Each rank then keeps Adam's moments
-    of its *whole* gradient, as it keeps the error feedback of it: three times the unsharded model in fp32.
+    With ``target = "update"`` the optimizer is the AdamW that is handed over, or ``torch.optim.SGD``, on the shards.
+    Each rank then keeps Adam's moments of its *whole* gradient, as it keeps the error feedback of it: three times the
+    unsharded model in fp32. Of them ``optimizer.state_dict()`` shows the rank's shard, and what it loads is gathered
+    first, so that each rank begins with the moments of the whole.
 
     Args:
         module: the outermost one, after the last call of ``fully_shard``; parameters are named from here.
@@ -243,17 +258,25 @@ def attach_fsdp(
         replicas: for a model sharded over one dimension, the ranks that hold copies of this rank's shards and must
             agree in their weights; None if the mesh says it or there are none.
         observer: notified of every collective.
-        direction: of ``target = "update"``; None takes Adam with beta1 = 0, beta2 = 0.95, clip_rms = 1.
+        direction: of ``target = "update"``; None takes Adam with beta1 = 0, beta2 = 0.95 (or the optimizer's),
+            clip_rms = 1.
+        optimizer: see :func:`outlast.comm.attach`.
 
     Raises:
         CommError: no FSDP2 module; float16; tensor parallel parameters; several meshes; ``compressor = "auto"``;
             ``ranks_per_node`` > 1; complex parameters, or modules that make sparse gradients;
-            ``transport = "two-phase"`` between copies; a torch whose FSDP2 is built differently.
+            ``transport = "two-phase"`` between copies; a torch whose FSDP2 is built differently;
+            an optimizer that cannot be kept.
     """
     config = config or CommConfig()
     refuse_complex(module.named_parameters())
     refuse_sparse(module)
     groups = find_groups(module)
+    params = list(module.parameters())
+    follows = followed(optimizer, config, params, direction)
+    if optimizer is not None and follows is not None:
+        check_optimizer(optimizer, params)
+        direction = follows.of(config)
     copies = copies_of(groups, replicas)
     first = groups[0].inner
     if copies is not None and config.transport == "two-phase":
@@ -278,11 +301,20 @@ def attach_fsdp(
     shard, shards = dist.get_rank(shard_group), dist.get_world_size(shard_group)
     saved_by = (shards, shard) if copies is None else (shards * session.world_size, shards * session.rank + shard)
     reducer = ShardedReducer(session, groups, saved_by)
+    by_id = {}
     for group in groups:
         for param in group.inner.fsdp_params:
             name = group.names[id(param)]
             session.states.params[name] = sharded_param(name, param, session, of_copy=copies is not None)
+            by_id[id(param.sharded_param)] = session.states.params[name]
         _install(reducer, group, copies)
+    if optimizer is not None and follows is not None:
+        from outlast.comm.fsdp.moments import ShardedMoments  # imports DTensor
+
+        kept = KeptOptimizer(
+            optimizer, ShardedMoments(by_id, follows.of(config)), follows, session.check, session.current_step
+        )
+        reducer.kept = session.steps.kept = kept
     return reducer
 
 

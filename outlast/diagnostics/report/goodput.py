@@ -153,9 +153,8 @@ class Goodput:
         else:
             where = (attempt, record.generation)
             same = start is not None and start.where in (None, where) and not start.over
-            late = start is not None and start.where is not None and where <= start.where
-            if late:  # a peer's word, that of a start which is over included
-                return
+            if not same and start is not None and start.where is not None and where <= start.where:
+                return  # of a start that is over
         if same and start is not None:
             start.hosts.add(host)
         else:

@@ -58,6 +58,7 @@ def render_html(report: Report) -> str:
             + ", ".join(f"{name} {fmt.share(part)}" for name, part in report.split.shares_told_apart().items())
         ),
         "waited_for": escape(f"{told}." if (told := summary.waiting(report.split)) else ""),
+        "goodput": _goodput(report),
         "time_label": escape(f"Timeline of {len(report.facts.starts)} attempts and {len(report.incidents)} incidents"),
         "incidents": _incidents(report),
         "checkpoints": _checkpoints(report),
@@ -213,7 +214,7 @@ def _chips(report: Report) -> list[str]:
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
     facts, loss, traffic = report.facts, report.loss, report.traffic
     curve, name = (loss.evaluated, "Held-out loss") if loss.evaluated else (loss.train, "Training loss")
-    goodput = facts.useful_s / facts.wall_s if facts.wall_s > 0 else 0.0
+    goodput = report.goodput.shares()["useful"]
     blocked = report.split.totals_s()["checkpoint"]
     speed = f"{fmt.count(facts.tokens / facts.useful_s)} tokens/s" if facts.useful_s > 0 else ""
     wire = f"{fmt.size(traffic.wire_bytes)} sent; dense {fmt.size(traffic.dense_bytes)}"
@@ -231,7 +232,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
             fmt.share(report.checkpoints.time_share),
             f"{fmt.duration(blocked)} blocked",
         ),
-        ("Goodput", fmt.share(goodput), f"of {fmt.duration(facts.wall_s)}, in steps that count"),
+        ("Goodput", fmt.share(goodput), f"of {fmt.duration(facts.wall_s)} was useful"),
         ("Restarts", str(facts.restarts), redone),
     ]
 
@@ -301,6 +302,16 @@ def _incidents(report: Report) -> str:
     hidden = len(report.incidents) - MOST_ROWS
     more = f'<p class="quiet">and {hidden} more</p>' if hidden > 0 else ""
     return f'<ol class="story">{"".join(items)}</ol>{more}'
+
+
+def _goodput(report: Report) -> str:
+    rows = [
+        f'<tr><td class="name">{escape(name)}</td><td class="n">{fmt.share(part)}</td>'
+        f'<td class="n">{fmt.duration(seconds)}</td>'
+        f'<td class="wide"><span class="bar" style="width:{100 * part:.1f}%"></span></td></tr>'
+        for name, seconds, part in summary.wall_time(report.goodput)
+    ]
+    return _table([("spent on", ""), ("share", "n"), ("time", "n"), ("", "")], rows)
 
 
 def _checkpoints(report: Report) -> str:

@@ -6,9 +6,19 @@ from collections.abc import Sequence
 
 from outlast.diagnostics.formatting import duration, first_and_last, share
 from outlast.diagnostics.report.failures import worst_of
-from outlast.diagnostics.report.model import Report, TimeSplit
+from outlast.diagnostics.report.model import GoodputSplit, Report, TimeSplit
 from outlast.diagnostics.report.phases import SlowPhase, described
 
+CAUSE_NAMES = {
+    "useful": "useful steps",
+    "redone": "steps redone",
+    "restart": "restarts",
+    "hang": "hangs",
+    "checkpoint": "held by checkpoints",
+    "evaluation": "evaluation",
+    "data": "waiting for data",
+    "startup": "start and end",
+}
 MOST_ENDED = 3
 """Names of checkpoints in one sentence."""
 
@@ -127,6 +137,12 @@ def waiting(split: TimeSplit) -> str:
         return ""
     rank, part = split.waited_for[0]
     return f"{share(part)} of the waiting was for rank {rank}"
+
+
+def wall_time(goodput: GoodputSplit) -> list[tuple[str, float, float]]:
+    """What wall time went to, in words, with seconds and share; causes that took none are left out."""
+    shares = goodput.shares()
+    return [(CAUSE_NAMES[cause], part, shares[cause]) for cause, part in goodput.parts_s().items() if part > 0]
 
 
 def error_feedback(alpha: float, residual: float) -> str:

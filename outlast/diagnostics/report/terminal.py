@@ -43,7 +43,8 @@ def render_terminal(report: Report, console: Console) -> None:
     has_straggler = any(row.straggler for row in report.stragglers)
     console.print(Text(report.verdict, style="bold red" if has_straggler else "bold"))
     console.print()
-    for table in (_numbers(report), _split(report, console), _ranks(report), _incidents(report), _checkpoints(report)):
+    parts = (_numbers(report), _goodput(report, console), _split(report, console))
+    for table in (*parts, _ranks(report), _incidents(report), _checkpoints(report)):
         if table is not None:
             console.print(table)
             console.print()
@@ -84,10 +85,22 @@ def _numbers(report: Report) -> Table | None:
     if traffic.alpha is not None and traffic.residual is not None:
         table.add_row("error feedback", summary.error_feedback(traffic.alpha, traffic.residual))
     table.add_row("checkpoints", f"{fmt.share(report.checkpoints.time_share)} of the step time")
-    goodput = facts.useful_s / facts.wall_s if facts.wall_s > 0 else 0.0
-    table.add_row("goodput", f"{fmt.share(goodput)} of {fmt.duration(facts.wall_s)} wall time was in steps that count")
+    goodput = report.goodput.shares()["useful"]
+    table.add_row("goodput", f"{fmt.share(goodput)} of {fmt.duration(facts.wall_s)} wall time was useful")
     if facts.useful_s > 0:
         table.add_row("tokens", f"{fmt.count(facts.tokens)}, {fmt.count(facts.tokens / facts.useful_s)} per second")
+    return table
+
+
+def _goodput(report: Report, console: Console) -> Table | None:
+    parts = summary.wall_time(report.goodput)
+    if not parts:
+        return None
+    block = "#" if console.options.ascii_only else "█"
+    title = f"Where the wall time went ({fmt.duration(report.goodput.wall_s)})"
+    table = _table(title, "", "share", "time", "", right=(1, 2))
+    for name, seconds, part in parts:
+        table.add_row(name, fmt.share(part), fmt.duration(seconds), block * round(part * BAR_CHARS))
     return table
 
 

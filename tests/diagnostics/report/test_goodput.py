@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outlast.diagnostics import build_report
+from outlast.diagnostics import build_report, render_html
 from outlast.diagnostics.report.goodput import CAUSES, Goodput
 from outlast.events import HangFound, Record, WorkersFailed
 from tests.diagnostics.report.synthetic import SyntheticRun
+from tests.helpers import events, outlast, start_outlast, tiny_config, wait_for
 
 SECONDS = st.floats(0, 30, allow_nan=False)
 
@@ -37,7 +40,7 @@ def histories(draw: st.DrawFn) -> tuple[list[tuple[int, Record]], float]:
             attempt += 1
             found.append((0, told(t, "workers_started", -1, generation, host="h")))
             t += draw(SECONDS)
-            for rank in (0, 1):
+            for rank in draw(st.permutations((0, 1))):
                 found.append((attempt, told(t, "run_started", rank, generation, host="h")))
             if draw(st.booleans()):
                 t += draw(SECONDS)
@@ -86,6 +89,12 @@ def test_parts_add_up_to_the_wall_time(history: tuple[list[tuple[int, Record]], 
     assert math.fsum(goodput.seconds.values()) == pytest.approx(wall_s, abs=1e-6)
     assert goodput.wall_s == pytest.approx(wall_s, abs=1e-6)
     assert goodput.paused_s == pytest.approx(paused_s, abs=1e-6)
+    done, lost = set(), 0  # by the clock alone: what was done again took at most the time between its steps
+    for _, record in events:
+        if record.kind == "step" and record.rank == 0:
+            lost += record["step"] in done
+            done.add(record["step"])
+    assert bool(lost) >= bool(goodput.seconds["redone"])
 
 
 KINDS = ["step", "eval", "run_ended", "hang_found", "workers_failed", "run_started", "workers_started", "notice"]
@@ -196,6 +205,17 @@ def test_without_a_launcher_a_restart_is_known_by_its_generation() -> None:
     assert goodput.paused_s == 900.0 - 33.0
 
 
+def test_the_lowest_rank_leads_whoever_speaks_first() -> None:
+    goodput = taken(
+        (1, told(0.0, "run_started", 1)),
+        (1, told(0.5, "run_started", 0)),
+        (1, told(2.0, "step", 1, step=1, step_s=1.0)),
+        step(2.5, 1),
+    )
+    assert parts(goodput)["useful"] == pytest.approx(0.7)
+    assert parts(goodput)["startup"] == pytest.approx(1.5)
+
+
 def test_two_nodes_that_start_at_about_the_same_time_are_one_start() -> None:
     goodput = taken(
         (0, told(0.0, "workers_started", -1, host="a")),
@@ -232,3 +252,36 @@ def test_the_report_has_the_parts_and_they_add_up(tmp_path: Path) -> None:
     plain = json.loads(json.dumps(report.to_json()))["goodput"]
     assert set(plain) == {"wall_s", "shares", *(f"{cause}_s" for cause in CAUSES)}
     assert math.fsum(plain["shares"].values()) == pytest.approx(1.0)
+    text, page = outlast("report", tmp_path).stdout, render_html(report)
+    for name in ("useful steps", "steps redone", "restarts", "hangs", "start and end"):
+        assert name in text
+        assert name in page
+    assert "waiting for data" in text
+
+
+@pytest.mark.slow
+def test_a_real_run_that_is_killed_once_has_steps_redone_and_a_restart(tmp_path: Path) -> None:
+    """Counted by hand from its events: what is redone, and when the first step after the kill was done."""
+    config, run = tiny_config(tmp_path)
+    words = ("--trainer.steps", "60", "--checkpoint.every-steps", "20")
+    job = start_outlast("launch", config, "--nproc-per-node", "2", *words, log=tmp_path / "log")
+    try:
+        newest = lambda: max((one["step"] for one in events(run, "step")), default=0)  # noqa: E731
+        wait_for(lambda: run.exists() and 24 <= newest() <= 34)
+        os.kill(events(run, "workers_started")[0]["pids"][1], signal.SIGKILL)
+        assert job.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+    finally:
+        job.kill()
+    report = build_report(run)
+    split = report.goodput
+    assert math.fsum(split.parts_s().values()) == pytest.approx(split.wall_s, rel=1e-9)
+    assert all(seconds >= 0 for seconds in split.parts_s().values())
+    steps = [one for one in events(run, "step") if one.rank == 0]
+    second = [one for one in steps if one.generation == 1]
+    lost = [one for one in steps if one.generation == 0 and one["step"] >= second[0]["step"]]
+    assert lost, "it was killed right after a checkpoint"
+    assert split.redone_s == pytest.approx(second[len(lost) - 1].t - second[0].t + second[0]["step_s"], rel=0.01)
+    last_t = max(one.t for one in steps if one.generation == 0)
+    assert split.restart_s == pytest.approx(second[0].t - second[0]["step_s"] - last_t, rel=0.01)
+    assert split.evaluation_s > 0
+    assert split.hang_s == 0
