@@ -113,7 +113,7 @@ def test_links_lead_somewhere() -> None:
 
 def test_paths_lead_somewhere() -> None:
     """``NAME`` stands for a file that a reader adds."""
-    tops = "outlast|tests|docs|benchmarks|examples|grafana|slurm"
+    tops = "outlast|tests|docs|benchmarks|examples|slurm"
     for page in PAGES:
         for path in re.findall(rf"`((?:{tops})/[\w./-]*)(?:::\w+)?`", page.read_text()):
             assert "NAME" in path or (ROOT / path).exists(), f"{page.name}: {path}"
