@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
@@ -16,15 +17,16 @@ from typing import Self
 
 from outlast.diagnostics.export.config import ExportConfig
 from outlast.diagnostics.export.installed import check_installed
-from outlast.diagnostics.export.job import ExportJob, read_token
+from outlast.diagnostics.export.job import LONGEST_END_S, ExportJob, check_variables, read_token
 from outlast.errors import PortInUse
 
 RESTARTS = 5
 """How often the process is started again; it reads the events from the launch's beginning, so nothing is missing."""
 PAUSE_S = 2.0
 """Before that."""
-END_S = 20.0
-"""How long it may take at the end, when training is over, before it is killed."""
+END_S = 10.0
+"""How long the launcher waits for it at the end. A scheduler that has sent a notice may not wait longer; what is left
+then is sent without the launcher."""
 LISTENING = 64
 """Connections that may wait."""
 PACKAGE_FOLDER = Path(__file__).parents[2]
@@ -59,9 +61,11 @@ class Exporting:
         try:
             self._process.wait(END_S)
         except subprocess.TimeoutExpired:
-            log.warning("outlast: what exports metrics did not end within %g s, and is killed", END_S)
-            self._process.kill()
-            self._process.wait()
+            log.warning(
+                "outlast: what exports metrics (pid %d) still sends what waits; it ends by itself, within %g s at most",
+                self._process.pid,
+                LONGEST_END_S,
+            )
         self._thread.join(PAUSE_S + 1.0)
         if self._listening is not None:
             self._listening.close()
@@ -99,6 +103,8 @@ class Exporting:
                 )
                 return
             log.warning("outlast: what exports metrics %s; it is started again, training goes on", how)
+            # Trackers have what they were told; counts begin again, from all events.
+            self._job = dataclasses.replace(self._job, trackers_since_t=time.time())
             if self._closing.wait(PAUSE_S):
                 return
             with self._starting:
@@ -121,11 +127,12 @@ def start_exporting(
     Raises:
         MissingDependency: what is asked for is not installed.
         PortInUse: something listens on Prometheus' port.
-        ConfigError: the token cannot be read.
+        ConfigError: the token cannot be read, or a variable of OpenTelemetry's asks for what is not there.
     """
     if settings is None or not settings.targets:
         return contextlib.nullcontext()
     check_installed(settings)
+    check_variables(settings, os.environ)
     listening = None
     if settings.prometheus_port is not None:
         token = read_token(settings)

@@ -131,6 +131,8 @@ class Runner:
 
     def _end(self, ok: bool, reason: str) -> None:
         self._watch.close()
+        if not ok:
+            self._watch.keep_newest()
         self._heartbeat.beat("finish", self._watch.step)
         self._events.write(RunEnded(step=self._watch.step, ok=ok, reason=reason))
         self._events.close()

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from outlast.comm import CommConfig, Reducer, attach
 from outlast.session.models import Trained, kind_of
 
 GRADIENTS: dict[str, Any] = {"target": "gradient", "feedback": "ef21"}
-"""Error feedback on gradients, which suits any optimizer."""
+"""Error feedback on gradients, which suits any optimizer. With Adam and AdamW their updates are compressed."""
 
 
 def attach_reducers(
@@ -18,16 +20,29 @@ def attach_reducers(
 ) -> dict[str, Reducer]:
     """A reducer for each model whose gradients ranks average, by the model's name. Collective.
 
+    Where updates are compressed, AdamW stays what it is to the program, and its moments are the reducer's.
+
     Raises:
         UnknownKey, UnknownCompressor, OutOfRange, CommError: see :func:`outlast.comm.attach`.
     """
     if comm is False or world_size == 1:
         return {}
-    settings = GRADIENTS if comm is None else {} if isinstance(comm, CommConfig) else comm
-    config = comm if isinstance(comm, CommConfig) else None
-    return {
-        one.name: attach(one.model, config, **settings) for one in trained if kind_of(one.model) in ("ddp", "fsdp2")
-    }
+    reducers: dict[str, Reducer] = {}
+    for one in trained:
+        kind = kind_of(one.model)
+        if kind == "alone":
+            continue
+        adam = kind == "ddp" and type(one.optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+        settings: Mapping[str, Any] = {}
+        if comm is None and not adam:
+            settings = GRADIENTS
+        elif comm is not None and not isinstance(comm, CommConfig):
+            settings = comm
+        config = comm if isinstance(comm, CommConfig) else CommConfig()
+        target = settings.get("target", config.target)
+        one.is_kept = adam and target == "update"
+        reducers[one.name] = attach(one.model, config, optimizer=one.optimizer if one.is_kept else None, **settings)
+    return reducers
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,8 @@ class Trained:
     model: nn.Module
     optimizer: Optimizer | None
     _expected: dict[str, torch.Size]
+    is_kept: bool = False
+    """Whether the optimizer's moments are a reducer's, which saves them."""
 
     @classmethod
     def begin(cls, name: str, model: nn.Module, optimizer: Optimizer | None) -> Trained:
@@ -108,6 +110,8 @@ class Trained:
         else:
             whole = module.state_dict()
             optimizer = {} if self.optimizer is None else self.optimizer.state_dict()
+            if self.is_kept:
+                optimizer = {"state": {}, "param_groups": optimizer["param_groups"]}
         return *split(module, whole), optimizer
 
     def load(self, params: Mapping[str, Any], rest: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:

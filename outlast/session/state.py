@@ -161,7 +161,7 @@ class SessionState:
         unused = sorted(name for name, state in aggregates.items() if state and name not in self.reducers)
         for name in unused:
             of = f" of {name}" if name else ""
-            anew.append(f"error feedback{of} is not used now: what its ranks had not sent yet is lost")
+            anew.append(f"error feedback{of} is not used now: what had not been sent yet, and moments it had, are lost")
         for name, reducer in self.reducers.items():
             aggregate = aggregates.get(name)
             if not aggregate:

@@ -203,8 +203,9 @@ class TrainerConfig:
     deterministic: bool = False
     """Only algorithms that give the same bits on every run (``torch.use_deterministic_algorithms``). What a CPU does is
     so in any case; on CUDA it costs speed, and a run that was interrupted ends bit-identical only with it."""
-    engine: Literal["ddp"] = "ddp"
-    """How the model is replicated or sharded."""
+    engine: Literal["ddp", "fsdp2"] = "ddp"
+    """How the model is replicated or sharded: ``ddp``: replicated by DistributedDataParallel; ``fsdp2``: sharded by
+    ``fully_shard``, see ``[fsdp]``."""
     bucket_mb: float = 25.0
     """Size of DDP's gradient buckets in MiB. Smaller ones start earlier and overlap more communication; larger ones
     compress at less cost, which is faster on few cores (docs/compression.md). The default is DDP's own."""
@@ -229,6 +230,24 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FsdpConfig:
+    """``[fsdp]``: for ``trainer.engine = "fsdp2"``."""
+
+    mesh: tuple[int, ...] = ()
+    """Empty: the model is sharded over all ranks. ``[COPIES, SHARDS]``: over SHARDS ranks that follow one another, in
+    as many copies (HSDP); their product is the number of ranks."""
+    blocks: tuple[str, ...] = ()
+    """Names of the classes of modules that are sharded each for itself, so that their parameters are gathered one after
+    another. Empty: what a transformers model says must not be split, else what stands in an ``nn.ModuleList``."""
+    reshard_after_forward: bool = True
+    """Free gathered parameters after the forward and gather them again for the backward; False keeps them."""
+
+    def __post_init__(self) -> None:
+        ok = len(self.mesh) in (0, 2) and all(size >= 1 for size in self.mesh)
+        require(ok, "fsdp.mesh", list(self.mesh), "empty, or [COPIES, SHARDS], each 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of a run; each field is a section of the TOML file, owned by the package of that name."""
 
@@ -242,6 +261,8 @@ class Config:
     """The optimizer."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """The loop."""
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    """FSDP2's settings."""
     comm: CommConfig = field(default_factory=CommConfig)
     """Gradient compression."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -262,6 +283,9 @@ class Config:
             require(not self.optim.clip_norm, "optim.clip_norm", self.optim.clip_norm, rule)
             rule = 'not set with comm.target = "update", whose optimizer is Adam; with comm.target = "gradient", any'
             require(self.optim.factory is None, "optim.factory", self.optim.factory, rule)
+        if self.trainer.engine != "fsdp2":
+            rule = 'not set without trainer.engine = "fsdp2"'
+            require(self.fsdp == FsdpConfig(), "fsdp", self.fsdp, rule)
         if self.model.factory is None:
             rule = 'pair, for the built-in GPT; "transformers" is for a model.factory'
             require(self.data.form == "pair", "data.form", self.data.form, rule)

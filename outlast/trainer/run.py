@@ -211,11 +211,12 @@ class Run:
         Raises:
             CheckpointError, DataError: see :meth:`Checkpointer.restore` and :meth:`Loader.resumed_from`.
         """
+        like = self.engine.like()
         restored = self.checkpointer.restore(
             "auto" if resume == "auto" else int(resume),
-            like=self.engine.like(),
+            like=like,
             any_world_size=True,
-            strict=("model",) if self.engine.like() is not None else True,
+            strict=True if like is None else ("model",),  # a parameter without a gradient has no optimizer state
         )
         if restored is None:
             return None

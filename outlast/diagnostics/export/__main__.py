@@ -12,8 +12,9 @@ import os
 import select
 import signal
 import sys
+import threading
 
-from outlast.diagnostics.export.job import ExportJob
+from outlast.diagnostics.export.job import LONGEST_END_S, ExportJob
 from outlast.diagnostics.export.start import started
 
 INTERVAL_S = 0.5
@@ -35,6 +36,9 @@ def main(arguments: list[str]) -> int:
             ready, _, _ = select.select([sys.stdin], [], [], INTERVAL_S)
             ended = bool(ready) and not os.read(sys.stdin.fileno(), 4096)
         more = running.poll()
+    last = threading.Timer(LONGEST_END_S, os._exit, [1])
+    last.daemon = True
+    last.start()
     running.close()
     return 0
 

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from outlast.events import Record
 
-CLOSE_S = 10.0
-"""How long an exporter may take at the end for what waits."""
+CLOSE_S = 60.0
+"""How long exporters may take at the end for what waits, all together. The launcher does not wait so long."""
 _LOG = logging.getLogger("outlast.export")
 
 
@@ -34,21 +34,20 @@ class Queued:
     What it has no room for is dropped and counted; what it raises is counted, and the first of its kind is told.
 
     Args:
-        make: makes the exporter, in that thread; what takes long there holds nobody up.
-        name: the exporter's.
+        exporter: the one in that thread.
         records: how many events may wait.
         on_lost: called with the name of a counter, ``dropped_records`` or ``failures``, for each event lost.
     """
 
-    def __init__(self, make: Callable[[], Exporter], name: str, records: int, on_lost: Callable[[str, str], None]):
-        self.name = name
-        self._make = make
+    def __init__(self, exporter: Exporter, records: int, on_lost: Callable[[str, str], None]):
+        self.name = exporter.name
+        self._exporter = exporter
         self._on_lost = on_lost
         self._queue: queue.Queue[tuple[int, Record]] = queue.Queue(records)
         self._closing = threading.Event()
         self._told: set[str] = set()
         self._dropped = 0
-        self._thread = threading.Thread(target=self._run, name=f"outlast-export-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"outlast-export-{self.name}", daemon=True)
         self._thread.start()
 
     def take(self, attempt: int, record: Record) -> None:
@@ -62,43 +61,40 @@ class Queued:
                 "dropped", f"{self._queue.maxsize} events wait already (export.queue_records); more are dropped"
             )
 
-    def close(self) -> None:
-        """Give it ``CLOSE_S`` for what waits; then it is left."""
+    def stop(self) -> None:
+        """Let it end when nothing waits any more."""
         self._closing.set()
-        self._thread.join(CLOSE_S)
+
+    def close(self, within_s: float = CLOSE_S) -> None:
+        """Give it ``within_s`` for what waits; then it is left."""
+        self._closing.set()
+        self._thread.join(within_s)
         left = self._queue.qsize()
         if self._thread.is_alive() or self._dropped or left:
             _LOG.warning(
-                "outlast: %s: %d events were dropped, and %d were not told within %g s of the end; the run's events "
-                "have them all",
+                "outlast: %s: %d events were dropped, and %d were not told before the end%s; the run's events have "
+                "them all",
                 self.name,
                 self._dropped,
                 left,
-                CLOSE_S,
+                ", because it takes too long" if self._thread.is_alive() else "",
             )
 
     def _run(self) -> None:
-        try:
-            exporter = self._make()
-        except Exception as error:
-            self._tell_once("make", f"nothing is exported: {type(error).__name__}: {error}")
-            while not (self._closing.is_set() and self._queue.empty()):
-                self._take_next(lambda _attempt, _record: self._on_lost("failures", self.name))
-            return
         while not (self._closing.is_set() and self._queue.empty()):
-            self._take_next(exporter.take)
+            self._take_next()
         try:
-            exporter.close()
+            self._exporter.close()
         except Exception as error:
             self._tell_once("close", f"{type(error).__name__} at the end: {error}")
 
-    def _take_next(self, take: Callable[[int, Record], None]) -> None:
+    def _take_next(self) -> None:
         try:
             attempt, record = self._queue.get(timeout=0.2)
         except queue.Empty:
             return
         try:
-            take(attempt, record)
+            self._exporter.take(attempt, record)
         except Exception as error:
             self._on_lost("failures", self.name)
             self._tell_once(type(error).__name__, f"an event was not exported: {type(error).__name__}: {error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.export.config import ExportConfig
 from outlast.errors import ConfigError
+
+LONGEST_END_S = 90.0
+"""After its launcher has ended, the process ends within this time, whatever its clients do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,8 @@ class ExportJob:
     """The last step of earlier launches."""
     agent: str = ""
     """The events of the node's launcher."""
+    trackers_since_t: float = 0.0
+    """TensorBoard, W&B and MLflow have been told what came before."""
     socket_fd: int | None = None
     """The socket of Prometheus' port, which listens."""
     thresholds: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
@@ -45,6 +51,24 @@ class ExportJob:
         raw["settings"] = ExportConfig(**raw["settings"])
         raw["thresholds"] = DiagnosticsConfig(**raw["thresholds"])
         return cls(**raw)
+
+
+def check_variables(settings: ExportConfig, environ: Mapping[str, str]) -> None:
+    """Refuse what OpenTelemetry's variables ask for and is not there.
+
+    Raises:
+        ConfigError: another protocol than OTLP over HTTP; names the variable.
+    """
+    if not settings.opentelemetry:
+        return
+    for name in ("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        value = environ.get(name)
+        if value not in (None, "", "http/protobuf"):
+            raise ConfigError(
+                f"{name}={value}: metrics go by http/protobuf alone", f"unset it, or set {name}=http/protobuf"
+            )
+        if value:
+            return  # the first one overrides the second
 
 
 def read_token(settings: ExportConfig) -> str | None:

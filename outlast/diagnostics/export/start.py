@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from pathlib import Path
 
-from outlast.diagnostics.export.exporter import Exporter
+from outlast.diagnostics.export.exporter import CLOSE_S, Exporter, Queued
 from outlast.diagnostics.export.follow import NodeEvents
 from outlast.diagnostics.export.job import ExportJob, read_token
 from outlast.diagnostics.export.metrics import NodeMetrics
+from outlast.diagnostics.export.opentelemetry import OpenTelemetryExporter
 from outlast.diagnostics.export.prometheus import PrometheusExporter
+from outlast.diagnostics.export.scalars import TrackerExporter
+from outlast.diagnostics.export.trackers import TRACKERS
 from outlast.events import Record
 
 _LOG = logging.getLogger("outlast.export")
@@ -40,8 +44,15 @@ class Running:
         """Feed what there is, and end."""
         for attempt, record in self._events.drain():
             self._feed(attempt, record)
+        deadline_s = time.monotonic() + CLOSE_S
+        queued = [one for one in self._exporters if isinstance(one, Queued)]
+        for one in queued:
+            one.stop()
         for exporter in self._exporters:
-            exporter.close()
+            if not isinstance(exporter, Queued):
+                exporter.close()
+        for one in queued:
+            one.close(max(0.0, deadline_s - time.monotonic()))
         if self._events.unreadable:
             _LOG.warning("outlast: %d lines were no events, and are in no metric", self._events.unreadable)
 
@@ -64,9 +75,29 @@ def started(job: ExportJob) -> Running:
     """
     settings, run_dir = job.settings, Path(job.run_dir)
     events = NodeEvents(run_dir, Path(job.agent), since_t=job.since_t)
-    exporters: list[Exporter] = []
+    counting: list[PrometheusExporter | OpenTelemetryExporter] = []
     if job.socket_fd is not None:
-        metrics = NodeMetrics(steps_done=job.steps_done, thresholds=job.thresholds)
         listening = socket.socket(fileno=job.socket_fd)
-        exporters.append(PrometheusExporter(metrics, job.run, listening, read_token(settings)))
-    return Running(events, exporters)
+        counting.append(PrometheusExporter(_metrics(job), job.run, listening, read_token(settings)))
+    if settings.opentelemetry:
+        counting.append(OpenTelemetryExporter(_metrics(job), job.run))
+
+    def lost(counter: str, exporter: str) -> None:
+        for one in counting:
+            one.lost(counter, exporter)
+
+    asked = [name for name in TRACKERS if name in settings.targets]
+    for one in counting:  # from zero, so that a first loss is seen
+        for name in asked:
+            one.lost("dropped_records", name, 0)
+            one.lost("failures", name, 0)
+    trackers = [Queued(_tracker_exporter(job, name), settings.queue_records, lost) for name in asked]
+    return Running(events, [*counting, *trackers])
+
+
+def _metrics(job: ExportJob) -> NodeMetrics:
+    return NodeMetrics(steps_done=job.steps_done, thresholds=job.thresholds)
+
+
+def _tracker_exporter(job: ExportJob, name: str) -> Exporter:
+    return TrackerExporter(name, job.trackers_since_t, lambda: TRACKERS[name](job), steps_done=job.steps_done)

@@ -136,6 +136,17 @@ class ProgramWatch:
         if self._thread.is_alive() and os.getpid() == self.pid:
             self._thread.join(timeout=1.0)
 
+    def keep_newest(self) -> None:
+        """The program ends in the middle, and this watch is closed: leave its newest collectives for the launcher."""
+        if os.getpid() != self.pid:
+            return
+        entries = flight_entries(NEWEST)
+        self._recorder.forget()
+        self._recorder.count(sum(count.enqueued for count in flight_counts().values()))
+        ends = [end_ns for end_ns, _ in self._steps]
+        for entry in entries:
+            self._recorder.copy(_collective(entry, self._step_at(entry.entered_ns, ends)))
+
     def _run(self) -> None:
         before: tuple[dict[str, FlightCount], int] = ({}, self._step)
         was_pending = False

@@ -12,6 +12,8 @@ from outlast.comm import ReduceStats
 from outlast.trainer.batches import Batch
 
 State = dict[str, Any]
+EAGER = frozenset({"comm", "buffers"})
+"""What forward and backward change."""
 UNMEASURED = ReduceStats(wire_bytes=0, dense_bytes=0, codec_s=0.0, collective_s=0.0, exposed_s=0.0, collectives=0)
 
 

@@ -32,4 +32,8 @@ def build_engine(
     Raises:
         CommError, ConfigError: what the settings ask for cannot be done with this engine.
     """
+    if config.trainer.engine == "fsdp2":
+        from outlast.trainer.engines.fsdp2 import FSDP2Engine  # seconds of imports
+
+        return FSDP2Engine(model, config, device, observer)
     return DDPEngine(model, config, device, observer, on_choice)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,8 +16,14 @@ from outlast.comm import Choice, CollectiveObserver, GradientReducer
 from outlast.comm.direction import Adam
 from outlast.trainer.batches import Batch, to_device
 from outlast.trainer.config import Config
-from outlast.trainer.engines.base import EngineState, State, UpdateStats
-from outlast.trainer.engines.training import check_norm, check_optimizer_names
+from outlast.trainer.engines.base import EAGER, EngineState, State, UpdateStats
+from outlast.trainer.engines.training import (
+    check_norm,
+    check_optimizer_names,
+    load_tensors,
+    own_buffers,
+    rank_0_buffers,
+)
 from outlast.trainer.optim import load_optimizer_state, load_scheduler_state, optimizer_state, scheduler_state
 from outlast.trainer.parts import build_loss, make_optimizer, make_scheduler
 
@@ -42,6 +49,7 @@ class DDPEngine:
     ) -> None:
         self.model = model
         self.device = device
+        self._observer = observer
         self._clip_norm = config.clip_norm or math.inf
         self._bf16 = config.trainer.precision == "bf16"
         self._ddp = DistributedDataParallel(
@@ -106,12 +114,14 @@ class DDPEngine:
         """See :class:`Engine`."""
         comm = self._reducer.state_dict()
         replicated = {
-            "model": dict(self.model.named_parameters()) | dict(self.model.named_buffers()),
+            "model": dict(self.model.named_parameters()) | rank_0_buffers(self.model, self._observer),
             "optimizer": optimizer_state(self.model, self._optimizer),
             "scheduler": scheduler_state(self._scheduler),
             "comm": {"aggregate": comm["replicated"], "meta": comm["meta"]},
         }
-        return EngineState(replicated, {"comm": comm["local"]}, frozenset({"comm"}))
+        buffers = dict(self.model.named_buffers())
+        local = {"comm": comm["local"]} | ({"buffers": buffers} if buffers else {})
+        return EngineState(replicated, local, EAGER)
 
     def like(self) -> None:
         """See :class:`Engine`: every rank has all of the state."""
@@ -127,9 +137,8 @@ class DDPEngine:
             return {"replicated": comm["aggregate"], "meta": comm["meta"], "local": read_local(rank)["comm"]}
 
         self._reducer.load_resharded(read, ranks)
-        with torch.no_grad():
-            for name, tensor in running.items():
-                tensor.copy_(replicated["model"][name])
+        rank = dist.get_rank()
+        load_tensors(self.model, own_buffers(replicated["model"], read_local(rank) if rank < ranks else {}))
         load_optimizer_state(self.model, self._optimizer, replicated["optimizer"])
         load_scheduler_state(self._scheduler, replicated["scheduler"])
 

@@ -3,9 +3,70 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from outlast.checkpoint import check_like
+from outlast.comm import CollectiveObserver
 from outlast.errors import StateMismatch, TrainingDiverged
+
+
+@contextmanager
+def recorded(observer: CollectiveObserver | None, label: str) -> Iterator[None]:
+    """Record a forward and backward as one collective of all ranks, where a library issues some that nobody sees.
+
+    A rank that waits in there for a peer, which never began, is told from that peer.
+    """
+    token = None if observer is None else observer.enter("forward_backward", 0, label)
+    yield
+    if observer is not None and token is not None:
+        observer.complete(token)
+
+
+def rank_0_buffers(model: nn.Module, observer: CollectiveObserver | None) -> dict[str, Tensor]:
+    """Copies of rank 0's buffers, the same on all ranks. Collective if there are any.
+
+    A forward may change a buffer (BatchNorm), on each rank by another batch. So a checkpoint has each rank's own, with
+    which it goes on, and these, which are the model's for whoever wants one: a new rank, a new run, an export.
+    """
+    buffers = {name: buffer.detach().contiguous() for name, buffer in model.named_buffers()}
+    if not buffers:
+        return {}
+    parts = [buffer.reshape(-1).view(torch.uint8) for buffer in buffers.values()]
+    content = torch.cat(parts)
+    token = None if observer is None else observer.enter("broadcast", content.nbytes, "buffers")
+    dist.broadcast(content, src=0)
+    if observer is not None and token is not None:
+        observer.complete(token)
+    found = {}
+    for (name, buffer), part in zip(
+        buffers.items(), torch.split(content, [part.numel() for part in parts]), strict=True
+    ):
+        found[name] = part.clone().view(buffer.dtype).reshape(buffer.shape)
+    return found
+
+
+def own_buffers(saved: dict[str, Tensor], local: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a saved model, with a rank's own buffers, if they were saved, in place of rank 0's."""
+    own = local.get("buffers", {})
+    return {name: own.get(name, tensor) for name, tensor in saved.items()}
+
+
+def load_tensors(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Copy a saved model's tensors into parameters and buffers.
+
+    Raises:
+        StateMismatch: names what does not match; nothing was copied.
+    """
+    running = dict(model.named_parameters()) | dict(model.named_buffers())
+    check_like(saved, running)
+    with torch.no_grad():
+        for name, tensor in running.items():
+            tensor.copy_(saved[name])
 
 
 def check_norm(step: int, norm: float, what: str) -> None:
