@@ -3,7 +3,7 @@
 The flight recorder of torch.distributed sees every collective of every process group in C++: those of DDP's reducer, of
 FSDP2, DeepSpeed and functional collectives, and the program's own calls. It records if :func:`buffer_variable` is set
 before the first group is made, and costs about 3 µs a collective. Point-to-point operations are recorded by NCCL's
-groups, not by gloo's.
+groups, not by gloo's: see :mod:`outlast.diagnostics.live.point_to_point`.
 
 Nothing here imports torch: until the program has, there is nothing to read.
 """
