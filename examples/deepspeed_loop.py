@@ -2,7 +2,7 @@
 
     DS_ACCELERATOR=cpu torchrun --nproc-per-node 2 examples/deepspeed_loop.py
 
-DeepSpeed's own checkpoint does not hold the error feedback: save ``reducer.state_dict()`` of each rank beside it, as
+DeepSpeed's own checkpoint does not hold the error feedback: save ``reducer.checkpoint_parts()`` beside it, as
 ``examples/own_loop.py`` does.
 """
 

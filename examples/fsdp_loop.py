@@ -40,15 +40,16 @@ def main(folder: str) -> None:
     for layer in (model[0], model[2]):
         fully_shard(layer)
     fully_shard(model)
-    # What is averaged is the direction that Adam would take, so the optimizer is SGD, and has no state to save.
-    reducer = outlast.comm.attach(model, target="update", density=0.05, dense_below=1024, warmup_steps=10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    # The optimizer stays; backward() averages the directions in which each rank's Adam would go, compressed.
+    settings = {"target": "update", "density": 0.05, "dense_below": 1024, "warmup_steps": 10}
+    reducer = outlast.comm.attach(model, optimizer=optimizer, **settings)
 
     with outlast.checkpoint.attach(folder) as checkpointer:
         first = 1
         if restored := checkpointer.restore("auto", like={"model": model.state_dict()}):  # in parts
             model.load_state_dict(restored.replicated["model"])
-            reducer.load_state_dict(restored.local["comm"])
+            reducer.load_parts(restored)  # error feedback, Adam's moments, the optimizer's groups
             load_rng_state(restored.local["rng"])  # which entries dropout takes next
             first = restored.step + 1
             print(f"rank {rank}: going on from step {restored.step}")
@@ -64,11 +65,12 @@ def main(folder: str) -> None:
             checkpointer.wait_copied()  # the update changes what the last snapshot may still be copying
             optimizer.step()
             if step % 20 == 0:
+                comm = reducer.checkpoint_parts()
                 checkpointer.save(
                     step,
-                    replicated={"model": model.state_dict()},
-                    local={"comm": reducer.state_dict(), "rng": rng_state()},
-                    eager={"comm", "rng"},  # the next forward or backward changes them
+                    replicated={"model": model.state_dict(), **comm.replicated},
+                    local={"rng": rng_state(), **comm.local},
+                    eager={"rng", *comm.eager},  # the next forward or backward changes them
                 )
                 if rank == 0:
                     sent = f"{stats.wire_bytes / 1e3:.1f} kB of gradients sent, dense {stats.dense_bytes / 1e3:.1f} kB"

@@ -38,15 +38,15 @@ def main(folder: str) -> None:
     )
     torch.manual_seed(1 + rank)  # equal weights so far; from here on each rank drops entries of its own
     ddp = DistributedDataParallel(model)
-    reducer = outlast.comm.attach(ddp, target="update", density=0.02, dense_below=1024)
-    optimizer = torch.optim.SGD(model.parameters(), lr=3e-3)  # of the direction in which Adam, in the reducer, would go
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    # The optimizer stays; backward() averages the directions in which each rank's Adam would go, compressed.
+    reducer = outlast.comm.attach(ddp, optimizer=optimizer, target="update", density=0.02, dense_below=1024)
 
     with outlast.checkpoint.attach(folder) as checkpointer:
         first = 1
         if restored := checkpointer.restore("auto"):
             model.load_state_dict(restored.replicated["model"])
-            optimizer.load_state_dict(restored.replicated["optimizer"])
-            reducer.load_state_dict(restored.local["comm"])
+            reducer.load_parts(restored)  # error feedback, Adam's moments, the optimizer's groups
             load_rng_state(restored.local["rng"])  # which entries dropout takes next
             first = restored.step + 1
             print(f"rank {rank}: going on from step {restored.step}")
@@ -62,11 +62,12 @@ def main(folder: str) -> None:
             checkpointer.wait_copied()  # the update changes what the last snapshot may still be copying
             optimizer.step()
             if step % 20 == 0:
+                comm = reducer.checkpoint_parts()
                 checkpointer.save(
                     step,
-                    replicated={"model": model.state_dict(), "optimizer": optimizer.state_dict()},
-                    local={"comm": reducer.state_dict(), "rng": rng_state()},
-                    eager={"comm", "rng"},  # the next forward or backward changes them
+                    replicated={"model": model.state_dict(), **comm.replicated},
+                    local={"rng": rng_state(), **comm.local},
+                    eager={"rng", *comm.eager},  # the next forward or backward changes them
                 )
                 if rank == 0:
                     sent = f"{stats.wire_bytes / 1e3:.1f} kB sent, dense {stats.dense_bytes / 1e3:.1f} kB"

@@ -123,7 +123,10 @@ def split_program(
         elif not kinds and word.endswith(".toml"):
             return [*own, word, *queue], None
         else:
-            return own, _program(kinds, [word, *queue])
+            program = _program(kinds, [word, *queue])
+            if word.endswith(".toml") and program.kind == "module":
+                raise ConfigError(f"{next(iter(kinds))} and {word} contradict one another", "a TOML file is no module")
+            return own, program
     if kinds:
         _program(kinds, [])
     return own, None

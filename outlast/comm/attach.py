@@ -71,7 +71,7 @@ def attach(
         settings: fields of :class:`CommConfig`; they override those of ``config``.
 
     Returns:
-        The reducer. Save its ``state_dict()`` with every checkpoint, on every rank.
+        The reducer. Save its ``checkpoint_parts()`` with every checkpoint, on every rank.
 
     Raises:
         UnknownKey: there is no such setting; names the nearest one that exists.

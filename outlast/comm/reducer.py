@@ -5,11 +5,49 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch.distributed as dist
 
 from outlast.comm.config import CommConfig
+from outlast.comm.exchange.kept_optimizer import KeptOptimizer
 from outlast.comm.exchange.stats import ReduceStats
-from outlast.errors import CommError
+from outlast.errors import CommError, CommStateMismatch
+
+
+class CheckpointParts(NamedTuple):
+    """A reducer's state as ``Checkpointer.save`` takes it: each field is the argument of that name."""
+
+    replicated: dict[str, Any]
+    """Equal on all ranks; the groups of an optimizer that is kept are here."""
+    local: dict[str, Any]
+    """This rank's own."""
+    eager: frozenset[str]
+    """The next backward changes them."""
+
+
+class SavedParts(Protocol):
+    """A checkpoint that was read back, as ``Checkpointer.restore`` returns it."""
+
+    @property
+    def replicated(self) -> Mapping[str, Any]:
+        """What was equal on all ranks."""
+        ...
+
+    @property
+    def local(self) -> Mapping[str, Any]:
+        """What was this rank's own; of no meaning where another world size saved."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Of the job that saved."""
+        ...
+
+    @property
+    def read_local(self) -> Callable[[int], Mapping[str, Any]]:
+        """What was a given rank's own."""
+        ...
 
 
 class Reducer(Protocol):
@@ -34,6 +72,8 @@ class Reducer(Protocol):
     """The settings it was made with."""
     world_size: int
     """How many ranks exchange gradients with one another: all, or with HSDP the copies of a shard."""
+    kept: KeptOptimizer | None = None
+    """The program's own optimizer, if it was handed over."""
 
     @abstractmethod
     def begin_step(self, step: int, loss_scale: float | None = None) -> None:
@@ -103,6 +143,93 @@ class Reducer(Protocol):
                 nothing has been loaded then.
             CommError: an exchange has failed.
         """
+
+    def checkpoint_parts(self, name: str = "comm") -> CheckpointParts:
+        """Its whole state, split for a checkpoint; call it between steps::
+
+            reducer = outlast.comm.attach(ddp, optimizer=optimizer)
+            with outlast.checkpoint.attach("runs/mine") as checkpointer:
+                comm = reducer.checkpoint_parts()
+                replicated = {"model": model.state_dict(), **comm.replicated}
+                checkpointer.save(step, replicated=replicated, local=comm.local, eager=comm.eager)
+
+        Args:
+            name: the top-level key. Of several reducers each has its own.
+
+        Returns:
+            The parts, with live tensors. An optimizer that is kept is in them: its groups, and its moments, which are
+            the reducer's. It need not be saved otherwise.
+
+        Raises:
+            CommError: an exchange has failed.
+        """
+        state = self.state_dict()
+        replicated: dict[str, Any] = {"aggregate": state["replicated"], "meta": state["meta"]}
+        if self.kept is not None:
+            replicated["optimizer"] = self.kept.own_state_dict()
+        return CheckpointParts({name: replicated}, {name: state["local"]}, frozenset({name}))
+
+    def load_parts(self, restored: SavedParts, *, name: str = "comm", strict: bool = True) -> tuple[str, ...]:
+        """Load what :meth:`checkpoint_parts` was, or ``local={name: reducer.state_dict()}``; training goes on bit for
+        bit.
+
+        Saved by another number of ranks, it is redistributed, as :meth:`load_resharded` says.
+
+        Args:
+            restored: the checkpoint.
+            name: as it was saved.
+            strict: see :meth:`load_state_dict`.
+
+        Returns:
+            As :meth:`load_state_dict`.
+
+        Raises:
+            CommStateMismatch: there is no such state, or it does not fit; nothing has been loaded then.
+            CommError: an exchange has failed, or the optimizer's groups cannot be followed.
+        """
+        same = restored.world_size == (dist.get_world_size() if dist.is_initialized() else 1)
+        shared = restored.replicated.get(name)
+        of_optimizer = None if shared is None else shared.get("optimizer")
+        if shared is None and name not in (restored.local if same else restored.read_local(0)):
+            raise CommStateMismatch(
+                f"the checkpoint has no state of a reducer under {name!r}",
+                "it was saved without compression, or under another name: pass name=, or leave out load_parts(), and "
+                "what error feedback keeps begins anew",
+            )
+        if of_optimizer is not None:
+            if self.kept is None:
+                raise CommStateMismatch(
+                    f"the checkpoint has, under {name!r}, the groups of an optimizer that the reducer had",
+                    "hand the optimizer over: outlast.comm.attach(model, optimizer=optimizer)",
+                )
+            self.kept.check_state_dict(of_optimizer)
+
+        def joined(local: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+            own: Mapping[str, Any] = local.get(name, {})
+            if shared is None:
+                return own
+            return {"local": own, "replicated": shared["aggregate"], "meta": shared["meta"]}
+
+        if same:
+            left = self.load_state_dict(joined(restored.local), strict=strict)
+        else:
+            self._refuse_part_of_the_ranks(restored.world_size)
+            left = self.load_resharded(
+                lambda rank: joined(restored.read_local(rank)), restored.world_size, strict=strict
+            )
+        if of_optimizer is not None and self.kept is not None:
+            self.kept.load_own_state_dict(of_optimizer)
+        return left
+
+    def _refuse_part_of_the_ranks(self, saved_by: int) -> None:
+        """Which of the saved ranks were a smaller group's is not known here."""
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if self.world_size != ranks:
+            raise CommStateMismatch(
+                f"the checkpoint was saved by {saved_by} ranks, there are {ranks} now, and this reducer averages over "
+                f"{self.world_size} of them",
+                "call load_resharded(read, ranks), where read(i) reads the state of the i-th rank of that group",
+            )
 
     @abstractmethod
     def close(self) -> None:

@@ -21,6 +21,8 @@ LOST_PEER = (
     "left the exchange",
 )
 """Phrases of gloo, the store and the reducer for a connection that another rank closed."""
+MISMATCH = "op.preamble.length <= op.nbytes"
+"""gloo's words where a rank receives more than its own collective holds."""
 WATCHED = "OUTLAST_WATCHED"
 """Set in the environment of ranks whose shared memory the launcher reads, and removes once they have ended."""
 
@@ -51,23 +53,34 @@ class RankFailure:
     early: str = ""
     """Where it was, if it ended with status 0 and its peers were not done; they fail because of it."""
 
+    desync: str = ""
+    """The evidence, if it left the common order of collectives, and its peers failed because of it."""
+
     memory: str = ""
     """What the kernel's OOM killer did meanwhile."""
 
     def sort_key(self) -> tuple[bool, bool, bool, bool, bool, int]:
         """Sorts the likely cause first: ranks that left, hung ones, killed ones; last those that report a lost peer."""
-        return not self.early, not self.hang, self.lost_peer, self.status >= 0, not self.message, self.rank
+        left = bool(self.desync or self.early)
+        return not left, not self.hang, self.lost_peer, self.status >= 0, not self.message, self.rank
 
     @property
     def lost_peer(self) -> bool:
         """Whether it reports that another rank was lost, and so is a victim."""
-        return any(phrase in self.message for phrase in LOST_PEER) and not self.hang
+        return any(phrase in self.message for phrase in LOST_PEER) and not self.hang and not self.desync
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether gloo has aborted it and said why: what it received was larger than its own collective."""
+        return self.status == -signal.SIGABRT and MISMATCH in self.message
 
     @property
     def reason(self) -> str:
         """One line, e.g. ``killed by SIGKILL``, ``exited with status 1: ValueError: …``."""
         if self.hang:
             return f"hung, killed by the launcher: {self.hang}"
+        if self.desync:
+            return f"{self.desync} ({describe_exit(self.status)})"
         if self.early:
             return f"exited with status 0 {self.early}, before training was done (sys.exit or os._exit in its program?)"
         lines = self.message.splitlines()

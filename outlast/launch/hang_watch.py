@@ -16,6 +16,7 @@ from outlast.diagnostics.live import (
     Beat,
     Culprit,
     Observation,
+    Ring,
     StallRules,
     heartbeat_path,
     judge,
@@ -159,6 +160,17 @@ class HangWatch:
                 if beat.step or read_ring(ring_path(self.shm_dir, rank)).entered:
                     left[rank] = f"after step {beat.step}" if beat.step else "before its first step"
         return left
+
+    def last_rings(self, ranks: Iterable[int]) -> list[Ring]:
+        """The newest collectives that these ranks have left in this start, ended or not."""
+        found = []
+        for rank in ranks:
+            beat = self._beat_of(rank)
+            if beat is not None:
+                with suppress(DiagnosticsError):
+                    ring = read_ring(ring_path(self.shm_dir, rank))
+                    found += [ring] if ring.pid == beat.pid else []
+        return found
 
     def is_stuck(self, pids: Mapping[int, int]) -> bool:
         """Whether one of these ranks waits inside a collective for longer than it may be silent."""

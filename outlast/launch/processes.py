@@ -66,7 +66,11 @@ class RankProcesses:
         return {rank: process.poll() for rank, process in self._by_rank().items()}
 
     def failures(
-        self, hang_evidence: Mapping[int, str], ended: Mapping[int, int], early: Mapping[int, str]
+        self,
+        hang_evidence: Mapping[int, str],
+        ended: Mapping[int, int],
+        early: Mapping[int, str],
+        desync: Mapping[int, str],
     ) -> list[RankFailure]:
         """Ranks that exited with a status other than 0, or too early, the likely cause first.
 
@@ -74,6 +78,7 @@ class RankProcesses:
             hang_evidence: of each rank that was killed because it hung.
             ended: the process of each rank that had ended before its wrapper was killed.
             early: where ranks were that exited with status 0 while their peers needed them.
+            desync: of each rank that left the common order of collectives, how that is known.
         """
         failures = []
         for rank, process in self._by_rank().items():
@@ -94,6 +99,7 @@ class RankProcesses:
                     hang=hang_evidence.get(rank, ""),
                     ended_alone=rank in ended,
                     early=early.get(rank, ""),
+                    desync=desync.get(rank, ""),
                     memory="" if rank in hang_evidence else self._oom_kills.describe(status == -signal.SIGKILL),
                 )
             )

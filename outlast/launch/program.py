@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pkgutil
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
@@ -16,6 +17,9 @@ from outlast.errors import ConfigError
 
 ARCHIVE = b"PK\x03\x04"
 """How a zip archive begins; Python runs those that have a ``__main__.py``."""
+PYTHON = "PYTHON_EXEC"
+"""The interpreter of the ranks, as torchrun reads it; by default the launcher's."""
+INTERPRETER_S = 60.0
 Kind = Literal["script", "module", "program"]
 
 
@@ -42,8 +46,9 @@ class Program:
         """What each rank runs. Python programs start through :mod:`outlast.launch.runner`."""
         if self.kind == "program":
             return (self.target, *self.arguments)
+        runner = (os.environ.get(PYTHON) or sys.executable, "-m", "outlast.launch.runner")
         flag = ("-m",) if self.kind == "module" else ()
-        return (sys.executable, "-m", "outlast.launch.runner", *flag, self.target, *self.arguments)
+        return (*runner, *flag, self.target, *self.arguments)
 
     def check(self) -> None:
         """Find out before any process is started what would fail in every rank.
@@ -52,6 +57,8 @@ class Program:
             ConfigError: the script is not there, is a directory or not valid Python; there is no such module, or it
                 cannot be run; the program cannot be executed.
         """
+        if self.kind != "program" and os.environ.get(PYTHON):
+            _check_interpreter(os.environ[PYTHON])
         {"script": self._check_script, "module": self._check_module, "program": self._check_program}[self.kind]()
 
     def _check_script(self) -> None:
@@ -118,6 +125,20 @@ class Program:
             pass
         why = "it is not executable" if path.is_file() else "there is no such program in PATH"
         raise ConfigError(f"{self.target} cannot be run: {why}", "give a path, or make it executable: chmod +x")
+
+
+def _check_interpreter(path: str) -> None:
+    code = "import outlast.launch.runner"
+    try:
+        done = subprocess.run([path, "-c", code], capture_output=True, text=True, timeout=INTERPRETER_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"{PYTHON}={path} cannot be run: {error}", f"unset {PYTHON}") from error
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise ConfigError(
+            f"{PYTHON}={path} cannot start watched programs: {last}",
+            f"install outlast for that interpreter, or unset {PYTHON}",
+        )
 
 
 def _check_python(path: Path, source: bytes) -> None:

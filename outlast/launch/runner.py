@@ -21,11 +21,13 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+from outlast.diagnostics.live import point_to_point
 from outlast.diagnostics.live.flight import flight_counts
 from outlast.diagnostics.live.heartbeat import Heartbeat
 from outlast.diagnostics.live.program_watch import ProgramWatch
 from outlast.diagnostics.live.recorder import Recorder
 from outlast.diagnostics.live.shm import heartbeat_path, ring_path, shm_directory
+from outlast.errors import OutlastError
 from outlast.events import EventLog, RunEnded, RunStarted
 from outlast.launch.attempt import Attempt
 from outlast.launch.failures import NO_RESTART_STATUS
@@ -86,6 +88,7 @@ class Runner:
     def run(self, start: Callable[[], None]) -> int:
         """Run the program; returns its exit status. Its own traceback is printed, without the runner's frames."""
         sys.meta_path.insert(0, _AfterImport(_OPTIMIZERS, self._hook_optimizers))
+        sys.meta_path.insert(0, _AfterImport(point_to_point.MODULE, point_to_point.install))
         self._watch.start()
         ok, reason, status = True, "", 0
         try:
@@ -103,11 +106,16 @@ class Runner:
             self._tell(error)
             if isinstance(error, KeyboardInterrupt):
                 status = 130
-            elif isinstance(error, SyntaxError | ImportError | UnreadableScript) and self._never_began():
+            elif self._would_fail_again(error):
                 status = NO_RESTART_STATUS
         finally:
             self._end(ok, reason)
         return status
+
+    def _would_fail_again(self, error: BaseException) -> bool:
+        if isinstance(error, OutlastError):
+            return not error.restartable
+        return isinstance(error, SyntaxError | ImportError | UnreadableScript) and self._never_began()
 
     def _never_began(self) -> bool:
         """Whether this is the job's first start, and nothing has been done in it: the same would come of another one.
@@ -131,6 +139,8 @@ class Runner:
 
     def _end(self, ok: bool, reason: str) -> None:
         self._watch.close()
+        if not ok:
+            self._watch.keep_newest()
         self._heartbeat.beat("finish", self._watch.step)
         self._events.write(RunEnded(step=self._watch.step, ok=ok, reason=reason))
         self._events.close()

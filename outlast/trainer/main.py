@@ -107,6 +107,11 @@ def run_rank(config: Config, place: Place) -> bool:
     Raises:
         OutlastError: see the tree in :mod:`outlast.errors`.
     """
+    if config.export.targets and WATCHED not in os.environ:
+        raise ConfigError(
+            f"[export] asks for {', '.join(config.export.targets)}, but no outlast launch runs here, which exports",
+            "start the ranks with outlast launch (on Slurm: slurm/launch.sbatch), or leave [export] out",
+        )
     with ExitStack() as stack:
         logs.set_up_terminal(place.rank)
         stack.callback(logs.shut_down)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from outlast.cli.main import main
-from outlast.launch.program import find_module
+from outlast.errors import ConfigError
+from outlast.launch.program import Program, find_module
 from tests.helpers import clean_env, events, outlast
 
 COUNT = 'import os; open(os.environ["STARTS"] + os.environ["RANK"], "a").write("x")\n'
@@ -35,9 +36,10 @@ def starts(tmp_path: Path) -> dict[int, int]:
         ("import a_module_that_is_not_there\n", "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"),
         ("from os import no_such_name\n", "ImportError: cannot import name 'no_such_name'"),
         ("import broken\n", "broken.py"),
+        ("from outlast.errors import ConfigError; raise ConfigError('no such compressor')\n", "no such compressor"),
         ("import argparse; argparse.ArgumentParser(prog='t').parse_args(['--lrr'])\n", "unrecognized arguments: --lrr"),
     ],
-    ids=["module", "name", "syntax", "arguments"],
+    ids=["module", "name", "syntax", "setting", "arguments"],
 )
 def test_what_would_fail_again_is_not_started_again(tmp_path: Path, code: str, told: str) -> None:
     (tmp_path / "broken.py").write_text("def f(:\n")
@@ -137,6 +139,19 @@ def test_a_script_without_the_right_to_read_it(tmp_path: Path) -> None:
         check=False,
     )
     assert f"ConfigError: script {script} cannot be read: Permission denied" in done.stderr
+
+
+def test_another_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "train.py"
+    script.touch()
+    for found, told in ((tmp_path / "none", "cannot be run: "), (Path("/bin/false"), "cannot start watched programs")):
+        monkeypatch.setenv("PYTHON_EXEC", str(found))
+        with pytest.raises(ConfigError, match=f"PYTHON_EXEC={found} {told}"):
+            Program(kind="script", target=str(script)).check()
+    monkeypatch.setenv("PYTHON_EXEC", sys.executable)
+    program = Program(kind="script", target=str(script))
+    program.check()
+    assert program.command[0] == sys.executable
 
 
 def test_a_program_that_the_kernel_does_not_run(tmp_path: Path) -> None:

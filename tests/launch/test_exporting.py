@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from outlast.diagnostics.report.goodput import CAUSES
-from tests.helpers import events, outlast, start_outlast, wait_for
+from tests.helpers import clean_env, events, outlast, start_outlast, wait_for
 from tests.launch.jobs import STARTED
 
 pytestmark = pytest.mark.prometheus
@@ -82,6 +82,17 @@ def test_the_end_waits_for_no_client(tmp_path: Path) -> None:
     assert time.monotonic() - began_s < 60
     port = int(re.search(r"127\.0\.0\.1:(\d+)/metrics", done.stderr)[1])  # type: ignore[index]
     assert metrics(port) == {}
+
+
+@pytest.mark.slow
+def test_a_client_that_is_broken_ends_no_training(tmp_path: Path) -> None:
+    """It is there, as the launcher has seen before any rank started, and cannot be imported."""
+    (tmp_path / "prometheus_client").mkdir()
+    (tmp_path / "prometheus_client" / "__init__.py").write_text("raise RuntimeError('a broken installation')")
+    words = ("--run-dir", tmp_path / "run", "--export.prometheus-port", "0", "--no-python", "sh", "-c", "sleep 8")
+    done = outlast("launch", *words, env=clean_env(PYTHONPATH=str(tmp_path)))
+    assert "a broken installation" in done.stderr
+    assert "what exports metrics exited with status 1; it is started again, training goes on" in done.stderr
 
 
 def test_a_dry_run_opens_no_port(tmp_path: Path) -> None:

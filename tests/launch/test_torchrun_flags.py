@@ -126,6 +126,7 @@ def test_the_short_names_and_what_is_torchs_own() -> None:
         ),
         ("-m", {"PET_NO_PYTHON": "1"}, ("-m", "PET_NO_PYTHON=1")),
         ("", {"PET_MODULE": "1", "PET_RUN_PATH": "1"}, ("PET_MODULE=1", "PET_RUN_PATH=1")),
+        ("-m run.toml", {}, ("-m", "run.toml")),
         ("", {"PET_STANDALONE": "maybe"}, ("PET_STANDALONE=maybe", "1 or 0")),
         ("--logs-specs mine", {}, ("--logs-specs mine", "--log-dir")),
         ("", {"PET_LOGS_SPECS": "mine"}, ("PET_LOGS_SPECS=mine", "--log-dir")),

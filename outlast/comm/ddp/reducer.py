@@ -146,8 +146,6 @@ class GradientReducer(Reducer):
             self._network, self._method, self._states, self._stream, config.timeout_s, self._open
         )
         self._ddp: DdpBackward | None = None
-        self.kept: KeptOptimizer | None = None
-        """The user's own optimizer."""
         if optimizer is not None and follows is not None:
             moments, ledger = WholeMoments(self._states), self._averager.ledger
             self.kept = KeptOptimizer(optimizer, moments, follows, self._averager.settle, lambda: ledger.step)

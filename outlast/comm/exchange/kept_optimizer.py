@@ -2,9 +2,10 @@
 
 The moments are the reducer's, and move in backward. The object stays: its groups say lr and weight decay at every step,
 hooks, schedulers, closures and a GradScaler find it as it was, and ``state_dict()`` and ``load_state_dict()`` show and
-take the reducer's moments. One method of the *object* is replaced until :meth:`KeptOptimizer.release`: ``_init_group``,
-through which a step collects what a group's parameters, gradients and moments are. In its place the group's averaged
-parameters are moved, and left out of what is collected; the others are the optimizer's own as before.
+take the reducer's moments. Two methods of the *object* are replaced until :meth:`KeptOptimizer.release`. One is
+``_init_group``, through which a step collects what a group's parameters, gradients and moments are: in its place the
+group's averaged parameters are moved, and left out of what is collected; the others are the optimizer's own as before.
+The other one, ``__getstate__``, gives copies the moments, which are AdamW by themselves.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class KeptOptimizer:
             if state:
                 moments.write(param, _adam_state(state))
         self._init_group: Callable[..., bool] = optimizer._init_group  # type: ignore[attr-defined]
-        vars(optimizer)["_init_group"] = self._apply
+        vars(optimizer).update(_init_group=self._apply, __getstate__=self._whole_state)
         self._handles = [
             optimizer.register_state_dict_pre_hook(self._show),
             optimizer.register_state_dict_post_hook(self._hide),
@@ -77,30 +78,49 @@ class KeptOptimizer:
         replace it, in whichever order the two are loaded."""
         self._loaded_at = self._step()
 
-    def settings(self) -> list[dict[str, Any]]:
-        """``param_groups`` as in a state dict."""
+    def own_state_dict(self) -> dict[str, Any]:
+        """A state dict of the optimizer without the reducer's moments: its groups, and the state of parameters that are
+        not the reducer's."""
         groups: list[dict[str, Any]] = []
-        start = 0
+        state: dict[int, Any] = {}
+        number = 0
         for group in self.optimizer.param_groups:
-            numbers = list(range(start, start + len(group["params"])))
-            groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": numbers})
-            start += len(numbers)
-        return groups
+            numbers = range(number, number + len(group["params"]))
+            number = numbers.stop
+            groups.append({key: value for key, value in group.items() if key != "params"} | {"params": list(numbers)})
+            mine = zip(numbers, group["params"], strict=True)
+            state |= {i: self.optimizer.state[p] for i, p in mine if self.optimizer.state.get(p)}
+        return {"state": state, "param_groups": groups}
 
-    def load_settings(self, groups: list[dict[str, Any]]) -> None:
-        """The reverse of :meth:`settings`; the moments stay as they are.
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Whether it could be loaded.
 
         Raises:
-            CommError: settings that cannot be followed.
-            ValueError: other groups.
+            CommError: its groups are not the optimizer's, or cannot be followed.
         """
+        given, own = ([len(g["params"]) for g in groups] for groups in (state_dict["param_groups"], self._own_groups))
+        if given != own:
+            raise CommStateMismatch(
+                f"the checkpoint's optimizer has groups of {given} parameters, this one of {own}",
+                "make the optimizer's groups as they were when it was saved",
+            )
+        self._directions.check(constants_of(self._groups(state_dict["param_groups"])))
+
+    def load_own_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`own_state_dict` was; the moments stay as they are.
+
+        Raises:
+            CommError: see :meth:`check_state_dict`.
+        """
+        self.check_state_dict(state_dict)
         self.reducer_loaded()
-        self.optimizer.load_state_dict({"state": self._own_state(), "param_groups": groups})
+        self.optimizer.load_state_dict(state_dict)
 
     def release(self) -> None:
         """Give the optimizer back as it was, with the moments. Doing so twice is harmless."""
         if vars(self.optimizer).pop("_init_group", None) is None:
             return
+        del vars(self.optimizer)["__getstate__"]
         for handle in self._handles:
             handle.remove()
         for param in self._mine():
@@ -116,13 +136,12 @@ class KeptOptimizer:
 
     def _groups(self, groups: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """Those of ``groups``, of the optimizer or of a state dict, that have parameters of the reducer."""
-        own = self.optimizer.param_groups
+        own = self._own_groups
         return {i: group for i, group in enumerate(groups[: len(own)]) if any(map(self._moments.has, own[i]["params"]))}
 
-    def _own_state(self) -> dict[int, Any]:
-        """State of parameters that are not the reducer's, by their number."""
-        params = list(chain.from_iterable(group["params"] for group in self.optimizer.param_groups))
-        return {index: self.optimizer.state[p] for index, p in enumerate(params) if self.optimizer.state.get(p)}
+    @property
+    def _own_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
 
     def _apply(self, group: dict[str, Any], *collected: list[Tensor]) -> bool:
         """In place of ``_init_group``: move this group's averaged parameters, and collect the others."""
@@ -160,9 +179,18 @@ class KeptOptimizer:
             if state is not None:
                 optimizer.state[param] = self._as_shown(state)
 
-    def _hide(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    def _hide(self, optimizer: Optimizer, state_dict: dict[str, Any] | None = None) -> None:
         for param in self._mine():
             optimizer.state.pop(param, None)
+
+    def _whole_state(self) -> dict[str, Any]:
+        """What a copy is made of."""
+        self._show(self.optimizer)
+        try:
+            whole = type(self.optimizer).__getstate__(self.optimizer)
+            return {**whole, "state": self.optimizer.state.copy()}
+        finally:
+            self._hide(self.optimizer)
 
     def _as_shown(self, state: AdamState) -> dict[str, Tensor]:
         """As this optimizer would have it: its step is on the CPU unless it is fused, which is said once for all."""

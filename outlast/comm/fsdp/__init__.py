@@ -73,8 +73,6 @@ class ShardedReducer(Reducer):
         self._session = session
         self._groups = groups
         self._ranks, self._rank = saved_by
-        self.kept: KeptOptimizer | None = None
-        """The user's own optimizer."""
 
     def begin_step(self, step: int, loss_scale: float | None = None) -> None:
         """Say which step (1-based) the next backward belongs to; the warm-up depends on it.

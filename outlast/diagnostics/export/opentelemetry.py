@@ -64,10 +64,10 @@ class OpenTelemetryExporter:
         if record.kind in STEPS:
             self._step_seconds.record(float(record["step_s"]), self._labels)
 
-    def lost(self, counter: str, exporter: str) -> None:
-        """Count an event that another exporter lost."""
+    def lost(self, counter: str, exporter: str, events: int = 1) -> None:
+        """Count events that another exporter lost: ``dropped_records`` or ``failures``."""
         with self._lock:
-            self._metrics.add(f"outlast_export_{counter}", 1, exporter)
+            self._metrics.add(f"outlast_export_{counter}", events, exporter)
 
     def close(self) -> None:
         """Push what is new, for ``CLOSE_S`` at most."""

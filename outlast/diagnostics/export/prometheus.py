@@ -53,10 +53,10 @@ class PrometheusExporter:
         with self._lock:
             self._metrics.take(attempt, record)
 
-    def lost(self, counter: str, exporter: str) -> None:
-        """Count an event that another exporter lost."""
+    def lost(self, counter: str, exporter: str, events: int = 1) -> None:
+        """Count events that another exporter lost: ``dropped_records`` or ``failures``."""
         with self._lock:
-            self._metrics.add(f"outlast_export_{counter}", 1, exporter)
+            self._metrics.add(f"outlast_export_{counter}", events, exporter)
 
     def close(self) -> None:
         """Stop serving."""

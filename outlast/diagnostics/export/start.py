@@ -86,11 +86,12 @@ def started(job: ExportJob) -> Running:
         for one in counting:
             one.lost(counter, exporter)
 
-    trackers = [
-        Queued(_tracker_exporter(job, name), settings.queue_records, lost)
-        for name in TRACKERS
-        if name in settings.targets
-    ]
+    asked = [name for name in TRACKERS if name in settings.targets]
+    for one in counting:  # from zero, so that a first loss is seen
+        for name in asked:
+            one.lost("dropped_records", name, 0)
+            one.lost("failures", name, 0)
+    trackers = [Queued(_tracker_exporter(job, name), settings.queue_records, lost) for name in asked]
     return Running(events, [*counting, *trackers])
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from outlast.diagnostics.live.flight import POINT_TO_POINT
 from outlast.diagnostics.live.recorder import Collective, Ring
 
 CONTEXT = 16
@@ -39,12 +40,12 @@ def find_desync(rings: Sequence[Ring]) -> Desync | None:
     Args:
         rings: of the ranks that wait; others must not be among them.
     """
-    groups = sorted({one.group for ring in rings for one in ring.pending})
-    found = (_find_in_group([_of_group(ring, group) for ring in rings], group) for group in groups)
+    groups = sorted({one.group for ring in rings for one in ring.pending if not one.group.startswith(POINT_TO_POINT)})
+    found = (_find_in_group([of_group(ring, group) for ring in rings], group) for group in groups)
     return next((one for one in found if one is not None), None)
 
 
-def _of_group(ring: Ring, group: str) -> Ring:
+def of_group(ring: Ring, group: str) -> Ring:
     """A rank's collectives in one process group, numbered as there; without groups the ring itself."""
     if not group:
         return ring
@@ -58,8 +59,8 @@ def _find_in_group(rings: Sequence[Ring], group: str) -> Desync | None:
     if not found:
         return None
     seq, a, b = min(found, key=lambda one: (one[0], one[1].rank, one[2].rank))
-    left, kept = _who_left(seq, a, b, rings)
-    there, here = _at(left, seq), _at(kept, seq)
+    left, kept = who_left(seq, a, b, rings)
+    there, here = at(left, seq), at(kept, seq)
     assert there is not None, "the rings differ there"
     assert here is not None, "the rings differ there"
     return Desync(
@@ -68,7 +69,7 @@ def _find_in_group(rings: Sequence[Ring], group: str) -> Desync | None:
         evidence=(
             f"desynchronised: ranks {min(left.rank, kept.rank)} and {max(left.rank, kept.rank)} are in different "
             f"collectives{f' of group {group}' if group else ''}; rank {left.rank} left the order first: its "
-            f"collective #{seq} was {_describe(there)}, that of rank {kept.rank} {_describe(here)}"
+            f"collective #{seq} was {describe(there)}, that of rank {kept.rank} {describe(here)}"
         ),
     )
 
@@ -78,7 +79,7 @@ def _parted_at(a: Ring, b: Ring) -> int | None:
     if not a.pending or not b.pending:
         return None
     seqs = sorted({one.seq for one in a.records} & {one.seq for one in b.records})
-    differs = next((seq for seq in seqs if _differ(_at(a, seq), _at(b, seq))), None)
+    differs = next((seq for seq in seqs if _differ(at(a, seq), at(b, seq))), None)
     if differs is None:
         return None
     if any(_has_entered(b, one, differs) for one in a.pending):
@@ -89,32 +90,32 @@ def _parted_at(a: Ring, b: Ring) -> int | None:
 
 
 def _differ(one: Collective | None, other: Collective | None) -> bool:
-    return one is not None and other is not None and (_key(one), one.step) != (_key(other), other.step)
+    return one is not None and other is not None and (key(one), one.step) != (key(other), other.step)
 
 
 def _has_entered(ring: Ring, wanted: Collective, since: int) -> bool:
-    return any(one.seq >= since and (_key(one), one.step) == (_key(wanted), wanted.step) for one in ring.records)
+    return any(one.seq >= since and (key(one), one.step) == (key(wanted), wanted.step) for one in ring.records)
 
 
-def _who_left(seq: int, a: Ring, b: Ring, rings: Sequence[Ring]) -> tuple[Ring, Ring]:
+def who_left(seq: int, a: Ring, b: Ring, rings: Sequence[Ring]) -> tuple[Ring, Ring]:
     """The one of two that left the order at ``seq``, and the other one."""
-    entered = {ring.rank: one for ring in rings if (one := _at(ring, seq)) is not None}
-    votes = Counter((_key(one), one.step) for one in entered.values())
+    entered = {ring.rank: one for ring in rings if (one := at(ring, seq)) is not None}
+    votes = Counter((key(one), one.step) for one in entered.values())
     mine, theirs = entered[a.rank], entered[b.rank]
-    shares = votes[_key(mine), mine.step], votes[_key(theirs), theirs.step]
+    shares = votes[key(mine), mine.step], votes[key(theirs), theirs.step]
     if shares[0] != shares[1]:
         return (a, b) if shares[0] < shares[1] else (b, a)
-    usual = _usual_next(a, seq)
-    if usual is not None and (_key(mine) == usual) != (_key(theirs) == usual):
-        return (b, a) if _key(mine) == usual else (a, b)
+    usual = usual_next(a, seq)
+    if usual is not None and (key(mine) == usual) != (key(theirs) == usual):
+        return (b, a) if key(mine) == usual else (a, b)
     if mine.step != theirs.step:  # who is ahead has left out something
         return (a, b) if mine.step > theirs.step else (b, a)
     return (a, b) if mine.entered_s <= theirs.entered_s else (b, a)
 
 
-def _usual_next(ring: Ring, seq: int) -> Key | None:
+def usual_next(ring: Ring, seq: int) -> Key | None:
     """What followed, earlier, the longest stretch of collectives that also stands right before ``seq``."""
-    before = [_key(one) for one in ring.records if one.seq < seq]
+    before = [key(one) for one in ring.records if one.seq < seq]
     best, usual = 0, None
     for at in range(len(before) - 1, 0, -1):
         length = 0
@@ -125,14 +126,14 @@ def _usual_next(ring: Ring, seq: int) -> Key | None:
     return usual
 
 
-def _at(ring: Ring, seq: int) -> Collective | None:
+def at(ring: Ring, seq: int) -> Collective | None:
     return next((one for one in ring.records if one.seq == seq), None)
 
 
-def _key(one: Collective) -> Key:
+def key(one: Collective) -> Key:
     return one.op, one.label, one.nbytes
 
 
-def _describe(one: Collective) -> str:
+def describe(one: Collective) -> str:
     label = f" {one.label!r}" if one.label else ""
     return f"{one.op}{label} of {one.nbytes} bytes in step {one.step}"

@@ -3,7 +3,7 @@
 The flight recorder of torch.distributed sees every collective of every process group in C++: those of DDP's reducer, of
 FSDP2, DeepSpeed and functional collectives, and the program's own calls. It records if :func:`buffer_variable` is set
 before the first group is made, and costs about 3 µs a collective. Point-to-point operations are recorded by NCCL's
-groups, not by gloo's.
+groups, not by gloo's: see :mod:`outlast.diagnostics.live.point_to_point`.
 
 Nothing here imports torch: until the program has, there is nothing to read.
 """
@@ -34,6 +34,7 @@ DTYPE_BYTES: Mapping[str, int] = {
 }
 """Bytes an element, by the flight recorder's names; types that are not listed here have one byte (the 8-bit floats)."""
 
+POINT_TO_POINT = "p2p "
 _MODULE = "torch._C._distributed_c10d"
 
 
@@ -65,7 +66,8 @@ class FlightEntry:
     record: int
     """How many the process recorded before."""
     group: str
-    """Name of the process group; the same on all of its ranks."""
+    """Name of the process group; the same on all of its ranks. For point-to-point operations, which are numbered by
+    themselves, and not alike on all ranks, with :data:`POINT_TO_POINT` before it."""
     group_seq: int
     """Position in the group, from 1; the same on all of its ranks."""
     op: str
@@ -104,10 +106,12 @@ def _dump() -> Callable[..., bytes] | None:
 
 def _entry(raw: Mapping[str, Any], behind_ns: int) -> FlightEntry:
     name, description = (*raw["process_group"], "", "")[:2]
+    p2p = bool(raw.get("is_p2p"))
+    if p2p:
+        name = f"{POINT_TO_POINT}{name}"
     entered_ns = _number(raw["time_created_ns"]) - behind_ns
     discovered_ns = _number(raw.get("time_discovered_completed_ns") or 0)
     done = bool(raw.get("retired")) or raw.get("state") == "completed"
-    p2p = bool(raw.get("is_p2p"))
     return FlightEntry(
         record=_number(raw["record_id"]),
         group=f"{name} {description}" if description not in ("", "undefined") else str(name),

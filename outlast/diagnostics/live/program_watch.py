@@ -15,9 +15,11 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 
-from outlast.diagnostics.live.flight import FlightCount, FlightEntry, flight_counts, flight_entries
+from outlast.diagnostics.live.flight import FlightEntry, flight_counts, flight_entries
 from outlast.diagnostics.live.heartbeat import Heartbeat, Phase
+from outlast.diagnostics.live.point_to_point import Operation, issued, waiting
 from outlast.diagnostics.live.recorder import Collective, Recorder
 from outlast.events import EventLog, ProgramStep
 
@@ -136,13 +138,22 @@ class ProgramWatch:
         if self._thread.is_alive() and os.getpid() == self.pid:
             self._thread.join(timeout=1.0)
 
+    def keep_newest(self) -> None:
+        """The program ends in the middle, and this watch is closed: leave its newest collectives for the launcher."""
+        if os.getpid() != self.pid:
+            return
+        entries = flight_entries(NEWEST)
+        self._recorder.forget()
+        self._recorder.count(issued() + sum(count.enqueued for count in flight_counts().values()))
+        self._copy(entries)
+
     def _run(self) -> None:
-        before: tuple[dict[str, FlightCount], int] = ({}, self._step)
+        before: tuple[object, ...] = ()
         was_pending = False
         looked_s = moved_s = beaten_s = time.monotonic()
         copied_s = 0.0  # 0: there are no copies, or they are no longer true
         while not self._stop.wait(INTERVAL_S):
-            counts = flight_counts()
+            counts, waits, sent = flight_counts(), waiting(), issued()
             now_s = time.monotonic()
             pending = any(count.pending for count in counts.values())
             with self._lock:
@@ -150,30 +161,34 @@ class ProgramWatch:
                     return
                 # between two looks nobody knows when it changed: half of the time is right on average
                 self._pending_s += (now_s - looked_s) * (was_pending + pending) / 2
-                if (counts, self._step) != before:
-                    before = counts, self._step
+                if (now := (counts, waits, sent, self._step)) != before:
+                    before = now
                     moved_s = now_s
                     if now_s - beaten_s >= BEAT_S:
                         beaten_s = now_s
                         self._heartbeat.beat(self.phase, self._step)
-                        self._recorder.count(sum(count.enqueued for count in counts.values()))
+                        self._recorder.count(sent + sum(count.enqueued for count in counts.values()))
                     if copied_s:
                         self._recorder.forget()
                     copied_s = 0.0
             looked_s, was_pending = now_s, pending
             quiet = now_s - moved_s >= QUIET_S
-            if counts and quiet and (copied_s == 0.0 or (pending and now_s - copied_s >= AGAIN_S)):
+            if (counts or waits) and quiet and (copied_s == 0.0 or (pending and now_s - copied_s >= AGAIN_S)):
                 copied_s = now_s
                 self._copy_newest()
 
     def _copy_newest(self) -> None:
         entries = flight_entries(NEWEST)
         with self._lock:
-            if self._stop.is_set():
-                return
-            ends = [end_ns for end_ns, _ in self._steps]
-            for entry in entries:
-                self._recorder.copy(_collective(entry, self._step_at(entry.entered_ns, ends)))
+            if not self._stop.is_set():
+                self._copy(entries)
+
+    def _copy(self, entries: Sequence[FlightEntry]) -> None:
+        ends = [end_ns for end_ns, _ in self._steps]
+        for entry in entries:
+            self._recorder.copy(_collective(entry, self._step_at(entry.entered_ns, ends)))
+        for seq, one in enumerate(waiting(), max((entry.record + 1 for entry in entries), default=0)):
+            self._recorder.copy(_wait(one, seq, self._step_at(one.began_ns, ends)))
 
     def _step_at(self, t_ns: int, ends: list[int]) -> int:
         """The step that was under way at a time: the one after the last that had ended."""
@@ -192,4 +207,18 @@ def _collective(entry: FlightEntry, step: int) -> Collective:
         completed_s=entry.completed_ns / 1e9 if entry.completed_ns else None,
         group=entry.group,
         group_seq=entry.group_seq,
+    )
+
+
+def _wait(one: Operation, seq: int, step: int) -> Collective:
+    return Collective(
+        seq=seq,
+        op=one.op,
+        label="",
+        nbytes=one.nbytes,
+        step=step,
+        entered_s=one.began_ns / 1e9,
+        completed_s=None,
+        group=one.group,
+        group_seq=one.number,
     )

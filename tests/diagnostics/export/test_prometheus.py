@@ -20,6 +20,7 @@ from outlast.diagnostics.export.start import Running, started
 from outlast.errors import ConfigError, MissingDependency, OutOfRange, PortInUse
 from outlast.launch.exporting import start_exporting
 from tests.diagnostics.export.node import STEP, Node, record
+from tests.helpers import outlast, tiny_config
 
 pytestmark = pytest.mark.prometheus
 TOKEN = "0123456789abcdef0123456789abcdef"
@@ -144,3 +145,10 @@ def test_an_event_that_makes_no_sense_is_left_out(tmp_path: Path, caplog: pytest
         running.close()
     assert f'outlast_tokens_total{{run="{tmp_path.name}"}} 128.0' in text
     assert sum("was left out" in one.getMessage() for one in caplog.records) == 1
+
+
+def test_ranks_without_a_launcher_refuse_what_nobody_would_export(tmp_path: Path) -> None:
+    config, run = tiny_config(tmp_path)
+    done = outlast("train", config, "--export.prometheus-port", "0", check=2)
+    assert "[export] asks for prometheus, but no outlast launch runs here" in done.stderr
+    assert not run.exists()
