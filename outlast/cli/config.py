@@ -32,8 +32,10 @@ class Config(Verb):
         if self.action == "validate":
             from outlast.trainer.factories import search_beside
             from outlast.trainer.parts import check_factories
+            from outlast.trainer.sources import check_data
 
             search_beside(self.config)
             check_factories(config)
+            check_data(config)
         sys.stdout.write(to_toml(config, explain=self.explain) if self.action == "show" else f"{self.config}: valid\n")
         return 0

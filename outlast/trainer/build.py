@@ -7,7 +7,6 @@ import os
 import socket
 import time
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,12 +36,12 @@ from outlast.session.checkpoint_schedule import CheckpointSchedule
 from outlast.session.failure_history import FailureHistory, read_failure_history
 from outlast.trainer.blocks import compile_model
 from outlast.trainer.config import Config
-from outlast.trainer.data import Corpus, Loader, find_files, split_held_out
 from outlast.trainer.engines.build import build_engine
 from outlast.trainer.parts import build_model, flops_per_token
 from outlast.trainer.progress import Progress
 from outlast.trainer.rng import seed_all
 from outlast.trainer.run import Run
+from outlast.trainer.sources import build_sources
 
 _LOG = logging.getLogger("outlast")
 
@@ -67,13 +66,16 @@ def build_run(
     recorder = Recorder(ring_path(shm, place.rank), rank=place.rank, capacity=config.diagnostics.ring_capacity)
     stack.callback(recorder.close)
 
-    training, held_out = (Corpus(part) for part in split_held_out(find_files(config.data), config.data.held_out_share))
-    if not process_group.all_equal(device, int(training.fingerprint[:15], 16)):
+    training, held_out = build_sources(config, place.rank, place.world_size)
+    fingerprint = str(training.state().get("fingerprint", ""))
+    if not process_group.all_equal(device, int(fingerprint[:15] or "0", 16)):
         raise DataError(
-            f"the training text of rank {place.rank} differs from its peers' ({len(training.files)} files, "
-            f"{len(training)} bytes, fingerprint {training.fingerprint})",
+            f"the training data of rank {place.rank} differ from its peers' ({training.describe()}, fingerprint "
+            f"{fingerprint})",
             "make sure every node has the same files",
         )
+    if held_out is None and place.rank == 0:
+        _LOG.info("no data are held out: nothing is evaluated")
     seed_all(config.run.seed, place.rank)
     model = build_model(config).to(device)
     if config.trainer.compile:
@@ -105,20 +107,13 @@ def build_run(
     checkpointer.claim()
     if config.trainer.engine != "deepspeed":  # which takes the parameters themselves away
         checkpointer.watch(model)
-    order: dict[str, Any] = {
-        "context": config.model.context,
-        "batch_size": config.data.batch_size,
-        "seed": config.run.seed,
-        "rank": place.rank,
-        "world_size": place.world_size,
-    }
     return Run(
         config=config,
         place=place,
         attempt=attempt,
         engine=engine,
-        loader=Loader(training, accumulate=config.trainer.accumulate, **order),
-        held_out=Loader(held_out, accumulate=1, **order),
+        loader=training,
+        held_out=held_out,
         checkpointer=checkpointer,
         schedule=schedule,
         recorder=recorder,
@@ -168,10 +163,9 @@ def restore(run: Run, device: torch.device, resume: str) -> None:
             device,
         )
         _LOG.info(
-            "model: %.1f M parameters; text: %.1f MB in %d files; gradients: %s",
+            "model: %.1f M parameters; %s; gradients: %s",
             parameters / 1e6,
-            len(run.loader.corpus) / 1e6,
-            len(run.loader.corpus.files),
+            run.loader.describe(),
             comm,
         )
         if restored is not None:

@@ -102,6 +102,22 @@ class DataConfig:
 
     files: tuple[str, ...] = ("{stdlib}/**/*.py",)
     """Files or globs (``**`` descends). ``{stdlib}`` is the folder of Python's standard library."""
+    held_out_files: tuple[str, ...] = ()
+    """Files or globs for evaluation, in place of a share of ``files``."""
+    format: Literal["text", "uint16", "uint32", "megatron"] = "text"
+    """What the files hold: ``text``: bytes, each a token; ``uint16`` and ``uint32``: bare little-endian tokens, as
+    nanoGPT writes them; ``megatron``: ``.bin`` files with their ``.idx`` beside them."""
+    factory: str | None = None
+    """``package.module:name`` of what makes a dataset, called with ``[data.arguments]``, and with those of ``split``
+    (train, held_out), ``rank``, ``world_size``, ``seed`` and ``batch_size`` that it has arguments for. A map-style
+    dataset is taken in our order; any iterable in its own. None: ``files``."""
+    arguments: Table = field(default_factory=dict)
+    """The factory's arguments, by name."""
+    held_out_arguments: Table = field(default_factory=dict)
+    """What is different in them for evaluation. Without any, and without an argument ``split``: a share of a map-style
+    dataset is held out, and a stream is not evaluated."""
+    collate: str | None = None
+    """``package.module:name`` of a function from a list of samples to a batch; none: PyTorch's ``default_collate``."""
     exclude: tuple[str, ...] = ("*/site-packages/*", "*/dist-packages/*", "*/__pycache__/*")
     """Patterns of files to leave out (fnmatch, on the whole path)."""
     held_out_share: float = 0.05
@@ -113,6 +129,12 @@ class DataConfig:
     ``transformers``: ``model(input_ids=tokens, labels=tokens)``, where the model itself looks one token ahead."""
 
     def __post_init__(self) -> None:
+        if self.factory is not None:
+            own = ("files", "held_out_files", "format", "form")
+            _require_default(self, "data", own, "factory", "the factory reads the data")
+        needs = "set, with data.arguments, data.held_out_arguments or data.collate"
+        alone = self.factory is None and bool(self.arguments or self.held_out_arguments or self.collate)
+        require(not alone, "data.factory", None, needs)
         require(len(self.files) > 0, "data.files", self.files, "at least one file or glob")
         require(0 < self.held_out_share < 1, "data.held_out_share", self.held_out_share, "0 < share < 1")
         require(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")

@@ -14,9 +14,10 @@ import hashlib
 import sysconfig
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,19 +27,20 @@ from torch import Tensor
 from outlast.errors import DataError
 from outlast.trainer.config import DataConfig
 
-Bytes = npt.NDArray[np.uint8]
+Tokens = npt.NDArray[Any]
+_BYTE = np.dtype(np.uint8)
 
 _OPEN_MAPS = 256  # each map holds a descriptor; the usual limit on those is 1024
 
 
-def find_files(config: DataConfig) -> list[Path]:
-    """The non-empty files that ``config`` names, sorted.
+def find_files(config: DataConfig, named: Sequence[str] | None = None) -> list[Path]:
+    """The non-empty files that ``config`` names, or these patterns, sorted.
 
     Raises:
         DataError: nothing matches; the message lists the expanded patterns.
     """
     stdlib = sysconfig.get_paths()["stdlib"]
-    patterns = [pattern.replace("{stdlib}", glob.escape(stdlib)) for pattern in config.files]
+    patterns = [pattern.replace("{stdlib}", glob.escape(stdlib)) for pattern in named or config.files]
     matches = {Path(name) for pattern in patterns for name in glob.glob(pattern, recursive=True)}
     kept = sorted(
         path
@@ -72,29 +74,33 @@ def split_held_out(files: Sequence[Path], share: float) -> tuple[list[Path], lis
 
 
 class Corpus:
-    """Concatenated files as one array of bytes, memory-mapped and never loaded as a whole.
+    """Concatenated files as one array of tokens, memory-mapped and never loaded as a whole.
 
     Args:
         files: at least one; they must not change while in use.
+        dtype: of a token; by default each byte is one.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], dtype: np.dtype[Any] = _BYTE) -> None:
         self.files = list(files)
+        self.dtype = dtype
         sizes = [file.stat().st_size for file in self.files]
-        self._ends = np.cumsum(sizes)
-        self._maps: OrderedDict[int, Bytes] = OrderedDict()
+        self._ends = np.cumsum([size // dtype.itemsize for size in sizes])
+        self._maps: OrderedDict[int, Tokens] = OrderedDict()
         digest = hashlib.sha256()
         for file, size in zip(self.files, sizes, strict=True):
             digest.update(f"{file.name}:{size}\n".encode())
+        if dtype != _BYTE:
+            digest.update(f"{dtype}\n".encode())
         self.fingerprint = digest.hexdigest()[:16]
         """A hash of the names and sizes of the files, in order."""
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def read(self, start: int, count: int) -> Bytes:
-        """Copy ``count`` bytes from ``start`` on, across file boundaries."""
-        out = np.empty(count, dtype=np.uint8)
+    def read(self, start: int, count: int) -> Tokens:
+        """Copy ``count`` tokens from ``start`` on, across file boundaries."""
+        out = np.empty(count, dtype=self.dtype)
         filled = 0
         index = int(np.searchsorted(self._ends, start, side="right"))
         while filled < count:
@@ -105,13 +111,13 @@ class Corpus:
             index += 1
         return out
 
-    def _map(self, index: int) -> Bytes:
+    def _map(self, index: int) -> Tokens:
         if index in self._maps:
             self._maps.move_to_end(index)
             return self._maps[index]
         if len(self._maps) >= _OPEN_MAPS:
             self._maps.popitem(last=False)
-        mapped: Bytes = np.memmap(self.files[index], dtype=np.uint8, mode="r")
+        mapped: Tokens = np.memmap(self.files[index], dtype=self.dtype, mode="r")
         self._maps[index] = mapped
         return mapped
 
@@ -147,6 +153,7 @@ class Loader:
         accumulate: micro-batches per step.
         seed: chooses the permutations.
         rank, world_size: choose this rank's part of each step's windows.
+        vocabulary: if given, no token may be as large.
         origin_step, origin_window: steps after ``origin_step`` take windows from ``origin_window`` on.
 
     Raises:
@@ -162,14 +169,35 @@ class Loader:
     world_size: int
     origin_step: int = 0
     origin_window: int = 0
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         if self.windows < self.windows_per_step:
             raise DataError(
-                f"the text has {self.windows} windows of {self.context} bytes, but one step of {self.world_size} "
-                f"ranks takes {self.windows_per_step}",
-                "add text, or lower data.batch_size or model.context",
+                f"the {self.what}, but one step of {self.world_size} ranks takes {self.windows_per_step}", self.remedy
             )
+
+    @property
+    def what(self) -> str:
+        """For messages."""
+        return f"text has {self.windows} windows of {self.context} tokens"
+
+    @property
+    def remedy(self) -> str:
+        """What helps where this is too little."""
+        return "add data, or lower data.batch_size or model.context"
+
+    def describe(self) -> str:
+        """For the log."""
+        return f"text: {len(self.corpus) / 1e6:.1f} MB in {len(self.corpus.files)} files"
+
+    def fresh(self) -> Loader:
+        """This: batches are addressed by step."""
+        return self
+
+    def local_state(self) -> dict[str, Any]:
+        """Nothing: no rank has state of its own."""
+        return {}
 
     @property
     def windows(self) -> int:
@@ -186,11 +214,23 @@ class Loader:
         epoch, index = divmod(number, self.windows)
         return permute(index, self.windows, key=f"{self.seed}:{epoch}".encode())
 
-    def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """The micro-batches of ``step`` (from 1 on): ``accumulate`` pairs of tokens and targets, each (B, T) int64."""
+    def indices(self, step: int) -> list[int]:
+        """Which windows this rank takes in ``step``."""
         first = self._next_window(step - 1) + self.rank * self.accumulate * self.batch_size
-        numbers = range(first, first + self.accumulate * self.batch_size)
-        rows = np.stack([self.corpus.read(self.window(n) * self.context, self.context + 1) for n in numbers])
+        return [self.window(number) for number in range(first, first + self.accumulate * self.batch_size)]
+
+    def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """The micro-batches of ``step`` (from 1 on): ``accumulate`` pairs of tokens and targets, each (B, T) int64.
+
+        Raises:
+            DataError: a token is not in the vocabulary.
+        """
+        rows = np.stack([self.corpus.read(index * self.context, self.context + 1) for index in self.indices(step)])
+        if self.vocabulary is not None and int(rows.max()) >= self.vocabulary:
+            raise DataError(
+                f"the data has a token {int(rows.max())}, and model.vocabulary = {self.vocabulary}",
+                "set model.vocabulary to the tokenizer's",
+            )
         text = torch.from_numpy(rows.astype(np.int64))  # (accumulate·B, T+1)
         return [(part[:, :-1], part[:, 1:]) for part in torch.split(text, self.batch_size)]
 
@@ -205,7 +245,7 @@ class Loader:
             "origin_window": self.origin_window,
         }
 
-    def resumed_from(self, saved: dict[str, int | str], step: int) -> Loader:
+    def resumed_from(self, saved: dict[str, int | str], step: int, local: Mapping[str, Any] | None = None) -> Loader:
         """The loader that continues after ``step`` where the loader of ``saved`` (a :meth:`state`) stopped.
 
         A step may take another number of windows than before: it continues with the first that no step has taken.
@@ -213,6 +253,7 @@ class Loader:
         Args:
             saved: the state in the checkpoint.
             step: the checkpoint's step.
+            local: a rank's own state, of which there is none.
 
         Raises:
             DataError: names what differs, with both values.

@@ -53,6 +53,7 @@ from outlast.trainer.loop import train
 from outlast.trainer.parts import check_factories
 from outlast.trainer.run import Run
 from outlast.trainer.run_directory import begin_attempt, run_lease, run_path
+from outlast.trainer.sources import check_data
 from outlast.trainer.summary import render_summary
 
 _LOG = logging.getLogger("outlast")
@@ -118,6 +119,7 @@ def run_rank(config: Config, place: Place) -> bool:
         notice = stack.enter_context(Notice(config.launch.notice_grace_s))
         _tell_left_over(place)
         check_factories(config)
+        check_data(config)
         trainer = config.trainer
         if trainer.deterministic:
             process_group.make_deterministic()

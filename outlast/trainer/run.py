@@ -18,13 +18,14 @@ from outlast.errors import NotDurable, StateMismatch
 from outlast.events import EvalDone, EventLog, StepDone
 from outlast.launch import Notice, Place
 from outlast.launch.attempt import Attempt
+from outlast.session import process_group
 from outlast.session.checkpoint_schedule import CheckpointSchedule
 from outlast.trainer.batches import Batch, in_form
 from outlast.trainer.config import Config
-from outlast.trainer.data import Loader
 from outlast.trainer.engines.base import Engine
 from outlast.trainer.progress import Progress
 from outlast.trainer.saved_settings import changed_settings, saved_settings
+from outlast.trainer.sources import Source
 
 _LOG = logging.getLogger("outlast")
 
@@ -37,8 +38,8 @@ class Run:
     place: Place
     attempt: Attempt
     engine: Engine
-    loader: Loader
-    held_out: Loader
+    loader: Source
+    held_out: Source | None
     checkpointer: Checkpointer
     schedule: CheckpointSchedule
     recorder: Recorder
@@ -95,6 +96,8 @@ class Run:
 
         Collective: raises within the process group's timeout when a peer is lost.
         """
+        if self.held_out is None:
+            return
         start_s = time.perf_counter()
         mean = self.engine.evaluate(self._held_out_batches(step))
         if self.ending:
@@ -113,8 +116,10 @@ class Run:
     def _held_out_batches(self, step: int) -> Iterator[Batch]:
         """Each batch is a sign of life, so that a long evaluation is no hang. After a notice there are no more."""
         self.heartbeat.beat("eval", step)
+        assert self.held_out is not None
+        held_out = self.held_out.fresh()
         for number in range(self.config.trainer.eval_batches):
-            for pair in self.held_out.batches(number + 1):
+            for pair in held_out.batches(number + 1):
                 self.ask_notice()
                 yield in_form(pair, self.config.data.form)
                 self.heartbeat.beat("eval", step)
@@ -127,6 +132,12 @@ class Run:
         self.heartbeat.beat("data", step)
         batches = [in_form(pair, self.config.data.form) for pair in self.loader.batches(step)]
         self.heartbeat.beat("step", step)
+        if step == self.first_step and self.place.world_size > 1 and (stream := self.loader.local_state()):
+            token = self.recorder.enter("all_reduce", 8, "first batches")
+            same = process_group.all_equal(self.device, int(stream["digest"]))
+            self.recorder.complete(token)
+            if same and self.place.rank == 0:
+                _LOG.warning("all ranks take the same batches: have data.factory share them out by rank and world_size")
         return batches
 
     def checkpoint_due(self, step: int) -> bool:
@@ -161,7 +172,9 @@ class Run:
         state = self.engine.state()
         replicated = {**state.replicated, "data": self.loader.state(), "settings": saved_settings(self.config)}
         local: dict[str, Any] = {**state.local, "rng": rng_state()}
-        eager = state.eager | {"rng"}
+        if stream := self.loader.local_state():
+            local["stream"] = stream
+        eager = state.eager | {"rng", "stream"}
         self.checkpointer.save(step, replicated=replicated, local=local, eager=eager, durable=self._durable)
 
     def record_step(self, done: StepDone) -> None:
@@ -229,11 +242,12 @@ class Run:
         changed = changed_settings(restored.replicated.get("settings", {}), self.config, restored.step)
         rank, ranks = self.place.rank, restored.world_size
         same = ranks == self.place.world_size
-        self.loader = self.loader.resumed_from(restored.replicated["data"], restored.step)
 
         def read_local(number: int) -> dict[str, Any]:
             return restored.local if same and number == rank else restored.read_local(number)
 
+        stream = read_local(rank).get("stream") if same else None
+        self.loader = self.loader.resumed_from(restored.replicated["data"], restored.step, stream)
         self.engine.load(restored.replicated, read_local, ranks)
         if rank < ranks:
             load_rng_state(read_local(rank)["rng"])
@@ -245,11 +259,11 @@ class Run:
             _LOG.info("changed since step %d: %s", restored.step, line)
         if not same and rank == 0:
             _LOG.info(
-                "step %d was saved by %d ranks and continues on %d; a step now takes %d windows of the text",
+                "step %d was saved by %d ranks and continues on %d; a step now takes %s windows of the text",
                 restored.step,
                 ranks,
                 self.place.world_size,
-                self.loader.windows_per_step,
+                self.loader.state().get("windows_per_step"),
             )
         return restored
 

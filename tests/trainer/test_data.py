@@ -120,7 +120,7 @@ def test_other_numbers_of_ranks_go_on_with_the_next_window(tmp_path: Path) -> No
 def test_no_data_and_too_little_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no data: 0 files match .*none\.txt"):
         find_files(DataConfig(files=(str(tmp_path / "none.txt"),)))
-    with pytest.raises(DataError, match="2 windows of 10 bytes, but one step of 2 ranks takes 4"):
+    with pytest.raises(DataError, match="2 windows of 10 tokens, but one step of 2 ranks takes 4"):
         loader(corpus(tmp_path, [25]), 0, 2)
     one = tmp_path / "f000.txt"
     with pytest.raises(DataError, match="held out"):
