@@ -21,6 +21,11 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 ELSEWHERE = {
     "outlast launch --nproc-per-node 2 train.py --lr 3e-4": "tests/launch/test_any_program.py, with its own script",
+    "outlast launch --nproc-per-node 2 --run-dir runs/char_gpt examples/char_gpt.py runs/char_gpt": (
+        "tests/session/test_example.py"
+    ),
+    "torchrun --standalone --nproc-per-node 2 examples/char_gpt.py runs/char_gpt": "tests/session/test_example.py",
+    "mpirun -n 2 python examples/char_gpt.py runs/char_gpt": "tests/session/test_example.py",
     "outlast launch --nproc-per-node 2 --export.prometheus-port 9464 train.py --lr 3e-4": (
         "tests/launch/test_exporting.py, on a free port"
     ),

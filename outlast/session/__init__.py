@@ -2,13 +2,15 @@
 
 ::
 
+    import outlast
+
     with outlast.Session("runs/mine", model, optimizer) as session:
-        for step in session.steps(10_000):
-            loss = loss_of(session.model, batch(step))
-            loss.backward()
+        for step in session.steps(1000):
+            value = loss(session.model, step)
+            value.backward()
             optimizer.step()
             optimizer.zero_grad()
-            session.log(loss=loss)
+            session.log(loss=value)
 """
 
 from outlast.session.session import Session as Session

@@ -32,7 +32,7 @@ def attach_reducers(
         kind = kind_of(one.model)
         if kind == "alone":
             continue
-        adam = kind == "ddp" and type(one.optimizer) in (torch.optim.Adam, torch.optim.AdamW)
+        adam = type(one.optimizer) in (torch.optim.Adam, torch.optim.AdamW)
         settings: Mapping[str, Any] = {}
         if comm is None and not adam:
             settings = GRADIENTS

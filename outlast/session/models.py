@@ -103,7 +103,7 @@ class Trained:
     def state(self) -> tuple[State, State, State]:
         """Parameters, the rest of the model's state (buffers), and the optimizer's state. The tensors are live."""
         module = unwrapped(self.model)
-        if self.is_sharded and self.optimizer is not None:
+        if self.is_sharded and self.optimizer is not None and not self.is_kept:
             from torch.distributed.checkpoint.state_dict import get_state_dict
 
             whole, optimizer = get_state_dict(self.model, self.optimizer)
@@ -121,7 +121,7 @@ class Trained:
             StateMismatch: names what does not match; nothing of this model has been loaded then.
         """
         module = unwrapped(self.model)
-        if self.is_sharded and self.optimizer is not None:
+        if self.is_sharded and self.optimizer is not None and not self.is_kept:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
             set_state_dict(
@@ -132,9 +132,10 @@ class Trained:
                 options=StateDictOptions(strict=False),
             )
             return
-        running, buffers, _ = self.state()
-        check_like(params, running)
-        check_like({k: v for k, v in rest.items() if isinstance(v, Tensor)}, _tensors(buffers))
+        if not self.is_sharded:  # what is sharded was compared as it was read
+            running, buffers, _ = self.state()
+            check_like(params, running)
+            check_like(_tensors(rest), _tensors(buffers))
         module.load_state_dict({**params, **rest})
         if self.optimizer is not None:
             try:
@@ -163,5 +164,5 @@ def _bare(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _tensors(state: State) -> State:
+def _tensors(state: Mapping[str, Any]) -> State:
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -40,9 +41,13 @@ class Session:
 
     ::
 
+        import outlast
+
         with outlast.Session("runs/mine", model, optimizer) as session:
-            for step in session.steps(10_000):
-                ...
+            for step in session.steps(1000):
+                loss(session.model, step).backward()
+                optimizer.step()
+                optimizer.zero_grad()
 
     It joins the process group if the program has not, puts a model that nothing averages into DDP, compresses what
     ranks average, goes on after the newest checkpoint that verifies, saves when it is due, writes the events from which
@@ -122,6 +127,8 @@ class Session:
         self.device = next((p.device for m in models.values() for p in m.parameters()), torch.device("cpu"))
         """Where the first model's parameters are."""
         self._place = find_place()
+        if dist.is_initialized():  # whoever did so knows; it need not have been a launcher
+            self._place = replace(self._place, rank=dist.get_rank(), world_size=dist.get_world_size())
         if not dist.is_initialized() and self._place.world_size > 1:
             process_group.start(self._place, self.device, timedelta(seconds=timeout_s))
             self._stack.callback(_leave_group)
@@ -173,15 +180,11 @@ class Session:
     def add(self, *, replicated: bool | None = None, **parts: Any) -> None:
         """Save these with every checkpoint, and put them back, under their names; before :meth:`steps`.
 
-        ::
-
-            session.add(scheduler=scheduler, loader=loader, ema=ema)
-
         Args:
             replicated: whether they are equal on all ranks, so that one of them is saved. None: modules (their
                 parameters; buffers are each rank's own), optimizers, schedulers and gradient scalers are; anything else
                 is each rank's own, and can only be resumed on as many ranks.
-            parts: with ``state_dict()`` and ``load_state_dict()``.
+            parts: with ``state_dict()`` and ``load_state_dict()``: ``session.add(scheduler=scheduler, ema=ema)``.
 
         Raises:
             SessionError: one has neither, its name is taken, or the run has been resumed.

@@ -103,7 +103,8 @@ def build_run(
         )
     )
     checkpointer.claim()
-    checkpointer.watch(model)
+    if config.trainer.engine != "deepspeed":  # which takes the parameters themselves away
+        checkpointer.watch(model)
     order: dict[str, Any] = {
         "context": config.model.context,
         "batch_size": config.data.batch_size,
@@ -141,7 +142,8 @@ def restore(run: Run, device: torch.device, resume: str) -> None:
     start_s = time.perf_counter()
     restored = run.restore(resume) if resume != "never" else None
     begun = run.begin_from() if restored is None and run.config.run.start_from is not None else None
-    parameters = sum(p.numel() for p in run.engine.model.parameters() if p.requires_grad)
+    trained = [parameter for parameter in run.engine.model.parameters() if parameter.requires_grad]
+    parameters = sum(int(getattr(one, "ds_numel", one.numel())) for one in trained)  # ZeRO 3 has taken the entries away
     comm = run.config.comm.describe()
     run.events.write(
         RunStarted(

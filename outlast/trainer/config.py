@@ -203,9 +203,9 @@ class TrainerConfig:
     deterministic: bool = False
     """Only algorithms that give the same bits on every run (``torch.use_deterministic_algorithms``). What a CPU does is
     so in any case; on CUDA it costs speed, and a run that was interrupted ends bit-identical only with it."""
-    engine: Literal["ddp", "fsdp2"] = "ddp"
+    engine: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
     """How the model is replicated or sharded: ``ddp``: replicated by DistributedDataParallel; ``fsdp2``: sharded by
-    ``fully_shard``, see ``[fsdp]``."""
+    ``fully_shard``, see ``[fsdp]``; ``deepspeed``: as its JSON says, see ``[deepspeed]``."""
     bucket_mb: float = 25.0
     """Size of DDP's gradient buckets in MiB. Smaller ones start earlier and overlap more communication; larger ones
     compress at less cost, which is faster on few cores (docs/compression.md). The default is DDP's own."""
@@ -248,6 +248,15 @@ class FsdpConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig:
+    """``[deepspeed]``: for ``trainer.engine = "deepspeed"``."""
+
+    config: str | None = None
+    """DeepSpeed's JSON, a path. Batch size, accumulation, clipping and optimizer are taken from the other settings
+    where it leaves them out; where it has them they must agree."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of a run; each field is a section of the TOML file, owned by the package of that name."""
 
@@ -263,6 +272,8 @@ class Config:
     """The loop."""
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     """FSDP2's settings."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """DeepSpeed's settings."""
     comm: CommConfig = field(default_factory=CommConfig)
     """Gradient compression."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -286,9 +297,22 @@ class Config:
         if self.trainer.engine != "fsdp2":
             rule = 'not set without trainer.engine = "fsdp2"'
             require(self.fsdp == FsdpConfig(), "fsdp", self.fsdp, rule)
+        self._check_deepspeed()
         if self.model.factory is None:
             rule = 'pair, for the built-in GPT; "transformers" is for a model.factory'
             require(self.data.form == "pair", "data.form", self.data.form, rule)
+
+    def _check_deepspeed(self) -> None:
+        path = self.deepspeed.config
+        if self.trainer.engine != "deepspeed":
+            require(path is None, "deepspeed.config", path, 'not set without trainer.engine = "deepspeed"')
+            return
+        require(path is not None, "deepspeed.config", path, 'DeepSpeed\'s JSON, with trainer.engine = "deepspeed"')
+        precision = "fp32 under DeepSpeed, whose JSON says it: bf16.enabled or torch_autocast"
+        require(self.trainer.precision == "fp32", "trainer.precision", self.trainer.precision, precision)
+        require(not self.trainer.compile, "trainer.compile", True, "false under DeepSpeed")
+        begin = "none under DeepSpeed, which keeps copies of the parameters"
+        require(self.run.start_from is None, "run.start_from", self.run.start_from, begin)
 
     @property
     def beta1(self) -> float:

@@ -54,6 +54,10 @@ def test_a_rank_that_does_nothing_is_found_and_named(tmp_path: Path, what: str, 
     assert hang["culprit"] == 1
     assert evidence in hang["evidence"]
     assert "1 peer has been waiting" in hang["evidence"]
+    goodput = build_report(run).goodput
+    assert goodput.hang_s > 1
+    assert goodput.restart_s > 0
+    assert sum(goodput.parts_s().values()) == pytest.approx(goodput.wall_s)
 
 
 @pytest.mark.slow

@@ -37,15 +37,15 @@ def train(folder: Path, name: str, *words: str, ranks: int = 2, check: int | Non
     return done.stdout + done.stderr
 
 
-def assert_ends_the_same_when_killed(folder: Path, *words: str, call: int = 6) -> None:
+def assert_ends_the_same_when_killed(folder: Path, *words: str, call: int = 6, before: str = "") -> None:
     """A run whose rank 1 is killed in its ``call``-th forward goes on, and ends as one that was not killed.
 
     By then the step 4 was saved, so step 2 is durable.
     """
-    (folder / "killed_gpt2.py").write_text(KILLED.format(call=call))
+    (folder / "killed_gpt2.py").write_text(before + KILLED.format(call=call))
     named = ["--model.factory", "killed_gpt2:Killed", *words]
     train(folder, "killed", *named)
-    (folder / "killed_gpt2.py").write_text(KILLED.format(call=0))
+    (folder / "killed_gpt2.py").write_text(before + KILLED.format(call=0))
     train(folder, "straight", *named)
     killed, straight = folder / "killed", folder / "straight"
     first_steps = [record["first_step"] for record in events(killed, "run_started")]
@@ -53,7 +53,7 @@ def assert_ends_the_same_when_killed(folder: Path, *words: str, call: int = 6) -
     assert steps_saved(killed) == steps_saved(straight) == [2, 4, 6]
     one, other = (arrays(run / "checkpoints" / "step_00000006") for run in (killed, straight))
     assert one.keys() == other.keys()
-    assert any(name.startswith("model/") or "/mp_rank_00_model_states" in name for name in one)
+    assert len(one) > 10
     for name in one:
         assert one[name].tobytes() == other[name].tobytes(), name
     mine, theirs = (values(run / "checkpoints" / "step_00000006") for run in (killed, straight))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +86,20 @@ def train(
                 checkpointer.save(step, replicated=state.replicated, local=local, eager=state.eager)
             engine.evaluate(batches(99, rank, ranks, 1))
             state = engine.state()
-            found = whole(state.replicated["model"]), whole(state.replicated["optimizer"])
+            found = weights(engine.model), whole(state.replicated.get("optimizer", {}))
     finally:
         engine.close()
     return *found, norms
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Whole parameters and buffers, wherever the shards are."""
+    gathered: Any = contextlib.nullcontext()
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        gathered = import_module("deepspeed").zero.GatheredParameters(list(model.parameters()))
+    with gathered:
+        found: dict[str, Tensor] = whole(dict(model.named_parameters()) | dict(model.named_buffers()))
+    return found
 
 
 def whole(state: Any) -> Any:

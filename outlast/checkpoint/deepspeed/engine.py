@@ -21,7 +21,7 @@ from outlast.checkpoint.attach import attach
 from outlast.checkpoint.checkpointer import Checkpointer
 from outlast.checkpoint.config import CheckpointConfig
 from outlast.checkpoint.deepspeed.containers import take_apart
-from outlast.checkpoint.deepspeed.files import CHANGING, HEADER, Files, kinds_of_deepspeed, step_of
+from outlast.checkpoint.deepspeed.files import CHANGING, HEADER, Files, FilesElsewhere, kinds_of_deepspeed, step_of
 from outlast.checkpoint.peers.collectives import Agreement
 from outlast.checkpoint.restore.messages import Failure, Message, all_gather_messages
 from outlast.checkpoint.state.tensors import address_of_storage
@@ -237,11 +237,53 @@ class DeepSpeedCheckpointEngine:
                 f"step {step} was already saved as {self._tags[step]!r}, and cannot be saved as {name!r} too",
                 "save to another folder, or after the next step",
             )
+        replicated, local = self._collect(self._folder, name, client_state, exclude_frozen_parameters)
+        checkpointer.save(step, replicated=replicated, local=local, eager=(CHANGING,))
+        self._saved_to.add(self._folder)
+        self._tags[step] = name
+        return True
+
+    def collect(self, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The engine's state for a Checkpointer that somebody else has; collective.
+
+        Args:
+            folder: an existing one, for what DeepSpeed puts beside checkpoints.
+
+        Returns:
+            What to pass as ``replicated`` and ``local``, with ``CHANGING`` among ``eager``; the tensors are live.
+
+        Raises:
+            CheckpointError: names the rank, DeepSpeed's file and the key.
+        """
+        return self._collect(folder, f"global_step{int(self._engine.global_steps)}", None, False)
+
+    def put_back(
+        self, folder: str, step: int, replicated: Mapping[str, Any], local: Callable[[int], dict[str, Any]]
+    ) -> None:
+        """Load what :meth:`collect` returned on each rank; collective.
+
+        Args:
+            folder: an existing one, for DeepSpeed to find files of these names in.
+            step: for messages.
+            replicated: the state that ranks have in common.
+            local: returns the local state of a rank.
+
+        Raises:
+            CheckpointError: DeepSpeed did not save this.
+        """
+        files = FilesElsewhere(folder, step, replicated, local, self._kinds)
+        self._loading = files
+        try:
+            self._originals["load_checkpoint"](folder, files.tag)
+        finally:
+            self._loading = None
+
+    def _collect(
+        self, folder: str, name: str, client_state: Mapping[str, Any] | None, exclude_frozen_parameters: bool
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         self._collected = {}
         try:
-            self._originals["save_checkpoint"](
-                self._folder, name, dict(client_state or {}), save_latest, exclude_frozen_parameters
-            )
+            self._originals["save_checkpoint"](folder, name, dict(client_state or {}), True, exclude_frozen_parameters)
             collected = self._collected
         finally:
             self._collected = None
@@ -259,10 +301,7 @@ class DeepSpeedCheckpointEngine:
             "version": import_module("deepspeed").__version__,
             "files": self._owners_of_all(collected),
         }
-        checkpointer.save(step, replicated={HEADER: header}, local=local, eager=(CHANGING,))
-        self._saved_to.add(self._folder)
-        self._tags[step] = name
-        return True
+        return {HEADER: header}, local
 
     def _owners_of_all(self, collected: Mapping[str, Any]) -> dict[str, int]:
         """The rank that saves each of DeepSpeed's files; collective, raises on all ranks."""

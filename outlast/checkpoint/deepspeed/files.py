@@ -47,6 +47,7 @@ class Files:
         local: Callable[[int], dict[str, Any]],
         kinds: tuple[Kind, ...],
     ) -> None:
+        self._folder = folder
         self._where = os.path.join(folder, step_name(step))
         if HEADER not in replicated:
             raise CheckpointError(f"DeepSpeed did not save {self._where}", "pass a folder that DeepSpeed saved to")
@@ -87,6 +88,19 @@ class Files:
             device=device,
             where=f"{self._where}: {file}",
         )
+
+
+class FilesElsewhere(Files):
+    """DeepSpeed's files of a step that is not in a folder: in memory, or behind a URL. Arguments are those of Files.
+
+    DeepSpeed asks whether a file is there before it has it read, so an empty one of its name stands in ``folder``.
+    """
+
+    def place(self, file: str) -> str:
+        """The path of a file that is there."""
+        path = os.path.join(self._folder, file)
+        with open(path, "ab"):
+            return path
 
 
 def step_of(folder: str, tag: str) -> int:

@@ -2,9 +2,10 @@
 
 The moments are the reducer's, and move in backward. The object stays: its groups say lr and weight decay at every step,
 hooks, schedulers, closures and a GradScaler find it as it was, and ``state_dict()`` and ``load_state_dict()`` show and
-take the reducer's moments. One method of the *object* is replaced until :meth:`KeptOptimizer.release`: ``_init_group``,
-through which a step collects what a group's parameters, gradients and moments are. In its place the group's averaged
-parameters are moved, and left out of what is collected; the others are the optimizer's own as before.
+take the reducer's moments. Two methods of the *object* are replaced until :meth:`KeptOptimizer.release`. One is
+``_init_group``, through which a step collects what a group's parameters, gradients and moments are: in its place the
+group's averaged parameters are moved, and left out of what is collected; the others are the optimizer's own as before.
+The other one, ``__getstate__``, gives copies the moments, which are AdamW by themselves.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class KeptOptimizer:
             if state:
                 moments.write(param, _adam_state(state))
         self._init_group: Callable[..., bool] = optimizer._init_group  # type: ignore[attr-defined]
-        vars(optimizer)["_init_group"] = self._apply
+        vars(optimizer).update(_init_group=self._apply, __getstate__=self._whole_state)
         self._handles = [
             optimizer.register_state_dict_pre_hook(self._show),
             optimizer.register_state_dict_post_hook(self._hide),
@@ -119,6 +120,7 @@ class KeptOptimizer:
         """Give the optimizer back as it was, with the moments. Doing so twice is harmless."""
         if vars(self.optimizer).pop("_init_group", None) is None:
             return
+        del vars(self.optimizer)["__getstate__"]
         for handle in self._handles:
             handle.remove()
         for param in self._mine():
@@ -177,9 +179,18 @@ class KeptOptimizer:
             if state is not None:
                 optimizer.state[param] = self._as_shown(state)
 
-    def _hide(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    def _hide(self, optimizer: Optimizer, state_dict: dict[str, Any] | None = None) -> None:
         for param in self._mine():
             optimizer.state.pop(param, None)
+
+    def _whole_state(self) -> dict[str, Any]:
+        """What a copy is made of."""
+        self._show(self.optimizer)
+        try:
+            whole = type(self.optimizer).__getstate__(self.optimizer)
+            return {**whole, "state": self.optimizer.state.copy()}
+        finally:
+            self._hide(self.optimizer)
 
     def _as_shown(self, state: AdamState) -> dict[str, Tensor]:
         """As this optimizer would have it: its step is on the CPU unless it is fused, which is said once for all."""

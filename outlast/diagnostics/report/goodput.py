@@ -5,7 +5,8 @@ are taken in the order of their time. Each one that ends something, a step for e
 that the cursor passes is divided among causes. So no part is negative, and the parts add up to the wall time, whatever
 the events say.
 
-Steps and evaluations are told by the lead, which is the lowest rank of a start; its peers take the same steps.
+Steps and evaluations are told by the lead, which is the lowest rank of a start; its peers take the same steps. All wait
+for a rank that waits for data or is held by a checkpoint, so in each step the longest wait of any rank counts.
 """
 
 from __future__ import annotations
@@ -54,6 +55,15 @@ class _Start:
     """What time belongs to after its end: ``startup`` or ``restart``; empty while it goes on."""
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step that the lead has done, and whose peers may still tell of it."""
+
+    t: float
+    step: int
+    redone: bool
+
+
 class Goodput:
     """Divides a run's wall time among causes, event by event.
 
@@ -73,6 +83,8 @@ class Goodput:
         self._last_t = 0.0
         self._saved_t = -math.inf
         self._start: _Start | None = None
+        self._done: _Step | None = None
+        self._waits_s: dict[int, tuple[float, float]] = {}  # by step: the longest for data, and for a checkpoint
 
     def take(self, attempt: int, record: Record) -> None:
         """Take the next event; attempt 0 is for a launcher's.
@@ -89,8 +101,12 @@ class Goodput:
             start = self._start = _Start(began_t=t, generation=record.generation, hosts=set(), cause="startup")
         if kind == "checkpoint_saved":
             self._saved_t = max(self._saved_t, t)
-        elif kind in STEPS and self._leads(start, attempt, record):
-            self._step(start, record)
+        elif kind in STEPS:
+            leads = self._leads(start, attempt, record)
+            if start.where == (attempt, record.generation):
+                self._note_waits(record)
+            if leads:
+                self._step(start, record)
         elif kind == "eval" and self._leads(start, attempt, record):
             self._spend(t, evaluation=_seconds(get("seconds")))
         elif kind == "hang_found":
@@ -116,6 +132,18 @@ class Goodput:
         return 0.0 if self.began_t is None else self._cursor_t - self.began_t - self.paused_s
 
     def _spend(self, until_t: float, **parts_s: float) -> None:
+        """Divide the step that is done, then what comes after it."""
+        done, self._done = self._done, None
+        if done is not None:
+            data_s, checkpoint_s = self._waits_s.get(done.step, (0.0, 0.0))
+            self._waits_s = {step: waits_s for step, waits_s in self._waits_s.items() if step > done.step}
+            if done.redone:
+                self._move(done.t, redone=math.inf)
+            else:
+                self._move(done.t, data=data_s, checkpoint=checkpoint_s, useful=math.inf)
+        self._move(until_t, **parts_s)
+
+    def _move(self, until_t: float, **parts_s: float) -> None:
         """Move the cursor to ``until_t``: to each cause what it says, while there is time left; the rest to what goes
         on."""
         left_s = until_t - self._cursor_t
@@ -168,6 +196,7 @@ class Goodput:
             self._spend(t)
             cause = "startup" if by_hand or start is None else "restart"
             start = self._start = _Start(began_t=t, generation=record.generation, hosts={host}, cause=cause)
+            self._waits_s.clear()
         if record.kind == "run_started":
             assert start is not None
             start.where = (attempt, record.generation)
@@ -180,19 +209,18 @@ class Goodput:
             start.where, start.lead = (attempt, record.generation), record.rank
         return start.where == (attempt, record.generation) and record.rank == start.lead
 
+    def _note_waits(self, record: Record) -> None:
+        step, get = int(record.fields["step"]), record.fields.get
+        data_s, checkpoint_s = self._waits_s.get(step, (0.0, 0.0))
+        self._waits_s[step] = (max(data_s, _seconds(get("data_s"))), max(checkpoint_s, _seconds(get("checkpoint_s"))))
+
     def _step(self, start: _Start, record: Record) -> None:
-        get, step = record.fields.get, int(record.fields["step"])
-        step_s, data_s, checkpoint_s = (_seconds(get(name)) for name in ("step_s", "data_s", "checkpoint_s"))
-        redone = step <= self._furthest_step
-        if start.last_step is None:
-            # What came before its first step is no part of that.
-            self._spend(record.t - step_s)
+        step = int(record.fields["step"])
+        # What came before its first step is no part of that; between steps there is nothing.
+        self._spend(record.t - _seconds(record.fields.get("step_s")) if start.last_step is None else -math.inf)
         start.last_step = step
+        self._done = _Step(record.t, step, redone=step <= self._furthest_step)
         self._furthest_step = max(self._furthest_step, step)
-        if redone:
-            self._spend(record.t, redone=math.inf)
-        else:
-            self._spend(record.t, data=data_s, checkpoint=checkpoint_s, useful=math.inf)
 
     def _end(self, start: _Start, record: Record) -> None:
         """A rank has ended; after success, the last save was waited for, and the lead tells of it."""
@@ -223,7 +251,7 @@ def goodput_of(loaded: Loaded) -> Goodput:
 
 
 def _leads_steps(loaded: Loaded) -> Iterator[tuple[int, Record]]:
-    """The steps of each start's lead, oldest first; its peers' are not needed."""
+    """The steps of each start's lead, oldest first, with the longest waits of any rank."""
     rows = loaded.rows
     if not len(rows):
         return
@@ -233,12 +261,18 @@ def _leads_steps(loaded: Loaded) -> Iterator[tuple[int, Record]]:
             where = (attempt, record.generation)
             leads[where] = min(record.rank, leads.get(where, record.rank))
     kept = np.zeros(len(rows), dtype=np.bool_)
+    at = {name: COLUMNS.index(name) for name in ("t", "step", "step_s", "data_s", "checkpoint_s")}
+    rows = rows.copy()
     for attempt, generation in np.unique(rows[:, :2], axis=0):
         here = (rows[:, 0] == attempt) & (rows[:, 1] == generation)
         lead = leads.get((int(attempt), int(generation)), int(rows[here, 2].min()))
         kept |= here & (rows[:, 2] == lead)
+        steps, number = np.unique(rows[here, at["step"]], return_inverse=True)
+        for column in (at["data_s"], at["checkpoint_s"]):
+            longest = np.zeros(len(steps))
+            np.maximum.at(longest, number.reshape(-1), np.nan_to_num(rows[here, column]))
+            rows[here, column] = longest[number.reshape(-1)]
     rows = rows[kept]
-    at = {name: COLUMNS.index(name) for name in ("t", "step", "step_s", "data_s", "checkpoint_s")}
     for row in rows[np.argsort(rows[:, at["t"]], kind="stable")]:
         fields: dict[str, Any] = {name: float(row[column]) for name, column in at.items() if name != "t"}
         t, rank, generation = float(row[at["t"]]), int(row[2]), int(row[1])

@@ -36,4 +36,8 @@ def build_engine(
         from outlast.trainer.engines.fsdp2 import FSDP2Engine  # seconds of imports
 
         return FSDP2Engine(model, config, device, observer)
+    if config.trainer.engine == "deepspeed":
+        from outlast.trainer.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, config, device, observer)
     return DDPEngine(model, config, device, observer, on_choice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -450,3 +451,64 @@ def run_bare(rank: int) -> None:
 
 def test_without_ddp(two_ranks: Ranks) -> None:
     two_ranks.run(run_bare)
+
+
+def run_elsewhere(rank: int) -> None:
+    """Copies are AdamW with the moments; what no rank uses stays; after a failure the optimizer is given back."""
+    model = net()
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = optim.AdamW(model.parameters(), lr=1e-2, **ADAM)
+    reducer = attach(ddp, optimizer=optimizer, **SMALL)
+    ddp.module.forward = lambda x: model[0](x)  # the last layer is not used
+    last = weights(model[2])
+    loss_of(ddp, rank, 1).backward()
+    optimizer.step()
+    assert equal(last, weights(model[2]))
+    assert sorted(optimizer.state_dict()["state"]) == [0, 1]
+    shown = optimizer.state_dict()["state"]
+    copied = copy.deepcopy(optimizer)
+    assert type(copied) is optim.AdamW
+    assert not {"_init_group", "__getstate__"} & vars(copied).keys()
+    assert not optimizer.state
+    for number, param in enumerate(copied.param_groups[0]["params"][:2]):
+        assert torch.equal(copied.state[param]["exp_avg_sq"], shown[number]["exp_avg_sq"])
+        assert copied.state[param]["exp_avg_sq"].data_ptr() != shown[number]["exp_avg_sq"].data_ptr()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optim.AdamW(net().parameters()).load_state_dict(torch.load(file, weights_only=True))
+    with pytest.raises(CommError):
+        (ddp(torch.ones(1, 12)).sum() * float("nan")).backward()
+    with pytest.raises(CommError):
+        optimizer.state_dict()
+    reducer.close()
+    assert not {"_init_group", "__getstate__"} & vars(optimizer).keys()
+    assert len(optimizer.state) == 2
+
+
+def test_elsewhere(two_ranks: Ranks) -> None:
+    two_ranks.run(run_elsewhere)
+
+
+def run_auto(rank: int) -> None:
+    """Dense at first, with AdamW's own beta1; then whatever is chosen, and a restart begins with that."""
+    state: dict[str, Any] = {}
+    for again in (False, True):
+        ddp = DistributedDataParallel(net())
+        optimizer = optim.AdamW(ddp.parameters(), lr=1e-2)
+        with attach(ddp, optimizer=optimizer, target="update", compressor="auto", dense_below=10) as reducer:
+            assert isinstance(reducer, GradientReducer)
+            if again:
+                reducer.load_state_dict(state)
+                assert {float(one["step"]) for one in optimizer.state_dict()["state"].values()} == {30.0}
+            for step in range(31 if again else 1, 33 if again else 31):
+                optimizer.zero_grad()
+                loss_of(ddp, rank, step).backward()
+                optimizer.step()
+            assert again or reducer.choice is not None
+            state = copy.deepcopy(reducer.state_dict())
+        assert {float(one["step"]) for one in optimizer.state_dict()["state"].values()} == {32.0 if again else 30.0}
+
+
+def test_auto(two_ranks: Ranks) -> None:
+    two_ranks.run(run_auto)

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outlast.diagnostics import build_report, render_html
-from outlast.diagnostics.report.goodput import CAUSES, Goodput
-from outlast.events import HangFound, Record, WorkersFailed
+from outlast.diagnostics.report.goodput import CAUSES, Goodput, goodput_of
+from outlast.diagnostics.report.load import load
+from outlast.events import HangFound, Record, WorkersFailed, read_events
 from tests.diagnostics.report.synthetic import SyntheticRun
 from tests.helpers import events, outlast, start_outlast, tiny_config, wait_for
 
@@ -214,6 +215,35 @@ def test_the_lowest_rank_leads_whoever_speaks_first() -> None:
     )
     assert parts(goodput)["useful"] == pytest.approx(0.7)
     assert parts(goodput)["startup"] == pytest.approx(1.5)
+
+
+def test_all_wait_for_the_rank_that_waits_for_data() -> None:
+    """Whether it tells of the step before the lead does or after it."""
+    events = [*started(), step(5.0, 1), step(6.0, 2)]
+    waits = [
+        (1, told(t, "step", 1, step=n, step_s=1.0, data_s=0.6, checkpoint_s=0.0)) for n, t in ((1, 5.001), (2, 5.9))
+    ]
+    goodput = taken(*sorted([*events, *waits], key=lambda one: one[1].t))
+    assert parts(goodput)["data"] == pytest.approx(1.2)
+    assert parts(goodput)["checkpoint"] == pytest.approx(0.2)
+    assert parts(goodput)["useful"] == pytest.approx(0.6)
+
+
+def test_a_report_and_a_run_that_goes_on_agree(tmp_path: Path) -> None:
+    """The whole history at once, and event by event."""
+    run = SyntheticRun(run_dir=tmp_path, steps=30, stalls={12: ("data", 3.0)}, eval_every=10)
+    run.start()
+    run.train(1, 30)
+    loaded = load(tmp_path)
+    goodput = Goodput()
+    for folder in sorted((tmp_path / "attempts").glob("0*")):
+        records = [one for path in folder.glob("events/*.jsonl") for one in read_events(path)]
+        records += [one for path in tmp_path.glob("events/*.jsonl") for one in read_events(path)]
+        for record in sorted(records, key=lambda one: one.t):
+            goodput.take(0 if record.rank < 0 else int(folder.name), record)
+    goodput.finish()
+    assert goodput.seconds == pytest.approx(goodput_of(loaded).seconds)
+    assert goodput.seconds["data"] > 3.0
 
 
 def test_two_nodes_that_start_at_about_the_same_time_are_one_start() -> None:
