@@ -1,4 +1,4 @@
-"""Noting point-to-point operations over gloo changes no result, and torch.compile does not look into what notes them."""
+"""Noting point-to-point operations over gloo changes no result, and torch.compile does not look into it."""
 
 from __future__ import annotations
 
