@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from outlast.errors import ConfigError, LaunchError, RunDirectoryError
 from outlast.events import EventLog
 from outlast.launch.attempt import steps_taken
-from outlast.launch.exporting import start_exporting
 from outlast.launch.failures import RESUME_STATUS, first_line, ranks_failed
 from outlast.launch.flags import DEFAULT_PORT
 from outlast.launch.goodput import tell_goodput
@@ -98,6 +97,8 @@ def launch(spec: LaunchSpec) -> None:
         ) from error
     _check_port(rendezvous)
     agent = events_dir / f"agent_{host}.jsonl"
+    from outlast.launch.exporting import start_exporting  # reading a command line imports no numpy
+
     with (
         start_exporting(spec.export, spec.run_dir, agent, steps_done=steps_taken(spec.run_dir)),
         EventLog(agent, rank=-1) as events,
