@@ -85,6 +85,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"checkpoints"},
         {"checkpoint_schedule", "compression", "place", "settings", "state"},
         {"agreement", "failure_history", "models", "process_group"},
+        {"start_keys"},
     ],
     "cli": [
         {"main"},
