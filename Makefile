@@ -21,7 +21,7 @@ train: $(READY)
 	$(BIN)/outlast launch configs/stdlib_gpt.toml --nproc-per-node 2 $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -274,6 +274,17 @@ class NoticeCame(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GoodputMeasured(Event):
+    """Where the run's wall time went, up to here and over all launches. It sums up other events; nothing is computed
+    from it."""
+
+    kind: ClassVar[str] = "goodput"
+    wall_s: float
+    seconds: dict[str, float]
+    """By cause; they add up to ``wall_s``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventsLost(Event):
     """Events before this line could not be written, e.g. because the disk was full."""
 

@@ -66,6 +66,37 @@ MISSING: dict[str, Callable[[], str | None]] = {
 }
 
 
+LONGEST = (
+    "launch/test_slurm.py",
+    "launch/test_any_program.py",
+    "test_notice.py",
+    "session/test_kills.py",
+    "docs/test_recipes.py",
+    "docs/test_examples.py",
+    "launch/test_launch.py",
+    "test_own_loop.py",
+    "checkpoint/save/test_crash.py",
+    "test_first_run.py",
+    "session/test_example.py",
+    "test_docs.py",
+    "test_gpu_benchmark.py",
+    "test_recovery.py",
+    "test_chaos.py",
+    "test_world_sizes.py",
+    "test_two_starts.py",
+    "cli/test_cli.py",
+    "trainer/test_durability.py",
+    "test_benchmarks.py",
+    "checkpoint/save/test_storage_that_hangs.py",
+)
+"""Files that take a minute or more. They come first, so that no worker is left alone with one of them in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     asked_for = os.environ.get("CI") or "slow" in item.config.option.markexpr or "::" in " ".join(item.config.args)
     if item.get_closest_marker("slow") and not asked_for:

@@ -60,7 +60,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"rendezvous", "trusted_rendezvous"},
         {"hung_ranks", "notice_spread", "rounds"},
         {"first_cause", "joining", "notice_relay", "notice_store"},
-        {"exporting", "processes", "program_runs"},
+        {"exporting", "goodput", "processes", "program_runs"},
         {"flag_sources", "hang_watch", "notice", "rank_output", "runner", "spec", "torch_options"},
         {"notice_signals"},
         {"failures", "place"},
@@ -87,6 +87,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"checkpoints"},
         {"checkpoint_schedule", "compression", "place", "settings", "state"},
         {"agreement", "failure_history", "models", "process_group"},
+        {"start_keys"},
     ],
     "cli": [
         {"main"},

@@ -94,7 +94,13 @@ def attach(
             optimizer=optimizer,
         )
     if _is_deepspeed_engine(model_or_engine):
-        _refuse("a DeepSpeed engine", {"optimizer": optimizer, "replicas": replicas, **ddp_only})
+        _refuse("a DeepSpeed engine", {"replicas": replicas, **ddp_only})
+        if optimizer is not None:
+            raise CommError(
+                "attach: optimizer does not apply to a DeepSpeed engine, which steps partitions of its own",
+                "give deepspeed.initialize a torch.optim.SGD with target = 'update', or any optimizer with target = "
+                "'gradient'",
+            )
         return attach_deepspeed(model_or_engine, settled, observer=observer, direction=direction)
     if _is_fsdp2(model_or_engine):
         _refuse("FSDP2", ddp_only)

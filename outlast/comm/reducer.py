@@ -196,6 +196,12 @@ class Reducer(Protocol):
                 "it was saved without compression, or under another name: pass name=, or leave out load_parts(), and "
                 "what error feedback keeps begins anew",
             )
+        if shared is not None and "aggregate" not in shared:
+            raise CommStateMismatch(
+                f"the tensors that are equal on all ranks were left out of {name!r} when the checkpoint was read",
+                "restore() it without like= and into=, which have no such tensors, and load the parts from what that "
+                "returns",
+            )
         if of_optimizer is not None:
             if self.kept is None:
                 raise CommStateMismatch(

@@ -80,7 +80,7 @@ class RankFailure:
         if self.hang:
             return f"hung, killed by the launcher: {self.hang}"
         if self.desync:
-            return f"{self.desync} ({describe_exit(self.status)})"
+            return f"{self.desync} ({describe_exit(self.status)})" if self.status else self.desync
         if self.early:
             return f"exited with status 0 {self.early}, before training was done (sys.exit or os._exit in its program?)"
         lines = self.message.splitlines()

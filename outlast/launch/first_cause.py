@@ -51,7 +51,10 @@ def find_failures(
         victims = all(failure.lost_peer for failure in failures)
         aborted = {failure.rank for failure in failures if failure.status == -signal.SIGABRT}
         limit_s = ABORTED_S if aborted and is_program else CAUSE_S if victims else 0.0
-        wait = bool(processes.running()) and time.monotonic() - began_s < limit_s
+        running = processes.running()
+        if aborted and is_program and watch is not None:  # who says that it finishes has left its collectives
+            running = {rank: running[rank] for rank in watch.ended_early(running)}
+        wait = bool(running) and time.monotonic() - began_s < limit_s
         if is_program and watch is not None and not early and not hang_evidence and (victims or aborted):
             early = watch.left_peers(rank for rank, status in processes.statuses().items() if status == 0)
             if early and victims:

@@ -15,6 +15,7 @@ OTHER_NAMES = {"--shutdown-timeout": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
 """Variables that stand for a flag if neither the flag nor ``PET_…`` is given."""
 SWITCHES = ("--standalone", "--virtual-local-rank")
 """Flags without a value."""
+BACKENDS = ("c10d", "static")
 TRUE, FALSE = ("1", "true", "yes"), ("0", "false", "no", "")
 
 log = logging.getLogger("outlast.launch")
@@ -61,6 +62,13 @@ def arguments_from_environment(given: Sequence[str], environ: Mapping[str, str])
     for flag, (why, instead) in NO_FLAGS.items():
         if flag in found:
             raise ConfigError(f"{found[flag].source}: outlast launch has no {flag}, because {why}", instead)
+    backend = found.get("--rdzv-backend")
+    if backend is not None and backend.value not in BACKENDS:
+        raise ConfigError(
+            f"{backend.source}: restarts and notices over several nodes need torch's own store, which a "
+            f"launcher holds; rendezvous over {backend.value} has none",
+            "use c10d with --rdzv-endpoint HOST:PORT, the same on all nodes; no other service has to run",
+        )
     refuse_contradictions(found)
     _tell_unused(found, environ)
     return added

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -18,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from outlast.errors import ConfigError, LaunchError, RunDirectoryError
 from outlast.events import EventLog
 from outlast.launch.attempt import steps_taken
-from outlast.launch.exporting import start_exporting
 from outlast.launch.failures import RESUME_STATUS, first_line, ranks_failed
 from outlast.launch.flags import DEFAULT_PORT
+from outlast.launch.goodput import tell_goodput
 from outlast.launch.notice import NOTICE_FILE
 from outlast.launch.orphans import Guard
 from outlast.launch.plan import worker_environment
@@ -85,6 +86,7 @@ def launch(spec: LaunchSpec) -> None:
     ranks = local_ranks(spec.flags.nproc_per_node)
     tell_missing_ranks(spec.flags, ranks)
     options = torch_options(spec.flags)
+    _check_log_dir(spec.flags.log_dir)
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     events_dir = spec.run_dir / "events"
     try:
@@ -95,6 +97,8 @@ def launch(spec: LaunchSpec) -> None:
         ) from error
     _check_port(rendezvous)
     agent = events_dir / f"agent_{host}.jsonl"
+    from outlast.launch.exporting import start_exporting  # reading a command line imports no numpy
+
     with (
         start_exporting(spec.export, spec.run_dir, agent, steps_done=steps_taken(spec.run_dir)),
         EventLog(agent, rank=-1) as events,
@@ -113,7 +117,6 @@ def _run_agent(
     from outlast.launch.rank_output import RankOutput
 
     output = RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host, spec.flags)
-    _check_log_dir(output, spec)
     if isinstance(sys.stdout, io.TextIOWrapper):  # ranks' lines, whatever they hold, at once
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     with (
@@ -139,15 +142,18 @@ def _run_agent(
             raise SystemExit(128 + int(signum)) from error
 
 
-def _check_log_dir(output: RankOutput, spec: LaunchSpec) -> None:
+def _check_log_dir(folder: Path | None) -> None:
+    """That output can be written where the user wants it; made here, before anything else is."""
+    if folder is None:
+        return
     try:
-        output.folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        why = f"no folder for the ranks' output can be made at {output.folder}: {error.strerror}"
-        fix = "give another with --log-dir FOLDER; the launcher reads there why a rank failed"
-        if spec.flags.log_dir:
-            raise ConfigError(f"--log-dir {spec.flags.log_dir}: {why}", fix) from error
-        raise RunDirectoryError(why, fix) from error
+        raise ConfigError(
+            f"--log-dir {folder}: no output can be written there: {error.strerror}",
+            "give another folder; the launcher reads there why a rank failed",
+        ) from error
 
 
 def _tell_loss(notice: signal.Signals, what: str, spec: LaunchSpec) -> None:
@@ -211,6 +217,8 @@ def _supervise(
     )
     try:
         result = agent.run()
+        if runs is not None and relay.notice is None and 0 in agent.ranks:
+            tell_goodput(spec.run_dir, events)
         if result is None:  # the job ended while this node was a spare
             log.warning(SPARED)
         elif result.is_failed() and relay.notice is not None and agent.only_killed:

@@ -78,12 +78,12 @@ class RankProcesses:
             hang_evidence: of each rank that was killed because it hung.
             ended: the process of each rank that had ended before its wrapper was killed.
             early: where ranks were that exited with status 0 while their peers needed them.
-            desync: of each rank that left the common order of collectives, how that is known.
+            desync: of each rank that left the common order of collectives, how that is known; it may still be ending.
         """
         failures = []
         for rank, process in self._by_rank().items():
             status = process.poll()
-            if not status and rank not in early:
+            if not status and rank not in early and rank not in desync:
                 continue
             local_rank = self._local_ranks[rank]
             outputs = (self._context.stderrs[local_rank], self._context.stdouts[local_rank])

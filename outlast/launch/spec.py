@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from outlast.config import require
-from outlast.diagnostics.export.config import ExportConfig
 from outlast.launch.config import LaunchConfig
 from outlast.launch.flags import LaunchFlags
+
+if TYPE_CHECKING:
+    from outlast.diagnostics.export.config import ExportConfig
 
 
 @dataclass(frozen=True, kw_only=True)

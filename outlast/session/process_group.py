@@ -12,10 +12,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from outlast.errors import LaunchError, MissingDependency, PortInUse
 from outlast.launch import Place
+from outlast.session.start_keys import of_this_start
 
 TOLD_AFTER_S = 10.0
 """Ranks that meet sooner are nothing to write about."""
@@ -94,16 +95,11 @@ def start(place: Place, device: torch.device, timeout: timedelta, backend: str =
 
 
 def _store_of_this_start(place: Place, timeout: timedelta) -> Store | None:
-    """What ranks meet in where torchrun's agent has one store for all of its starts; None where it has not.
-
-    torchrun gives ranks that it restarts the store of the start before, in which gloo finds the addresses of ranks that
-    are dead: they wait for these, or fail. So each start has keys of its own.
-    """
+    """What ranks meet in where torchrun's agent has one store for all of its starts; None where it has not."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     store = TCPStore(place.master_addr, place.master_port, place.world_size, is_master=False, timeout=timeout)
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"outlast/{restarts}/{place.world_size}", store)
+    return of_this_start(store, place.rank, place.world_size, timeout.total_seconds())
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from outlast.errors import (
     OutlastError,
     RunDirectoryError,
 )
-from outlast.events import RunEnded
+from outlast.events import GoodputMeasured, RunEnded
 from outlast.launch import (
     Notice,
     Place,
@@ -236,6 +236,8 @@ def _write_report(run: Run) -> None:
     path = run.attempt.run / "report.html"
     try:
         report = build_report(run.attempt.run)
+        goodput = report.goodput
+        run.events.write(GoodputMeasured(wall_s=goodput.wall_s, seconds=goodput.parts_s()))
         write_html(report, path)
         render_summary(report, Console(), path)
     except (DiagnosticsError, OSError) as error:  # a pipe that nobody reads, or a terminal's log on a full disk, too

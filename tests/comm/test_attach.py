@@ -168,6 +168,9 @@ def test_the_protocol_is_complete() -> None:
         "state_dict",
         "load_state_dict",
         "load_resharded",
+        "checkpoint_parts",
+        "load_parts",
+        "kept",
         "close",
     }
 
@@ -210,6 +213,9 @@ def steps_are_deepspeeds(rank: int) -> None:
         engine: Any = reducer
         with pytest.raises(CommError, match="replicas does not apply to a DeepSpeed engine"):
             outlast.comm.attach(engine._engine, replicas=torch.distributed.group.WORLD)
+        own = torch.optim.AdamW(engine._engine.module.parameters())
+        with pytest.raises(CommError, match="optimizer does not apply to a DeepSpeed engine"):
+            outlast.comm.attach(engine._engine, optimizer=own)
 
 
 @pytest.mark.slow

@@ -58,6 +58,8 @@ def test_a_rank_that_does_nothing_is_found_and_named(tmp_path: Path, what: str, 
     assert goodput.hang_s > 1
     assert goodput.restart_s > 0
     assert sum(goodput.parts_s().values()) == pytest.approx(goodput.wall_s)
+    (told,) = events(run, "goodput")
+    assert told["seconds"] == pytest.approx(goodput.parts_s())
 
 
 @pytest.mark.slow

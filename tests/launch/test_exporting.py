@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from outlast.diagnostics.report.goodput import CAUSES
-from tests.helpers import clean_env, events, outlast, start_outlast, wait_for
+from tests.helpers import clean_env, events, free_port, outlast, start_outlast, wait_for
 from tests.launch.jobs import STARTED
 
 pytestmark = pytest.mark.prometheus
@@ -99,3 +99,30 @@ def test_a_dry_run_opens_no_port(tmp_path: Path) -> None:
     done = outlast("launch", "--dry-run", "--run-dir", tmp_path / "run", "--export.prometheus-port", "0", SCRIPT, "1")
     assert "metrics at" not in done.stdout + done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_each_node_tells_of_its_own_ranks(tmp_path: Path) -> None:
+    """Two launchers with names of their own share a run's directory, as on shared storage."""
+    run, rendezvous = tmp_path / "run", f"127.0.0.1:{free_port()}"
+    ports = []
+    for node in ("n0", "n1"):
+        log = tmp_path / node
+        words = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous)
+        more = ("--rdzv-id", "two", "--run-dir", run, "--export.prometheus-port", "0")
+        env = clean_env(SLURMD_NODENAME=node)
+        STARTED.append(start_outlast("launch", *words, *more, SCRIPT, "100000", log=log, env=env))
+        wait_for(log.exists)
+        ports.append(int(wait_for(lambda log=log: re.search(r"127\.0\.0\.1:(\d+)/metrics", log.read_text()))[1]))
+    found = [
+        wait_for(lambda port=port: metrics(port) if metrics(port).get("outlast_step", 0) > 10 else None)
+        for port in ports
+    ]
+    for node, one in zip(("n0", "n1"), found, strict=True):
+        assert one["outlast_ranks"] == 1
+        assert f'outlast_run_info{{comm="",device="",host="{node}"}}' in one
+        assert 0 <= one["outlast_step_seconds_count"] - one["outlast_step"] + 1 <= 1, (
+            "steps of one rank, but for the first"
+        )
+        assert one['outlast_goodput_seconds_total{cause="useful"}'] > 0
+        assert one["outlast_restarts_total"] == 0

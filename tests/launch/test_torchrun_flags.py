@@ -126,6 +126,7 @@ def test_the_short_names_and_what_is_torchs_own() -> None:
         ),
         ("-m", {"PET_NO_PYTHON": "1"}, ("-m", "PET_NO_PYTHON=1")),
         ("", {"PET_MODULE": "1", "PET_RUN_PATH": "1"}, ("PET_MODULE=1", "PET_RUN_PATH=1")),
+        ("", {"PET_RDZV_BACKEND": "etcd-v2"}, ("PET_RDZV_BACKEND=etcd-v2", "use c10d")),
         ("-m run.toml", {}, ("-m", "run.toml")),
         ("", {"PET_STANDALONE": "maybe"}, ("PET_STANDALONE=maybe", "1 or 0")),
         ("--logs-specs mine", {}, ("--logs-specs mine", "--log-dir")),
@@ -256,7 +257,8 @@ def test_no_folder_for_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(words) == 2
     said = capsys.readouterr().err
     assert "--log-dir /dev/null" in said
-    assert "Not a directory" in said
+    assert "File exists" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_variable_is_named_where_its_value_is_wrong(

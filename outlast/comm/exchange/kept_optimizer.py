@@ -126,7 +126,7 @@ class KeptOptimizer:
         for param in self._mine():
             state = self._moments.read(param)
             if state is not None:
-                own = self._as_shown(state)
+                own = self._as_shown(param, state)
                 own |= {slot: own[slot].to(param.dtype) for slot in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[param] = own
 
@@ -177,7 +177,7 @@ class KeptOptimizer:
         for param in self._mine():
             state = self._moments.read(param)
             if state is not None:
-                optimizer.state[param] = self._as_shown(state)
+                optimizer.state[param] = self._as_shown(param, state)
 
     def _hide(self, optimizer: Optimizer, state_dict: dict[str, Any] | None = None) -> None:
         for param in self._mine():
@@ -192,10 +192,14 @@ class KeptOptimizer:
         finally:
             self._hide(self.optimizer)
 
-    def _as_shown(self, state: AdamState) -> dict[str, Tensor]:
+    def _as_shown(self, param: Tensor, state: AdamState) -> dict[str, Tensor]:
         """As this optimizer would have it: its step is on the CPU unless it is fused, which is said once for all."""
         fused = self.optimizer.defaults["fused"]
-        return {**state._asdict(), "step": state.step if fused else state.step.to("cpu", copy=True)}
+        shown = {**state._asdict(), "step": state.step if fused else state.step.to("cpu", copy=True)}
+        if param.layout == torch.strided and not param.is_contiguous():
+            # torch's fused kernels go through memory, and take it for granted that all have the parameter's format.
+            shown |= {slot: torch.empty_like(param).copy_(shown[slot]) for slot in ("exp_avg", "exp_avg_sq")}
+        return shown
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Refuse what does not fit before anything is changed."""

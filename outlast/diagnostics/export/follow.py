@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from outlast.errors import DiagnosticsError
-from outlast.events import Record, parse_event
+from outlast.events import GoodputMeasured, Record, parse_event
 
 READ_BYTES = 4 << 20
 """Read of each file at a time."""
@@ -104,7 +104,7 @@ class NodeEvents:
                 self.unreadable += 1
                 continue
             last_t = record.t
-            if record.t >= self._since_t:
+            if record.t >= self._since_t and record.kind != GoodputMeasured.kind:
                 self._keep(attempt, record)
         return [last_t] if whole > 0 and len(data) == READ_BYTES else []
 

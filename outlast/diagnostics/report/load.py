@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from outlast.errors import DiagnosticsError
-from outlast.events import ProgramStep, Record, StepDone, parse_event
+from outlast.events import GoodputMeasured, ProgramStep, Record, StepDone, parse_event
 
 Floats = npt.NDArray[np.float64]
 
@@ -115,6 +115,8 @@ def _read(path: Path, attempt: int, table: array[float], loaded: Loaded, name: P
                 raise
             torn += 1
             continue
+        if record.kind == GoodputMeasured.kind:
+            continue  # it is computed from the others, at some later time
         times.append(record.t)
         if record.kind in (StepDone.kind, ProgramStep.kind):
             try:

@@ -490,6 +490,43 @@ def test_elsewhere(two_ranks: Ranks) -> None:
     two_ranks.run(run_elsewhere)
 
 
+def run_in_another_format(rank: int) -> None:
+    """Moments have the parameter's memory format, which torch's fused kernels take for granted."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    ddp = DistributedDataParallel(model)
+    optimizer = optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+
+    def gradient(of: nn.Module) -> None:
+        of.zero_grad()
+        x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(rank)).to(memory_format=torch.channels_last)
+        of(x).square().mean().backward()
+
+    gradient(ddp)
+    optimizer.step()
+    with attach(ddp, optimizer=optimizer, **SMALL):
+        gradient(ddp)
+        optimizer.step()
+        saved = copy.deepcopy(optimizer.state_dict())
+    ended = []
+    for fused in (True, False):
+        again = copy.deepcopy(model)
+        its = optim.AdamW(again.parameters(), lr=1e-2, fused=fused)
+        its.load_state_dict({**copy.deepcopy(saved), "param_groups": its.state_dict()["param_groups"]})
+        gradient(again)
+        its.step()
+        ended.append(weights(again))
+    gradient(model)
+    optimizer.step()
+    for one, other, own in zip(*ended, weights(model), strict=True):
+        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, own)
+
+
+def test_memory_formats(two_ranks: Ranks) -> None:
+    two_ranks.run(run_in_another_format)
+
+
 def run_auto(rank: int) -> None:
     """Dense at first, with AdamW's own beta1; then whatever is chosen, and a restart begins with that."""
     state: dict[str, Any] = {}

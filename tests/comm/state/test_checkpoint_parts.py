@@ -204,6 +204,9 @@ def run_others(rank: int) -> None:
         assert number in (2, 3) or torch.equal(state["exp_avg_sq"], moments[number]["exp_avg_sq"])
     with pytest.raises(CommStateMismatch, match="no state of a reducer under 'other'"):
         one.reducer.load_parts(Saved(parts.replicated, parts.local, 2), name="other")
+    without_tensors = {"comm": {key: value for key, value in parts.replicated["comm"].items() if key != "aggregate"}}
+    with pytest.raises(CommStateMismatch, match="were left out of 'comm'"):
+        one.reducer.load_parts(Saved(without_tensors, parts.local, 2))
     for change, said in (
         ({"betas": (0.9, 0.1), "amsgrad": True}, "amsgrad = True"),
         ({"params": [0]}, r"groups of \[1, 2\] parameters, this one of \[4, 2\]"),

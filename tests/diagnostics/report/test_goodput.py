@@ -315,3 +315,6 @@ def test_a_real_run_that_is_killed_once_has_steps_redone_and_a_restart(tmp_path:
     assert split.restart_s == pytest.approx(second[0].t - second[0]["step_s"] - last_t, rel=0.01)
     assert split.evaluation_s > 0
     assert split.hang_s == 0
+    (measured,) = events(run, "goodput")
+    assert measured["seconds"] == pytest.approx(split.parts_s(), abs=0.5), "a peer may end later"
+    assert measured["wall_s"] == pytest.approx(sum(measured["seconds"].values()))
