@@ -17,6 +17,13 @@ from outlast.errors import SessionError, StateMismatch
 
 State = dict[str, Any]
 Kind = Literal["ddp", "fsdp2", "alone"]
+_REFUSED = {
+    "deepspeed.DeepSpeedEngine": "use outlast.comm.attach(engine) and outlast.checkpoint.deepspeed.attach(engine), "
+    "as in examples/deepspeed_loop.py",
+    "torch.FullyShardedDataParallel": "shard it with torch.distributed.fsdp.fully_shard (FSDP2) instead",
+    "torch.DataParallel": "use DistributedDataParallel, with one process for each device",
+}
+"""Kinds of models that a session cannot serve, and what to do."""
 
 
 def kind_of(model: nn.Module) -> Kind:
@@ -30,6 +37,10 @@ def kind_of(model: nn.Module) -> Kind:
             f"Session: the model is a {type(model).__name__}",
             "give a torch.nn.Module, wrapped or not, or a dictionary of them",
         )
+    for one in (model, unwrapped(model)):
+        kind = f"{type(one).__module__.partition('.')[0]}.{type(one).__name__}"
+        if kind in _REFUSED:
+            raise SessionError(f"Session: the model is a {type(one).__name__}", _REFUSED[kind])
     if isinstance(unwrapped(model, keep_ddp=True), DistributedDataParallel):
         return "ddp"
     sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)

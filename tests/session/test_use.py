@@ -217,6 +217,7 @@ def test_a_model_that_changes(tmp_path: Path) -> None:
     [
         ({"model": [1]}, SessionError, "the model is a list"),
         ({"model": {}}, SessionError, "models by name"),
+        ({"model": nn.DataParallel(nn.Linear(4, 1))}, SessionError, "the model is a DataParallel"),
         ({"optimizer": 3}, SessionError, "the optimizer is a int"),
         ({"optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True)])}, SessionError, "1 of the optimizer's"),
         ({"optimizer": {"net": None}}, SessionError, "optimizers .'net'. for models"),

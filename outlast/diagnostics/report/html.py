@@ -216,7 +216,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     curve, name = (loss.evaluated, "Held-out loss") if loss.evaluated else (loss.train, "Training loss")
     goodput = report.goodput.shares()["useful"]
     blocked = report.split.totals_s()["checkpoint"]
-    speed = f"{fmt.count(facts.tokens / facts.useful_s)} tokens/s" if facts.useful_s > 0 else ""
+    speed = f"{fmt.count(facts.tokens / facts.useful_s)} tokens/s" if facts.useful_s > 0 and facts.tokens else ""
     wire = f"{fmt.size(traffic.wire_bytes)} sent; dense {fmt.size(traffic.dense_bytes)}"
     redone = f"{facts.steps_redone} step{'s' if facts.steps_redone != 1 else ''} redone" if facts.steps_redone else ""
     return [
@@ -350,7 +350,7 @@ def _facts(report: Report) -> str:
         ("attempts", str(len(facts.starts))),
         ("began", fmt.date(facts.began_t)),
         ("wall time", fmt.duration(facts.wall_s)),
-        ("tokens", f"{facts.tokens:,}".replace(",", " ")),
+        ("tokens", f"{facts.tokens:,}".replace(",", " ") if facts.tokens else "unknown"),
         ("inside collectives", f"{fmt.share(traffic.collective_share)} of the step time, overlapped or not"),
         ("compression", f"{fmt.share(traffic.codec_share)} of the step time, overlapped or not"),
     ]

@@ -87,7 +87,7 @@ def _numbers(report: Report) -> Table | None:
     table.add_row("checkpoints", f"{fmt.share(report.checkpoints.time_share)} of the step time")
     goodput = report.goodput.shares()["useful"]
     table.add_row("goodput", f"{fmt.share(goodput)} of {fmt.duration(facts.wall_s)} wall time was useful")
-    if facts.useful_s > 0:
+    if facts.useful_s > 0 and facts.tokens:  # a program need not tell of them
         table.add_row("tokens", f"{fmt.count(facts.tokens)}, {fmt.count(facts.tokens / facts.useful_s)} per second")
     return table
 
