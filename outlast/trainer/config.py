@@ -231,6 +231,9 @@ class TrainerConfig:
     bucket_mb: float = 25.0
     """Size of DDP's gradient buckets in MiB. Smaller ones start earlier and overlap more communication; larger ones
     compress at less cost, which is faster on few cores (docs/compression.md). The default is DDP's own."""
+    find_unused_parameters: bool = False
+    """With ``engine = "ddp"``: the loss need not depend on all parameters, which DDP otherwise takes for an error. It
+    looks through the graph of each step for those."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one rank's device, for the MFU in the log. If not set, the log shows the achieved GFLOP/s."""
     timeout_s: float = 600.0
@@ -246,6 +249,8 @@ class TrainerConfig:
             self.backend,
             'auto or gloo with trainer.device = "cpu"',
         )
+        ok = not self.find_unused_parameters or self.engine == "ddp"
+        require(ok, "trainer.find_unused_parameters", True, 'false without trainer.engine = "ddp"')
         require(self.bucket_mb > 0, "trainer.bucket_mb", self.bucket_mb, "bucket_mb > 0")
         require(self.peak_tflops is None or self.peak_tflops > 0, "trainer.peak_tflops", self.peak_tflops, "> 0")
         require(self.timeout_s > 0, "trainer.timeout_s", self.timeout_s, "timeout_s > 0")

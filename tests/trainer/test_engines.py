@@ -178,6 +178,33 @@ def test_what_fsdp2_cannot_do_is_named_and_asking_changes_nothing(worlds: dict[i
     worlds[2].run(wrong)
 
 
+class TwoHeads(Net):
+    """Uses one of two heads, by the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(12, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.head, self.other = self.other, self.head
+        return super().forward(x, y)
+
+
+def uses_a_part(rank: int) -> None:
+    for comm in (DENSE, GRADIENTS):
+        engine = build_engine(TwoHeads(), settings(*comm, "--trainer.find_unused_parameters", "true"), CPU)
+        try:
+            for step in range(1, 5):
+                engine.forward_backward(step, batches(step, rank, 2, 1))
+                engine.update(step)
+        finally:
+            engine.close()
+
+
+def test_a_loss_may_leave_parameters_out_under_ddp(worlds: dict[int, Ranks]) -> None:
+    worlds[2].run(uses_a_part)
+
+
 def test_blocks_are_the_outermost_of_their_kind() -> None:
     inner = nn.ModuleList([nn.Linear(2, 2), nn.ReLU()])
     layers = nn.ModuleList([nn.ModuleDict({"inner": inner}), nn.Linear(2, 2)])

@@ -57,6 +57,7 @@ class DDPEngine:
             device_ids=[device.index] if device.type == "cuda" else None,
             bucket_cap_mb=config.trainer.bucket_mb,
             gradient_as_bucket_view=True,
+            find_unused_parameters=config.trainer.find_unused_parameters,
         )
         optim = config.optim
         self._reducer = GradientReducer(
