@@ -108,13 +108,18 @@ def choose(store: Store, step: int | None, option: str = "--step") -> int:
     )
 
 
-def where_steps_are(store: Store, option: str = "--step") -> str:
-    """What to give instead of a URL without committed steps: of the folder of a step, the one above and its number."""
+def where_steps_are(store: Store, option: str = "") -> str:
+    """What to give instead of a URL without committed steps: of the folder of a step, the one above and its number.
+
+    Args:
+        store: at that URL.
+        option: by which the command takes the number; empty: it takes none.
+    """
     above, _, last = store.url.rstrip("/").rpartition("/")
     step = parse_step(last)
     names = store.names("")
     if step is not None and COMMIT in names:
-        return f"this is step {step} itself: give {above} {option} {step}"
+        return f"this is step {step} itself: give {above}" + (f" {option} {step}" if option else "")
     if "checkpoints" in names:
         return f"this looks like a run's directory: give {store.url}/checkpoints"
     return f"no folder step_*/ there has a {COMMIT}; give the folder that contains the step_* folders"

@@ -130,4 +130,4 @@ def _none_at(url: str) -> CheckpointNotFound:
     from outlast.checkpoint.tools.open_step import storage, where_steps_are
 
     with storage(url) as store:
-        return CheckpointNotFound(f"no checkpoints at {store.url}", where_steps_are(store))
+        return CheckpointNotFound(f"no checkpoints at {store.url}", where_steps_are(store, "--step"))

@@ -184,9 +184,11 @@ def test_the_folder_of_a_step_is_answered_with_the_options_that_name_it(
     run = tmp_path / "run" / "checkpoints"
     save_by_ranks(run, 3, 4, world_size=1)
     step = str(run / "step_00000003")
-    for words in (["show", step], ["ls", step], ["verify", step], ["prune", step, "--keep-last", "1"]):
+    for words in (["show", step], ["ls", step], ["verify", step]):
         assert main(["ckpt", *words]) == 1
         assert f"this is step 3 itself: give {run} --step 3" in capsys.readouterr().err
+    assert main(["ckpt", "prune", step, "--keep-last", "1"]) == 1
+    assert f"this is step 3 itself: give {run}\n" in capsys.readouterr().err, "it takes no step"
     for words, option in (([step, step], "--step 3"), ([str(run), step], "--other-step 3")):
         assert main(["ckpt", "diff", *words]) == 1
         assert f"this is step 3 itself: give {run} {option}" in capsys.readouterr().err
