@@ -143,6 +143,8 @@ def test_dense_fsdp2_is_ddp_and_goes_on_anywhere(worlds: dict[int, Ranks], tmp_p
         moved[0].pop(name), straight[0].pop(name)
     assert_close(moved[:2], straight[:2], rtol=1e-4, atol=1e-6)
     assert moved[2] == pytest.approx(straight[2][4:], rel=1e-4)
+    back = worlds[2].run(train, folder, 7, 7, DENSE)[0]
+    assert back[2][0] == pytest.approx(straight[2][5], rel=1.0)
 
 
 def test_sharded_error_feedback_stays_with_its_number_of_ranks(worlds: dict[int, Ranks], tmp_path: Path) -> None:
@@ -150,6 +152,7 @@ def test_sharded_error_feedback_stays_with_its_number_of_ranks(worlds: dict[int,
     worlds[2].run(refused, str(tmp_path / "a"), [*FSDP2, *GRADIENTS], CommStateMismatch, "FSDP2", "4")
     worlds[4].run(train, str(tmp_path / "b"), 1, 2, [*FSDP2, *DENSE])
     worlds[4].run(refused, str(tmp_path / "b"), [*FSDP2, *GRADIENTS], StateMismatch, "dense gradients")
+    worlds[4].run(refused, str(tmp_path / "b"), GRADIENTS, StateMismatch, "no state of error feedback")
 
 
 def refused(rank: int, folder: str, words: list[str], error: type[OutlastError], *says: str) -> None:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from outlast.checkpoint import check_like
 from outlast.comm import Choice, CollectiveObserver, GradientReducer
 from outlast.comm.direction import Adam
+from outlast.errors import StateMismatch
 from outlast.trainer.batches import Batch, to_device
 from outlast.trainer.config import Config
 from outlast.trainer.engines.base import EAGER, EngineState, State, UpdateStats
@@ -70,6 +71,7 @@ class DDPEngine:
         )
         self._reducer.attach(self._ddp)
         self._averages_updates = config.comm.target == "update"
+        self._keeps_state = config.comm.compressor != "dense" or self._averages_updates
         self._optimizer = make_optimizer(model, config)
         self._scheduler = make_scheduler(self._optimizer, config)
         self._loss_of = build_loss(config)
@@ -129,19 +131,31 @@ class DDPEngine:
 
     def load(self, replicated: State, read_local: Callable[[int], State], ranks: int) -> None:
         """See :class:`Engine`; error-feedback state is redistributed by :meth:`GradientReducer.load_resharded`."""
+        if "model" not in replicated:
+            raise StateMismatch(
+                "the checkpoint was saved under DeepSpeed",
+                'resume it with trainer.engine = "deepspeed", or begin a new run',
+            )
         running = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         check_like(replicated["model"], running)
         check_optimizer_names(replicated["optimizer"], running)
-        comm = replicated["comm"]
-
-        def read(rank: int) -> State:
-            return {"replicated": comm["aggregate"], "meta": comm["meta"], "local": read_local(rank)["comm"]}
-
-        self._reducer.load_resharded(read, ranks)
+        if "comm" in replicated:
+            self._load_comm(replicated["comm"], read_local, ranks)
+        elif self._keeps_state:
+            raise StateMismatch(
+                "the checkpoint was saved with dense gradients under FSDP2, and has no state of error feedback",
+                'go on with comm.compressor = "dense", or begin a new run with run.start_from',
+            )
         rank = dist.get_rank()
         load_tensors(self.model, own_buffers(replicated["model"], read_local(rank) if rank < ranks else {}))
         load_optimizer_state(self.model, self._optimizer, replicated["optimizer"])
         load_scheduler_state(self._scheduler, replicated["scheduler"])
+
+    def _load_comm(self, comm: State, read_local: Callable[[int], State], ranks: int) -> None:
+        def read(rank: int) -> State:
+            return {"replicated": comm["aggregate"], "meta": comm["meta"], "local": read_local(rank)["comm"]}
+
+        self._reducer.load_resharded(read, ranks)
 
     def close(self) -> None:
         """See :class:`Engine`."""
