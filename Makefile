@@ -5,7 +5,7 @@ VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 # Test files side by side; the tests of one file stay together, in order.
-WORKERS ?= 3
+WORKERS ?= 4
 READY  := $(VENV)/.ready
 
 .PHONY: train test check docs bench clean env

@@ -77,6 +77,12 @@ LONGEST = (
     "test_own_loop.py",
     "checkpoint/save/test_crash.py",
     "test_first_run.py",
+    "trainer/test_foreign_deepspeed.py",
+    "trainer/test_foreign_ddp.py",
+    "trainer/test_engines.py",
+    "launch/test_bad_programs.py",
+    "launch/test_exporting.py",
+    "launch/test_skipped_collective.py",
     "session/test_example.py",
     "test_docs.py",
     "test_gpu_benchmark.py",
@@ -98,7 +104,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    asked_for = os.environ.get("CI") or "slow" in item.config.option.markexpr or "::" in " ".join(item.config.args)
+    named = "::" in " ".join(item.config.args)
+    if item.get_closest_marker("soak") and not named and "soak" not in item.config.option.markexpr:
+        pytest.skip('soak: runs with make test ARGS="-m soak"')
+    asked_for = os.environ.get("CI") or "slow" in item.config.option.markexpr or named
     if item.get_closest_marker("slow") and not asked_for:
         pytest.skip('slow: runs under CI=true, or with make test ARGS="-m slow"')
     for marker, missing in MISSING.items():

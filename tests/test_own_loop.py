@@ -21,7 +21,7 @@ def losses_in(said: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("example", "steps"), [("own_loop", 200), pytest.param("fsdp_loop", 100, marks=pytest.mark.slow)]
+    ("example", "steps"), [("own_loop", 200), pytest.param("fsdp_loop", 100, marks=pytest.mark.soak)]
 )
 def test_it_learns_and_goes_on(root: Path, tmp_path: Path, example: str, steps: int) -> None:
     command = [root / "tests" / "fewer_steps.py", str(steps), root / "examples" / f"{example}.py", tmp_path / "a"]

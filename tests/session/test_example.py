@@ -42,7 +42,7 @@ def test_it_learns(root: Path, tmp_path: Path) -> None:
     assert "100 of 100 steps" in report
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_killed_and_started_again_it_ends_the_same(root: Path, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir()
@@ -68,7 +68,7 @@ def test_killed_and_started_again_it_ends_the_same(root: Path, tmp_path: Path) -
     assert len(compared["equal_tensors"]) > 30
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.mpi
 def test_under_mpirun(root: Path, tmp_path: Path) -> None:
     words = documented("mpirun")

@@ -68,7 +68,7 @@ def test_under_outlast_launch(tmp_path: Path, straight: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp2", "gan"])
+@pytest.mark.parametrize("wrap", ["fsdp2", *(pytest.param(wrap, marks=pytest.mark.soak) for wrap in ("ddp", "gan"))])
 def test_however_the_model_is_wrapped(tmp_path: Path, wrap: str) -> None:
     expected = end_of(launched(tmp_path / "straight", "--wrap", wrap))
     kills = plan(tmp_path / "kills", 1, 2)
@@ -93,7 +93,7 @@ def test_under_torchrun(tmp_path: Path, straight: str) -> None:
     assert not list(kills.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.mpi
 def test_under_mpirun(tmp_path: Path, straight: str) -> None:
     """mpirun ends a job with a rank that is lost; the batch script starts it again."""
