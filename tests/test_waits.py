@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "outlast"
 WAITS = {"result", "wait", "join", "get", "acquire", "shutdown"}
-LIMITS = {"timeout", "timeout_s", "limit_s"}
+LIMITS = {"timeout", "timeout_s", "timeout_millis", "limit_s"}
 ROOMS = ["comm", "checkpoint", "diagnostics", "launch", "trainer", "cli"]
 
 DEVICE = "waits for the device, on which the next step waits as well; a device that hangs is a hang, which is watched"
@@ -22,6 +22,9 @@ WITHOUT_LIMIT = {
     ("comm/transport/communicator.py", "work.wait()"): "its process group has comm.timeout_s",
     ("comm/transport/worker.py", "self._jobs.get()"): DAEMON,
     ("comm/ddp/averager.py", "self._stream.join()"): "orders two streams of the device, and does not wait",
+    ("diagnostics/export/prometheus.py", "self._server.shutdown()"): "its loop looks every half second whether to end",
+    ("launch/exporting.py", "self._process.wait()"): DAEMON,
+    ("session/agreement.py", "work.wait()"): "its process group has a timeout",
     ("launch/launcher.py", "handler.shutdown()"): "asks the rendezvous' store, which has a read timeout of its own",
     ("launch/notice_spread.py", "self.store.get()"): "NoticeStore.get asks whether the key is there, and does not wait",
     ("launch/notice.py", "work.wait()"): "its process group has a timeout",
