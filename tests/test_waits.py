@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "outlast"
 WAITS = {"result", "wait", "join", "get", "acquire", "shutdown"}
 LIMITS = {"timeout", "timeout_s", "timeout_millis", "limit_s"}
-ROOMS = ["comm", "checkpoint", "diagnostics", "launch", "trainer", "cli"]
+ROOMS = ["comm", "checkpoint", "diagnostics", "launch", "session", "trainer", "cli"]
 
 DEVICE = "waits for the device, on which the next step waits as well; a device that hangs is a hang, which is watched"
 OWN_THREAD = "the save's own thread; training waits for that with the limit of Background.wait"
