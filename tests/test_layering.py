@@ -64,7 +64,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"flag_sources", "hang_watch", "notice", "rank_output", "runner", "spec", "torch_options"},
         {"notice_signals"},
         {"failures", "place"},
-        {"activity", "attempt", "backoff", "flags", "program", "node_clocks", "orphans", "ports"},
+        {"activity", "attempt", "backoff", "flags", "program", "node_clocks", "orphans", "ports", "run_lease"},
         {"oom_killer", "slurm", "parent_death", "config"},
     ],
     "trainer": [

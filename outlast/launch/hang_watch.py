@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -24,6 +23,7 @@ from outlast.diagnostics.live import (
     process_state,
     read_heartbeat,
     read_ring,
+    remove_if_empty,
     ring_path,
     shm_directory,
 )
@@ -134,11 +134,7 @@ class HangWatch:
     def close(self, ranks: tuple[int, ...]) -> None:
         """Remove what ``ranks`` left, and the folder unless other processes of this machine still use it."""
         self._remove_files(tuple(rank for rank in ranks if rank not in self._others(ranks)))
-        try:
-            self.shm_dir.rmdir()
-        except OSError as error:  # still in use, or already removed by another process
-            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
-                raise
+        remove_if_empty(self.shm_dir)
 
     def ended_early(self, ended: Iterable[int]) -> dict[int, str]:
         """Where those of these ranks were that had not said that they finish; their processes have ended."""

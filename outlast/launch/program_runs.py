@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Protocol
 
 from outlast.checkpoint.ownership import JOB, Lease
-from outlast.checkpoint.storage.local import LocalStore
-from outlast.errors import PlaceInUse, RunDirectoryError
+from outlast.errors import RunDirectoryError
 from outlast.launch.attempt import Attempt, next_attempt, steps_taken
 from outlast.launch.place import GENERATION
+from outlast.launch.run_lease import run_lease, take_run
 from outlast.launch.runner import ATTEMPT, RUN_DIR, STEPS_TAKEN
 
-LEASE_S = 60.0
-"""After so long without a renewal another job may take the directory of a job whose machine is gone."""
+_WAYS_OUT = "--run-dir OTHER"
 
 
 class KeyValueStore(Protocol):
@@ -83,18 +82,6 @@ class ProgramRuns:
         if self._lease is not None:
             return
         os.environ[JOB], os.environ[GENERATION] = job, str(generation)  # whose lease it is
-        lease = Lease(
-            LocalStore(str(self._run_dir)),
-            LEASE_S,
-            what=f"the run directory {self._run_dir}",
-            ways_out="--run-dir OTHER",
-        )
-        try:
-            lease.take()
-        except PlaceInUse as error:
-            raise RunDirectoryError(error.what, error.fix) from error
-        except OSError as error:
-            raise RunDirectoryError(
-                f"the run directory cannot be taken: {error}", "choose another: --run-dir OTHER"
-            ) from error
+        lease = run_lease(self._run_dir, _WAYS_OUT)
+        take_run(lease, _WAYS_OUT)
         self._lease = lease

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
+from outlast.checkpoint.peers.collectives import Agreement
 from outlast.errors import EndedEarly
 from outlast.launch import Notice
 
@@ -34,27 +34,22 @@ class StepAgreement:
         self._rank = rank
         self._notice = notice
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._all = Agreement(self._group, rank, world_size)
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
         self.notice_came = False
         """The newest answer; once true it stays so."""
 
-    def share(self, numbers: Sequence[int]) -> list[int]:
-        """Rank 0's numbers, on every rank."""
-        box = torch.tensor(numbers, dtype=torch.int64)
-        if self._group is not None:
-            dist.broadcast(box, src=0, group=self._group)
-        return [int(number) for number in box.tolist()]
+    def share(self, number: int) -> int:
+        """Rank 0's number, on every rank."""
+        return self._all.broadcast_int(number)
 
     def token(self) -> str:
         """Random text, the same on all ranks."""
-        return f"{self.share([secrets.randbits(62)])[0]:016x}"
+        return f"{self.share(secrets.randbits(62)):016x}"
 
     def maximum(self, number: int) -> int:
         """The largest number of all ranks."""
-        box = torch.tensor([number], dtype=torch.int64)
-        if self._group is not None:
-            dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._group)
-        return int(box.item())
+        return self._all.maximum(number)
 
     def ask(self) -> None:
         """A step begins on this rank. Its answer is there when the step has ended."""

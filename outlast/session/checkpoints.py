@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -18,7 +17,7 @@ from outlast.session.checkpoint_schedule import CheckpointSchedule
 from outlast.session.failure_history import FailureHistory, read_failure_history
 from outlast.session.models import unwrapped
 from outlast.session.place import RunPlace
-from outlast.session.state import EAGER, SessionState
+from outlast.session.state import SessionState
 
 _LOG = logging.getLogger("outlast")
 
@@ -87,23 +86,12 @@ class SessionCheckpoints:
         restored = self._checkpointer.restore(
             which,
             any_world_size=True,
-            like=self._state.replicated() if sharded else None,
+            like=self._state.collect().replicated if sharded else None,
             strict=("model",) if sharded else True,
         )
         if restored is None:
             return 0
-        own = restored.local if restored.world_size == self._place.world_size else None
-
-        def read_local(rank: int) -> Mapping[str, Any]:
-            return own if own is not None and rank == self._place.rank else restored.read_local(rank)
-
-        anew = self._state.load(
-            restored.replicated,
-            read_local,
-            rank=self._place.rank,
-            world_size=self._place.world_size,
-            saved_by=restored.world_size,
-        )
+        anew = self._state.load(restored, rank=self._place.rank, world_size=self._place.world_size)
         if not self._memory_every_steps:  # otherwise it may be in memory alone
             self._saved_step = restored.step
         for what in anew:
@@ -150,6 +138,5 @@ class SessionCheckpoints:
             one.check_unchanged()
         if durable:
             self._saved_step = step
-        self._checkpointer.save(
-            step, replicated=self._state.replicated(), local=self._state.local(), eager=EAGER, durable=durable
-        )
+        now = self._state.collect()
+        self._checkpointer.save(step, replicated=now.replicated, local=now.local, eager=now.eager, durable=durable)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from outlast.comm import CommConfig, Reducer, attach
+from outlast.comm import CommConfig, Reducer, ReduceStats, attach
 from outlast.session.models import Trained, kind_of
 
 GRADIENTS: dict[str, Any] = {"target": "gradient", "feedback": "ef21"}
@@ -45,44 +44,22 @@ def attach_reducers(
     return reducers
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What the exchanges of one step cost, over all models; zero where nothing is compressed."""
+def cost_of_step(reducers: Mapping[str, Reducer]) -> ReduceStats:
+    """What the exchanges since the last call cost, over all models; waits for those under way.
 
-    comm_s: float = 0.0
-    collective_s: float = 0.0
-    codec_s: float = 0.0
-    wire_bytes: int = 0
-    dense_bytes: int = 0
-    alpha: float | None = None
-    residual: float | None = None
+    Measures (alpha, residual) are the first model's. Without reducers all is zero.
 
-
-class Costs:
-    """Adds up what reducers measure.
-
-    Args:
-        reducers: of all models.
+    Raises:
+        CommError: one failed.
     """
-
-    def __init__(self, reducers: Mapping[str, Reducer]) -> None:
-        self._reducers = list(reducers.values())
-
-    def of_step(self) -> Cost:
-        """What the exchanges since the last call cost; waits for those under way.
-
-        Raises:
-            CommError: one failed.
-        """
-        stats = [reducer.end_step() for reducer in self._reducers]
-        if not stats:
-            return Cost()
-        return Cost(
-            comm_s=sum(one.exposed_s for one in stats),
-            collective_s=sum(one.collective_s for one in stats),
-            codec_s=sum(one.codec_s for one in stats),
-            wire_bytes=sum(one.wire_bytes for one in stats),
-            dense_bytes=sum(one.dense_bytes for one in stats),
-            alpha=stats[0].alpha,
-            residual=stats[0].residual,
-        )
+    stats = [reducer.end_step() for reducer in reducers.values()]
+    return ReduceStats(
+        wire_bytes=sum(one.wire_bytes for one in stats),
+        dense_bytes=sum(one.dense_bytes for one in stats),
+        codec_s=sum(one.codec_s for one in stats),
+        collective_s=sum(one.collective_s for one in stats),
+        exposed_s=sum(one.exposed_s for one in stats),
+        collectives=sum(one.collectives for one in stats),
+        alpha=stats[0].alpha if stats else None,
+        residual=stats[0].residual if stats else None,
+    )

@@ -112,7 +112,8 @@ class Trained:
         )
 
     def state(self) -> tuple[State, State, State]:
-        """Parameters, the rest of the model's state (buffers), and the optimizer's state. The tensors are live."""
+        """Parameters, the rest of the model's state (buffers), and the optimizer's state, unless a reducer keeps that.
+        The tensors are live."""
         module = unwrapped(self.model)
         if self.is_sharded and self.optimizer is not None and not self.is_kept:
             from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -120,9 +121,7 @@ class Trained:
             whole, optimizer = get_state_dict(self.model, self.optimizer)
         else:
             whole = module.state_dict()
-            optimizer = {} if self.optimizer is None else self.optimizer.state_dict()
-            if self.is_kept:
-                optimizer = {"state": {}, "param_groups": optimizer["param_groups"]}
+            optimizer = {} if self.optimizer is None or self.is_kept else self.optimizer.state_dict()
         return *split(module, whole), optimizer
 
     def load(self, params: Mapping[str, Any], rest: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
@@ -148,7 +147,7 @@ class Trained:
             check_like(params, running)
             check_like(_tensors(rest), _tensors(buffers))
         module.load_state_dict({**params, **rest})
-        if self.optimizer is not None:
+        if self.optimizer is not None and (optimizer or not self.is_kept):
             try:
                 self.optimizer.load_state_dict(dict(optimizer))
             except (ValueError, KeyError) as error:

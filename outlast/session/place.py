@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from outlast.checkpoint.ownership import Lease
-from outlast.checkpoint.storage.local import LocalStore
 from outlast.diagnostics import Heartbeat, Recorder
-from outlast.diagnostics.live import heartbeat_path, ring_path, shm_directory
+from outlast.diagnostics.live import heartbeat_path, remove_if_empty, ring_path, shm_directory
 from outlast.diagnostics.live.program_watch import ProgramWatch, watched
-from outlast.errors import PlaceInUse, RunDirectoryError
+from outlast.errors import RunDirectoryError
 from outlast.events import EventLog, RunEnded, RunStarted
 from outlast.launch import Place
 from outlast.launch.attempt import Attempt, next_attempt
 from outlast.launch.failures import WATCHED
+from outlast.launch.run_lease import is_used, run_lease, take_run
 from outlast.launch.runner import ATTEMPT, RING_CAPACITY, RUN_DIR
 from outlast.session.agreement import StepAgreement
 
-LEASE_S = 60.0
-"""After so long without a renewal another job may take the directory of a job whose machine is gone."""
+_WAYS_OUT = "Session(OTHER, ...)"
 _open: set[Path] = set()
 
 
@@ -110,7 +107,7 @@ class RunPlace:
                 number = self._take(resuming=resuming)
             except RunDirectoryError as error:
                 refusal = error
-        (number,) = agreement.share([number])
+        number = agreement.share(number)
         if refusal is not None:
             raise refusal
         if number == 0:
@@ -118,31 +115,23 @@ class RunPlace:
         return number
 
     def _take(self, *, resuming: bool) -> int:
-        used = any((self.path / name).exists() for name in ("config.toml", "attempts", "checkpoints"))
-        if used and not resuming:
+        if is_used(self.path) and not resuming:
             raise RunDirectoryError(
                 f"{self.path} already contains a run",
                 'resume it: Session(..., resume="auto"); give another directory; or delete it to start over',
             )
-        lease = Lease(
-            LocalStore(str(self.path)),
-            LEASE_S,
-            what=f"the run directory {self.path}",
-            ways_out="give Session another directory",
-        )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lease.take()
+            lease = run_lease(self.path, _WAYS_OUT)
+            take_run(lease, _WAYS_OUT)
             self._stack.callback(lease.close)
             attempt = next_attempt(self.path)
             attempt.make_folders()
             attempt.link_as_latest()
-        except PlaceInUse as error:
-            raise RunDirectoryError(error.what, error.fix) from error
         except OSError as error:
             raise RunDirectoryError(
                 f"the run directory {self.path} cannot be written: {error.strerror} ({error.filename})",
-                "give Session another directory",
+                f"choose another: {_WAYS_OUT}",
             ) from error
         return attempt.number
 
@@ -166,8 +155,4 @@ def _remove(shm: Path, heartbeat: Heartbeat, recorder: Recorder) -> None:
     heartbeat.close(unlink=unwatched)
     recorder.close(unlink=unwatched)
     if unwatched:
-        try:
-            shm.rmdir()
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # a peer has removed it, or has not finished yet
-                raise
+        remove_if_empty(shm)

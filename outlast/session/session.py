@@ -26,7 +26,7 @@ from outlast.launch.failures import RESUME_STATUS
 from outlast.session import process_group
 from outlast.session.agreement import StepAgreement
 from outlast.session.checkpoints import SessionCheckpoints
-from outlast.session.compression import Costs, attach_reducers
+from outlast.session.compression import attach_reducers, cost_of_step
 from outlast.session.models import Trained, unwrapped, wrapped
 from outlast.session.place import RunPlace
 from outlast.session.settings import checkpoint_settings, named
@@ -151,7 +151,6 @@ class Session:
         for reducer in reducers.values():
             self._stack.callback(reducer.close)
         self._state = SessionState(trained, reducers)
-        self._costs = Costs(reducers)
         self._checkpoints: SessionCheckpoints | None = None
         if config is not None:
             self._checkpoints = SessionCheckpoints(
@@ -346,7 +345,7 @@ class Session:
                 reducer.begin_step(self._done_step + 1, loss_scale=float(scaler.get_scale()))
 
     def _end_step(self, step: int) -> None:
-        cost = self._costs.of_step()
+        cost = cost_of_step(self._state.reducers)
         self._done_step = step
         seen_s = self._run.watch.end_step(step)
         began = time.perf_counter()
@@ -362,7 +361,7 @@ class Session:
             tokens=int(values.pop("tokens", 0)),
             step_s=now - self._boundary_s,
             data_s=0.0,
-            comm_s=cost.comm_s,
+            comm_s=cost.exposed_s,
             checkpoint_s=now - began,
             collective_s=min(max(seen_s, cost.collective_s), now - self._boundary_s),
             codec_s=cost.codec_s,

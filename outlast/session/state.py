@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,13 +11,13 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from outlast.checkpoint import Restored
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.comm import Reducer
 from outlast.errors import SessionError, StateMismatch
 from outlast.session.models import State, Trained, split
 
-EAGER = frozenset({"comm", "rng", "buffers", "module_buffers", "parts", "own_parts"})
-"""Top-level keys whose tensors the next step may change before the update; they are copied at once."""
+_EAGER = frozenset({"rng", "buffers", "module_buffers", "parts", "own_parts"})
 
 
 class Stateful(Protocol):
@@ -40,6 +40,18 @@ class Part:
     def module(self) -> nn.Module | None:
         """The module that it is, if so: its parameters are equal on all ranks, its buffers each rank's own."""
         return self.holder if self.replicated and isinstance(self.holder, nn.Module) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """The state of one rank, as :meth:`Checkpointer.save` takes it."""
+
+    replicated: State
+    """What is equal on all ranks."""
+    local: State
+    """What is this rank's own."""
+    eager: frozenset[str]
+    """Top-level keys whose tensors the next step may change before the update; they are copied at once."""
 
 
 @dataclass(slots=True)
@@ -78,52 +90,40 @@ class SessionState:
         """The gradient scaler among the parts, if there is one."""
         return next((part.holder for part in self.parts.values() if isinstance(part.holder, GradScaler)), None)
 
-    def replicated(self) -> State:
-        """What is equal on all ranks."""
-        models, optimizers, aggregates = {}, {}, {}
+    def collect(self) -> Collected:
+        """What is to be saved now. The tensors are live."""
+        models, optimizers, buffers = {}, {}, {}
         for one in self.trained:
-            models[one.name], _, optimizers[one.name] = one.state()
-        for name, reducer in self.reducers.items():
-            comm = reducer.state_dict()
-            aggregates[name] = {"aggregate": comm["replicated"], "meta": comm["meta"]}
+            models[one.name], buffers[one.name], optimizers[one.name] = one.state()
         shared = [part for part in self.parts.values() if part.replicated]
-        found = {
+        modules = {part.name: split(part.module) for part in shared if part.module is not None}
+        replicated: State = {
             "model": _folded(models),
             "optimizer": _folded(optimizers),
-            "comm": _folded(aggregates),
-            "modules": {part.name: split(part.module)[0] for part in shared if part.module is not None},
+            "modules": {name: params for name, (params, _) in modules.items()},
             "parts": {part.name: part.holder.state_dict() for part in shared if part.module is None},
         }
-        return {key: value for key, value in found.items() if value}
-
-    def local(self) -> State:
-        """What is this rank's own."""
-        found = {
+        local: State = {
             "rng": rng_state(),
-            "buffers": _folded({one.name: one.state()[1] for one in self.trained}),
-            "module_buffers": {one.name: split(one.module)[1] for one in self.parts.values() if one.module is not None},
-            "comm": _folded({name: reducer.state_dict()["local"] for name, reducer in self.reducers.items()}),
+            "buffers": _folded(buffers),
+            "module_buffers": {name: rest for name, (_, rest) in modules.items()},
             "own_parts": {part.name: part.holder.state_dict() for part in self.parts.values() if not part.replicated},
         }
-        return {key: value for key, value in found.items() if value}
+        eager = _EAGER
+        for name, reducer in self.reducers.items():
+            comm = reducer.checkpoint_parts(_comm_key(name))
+            replicated |= comm.replicated
+            local |= comm.local
+            eager |= comm.eager
+        return Collected(_filled(replicated), _filled(local), eager)
 
-    def load(
-        self,
-        replicated: Mapping[str, Any],
-        read_local: Callable[[int], Mapping[str, Any]],
-        *,
-        rank: int,
-        world_size: int,
-        saved_by: int,
-    ) -> list[str]:
-        """Load what ``saved_by`` ranks saved.
+    def load(self, restored: Restored, *, rank: int, world_size: int) -> list[str]:
+        """Load a checkpoint, of whatever number of ranks.
 
         Args:
-            replicated: what :meth:`replicated` was.
-            read_local: what :meth:`local` was on one of these ranks.
+            restored: what :meth:`collect` was.
             rank: of this process, among today's.
             world_size: today's.
-            saved_by: the world size then.
 
         Returns:
             What the checkpoint and this session do not share, in words.
@@ -132,51 +132,33 @@ class SessionState:
             StateMismatch, CommStateMismatch: names what does not fit.
         """
         anew: list[str] = []
-        source = rank if rank < saved_by else 0  # of what ranks have of their own, but new ranks need as well
-        own = read_local(source)
-        models, optimizers = (_unfolded(replicated.get(key, {}), self._names) for key in ("model", "optimizer"))
-        buffers = _unfolded(own.get("buffers", {}), self._names)
+        saved_by, replicated = restored.world_size, restored.replicated
+        # Of what ranks have of their own, new ranks need some as well: they take rank 0's.
+        own = restored.local if saved_by == world_size else restored.read_local(rank if rank < saved_by else 0)
+        names = [one.name for one in self.trained]
+        models, optimizers = (_unfolded(replicated.get(key, {}), names) for key in ("model", "optimizer"))
+        buffers = _unfolded(own.get("buffers", {}), names)
         for one in self.trained:
-            one.load(models.get(one.name, {}), buffers.get(one.name, {}), optimizers.get(one.name, {}))
-        self._load_comm(replicated, read_local, saved_by, anew)
+            key, of = _comm_key(one.name), f" of {one.name}" if one.name else ""
+            comm = replicated.get(key)
+            optimizer = optimizers.get(one.name, {})
+            if not optimizer and comm is not None and not one.is_kept:  # it was kept, and is not any more
+                optimizer = comm.get("optimizer", {})
+            one.load(models.get(one.name, {}), buffers.get(one.name, {}), optimizer)
+            reducer = self.reducers.get(one.name)
+            if reducer is not None and comm is not None:
+                reducer.load_parts(restored, name=key)
+            elif reducer is not None:
+                anew.append(f"there is no error feedback{of}: it begins anew")
+            elif comm is not None:
+                lost = "what had not been sent yet, and moments it had, are lost"
+                anew.append(f"error feedback{of} is not used now: {lost}")
         self._load_parts(replicated, own, saved_by, world_size, anew)
         if rank < saved_by:
             load_rng_state(own["rng"])
         else:
             anew.append(f"there are no random-number states of rank {rank}, which is new")
         return anew
-
-    @property
-    def _names(self) -> list[str]:
-        return [one.name for one in self.trained]
-
-    def _load_comm(
-        self,
-        replicated: Mapping[str, Any],
-        read_local: Callable[[int], Mapping[str, Any]],
-        saved_by: int,
-        anew: list[str],
-    ) -> None:
-        aggregates = _unfolded(replicated.get("comm", {}), self._names)
-        unused = sorted(name for name, state in aggregates.items() if state and name not in self.reducers)
-        for name in unused:
-            of = f" of {name}" if name else ""
-            anew.append(f"error feedback{of} is not used now: what had not been sent yet, and moments it had, are lost")
-        for name, reducer in self.reducers.items():
-            aggregate = aggregates.get(name)
-            if not aggregate:
-                anew.append("there is no error feedback" + (f" of {name}" if name else "") + ": it begins anew")
-                continue
-
-            def read(rank: int, name: str = name, aggregate: State = aggregate) -> State:
-                local = _unfolded(read_local(rank).get("comm", {}), self._names)
-                return {
-                    "replicated": aggregate.get("aggregate", {}),
-                    "meta": aggregate["meta"],
-                    "local": local.get(name, {}),
-                }
-
-            reducer.load_resharded(read, saved_by)
 
     def _load_parts(
         self,
@@ -205,6 +187,15 @@ class SessionState:
                 anew.append(f"there is no {part.name}: it goes on as it is")
             else:
                 part.holder.load_state_dict(state)
+
+
+def _comm_key(name: str) -> str:
+    """Under which the state of a model's reducer is saved."""
+    return f"comm_{name}" if name else "comm"
+
+
+def _filled(state: State) -> State:
+    return {key: value for key, value in state.items() if value}
 
 
 def _folded(by_name: Mapping[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -22,6 +21,7 @@ from outlast.config import Overrides, load, split_overrides
 from outlast.diagnostics import (
     build_report,
 )
+from outlast.diagnostics.live import remove_if_empty
 from outlast.diagnostics.report.html_file import write_html
 from outlast.errors import (
     ConfigError,
@@ -52,7 +52,7 @@ from outlast.trainer.factories import search_beside
 from outlast.trainer.loop import train
 from outlast.trainer.parts import check_factories
 from outlast.trainer.run import Run
-from outlast.trainer.run_directory import begin_attempt, run_lease, run_path
+from outlast.trainer.run_directory import begin_attempt, lease_of, run_path
 from outlast.trainer.sources import check_data
 from outlast.trainer.summary import render_summary
 
@@ -132,7 +132,7 @@ def run_rank(config: Config, place: Place) -> bool:
             _LOG.warning("%s came before the run had begun", notice.name or "a notice to another node")
             return False
         resume = "auto" if place.generation > 0 else config.run.resume
-        lease = stack.enter_context(closing(run_lease(config)))
+        lease = stack.enter_context(closing(lease_of(config)))
         attempt, epoch = _claim_attempt(config, device, lease, resuming=resume != "never")
         logs.set_up_file(attempt.log_path(place.rank), place.rank, stacks=WATCHED in os.environ)
         run = None
@@ -221,11 +221,7 @@ def _remove_shared_memory(run: Run) -> None:
     """Remove the ring and heartbeat of a run that succeeded. Under a launcher that watches, the launcher does so."""
     run.heartbeat.close(unlink=True)
     run.recorder.close(unlink=True)
-    try:
-        run.heartbeat.path.parent.rmdir()
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # a peer has removed it, or has not finished yet
-            raise
+    remove_if_empty(run.heartbeat.path.parent)
 
 
 def _write_report(run: Run) -> None:

@@ -19,32 +19,18 @@ import os
 from pathlib import Path
 
 from outlast.checkpoint.ownership import Lease
-from outlast.checkpoint.storage.local import LocalStore
 from outlast.config import to_toml
-from outlast.errors import PlaceInUse, RunDirectoryError
+from outlast.errors import RunDirectoryError
 from outlast.launch.attempt import Attempt, next_attempt
+from outlast.launch.run_lease import is_used, run_lease, take_run
 from outlast.trainer.config import Config
+
+_WAYS_OUT = "--run.dir OTHER"
 
 
 def run_path(config: Config) -> Path:
     """The absolute path of the run's directory."""
     return Path(config.run.dir if config.run.dir is not None else Path("runs") / config.run.name).absolute()
-
-
-def _take(lease: Lease) -> None:
-    try:
-        lease.take()
-    except PlaceInUse as error:
-        raise RunDirectoryError(error.what, error.fix) from error
-    except OSError as error:
-        raise RunDirectoryError(
-            f"the run directory cannot be taken: {error}", "choose another: --run.dir OTHER"
-        ) from error
-
-
-def is_used(run: Path) -> bool:
-    """Whether a run was started in this directory."""
-    return any((run / name).exists() for name in ("config.toml", "attempts", "checkpoints"))
 
 
 def check_usable(config: Config, *, resuming: bool) -> Path:
@@ -72,12 +58,9 @@ def check_usable(config: Config, *, resuming: bool) -> Path:
     return run
 
 
-def run_lease(config: Config) -> Lease:
-    """The lease on the run's directory, not taken yet: one job at a time trains in it."""
-    run = run_path(config)
-    return Lease(
-        LocalStore(str(run)), config.checkpoint.lease_s, what=f"the run directory {run}", ways_out="--run.dir OTHER"
-    )
+def lease_of(config: Config) -> Lease:
+    """The lease on the run's directory, not taken yet."""
+    return run_lease(run_path(config), _WAYS_OUT, config.checkpoint.lease_s)
 
 
 def begin_attempt(config: Config, lease: Lease, *, resuming: bool) -> Attempt:
@@ -87,9 +70,9 @@ def begin_attempt(config: Config, lease: Lease, *, resuming: bool) -> Attempt:
         RunDirectoryError: see :func:`check_usable`; or another job trains in it, which is named.
     """
     if run_path(config).is_dir():
-        _take(lease)  # before anything is changed
+        take_run(lease, _WAYS_OUT)  # before anything is changed
     run = check_usable(config, resuming=resuming)
-    _take(lease)
+    take_run(lease, _WAYS_OUT)
     attempt = next_attempt(run)
     attempt.make_folders()
     (attempt.path / "config.toml").write_text(to_toml(config), encoding="utf-8")

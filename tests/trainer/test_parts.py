@@ -13,6 +13,7 @@ import torch
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.config import load, split_overrides
 from outlast.errors import RunDirectoryError
+from outlast.launch.run_lease import is_used
 from outlast.trainer.config import Config, ModelConfig, OptimConfig
 from outlast.trainer.model import GPT
 from outlast.trainer.optim import (
@@ -23,7 +24,7 @@ from outlast.trainer.optim import (
     lr_share,
     optimizer_state,
 )
-from outlast.trainer.run_directory import begin_attempt, is_used, run_lease
+from outlast.trainer.run_directory import begin_attempt, lease_of
 
 SMALL = ModelConfig(layers=1, heads=2, width=8, context=8)
 
@@ -91,7 +92,7 @@ def settings(run: Path, *words: str) -> Config:
 
 def test_attempts_are_numbered_and_latest_links_to_the_newest(tmp_path: Path) -> None:
     run = tmp_path / "a" / "run"
-    lease = run_lease(settings(run))
+    lease = lease_of(settings(run))
     assert not is_used(run)
     assert begin_attempt(settings(run), lease, resuming=False).number == 1
     assert is_used(run)

@@ -82,14 +82,20 @@ class Agreement:
         dist.broadcast(box, group=self._group, group_src=0)
         return int(box.item())
 
+    def maximum(self, value: int) -> int:
+        """The largest value of all ranks, on all ranks."""
+        if self._world_size == 1:
+            return value
+        box = torch.tensor([value], dtype=torch.int64, device=self._device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._group)
+        return int(box.item())
+
     def all_gather_text(self, text: str) -> list[str]:
         """Every rank's text, by rank. Where all are empty (the common case), this is one all-reduce."""
         if self._world_size == 1:
             return [text]
         data = text.encode()
-        longest = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
-        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self._group)
-        length = int(longest.item())
+        length = self.maximum(len(data))
         if length == 0:
             return [""] * self._world_size
         own = torch.zeros(length, dtype=torch.uint8)

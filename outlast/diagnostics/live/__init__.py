@@ -2,7 +2,7 @@
 
 from outlast.diagnostics.live.heartbeat import PHASES, Beat, Heartbeat, Phase, read_heartbeat
 from outlast.diagnostics.live.recorder import Collective, Recorder, Ring, read_ring
-from outlast.diagnostics.live.shm import clear, heartbeat_path, ring_path, shm_directory
+from outlast.diagnostics.live.shm import clear, heartbeat_path, remove_if_empty, ring_path, shm_directory
 from outlast.diagnostics.live.stall import Culprit, Observation, StallRules, StallVerdict, judge, observe, process_state
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "process_state",
     "read_heartbeat",
     "read_ring",
+    "remove_if_empty",
     "ring_path",
     "shm_directory",
 ]

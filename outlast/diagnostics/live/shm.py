@@ -7,6 +7,7 @@ which all processes of one machine share.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
@@ -58,6 +59,15 @@ def _boot_id() -> str:
         return socket.gethostname()
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Remove a run's folder of shared memory, unless a peer has done so or has something in it still."""
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+            raise
+
+
 def _refuse_foreign(folder: Path) -> None:
     info = folder.lstat()
     fix = f"inspect it with ls -ld {folder}, and remove it if it is a leftover"
@@ -97,8 +107,7 @@ def clear(shm_dir: Path) -> None:
     for pattern in ("ring_*", "heartbeat_*", "new_*"):
         for path in shm_dir.glob(pattern):
             path.unlink(missing_ok=True)
-    if not any(shm_dir.iterdir()):
-        shm_dir.rmdir()
+    remove_if_empty(shm_dir)
 
 
 def create_mapped(path: Path, size_bytes: int) -> mmap.mmap:

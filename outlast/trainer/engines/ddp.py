@@ -19,7 +19,7 @@ from outlast.trainer.batches import Batch, to_device
 from outlast.trainer.config import Config
 from outlast.trainer.engines.base import EAGER, EngineState, State, UpdateStats
 from outlast.trainer.engines.training import (
-    check_norm,
+    apply_update,
     check_optimizer_names,
     load_tensors,
     own_buffers,
@@ -97,13 +97,9 @@ class DDPEngine:
             TrainingDiverged: the norm is NaN or infinite; parameters and optimizer are as before.
         """
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm))
-        check_norm(step, norm, "update" if self._averages_updates else "gradient")
-        lr = float(self._scheduler.get_last_lr()[0])
-        self._optimizer.step()
-        self._scheduler.step()
-        if self._averages_updates:
-            return UpdateStats(lr=lr, update_norm=norm, reduced=self._reduced)
-        return UpdateStats(lr=lr, grad_norm=norm, reduced=self._reduced)
+        return apply_update(
+            step, norm, self._optimizer, self._scheduler, self._reduced, of_updates=self._averages_updates
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:

@@ -22,7 +22,7 @@ from outlast.trainer.blocks import blocks_of
 from outlast.trainer.config import Config
 from outlast.trainer.engines.base import EAGER, UNMEASURED, EngineState, State, UpdateStats
 from outlast.trainer.engines.training import (
-    check_norm,
+    apply_update,
     check_optimizer_names,
     load_tensors,
     own_buffers,
@@ -98,13 +98,9 @@ class FSDP2Engine:
         """
         total = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        check_norm(step, norm, "update" if self._averages_updates else "gradient")
-        lr = float(self._scheduler.get_last_lr()[0])
-        self._optimizer.step()
-        self._scheduler.step()
-        if self._averages_updates:
-            return UpdateStats(lr=lr, update_norm=norm, reduced=self._reduced)
-        return UpdateStats(lr=lr, grad_norm=norm, reduced=self._reduced)
+        return apply_update(
+            step, norm, self._optimizer, self._scheduler, self._reduced, of_updates=self._averages_updates
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:

@@ -9,10 +9,13 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from outlast.checkpoint import check_like
-from outlast.comm import CollectiveObserver
+from outlast.comm import CollectiveObserver, ReduceStats
 from outlast.errors import StateMismatch, TrainingDiverged
+from outlast.trainer.engines.base import UpdateStats
 
 
 @contextmanager
@@ -80,6 +83,31 @@ def check_norm(step: int, norm: float, what: str) -> None:
             f"step {step}: the {what} norm is {norm}; the parameters were not updated",
             "lower optim.lr, lengthen optim.warmup_steps, or resume from an earlier step with --resume STEP",
         )
+
+
+def apply_update(
+    step: int, norm: float, optimizer: Optimizer, scheduler: LRScheduler, reduced: ReduceStats, *, of_updates: bool
+) -> UpdateStats:
+    """Update the parameters, and advance the schedule.
+
+    Args:
+        step: its number.
+        norm: of what was averaged, before clipping.
+        optimizer: whose parameters have averaged gradients.
+        scheduler: of its learning rate.
+        reduced: what the exchange has cost.
+        of_updates: whether updates were averaged, not gradients.
+
+    Raises:
+        TrainingDiverged: the norm is NaN or infinite; parameters and optimizer are as before.
+    """
+    check_norm(step, norm, "update" if of_updates else "gradient")
+    lr = float(scheduler.get_last_lr()[0])
+    optimizer.step()
+    scheduler.step()
+    if of_updates:
+        return UpdateStats(lr=lr, update_norm=norm, reduced=reduced)
+    return UpdateStats(lr=lr, grad_norm=norm, reduced=reduced)
 
 
 def check_optimizer_names(saved: Collection[str], running: Collection[str]) -> None:
