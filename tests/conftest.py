@@ -98,31 +98,7 @@ LONGEST = (
 """Files that take a minute or more. They come first, so that no worker is left alone with one of them in the end."""
 
 
-SOAK = (
-    "analysis/test_logistic.py::test_a9a_for_thousands_of_rounds",
-    "checkpoint/save/test_storage_that_hangs.py::test_a_process_ends_though_its_storage_never_answers[c.wait_copied()]",
-    "launch/test_any_program.py::test_a_rank_that_does_nothing_is_found_and_named[sleep-",
-    "launch/test_any_program.py::test_however_the_model_is_wrapped[zero3]",
-    "launch/test_bad_programs.py::test_a_rank_that_leaves_the_loop_early_is_named[os._exit(0)]",
-    "launch/test_healed_link.py::",
-    "launch/test_launch.py::test_a_rank_that_never_begins",
-    "launch/test_node_clocks.py::test_two_nodes_train_together_whatever_their_clocks_say[3600]",
-    "launch/test_point_to_point.py::test_a_rank_that_its_peer_waits_for_is_named[batch]",
-    "launch/test_slurm.py::test_a_notice_saves_and_requeues[train.sbatch]",
-    "launch/test_slurm.py::test_a_session_under_srun",
-    "session/test_kills.py::test_however_the_model_is_wrapped",
-    "session/test_kills.py::test_on_another_number_of_ranks",
-    "session/test_torchrun_restarts.py::test_every_restart_joins[c10d]",
-    "test_first_run.py::test_the_wheel_runs_in_an_empty_environment",
-    "trainer/test_foreign_ddp.py::",
-)
-"""Tests, or cases of one, that take minutes for another instance of what others show."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if any(name in item.nodeid for name in SOAK):
-            item.add_marker(pytest.mark.soak)
     order = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
 

@@ -63,7 +63,7 @@ def test_a_rank_that_does_nothing_is_found_and_named(tmp_path: Path, what: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("how", ["fsdp2", pytest.param("zero3", marks=pytest.mark.soak)])
 def test_however_the_model_is_wrapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     if how == "zero3":
         pytest.importorskip("deepspeed")

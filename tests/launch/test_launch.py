@@ -139,6 +139,7 @@ def test_all_ranks_wait_for_the_same_storage(tmp_path: Path) -> None:
 
 
 @IN_PROCESS
+@pytest.mark.slow
 def test_a_rank_that_never_begins(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(RanksFailed, match=r"rank 0 on .* \(pid \d+\): hung, killed by the launcher: no heartbeat"):

@@ -82,7 +82,7 @@ def test_clocks_that_agree_are_not_told(caplog: pytest.LogCaptureFixture) -> Non
     assert not caplog.records
 
 
-@pytest.mark.parametrize("shift_s", ["-60", "3600"])
+@pytest.mark.parametrize("shift_s", ["-60", pytest.param("3600", marks=pytest.mark.soak)])
 def test_two_nodes_train_together_whatever_their_clocks_say(tmp_path: Path, shift_s: str) -> None:
     config, run = tiny_config(tmp_path)
     words = ["launch", str(config), "--nproc-per-node", "1", "--nnodes", "2", "--local-addr", "127.0.0.1"]

@@ -34,7 +34,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("how", ["plain", pytest.param("batch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["plain", pytest.param("batch", marks=pytest.mark.soak)])
 def test_a_rank_that_its_peer_waits_for_is_named(tmp_path: Path, how: str) -> None:
     script = tmp_path / "pipeline.py"
     script.write_text(PIPELINE)

@@ -143,7 +143,7 @@ def test_launch_sbatch_restarts_inside_the_allocation(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["launch.sbatch", "train.sbatch"])
+@pytest.mark.parametrize("script", ["launch.sbatch", pytest.param("train.sbatch", marks=pytest.mark.soak)])
 def test_a_notice_saves_and_requeues(
     cluster: SlurmCluster, env: dict[str, str], root: Path, tmp_path: Path, script: str
 ) -> None:

@@ -93,7 +93,7 @@ def test_under_torchrun(tmp_path: Path, straight: str) -> None:
     assert not list(kills.iterdir())
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.mpi
 def test_under_mpirun(tmp_path: Path, straight: str) -> None:
     """mpirun ends a job with a rank that is lost; the batch script starts it again."""

@@ -10,7 +10,7 @@ from tests.forked import Job, run_main
 from tests.helpers import clean_env, free_port
 
 
-@pytest.mark.parametrize("rendezvous", ["static", pytest.param("c10d", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rendezvous", ["static", pytest.param("c10d", marks=pytest.mark.soak)])
 def test_every_restart_joins(rendezvous: str) -> None:
     """torchrun hands each start the same store, with either rendezvous."""
     flags = ["--standalone"] if rendezvous == "c10d" else ["--master-port", str(free_port())]

@@ -182,7 +182,9 @@ print("ends", flush=True)
 """
 
 
-@pytest.mark.parametrize("end", ["Checkpointer.close(c)", "c.abort()", "c.wait_copied()"])
+@pytest.mark.parametrize(
+    "end", ["Checkpointer.close(c)", "c.abort()", pytest.param("c.wait_copied()", marks=pytest.mark.soak)]
+)
 def test_a_process_ends_though_its_storage_never_answers(end: str) -> None:
     """Closed, given up, or neither; the interpreter does not wait for threads that hang."""
     code = ENDS.replace("END", end)

@@ -227,7 +227,7 @@ def test_phishing_for_thousands_of_rounds(phishing: tuple[Problem, dict[str, Run
     assert runs["none 16x"].squares[-1] == pytest.approx(2.1e-3, rel=0.1), "without feedback it stalls"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a9a_for_thousands_of_rounds(a9a: tuple[Problem, dict[str, Run]]) -> None:
     found, c = a9a[0], rows(4, a9a[0].d)
     gamma = 64 * found.gamma(4 / found.d)
