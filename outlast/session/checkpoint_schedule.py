@@ -71,16 +71,18 @@ class CheckpointSchedule:
             choice = self._auto_interval.decide(step, saving=saving)
             self._announce(step, self._auto_interval)
         decision = torch.tensor(choice, dtype=torch.int64, device=self._device)
-        if self._alone:
-            pass
-        elif self._recorder is None:
-            dist.broadcast(decision, src=0)
-        else:
-            token = self._recorder.enter("broadcast", decision.nbytes, "checkpoint interval")
-            dist.broadcast(decision, src=0)
-            self._recorder.complete(token)
+        if not self._alone:
+            self._broadcast(decision)
         now, self._steps_to_decision = decision.tolist()
         return bool(now)
+
+    def _broadcast(self, decision: torch.Tensor) -> None:
+        if self._recorder is None:
+            dist.broadcast(decision, src=0)
+            return
+        token = self._recorder.enter("broadcast", decision.nbytes, "checkpoint interval")
+        dist.broadcast(decision, src=0)
+        self._recorder.complete(token)
 
     def on_step(self, done: StepDone, *, saving: bool) -> None:
         """Measure a step; ``saving``: whether a save is in progress at its end."""

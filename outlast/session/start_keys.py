@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Mapping
 
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import DistStoreError, PrefixStore, Store  # type: ignore[attr-defined]
 
 from outlast.launch.place import GENERATION
 
@@ -72,7 +72,5 @@ def _follow(store: Store, rank: int, timeout_s: float) -> str:
 
 def _pause(deadline: float, what: str) -> None:
     if time.monotonic() > deadline:
-        from torch.distributed import DistStoreError
-
         raise DistStoreError(f"{what} of this start")
     time.sleep(_PAUSE_S)

@@ -60,18 +60,23 @@ def _find_in_group(rings: Sequence[Ring], group: str) -> Desync | None:
         return None
     seq, a, b = min(found, key=lambda one: (one[0], one[1].rank, one[2].rank))
     left, kept = who_left(seq, a, b, rings)
-    there, here = at(left, seq), at(kept, seq)
-    assert there is not None, "the rings differ there"
-    assert here is not None, "the rings differ there"
     return Desync(
         first=left.rank,
         other=kept.rank,
         evidence=(
             f"desynchronised: ranks {min(left.rank, kept.rank)} and {max(left.rank, kept.rank)} are in different "
-            f"collectives{f' of group {group}' if group else ''}; rank {left.rank} left the order first: its "
-            f"collective #{seq} was {describe(there)}, that of rank {kept.rank} {describe(here)}"
+            f"collectives{f' of group {group}' if group else ''}; rank {left.rank} left the order first: "
+            f"{compared(left, kept, seq)}"
         ),
     )
+
+
+def compared(left: Ring, kept: Ring, seq: int) -> str:
+    """The collectives of two ranks where their orders part, in words; both have it."""
+    there, here = at(left, seq), at(kept, seq)
+    assert there is not None, "the rings differ there"
+    assert here is not None, "the rings differ there"
+    return f"its collective #{seq} was {describe(there)}, that of rank {kept.rank} {describe(here)}"
 
 
 def _parted_at(a: Ring, b: Ring) -> int | None:

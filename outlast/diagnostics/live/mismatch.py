@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from outlast.diagnostics.live.desync import CONTEXT, Desync, at, describe, key, of_group, usual_next, who_left
+from outlast.diagnostics.live.desync import CONTEXT, Desync, at, compared, describe, key, of_group, usual_next, who_left
 from outlast.diagnostics.live.flight import POINT_TO_POINT
 from outlast.diagnostics.live.recorder import Collective, Ring
 
@@ -86,15 +86,12 @@ def _differing(rings: Sequence[Ring], group: str) -> Desync | None:
             if here is None or there is None or not _differ(here, there):
                 continue
             left, kept = who_left(seq, a, b, within)
-            mine, theirs = at(left, seq), at(kept, seq)
-            assert mine is not None, "the rings differ there"
-            assert theirs is not None, "the rings differ there"
             return Desync(
                 first=left.rank,
                 other=kept.rank,
                 evidence=(
-                    f"desynchronised: rank {left.rank} left the order of collectives{_in(group)}: its collective "
-                    f"#{seq} was {describe(mine)}, that of rank {kept.rank} {describe(theirs)}"
+                    f"desynchronised: rank {left.rank} left the order of collectives{_in(group)}: "
+                    f"{compared(left, kept, seq)}"
                 ),
             )
     return None
