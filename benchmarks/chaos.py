@@ -17,10 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -40,6 +40,7 @@ from outlast.diagnostics.live import (
 from outlast.diagnostics.live.shm import shm_directory
 from outlast.errors import DiagnosticsError
 from outlast.events import Record, read_events
+from outlast.free_port import free_port
 from outlast.launch import Place
 
 RANKS, NODES = 4, 2
@@ -48,6 +49,7 @@ _TO_END = 5
 """The last steps, in which nothing is killed, because the run might end first."""
 _LOSES_NODE, _LOSES_ITS_MEMORY, _LOSES_ALL_MEMORY = 0.3, 0.5, 0.1
 _LIMIT_S = 120.0
+_LAST_WORDS_S, _LAST_WORDS_CHARACTERS = 5.0, 3000
 _CONFIG = """
 [run]
 name = "chaos"
@@ -146,7 +148,7 @@ def _compare(folder: Path, kills: int, steps: int, chance: random.Random) -> dic
         done = _run_with_kills(job, sorted(chance.choices(range(2, steps - _TO_END), k=kills)), chance)
         same = _same(straight.run, job.run, steps)
     slowest = ("storage", "local", "partner", "memory")
-    tiers = Counter(next(tier for tier in slowest if tier in kill.tiers) for kill in done)
+    tiers = Counter(next((tier for tier in slowest if tier in kill.tiers), "none") for kill in done)
     lost = [[kill for kill in done if len(kill.memory_lost_of_nodes) == count] for count in range(NODES + 1)]
     return {
         "ranks": RANKS,
@@ -191,9 +193,7 @@ class _Job:
 
     def start(self, generation: int) -> None:
         """Start all ranks."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.processes = []
         for rank in range(RANKS):
             node = rank * NODES // RANKS
@@ -217,13 +217,26 @@ class _Job:
             self.processes.append(process)
 
     def join(self) -> None:
-        """Wait until all ranks have succeeded."""
+        """Wait until all ranks have succeeded, or one has not.
+
+        Raises:
+            RuntimeError: a rank failed, or the time is over; with the last words of each rank that has not succeeded.
+        """
         deadline = time.monotonic() + _LIMIT_S
-        for rank, process in enumerate(self.processes):
-            process.join(max(0.1, deadline - time.monotonic()))
-            if process.exitcode != 0:
-                log = self.run.with_suffix(f".{rank}.log").read_text()[-3000:]
-                raise RuntimeError(f"rank {rank} exited with status {process.exitcode}:\n{log}")
+        waiting = list(self.processes)
+        while waiting and time.monotonic() < deadline and not any(process.exitcode for process in self.processes):
+            multiprocessing.connection.wait([process.sentinel for process in waiting], timeout=1)
+            waiting = [process for process in waiting if process.exitcode is None]
+        for process in waiting:  # what the loss of a peer makes of them
+            process.join(_LAST_WORDS_S)
+        failed = [rank for rank, process in enumerate(self.processes) if process.exitcode != 0]
+        if failed:
+            told = [
+                f"rank {rank} exited with status {self.processes[rank].exitcode}:\n"
+                + self.run.with_suffix(f".{rank}.log").read_text()[-_LAST_WORDS_CHARACTERS:]
+                for rank in failed
+            ]
+            raise RuntimeError("\n".join(told))
 
     def kill(self, ranks: list[int]) -> None:
         """Kill some ranks at once, and then the others, as the launcher does."""

@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.orders import ask
+from outlast.free_port import free_port
 
 METHODS = (
     "none",
@@ -67,9 +67,7 @@ class Ranks:
     """The ranks' processes."""
 
     def __init__(self, folder: Path, state_mb: float) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         env = dict(
             os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(RANKS)
         )

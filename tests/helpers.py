@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ import numpy.typing as npt
 import zarr
 
 from outlast.events import Record, read_events
+from outlast.free_port import free_port
 from tests.forked import Job, run_main
 
 TINY = """
@@ -103,13 +103,6 @@ def wait_for(what: Callable[[], Any], timeout_s: float = 90, every_s: float = 0.
             return answer
         assert time.monotonic() < deadline, f"{what} never became true"
         time.sleep(every_s)
-
-
-def free_port() -> int:
-    """A port of the loopback interface that was free a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def events(run: Path, kind: str | None = None) -> list[Record]:

@@ -10,7 +10,8 @@ import crc32c
 import pytest
 
 from outlast.cli.main import main
-from tests.helpers import arrays, clean_env, events, free_port, outlast, steps_saved, tiny_config
+from outlast.free_port import free_port
+from tests.helpers import arrays, clean_env, events, outlast, steps_saved, tiny_config
 
 
 def one_rank(config: Path, *words: str, check: int, **env: str) -> str:

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from outlast.diagnostics.export.metrics import METRICS
-from tests.helpers import clean_env, free_port, start_outlast, tiny_config, wait_for
+from outlast.free_port import free_port
+from tests.helpers import clean_env, start_outlast, tiny_config, wait_for
 
 DASHBOARD = json.loads((Path(__file__).parent.parent / "grafana" / "outlast.json").read_text())
 QUERIES = [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]

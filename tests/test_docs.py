@@ -13,8 +13,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from outlast.free_port import free_port
 from tests.forked import run_main
-from tests.helpers import clean_env, free_port, tiny_config
+from tests.helpers import clean_env, tiny_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from outlast.free_port import free_port
 from tests.forked import Job
-from tests.helpers import arrays, clean_env, free_port, outlast, torchrun, wait_for
+from tests.helpers import arrays, clean_env, outlast, torchrun, wait_for
 
 
 def losses_in(said: str) -> list[float]:

@@ -26,8 +26,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from outlast.errors import MissingDependency, PlaceError
+from outlast.free_port import free_port
 from outlast.launch import slurm
-from outlast.launch.ports import free_port, loopback
+from outlast.launch.ports import loopback
 
 GENERATION = "OUTLAST_GENERATION"
 """Set by ``outlast launch``, because torchelastic counts restarts per agent and not those caused by other nodes."""

@@ -1,4 +1,4 @@
-"""Free TCP ports, ports in use, and the process that uses them."""
+"""This host's addresses, TCP ports in use, and the process that uses them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from datetime import timedelta
 import psutil
 
 from outlast.errors import LaunchError, PortInUse
+from outlast.free_port import free_port
 
 PROBE_S = 3.0
 LOOPBACKS = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
@@ -50,13 +51,6 @@ def is_own_address(host: str) -> bool:
             continue
         return True
     return False
-
-
-def free_port() -> int:
-    """A TCP port that is free on all interfaces now. It is not reserved: use it soon."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def sockets_of(port: int) -> set[int]:

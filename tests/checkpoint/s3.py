@@ -6,7 +6,6 @@ It keeps objects in memory: killed, it has lost them; frozen, it has them and do
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from contextlib import contextmanager
 import fsspec
 import pytest
 
+from outlast.free_port import free_port
+
 BUCKET = "bucket"
 
 
@@ -24,9 +25,7 @@ class Server:
     """Runs from :meth:`start` to :meth:`kill`, on one port each time."""
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
 

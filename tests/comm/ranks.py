@@ -9,7 +9,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import socket
 import tempfile
 import time
 import traceback
@@ -32,12 +31,6 @@ GRACE_S = 5.0
 """How long the other ranks have to answer once one has failed."""
 TAIL = 4000
 """Characters of what a rank wrote to stderr."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Ranks:

@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers import free_port, wait_for
+from outlast.free_port import free_port
+from tests.helpers import wait_for
 from tests.launch.jobs import finish, start, told
 
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import clean_env, events, free_port, wait_for
+from outlast.free_port import free_port
+from tests.helpers import clean_env, events, wait_for
 from tests.launch.jobs import QUICK, RANK, finish, ranks_of, start, steps, told
 
 SLEEP = ("-c", "import time; time.sleep(300)")

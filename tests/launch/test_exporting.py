@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from outlast.diagnostics.report.goodput import CAUSES
-from tests.helpers import clean_env, events, free_port, outlast, start_outlast, wait_for
+from outlast.free_port import free_port
+from tests.helpers import clean_env, events, outlast, start_outlast, wait_for
 from tests.launch.jobs import STARTED
 
 pytestmark = pytest.mark.prometheus

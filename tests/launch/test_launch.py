@@ -19,8 +19,9 @@ from rich.console import Console
 from outlast.diagnostics import build_report, render_terminal
 from outlast.diagnostics.live import shm_directory
 from outlast.errors import LaunchError, PortInUse, RanksFailed
+from outlast.free_port import free_port
 from outlast.launch import LaunchConfig, LaunchFlags, LaunchSpec, launch
-from tests.helpers import events, free_port, wait_for
+from tests.helpers import events, wait_for
 from tests.launch.jobs import QUICK, RANK, finish, ranks_of, start, steps
 
 

@@ -19,9 +19,10 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     _RendezvousState,
 )
 
+from outlast.free_port import free_port
 from outlast.launch.node_clocks import StateHolder
 from tests.forked import Job
-from tests.helpers import clean_env, events, free_port, tiny_config
+from tests.helpers import clean_env, events, tiny_config
 
 KEEP_ALIVE_S = 0.05
 

@@ -16,8 +16,9 @@ from torch.distributed.elastic.rendezvous import RendezvousStateError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 
 from outlast.errors import LaunchError
+from outlast.free_port import free_port
 from outlast.launch.trusted_rendezvous import SECRET, SECRET_FILE, AuthenticatedBackend, run_secret
-from tests.helpers import events, free_port, start_outlast, tiny_config, wait_for
+from tests.helpers import events, start_outlast, tiny_config, wait_for
 
 RUN = "a-run"
 

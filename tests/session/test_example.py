@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from outlast.free_port import free_port
 from tests.forked import Job
-from tests.helpers import clean_env, free_port, outlast, wait_for
+from tests.helpers import clean_env, outlast, wait_for
 
 PAGE = Path(__file__).parents[2] / "docs" / "session.md"
 

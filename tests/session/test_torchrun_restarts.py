@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from outlast.free_port import free_port
 from tests.forked import Job, run_main
-from tests.helpers import clean_env, free_port
+from tests.helpers import clean_env
 
 
 @pytest.mark.parametrize("rendezvous", ["static", pytest.param("c10d", marks=pytest.mark.soak)])

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from outlast.errors import LaunchError
+from outlast.free_port import free_port
 from outlast.launch import Place
 from outlast.session import process_group
-from tests.helpers import clean_env, free_port, outlast, steps_saved, tiny_config
+from tests.helpers import clean_env, outlast, steps_saved, tiny_config
 
 
 def test_what_another_job_left_in_the_environment_holds_nobody_up(tmp_path: Path) -> None:

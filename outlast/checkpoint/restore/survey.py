@@ -21,7 +21,7 @@ from outlast.checkpoint.restore.messages import (
     all_gather_messages,
 )
 from outlast.checkpoint.restore.slot_files import SlotFiles, Span
-from outlast.checkpoint.storage.local import sync_dir
+from outlast.checkpoint.storage.local import sync_removal
 from outlast.checkpoint.tiers.folders import OWN
 from outlast.checkpoint.tiers.slots import SlotContents, commits, holdings
 from outlast.errors import IncompleteCheckpoint
@@ -183,7 +183,7 @@ class Survey:
             if part.placed.vote.step > newer_than:
                 part.remove()
         for folder in self._folders:
-            sync_dir(str(folder / OWN))
+            sync_removal(str(folder / OWN))
 
     def _scan(self) -> dict[SaveKey, dict[int, list[SlotContents]]]:
         parts: dict[SaveKey, dict[int, list[SlotContents]]] = {}

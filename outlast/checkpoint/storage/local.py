@@ -9,6 +9,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from outlast.checkpoint.format.fields import MAX_DOCUMENT_BYTES
@@ -176,7 +177,7 @@ class LocalStore:
     def remove(self, path: str) -> None:
         full = self._at(path)
         if _unlink(full):
-            sync_dir(os.path.dirname(full))
+            sync_removal(os.path.dirname(full))
 
     def remove_tree(self, path: str) -> None:
         if os.path.islink(self._at(path)):  # what it leads to is somebody else's: an archive, say
@@ -266,6 +267,12 @@ def sync_dir(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_removal(path: str) -> None:
+    """As :func:`sync_dir`, after names were removed; one that somebody else has removed since took them along."""
+    with suppress(FileNotFoundError):
+        sync_dir(path)
 
 
 def _unlink(path: str) -> bool:

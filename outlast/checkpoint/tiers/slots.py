@@ -31,7 +31,7 @@ from outlast.checkpoint.format.records import Commit, Fault, SlotIndex, seal, un
 from outlast.checkpoint.memory.arena import Region, room
 from outlast.checkpoint.memory.pages import map_all
 from outlast.checkpoint.memory.pinning import pin, unpin
-from outlast.checkpoint.storage.local import sync_dir
+from outlast.checkpoint.storage.local import sync_removal
 from outlast.checkpoint.storage.regular import check_regular, read_regular
 from outlast.checkpoint.tiers.folders import OWN
 from outlast.errors import CheckpointError
@@ -248,7 +248,7 @@ class SlotContents:
         """Rename its index, so that it is never used again."""
         with suppress(FileNotFoundError):  # another rank has done so
             os.replace(self.index, self.index.with_suffix(".bad"))
-        sync_dir(str(self.index.parent))
+        sync_removal(str(self.index.parent))
 
 
 def holdings(folder: Path, own: str = MEMORY) -> Iterator[SlotContents]:
@@ -303,7 +303,7 @@ def clear(folder: Path, keep: int, attempt_id: str) -> None:
     for path in folder.glob(f"*/*{DATA}"):
         if path not in known and not path.name.startswith(f"{encode_key(attempt_id)}."):
             path.unlink(missing_ok=True)  # data without an index, of an earlier attempt
-    sync_dir(str(folder / OWN))  # on a disk, so that removed files do not come back
+    sync_removal(str(folder / OWN))  # on a disk, so that removed files do not come back
 
 
 def _put(path: Path, data: bytes) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import psutil
 from outlast.diagnostics.doctor.allreduce_probe import ELEMENTS
 from outlast.diagnostics.live.shm import clear, ring_path, shm_directory
 from outlast.errors import DiagnosticsError
+from outlast.free_port import free_port
 
 FIX = "read the message; the usual causes are a firewall on 127.0.0.1, a full /dev/shm or a broken torch"
 
@@ -45,7 +45,7 @@ def all_reduce(timeout_s: float) -> AllReduced:
     start_s = time.perf_counter()
     with contextlib.ExitStack() as stack:
         shm = stack.enter_context(_shared_memory())
-        port = str(_free_port())
+        port = str(free_port())
         ranks = []
         for rank in range(2):
             process = subprocess.Popen(
@@ -92,12 +92,6 @@ def _shared_memory() -> Iterator[Path]:
             yield shm
         finally:
             clear(shm)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _loopback() -> str:

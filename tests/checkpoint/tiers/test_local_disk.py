@@ -7,13 +7,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from outlast.checkpoint import CheckpointConfig
-from outlast.checkpoint.tiers.folders import local_folder, memory_folder
+from outlast.checkpoint.storage.local import LocalStore
+from outlast.checkpoint.tiers.folders import OWN, local_folder, memory_folder
+from outlast.checkpoint.tiers.slots import DATA, INDEX, SlotContents, clear
 from outlast.errors import CheckpointError, ConfigError
 from outlast.events import CheckpointFailed, CheckpointRejected, CheckpointSaved, Event
 from tests.checkpoint.damage import flip
@@ -295,3 +297,34 @@ def test_a_disk_that_fails_leaves_what_all_have(tmp_path: Path, nodes: list[str]
         lose(node)
     again = Orders((place,), "second", restore=True, settings=always)
     assert [one.restored for one in run(*on_nodes(again, nodes, tmp_path))] == [[1]] * 4
+
+
+@pytest.mark.parametrize("what", ["a copy", "what attempts before left", "an index set aside"])
+def test_another_rank_removes_the_empty_folder_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """At the end of a run each rank of a node removes its copies, and one of them the folder."""
+    folder = local_folder("run", tmp_path)
+    only = folder / OWN / f"before.0.1{INDEX}"
+    only.touch()
+
+    def then_the_other_rank(name: str) -> None:
+        really = getattr(os, name)
+
+        def act(path: str | Path, *more: Any, **how: Any) -> None:
+            really(path, *more, **how)
+            if folder.exists() and Path(path) == only:
+                shutil.rmtree(folder)
+
+        monkeypatch.setattr(os, name, act)
+
+    then_the_other_rank("unlink")
+    then_the_other_rank("replace")
+    if what == "a copy":
+        LocalStore(str(folder / OWN)).remove(only.name)
+    elif what == "what attempts before left":
+        only.rename(only := only.with_suffix(DATA))
+        clear(folder, 1, "now")
+    else:
+        SlotContents(cast(Any, None), only.with_suffix(DATA), "local").quarantine()
+    assert not folder.exists()

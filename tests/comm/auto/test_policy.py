@@ -27,7 +27,8 @@ from outlast.comm.auto.policy import (
     predict,
     wire_bytes,
 )
-from tests.comm.ranks import Ranks, free_port
+from outlast.free_port import free_port
+from tests.comm.ranks import Ranks
 from tests.comm.toy import backward, estimates, frozen, gradients, wrap
 
 AUTO = CommConfig(compressor="auto", target="update", feedback="ef14")
