@@ -86,6 +86,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"session"},
         {"checkpoints"},
         {"checkpoint_schedule", "compression", "place", "settings", "state"},
+        {"deepspeed"},
         {"agreement", "failure_history", "models", "process_group"},
         {"start_keys"},
     ],

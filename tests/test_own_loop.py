@@ -14,7 +14,7 @@ import pytest
 
 from outlast.free_port import free_port
 from tests.forked import Job
-from tests.helpers import arrays, clean_env, outlast, torchrun, wait_for
+from tests.helpers import arrays, clean_env, outlast, steps_saved, torchrun, wait_for
 
 
 def losses_in(said: str) -> list[float]:
@@ -87,8 +87,10 @@ def ranks_of(folder: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_deepspeed_learns(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_learns(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'outlast[deepspeed]'")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    losses = losses_in(torchrun(root / "tests" / "deepspeed_script.py", root / "examples" / "deepspeed_loop.py"))
+    script, run = root / "tests" / "deepspeed_script.py", tmp_path / "run"
+    command = ["launch", "--nproc-per-node", "2", "--run-dir", run, script, root / "examples/deepspeed_loop.py"]
+    losses = losses_in(outlast(*command, env=clean_env(DS_ACCELERATOR="cpu")).stdout)
     assert losses[-1] < losses[0] / 2
+    assert steps_saved(run)[-1] == 100
