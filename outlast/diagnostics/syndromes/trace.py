@@ -113,7 +113,8 @@ class Calls:
 
     @property
     def collective(self) -> Bools:
-        return self.peer == -1
+        found: Bools = self.peer == -1
+        return found
 
     def __len__(self) -> int:
         return len(self.rank)
