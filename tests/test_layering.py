@@ -84,7 +84,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     ],
     "session": [
         {"session"},
-        {"checkpoints"},
+        {"checkpoints", "saved_parts", "step_record"},
         {"checkpoint_schedule", "compression", "place", "settings", "state"},
         {"agreement", "failure_history", "models", "process_group"},
         {"start_keys"},
