@@ -25,7 +25,8 @@ from outlast.session import process_group
 from outlast.session.agreement import StepAgreement
 from outlast.session.checkpoints import SessionCheckpoints
 from outlast.session.compression import attach_reducers
-from outlast.session.models import Trained, wrapped
+from outlast.session.deepspeed import trained
+from outlast.session.models import wrapped
 from outlast.session.place import RunPlace
 from outlast.session.settings import checkpoint_settings, named
 from outlast.session.state import SessionState
@@ -69,8 +70,9 @@ class Session:
     Args:
         run: the run's directory; None takes the one that ``outlast launch`` has chosen, or ``runs/NAME`` with the
             script's name.
-        model: in DDP, sharded with ``fully_shard``, or bare; on its device. Several go by name, as do their optimizers.
-        optimizer: that updates the model; None if the loop updates parameters itself.
+        model: in DDP, sharded with ``fully_shard``, what ``deepspeed.initialize`` returned, or bare; on its device.
+            Several go by name, as do their optimizers.
+        optimizer: that updates the model; None if the loop updates parameters itself, or DeepSpeed does.
         comm: settings of :class:`CommConfig`, as that or as a dictionary; None takes error feedback that suits the
             optimizer. False leaves averaging to DDP or FSDP2. A single rank sends nothing, whatever is set.
         checkpoint: settings of :class:`CheckpointConfig`; None takes the defaults; False saves nothing.
@@ -145,34 +147,33 @@ class Session:
         self.model: Any = models.get("", models)
         """What the loop calls: the model, or the models by name. Bare ones are in DDP by now, if there are several
         ranks."""
-        trained = [Trained.begin(name, each, optimizers.get(name)) for name, each in models.items()]
-        reducers = attach_reducers(trained, comm, self.world_size)
+        parts = [trained(name, each, optimizers.get(name)) for name, each in models.items()]
+        reducers = attach_reducers(parts, comm, self.world_size)
         for reducer in reducers.values():
             self._stack.callback(reducer.close)
-        self._state = SessionState(trained, reducers)
+        self._state = SessionState(parts, reducers)
         self._checkpoints: SessionCheckpoints | None = None
         if config is not None:
+            for engine in self._state.engines:
+                engine.attach()
+                self._stack.callback(engine.close)
             self._checkpoints = SessionCheckpoints(
                 config, self._run, self._place, self._agreement, self._state, self.device
             )
             self._stack.push(self._checkpoints.leave)
-        for one in trained:
-            if one.optimizer is not None:
-                self._stack.callback(one.optimizer.register_step_post_hook(self._note_update).remove)
+        for one in parts:
+            self._stack.callback(one.count_updates())
         self._first_step: int | None = None
         self._last_step = 0
         self._done_step = 0
         self._steps_taken = False
-        self._updated = False
+        self._updates_before = 0  # those before the step that the loop is in
         self._record = StepRecord(self._run, self._state)
         self._wanted = False
         self._inside = 0  # the step that the loop is in
         self._closed = False
         self.ending = False
         """Whether a notice came: this step is the last one of this start. The same on all ranks."""
-
-    def _note_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._updated = True
 
     def add(self, *, replicated: bool | None = None, **parts: Any) -> None:
         """Save these with every checkpoint, and put them back, under their names; before :meth:`steps`.
@@ -286,7 +287,8 @@ class Session:
                 "call begin(LAST_STEP) once, then begin_step() and end_step() in turns, up to that step",
             )
         self._agreement.ask()
-        self._updated = self._wanted = False
+        self._updates_before = self._updates
+        self._wanted = False
         self._record.begin_step(self._done_step + 1)
         self._inside = self._done_step + 1
         return self._inside
@@ -368,14 +370,20 @@ class Session:
         """The ranks leave together, and the last step is made durable."""
         if self._first_step is None:  # no step was asked for
             return
-        if self._inside and self._updated:  # the loop was left in this step, after its update
+        if self._inside and self._updates > self._updates_before:  # the loop was left in this step, after its update
             self._end_step(self._inside)
         self._run.watch.begin_phase("finish")
         self.ending = self._agreement.leave(self._done_step)
         if self._checkpoints is not None:
             self._checkpoints.finish(self._done_step)
 
+    @property
+    def _updates(self) -> int:
+        return sum(one.updates for one in self._state.trained)
+
     def _end_step(self, step: int) -> None:
+        for one in self._state.trained:
+            one.check_step(step)
         self._done_step = step
         began = self._record.end_update(step)
         if self._checkpoints is not None:

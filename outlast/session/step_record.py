@@ -13,7 +13,6 @@ from outlast.comm import ReduceStats
 from outlast.events import Logged, StepDone
 from outlast.launch import Place
 from outlast.session.compression import cost_of_step
-from outlast.session.models import unwrapped
 from outlast.session.place import RunPlace
 from outlast.session.state import SessionState
 
@@ -36,14 +35,13 @@ class StepRecord:
 
     def tell_start(self, device: torch.device, place: Place, done_step: int, last_step: int) -> None:
         """Write the event of the start; rank 0 also says in a line where it begins, and how gradients are averaged."""
-        models = [unwrapped(one.model) for one in self._state.trained]
         reducers = self._state.reducers
         comm = "; ".join(one.config.describe() for one in reducers.values()) if reducers else "dense"
         self._run.tell_start(
             device=str(device),
             first_step=done_step + 1,
             last_step=last_step,
-            parameters=sum(p.numel() for model in models for p in model.parameters() if p.requires_grad),
+            parameters=sum(one.parameters() for one in self._state.trained),
             comm=comm,
         )
         if place.rank == 0:
@@ -83,11 +81,10 @@ class StepRecord:
         cost = self._cost
         assert cost is not None
         values = {name: float(value) for name, value in self._logged.items()}
-        optimizer = next((one.optimizer for one in self._state.trained if one.optimizer is not None), None)
         done = StepDone(
             step=step,
             loss=values.pop("loss", None),
-            lr=0.0 if optimizer is None else float(optimizer.param_groups[0]["lr"]),
+            lr=next((one.lr for one in self._state.trained if one.lr is not None), 0.0),
             tokens=int(values.pop("tokens", 0)),
             step_s=now - self._boundary_s,
             data_s=0.0,
