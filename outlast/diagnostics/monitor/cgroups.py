@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from outlast.diagnostics.monitor.files import SystemFiles, counters
@@ -34,8 +34,13 @@ def cgroups_of(controller: str, pid: int | str = "self", root: Path = Path("/"))
     """
     files = SystemFiles(root)
     mountinfo, membership = files.text("proc/self/mountinfo"), files.text(f"proc/{pid}/cgroup")
-    mounts = [line.split() for line in (mountinfo or "").splitlines()]
-    for line in (membership or "").splitlines():
+    return _places(controller, mountinfo or "", membership or "", root)
+
+
+def _places(controller: str, mountinfo: str, membership: str, root: Path) -> Iterator[Cgroup]:
+    """As :func:`cgroups_of`, of what ``/proc/self/mountinfo`` and ``/proc/PID/cgroup`` hold."""
+    mounts = [line.split() for line in mountinfo.splitlines()]
+    for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
@@ -72,23 +77,54 @@ class CpuQuota:
         return min(self.throttled_s - since.throttled_s, share * seconds)
 
 
-def cpu_quotas(pid: int, root: Path = Path("/")) -> dict[Path, CpuQuota]:
-    """The cgroups of a process that have a CPU quota, its own and those around it, by their folders."""
-    files = SystemFiles(root)
-    found: dict[Path, CpuQuota] = {}
-    for group in cgroups_of("cpu", pid, root):
-        folder = group.folder
-        for _ in range(MOST_ANCESTORS):
-            if folder not in found and (quota := _quota_at(folder, group, files)) is not None:
-                found[folder] = quota
-            if folder == group.mount or folder == folder.parent:
-                break
-            folder = folder.parent
-    return found
+class CpuQuotas:
+    """The CPU quotas that hold for processes. Most processes of a node are in the same cgroup, which is read once.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._files = SystemFiles(root)
+        self._mountinfo = self._files.text("proc/self/mountinfo") or ""
+        self._places: dict[str, tuple[Cgroup, ...]] = {}
+
+    def of(self, ranks: Mapping[int, int]) -> dict[Path, tuple[CpuQuota, tuple[int, ...]]]:
+        """The cgroups with a quota, those of these processes and those around them, by their folders.
+
+        Args:
+            ranks: process id of each rank; with a quota come the ranks inside.
+        """
+        inside: dict[str, list[int]] = {}
+        for rank, pid in ranks.items():
+            inside.setdefault(self._files.text(f"proc/{pid}/cgroup") or "", []).append(rank)
+        self._places = {text: self._places.get(text) or self._find(text) for text in inside}
+        found: dict[Path, tuple[CpuQuota, tuple[int, ...]]] = {}
+        for text, members in inside.items():
+            for place in self._places[text]:
+                if place.folder in found:
+                    quota, others = found[place.folder]
+                    found[place.folder] = quota, (*others, *members)
+                elif (read := _quota_at(place, self._files)) is not None:
+                    found[place.folder] = read, tuple(members)
+        return found
+
+    def _find(self, membership: str) -> tuple[Cgroup, ...]:
+        """The folders of these cgroups and of those around them, each once."""
+        found: dict[Path, Cgroup] = {}
+        for group in _places("cpu", self._mountinfo, membership, self._files.root):
+            folder = group.folder
+            for _ in range(MOST_ANCESTORS):
+                found.setdefault(folder, replace(group, folder=folder))
+                if folder == group.mount or folder == folder.parent:
+                    break
+                folder = folder.parent
+        return tuple(one for one in found.values() if (one.folder / "cpu.stat").exists())
 
 
-def _quota_at(folder: Path, group: Cgroup, files: SystemFiles) -> CpuQuota | None:
+def _quota_at(group: Cgroup, files: SystemFiles) -> CpuQuota | None:
     """None without a quota, or where the files are not there."""
+    folder = group.folder
     if group.version == 1:
         limit, period = files.text(folder / "cpu.cfs_quota_us"), files.text(folder / "cpu.cfs_period_us")
     else:

@@ -21,6 +21,8 @@ MOST_THREADS = 64
 DEAR_S = 0.02
 """A look at all processes that costs more is not taken again for ``REST_S``."""
 REST_S = 10.0
+KNOWN_S = 5.0
+"""How long the answer of a look holds."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -78,6 +80,7 @@ class Cores:
         self._own_s = 0.0
         self._all: dict[int, _Process] = {}
         self._all_at_s = 0.0
+        self._others: dict[frozenset[int], OtherProcess] = {}
         self._rest_until_s = 0.0
         self._delays: dict[int, dict[str, int]] = {}
 
@@ -98,7 +101,7 @@ class Cores:
         crowded = [cores for cores, use in zip(sets, uses, strict=False) if use.is_crowded]
         others = self._who(crowded) if crowded else {}
         if not crowded:
-            self._all = {}
+            self._all, self._others = {}, {}
         return tuple(
             replace(use, other=others.get(cores), ranks=tuple(one.rank for one in ranks if one.cores == cores))
             for cores, use in zip(sets, uses, strict=False)
@@ -163,13 +166,15 @@ class Cores:
         """By set of cores, the process that used most there since the last time, and is not the launcher's."""
         began_s = time.monotonic()
         if began_s < self._rest_until_s:
-            return {}
+            return self._others
         cpu_s = time.thread_time()
         before, seconds = self._all, began_s - self._all_at_s
         self._all, self._all_at_s = self._read_all(), began_s
         if time.thread_time() - cpu_s > DEAR_S:
             self._rest_until_s = began_s + REST_S
         found = {}
+        if before and seconds > 0:
+            self._rest_until_s = max(self._rest_until_s, began_s + KNOWN_S)
         for cores in crowded if before and seconds > 0 else ():
             used = [
                 (one.cpu_s - before[pid].cpu_s, pid)
@@ -179,6 +184,7 @@ class Cores:
             most_s, pid = max(used, default=(0.0, 0))
             if most_s / seconds >= WORTH_A_LOOK_CORES / 2:
                 found[cores] = OtherProcess(pid, self._all[pid].name, most_s / seconds)
+        self._others = found
         return found
 
     def _is_own(self, pid: int) -> bool:

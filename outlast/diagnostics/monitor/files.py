@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,10 +26,12 @@ class SystemFiles:
             path: relative to the root.
             kind: what is absent without it; empty if its absence means nothing, as that of a process.
         """
+        name = os.path.join(self.root, path)
         try:
-            return (self.root / path).read_text(errors="replace")
+            with open(name, errors="replace") as file:  # pathlib takes as long as the system itself
+                return file.read()
         except OSError as error:
-            self.note(kind, f"{self.root / path}: {error.strerror}")
+            self.note(kind, f"{name}: {error.strerror}")
             return None
 
     def note(self, kind: str, why: str) -> None:

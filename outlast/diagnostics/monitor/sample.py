@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from outlast.diagnostics.monitor.cgroups import CpuQuota, cpu_quotas
+from outlast.diagnostics.monitor.cgroups import CpuQuota, CpuQuotas
 from outlast.diagnostics.monitor.clock import ClockUse, NodeClock
 from outlast.diagnostics.monitor.cores import Cores, CoresUse
 from outlast.diagnostics.monitor.devices import Disks, DiskUse, Network, NetworkUse
@@ -84,6 +84,7 @@ class Sampler:
         self._hardware = Hardware(self._files)
         self._hardware_at_s = 0.0
         self._kernel_log = KernelLog(self._files)
+        self._cpu_quotas = CpuQuotas(root)
         self._quotas: dict[Path, CpuQuota] = {}
         self._last_s: float | None = None
 
@@ -152,18 +153,11 @@ class Sampler:
         )
 
     def _look_at_quotas(self, ranks: tuple[RankUse, ...], seconds: float) -> tuple[Throttle, ...]:
-        inside: dict[Path, list[int]] = {}
-        now: dict[Path, CpuQuota] = {}
-        for one in ranks:
-            for folder, quota in cpu_quotas(one.pid, self._files.root).items():
-                now[folder] = quota
-                inside.setdefault(folder, []).append(one.rank)
-        before, self._quotas = self._quotas, now
+        now = self._cpu_quotas.of({one.rank: one.pid for one in ranks})
+        before, self._quotas = self._quotas, {folder: quota for folder, (quota, _) in now.items()}
         return tuple(
-            Throttle(
-                str(folder), quota.name, quota.cores, quota.held_back_s(before[folder], seconds), tuple(inside[folder])
-            )
-            for folder, quota in now.items()
+            Throttle(str(folder), quota.name, quota.cores, quota.held_back_s(before[folder], seconds), inside)
+            for folder, (quota, inside) in now.items()
             if folder in before
         )
 
