@@ -1,9 +1,12 @@
 """What it costs a program to be watched: the same steps with and without outlast's runner, in turns.
 
-    python -m benchmarks.watch [--rounds 10] [--steps 60]
+    python -m benchmarks.watch [--ways collectives,ddp,fsdp2,deepspeed] [--rounds 10] [--steps 60] [--json FILE]
 
-Each step issues 50 collectives and computes for about 100 ms in all. One rank, so that no peer's noise is measured:
-what is asked is what the recorder, the hook and the watching thread take from the program's own process.
+A step takes about 100 ms. ``collectives`` issues 50 in each, on one rank, so that no peer's noise is measured: what is
+asked is what the recorder, the hook and the watching thread take from the program's own process. The others train a
+stack of 16 layers on two ranks of one core each: DDP with a bucket a layer, FSDP2 with each layer sharded, DeepSpeed's
+ZeRO 3. ``program`` has the loops. Prints, for each, the median step watched and not, and the ratio of each pair:
+median, and lowest and highest.
 """
 
 from __future__ import annotations
@@ -16,69 +19,103 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from benchmarks.watch_program import WAYS
 from outlast.diagnostics.live.flight import buffer_variable
+from outlast.free_port import free_port
 from outlast.launch.runner import ATTEMPT, RUN_DIR, STEPS_TAKEN
 
-PROGRAM = """
-import json, sys, time
-import torch, torch.distributed as dist
-
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-torch.set_num_threads(1)
-a, small = torch.randn(256, 256), torch.ones(1024)
-optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(4))], lr=0.1)
-products, steps = int(sys.argv[1]), int(sys.argv[2])
-walls, cpus = [], []
-for _ in range(steps):
-    wall_s, cpu_s = time.perf_counter(), time.process_time()
-    for _ in range(50):
-        for _ in range(products):
-            a @ a
-        dist.all_reduce(small)
-    optimizer.step()
-    walls.append(time.perf_counter() - wall_s)
-    cpus.append(time.process_time() - cpu_s)
-print(json.dumps({"wall_s": walls, "cpu_s": cpus}))
-"""
+PROGRAM = Path(__file__).with_name("watch_program.py")
+STEP_S = 0.1
+TRIAL_SIZE, TRIAL_STEPS = 64, 10
+_LIMIT_S = 300
 
 
-def measure(folder: Path, products: int, steps: int, *, watched: bool) -> dict[str, float]:
-    """The median step of one process, wall-clock and CPU seconds."""
-    script = folder / "program.py"
-    script.write_text(PROGRAM)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": os.getcwd()}
-    command = [sys.executable, str(script), str(products), str(steps)]
+def measure(folder: Path, way: str, size: int, steps: int, *, watched: bool) -> dict[str, float]:
+    """The median step of rank 0, wall-clock and CPU seconds."""
+    ranks = 1 if way == "collectives" else 2
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": os.getcwd(),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    command = [sys.executable, str(PROGRAM), way, str(size), str(steps)]
     if watched:
         env |= {RUN_DIR: str(folder / "run"), ATTEMPT: "1", STEPS_TAKEN: "0", buffer_variable(): "2000"}
         command[1:1] = ["-m", "outlast.launch.runner"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    return {name: statistics.median(values) for name, values in json.loads(done.stdout.splitlines()[-1]).items()}
+    processes = [
+        subprocess.Popen(
+            command,
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        outputs = [process.communicate(timeout=_LIMIT_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, said) in zip(processes, outputs, strict=True):
+        if process.returncode != 0:
+            raise RuntimeError(f"{way}: a rank exited with status {process.returncode}:\n{said[-3000:]}")
+    found = json.loads(outputs[0][0].splitlines()[-1])
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def pairs(folder: Path, way: str, rounds: int, steps: int) -> dict[str, Any]:
+    """Both in turns, as often as there are rounds; which comes first alternates."""
+    trial_s = measure(folder, way, TRIAL_SIZE, TRIAL_STEPS, watched=False)["wall_s"]
+    size = max(1, round(TRIAL_SIZE * STEP_S / trial_s))
+    found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+    for number in range(rounds):
+        for watched in (False, True) if number % 2 else (True, False):
+            found[watched].append(measure(folder, way, size, steps, watched=watched))
+    told: dict[str, Any] = {"rounds": rounds, "steps": steps}
+    for key in ("wall_s", "cpu_s"):
+        ratios = [one[key] / other[key] for one, other in zip(found[True], found[False], strict=True)]
+        told[key] = {
+            "watched": statistics.median(one[key] for one in found[True]),
+            "not": statistics.median(one[key] for one in found[False]),
+            "ratio": statistics.median(ratios),
+            "lowest": min(ratios),
+            "highest": max(ratios),
+        }
+    return told
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=10, help="pairs of processes, one watched and one not")
-    parser.add_argument("--steps", type=int, default=60, help="steps of each process")
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ways", default=",".join(WAYS), help="of " + ", ".join(WAYS))
+    parser.add_argument("--rounds", type=int, default=10, help="pairs of runs, one watched and one not")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each run")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
     given = parser.parse_args()
+    ways = given.ways.split(",")
+    if unknown := sorted(set(ways) - set(WAYS)):
+        parser.error(f"--ways: {', '.join(unknown)}: not one of {', '.join(WAYS)}")
+    result = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        one_s = measure(folder, 10, 5, watched=False)["wall_s"]
-        products = max(1, round(10 * 0.1 / one_s))
-        ratios: dict[str, list[float]] = {"wall_s": [], "cpu_s": []}
-        for round_number in range(given.rounds):
-            order = (False, True) if round_number % 2 else (True, False)
-            found = {watched: measure(folder, products, given.steps, watched=watched) for watched in order}
-            for key, values in ratios.items():
-                values.append(found[True][key] / found[False][key])
-            print(
-                f"step {1e3 * found[False]['wall_s']:.1f} ms, watched {1e3 * found[True]['wall_s']:.1f} ms", flush=True
-            )
-    for key, values in ratios.items():
-        print(
-            f"{key}: watched / not {statistics.median(values):.4f} "
-            f"({min(values):.4f} to {max(values):.4f}), {given.rounds} pairs"
-        )
+        for way in ways:
+            result[way] = told = pairs(Path(name), way, given.rounds, given.steps)
+            for key in ("wall_s", "cpu_s"):
+                one = told[key]
+                print(
+                    f"{way:12} {key:6} {1e3 * one['not']:7.1f} ms, watched {1e3 * one['watched']:7.1f} ms; "
+                    f"watched / not {one['ratio']:.4f} ({one['lowest']:.4f} to {one['highest']:.4f}), "
+                    f"{given.rounds} pairs",
+                    flush=True,
+                )
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

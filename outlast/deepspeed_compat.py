@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -23,6 +24,12 @@ def import_deepspeed(*modules: str) -> tuple[Any, ...]:
         return tuple(import_module(name) for name in ("deepspeed", *(f"deepspeed.{module}" for module in modules)))
     except ImportError as error:
         raise MissingDependency(f"DeepSpeed cannot be imported: {error}", "pip install 'outlast[deepspeed]'") from error
+
+
+def is_engine(model: Any) -> bool:
+    """Whether it is a DeepSpeed engine; recognised without importing deepspeed, which has been imported if it is."""
+    engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
+    return engine is not None and isinstance(model, engine)
 
 
 def check_engine(engine: Any, deepspeed: Any, error_type: type[OutlastError]) -> None:

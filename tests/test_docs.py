@@ -16,6 +16,7 @@ import pytest
 from outlast.free_port import free_port
 from tests.forked import run_main
 from tests.helpers import clean_env, tiny_config
+from tests.small_tokenizer import save_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,6 +59,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config, _ = tiny_config(folder)
     text = re.sub(r'dir = ".*"\n', "", config.read_text()).replace('name = "tiny"', 'name = "stdlib_gpt"')
     (folder / "configs" / "stdlib_gpt.toml").write_text(text)
+    (folder / "texts").mkdir()
+    texts = [f"text number {number}\n" for number in range(100)]
+    for number, one in enumerate(texts):
+        (folder / "texts" / f"{number}.txt").write_text(one)
+    save_tokenizer(folder / "tokenizer.json", texts)
     return folder
 
 

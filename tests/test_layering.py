@@ -77,7 +77,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"parts"},
         {"sources"},
         {"streams"},
-        {"optim", "data", "model", "factories", "batches", "blocks", "token_files"},
+        {"optim", "data", "model", "factories", "batches", "blocks", "token_files", "tokenize"},
         {"run_directory"},
         {"saved_settings", "logs", "progress", "rng", "step_timer"},
         {"config"},
@@ -86,12 +86,13 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"session"},
         {"checkpoints"},
         {"checkpoint_schedule", "compression", "place", "settings", "state"},
+        {"deepspeed"},
         {"agreement", "failure_history", "models", "process_group"},
         {"start_keys"},
     ],
     "cli": [
         {"main"},
-        {"ckpt", "config", "doctor", "launch", "launch_program", "predict", "report", "train"},
+        {"ckpt", "config", "doctor", "launch", "launch_program", "predict", "report", "tokenize", "train"},
         {"program_config", "verb"},
     ],
 }

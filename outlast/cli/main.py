@@ -18,6 +18,7 @@ from outlast.cli.launch import Launch
 from outlast.cli.launch_program import LaunchProgram, split_program
 from outlast.cli.predict import Predict
 from outlast.cli.report import Report
+from outlast.cli.tokenize import Tokenize
 from outlast.cli.train import Train
 from outlast.cli.verb import Verb
 from outlast.config import split_overrides
@@ -39,6 +40,7 @@ AnyVerb = (
     | Annotated[Ckpt, tyro.conf.subcommand("ckpt")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
     | Annotated[Config, tyro.conf.subcommand("config")]
 )
 

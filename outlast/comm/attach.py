@@ -22,6 +22,7 @@ from outlast.comm.fsdp import attach_fsdp
 from outlast.comm.reducer import Reducer
 from outlast.comm.transport.communicator import CollectiveObserver
 from outlast.config import nearest
+from outlast.deepspeed_compat import is_engine
 from outlast.errors import CommError, UnknownKey
 
 
@@ -93,7 +94,7 @@ def attach(
             on_choice=on_choice,
             optimizer=optimizer,
         )
-    if _is_deepspeed_engine(model_or_engine):
+    if is_engine(model_or_engine):
         _refuse("a DeepSpeed engine", {"replicas": replicas, **ddp_only})
         if optimizer is not None:
             raise CommError(
@@ -155,12 +156,6 @@ def _refuse(what: str, arguments: Mapping[str, object]) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise CommError(f"attach: {name} does not apply to {what}", f"leave out {name}")
-
-
-def _is_deepspeed_engine(model: Any) -> bool:
-    """Recognised without importing deepspeed, which has been imported if ``model`` is one."""
-    engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
-    return engine is not None and isinstance(model, engine)
 
 
 def _is_fsdp2(model: Any) -> bool:

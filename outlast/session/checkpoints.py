@@ -14,6 +14,7 @@ from outlast.events import Event, StepDone
 from outlast.launch import Place
 from outlast.session.agreement import StepAgreement
 from outlast.session.checkpoint_schedule import CheckpointSchedule
+from outlast.session.deepspeed import TrainedEngine
 from outlast.session.failure_history import FailureHistory, read_failure_history
 from outlast.session.models import unwrapped
 from outlast.session.place import RunPlace
@@ -70,7 +71,10 @@ class SessionCheckpoints:
         try:
             self._checkpointer.claim()
             for one in state.trained:
-                self._checkpointer.watch(unwrapped(one.model), *([] if one.optimizer is None else [one.optimizer]))
+                if isinstance(one, TrainedEngine) and one.saved is not None:
+                    one.saved.before_update(self._checkpointer.wait_copied)
+                else:
+                    self._checkpointer.watch(unwrapped(one.model), *([] if one.optimizer is None else [one.optimizer]))
         except BaseException:
             self._checkpointer.abort()
             raise

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from outlast.comm import CommConfig, Reducer, ReduceStats, attach
+from outlast.errors import CommError
 from outlast.session.models import Trained, kind_of
 
 GRADIENTS: dict[str, Any] = {"target": "gradient", "feedback": "ef21"}
@@ -40,7 +41,15 @@ def attach_reducers(
         config = comm if isinstance(comm, CommConfig) else CommConfig()
         target = settings.get("target", config.target)
         one.is_kept = adam and target == "update"
-        reducers[one.name] = attach(one.model, config, optimizer=one.optimizer if one.is_kept else None, **settings)
+        try:
+            reducers[one.name] = attach(one.model, config, optimizer=one.optimizer if one.is_kept else None, **settings)
+        except CommError as error:
+            for made in reducers.values():
+                made.close()
+            if kind != "deepspeed":
+                raise
+            leave = "leave averaging to DeepSpeed: Session(..., comm=False)"
+            raise CommError(error.what, f"{error.fix}; or {leave}" if error.fix else leave) from error
     return reducers
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,13 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from outlast.checkpoint import check_like
+from outlast.deepspeed_compat import is_engine
 from outlast.errors import SessionError, StateMismatch
 
 State = dict[str, Any]
-Kind = Literal["ddp", "fsdp2", "alone"]
+Kind = Literal["ddp", "fsdp2", "deepspeed", "alone"]
 _REFUSED = {
-    "deepspeed.DeepSpeedEngine": "use outlast.comm.attach(engine) and outlast.checkpoint.deepspeed.attach(engine), "
-    "as in examples/deepspeed_loop.py",
+    "deepspeed.PipelineEngine": "use a DeepSpeed engine with data parallelism alone, of a model without PipelineModule",
     "torch.FullyShardedDataParallel": "shard it with torch.distributed.fsdp.fully_shard (FSDP2) instead",
     "torch.DataParallel": "use DistributedDataParallel, with one process for each device",
 }
@@ -27,7 +27,7 @@ _REFUSED = {
 
 
 def kind_of(model: nn.Module) -> Kind:
-    """What averages this model's gradients: DDP, FSDP2, or nothing.
+    """What averages this model's gradients: DDP, FSDP2, a DeepSpeed engine, or nothing.
 
     Raises:
         SessionError: it is neither a model nor something that a session can serve.
@@ -41,6 +41,8 @@ def kind_of(model: nn.Module) -> Kind:
         kind = f"{type(one).__module__.partition('.')[0]}.{type(one).__name__}"
         if kind in _REFUSED:
             raise SessionError(f"Session: the model is a {type(one).__name__}", _REFUSED[kind])
+    if is_engine(model):
+        return "deepspeed"
     if isinstance(unwrapped(model, keep_ddp=True), DistributedDataParallel):
         return "ddp"
     sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
@@ -50,8 +52,10 @@ def kind_of(model: nn.Module) -> Kind:
 
 
 def unwrapped(model: nn.Module, *, keep_ddp: bool = False) -> nn.Module:
-    """The module itself, whose names do not depend on torch.compile and DDP around it."""
+    """The module itself, whose names do not depend on torch.compile, DDP and DeepSpeed around it."""
     while True:
+        if is_engine(model):
+            model = model.module  # type: ignore[assignment]
         inner = getattr(model, "_orig_mod", None)
         if isinstance(inner, nn.Module):
             model = inner
@@ -77,24 +81,51 @@ class Trained:
     """Among the session's models; empty if there is one."""
     model: nn.Module
     optimizer: Optimizer | None
-    _expected: dict[str, torch.Size]
     is_kept: bool = False
     """Whether the optimizer's moments are a reducer's, which saves them."""
+    _expected: dict[str, torch.Size] = field(init=False)
+    _updates: int = 0
 
-    @classmethod
-    def begin(cls, name: str, model: nn.Module, optimizer: Optimizer | None) -> Trained:
-        """Remember which parameters there are."""
-        module = unwrapped(model)
-        return cls(name, model, optimizer, {key: param.shape for key, param in module.named_parameters()})
+    def __post_init__(self) -> None:
+        self._expected = self.shapes()
 
     @property
     def is_sharded(self) -> bool:
-        """Whether ranks hold parts of it."""
+        """Whether ranks hold parts of it, as DTensors."""
         return kind_of(self.model) == "fsdp2"
+
+    @property
+    def updates(self) -> int:
+        """How often its optimizer has updated it since :meth:`count_updates`."""
+        return self._updates
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate, of the optimizer's first group."""
+        return None if self.optimizer is None else float(self.optimizer.param_groups[0]["lr"])
+
+    def count_updates(self) -> Callable[[], None]:
+        """Count them until what is returned is called."""
+
+        def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._updates += 1
+
+        return (lambda: None) if self.optimizer is None else self.optimizer.register_step_post_hook(note).remove
+
+    def check_step(self, step: int) -> None:
+        """Raise SessionError if a step may not end here."""
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of its parameters, by name."""
+        return {name: param.shape for name, param in unwrapped(self.model).named_parameters()}
+
+    def parameters(self) -> int:
+        """How many entries are trained."""
+        return sum(p.numel() for p in unwrapped(self.model).parameters() if p.requires_grad)
 
     def check_unchanged(self) -> None:
         """Raise SessionError if the model has other parameters than when the session began."""
-        now = {key: param.shape for key, param in unwrapped(self.model).named_parameters()}
+        now = self.shapes()
         if now == self._expected:
             return
         added = sorted(now.keys() - self._expected.keys())

@@ -27,7 +27,8 @@ from outlast.session import process_group
 from outlast.session.agreement import StepAgreement
 from outlast.session.checkpoints import SessionCheckpoints
 from outlast.session.compression import attach_reducers, cost_of_step
-from outlast.session.models import Trained, unwrapped, wrapped
+from outlast.session.deepspeed import trained
+from outlast.session.models import wrapped
 from outlast.session.place import RunPlace
 from outlast.session.settings import checkpoint_settings, named
 from outlast.session.state import SessionState
@@ -70,8 +71,9 @@ class Session:
     Args:
         run: the run's directory; None takes the one that ``outlast launch`` has chosen, or ``runs/NAME`` with the
             script's name.
-        model: in DDP, sharded with ``fully_shard``, or bare; on its device. Several go by name, as do their optimizers.
-        optimizer: that updates the model; None if the loop updates parameters itself.
+        model: in DDP, sharded with ``fully_shard``, what ``deepspeed.initialize`` returned, or bare; on its device.
+            Several go by name, as do their optimizers.
+        optimizer: that updates the model; None if the loop updates parameters itself, or DeepSpeed does.
         comm: settings of :class:`CommConfig`, as that or as a dictionary; None takes error feedback that suits the
             optimizer. False leaves averaging to DDP or FSDP2. A single rank sends nothing, whatever is set.
         checkpoint: settings of :class:`CheckpointConfig`; None takes the defaults; False saves nothing.
@@ -146,25 +148,27 @@ class Session:
         self.model: Any = models.get("", models)
         """What the loop calls: the model, or the models by name. Bare ones are in DDP by now, if there are several
         ranks."""
-        trained = [Trained.begin(name, each, optimizers.get(name)) for name, each in models.items()]
-        reducers = attach_reducers(trained, comm, self.world_size)
+        parts = [trained(name, each, optimizers.get(name)) for name, each in models.items()]
+        reducers = attach_reducers(parts, comm, self.world_size)
         for reducer in reducers.values():
             self._stack.callback(reducer.close)
-        self._state = SessionState(trained, reducers)
+        self._state = SessionState(parts, reducers)
         self._checkpoints: SessionCheckpoints | None = None
         if config is not None:
+            for engine in self._state.engines:
+                engine.attach()
+                self._stack.callback(engine.close)
             self._checkpoints = SessionCheckpoints(
                 config, self._run, self._place, self._agreement, self._state, self.device
             )
             self._stack.push(self._checkpoints.leave)
-        for one in trained:
-            if one.optimizer is not None:
-                self._stack.callback(one.optimizer.register_step_post_hook(self._note_update).remove)
+        for one in parts:
+            self._stack.callback(one.count_updates())
         self._first_step: int | None = None
         self._last_step = 0
         self._done_step = 0
         self._steps_taken = False
-        self._updated = False
+        self._updates_before = 0  # those before the step that the loop is in
         self._logged: dict[str, float | Tensor] = {}
         self._wanted = False
         self._boundary_s = 0.0
@@ -172,9 +176,6 @@ class Session:
         self._closed = False
         self.ending = False
         """Whether a notice came: this step is the last one of this start. The same on all ranks."""
-
-    def _note_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._updated = True
 
     def add(self, *, replicated: bool | None = None, **parts: Any) -> None:
         """Save these with every checkpoint, and put them back, under their names; before :meth:`steps`.
@@ -311,7 +312,7 @@ class Session:
         """The ranks leave together, and the last step is made durable."""
         if self._first_step is None:  # no step was asked for
             return
-        if self._inside and self._updated:  # the loop was left in this step, after its update
+        if self._inside and self._updates > self._updates_before:  # the loop was left in this step, after its update
             self._end_step(self._inside)
         self._run.watch.begin_phase("finish")
         self.ending = self._agreement.leave(self._done_step)
@@ -320,14 +321,13 @@ class Session:
 
     def _tell_start(self, last_step: int) -> None:
         assert self._first_step is not None
-        models = [unwrapped(one.model) for one in self._state.trained]
         reducers = self._state.reducers
         comm = "; ".join(one.config.describe() for one in reducers.values()) if reducers else "dense"
         self._run.tell_start(
             device=str(self.device),
             first_step=self._first_step,
             last_step=last_step,
-            parameters=sum(p.numel() for model in models for p in model.parameters() if p.requires_grad),
+            parameters=sum(one.parameters() for one in self._state.trained),
             comm=comm,
         )
         if self.rank == 0:
@@ -335,9 +335,14 @@ class Session:
             ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''} ({self._place.source})"
             print(f"outlast: {self.run_dir}: {start}; {ranks}; gradients: {comm}", file=sys.stderr, flush=True)
 
+    @property
+    def _updates(self) -> int:
+        return sum(one.updates for one in self._state.trained)
+
     def _begin_step(self) -> None:
         self._agreement.ask()
-        self._updated = self._wanted = False
+        self._updates_before = self._updates
+        self._wanted = False
         self._logged = {}
         scaler = self._state.scaler
         if scaler is not None:
@@ -345,6 +350,8 @@ class Session:
                 reducer.begin_step(self._done_step + 1, loss_scale=float(scaler.get_scale()))
 
     def _end_step(self, step: int) -> None:
+        for one in self._state.trained:
+            one.check_step(step)
         cost = cost_of_step(self._state.reducers)
         self._done_step = step
         seen_s = self._run.watch.end_step(step)
@@ -353,11 +360,10 @@ class Session:
             self._checkpoints.save_if_due(step, wanted=self._wanted or step == self._last_step)
         now = time.perf_counter()
         values = {name: float(value) for name, value in self._logged.items()}
-        optimizer = next((one.optimizer for one in self._state.trained if one.optimizer is not None), None)
         done = StepDone(
             step=step,
             loss=values.pop("loss", None),
-            lr=0.0 if optimizer is None else float(optimizer.param_groups[0]["lr"]),
+            lr=next((one.lr for one in self._state.trained if one.lr is not None), 0.0),
             tokens=int(values.pop("tokens", 0)),
             step_s=now - self._boundary_s,
             data_s=0.0,

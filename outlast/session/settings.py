@@ -39,6 +39,11 @@ def named(
             "give optimizers under the names of their models: Session(run, {'net': net}, {'net': optimizer})",
         )
     for name, held_by in optimizers.items():
+        if kind_of(models[name]) == "deepspeed":
+            raise SessionError(
+                f"Session: a {type(held_by).__name__} for a DeepSpeed engine, which has an optimizer inside",
+                "leave it out: Session(run, engine)",
+            )
         if not isinstance(held_by, Optimizer):
             raise SessionError(
                 f"Session: the optimizer is a {type(held_by).__name__}",

@@ -15,6 +15,7 @@ from outlast.checkpoint import Restored
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.comm import Reducer
 from outlast.errors import SessionError, StateMismatch
+from outlast.session.deepspeed import TrainedEngine, is_header
 from outlast.session.models import State, Trained, split
 
 _EAGER = frozenset({"rng", "buffers", "module_buffers", "parts", "own_parts"})
@@ -90,11 +91,17 @@ class SessionState:
         """The gradient scaler among the parts, if there is one."""
         return next((part.holder for part in self.parts.values() if isinstance(part.holder, GradScaler)), None)
 
+    @property
+    def engines(self) -> list[TrainedEngine]:
+        """The DeepSpeed engines among the models."""
+        return [one for one in self.trained if isinstance(one, TrainedEngine)]
+
     def collect(self) -> Collected:
-        """What is to be saved now. The tensors are live."""
+        """What is to be saved now. The tensors are live. Collective if there are DeepSpeed engines."""
         models, optimizers, buffers = {}, {}, {}
         for one in self.trained:
-            models[one.name], buffers[one.name], optimizers[one.name] = one.state()
+            if not isinstance(one, TrainedEngine):
+                models[one.name], buffers[one.name], optimizers[one.name] = one.state()
         shared = [part for part in self.parts.values() if part.replicated]
         modules = {part.name: split(part.module) for part in shared if part.module is not None}
         replicated: State = {
@@ -110,6 +117,11 @@ class SessionState:
             "own_parts": {part.name: part.holder.state_dict() for part in self.parts.values() if not part.replicated},
         }
         eager = _EAGER
+        for engine in self.engines:
+            state = engine.collect()
+            replicated |= state[0]
+            local |= state[1]
+            eager |= state[2]
         for name, reducer in self.reducers.items():
             comm = reducer.checkpoint_parts(_comm_key(name))
             replicated |= comm.replicated
@@ -138,13 +150,17 @@ class SessionState:
         names = [one.name for one in self.trained]
         models, optimizers = (_unfolded(replicated.get(key, {}), names) for key in ("model", "optimizer"))
         buffers = _unfolded(own.get("buffers", {}), names)
+        self._check_engines(replicated)
         for one in self.trained:
             key, of = _comm_key(one.name), f" of {one.name}" if one.name else ""
             comm = replicated.get(key)
             optimizer = optimizers.get(one.name, {})
             if not optimizer and comm is not None and not one.is_kept:  # it was kept, and is not any more
                 optimizer = comm.get("optimizer", {})
-            one.load(models.get(one.name, {}), buffers.get(one.name, {}), optimizer)
+            if isinstance(one, TrainedEngine):
+                one.load_collected(replicated, lambda of: own if of == rank else restored.read_local(of), saved_by)
+            else:
+                one.load(models.get(one.name, {}), buffers.get(one.name, {}), optimizer)
             reducer = self.reducers.get(one.name)
             if reducer is not None and comm is not None:
                 reducer.load_parts(restored, name=key)
@@ -159,6 +175,17 @@ class SessionState:
         else:
             anew.append(f"there are no random-number states of rank {rank}, which is new")
         return anew
+
+    def _check_engines(self, replicated: Mapping[str, Any]) -> None:
+        """What DeepSpeed has saved, nobody else can load."""
+        known = {engine.header for engine in self.engines}
+        unknown = [key for key, value in replicated.items() if is_header(key, value) and key not in known]
+        if unknown:
+            raise StateMismatch(
+                f"the checkpoint holds the state of a DeepSpeed engine ({', '.join(unknown)}), and this session has "
+                "none of this name",
+                "give the session what deepspeed.initialize returned, under the name that it had; or begin a new run",
+            )
 
     def _load_parts(
         self,

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 from outlast.checkpoint.config import CheckpointConfig
-from outlast.checkpoint.deepspeed.engine import SEAMS
 from outlast.checkpoint.deepspeed.engine import DeepSpeedCheckpointEngine as DeepSpeedCheckpointEngine
+from outlast.checkpoint.deepspeed.passing import SEAMS
 from outlast.deepspeed_compat import TESTED_VERSION, check_engine, check_method, import_deepspeed, known_attributes
 from outlast.errors import CheckpointError
 from outlast.events import Event

@@ -5,12 +5,10 @@ See :mod:`outlast.checkpoint.deepspeed`.
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from importlib import import_module
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,39 +18,15 @@ import torch.distributed as dist
 from outlast.checkpoint.attach import attach
 from outlast.checkpoint.checkpointer import Checkpointer
 from outlast.checkpoint.config import CheckpointConfig
-from outlast.checkpoint.deepspeed.containers import take_apart
-from outlast.checkpoint.deepspeed.files import CHANGING, HEADER, Files, FilesElsewhere, kinds_of_deepspeed, step_of
+from outlast.checkpoint.deepspeed.files import CHANGING, Files, FilesElsewhere, step_of
+from outlast.checkpoint.deepspeed.passing import SEAMS, Passing
 from outlast.checkpoint.peers.collectives import Agreement
-from outlast.checkpoint.restore.messages import Failure, Message, all_gather_messages
-from outlast.checkpoint.state.tensors import address_of_storage
+from outlast.checkpoint.restore.messages import Failure, all_gather_messages
 from outlast.checkpoint.tools.open_step import OpenedStep
 from outlast.errors import CheckpointError, CheckpointNotFound, NotDurable
 from outlast.events import Event
 
 _log = logging.getLogger("outlast.checkpoint")
-_CHANGED_BY_UPDATES_ONLY = ("optimizer_state_dict", "optimizer", "frozen_param_fragments")
-"""Top-level keys of DeepSpeed's files whose tensors only an update changes."""
-SEAMS = {
-    "save_checkpoint": ("save_dir", "tag", "client_state", "save_latest", "exclude_frozen_parameters"),
-    "load_checkpoint": (
-        "load_dir",
-        "tag",
-        "load_module_strict",
-        "load_optimizer_states",
-        "load_lr_scheduler_states",
-        "load_module_only",
-        "custom_load_fn",
-    ),
-    "_get_all_ckpt_names": ("checkpoints_path", "tag"),
-}
-"""The engine's methods that are replaced, and their arguments."""
-
-
-@dataclass(frozen=True)
-class _SavedFile(Message):
-    """A rank saves one of DeepSpeed's files."""
-
-    name: str
 
 
 class DeepSpeedCheckpointEngine:
@@ -74,33 +48,32 @@ class DeepSpeedCheckpointEngine:
         self._engine = engine
         self._config = config
         self._on_event = on_event
-        self._kinds = kinds_of_deepspeed()
         self._former = engine.checkpoint_engine
-        self._originals = {name: getattr(engine, name) for name in SEAMS}
+        self._passing = Passing(engine)
         self._agreement = Agreement(None, dist.get_rank(), dist.get_world_size())
+        self.before_update: Callable[[], object] | None = None
+        """Called right before ``engine.step`` updates anything, for a Checkpointer that somebody else has."""
         self._folder = ""
         self._checkpointer: Checkpointer | None = None
         self._saved_to: set[str] = set()
         """Folders with steps of this run, which it need not go on from to save there again."""
         self._tags: dict[int, str] = {}
-        self._collected: dict[str, Any] | None = None
-        self._loading: Files | None = None
         self._closed = False
         engine.checkpoint_engine = self
         engine.save_checkpoint = self._save_checkpoint
         engine.load_checkpoint = self._load_checkpoint
-        engine._get_all_ckpt_names = self._names_for
+        engine._get_all_ckpt_names = self._passing.names_for
 
     # What DeepSpeed calls. Calls outside of save_checkpoint and load_checkpoint are exports, like save_16bit_model.
 
     def create(self, info: Any) -> None:
         """Begin a checkpoint, or an export."""
-        if self._collected is None:
+        if not self._passing.collecting:
             self._former.create(info)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Make a folder for an export; a checkpoint does not need it."""
-        if self._collected is None:
+        if not self._passing.collecting:
             self._former.makedirs(path, exist_ok=exist_ok)
 
     def save(self, state_dict: Any, path: str) -> None:
@@ -109,13 +82,10 @@ class DeepSpeedCheckpointEngine:
         Raises:
             CheckpointError: this file's state was passed before.
         """
-        if self._collected is None:
+        if self._passing.collecting:
+            self._passing.take(state_dict, os.path.basename(path))
+        else:
             self._former.save(state_dict, path)
-            return
-        file = os.path.basename(path)
-        if file in self._collected:
-            raise CheckpointError(f"DeepSpeed saves {file} twice in one checkpoint")
-        self._collected[file] = state_dict
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """The state that DeepSpeed saved as ``DIR/TAG/FILE``, verified; changes nothing, and is not collective.
@@ -131,14 +101,14 @@ class DeepSpeedCheckpointEngine:
             CheckpointNotFound: there is no committed step with this tag, or it does not have the file.
             CorruptCheckpoint, IncompleteCheckpoint, CheckpointError: see :class:`OpenedStep`.
         """
-        if self._loading is not None:
-            return self._loading.read(os.path.basename(path), _device(map_location))
+        if self._passing.loading is not None:
+            return self._passing.loading.read(os.path.basename(path), _device(map_location))
         if os.path.isfile(path):
             return self._former.load(path, map_location)
         folder, file = os.path.split(os.path.abspath(path))
         url, tag = os.path.split(folder)
         with OpenedStep(url, step_of(url, tag)) as opened:
-            files = Files(url, opened.step, opened.load(None), opened.load, self._kinds)
+            files = Files(url, opened.step, opened.load(None), opened.load, self._passing.kinds)
             return files.read(file, _device(map_location))
 
     def commit(self, info: Any) -> bool:
@@ -164,6 +134,8 @@ class DeepSpeedCheckpointEngine:
         Raises:
             SnapshotMutated: a tensor was changed too early; the save is abandoned.
         """
+        if self.before_update is not None:
+            self.before_update()
         if self._checkpointer is not None:
             self._checkpointer.wait_copied()
 
@@ -237,7 +209,7 @@ class DeepSpeedCheckpointEngine:
                 f"step {step} was already saved as {self._tags[step]!r}, and cannot be saved as {name!r} too",
                 "save to another folder, or after the next step",
             )
-        replicated, local = self._collect(self._folder, name, client_state, exclude_frozen_parameters)
+        replicated, local = self._passing.collect(self._folder, name, client_state, exclude_frozen_parameters)
         checkpointer.save(step, replicated=replicated, local=local, eager=(CHANGING,))
         self._saved_to.add(self._folder)
         self._tags[step] = name
@@ -253,12 +225,13 @@ class DeepSpeedCheckpointEngine:
             What to pass as ``replicated`` and ``local``, with ``CHANGING`` among ``eager``; the tensors are live.
 
         Raises:
-            CheckpointError: names the rank, DeepSpeed's file and the key.
+            CheckpointError: names the rank, DeepSpeed's file and the key; or outlast is detached from the engine.
         """
-        return self._collect(folder, f"global_step{int(self._engine.global_steps)}", None, False)
+        self._check_attached()
+        return self._passing.collect(folder, f"global_step{int(self._engine.global_steps)}", None, False)
 
     def put_back(
-        self, folder: str, step: int, replicated: Mapping[str, Any], local: Callable[[int], dict[str, Any]]
+        self, folder: str, step: int, replicated: Mapping[str, Any], local: Callable[[int], Mapping[str, Any]]
     ) -> None:
         """Load what :meth:`collect` returned on each rank; collective.
 
@@ -269,68 +242,10 @@ class DeepSpeedCheckpointEngine:
             local: returns the local state of a rank.
 
         Raises:
-            CheckpointError: DeepSpeed did not save this.
+            CheckpointError: DeepSpeed did not save this, or outlast is detached from the engine.
         """
-        files = FilesElsewhere(folder, step, replicated, local, self._kinds)
-        self._loading = files
-        try:
-            self._originals["load_checkpoint"](folder, files.tag)
-        finally:
-            self._loading = None
-
-    def _collect(
-        self, folder: str, name: str, client_state: Mapping[str, Any] | None, exclude_frozen_parameters: bool
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        self._collected = {}
-        try:
-            self._originals["save_checkpoint"](folder, name, dict(client_state or {}), True, exclude_frozen_parameters)
-            collected = self._collected
-        finally:
-            self._collected = None
-        local: dict[str, Any] = {}
-        failures: list[Failure] = []
-        try:
-            local = self._local(collected)
-        except CheckpointError as error:
-            failures = [Failure.of(error)]
-        # No rank may raise before this: DeepSpeed's own part ends with a barrier.
-        for rank, failure in all_gather_messages(self._agreement, Failure, failures):
-            raise CheckpointError(f"rank {rank}: {failure.reason}", failure.fix)
-        header = {
-            "tag": name,
-            "version": import_module("deepspeed").__version__,
-            "files": self._owners_of_all(collected),
-        }
-        return {HEADER: header}, local
-
-    def _owners_of_all(self, collected: Mapping[str, Any]) -> dict[str, int]:
-        """The rank that saves each of DeepSpeed's files; collective, raises on all ranks."""
-        owners: dict[str, int] = {}
-        own = [_SavedFile(file) for file in sorted(collected)]
-        for rank, file in all_gather_messages(self._agreement, _SavedFile, own):
-            if file.name in owners:
-                raise CheckpointError(
-                    f"rank {rank}: rank {owners[file.name]} saves {file.name} too",
-                    "the files of one checkpoint need different names",
-                )
-            owners[file.name] = rank
-        return owners
-
-    def _local(self, collected: Mapping[str, Any]) -> dict[str, Any]:
-        """This rank's local state: the files that DeepSpeed passed, taken apart."""
-        weights = {address_of_storage(weight) for weight in self._engine.module.parameters()} - {0}
-
-        def stays(path: tuple[str, ...], tensor: torch.Tensor) -> bool:
-            if path[:1] == ("module",):  # the next forward may change buffers, and what get_extra_state returns
-                return address_of_storage(tensor) in weights
-            return bool(path) and path[0] in _CHANGED_BY_UPDATES_ONLY
-
-        local: dict[str, Any] = {CHANGING: {}}
-        for file, state in collected.items():
-            parts = take_apart(state, file, self._kinds, stays)
-            local[file] = {"state": parts.skeleton, "tensors": parts.tensors}
-            local[CHANGING][file] = parts.changing
-        return local
+        self._check_attached()
+        self._passing.put_back(folder, FilesElsewhere(folder, step, replicated, local, self._passing.kinds))
 
     def _load_checkpoint(
         self,
@@ -368,34 +283,24 @@ class DeepSpeedCheckpointEngine:
             _log.warning("%s: there is no checkpoint yet", self._folder)
             return None, None
         own, rank = restored.local, dist.get_rank()
-        self._loading = Files(
+        files = Files(
             self._folder,
             restored.step,
             restored.replicated,
             lambda other: own if other == rank else restored.read_local(other),
-            self._kinds,
+            self._passing.kinds,
         )
-        try:
-            path, client_state = self._originals["load_checkpoint"](
-                self._folder,
-                self._loading.tag,
-                load_module_strict,
-                load_optimizer_states,
-                load_lr_scheduler_states,
-                load_module_only,
-                custom_load_fn,
-            )
-        finally:
-            self._loading = None
+        path, client_state = self._passing.put_back(
+            self._folder,
+            files,
+            load_module_strict,
+            load_optimizer_states,
+            load_lr_scheduler_states,
+            load_module_only,
+            custom_load_fn,
+        )
         self._tags = {step: name for step, name in self._tags.items() if step <= restored.step}
         return path, client_state
-
-    def _names_for(self, checkpoints_path: str, tag: str) -> list[str]:
-        """The paths of the files with the module's state, in place of DeepSpeed's glob."""
-        if self._loading is None:
-            return list(self._originals["_get_all_ckpt_names"](checkpoints_path, tag))
-        pattern = os.path.basename(self._engine._get_ckpt_name(checkpoints_path, tag, mp_placeholder="*"))
-        return [self._loading.place(file) for file in sorted(fnmatch.filter(self._loading.owners, pattern))]
 
     def _agreed_step(self, tag: str) -> int:
         """The newest step with a tag, as rank 0 sees it; collective, raises on all ranks."""
@@ -412,8 +317,7 @@ class DeepSpeedCheckpointEngine:
 
     def _at(self, folder: str | os.PathLike[str]) -> Checkpointer:
         """The Checkpointer of a folder; that of another folder is closed first."""
-        if self._closed:
-            raise CheckpointError("outlast is detached from this engine", "attach again")
+        self._check_attached()
         name = os.fspath(folder)
         if "://" in name:
             raise CheckpointError(f"{name}: DeepSpeed does not take URLs", "pass a path that all ranks share")
@@ -425,6 +329,13 @@ class DeepSpeedCheckpointEngine:
             if name != self._folder:
                 self._folder, self._tags = name, {}
         return self._checkpointer
+
+    def _check_attached(self) -> None:
+        if self._closed:
+            raise CheckpointError(
+                "outlast is detached from this engine, which has been closed or destroyed",
+                "attach again, or call engine.destroy() when nothing is to be saved any more",
+            )
 
     def _leave(self) -> None:
         """Wait until the running save is committed or has failed."""

@@ -44,7 +44,7 @@ class Files:
         folder: str,
         step: int,
         replicated: Mapping[str, Any],
-        local: Callable[[int], dict[str, Any]],
+        local: Callable[[int], Mapping[str, Any]],
         kinds: tuple[Kind, ...],
     ) -> None:
         self._folder = folder
@@ -56,7 +56,7 @@ class Files:
         """Which rank has which file."""
         self._local = local
         self._kinds = kinds
-        self._last: tuple[int, dict[str, Any]] | None = None  # DeepSpeed reads the module's file twice
+        self._last: tuple[int, Mapping[str, Any]] | None = None  # DeepSpeed reads the module's file twice
 
     def place(self, file: str) -> str:
         """The path of the folder with a file's state."""

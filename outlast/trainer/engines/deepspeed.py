@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,8 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import outlast.checkpoint.deepspeed
-from outlast.checkpoint.deepspeed.files import CHANGING, HEADER
+from outlast.checkpoint.deepspeed.state import DeepSpeedState
 from outlast.comm import CollectiveObserver, Reducer, attach
 from outlast.comm.direction import Adam
 from outlast.deepspeed_compat import import_deepspeed
@@ -72,8 +69,7 @@ class DeepSpeedEngine:
             )
         except (AssertionError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"DeepSpeed refuses {config.deepspeed.config}: {error}") from error
-        self._files = outlast.checkpoint.deepspeed.attach(self._engine)
-        self._folder = tempfile.mkdtemp(prefix="outlast-deepspeed-")
+        self._state = DeepSpeedState(self._engine)
         self._reducer: Reducer | None = None
         if config.comm.compressor != "dense" or self._averages_updates:
             optim = config.optim
@@ -131,35 +127,22 @@ class DeepSpeedEngine:
 
     def state(self) -> EngineState:
         """See :class:`Engine`: DeepSpeed's files, each of the rank that would write it. Collective."""
-        header, local = self._files.collect(self._folder)
-        replicated = {**header, "ranks": dist.get_world_size()}
+        replicated, local = self._state.collect()
+        replicated["ranks"] = dist.get_world_size()
         if self._scheduler is not None:
             replicated["scheduler"] = scheduler_state(self._scheduler)
         if self._reducer is not None:
-            comm = self._reducer.state_dict()
-            replicated["comm"] = {"aggregate": comm["replicated"], "meta": comm["meta"]}
-            local["comm"] = comm["local"]
-        if buffers := dict(self.model.named_buffers()):
-            local["buffers"] = buffers  # without ZeRO 3 DeepSpeed saves rank 0's alone
-        return EngineState(replicated, local, EAGER | {CHANGING})
+            comm = self._reducer.checkpoint_parts()
+            replicated |= comm.replicated
+            local |= comm.local
+        return EngineState(replicated, local, EAGER | DeepSpeedState.EAGER)
 
     def like(self) -> None:
         """See :class:`Engine`: DeepSpeed's files are each rank's own."""
 
     def load(self, replicated: State, read_local: Callable[[int], State], ranks: int) -> None:
         """See :class:`Engine`. State of ZeRO 1 to 3 stays with its number of ranks."""
-        if HEADER not in replicated:
-            raise StateMismatch(
-                "the checkpoint was not saved under DeepSpeed",
-                "resume with the trainer.engine that saved it, or begin a new run with run.start_from under that",
-            )
-        stage, now = int(self._engine.zero_optimization_stage()), dist.get_world_size()
-        if stage > 0 and ranks != now:
-            raise StateMismatch(
-                f"the state of DeepSpeed's ZeRO {stage} was saved by {ranks} ranks, and there are {now}: its parts are "
-                "not redistributed",
-                f"continue with {ranks} ranks; trainer.engine = 'fsdp2' can change them",
-            )
+        self._state.check(replicated, ranks)
         if self._reducer is not None:
             comm: Any = replicated.get("comm")
             if comm is None:
@@ -172,12 +155,7 @@ class DeepSpeedEngine:
                 return {"replicated": comm["aggregate"], "meta": comm["meta"], "local": read_local(rank)["comm"]}
 
             self._reducer.load_resharded(read, ranks)
-        self._files.put_back(self._folder, int(replicated[HEADER]["tag"].rpartition("step")[2]), replicated, read_local)
-        rank = dist.get_rank()
-        own = read_local(rank).get("buffers", {}) if rank < ranks else {}
-        for name, buffer in self.model.named_buffers():
-            if name in own:
-                buffer.copy_(own[name])
+        self._state.load(replicated, read_local, ranks)
         if self._scheduler is not None and "scheduler" in replicated:
             load_scheduler_state(self._scheduler, replicated["scheduler"])
 
@@ -185,8 +163,7 @@ class DeepSpeedEngine:
         """See :class:`Engine`."""
         if self._reducer is not None:
             self._reducer.close()
-        self._files.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._state.close()
 
     def _loss(self, batch: Batch) -> Tensor:
         return self._loss_of(self._engine, to_device(batch, self.device))

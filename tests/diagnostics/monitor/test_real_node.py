@@ -132,10 +132,10 @@ def test_another_process_on_a_pinned_ranks_core_is_named(node: Node) -> None:
     )
     pid = int(started.stdout)
     try:
+        node.ranks("compute", core=core)
         os.sched_setaffinity(pid, {core})
         with suppress(PermissionError):  # so that it is the busiest on a machine where others are at work
-            os.setpriority(os.PRIO_PROCESS, pid, -5)
-        node.ranks("compute", core=core)
+            os.setpriority(os.PRIO_PROCESS, pid, 0)
         node.until(lambda: any(f"(pid {pid})" in one.words for one in node.monitor.current()))
         (began,) = node.of("busy_neighbour")
         assert began.ranks == (0,)
