@@ -48,7 +48,7 @@ class Finding:
     ranks: tuple[int, ...] = ()
     """Ranks that it concerns; empty for all of the node."""
     value: float = 0.0
-    """How much: for kinds that are facts too, in the unit of :data:`outlast.diagnostics.syndromes.facts.UNITS`."""
+    """How much; the unit is that of the kind of fact."""
     measured_s: float | None = None
     """Seconds of the interval in which it held; None if it cannot be measured."""
     at_once: bool = False
