@@ -53,12 +53,12 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"kernels", "buffers", "transport"},
         {"config"},
     ],
-    "diagnostics": [{"export"}, {"doctor", "report"}, {"live"}, {"formatting", "config"}],
+    "diagnostics": [{"export"}, {"doctor", "report"}, {"monitor"}, {"syndromes"}, {"live"}, {"formatting", "config"}],
     "launch": [
         {"launcher"},
         {"agent", "plan", "rendezvous_errors"},
         {"rendezvous", "trusted_rendezvous"},
-        {"hung_ranks", "notice_spread", "rounds"},
+        {"hung_ranks", "node_watch", "notice_spread", "rounds"},
         {"first_cause", "joining", "notice_relay", "notice_store"},
         {"exporting", "goodput", "processes", "program_runs"},
         {"flag_sources", "hang_watch", "notice", "rank_output", "runner", "spec", "torch_options"},
@@ -84,7 +84,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     ],
     "session": [
         {"session"},
-        {"checkpoints"},
+        {"checkpoints", "saved_parts", "step_record"},
         {"checkpoint_schedule", "compression", "place", "settings", "state"},
         {"deepspeed"},
         {"agreement", "failure_history", "models", "process_group"},

@@ -23,6 +23,7 @@ from outlast.launch.failures import NO_RESTART_STATUS, RankFailure, first_line
 from outlast.launch.first_cause import find_failures
 from outlast.launch.hang_watch import HangWatch
 from outlast.launch.hung_ranks import HungRanks
+from outlast.launch.node_watch import NodeWatch
 from outlast.launch.notice_relay import NoticeRelay
 from outlast.launch.notice_spread import NoticeSpread
 from outlast.launch.orphans import Guard, end_orphans, find_orphans, shown
@@ -102,6 +103,8 @@ class WatchedAgent(LocalElasticAgent):
         self._processes: RankProcesses | None = None
         self._watch = HangWatch(run_dir, config) if config.watch else None
         self._hung = HungRanks(self._watch, events)
+        self.node = NodeWatch(run_dir, config, events, host)
+        """What this node does to its ranks; whoever made the agent closes it."""
         self._notices = NoticeSpread(relay, events, host)
         self._requeues = counted_requeues(os.environ)
         self._program_runs = program_runs
@@ -132,6 +135,7 @@ class WatchedAgent(LocalElasticAgent):
         logs = self._run_dir / "attempts" / "latest" / "logs"
         self._processes = RankProcesses(self._pcontext, local_ranks, logs, started_at)
         self._relay.kill = self._processes.kill_all
+        self.node.begin(self._processes.running())
         self._relay.install()
         self.restarts = worker_group.spec.max_restarts - self._remaining_restarts
         self._events.generation = self._output.generation
@@ -241,6 +245,7 @@ class WatchedAgent(LocalElasticAgent):
         Ranks that obey notices take no signal for an order to end, so they get SIGKILL. To the others it is always
         SIGTERM, whatever ended the launcher: a rank that gets SIGINT prints a KeyboardInterrupt's traceback.
         """
+        self.node.rest()
         if self._relay.kill is not None:
             self._relay.kill = None
             told = self._relay.notice is not None and not self.resumable

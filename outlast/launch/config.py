@@ -26,6 +26,9 @@ class LaunchConfig:
     """... but never longer than this."""
     monitor_interval_s: float = 0.5
     """Seconds between two checks of the ranks."""
+    node_sample_s: float = 1.0
+    """Seconds between two looks at what this node does to its ranks: CPU quotas, other processes, memory, disks.
+    Reports name the causes of slow steps from it. A look costs some milliseconds of CPU; 0 takes none."""
     watch: bool = True
     """Detect hangs. If false, only the end of a process is noticed. Set it to false for a command that writes no
     heartbeats, because a rank without a first one counts as hung after ``startup_limit_s``."""
@@ -62,6 +65,8 @@ class LaunchConfig:
         require(longest_s >= self.backoff_s, "launch.longest_backoff_s", longest_s, "launch.backoff_s or more seconds")
         ok = 0.05 <= self.monitor_interval_s <= 60
         require(ok, "launch.monitor_interval_s", self.monitor_interval_s, "0.05 to 60 seconds")
+        ok = self.node_sample_s == 0 or 0.05 <= self.node_sample_s <= 60
+        require(ok, "launch.node_sample_s", self.node_sample_s, "0, or 0.05 to 60 seconds")
         require(self.hang_floor_s > 0, "launch.hang_floor_s", self.hang_floor_s, "more than 0 seconds")
         require(self.hang_factor >= 1, "launch.hang_factor", self.hang_factor, "1 or more median steps")
         require(self.startup_limit_s > 0, "launch.startup_limit_s", self.startup_limit_s, "more than 0 seconds")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from outlast.diagnostics.monitor import find_memory_cgroup
 from outlast.launch.failures import RankFailure
-from outlast.launch.oom_killer import OomKills, find_memory_cgroup
+from outlast.launch.oom_killer import OomKills
 from tests.helpers import clean_env, events
 from tests.launch.jobs import QUICK
 

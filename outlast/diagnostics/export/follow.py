@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from outlast.diagnostics.report.load import NODE_KINDS
 from outlast.errors import DiagnosticsError
 from outlast.events import GoodputMeasured, Record, parse_event
 
@@ -104,7 +105,7 @@ class NodeEvents:
                 self.unreadable += 1
                 continue
             last_t = record.t
-            if record.t >= self._since_t and record.kind != GoodputMeasured.kind:
+            if record.t >= self._since_t and record.kind not in (GoodputMeasured.kind, *NODE_KINDS):
                 self._keep(attempt, record)
         return [last_t] if whole > 0 and len(data) == READ_BYTES else []
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from outlast.diagnostics.config import DiagnosticsConfig
+from outlast.diagnostics.monitor import NodeCondition
 from outlast.diagnostics.report.failures import Beginning, with_failures
 from outlast.diagnostics.report.goodput import goodput_of
 from outlast.diagnostics.report.incidents import find_incidents, restarts_of
@@ -28,6 +29,7 @@ from outlast.diagnostics.report.model import (
     TimeSplit,
     Traffic,
 )
+from outlast.diagnostics.report.node_causes import NodeCauses
 from outlast.diagnostics.report.phases import SlowPhase, find_phases, phase_incidents
 from outlast.diagnostics.report.stalls import find_stalls
 from outlast.diagnostics.report.stragglers import UNKNOWN_HOST, StragglerRow, lateness_s, rank_stragglers
@@ -63,11 +65,12 @@ def build_report(run_dir: Path | str, config: DiagnosticsConfig | None = None) -
     starts = _starts(loaded, hosts, begun, began_t)
     goodput = goodput_of(loaded)
     facts = _facts(loaded, steps, starts, begun, began_t, goodput.wall_s)
-    rows = rank_stragglers(steps, hosts, config)
-    phases = find_phases(steps, hosts, rows, config)
+    causes = NodeCauses((one for one in loaded.nodes if one.kind == NodeCondition.kind), hosts)
+    rows = _with_node_causes(rank_stragglers(steps, hosts, config), steps, causes)
+    phases = find_phases(steps, hosts, rows, config, causes)
     beginnings = [Beginning(where=(one.attempt, one.generation), launched_s=one.launched_s) for one in starts]
-    found, failures = with_failures(loaded, find_incidents(loaded, steps, began_t), beginnings, hosts, began_t)
-    slow = [*phase_incidents(phases, steps, began_t), *find_stalls(steps, began_t, config, phases)]
+    found, failures = with_failures(loaded, find_incidents(loaded, steps, began_t, causes), beginnings, hosts, began_t)
+    slow = [*phase_incidents(phases, steps, began_t), *find_stalls(steps, began_t, config, phases, causes)]
     missing = [*loaded.missing, *_gaps(loaded, steps, begun)]
     return Report(
         name=run_dir.resolve().name,
@@ -87,6 +90,18 @@ def build_report(run_dir: Path | str, config: DiagnosticsConfig | None = None) -
         thresholds=config,
         missing=tuple(missing),
     )
+
+
+def _with_node_causes(rows: tuple[StragglerRow, ...], steps: Steps, causes: NodeCauses) -> tuple[StragglerRow, ...]:
+    """Stragglers with what their nodes' monitors saw while they were slow."""
+    if not causes.stretches or not steps.steps:
+        return rows
+    begin_t, end_t = float(np.nanmin(steps.values["t"])), float(np.nanmax(steps.values["t"]))
+    found = []
+    for row in rows:
+        node = causes.during(begin_t, end_t, row.rank, row.host) if row.straggler else ""
+        found.append(dataclasses.replace(row, evidence=f"{row.evidence}; {node}") if node else row)
+    return tuple(found)
 
 
 def _settings(run_dir: Path) -> DiagnosticsConfig:

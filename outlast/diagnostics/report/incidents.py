@@ -11,6 +11,7 @@ import numpy as np
 
 from outlast.diagnostics import formatting as fmt
 from outlast.diagnostics.report.load import Loaded, Steps
+from outlast.diagnostics.report.node_causes import NodeCauses
 from outlast.events import Record
 
 Severity = Literal["bad", "warn", "good"]
@@ -45,8 +46,17 @@ class Incident:
     """Whether the launcher was about to restart the ranks that failed."""
 
 
-def find_incidents(loaded: Loaded, steps: Steps, begin_t: float) -> tuple[Incident, ...]:
-    """All incidents, oldest first. The same event of several ranks, such as a restore, is one incident."""
+def find_incidents(
+    loaded: Loaded, steps: Steps, begin_t: float, causes: NodeCauses | None = None
+) -> tuple[Incident, ...]:
+    """All incidents, oldest first. The same event of several ranks, such as a restore, is one incident.
+
+    Args:
+        loaded: the run's events.
+        steps: the last execution of every step.
+        begin_t: when the run began, seconds since the epoch.
+        causes: what the nodes' monitors saw.
+    """
     found: list[Incident] = []
     grouped: dict[tuple[object, ...], list[Record]] = {}
     for attempt, record in loaded.others:
@@ -54,7 +64,7 @@ def find_incidents(loaded: Loaded, steps: Steps, begin_t: float) -> tuple[Incide
             key = (attempt, record.generation, record.kind, record.fields.get("step"), record.fields.get("reason"))
             grouped.setdefault(key, []).append(record)
         else:
-            found += _from_event(record, begin_t, loaded)
+            found += _from_event(record, begin_t, loaded, causes)
     found += [_from_checkpoint(records, begin_t) for records in grouped.values()]
     found += _restarts(loaded, begin_t)
     found += _losses(steps, begin_t)
@@ -62,10 +72,13 @@ def find_incidents(loaded: Loaded, steps: Steps, begin_t: float) -> tuple[Incide
     return tuple(found)
 
 
-def _from_event(record: Record, begin_t: float, loaded: Loaded) -> list[Incident]:
+def _from_event(record: Record, begin_t: float, loaded: Loaded, causes: NodeCauses | None) -> list[Incident]:
     at_s = record.t - begin_t
     get = record.fields.get
     if record.kind == "hang_found":
+        silent_s = float(known) if isinstance(known := get("silent_s"), (int, float)) else 0.0
+        node = causes.during(record.t - silent_s, record.t, get("culprit")) if causes is not None else ""
+        seen = f"; {node}" if node else ""
         return [
             Incident(
                 at_s=at_s,
@@ -74,12 +87,12 @@ def _from_event(record: Record, begin_t: float, loaded: Loaded) -> list[Incident
                 title=f"rank {get('culprit')} hung in step {get('step')}",
                 detail=(
                     f"killed after {_number(get('silent_s'))} s without progress (limit "
-                    f"{_number(get('limit_s'))} s): {get('evidence')}"
+                    f"{_number(get('limit_s'))} s): {get('evidence')}{seen}"
                 ),
                 step=get("step"),
                 rank=get("culprit"),
-                cause=f"rank {get('culprit')} hung in step {get('step')}: {_shortened(get('evidence'))}",
-                cost_s=silent_s if isinstance(silent_s := get("silent_s"), (int, float)) else 0.0,
+                cause=f"rank {get('culprit')} hung in step {get('step')}: {_shortened(get('evidence'))}{seen}",
+                cost_s=silent_s,
             )
         ]
     if record.kind == "workers_failed":

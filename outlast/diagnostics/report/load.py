@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from outlast.diagnostics.monitor import NodeCondition, NodeMonitored
 from outlast.errors import DiagnosticsError
 from outlast.events import GoodputMeasured, ProgramStep, Record, StepDone, parse_event
 
@@ -35,6 +36,7 @@ UNTOLD: dict[str, float] = {"loss": np.nan, "lr": np.nan} | dict.fromkeys(
     ("tokens", "data_s", "comm_s", "checkpoint_s", "codec_s", "wire_bytes", "dense_bytes"), 0.0
 )
 """Columns of a step of a program that tells nothing of itself."""
+NODE_KINDS = (NodeCondition.kind, NodeMonitored.kind)
 COLUMNS = ("attempt", "generation", "rank", "step", "t", *STEP_FIELDS, *OPTIONAL_FIELDS)
 """Of :attr:`Loaded.rows`."""
 
@@ -51,6 +53,8 @@ class Loaded:
     """What could not be read, as text for people."""
     spans: dict[int, tuple[float, float]]
     """The first and last ``t`` of each attempt's ranks."""
+    nodes: list[Record] = field(default_factory=list)
+    """What the nodes' monitors told, oldest first."""
 
 
 @dataclass(slots=True)
@@ -91,6 +95,7 @@ def load(run_dir: Path) -> Loaded:
         _read(path, attempt, table, loaded, path.relative_to(run_dir))
     loaded.rows = np.frombuffer(table, dtype=np.float64).reshape(-1, len(COLUMNS)) if table else loaded.rows
     loaded.others.sort(key=lambda item: item[1].t)
+    loaded.nodes.sort(key=lambda record: record.t)
     _note_absent(loaded, files)
     return loaded
 
@@ -118,6 +123,9 @@ def _read(path: Path, attempt: int, table: array[float], loaded: Loaded, name: P
         if record.kind == GoodputMeasured.kind:
             continue  # it is computed from the others, at some later time
         times.append(record.t)
+        if record.kind in NODE_KINDS:  # they tell of the node, whatever the ranks do
+            loaded.nodes.append(record)
+            continue
         if record.kind in (StepDone.kind, ProgramStep.kind):
             try:
                 row = row_of(attempt, record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from outlast.diagnostics import formatting as fmt
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.report.incidents import Incident
 from outlast.diagnostics.report.load import Floats, Steps
+from outlast.diagnostics.report.node_causes import NodeCauses
 from outlast.diagnostics.report.stragglers import (
     MAD_TO_SIGMA,
     Bools,
@@ -54,6 +55,8 @@ class SlowPhase:
     """Seconds that these steps took longer because of this rank alone."""
     longer: tuple[tuple[str, float], ...]
     """The parts of the step that took it longer than its median peer, in ms of the median step, largest first."""
+    node: str = ""
+    """What its node's monitor saw at the time that explains it; empty if nothing."""
 
     @property
     def which(self) -> str:
@@ -62,7 +65,11 @@ class SlowPhase:
 
 
 def find_phases(
-    steps: Steps, hosts: Hosts, rows: tuple[StragglerRow, ...], config: DiagnosticsConfig
+    steps: Steps,
+    hosts: Hosts,
+    rows: tuple[StragglerRow, ...],
+    config: DiagnosticsConfig,
+    causes: NodeCauses | None = None,
 ) -> tuple[SlowPhase, ...]:
     """The slow phases of all ranks, in the order of the steps.
 
@@ -75,6 +82,7 @@ def find_phases(
         hosts: by (attempt, generation, rank).
         rows: the verdicts over the whole run; a rank does not have to be later than stragglers.
         config: when a rank counts as a straggler.
+        causes: what the nodes' monitors saw.
     """
     if not steps.steps or len(steps.ranks) < 2:
         return ()
@@ -97,7 +105,17 @@ def find_phases(
             found[column, phase.host, phase.first_step] = phase
         if not more:
             break
-    return tuple(sorted(found.values(), key=lambda phase: (phase.first_step, phase.rank)))
+    ordered = sorted(found.values(), key=lambda phase: (phase.first_step, phase.rank))
+    if causes is None:
+        return tuple(ordered)
+    return tuple(replace(one, node=causes.during(*_times(one, steps), one.rank, one.host)) for one in ordered)
+
+
+def _times(phase: SlowPhase, steps: Steps) -> tuple[float, float]:
+    """When its first step began and its last one ended, seconds since the epoch."""
+    first, last = steps.steps.index(phase.first_step), steps.steps.index(phase.last_step)
+    t, step_s = steps.values["t"], steps.values["step_s"]
+    return float(np.nanmin(t[first])) - float(np.nanmax(step_s[first])), float(np.nanmax(t[last]))
 
 
 def _phases(
@@ -186,8 +204,7 @@ def phase_incidents(phases: tuple[SlowPhase, ...], steps: Steps, begin_t: float)
     """One incident for each slow phase, at the time when it began."""
     found = []
     for phase in phases:
-        at = steps.steps.index(phase.first_step)
-        began_t = float(np.nanmin(steps.values["t"][at])) - float(np.nanmax(steps.values["step_s"][at]))
+        began_t, _ = _times(phase, steps)
         detail = described(phase)
         found.append(
             Incident(
@@ -210,5 +227,5 @@ def described(phase: SlowPhase) -> str:
     part = f", longer in {phase.longer[0][0]} (+{phase.longer[0][1]:.1f} ms)" if phase.longer else ""
     return (
         f"{phase.median_lateness_ms:.1f} ms late in their median, the latest in {fmt.share(phase.latest_share)} of "
-        f"them{part}; {fmt.duration(phase.cost_s)} lost"
+        f"them{part}; {fmt.duration(phase.cost_s)} lost{f'; {phase.node}' if phase.node else ''}"
     )

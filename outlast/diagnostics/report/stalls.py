@@ -12,6 +12,7 @@ from outlast.diagnostics import formatting as fmt
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.report.incidents import Incident
 from outlast.diagnostics.report.load import Floats, Steps
+from outlast.diagnostics.report.node_causes import NodeCauses
 from outlast.diagnostics.report.phases import SlowPhase
 from outlast.diagnostics.report.stragglers import Bools, Indices, lateness_s, steps_after_warmup
 
@@ -23,13 +24,17 @@ HALF = 0.5
 
 
 def find_stalls(
-    steps: Steps, begin_t: float, config: DiagnosticsConfig, phases: Sequence[SlowPhase] = ()
+    steps: Steps,
+    begin_t: float,
+    config: DiagnosticsConfig,
+    phases: Sequence[SlowPhase] = (),
+    causes: NodeCauses | None = None,
 ) -> tuple[Incident, ...]:
     """Each unbroken stretch of slow steps as one incident, oldest first.
 
     A step is slow if it took ``stall_factor`` median steps, and ``stall_min_s`` more than one, on any rank; the first
     steps of a start are not counted. Many short steps in a row that are slow together are a stall, too. What a rank's
-    slow phase explains is no stall.
+    slow phase explains is no stall. What a node's monitor saw at the time is named with it.
     """
     if not steps.steps:
         return ()
@@ -44,7 +49,7 @@ def find_stalls(
     for is_slow, group in itertools.groupby(range(len(slow)), key=lambda at: bool(slow[at])):
         if is_slow:
             at = np.fromiter(group, dtype=np.int64)
-            stall = _incident(steps, at, step_s, median_s, counted, begin_t)
+            stall = _incident(steps, at, step_s, median_s, counted, begin_t, causes)
             first, last = steps.steps[int(at[0])], steps.steps[int(at[-1])]
             if not any(one.rank == stall.rank and one.first_step <= first and last <= one.last_step for one in phases):
                 found.append(stall)
@@ -65,16 +70,27 @@ def _slow_stretches(step_s: Floats, median_s: float, counted: Bools, config: Dia
     return found & counted
 
 
-def _incident(steps: Steps, at: Indices, step_s: Floats, median_s: float, counted: Bools, begin_t: float) -> Incident:
+def _incident(
+    steps: Steps,
+    at: Indices,
+    step_s: Floats,
+    median_s: float,
+    counted: Bools,
+    begin_t: float,
+    causes: NodeCauses | None,
+) -> Incident:
     first, last = steps.steps[int(at[0])], steps.steps[int(at[-1])]
     which = f"step {first}" if first == last else f"steps {first} to {last}"
     took_s = float(step_s[at].sum())
     lost_s = took_s - median_s * len(at)
     why, rank = _cause(steps, at, lost_s, counted)
     times = [float(one) for one in steps.values["t"][int(at[0])] if math.isfinite(one)]
+    began_t = min(times) - float(step_s[at[0]])
+    if causes is not None and (node := causes.during(began_t, began_t + took_s, rank)):
+        why += f"; {node}"
     cause = f"{which} stalled for {fmt.duration(lost_s)}: {why}"
     return Incident(
-        at_s=max(0.0, min(times) - float(step_s[at[0]]) - begin_t),
+        at_s=max(0.0, began_t - begin_t),
         kind="stall",
         severity="warn",
         title=f"{which} took {fmt.duration(took_s)} instead of {fmt.duration(median_s * len(at))}",
