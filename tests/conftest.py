@@ -110,6 +110,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     asked_for = os.environ.get("CI") or "slow" in item.config.option.markexpr or named
     if item.get_closest_marker("slow") and not asked_for:
         pytest.skip('slow: runs under CI=true, or with make test ARGS="-m slow"')
+    if item.get_closest_marker("brief") and asked_for and not named:
+        pytest.skip("brief: slow tests, which run here, do the same and more")
     for marker, missing in MISSING.items():
         if item.get_closest_marker(marker) and (reason := missing()):
             if os.environ.get("CI"):

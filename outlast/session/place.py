@@ -24,6 +24,11 @@ _WAYS_OUT = "Session(OTHER, ...)"
 _open: set[Path] = set()
 
 
+def run_path(run: str | os.PathLike[str] | None) -> Path:
+    """A run's directory, absolute: the one that is given, the launcher's, or ``runs/NAME`` with the script's name."""
+    return Path(run or os.environ.get(RUN_DIR) or Path("runs") / (Path(sys.argv[0]).stem or "session")).absolute()
+
+
 class RunPlace:
     """A run's directory as one rank of a session has it. Making one is collective over the ranks of ``agreement``.
 
@@ -46,7 +51,7 @@ class RunPlace:
         self, run_dir: str | os.PathLike[str] | None, place: Place, agreement: StepAgreement, *, resuming: bool
     ) -> None:
         launched = os.environ.get(RUN_DIR)
-        self.path = Path(run_dir or launched or Path("runs") / (Path(sys.argv[0]).stem or "session")).absolute()
+        self.path = run_path(run_dir)
         self._place = place
         self._stack = ExitStack()
         if self.path in _open:

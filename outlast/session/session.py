@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -20,18 +19,18 @@ from torch.optim import Optimizer
 from outlast.checkpoint import CheckpointConfig
 from outlast.comm import CommConfig
 from outlast.errors import SessionError, StateMismatch
-from outlast.events import Logged, StepDone
 from outlast.launch import Notice, find_place
 from outlast.launch.failures import RESUME_STATUS
 from outlast.session import process_group
 from outlast.session.agreement import StepAgreement
 from outlast.session.checkpoints import SessionCheckpoints
-from outlast.session.compression import attach_reducers, cost_of_step
+from outlast.session.compression import attach_reducers
 from outlast.session.deepspeed import trained
 from outlast.session.models import wrapped
 from outlast.session.place import RunPlace
 from outlast.session.settings import checkpoint_settings, named
 from outlast.session.state import SessionState
+from outlast.session.step_record import StepRecord
 
 Model = nn.Module | Mapping[str, nn.Module]
 Optimizers = Optimizer | Mapping[str, Optimizer]
@@ -169,9 +168,8 @@ class Session:
         self._done_step = 0
         self._steps_taken = False
         self._updates_before = 0  # those before the step that the loop is in
-        self._logged: dict[str, float | Tensor] = {}
+        self._record = StepRecord(self._run, self._state)
         self._wanted = False
-        self._boundary_s = 0.0
         self._inside = 0  # the step that the loop is in
         self._closed = False
         self.ending = False
@@ -228,9 +226,38 @@ class Session:
             StateMismatch: the run has done more steps already.
             SnapshotMutated: a tensor changed before its snapshot was copied.
         """
+        self.begin(last_step)
+        return self._steps()
+
+    def _steps(self) -> Iterator[int]:
+        while self._done_step < self._last_step and not self.ending:
+            yield self.begin_step()
+            self.end_step()
+
+    def begin(self, last_step: int) -> int:
+        """For a loop that is another's, such as a library's trainer: what :meth:`steps` does at first. Collective.
+
+        After it comes, for each step, :meth:`begin_step` before its first forward, and :meth:`end_step` after all that
+        it changes, which says when a notice came; and in the end ``close()``, or ``close(error)``. An example is in
+        docs/session.md.
+
+        The rest is as with :meth:`steps`: :meth:`add` before it; :meth:`log`, :meth:`save`, :meth:`evaluating`
+        after it. Random-number states are put back as they were at the :meth:`end_step` that saved them. What a loop
+        has to know before its models exist is read by :func:`~outlast.session.saved_parts.newest_parts`.
+
+        Args:
+            last_step: number of the run's last step, over all its starts; the first step is 1.
+
+        Returns:
+            The last step that is done; 0 if the run begins.
+
+        Raises:
+            SessionError, StateMismatch: see :meth:`steps`; CheckpointError, CommStateMismatch: see :meth:`resume`.
+        """
         if self._steps_taken:
             raise SessionError(
-                "session.steps() was called twice", "use one loop, or a session for each; epochs go inside the loop"
+                "session.steps() was called twice, or after session.begin()",
+                "use one loop, or a session for each; epochs go inside the loop",
             )
         self._steps_taken = True
         self.resume()
@@ -240,26 +267,56 @@ class Session:
                 "ask for more steps, or go on from an earlier checkpoint with Session(..., resume=STEP)",
             )
         self._last_step = last_step
-        self._tell_start(last_step)
-        return self._steps(last_step)
-
-    def _steps(self, last_step: int) -> Iterator[int]:
-        assert self._first_step is not None
+        self._record.tell_start(self.device, self._place, self._done_step, last_step)
         self._run.watch.begin_phase("program")
-        self._boundary_s = time.perf_counter()
-        for step in range(self._first_step, last_step + 1):
-            if self.ending:
-                return
-            self._begin_step()
-            self._inside = step
-            yield step
-            self._inside = 0
-            self._end_step(step)
-            self.ending = self._agreement.answer()
+        self._record.begin_steps()
+        return self._done_step
+
+    def begin_step(self) -> int:
+        """The next step begins: with its first forward, however many follow before its update. Returns its number.
+
+        After a notice (:attr:`ending`) a loop that cannot stop at once may take further steps.
+
+        Raises:
+            SessionError: the step before has not ended, or was the last; or the steps have not begun.
+        """
+        if self._inside or self._done_step >= self._last_step:
+            before = f"step {self._inside} has not ended" if self._inside else f"the last step is {self._last_step}"
+            raise SessionError(
+                f"session.begin_step(), but {before}",
+                "call begin(LAST_STEP) once, then begin_step() and end_step() in turns, up to that step",
+            )
+        self._agreement.ask()
+        self._updates_before = self._updates
+        self._wanted = False
+        self._record.begin_step(self._done_step + 1)
+        self._inside = self._done_step + 1
+        return self._inside
+
+    def end_step(self) -> bool:
+        """The step has ended: what it changes is changed. Saves if that is due, writes the step's event. Collective.
+
+        Returns:
+            Whether a notice came, so that the loop is to end now; as :attr:`ending`, the same on all ranks.
+
+        Raises:
+            EndedEarly, SessionError, SnapshotMutated: see :meth:`steps`; SessionError also if no step has begun.
+        """
+        if not self._inside:
+            raise SessionError("session.end_step() without a session.begin_step()", "call them in turns")
+        step, self._inside = self._inside, 0
+        self._end_step(step)
+        self.ending = self._agreement.answer()
+        return self.ending
+
+    @property
+    def done_step(self) -> int:
+        """The last step that has ended, over all starts of the run; 0 before the first."""
+        return self._done_step
 
     def log(self, **values: float | Tensor) -> None:
         """Numbers of this step, such as ``loss``, for the run's events; tensors of one element are read at its end."""
-        self._logged.update({name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()})
+        self._record.log(values)
 
     def save(self) -> None:
         """Save after this step, whether or not a checkpoint is due; call it on every rank."""
@@ -275,9 +332,10 @@ class Session:
         finally:
             watch.begin_phase("program")
 
-    def close(self) -> None:
-        """What the end of the block does if no exception ends it; see the class. Collective."""
-        self.__exit__(None, None, None)
+    def close(self, error: BaseException | None = None) -> None:
+        """What the end of the block does, if this error ends it or, with None, without one; see the class. Without an
+        error it is collective."""
+        self.__exit__(type(error) if error is not None else None, error, error.__traceback__ if error else None)
 
     def __enter__(self) -> Self:
         return self
@@ -319,67 +377,18 @@ class Session:
         if self._checkpoints is not None:
             self._checkpoints.finish(self._done_step)
 
-    def _tell_start(self, last_step: int) -> None:
-        assert self._first_step is not None
-        reducers = self._state.reducers
-        comm = "; ".join(one.config.describe() for one in reducers.values()) if reducers else "dense"
-        self._run.tell_start(
-            device=str(self.device),
-            first_step=self._first_step,
-            last_step=last_step,
-            parameters=sum(one.parameters() for one in self._state.trained),
-            comm=comm,
-        )
-        if self.rank == 0:
-            start = f"goes on after step {self._done_step}" if self._done_step else "begins"
-            ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''} ({self._place.source})"
-            print(f"outlast: {self.run_dir}: {start}; {ranks}; gradients: {comm}", file=sys.stderr, flush=True)
-
     @property
     def _updates(self) -> int:
         return sum(one.updates for one in self._state.trained)
 
-    def _begin_step(self) -> None:
-        self._agreement.ask()
-        self._updates_before = self._updates
-        self._wanted = False
-        self._logged = {}
-        scaler = self._state.scaler
-        if scaler is not None:
-            for reducer in self._state.reducers.values():
-                reducer.begin_step(self._done_step + 1, loss_scale=float(scaler.get_scale()))
-
     def _end_step(self, step: int) -> None:
         for one in self._state.trained:
             one.check_step(step)
-        cost = cost_of_step(self._state.reducers)
         self._done_step = step
-        seen_s = self._run.watch.end_step(step)
-        began = time.perf_counter()
+        began = self._record.end_update(step)
         if self._checkpoints is not None:
             self._checkpoints.save_if_due(step, wanted=self._wanted or step == self._last_step)
-        now = time.perf_counter()
-        values = {name: float(value) for name, value in self._logged.items()}
-        done = StepDone(
-            step=step,
-            loss=values.pop("loss", None),
-            lr=next((one.lr for one in self._state.trained if one.lr is not None), 0.0),
-            tokens=int(values.pop("tokens", 0)),
-            step_s=now - self._boundary_s,
-            data_s=0.0,
-            comm_s=cost.exposed_s,
-            checkpoint_s=now - began,
-            collective_s=min(max(seen_s, cost.collective_s), now - self._boundary_s),
-            codec_s=cost.codec_s,
-            wire_bytes=cost.wire_bytes,
-            dense_bytes=cost.dense_bytes,
-            alpha=cost.alpha,
-            residual=cost.residual,
-        )
-        self._boundary_s = now
-        self._run.events.write(done)
-        if values:
-            self._run.events.write(Logged(step=step, values=values))
+        done = self._record.end_step(step, began)
         if self._checkpoints is not None:
             self._checkpoints.note(done)
 

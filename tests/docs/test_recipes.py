@@ -27,7 +27,7 @@ from tests.docs.test_examples import prelude_of, run
 LAST, SAVED, KILLED = 25, 10, 14
 """Of steps: before which a loop ends, saved, and in which it is killed."""
 
-TRAINS = re.compile(r"\.(restore|load_checkpoint)\(.*10|session\.steps\(1000\)", flags=re.DOTALL)
+TRAINS = re.compile(r"\.(restore|load_checkpoint)\(.*10|session\.(steps|begin)\(1000\)", flags=re.DOTALL)
 RECIPES = {block.name: block for block in all_blocks() if block.language == "python" and TRAINS.search(block.code)}
 
 
