@@ -16,6 +16,9 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("outlast", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("outlast")
 
+# Hundreds of processes import the same modules: let the first compile them, whatever the environment says.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Ranks under test share two cores with each other and with the test itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -110,6 +113,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     asked_for = os.environ.get("CI") or "slow" in item.config.option.markexpr or named
     if item.get_closest_marker("slow") and not asked_for:
         pytest.skip('slow: runs under CI=true, or with make test ARGS="-m slow"')
+    if item.get_closest_marker("brief") and asked_for and not named:
+        pytest.skip("brief: slow tests, which run here, do the same and more")
     for marker, missing in MISSING.items():
         if item.get_closest_marker(marker) and (reason := missing()):
             if os.environ.get("CI"):

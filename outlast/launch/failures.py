@@ -7,8 +7,12 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from outlast.errors import RanksFailed
+
+if TYPE_CHECKING:
+    from outlast.diagnostics.syndromes.blame import BlameKey
 
 LAST_LINES = 3
 TAIL_BYTES = 64 << 10
@@ -59,10 +63,18 @@ class RankFailure:
     memory: str = ""
     """What the kernel's OOM killer did meanwhile."""
 
-    def sort_key(self) -> tuple[bool, bool, bool, bool, bool, int]:
+    def sort_key(self) -> tuple[BlameKey, int]:
         """Sorts the likely cause first: ranks that left, hung ones, killed ones; last those that report a lost peer."""
-        left = bool(self.desync or self.early)
-        return not left, not self.hang, self.lost_peer, self.status >= 0, not self.message, self.rank
+        from outlast.diagnostics.syndromes.blame import blame_key  # reading a command line imports no numpy
+
+        blame = blame_key(
+            left=bool(self.desync or self.early),
+            hung=bool(self.hang),
+            lost_peer=self.lost_peer,
+            status=self.status,
+            has_message=bool(self.message),
+        )
+        return blame, self.rank
 
     @property
     def lost_peer(self) -> bool:

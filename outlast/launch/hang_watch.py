@@ -27,14 +27,13 @@ from outlast.diagnostics.live import (
     ring_path,
     shm_directory,
 )
+from outlast.diagnostics.syndromes.restraint import Watcher
 from outlast.errors import DiagnosticsError, RunDirectoryError
 from outlast.launch.activity import Activity
 from outlast.launch.config import LaunchConfig
 
 _GRAIN_S = 1.0
 """The kernel's start times, and the clock that they are counted from, are coarse."""
-_LATE_S = 1.0
-"""A tick that is late by less than this is only slow."""
 _SETUP_S = 30.0
 """A set-up that is shorter than this is nothing to write about."""
 _NO_TIME_S = 1e-9
@@ -53,25 +52,19 @@ class WatchClock:
 
     def __init__(self, interval_s: float) -> None:
         self._interval_s = interval_s
-        self._lost: list[tuple[float, float]] = []  # (end, seconds) of each gap
-        self._last_s = time.monotonic()
+        self.begin()
 
     def begin(self) -> None:
         """The ranks start anew."""
-        self._lost.clear()
-        self._last_s = time.monotonic()
+        self._watcher = Watcher(interval_s=self._interval_s, last_s=time.monotonic())
 
     def tick(self) -> None:
         """The watch runs."""
-        now_s = time.monotonic()
-        late_s = now_s - self._last_s - self._interval_s
-        if late_s > _LATE_S:
-            self._lost.append((now_s, late_s))
-        self._last_s = now_s
+        self._watcher = self._watcher.tick(time.monotonic())
 
     def lost_s(self, since_s: float) -> float:
         """Seconds since ``since_s``, CLOCK_MONOTONIC, in which the watch did not run."""
-        return sum(min(lost_s, end_s - since_s) for end_s, lost_s in self._lost if end_s > since_s)
+        return self._watcher.lost_s(since_s)
 
 
 class HangWatch:

@@ -50,9 +50,13 @@ def as_list(value: Any, name: str) -> list[Any]:
 
 def as_text(value: Any, name: str) -> str:
     """A string of at most 4096 characters, all of them valid Unicode."""
-    if type(value) is not str or len(value) > _MAX_TEXT or any("\ud800" <= char <= "\udfff" for char in value):
+    if type(value) is not str or len(value) > _MAX_TEXT or not (value.isascii() or _is_unicode(value)):
         _refuse(name, value, f"a text of at most {_MAX_TEXT} characters")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def as_count(value: Any, name: str, least: int = 0, most: int = MAX_INTEGER) -> int:

@@ -178,14 +178,19 @@ def _index(
     if len(shape) != 1 or shape != chunk or dtype != torch.uint8 or len(entries) > MAX_PACKED:
         raise Malformed(f"its pack of {len(entries)} tensors has shape {shape}, chunk shape {chunk}")
     index, spans = {}, []
+    kinds: dict[str, torch.dtype] = {}  # there may be 100,000 entries, and few types
     for path, entry in entries.items():
         values = as_list(entry, "an entry of its index")
         if len(values) != 3:
             raise Malformed(f"the entry of {path[:80]!r} has {len(values)} values")
-        kind = _dtype(as_text(values[2], "dtype"), file)
-        packed = Packed(as_count(values[0], "offset"), _shape(values[1], kind, f"the shape of {path[:80]!r}"), kind)
-        index[path] = packed
-        spans.append((packed.offset, packed.offset + math.prod(packed.shape) * kind.itemsize, path))
+        offset, sizes, name = as_count(values[0], "offset"), values[1], values[2]
+        if type(name) is not str or name not in kinds:
+            kinds[name] = _dtype(as_text(name, "dtype"), file)
+        kind = kinds[name]
+        index[path] = packed = Packed(
+            offset, _shape(sizes, kind, f"the shape of {path[:80]!r}") if sizes != [] else (), kind
+        )
+        spans.append((offset, offset + math.prod(packed.shape) * kind.itemsize, path))
     end = 0
     for begin, after, path in sorted(spans):
         # One after the other: each has a copy, and together they must not take more than the pack has.
@@ -199,11 +204,12 @@ def _shape(value: Any, dtype: torch.dtype, name: str) -> tuple[int, ...]:
     sizes = as_list(value, name)
     if len(sizes) > _MAX_DIMENSIONS:
         raise Malformed(f"{name} has {len(sizes)} dimensions; at most {_MAX_DIMENSIONS} are read")
-    shape = tuple(as_count(size, name) for size in sizes)
-    # Strides of an empty tensor count its empty dimensions as 1.
-    if math.prod(max(1, size) for size in shape) * dtype.itemsize > MAX_INTEGER:
-        raise Malformed(f"{name} {shape} does not fit into memory")
-    return shape
+    elements = 1
+    for size in sizes:
+        elements *= as_count(size, name) or 1  # strides of an empty tensor count its empty dimensions as 1
+    if elements * dtype.itemsize > MAX_INTEGER:
+        raise Malformed(f"{name} {tuple(sizes)} does not fit into memory")
+    return tuple(sizes)
 
 
 def _dtype(name: str, file: str) -> torch.dtype:

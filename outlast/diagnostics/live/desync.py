@@ -110,6 +110,17 @@ def who_left(seq: int, a: Ring, b: Ring, rings: Sequence[Ring]) -> tuple[Ring, R
     shares = votes[key(mine), mine.step], votes[key(theirs), theirs.step]
     if shares[0] != shares[1]:
         return (a, b) if shares[0] < shares[1] else (b, a)
+    return decide(seq, a, b)
+
+
+def decide(seq: int, a: Ring, b: Ring) -> tuple[Ring, Ring]:
+    """The one of two that left the order at ``seq``, and the other one, where as many ranks are with each.
+
+    Both have a collective there.
+    """
+    mine, theirs = at(a, seq), at(b, seq)
+    assert mine is not None, "the rings differ there"
+    assert theirs is not None, "the rings differ there"
     usual = usual_next(a, seq)
     if usual is not None and (key(mine) == usual) != (key(theirs) == usual):
         return (b, a) if key(mine) == usual else (a, b)

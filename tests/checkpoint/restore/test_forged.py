@@ -209,8 +209,8 @@ DOCUMENTS: dict[str, tuple[str, Callable[[Record], object] | bytes]] = {
 PACKED = "packed/rank_00000.0/zarr.json"
 INDICES: dict[str, Callable[[Record], object]] = {
     "300,000 names": lambda index: index.update({f"model/n{number}": [0, [1], "float32"] for number in range(300_000)}),
-    "300,000 names without elements": lambda index: index.update(
-        {f"none/n{number}": [0, [0], "float32"] for number in range(300_000)}
+    "30,000 names without elements": lambda index: index.update(
+        {f"none/n{number}": [0, [0], "float32"] for number in range(30_000)}
     ),
     "one place for two": lambda index: index.update({"model/other": list(index[WEIGHT])}),
     "a place before the pack": lambda index: index[WEIGHT].__setitem__(0, -64),
