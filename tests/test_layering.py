@@ -15,7 +15,7 @@ import outlast
 
 FLOORS = [
     {"__main__"},
-    {"cli"},
+    {"cli", "integrations"},
     {"trainer"},
     {"session"},
     {"launch"},
@@ -100,6 +100,11 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"deepspeed"},
         {"agreement", "failure_history", "models", "process_group"},
         {"start_keys"},
+    ],
+    "integrations": [
+        {"huggingface"},
+        {"session_callback"},
+        {"trainer_state"},
     ],
     "cli": [
         {"main"},
@@ -310,6 +315,7 @@ FACES = {
     },
     "launch": {"LaunchConfig", "LaunchFlags", "LaunchSpec", "Notice", "Place", "dry_run", "find_place", "launch"},
     "session": {"Session"},
+    "integrations": set(),
     "trainer": {
         "GPT",
         "Config",
