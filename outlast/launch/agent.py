@@ -107,7 +107,7 @@ class WatchedAgent(LocalElasticAgent):
         self._watch = HangWatch(run_dir, config) if config.watch else None
         self._hung = HungRanks(self._watch, events)
         self.node = NodeWatch(run_dir, config, events, host)
-        """What this node does to its ranks."""
+        """What this node does to its ranks; whoever made the agent closes it."""
         self._notices = NoticeSpread(relay, events, host)
         self._requeues = counted_requeues(os.environ)
         self._program_runs = program_runs
@@ -306,6 +306,7 @@ class WatchedAgent(LocalElasticAgent):
         super()._shutdown(signal.SIGTERM)  # up to torch 2.11 it takes no time limit
         self._end_orphans()
         self._guard.rest()
+        self._leave_others()
 
     def _end_orphans(self) -> None:
         """End what the ranks have left behind; after success it is only told, for it may be meant to go on."""
@@ -329,11 +330,6 @@ class WatchedAgent(LocalElasticAgent):
     def ranks(self) -> tuple[int, ...]:
         """Ranks of this node in the newest start."""
         return tuple(worker.global_rank for worker in self._worker_group.workers)
-
-    def close(self) -> None:
-        """The launcher ends: so do the watch of this node, and the talk with others."""
-        self._leave_others()
-        self.node.close()
 
     def remove_shared_memory(self) -> None:
         """Remove the ranks' heartbeats and rings. After a failure they stay: they show what the ranks were doing."""

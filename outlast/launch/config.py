@@ -43,8 +43,8 @@ class LaunchConfig:
     """Seconds that its peers, inside a collective, wait for a rank that still evaluates or waits for data."""
     together_limit_s: float = 90.0
     """Seconds for which all ranks of this node may be silent in a step, if none is inside a collective: they do the
-    same, such as wait for storage. It is also the limit of a hang where nobody is seen to wait for the rank: with one
-    rank, or while the other nodes are not heard; lower it if no step there ever waits so long."""
+    same, such as wait for storage. It is also the limit of a hang on a node with one rank, where nobody is seen to
+    wait for it; lower it if no step there ever waits so long."""
     recheck_s: float = 0.3
     """Seconds between the look that finds a rank hung and the one before it is killed; a rank that moved is spared."""
     patience: float = 3.0

@@ -258,7 +258,7 @@ def _supervise(
             log.error("outlast: rank %d (pid %d) %s", failure.rank, failure.pid, failure.reason)
         raise rendezvous_failed(error, rendezvous, handler) from error
     finally:
-        agent.close()
+        agent.node.close()
         if close and agent.joined:  # never that of another job, or one that goes on without this node
             handler.shutdown()
 
