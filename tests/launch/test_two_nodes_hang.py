@@ -63,6 +63,7 @@ def test_a_rank_that_hangs_on_the_other_node(tmp_path: Path) -> None:
 def test_nobody_is_accused_after_launchers_stood_still(tmp_path: Path, whom: str) -> None:
     run, port = tmp_path / "run", free_port()
     run.mkdir()
+    (run / "steps").touch()
     words = [RANK, str(run), "300"]
     nodes = [start_node(run, node, port, *words) for node in (0, 1)]
     wait_for(lambda: (0, 1, 40) in steps(run), timeout_s=120)
