@@ -35,7 +35,7 @@ def test_fault_is_named_wherever_it_is(fault: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("fault", ["clean", "sleep before", "slow backward", "slow node", "spike", "evaluation of all"])
+@pytest.mark.parametrize("fault", ["clean", "sleep before", "slow compute", "slow node", "spike", "evaluation of all"])
 def test_other_meshes(fault: str, layout: str) -> None:
     (row,) = confusion(range(4), LAYOUTS[layout], [fault])
     assert row.right == row.total, "\n".join(row.wrong)
