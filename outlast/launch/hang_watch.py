@@ -234,7 +234,7 @@ class HangWatch:
         return tuple(one for one in culprits if one.rank not in moved)
 
     def _judge(
-        self, pids: Mapping[int, int], alone: bool, accused: Sequence[Accused]
+        self, pids: Mapping[int, int], alone: bool, accused: Sequence[Accused] = ()
     ) -> tuple[list[Observation], tuple[Culprit, ...]]:
         """What is seen now, and whom it convicts."""
         seen = [_stopped_in_step(one) for one in self.observe(pids)]

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,27 @@ def test_a_rank_that_hangs_on_the_other_node(tmp_path: Path) -> None:
     assert "stopped (state T)" in said0
     assert "killing it" not in said0, "only the culprit's node acts"
     assert said1.count("killing it") == 2
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("whom", ["the launcher of node 0", "the launcher of node 1", "all launchers and ranks"])
+def test_nobody_is_accused_after_launchers_stood_still(tmp_path: Path, whom: str) -> None:
+    run, port = tmp_path / "run", free_port()
+    run.mkdir()
+    (run / "steps").touch()
+    words = [RANK, str(run), "300"]
+    nodes = [start_node(run, node, port, *words) for node in (0, 1)]
+    wait_for(lambda: (0, 1, 40) in steps(run), timeout_s=120)
+    launchers = [job.pid for job, _ in nodes]
+    ranks = [pid for one in events(run, "workers_started") for pid in one["pids"]]
+    pids = {"the launcher of node 0": launchers[:1], "the launcher of node 1": launchers[1:]}.get(
+        whom, launchers + ranks
+    )
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(8.0)  # four times hang_floor_s
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    assert [job.wait(120) for job, _ in nodes] == [0, 0], [log.read_text() for _, log in nodes]
+    assert not events(run, "hang_found")
+    assert all("on node" not in log.read_text() for _, log in nodes)

@@ -2,6 +2,7 @@
 
 from outlast.diagnostics.monitor.collector import Collector
 from outlast.diagnostics.monitor.conditions import NodeCondition
+from outlast.diagnostics.monitor.facts import facts_of
 from outlast.diagnostics.monitor.memory import find_memory_cgroup
 from outlast.diagnostics.monitor.monitor import NodeMonitor, NodeMonitored
 from outlast.diagnostics.monitor.node_times import LeastDelay, NodeClock
@@ -17,5 +18,6 @@ __all__ = [
     "NodeMonitored",
     "NodeReport",
     "ago",
+    "facts_of",
     "find_memory_cgroup",
 ]
