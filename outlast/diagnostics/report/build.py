@@ -32,7 +32,7 @@ from outlast.diagnostics.report.model import (
 from outlast.diagnostics.report.node_causes import NodeCauses
 from outlast.diagnostics.report.phases import SlowPhase, find_phases, phase_incidents
 from outlast.diagnostics.report.stalls import find_stalls
-from outlast.diagnostics.report.stragglers import UNKNOWN_HOST, StragglerRow, lateness_s, rank_stragglers
+from outlast.diagnostics.report.stragglers import UNKNOWN_HOST, StragglerRow, lateness_s, rank_stragglers, slow_node
 from outlast.errors import DiagnosticsError
 from outlast.events import Record
 
@@ -354,7 +354,9 @@ def _verdict(
             for row in stragglers[:3]
         ]
         more = f", and {len(stragglers) - 3} more" if len(stragglers) > 3 else ""
-        return f"{'Straggler' if len(stragglers) == 1 else f'{len(stragglers)} stragglers'}: {'; '.join(parts)}{more}."
+        node = slow_node(rows)
+        told = f"Node {node} is slow: {len(stragglers)} stragglers" if node else f"{len(stragglers)} stragglers"
+        return f"{'Straggler' if len(stragglers) == 1 else told}: {'; '.join(parts)}{more}."
     if phases:
         named = "; ".join(f"rank {one.rank} on {one.host} in {one.which}" for one in phases[:3])
         more = f"; and {len(phases) - 3} more" if len(phases) > 3 else ""

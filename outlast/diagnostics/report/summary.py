@@ -8,6 +8,7 @@ from outlast.diagnostics.formatting import duration, first_and_last, share
 from outlast.diagnostics.report.failures import worst_of
 from outlast.diagnostics.report.model import GoodputSplit, Report, TimeSplit
 from outlast.diagnostics.report.phases import SlowPhase, described
+from outlast.diagnostics.report.stragglers import slow_node
 
 CAUSE_NAMES = {
     "useful": "useful steps",
@@ -91,9 +92,14 @@ def _verdict(report: Report) -> tuple[str, str]:
         first = f"Rank {row.rank} on {row.host} is a straggler{where}: {longer}"
         slow = f" It was slow in {phase.which}: {described(phase)}." if phase is not None else ""
         return first, f"{row.evidence[:1].upper()}{row.evidence[1:]}.{slow}"
+    worst = stragglers[0]
+    node = slow_node(report.stragglers)
+    if node:
+        ranks = ", ".join(str(rank) for rank in sorted(row.rank for row in stragglers))
+        first = f"Node {node} is slow: its ranks {ranks} are late, those of other nodes are not"
+        return first, f"The latest, rank {worst.rank}: {worst.evidence}."
     named = ", ".join(f"rank {row.rank} on {row.host}" for row in stragglers[:4])
     more = f" and {len(stragglers) - 4} more" if len(stragglers) > 4 else ""
-    worst = stragglers[0]
     return f"{len(stragglers)} stragglers: {named}{more}", f"The latest, rank {worst.rank}: {worst.evidence}."
 
 

@@ -10,14 +10,13 @@ import numpy as np
 from outlast.diagnostics.syndromes.causes import Cause, explain
 from outlast.diagnostics.syndromes.facts import Fact
 from outlast.diagnostics.syndromes.meetings import Meetings
+from outlast.diagnostics.syndromes.places import whole_nodes
 from outlast.diagnostics.syndromes.rules import Rules
 from outlast.diagnostics.syndromes.shift import Shifts, find_shifts, recurring
 from outlast.diagnostics.syndromes.steps import StepTimes, median_over_ranks
 from outlast.diagnostics.syndromes.trace import Bools, Floats, Ints, Trace
 from outlast.diagnostics.syndromes.verdict import Confidence, Culprit, Verdict
 
-WHOLE_NODE = 0.75
-"""A node is slow if this share of its ranks is."""
 MOST_NAMED = 8
 HELD_SHARE = 0.5
 """Its peers must wait for it for this share of its extra time; else its slowness costs nobody anything."""
@@ -129,10 +128,10 @@ def _places(trace: Trace, slow: Ints) -> list[tuple[list[int], str]]:
     places: list[tuple[list[int], str]] = []
     if len(slow) * 2 > job.world_size:  # whoever is slow then, it is not the minority that could be at fault
         return []
-    for node in np.unique(job.node_of[slow]).tolist():
-        on_node = [int(rank) for rank in slow if job.node_of[rank] == node]
-        whole = len(on_node) > 1 and len(on_node) >= WHOLE_NODE * len(job.ranks_on(node))
-        places += [(on_node, "node")] if whole else [([rank], "rank") for rank in on_node]
+    late = [int(rank) for rank in slow]
+    nodes = whole_nodes(late, {rank: job.node(rank) for rank in range(job.world_size)}) if len(late) > 1 else {}
+    places += [(ranks, "node") for ranks in nodes.values()]
+    places += [([rank], "rank") for rank in late if job.node(rank) not in nodes]
     return places[:MOST_NAMED]
 
 
