@@ -15,7 +15,7 @@ import outlast
 
 FLOORS = [
     {"__main__"},
-    {"cli"},
+    {"cli", "integrations"},
     {"trainer"},
     {"session"},
     {"launch"},
@@ -89,6 +89,10 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"deepspeed"},
         {"agreement", "failure_history", "models", "process_group"},
         {"start_keys"},
+    ],
+    "integrations": [
+        {"lightning"},
+        {"lightning_data", "lightning_limits", "lightning_state"},
     ],
     "cli": [
         {"main"},
@@ -299,6 +303,7 @@ FACES = {
     },
     "launch": {"LaunchConfig", "LaunchFlags", "LaunchSpec", "Notice", "Place", "dry_run", "find_place", "launch"},
     "session": {"Session"},
+    "integrations": set(),
     "trainer": {
         "GPT",
         "Config",
