@@ -16,6 +16,9 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("outlast", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("outlast")
 
+# Hundreds of processes import the same modules: let the first compile them, whatever the environment says.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Ranks under test share two cores with each other and with the test itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -1,7 +1,7 @@
-"""Libraries that own the training loop, with a session inside. Each is a module of its own, which imports the library
-that it is for::
+"""Libraries that own the training loop, with a session inside: Hugging Face's Trainer, and Lightning's.
 
-    from outlast.integrations.lightning import SessionCallback
+Each is a module of its own, which imports the library that it is for: :mod:`outlast.integrations.huggingface`,
+:mod:`outlast.integrations.lightning`.
 """
 
 __all__: list[str] = []

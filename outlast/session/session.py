@@ -309,6 +309,10 @@ class Session:
         self.ending = self._agreement.answer()
         return self.ending
 
+    def notice_came(self) -> bool:
+        """Whether a notice had come when this step began; as :attr:`ending`, but before its end. Collective."""
+        return self._agreement.answer()
+
     @property
     def done_step(self) -> int:
         """The last step that has ended, over all starts of the run; 0 before the first."""

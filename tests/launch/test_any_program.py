@@ -157,3 +157,16 @@ def test_a_program_that_is_not_python(tmp_path: Path) -> None:
     assert "rank 0 of 2" in said
     assert "not watched" in said
     assert not events(run, "hang_found")
+
+
+def test_how_often_it_is_looked_at_can_be_set(tmp_path: Path) -> None:
+    script = tmp_path / "plain.py"
+    script.write_text("import os, sys\nprint('looks', os.environ['OUTLAST_LOOK_EVERY_S'], 'outlast' in sys.modules)\n")
+    said = launch(tmp_path / "seldom", "--launch.look-every-s", "0.1", script)
+    assert "looks 0.1 True" in said
+    assert "is not watched" not in said
+    said = launch(tmp_path / "never", "--launch.look-every-s", "0", script)
+    assert "looks 0.0 False" in said
+    assert "plain.py is not watched, because launch.look_every_s is 0" in said
+    assert [one["ranks"] for one in events(tmp_path / "never", "workers_started")]
+    assert not events(tmp_path / "never", "run_started")

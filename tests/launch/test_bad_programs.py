@@ -151,7 +151,7 @@ def test_another_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PYTHON_EXEC", sys.executable)
     program = Program(kind="script", target=str(script))
     program.check()
-    assert program.command[0] == sys.executable
+    assert program.command()[0] == sys.executable
 
 
 def test_a_program_that_the_kernel_does_not_run(tmp_path: Path) -> None:

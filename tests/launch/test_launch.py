@@ -144,7 +144,15 @@ def test_all_ranks_wait_for_the_same_storage(tmp_path: Path) -> None:
 def test_a_rank_that_never_begins(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(RanksFailed, match=r"rank 0 on .* \(pid \d+\): hung, killed by the launcher: no heartbeat"):
-        here(run, sys.executable, "-c", "import time; time.sleep(99)", startup_limit_s=1.0, max_restarts=0)
+        here(
+            run,
+            sys.executable,
+            "-c",
+            "import time; time.sleep(99)",
+            startup_limit_s=1.0,
+            together_limit_s=1.0,
+            max_restarts=0,
+        )
     assert {record["culprit"] for record in events(run, "hang_found")} == {0, 1}
 
 

@@ -175,7 +175,8 @@ def refusals(rank: int, folder: str) -> None:
         says(CheckpointError, "DeepSpeedCheckpointEngine", "attach once", outlast.Session, own, engine)
     says(SessionError, "step 1 has ended after 1 of 2 micro-batches", "in one turn", micro_batches, own)
     with outlast.Session(own, engine, notice_grace_s=None):  # what was refused has given everything back
-        pass
+        says(CheckpointError, "engine.save_checkpoint()", "session.save()", engine.save_checkpoint, own)
+        says(CheckpointError, "engine.load_checkpoint()", "session.resume()", engine.load_checkpoint, own)
     assert "outlast" not in type(engine.checkpoint_engine).__module__
     train(saved, 2, 2)
     says(StateMismatch, "saved with ZeRO 2, and the engine has ZeRO 1", "stage = 2", train, saved, 4, 1)
@@ -185,6 +186,23 @@ def refusals(rank: int, folder: str) -> None:
         for _ in session.steps(1):
             pass
     says(StateMismatch, "not saved under DeepSpeed", "DDP or FSDP2", train, f"{folder}/ddp", 4, 2)
+
+
+def test_deepspeed_alone_opens_it(two_ranks: Ranks, tmp_path: Path) -> None:
+    two_ranks.run(opens, str(tmp_path / "run"))
+    assert [path.name for path in sorted((tmp_path / "run" / "new" / "folder").iterdir())] == ["step_00000004"]
+
+
+def opens(rank: int, run: str) -> None:
+    """With outlast as its checkpoint engine, which saves to a folder that is not there yet."""
+    train(run, 3, 2)
+    engine = engine_of(2)
+    with outlast.checkpoint.deepspeed.attach(engine):
+        engine.load_checkpoint(f"{run}/checkpoints")
+        assert engine.global_steps == 3
+        engine.backward(engine(torch.ones(16, 8)).square().mean())
+        engine.step()
+        engine.save_checkpoint(f"{run}/new/folder")
 
 
 def resumed(run: str, model: nn.Module, **settings: Any) -> None:

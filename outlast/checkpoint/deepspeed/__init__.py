@@ -1,7 +1,7 @@
 """outlast as DeepSpeed's checkpoint engine, ZeRO stages 0 to 3: the state is copied while training goes on.
 
 DeepSpeed collects the state and puts it back; :class:`Checkpointer` copies, writes, commits and verifies it. DeepSpeed
-has few extension points, so besides ``engine.checkpoint_engine`` three methods of one *object* are replaced, after a
+has few extension points, so besides ``engine.checkpoint_engine`` four methods of one *object* are replaced, after a
 check of their signatures:
 
 * ``engine.save_checkpoint``: runs DeepSpeed's own, and saves what that passes to ``save`` as one step. A
@@ -9,6 +9,7 @@ check of their signatures:
 * ``engine.load_checkpoint``: chooses a tag that is committed and undamaged on all ranks. DeepSpeed trusts a file
   ``latest``, which it overwrites in place.
 * ``engine._get_all_ckpt_names``: DeepSpeed finds its files by a glob.
+* ``engine._copy_recovery_script``: what DeepSpeed copies there does not read these checkpoints.
 
 The wait before the update needs no replaced method: right before it updates anything, ``engine.step`` asks a decoupled
 engine for what it has to commit.

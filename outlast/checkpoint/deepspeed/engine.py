@@ -53,6 +53,8 @@ class DeepSpeedCheckpointEngine:
         self._agreement = Agreement(None, dist.get_rank(), dist.get_world_size())
         self.before_update: Callable[[], object] | None = None
         """Called right before ``engine.step`` updates anything, for a Checkpointer that somebody else has."""
+        self.saved_elsewhere = False
+        """Whether somebody else has the Checkpointer: the engine's own saving and loading are refused then."""
         self._folder = ""
         self._checkpointer: Checkpointer | None = None
         self._saved_to: set[str] = set()
@@ -63,6 +65,7 @@ class DeepSpeedCheckpointEngine:
         engine.save_checkpoint = self._save_checkpoint
         engine.load_checkpoint = self._load_checkpoint
         engine._get_all_ckpt_names = self._passing.names_for
+        engine._copy_recovery_script = self._passing.copy_recovery_script
 
     # What DeepSpeed calls. Calls outside of save_checkpoint and load_checkpoint are exports, like save_16bit_model.
 
@@ -195,6 +198,7 @@ class DeepSpeedCheckpointEngine:
             CheckpointError: names the rank, DeepSpeed's file and the key.
             SnapshotMutated: a tensor of the save before was changed too early.
         """
+        self._refuse_elsewhere("save_checkpoint()", "session.save() saves after this step")
         step = int(self._engine.global_steps)
         name = f"global_step{step}" if tag is None else str(tag)
         if not save_latest:
@@ -209,17 +213,14 @@ class DeepSpeedCheckpointEngine:
                 f"step {step} was already saved as {self._tags[step]!r}, and cannot be saved as {name!r} too",
                 "save to another folder, or after the next step",
             )
-        replicated, local = self._passing.collect(self._folder, name, client_state, exclude_frozen_parameters)
+        replicated, local = self._passing.collect(name, client_state, exclude_frozen_parameters)
         checkpointer.save(step, replicated=replicated, local=local, eager=(CHANGING,))
         self._saved_to.add(self._folder)
         self._tags[step] = name
         return True
 
-    def collect(self, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The engine's state for a Checkpointer that somebody else has; collective.
-
-        Args:
-            folder: an existing one, for what DeepSpeed puts beside checkpoints.
 
         Returns:
             What to pass as ``replicated`` and ``local``, with ``CHANGING`` among ``eager``; the tensors are live.
@@ -228,7 +229,7 @@ class DeepSpeedCheckpointEngine:
             CheckpointError: names the rank, DeepSpeed's file and the key; or outlast is detached from the engine.
         """
         self._check_attached()
-        return self._passing.collect(folder, f"global_step{int(self._engine.global_steps)}", None, False)
+        return self._passing.collect(f"global_step{int(self._engine.global_steps)}", None, False)
 
     def put_back(
         self, folder: str, step: int, replicated: Mapping[str, Any], local: Callable[[int], Mapping[str, Any]]
@@ -266,6 +267,9 @@ class DeepSpeedCheckpointEngine:
         Raises:
             CheckpointError: see :meth:`Checkpointer.restore`.
         """
+        self._refuse_elsewhere(
+            "load_checkpoint()", "session.steps() and session.resume() load; earlier weights are loaded before"
+        )
         if load_module_only or (not load_optimizer_states and self._engine.zero_optimization_partition_weights()):
             raise CheckpointError(
                 "load_checkpoint resumes from a whole checkpoint, and sets newer ones aside",
@@ -329,6 +333,13 @@ class DeepSpeedCheckpointEngine:
             if name != self._folder:
                 self._folder, self._tags = name, {}
         return self._checkpointer
+
+    def _refuse_elsewhere(self, call: str, instead: str) -> None:
+        if self.saved_elsewhere:
+            raise CheckpointError(
+                f"engine.{call}, but this engine's state is part of other checkpoints, of a session or of the trainer",
+                f"leave it out: {instead}",
+            )
 
     def _check_attached(self) -> None:
         if self._closed:

@@ -33,6 +33,7 @@ SEAMS = {
         "custom_load_fn",
     ),
     "_get_all_ckpt_names": ("checkpoints_path", "tag"),
+    "_copy_recovery_script": ("save_path",),
 }
 """The engine's methods that are replaced, and their arguments."""
 
@@ -77,7 +78,7 @@ class Passing:
         self._collected[file] = state
 
     def collect(
-        self, folder: str, name: str, client_state: Mapping[str, Any] | None, exclude_frozen_parameters: bool
+        self, name: str, client_state: Mapping[str, Any] | None, exclude_frozen_parameters: bool
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The engine's state, as ``replicated`` and ``local`` of a save; collective. The tensors are live.
 
@@ -86,7 +87,8 @@ class Passing:
         """
         self._collected = {}
         try:
-            self._originals["save_checkpoint"](folder, name, dict(client_state or {}), True, exclude_frozen_parameters)
+            # It is given no folder to write to, because it writes nothing.
+            self._originals["save_checkpoint"](".", name, dict(client_state or {}), True, exclude_frozen_parameters)
             collected = self._collected
         finally:
             self._collected = None
@@ -128,6 +130,11 @@ class Passing:
             return list(self._originals["_get_all_ckpt_names"](checkpoints_path, tag))
         pattern = os.path.basename(self._engine._get_ckpt_name(checkpoints_path, tag, mp_placeholder="*"))
         return [self.loading.place(file) for file in sorted(fnmatch.filter(self.loading.owners, pattern))]
+
+    def copy_recovery_script(self, save_path: str) -> None:
+        """Leave out the scripts that DeepSpeed puts beside its checkpoints: they do not read outlast's."""
+        if not self.collecting:
+            self._originals["_copy_recovery_script"](save_path)
 
     def _owners_of_all(self, collected: Mapping[str, Any]) -> dict[str, int]:
         """The rank that saves each of DeepSpeed's files; collective, raises on all ranks."""

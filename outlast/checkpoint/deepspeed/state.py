@@ -40,6 +40,7 @@ class DeepSpeedState:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._attached = outlast.checkpoint.deepspeed.attach(engine)
+        self._attached.saved_elsewhere = True
 
     def before_update(self, wait: Callable[[], object]) -> None:
         """Have ``engine.step`` call this right before it updates anything: ``checkpointer.wait_copied``."""
@@ -56,8 +57,7 @@ class DeepSpeedState:
         Raises:
             CheckpointError: something in it cannot be stored; names the rank, DeepSpeed's file and the key.
         """
-        with tempfile.TemporaryDirectory(prefix="outlast-deepspeed-") as folder:  # it puts a script there
-            replicated, local = self._attached.collect(folder)
+        replicated, local = self._attached.collect()
         if buffers := dict(self._engine.module.named_buffers()):
             local[_BUFFERS] = buffers
         return replicated, local
