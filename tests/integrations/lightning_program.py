@@ -102,7 +102,7 @@ def main() -> None:
     dies = Dies(args.kills, args.notice_at)
     callbacks: list[Callback] = [dies]
     if not args.plain:
-        comm: Any = {"": None, "off": False}[args.comm]
+        comm: Any = {"density": float(args.comm)} if args.comm else None
         callbacks.append(SessionCallback(args.run, comm=comm, checkpoint={"every_steps": 1, "keep_last": 0}))
     trainer = Trainer(
         accelerator="cpu",
