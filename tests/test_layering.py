@@ -102,9 +102,9 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"start_keys"},
     ],
     "integrations": [
-        {"huggingface"},
+        {"accelerate", "huggingface"},
         {"session_callback"},
-        {"trainer_state"},
+        {"trainer_state", "wrappers"},
     ],
     "cli": [
         {"main"},
