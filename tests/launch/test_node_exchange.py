@@ -143,7 +143,8 @@ def test_a_store_that_stands_still_holds_up_neither_the_end_nor_the_exit() -> No
             process.kill()
 
 
-def test_a_launcher_that_stands_still_says_nothing_new(tmp_path: Path) -> None:
+def test_a_launcher_that_stands_still_says_nothing_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outlast.launch.other_nodes.CLOCKS_EVERY_S", 0.0)
     store = HashStore()
     (tmp_path / "events").mkdir()
 
@@ -164,7 +165,6 @@ def test_a_launcher_that_stands_still_says_nothing_new(tmp_path: Path) -> None:
 
     with EventLog(tmp_path / "events" / "agent_a.jsonl", rank=-1) as log:
         first, second = other(0, log), other(1, log)
-        first._clocks_at_s -= 60.0
         first.start()
         second.start()
         first.look([0], [], [])
