@@ -33,6 +33,9 @@ ELSEWHERE = {
     "outlast launch --nproc-per-node 2 --run-dir runs/hf_trainer examples/hf_trainer.py runs/hf_trainer": (
         "tests/integrations/test_examples.py"
     ),
+    "outlast launch --nproc-per-node 2 --run-dir runs/accelerate examples/accelerate_loop.py runs/accelerate": (
+        "tests/integrations/test_examples.py"
+    ),
     "outlast launch --nproc-per-node 2 --export.prometheus-port 9464 train.py --lr 3e-4": (
         "tests/launch/test_exporting.py, on a free port"
     ),

@@ -102,9 +102,9 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"start_keys"},
     ],
     "integrations": [
-        {"huggingface", "lightning"},
-        {"session_callback", "lightning_data", "lightning_limits", "lightning_state"},
-        {"trainer_state"},
+        {"accelerate", "huggingface", "lightning"},
+        {"lightning_data", "lightning_limits", "lightning_state", "session_callback"},
+        {"trainer_state", "wrappers"},
     ],
     "cli": [
         {"main"},

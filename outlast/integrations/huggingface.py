@@ -9,8 +9,6 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from accelerate.optimizer import AcceleratedOptimizer
-from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
@@ -19,6 +17,7 @@ from outlast.comm import CommConfig
 from outlast.errors import SessionError
 from outlast.integrations.session_callback import SessionCallback, WentElsewhere
 from outlast.integrations.trainer_state import Position
+from outlast.integrations.wrappers import bare_optimizer, without_compile
 from outlast.session import Session
 from outlast.session.compression import GRADIENTS
 from outlast.session.saved_parts import newest_parts
@@ -72,8 +71,8 @@ def train(
         def open_session(which: Literal["auto", "never"] | int = resume) -> Session:
             session = Session(
                 run,
-                _inside(trainer.model_wrapped),
-                _bare(trainer.optimizer),
+                without_compile(trainer.model_wrapped),
+                bare_optimizer(trainer.optimizer),
                 comm=comm,
                 checkpoint=checkpoint,
                 resume=which,
@@ -150,17 +149,3 @@ def _comm_for(trainer: Trainer, comm: Comm) -> Comm:
             "'ef21'}",
         )
     return comm
-
-
-def _inside(model: Any) -> Any:
-    """Without torch.compile around it."""
-    while hasattr(model, "_orig_mod"):
-        model = model._orig_mod
-    return model
-
-
-def _bare(optimizer: Optimizer | None) -> Optimizer | None:
-    """Without Accelerate's wrapper."""
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    return optimizer

@@ -22,7 +22,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("lightning")
 
 
-@pytest.mark.parametrize("name", ["hf_trainer", "lightning_module"])
+@pytest.mark.parametrize("name", ["accelerate_loop", "hf_trainer", "lightning_module"])
 def test_the_page_shows_what_the_example_adds(name: str) -> None:
     source = (ROOT / "examples" / f"{name}.py").read_text()
     marked = [line.partition("  # outlast")[0].strip() for line in source.splitlines() if "  # outlast" in line]
@@ -32,14 +32,13 @@ def test_the_page_shows_what_the_example_adds(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hf_trainer", "lightning_module"])
-def test_it_learns_although_a_rank_is_killed(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["accelerate_loop", "hf_trainer", "lightning_module"])
     (line,) = [line for line in PAGE.read_text().splitlines() if line.startswith("outlast") and f"{name}.py" in line]
     words = shlex.split(line)
     words[2:2] = ["--max-restarts", "1", "--launch.backoff-s", "0"]
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     env = clean_env(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", PYTHONPATH=str(ROOT))
-    run = tmp_path / "runs" / name
+    run = tmp_path / words[words.index("--run-dir") + 1]
     with open(tmp_path / "log", "w+") as log:
         job = subprocess.Popen(words, cwd=tmp_path, env=env, text=True, stdout=log, stderr=log)
         try:
@@ -51,7 +50,7 @@ def test_it_learns_although_a_rank_is_killed(tmp_path: Path, name: str) -> None:
             job.kill()
         said = Path(log.name).read_text()
     (loss, step) = re.findall(r"loss ([\d.]+) after step (\d+)", said)[-1]
-    assert float(loss) < 3.6, "of 5.6 at the start"
+    assert float(loss) < learned
     assert steps_saved(run)[-1] == int(step)
     assert len(events(run, "workers_failed")) == 1
     report = json.loads(outlast("report", run, "--json").stdout)

@@ -19,6 +19,8 @@ OVERLAP_SHARE = 0.1
 STEADIER = 0.8
 """It waits for something else than the call before, or for nothing, if that spreads so much less."""
 LEAST_PAIRS = 20
+GRAIN_S = 1e-5
+"""Times are not told apart more finely."""
 MOST_RANKS = 256
 """Ranks whose calls are looked at; others are taken to be alike."""
 NOTHING, THE_CALL, ALL, ALL_BEFORE = range(4)
@@ -132,7 +134,7 @@ def _places(calls: Calls, one: Ints, after: Ints, place: Ints, ends: Floats, at:
     count, total = np.bincount(which, minlength=places), np.bincount(place, minlength=places)
     spread = np.full((len(ends), places), np.inf)
     for what, end_s in enumerate(ends):
-        over = np.bincount(place[enter_s < end_s], minlength=places) > OVERLAP_SHARE * np.maximum(total, 1)
+        over = np.bincount(place[enter_s < end_s - GRAIN_S], minlength=places) > OVERLAP_SHARE * np.maximum(total, 1)
         rest = (enter_s - np.maximum(end_s, calls.enter_s[one]))[order]
         with np.errstate(invalid="ignore"):
             found = _medians(np.abs(np.diff(rest))[alike], which, places)

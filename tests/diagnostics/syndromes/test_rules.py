@@ -19,6 +19,7 @@ from outlast.diagnostics.syndromes.slow import median_of_others
 from outlast.diagnostics.syndromes.trace import Links, Trace
 from outlast.diagnostics.syndromes.verdict import Culprit, named
 from tests.diagnostics.syndromes.cases import CASES
+from tests.diagnostics.syndromes.sharded import sharded_trace
 from tests.diagnostics.syndromes.traces import Fault, Layout, Simulation
 
 NODES = tuple("abcdefgh")
@@ -184,3 +185,19 @@ def test_facts_of_another_rank_or_time_explain_nothing() -> None:
 def test_ranks_are_put_into_words_briefly() -> None:
     said = [named(one) for one in ((3,), (1, 4), (0, 1, 2, 3), (1, 4, 9), tuple(range(0, 40, 2)))]
     assert said == ["3", "1 and 4", "0 to 3", "1, 4 and 9", "0, 2, 4 and 17 more"]
+
+
+@pytest.mark.parametrize("slow", [None, 3])
+def test_a_sharded_job_whose_gathers_run_ahead(slow: int | None) -> None:
+    for seed in range(3):
+        said = [one for one in analyse(sharded_trace(seed, slow=slow)) if one.confidence != "weak"]
+        assert [one.culprit.ranks for one in said] == ([] if slow is None else [(slow,)])
+
+
+@pytest.mark.slow
+def test_one_rank_of_four_thousand_is_found() -> None:
+    layout = Layout(nodes=512, per_node=8, tp=8, pp=8)
+    fault = Fault(kind="slow_backward", rank=2730, step=10, factor=4.0)
+    simulation = Simulation(layout, 1, fault, steps=18).run()
+    (verdict,) = analyse(simulation.trace(float(simulation.t.max()) + 0.01))
+    assert (verdict.culprit.ranks, verdict.step) == ((2730,), 10)
