@@ -114,8 +114,8 @@ def main() -> None:
             for key in ("wall_s", "cpu_s"):
                 unwatched, *others = told[key].items()
                 print(f"{way:12} {key:6} {1e3 * unwatched[1]:7.1f} ms unwatched", end="")
-                for name, one in others:
-                    print(f"; {name} x {one['ratio']:.4f} ({one['lowest']:.4f} to {one['highest']:.4f})", end="")
+                for which, one in others:
+                    print(f"; {which} x {one['ratio']:.4f} ({one['lowest']:.4f} to {one['highest']:.4f})", end="")
                 print(f"; {given.rounds} rounds", flush=True)
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
