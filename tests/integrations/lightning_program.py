@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
+from examples.lightning_module import Characters, Text
 from outlast.integrations.lightning import SessionCallback
 from tests.session.program import digest, kill_due
 
@@ -96,6 +97,7 @@ def main() -> None:
     words.add_argument("--kills", type=Path)
     words.add_argument("--notice-at", type=int, default=0)
     words.add_argument("--plain", action="store_true", help="without outlast")
+    words.add_argument("--characters", action="store_true", help="the example's model and text")
     words.add_argument("--epochs", type=int, default=3)
     args = words.parse_args()
     seed_everything(0)
@@ -103,7 +105,7 @@ def main() -> None:
     callbacks: list[Callback] = [dies]
     if not args.plain:
         comm: Any = {"density": float(args.comm)} if args.comm else None
-        callbacks.append(SessionCallback(args.run, comm=comm, checkpoint={"every_steps": 1, "keep_last": 0}))
+        callbacks.append(SessionCallback(args.run, comm=comm, checkpoint={"every_steps": 1, "keep_last": 2}))
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
@@ -114,13 +116,17 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         max_epochs=args.epochs,
-        val_check_interval=4,
+        val_check_interval=1.0 if args.characters else 4,
     )
-    net = Net(128)
-    trainer.fit(net, loader(1, 16 * 10 * 2), loader(2, 64, ordered=True))
+    net: Any = Net(128)
+    if args.characters:
+        net = Characters()
+        trainer.fit(net, DataLoader(Text(0, 1600), batch_size=16), DataLoader(Text(9600, 64), batch_size=16))
+    else:
+        trainer.fit(net, loader(1, 16 * 10 * 2), loader(2, 64, ordered=True))
     if trainer.global_rank == 0:
         print(f"loss {float(trainer.callback_metrics['val_loss']):.6f}", flush=True)
-        print(f"end {digest(net)} {net.seen:.6f} {dies.validations} {trainer.global_step}", flush=True)
+        print(f"end {digest(net)} {getattr(net, 'seen', 0):.6f} {dies.validations} {trainer.global_step}", flush=True)
 
 
 if __name__ == "__main__":

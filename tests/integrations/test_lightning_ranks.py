@@ -24,7 +24,7 @@ def launched(run: Path, *words: str | Path, restarts: int = 0, status: int = 0) 
     return (float(found[1]), found[2]) if found else (0.0, said)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_compressed_killed_and_noticed(tmp_path: Path) -> None:
     """Killed inside an epoch, and in another one; in the last one a notice comes."""
     loss, straight = launched(tmp_path / "straight")
@@ -42,3 +42,12 @@ def test_compressed_killed_and_noticed(tmp_path: Path) -> None:
     assert {one["step"] for one in steps} == set(range(1, steps_saved(run)[-1] + 1))
     assert all(one["loss"] > 0 for one in steps)
     assert sum(one["wire_bytes"] for one in steps) < 0.5 * sum(one["dense_bytes"] for one in steps)
+
+
+@pytest.mark.soak
+def test_it_learns_as_dense_does(tmp_path: Path) -> None:
+    """Dense it is Lightning alone."""
+    dense, _ = launched(tmp_path / "dense", "--characters", "--plain")
+    loss, _ = launched(tmp_path / "run", "--characters", "--comm", "0.05")
+    assert dense < 3.0, "of 5.5 at the start"
+    assert loss < 1.02 * dense
