@@ -91,7 +91,7 @@ def main() -> None:
     )
     train = DataLoader(Text(0, 1600), batch_size=16, shuffle=True)
     trainer.fit(module, train, DataLoader(Text(9600, 64), batch_size=16))
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and "val_loss" in trainer.callback_metrics:  # not if nothing was left to do
         loss = float(trainer.callback_metrics["val_loss"])
         print(f"loss {loss:.4f} after step {trainer.global_step}", flush=True)
 
