@@ -121,7 +121,11 @@ def test_lightning_is_deterministic_and_a_session_changes_nothing(tmp_path: Path
     assert trained(None) == trained(None) == trained(tmp_path / "run")
 
 
-@pytest.mark.parametrize(("train", "step"), [(with_generator, 7), (stateful, 7), (stateful, 5), (stream, 7)], ids=str)
+@pytest.mark.parametrize(
+    ("train", "step"),
+    [(with_generator, 7), (stateful, 7), (stateful, 5), (stream, 7)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_with_whatever_loader(tmp_path: Path, train: Any, step: int) -> None:
     end = {"max_epochs": -1, "max_steps": 9} if train is stream else {}
     goes_on(tmp_path, [step], train, **end)
