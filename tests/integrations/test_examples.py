@@ -33,7 +33,12 @@ def test_the_page_shows_what_the_example_adds(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "learned"), [("accelerate_loop", 0.1), ("hf_trainer", 3.6), ("lightning_module", 3.1)]
+    ("name", "learned"),
+    [
+        pytest.param("accelerate_loop", 0.1, marks=pytest.mark.soak),
+        ("hf_trainer", 3.6),
+        ("lightning_module", 3.1),
+    ],
 )
 def test_it_learns_although_a_rank_is_killed(tmp_path: Path, name: str, learned: float) -> None:
     (line,) = [line for line in PAGE.read_text().splitlines() if line.startswith("outlast") and f"{name}.py" in line]
