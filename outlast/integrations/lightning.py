@@ -22,12 +22,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from outlast.checkpoint import CheckpointConfig
-from outlast.comm import CommConfig
 from outlast.integrations.lightning_data import DataPosition
 from outlast.integrations.lightning_limits import comm_for, last_step_of, refuse, refuse_start
 from outlast.integrations.lightning_state import TrainerPart
 from outlast.launch.notice_signals import NOTICES
 from outlast.session import Session
+from outlast.session.compression import Comm
 
 
 class SessionCallback(Checkpoint):  # type: ignore[misc]
@@ -67,7 +67,7 @@ class SessionCallback(Checkpoint):  # type: ignore[misc]
         self,
         run: str | os.PathLike[str] | None = None,
         *,
-        comm: CommConfig | Mapping[str, Any] | Literal[False] | None = None,
+        comm: Comm = None,
         checkpoint: CheckpointConfig | Mapping[str, Any] | Literal[False] | None = None,
         resume: Literal["auto", "never"] | int = "auto",
         notice_grace_s: float | None = 25.0,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
-
 import lightning.pytorch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -15,11 +12,9 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from outlast.comm import CommConfig
 from outlast.errors import SessionError
-from outlast.session.compression import GRADIENTS
+from outlast.session.compression import Comm, is_of_updates, of_gradients
 
-Comm = CommConfig | Mapping[str, Any] | Literal[False] | None
 _STEP_OUTSIDE = (LearningRateFinder, BatchSizeFinder)
 _REPLACE_OPTIMIZERS = (StochasticWeightAveraging, BaseFinetuning)
 
@@ -41,7 +36,7 @@ def refuse(trainer: Trainer) -> None:
         raise SessionError(
             f"SessionCallback under {type(strategy).__name__}",
             'use strategy="ddp" or a single device; FSDP2 and DeepSpeed work in a loop of your own, with '
-            "outlast.Session or examples/deepspeed_loop.py",
+            "outlast.Session, as in examples/fsdp_loop.py and examples/deepspeed_loop.py",
         )
     started = getattr(strategy, "_start_method", "popen")
     if started != "popen":
@@ -95,18 +90,12 @@ def comm_for(trainer: Trainer, module: LightningModule, comm: Comm) -> Comm:
         )
     if not trainer.gradient_clip_val:
         return comm
-    if comm is None:
-        return GRADIENTS
-    settings = dict(comm) if isinstance(comm, Mapping) else {}
-    if isinstance(comm, Mapping) and "target" not in settings:
-        return GRADIENTS | settings
-    target = comm.target if isinstance(comm, CommConfig) else settings["target"]
-    if target == "update":
+    if is_of_updates(comm):
         raise SessionError(
             f"SessionCallback: gradient_clip_val = {trainer.gradient_clip_val} would clip averaged updates",
             'leave clipping out, or compress gradients: comm={"target": "gradient", "feedback": "ef21"}',
         )
-    return comm
+    return of_gradients(comm)
 
 
 def last_step_of(trainer: Trainer) -> int:

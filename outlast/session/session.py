@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from outlast.checkpoint import CheckpointConfig
-from outlast.comm import CommConfig
 from outlast.errors import SessionError, StateMismatch
 from outlast.launch import Notice, find_place
 from outlast.launch.failures import RESUME_STATUS
 from outlast.session import process_group
 from outlast.session.agreement import StepAgreement
 from outlast.session.checkpoints import SessionCheckpoints
-from outlast.session.compression import attach_reducers
+from outlast.session.compression import Comm, attach_reducers
 from outlast.session.deepspeed import trained
 from outlast.session.models import wrapped
 from outlast.session.place import RunPlace
@@ -95,7 +94,7 @@ class Session:
         model: Model,
         optimizer: Optimizers | None = None,
         *,
-        comm: CommConfig | Mapping[str, Any] | Literal[False] | None = None,
+        comm: Comm = None,
         checkpoint: CheckpointConfig | Mapping[str, Any] | Literal[False] | None = None,
         resume: Literal["auto", "never"] | int = "auto",
         notice_grace_s: float | None = 25.0,
@@ -118,7 +117,7 @@ class Session:
         run: str | os.PathLike[str] | None,
         models: Mapping[str, nn.Module],
         optimizers: Mapping[str, Optimizer],
-        comm: CommConfig | Mapping[str, Any] | Literal[False] | None,
+        comm: Comm,
         config: CheckpointConfig | None,
         notice_grace_s: float | None,
         timeout_s: float,

@@ -16,7 +16,7 @@ import pytest
 
 from outlast.diagnostics.live import clear, shm_directory
 from outlast.diagnostics.monitor import NodeCondition, NodeMonitor
-from tests.diagnostics.monitor.nodes import quota_group
+from tests.cpu_quota import quota_group
 from tests.helpers import wait_for
 
 RANK = """
