@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from torch import Tensor
 
 from outlast.checkpoint import CheckpointConfig
@@ -83,6 +83,7 @@ class SessionCallback(Checkpoint):  # type: ignore[misc]
         self._inside = False  # a step, whose update
         self._updated = False  # is made
         self._updates = 0  # by Lightning's count
+        self._averages = False  # weights are replaced by their averages when training ends
         self._session: Session | None = None
         self._part: TrainerPart
         self._data: DataPosition
@@ -115,6 +116,7 @@ class SessionCallback(Checkpoint):  # type: ignore[misc]
         if scaler is not None:
             session.add(scaler=scaler)
         self._part, self._data = TrainerPart(trainer), DataPosition(trainer)
+        self._averages = any(isinstance(one, WeightAveraging) for one in trainer.callbacks)
         session.add(**self._parts)
         session.add(replicated=False, lightning=self._part, data=self._data)
         self._updates = 0
@@ -190,7 +192,10 @@ class SessionCallback(Checkpoint):  # type: ignore[misc]
         if not self._inside or not self._updated:
             return
         self._inside = False
-        if self.session.end_step():
+        ending = self.session.end_step()
+        if self._averages:
+            self.session.wait_copied()
+        if ending:
             self._close(None)  # with SystemExit(75), unless this was the last step
 
     def _close(self, error: BaseException | None) -> None:

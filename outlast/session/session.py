@@ -325,9 +325,23 @@ class Session:
         """Save after this step, whether or not a checkpoint is due; call it on every rank."""
         self._wanted = True
 
+    def wait_copied(self) -> None:
+        """Wait until the last save needs no tensor any more. An optimizer's update does it by itself; call it before
+        anything else changes what is saved.
+
+        Raises:
+            SnapshotMutated: a tensor was changed too early; the save is given up.
+        """
+        if self._checkpoints is not None:
+            self._checkpoints.wait_copied()
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation inside a step: ``outlast launch`` gives it the time that a pause takes, not that of a step."""
+        """Evaluation inside a step: ``outlast launch`` gives it the time that a pause takes, not that of a step.
+
+        What is saved may be changed in it and put back, as averaged weights are: see :meth:`wait_copied`.
+        """
+        self.wait_copied()
         watch = self._run.watch
         watch.begin_phase("eval")
         try:

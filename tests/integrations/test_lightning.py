@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from outlast.checkpoint.tools import list_steps
+from outlast.checkpoint.save.snapshot import Snapshot
+from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import SessionError, StateMismatch
 from outlast.integrations.lightning import SessionCallback
 from outlast.integrations.lightning_limits import refuse
@@ -138,6 +140,28 @@ def average() -> list[Callback]:
 def test_accumulation_and_what_callbacks_have(tmp_path: Path) -> None:
     """Averaged weights are in what that callback adds to Lightning's checkpoints."""
     goes_on(tmp_path, [2], accumulate_grad_batches=2, more=average)
+
+
+@pytest.mark.parametrize("settings", [{"accumulate_grad_batches": 2, "max_epochs": 1}, {"max_steps": 4}])
+def test_averages_take_the_weights_place_when_they_are_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, int]
+) -> None:
+    """In a validation after a batch without an update, and where training ends inside an epoch."""
+
+    class Slow(Callback):
+        def on_validation_batch_start(self, trainer: Any, module: Any, *batch: Any) -> None:
+            time.sleep(0.2)
+
+    copy = Snapshot.copy
+
+    def slowly(self: Snapshot, *args: Any, **more: Any) -> Any:
+        time.sleep(0.05)
+        return copy(self, *args, **more)
+
+    monkeypatch.setattr(Snapshot, "copy", slowly)
+    trained(tmp_path / "run", more=[*average(), Slow()], **settings)
+    place = tmp_path / "run" / "checkpoints"
+    assert all(verify(place, one.step).ok for one in list_steps(place))
 
 
 def test_stopped_early_it_ends(tmp_path: Path) -> None:
