@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("lightning", reason="lightning is not installed: pip install 'outlast[lightning]'")
 
@@ -235,8 +236,12 @@ def test_refused_before_anything_is_begun(
         callbacks=callbacks,
         plugins=[LightningEnvironment()],
     )
-    with pytest.raises(SessionError, match=said):
-        trainer.fit(net, Source(train), ckpt_path=path)
+    try:
+        with pytest.raises(SessionError, match=said):
+            trainer.fit(net, Source(train), ckpt_path=path)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # Lightning leaves its strategy's
     assert not (tmp_path / "run").exists()
 
 
