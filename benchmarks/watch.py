@@ -31,7 +31,7 @@ PROGRAM = Path(__file__).with_name("watch_program.py")
 STEP_S = 0.1
 EVERY = (0.0, 0.01, 0.1)
 """Seconds between two looks: unwatched, the default, sampled."""
-TRIAL_SIZE, TRIAL_STEPS = 64, 10
+TRIALS, TRIAL_SIZE, TRIAL_STEPS = 3, 64, 10
 _LIMIT_S = 300
 
 
@@ -76,8 +76,9 @@ def measure(folder: Path, way: str, size: int, steps: int, every_s: float) -> di
 
 def in_turns(folder: Path, way: str, rounds: int, steps: int) -> dict[str, Any]:
     """Unwatched, looked at at both intervals, as often as there are rounds; which comes first rotates."""
-    trial_s = measure(folder, way, TRIAL_SIZE, TRIAL_STEPS, 0)["wall_s"]
-    size = max(1, round(TRIAL_SIZE * STEP_S / trial_s))
+    size = TRIAL_SIZE
+    for _ in range(TRIALS):  # a part of a step does not grow with the size
+        size = max(1, round(size * STEP_S / measure(folder, way, size, TRIAL_STEPS, 0)["wall_s"]))
     found: dict[float, list[dict[str, float]]] = {every_s: [] for every_s in EVERY}
     for number in range(rounds):
         first = number % len(EVERY)
@@ -114,8 +115,8 @@ def main() -> None:
             for key in ("wall_s", "cpu_s"):
                 unwatched, *others = told[key].items()
                 print(f"{way:12} {key:6} {1e3 * unwatched[1]:7.1f} ms unwatched", end="")
-                for name, one in others:
-                    print(f"; {name} x {one['ratio']:.4f} ({one['lowest']:.4f} to {one['highest']:.4f})", end="")
+                for which, one in others:
+                    print(f"; {which} x {one['ratio']:.4f} ({one['lowest']:.4f} to {one['highest']:.4f})", end="")
                 print(f"; {given.rounds} rounds", flush=True)
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")

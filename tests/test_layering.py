@@ -102,8 +102,8 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"start_keys"},
     ],
     "integrations": [
-        {"accelerate", "huggingface"},
-        {"session_callback"},
+        {"accelerate", "huggingface", "lightning"},
+        {"lightning_data", "lightning_limits", "lightning_state", "session_callback"},
         {"trainer_state", "wrappers"},
     ],
     "cli": [

@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 from outlast.checkpoint import CheckpointConfig
 from outlast.checkpoint.rng import load_rng_state, rng_state
-from outlast.comm import CommConfig
 from outlast.errors import SessionError
 from outlast.integrations.wrappers import bare_optimizer, without_compile
 from outlast.session import Session
+from outlast.session.compression import Comm
 
 _SERVED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -53,7 +53,7 @@ class AcceleratedSession(Session):
         model: nn.Module,
         optimizer: Optimizer | None = None,
         *,
-        comm: CommConfig | Mapping[str, Any] | Literal[False] | None = None,
+        comm: Comm = None,
         checkpoint: CheckpointConfig | Mapping[str, Any] | Literal[False] | None = None,
         resume: Literal["auto", "never"] | int = "auto",
         notice_grace_s: float | None = 25.0,

@@ -13,16 +13,13 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from outlast.checkpoint import CheckpointConfig
-from outlast.comm import CommConfig
 from outlast.errors import SessionError
 from outlast.integrations.session_callback import SessionCallback, WentElsewhere
 from outlast.integrations.trainer_state import Position
 from outlast.integrations.wrappers import bare_optimizer, without_compile
 from outlast.session import Session
-from outlast.session.compression import GRADIENTS
+from outlast.session.compression import Comm, is_of_updates, of_gradients
 from outlast.session.saved_parts import newest_parts
-
-Comm = CommConfig | Mapping[str, Any] | Literal[False] | None
 
 
 def train(
@@ -79,11 +76,11 @@ def train(
                 notice_grace_s=notice_grace_s,
             )
             try:
-                if trainer.lr_scheduler is not None:
-                    parts["scheduler"] = trainer.lr_scheduler
-                if trainer.accelerator.scaler is not None:
-                    parts["scaler"] = trainer.accelerator.scaler
                 session.add(**parts)
+                if trainer.lr_scheduler is not None:
+                    session.add(scheduler=trainer.lr_scheduler)
+                if trainer.accelerator.scaler is not None:
+                    session.add(scaler=trainer.accelerator.scaler)
             except SessionError as error:
                 session.close(error)
                 raise
@@ -116,8 +113,7 @@ def _refuse(trainer: Trainer) -> None:
     refused = {
         "DeepSpeed": (
             trainer.is_deepspeed_enabled,
-            "use outlast.comm.attach(engine) and outlast.checkpoint.deepspeed in a loop of your own, as in "
-            "examples/deepspeed_loop.py",
+            "give a Session what deepspeed.initialize returns, in a loop of your own, as in examples/deepspeed_loop.py",
         ),
         "FSDP": (trainer.is_fsdp_enabled, "train with DDP, or shard with fully_shard in a loop of your own"),
         "auto_find_batch_size": (args.auto_find_batch_size, "choose per_device_train_batch_size"),
@@ -135,17 +131,13 @@ def _comm_for(trainer: Trainer, comm: Comm) -> Comm:
     Raises:
         SessionError: updates were to be compressed, and the Trainer clips.
     """
-    clips = trainer.args.max_grad_norm > 0
-    if comm is False or not clips:
+    if trainer.args.max_grad_norm <= 0:
         return comm
-    if comm is None or (not isinstance(comm, CommConfig) and "target" not in comm):
-        return {**GRADIENTS, **(comm or {})}
-    target = comm.target if isinstance(comm, CommConfig) else comm["target"]
-    if target == "update":
+    if is_of_updates(comm):
         raise SessionError(
             f"comm.target = 'update' with max_grad_norm = {trainer.args.max_grad_norm:g}: what ranks average is an "
             "update then, which must not be clipped like a gradient",
             "set TrainingArguments(max_grad_norm=0), or compress gradients: comm={'target': 'gradient', 'feedback': "
             "'ef21'}",
         )
-    return comm
+    return of_gradients(comm)

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from outlast.checkpoint.peers.collectives import Agreement
 from outlast.errors import SessionError, StateMismatch
 
 _HOOK = "_load_from_checkpoint"
@@ -45,7 +44,8 @@ class TrainerPart:
             one for one in [*trainer.callback_handler.callbacks, trainer.control] if isinstance(one, ExportableState)
         ]
         state = dataclasses.replace(trainer.state, stateful_callbacks=stateful)
-        text = _of_rank_0(json.dumps(dataclasses.asdict(state)), trainer.args.device)
+        agreement = Agreement(None, trainer.args.process_index, trainer.args.world_size)
+        text = agreement.broadcast_text(json.dumps(dataclasses.asdict(state)))
         return {"json": text, "fetched": self.fetched}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -121,19 +121,6 @@ class Position:
                 "ask for more steps, or go on from an earlier checkpoint with train(..., resume=STEP)",
             )
         return self.step if self.step < last else epochs * steps_per_epoch
-
-
-def _of_rank_0(text: str, device: torch.device) -> str:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return text
-    own = text.encode()
-    size = torch.tensor(len(own), device=device)
-    dist.broadcast(size, src=0)
-    letters = torch.zeros(int(size), dtype=torch.uint8, device=device)
-    if dist.get_rank() == 0:
-        letters.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
-    dist.broadcast(letters, src=0)
-    return bytes(letters.cpu().numpy()).decode()
 
 
 def _load_nothing(resume_from_checkpoint: str, model: Any = None) -> None:

@@ -10,13 +10,18 @@ Messages carry the run's MAC, and a number that grows, so that nobody who merely
 from __future__ import annotations
 
 import logging
+import os
 import random
+import socket
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
 
+from outlast.launch.failures import first_line
 from outlast.launch.ports import fail_when_silent, sockets_of
 from outlast.launch.sealed import Seal
 
@@ -25,6 +30,10 @@ STORE_LIMIT_S = 10.0
 """How long the store may take to answer."""
 RETRY_S = 2.0
 """After it did not."""
+TOLD_AFTER_S = 20.0
+"""A store that is lost for longer is told of."""
+REACH_S = 2.0
+"""How long a new connection may take."""
 NODES_PER_S = 500
 """Messages that node 0 reads a second; a larger job has longer intervals."""
 
@@ -58,6 +67,8 @@ class NodeExchange:
         read: Callable[[int, bytes], None],
     ) -> None:
         self._shared = store
+        self._port = store.port if isinstance(store, dist.TCPStore) else None  # type: ignore[attr-defined]
+        self._before = sockets_of(self._port) if self._port is not None else set()
         self._store: dist.Store | None = None  # type: ignore[name-defined]
         self._round = round_name
         self.node, self.nodes = node, nodes
@@ -68,6 +79,8 @@ class NodeExchange:
         self._newest: dict[int, bytes] = {}
         self._number = 0
         self._told = False
+        self._lost_s: float | None = None
+        self.told_after_s = TOLD_AFTER_S
         self._refused = False
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -85,7 +98,14 @@ class NodeExchange:
         """Write and read once more, if the store answers within ``wait_s``, and end."""
         self._closing.set()
         self._wake.set()
-        if self._thread.is_alive():
+        if not self._thread.is_alive():
+            return
+        self._thread.join(wait_s)
+        if self._thread.is_alive() and self._port is not None:
+            # A thread inside the store's client would abort this process when it ends.
+            for fd in sockets_of(self._port) - self._before:
+                with suppress(OSError), socket.socket(fileno=os.dup(fd)) as one:
+                    one.shutdown(socket.SHUT_RDWR)
             self._thread.join(wait_s)
 
     def _key(self, node: int) -> str:
@@ -94,16 +114,28 @@ class NodeExchange:
     def _run(self) -> None:
         while True:
             last = self._closing.is_set()
+            if last and self._store is None:
+                return  # a new connection may take longer than there is time
             pause_s = self.interval_s * random.uniform(0.9, 1.1)  # so that nodes do not keep step: see node_times
             try:
                 self._exchange()
-                self._told = False
+                if self._told:
+                    log.warning("outlast: the other nodes' launchers are heard again")
+                self._lost_s, self._told = None, False
             except (dist.DistError, OSError) as error:
                 self._store = None
+                last = self._closing.is_set()
                 pause_s = RETRY_S
-                if not self._told and not last:
+                now_s = time.monotonic()
+                self._lost_s = self._lost_s or now_s  # the store of a job that ends is lost, too
+                if not self._told and now_s - self._lost_s >= self.told_after_s:
                     self._told = True
-                    log.info("outlast: the other nodes' launchers are not heard: %s", error)
+                    log.warning(
+                        "outlast: the other nodes' launchers have not been heard for %.0f s (%s); each judges its own "
+                        "ranks alone, with longer limits",
+                        now_s - self._lost_s,
+                        first_line(error),
+                    )
             except Exception as error:
                 log.warning("outlast: what nodes tell one another failed: %s: %s", type(error).__name__, error)
                 return
@@ -115,15 +147,18 @@ class NodeExchange:
     def _connect(self) -> dist.Store:  # type: ignore[name-defined]
         """A connection of its own: a store's client serves one call at a time, and the launcher must not wait."""
         if self._store is None:
+            if self._port is not None:  # the store's own client waits for minutes, and cannot be stopped
+                socket.create_connection((self._shared.host, self._port), REACH_S).close()
             try:
                 self._store = self._shared.clone()
+            except dist.DistError:
+                raise
             except (RuntimeError, NotImplementedError):  # this kind of store cannot
                 self._store = self._shared
             else:
                 self._store.set_timeout(timedelta(seconds=STORE_LIMIT_S))
-                if isinstance(self._store, dist.TCPStore):  # type: ignore[attr-defined]
-                    for fd in sockets_of(self._store.port):
-                        fail_when_silent(fd, STORE_LIMIT_S)
+                for fd in (sockets_of(self._port) if self._port is not None else set()) - self._before:
+                    fail_when_silent(fd, STORE_LIMIT_S)
         return self._store
 
     def _exchange(self) -> None:

@@ -109,6 +109,10 @@ class SessionCheckpoints:
         if durable or (memory and step % memory == 0):
             self._save(step, durable=durable)
 
+    def wait_copied(self) -> None:
+        """See :meth:`Session.wait_copied`."""
+        self._checkpointer.wait_copied()
+
     def note(self, done: StepDone) -> None:
         """Let the schedule learn from a step."""
         self._schedule.on_step(done, saving=self._checkpointer.running)

@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "integrations.md"
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+pytest.importorskip("lightning")
 
 
-@pytest.mark.parametrize("name", ["accelerate_loop", "hf_trainer"])
+@pytest.mark.parametrize("name", ["accelerate_loop", "hf_trainer", "lightning_module"])
 def test_the_page_shows_what_the_example_adds(name: str) -> None:
     source = (ROOT / "examples" / f"{name}.py").read_text()
     marked = [line.partition("  # outlast")[0].strip() for line in source.splitlines() if "  # outlast" in line]
@@ -31,7 +32,14 @@ def test_the_page_shows_what_the_example_adds(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "learned"), [("accelerate_loop", 0.1), ("hf_trainer", 3.6)])
+@pytest.mark.parametrize(
+    ("name", "learned"),
+    [
+        pytest.param("accelerate_loop", 0.1, marks=pytest.mark.soak),
+        ("hf_trainer", 3.6),
+        ("lightning_module", 3.1),
+    ],
+)
 def test_it_learns_although_a_rank_is_killed(tmp_path: Path, name: str, learned: float) -> None:
     (line,) = [line for line in PAGE.read_text().splitlines() if line.startswith("outlast") and f"{name}.py" in line]
     words = shlex.split(line)

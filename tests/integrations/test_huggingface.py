@@ -56,7 +56,7 @@ def straight(two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict
     return trained(two_ranks, tmp_path_factory.mktemp("straight"), Plan())
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_it_learns_as_dense_does(two_ranks: Ranks, tmp_path: Path) -> None:
     rate = {"learning_rate": 6e-3, "per_device_train_batch_size": 8}
     dense = trained(two_ranks, tmp_path / "dense", Plan(100, rate, plain=True))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -84,10 +87,12 @@ def test_nothing_without_the_secret_is_read() -> None:
     nodes.close()
 
 
-def test_a_store_that_is_lost_and_comes_back() -> None:
+def test_a_store_that_is_lost_and_comes_back(caplog: pytest.LogCaptureFixture) -> None:
     port = free_port()
     held = [server(port)]
     nodes = Nodes([client(port), client(port)])
+    for one in nodes.exchanges:
+        one.told_after_s = 0.0
     wait_for(lambda: nodes.number(1, 0) > 3)
     held.clear()
     gc.collect()
@@ -96,6 +101,8 @@ def test_a_store_that_is_lost_and_comes_back() -> None:
     held.append(server(port))
     wait_for(lambda: nodes.number(1, 0) > before + 3 and nodes.number(0, 1) > before + 3)
     nodes.close()
+    assert "have not been heard" in caplog.text
+    assert "are heard again" in caplog.text
 
 
 def test_a_node_that_hangs_in_the_store_ends_in_time() -> None:
@@ -111,7 +118,33 @@ def test_a_node_that_hangs_in_the_store_ends_in_time() -> None:
     assert time.monotonic() - began_s < 20
 
 
-def test_a_launcher_that_stands_still_says_nothing_new(tmp_path: Path) -> None:
+SERVER = """
+import sys, threading
+from torch.distributed import TCPStore
+held = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers=False)
+print("ready", flush=True)
+threading.Event().wait(120)
+"""
+
+
+def test_a_store_that_stands_still_holds_up_neither_the_end_nor_the_exit() -> None:
+    port = free_port()
+    with subprocess.Popen([sys.executable, "-c", SERVER, str(port)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            nodes = Nodes([client(port), client(port)])
+            wait_for(lambda: nodes.number(1, 0) > 3 and nodes.number(0, 1) > 3)
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.3)
+            nodes.close()
+            assert not any(one._thread.is_alive() for one in nodes.exchanges)
+        finally:
+            process.kill()
+
+
+def test_a_launcher_that_stands_still_says_nothing_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outlast.launch.other_nodes.CLOCKS_EVERY_S", 0.0)
     store = HashStore()
     (tmp_path / "events").mkdir()
 
@@ -132,7 +165,6 @@ def test_a_launcher_that_stands_still_says_nothing_new(tmp_path: Path) -> None:
 
     with EventLog(tmp_path / "events" / "agent_a.jsonl", rank=-1) as log:
         first, second = other(0, log), other(1, log)
-        first._clocks_at_s -= 60.0
         first.start()
         second.start()
         first.look([0], [], [])
