@@ -33,6 +33,7 @@ from outlast.diagnostics.report.node_causes import NodeCauses
 from outlast.diagnostics.report.phases import SlowPhase, find_phases, phase_incidents
 from outlast.diagnostics.report.stalls import find_stalls
 from outlast.diagnostics.report.stragglers import UNKNOWN_HOST, StragglerRow, lateness_s, rank_stragglers, slow_node
+from outlast.diagnostics.report.told_verdicts import find_told
 from outlast.errors import DiagnosticsError
 from outlast.events import Record
 
@@ -71,6 +72,7 @@ def build_report(run_dir: Path | str, config: DiagnosticsConfig | None = None) -
     beginnings = [Beginning(where=(one.attempt, one.generation), launched_s=one.launched_s) for one in starts]
     found, failures = with_failures(loaded, find_incidents(loaded, steps, began_t, causes), beginnings, hosts, began_t)
     slow = [*phase_incidents(phases, steps, began_t), *find_stalls(steps, began_t, config, phases, causes)]
+    slow += find_told(loaded.nodes, began_t)
     missing = [*loaded.missing, *_gaps(loaded, steps, begun)]
     return Report(
         name=run_dir.resolve().name,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from outlast.diagnostics.monitor import NodeClock, NodeCondition, NodeMonitored
 from outlast.errors import DiagnosticsError
-from outlast.events import GoodputMeasured, ProgramStep, Record, StepDone, parse_event
+from outlast.events import GoodputMeasured, ProgramStep, Record, StepDone, VerdictGiven, parse_event
 
 Floats = npt.NDArray[np.float64]
 
@@ -36,7 +36,8 @@ UNTOLD: dict[str, float] = {"loss": np.nan, "lr": np.nan} | dict.fromkeys(
     ("tokens", "data_s", "comm_s", "checkpoint_s", "codec_s", "wire_bytes", "dense_bytes"), 0.0
 )
 """Columns of a step of a program that tells nothing of itself."""
-NODE_KINDS = (NodeClock.kind, NodeCondition.kind, NodeMonitored.kind)
+NODE_KINDS = (NodeClock.kind, NodeCondition.kind, NodeMonitored.kind, VerdictGiven.kind)
+"""What launchers tell beside the ranks' own course."""
 COLUMNS = ("attempt", "generation", "rank", "step", "t", *STEP_FIELDS, *OPTIONAL_FIELDS)
 """Of :attr:`Loaded.rows`."""
 
@@ -54,7 +55,7 @@ class Loaded:
     spans: dict[int, tuple[float, float]]
     """The first and last ``t`` of each attempt's ranks."""
     nodes: list[Record] = field(default_factory=list)
-    """What the nodes' monitors told, oldest first."""
+    """What the nodes' monitors told, and the verdicts of node 0's launcher, oldest first."""
 
 
 @dataclass(slots=True)
@@ -123,7 +124,7 @@ def _read(path: Path, attempt: int, table: array[float], loaded: Loaded, name: P
         if record.kind == GoodputMeasured.kind:
             continue  # it is computed from the others, at some later time
         times.append(record.t)
-        if record.kind in NODE_KINDS:  # they tell of the node, whatever the ranks do
+        if record.kind in NODE_KINDS:  # they tell of nodes, whatever becomes of the ranks
             loaded.nodes.append(record)
             continue
         if record.kind in (StepDone.kind, ProgramStep.kind):
