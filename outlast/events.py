@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from outlast.errors import DiagnosticsError
 from outlast.plain_text import plain_value
@@ -248,42 +248,6 @@ class HangFound(Event):
     limit_s: float
     evidence: str
     """What distinguishes it from ranks that wait for it: its process state, and its collectives."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerdictGiven(Event):
-    """What is wrong with the job, with whom, on what evidence, told while it runs. Nobody is killed for it.
-
-    Lines of one verdict have the same ``syndrome``, ``place``, ``ranks``, ``nodes`` and ``role``; it is open until one
-    with state ``ended``, or until the ranks are started anew.
-    """
-
-    kind: ClassVar[str] = "verdict"
-    state: Literal["began", "ended"]
-    syndrome: str
-    """One of :data:`outlast.diagnostics.syndromes.verdict.SYNDROMES`."""
-    place: str
-    """What is at fault: ``rank``, ``node``, ``link``, ``role`` or ``group``."""
-    ranks: tuple[int, ...]
-    nodes: tuple[str, ...]
-    role: str
-    """Of a role or group, its name."""
-    words: str
-    """The verdict in one line."""
-    evidence: str
-    ruled_out: tuple[str, ...]
-    confidence: str
-    """``certain`` or ``likely``."""
-    step: int
-    """Since when."""
-    last_step: int
-    """The newest step that was judged."""
-    cause: str
-    """In words, where something that the node's monitor saw explains it; else empty."""
-    is_software: bool
-    """Whether the cause would follow the job to another node."""
-    cost_s: float
-    """Seconds lost in each step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

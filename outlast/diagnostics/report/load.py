@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from outlast.diagnostics.monitor import NodeClock, NodeCondition, NodeMonitored
+from outlast.diagnostics.syndromes.told import VerdictGiven
 from outlast.errors import DiagnosticsError
-from outlast.events import GoodputMeasured, ProgramStep, Record, StepDone, VerdictGiven, parse_event
+from outlast.events import GoodputMeasured, ProgramStep, Record, StepDone, parse_event
 
 Floats = npt.NDArray[np.float64]
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from outlast.diagnostics import formatting as fmt
 from outlast.diagnostics.report.incidents import Incident
+from outlast.diagnostics.syndromes.told import VerdictGiven
 from outlast.diagnostics.syndromes.verdict import NAMES, Culprit
-from outlast.events import Record, VerdictGiven
+from outlast.events import Record
 
 VERDICT = "verdict"
 

@@ -53,14 +53,14 @@ def find_slow(trace: Trace, meetings: Meetings, times: StepTimes, rules: Rules, 
     with_peers = find_shifts(excess.values, excess.threshold_s, rules, from_start=True)
     alone = find_shifts(excess.values, excess.threshold_s, rules, from_start=False)
     found = np.where(excess.has_peers, with_peers.found, alone.found)
-    held_s = _held_s(trace, meetings, times)
+    held_s = _held_s(trace, meetings, excess.steps)
     slow = np.flatnonzero(found)
     needed_s = excess.threshold_s * (1.0 - with_peers.at / max(excess.values.shape[1], 1))
     verdicts = [
         _verdict(trace, ranks, place, excess, with_peers, held_s, facts, rules)
         for ranks, place in _places(trace, slow)
         # where its slowness holds nobody up, it costs nothing; where no collective tells, it is believed to
-        if not held_s[ranks].sum() < HELD_SHARE * needed_s[ranks].max()
+        if not held_s[ranks].mean(axis=1).sum() < HELD_SHARE * needed_s[ranks].max()
     ]
     often = np.flatnonzero(recurring(excess.values, excess.threshold_s, rules) & ~found & excess.has_peers)
     if 0 < len(often) <= max(1.0, rules.shared_share * trace.job.world_size):
@@ -107,19 +107,21 @@ def median_of_others(values: Floats) -> Floats:
     return found
 
 
-def _held_s(trace: Trace, meetings: Meetings, times: StepTimes) -> Floats:
-    """[ranks]: seconds a step, on average, for which a collective's first rank waited for this one, its last."""
+def _held_s(trace: Trace, meetings: Meetings, steps: Ints) -> Floats:
+    """[ranks, steps]: seconds for which a collective's first rank waited for this one, its last."""
     measured = np.flatnonzero(meetings.measured)
-    held = np.full(trace.job.world_size, np.nan)
+    shape = trace.job.world_size, len(steps)
     if not len(measured):
-        return held
-    held[:] = 0.0
-    wait = meetings.wait_s
-    is_last = wait == np.repeat(meetings.transfer_s, meetings.entered)
+        return np.full(shape, np.nan)
+    is_last = meetings.wait_s == np.repeat(meetings.transfer_s, meetings.entered)
     rows = np.flatnonzero(is_last & meetings.measured[meetings.of_row])
-    rank = meetings.calls.rank[meetings.rows[rows]]
-    held += np.bincount(rank, weights=meetings.spread_s[meetings.of_row[rows]], minlength=trace.job.world_size)
-    return held / max(len(times.steps), 1)
+    row = meetings.rows[rows]
+    column = np.minimum(np.searchsorted(steps, meetings.calls.step[row]), len(steps) - 1)
+    known = steps[column] == meetings.calls.step[row]
+    cell = (meetings.calls.rank[row] * len(steps) + column)[known]
+    spread_s = meetings.spread_s[meetings.of_row[rows]][known]
+    held = np.bincount(cell, weights=spread_s, minlength=shape[0] * shape[1]).astype(np.float64)
+    return held.reshape(shape)
 
 
 def _places(trace: Trace, slow: Ints) -> list[tuple[list[int], str]]:
@@ -153,17 +155,16 @@ def _verdict(
     length = excess.values.shape[1] - at
     cause = explain(trace, facts, ranks, rise_s, length, rules, since_step=first)
     role = f" of role {job.role(rank)}" if job.role(rank) else ""
+    others = int((job.role_of == job.role_of[rank]).sum()) - len(ranks)
     than = (
-        f"the {int((job.role_of == job.role_of[rank]).sum()) - 1} other ranks{role}"
-        if excess.has_peers[rank]
-        else "before"
+        f"the {f'{others} other ranks' if others > 1 else 'other rank'}{role}" if excess.has_peers[rank] else "before"
     )
     since = f"since step {first}" if at else f"in all {length} steps seen"
     whose = f"node {job.node(rank)}: {len(ranks)} ranks, the slowest rank {rank}" if place == "node" else f"rank {rank}"
     held = (
         ""
-        if np.isnan(held_s[rank])
-        else f"; its peers waited {held_s[rank] * 1e3:.0f} ms a step for it, the last to enter"
+        if np.isnan(held_s[rank]).any()
+        else f"; its peers waited {held_s[rank, at:].mean() * 1e3:.0f} ms a step for it, the last to enter"
     )
     confidence: Confidence = "likely" if excess.has_peers[rank] else "weak"
     return Verdict(

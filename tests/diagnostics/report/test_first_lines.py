@@ -15,7 +15,8 @@ import pytest
 from outlast.diagnostics import build_report, render_html
 from outlast.diagnostics.monitor import NodeCondition
 from outlast.diagnostics.report.summary import headline
-from outlast.events import HangFound, RunEnded, VerdictGiven, WorkersFailed
+from outlast.diagnostics.syndromes.told import VerdictGiven
+from outlast.events import HangFound, RunEnded, WorkersFailed
 from tests.diagnostics.report.synthetic import SyntheticRun, clean
 from tests.diagnostics.report.test_stalls import first_line
 
