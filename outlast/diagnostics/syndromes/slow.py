@@ -52,7 +52,9 @@ def find_slow(trace: Trace, meetings: Meetings, times: StepTimes, rules: Rules, 
         return []
     with_peers = find_shifts(excess.values, excess.threshold_s, rules, from_start=True)
     alone = find_shifts(excess.values, excess.threshold_s, rules, from_start=False)
-    found = np.where(excess.has_peers, with_peers.found, alone.found)
+    # one that was faster than its one peer, and is so no more, has not become slow: the peer has healed
+    above = with_peers.after >= excess.threshold_s
+    found = np.where(excess.has_peers, with_peers.found & above, alone.found)
     held_s = _held_s(trace, meetings, excess.steps)
     slow = np.flatnonzero(found)
     needed_s = excess.threshold_s * (1.0 - with_peers.at / max(excess.values.shape[1], 1))
@@ -149,7 +151,8 @@ def _verdict(
 ) -> Verdict:
     job = trace.job
     rank = max(ranks, key=lambda one: float(shifts.after[one]))
-    rise_s = float(shifts.after[rank] - shifts.before[rank])
+    before_s = float(shifts.before[rank])
+    rise_s = float(shifts.after[rank]) - (max(before_s, 0.0) if excess.has_peers[rank] else before_s)
     at = int(shifts.at[rank])
     first = int(excess.steps[at])
     length = excess.values.shape[1] - at

@@ -35,6 +35,7 @@ def job(
     seed: int = 0,
     every: int = 1,
     until: int = 10**6,
+    step_s: float = STEP_S,
 ) -> list[NodeSteps]:
     """The newest steps of each rank, as messages carry them.
 
@@ -47,12 +48,13 @@ def job(
         seed: of the noise, and of when steps are told.
         every: it is late in every so-manieth step only.
         until: ... and up to this step.
+        step_s: that a rank works.
     """
     rng = np.random.default_rng(seed)
     told: dict[int, list[tuple[int, float, float]]] = {rank: [] for rank in range(ranks)}
     now_s = 0.0
     for step in range(1, steps + 1):
-        own = STEP_S + np.abs(rng.normal(0, noise * STEP_S, ranks))
+        own = step_s + np.abs(rng.normal(0, noise * step_s, ranks))
         for rank, (first, more_s) in late_s.items():
             own[rank] += more_s if first <= step < until and step % every == 0 else 0.0
         end_s = now_s + own.max() + 0.03
@@ -122,6 +124,14 @@ def test_a_spike_and_what_has_healed_are_nothing() -> None:
     assert said(job(8, 40, {5: (30, 3.0)}, until=31)) == []
     assert said(job(8, 40, {5: (15, 0.1)}, until=33)) == []
     assert said(job(8, 40, {5: (1, 0.1)}, every=10)) == []
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_when_one_has_healed_its_peer_has_not_become_slow(ranks: int) -> None:
+    for healed in range(20, 40, 3):
+        # steps so short that their noise is as long as what a slow rank costs
+        found = said(job(ranks, 40, {1: (8, 0.1)}, until=healed, step_s=0.02, noise=0.8))
+        assert not [one for one in found if one.culprit.ranks != (1,)], found
 
 
 def test_nothing_is_said_before_all_ranks_have_told() -> None:
