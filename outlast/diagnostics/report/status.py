@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from outlast.diagnostics.live import Observation, heartbeat_path, observe
 from outlast.diagnostics.live.shm import find_shm_directory
+from outlast.diagnostics.report.incidents import SAME_RESTART_S
 from outlast.diagnostics.report.told_verdicts import open_verdicts
 from outlast.errors import DiagnosticsError
 from outlast.events import Record, parse_event
@@ -109,7 +110,7 @@ def status_of(run_dir: Path | str) -> RunStatus:
     started = _starts(told, generation)
     of_start = {rank: [one for one in records if one.generation == generation] for rank, records in by_rank.items()}
     ranks = _ranks(run_dir, started, of_start, now_t, now_s)
-    state, reason = _state(told, started, of_start, ranks, now_t)
+    state, reason = _state(told, generation, started, of_start, ranks, now_t)
     begun = [one for records in of_start.values() for one in records if one.kind == "run_started"]
     return RunStatus(
         name=run_dir.resolve().name,
@@ -163,12 +164,13 @@ def _records(path: Path, *, most_bytes: int | None = None) -> list[Record]:
 
 
 def _starts(told: Sequence[Record], generation: int) -> list[Record]:
-    """Of each node, the newest ``workers_started`` of the newest start."""
+    """Of each node, the newest ``workers_started`` of the newest start; nodes of an earlier launch are left out."""
     found: dict[str, Record] = {}
     for one in told:
         if one.kind == "workers_started" and one.generation == generation:
             found[str(one.fields.get("host"))] = one
-    return list(found.values())
+    newest_t = max((one.t for one in found.values()), default=0.0)
+    return [one for one in found.values() if newest_t - one.t <= SAME_RESTART_S]
 
 
 def _ranks(
@@ -250,13 +252,14 @@ def _from_events(rank: int, host: str, pid: int | None, records: Sequence[Record
 
 def _state(
     told: Sequence[Record],
+    generation: int,
     started: Sequence[Record],
     events: Mapping[int, Sequence[Record]],
     ranks: Sequence[RankStatus],
     now_t: float,
 ) -> tuple[State, str]:
     began_t = max((one.t for one in started), default=0.0)
-    later = [one for one in told if one.t >= began_t]
+    later = [one for one in told if one.t >= began_t and one.generation == generation]
     failed = [one for one in later if one.kind == "workers_failed"]
     if failed:
         reasons = failed[0].fields.get("reasons") or ["no reason given"]
