@@ -53,7 +53,15 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"kernels", "buffers", "transport"},
         {"config"},
     ],
-    "diagnostics": [{"export"}, {"doctor", "report"}, {"monitor"}, {"syndromes"}, {"live"}, {"formatting", "config"}],
+    "diagnostics": [
+        {"export"},
+        {"trace"},
+        {"doctor", "report"},
+        {"monitor"},
+        {"syndromes"},
+        {"live"},
+        {"formatting", "config"},
+    ],
     "launch": [
         {"launcher"},
         {"agent", "plan", "rendezvous_errors"},
