@@ -2,7 +2,8 @@
 
 ``outlast launch`` starts scripts and modules through it. The program runs as ``__main__``, with its own ``sys.argv``,
 ``sys.path``, working directory and tracebacks, and need not know of it: what watches is a thread, torch's own flight
-recorder, a hook that torch calls after an optimizer's step, and what tells of delays (``live.step_delays``). torch is not imported unless the program does so.
+recorder, a hook that torch calls after an optimizer's step, and what tells of delays (``live.step_delays``). torch is
+not imported unless the program does so.
 """
 
 from __future__ import annotations
