@@ -69,7 +69,7 @@ class StepDelays:
     are is known all the same.
 
     Args:
-        events: takes a :class:`~outlast.events.RankDelay` for each delay of a step that exceeds the floor.
+        events: takes a :class:`RankDelay` for each delay of a step that exceeds the floor.
     """
 
     def __init__(self, events: EventLog) -> None:
