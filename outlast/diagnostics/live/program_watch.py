@@ -21,6 +21,7 @@ from outlast.diagnostics.live.flight import FlightEntry, flight_counts, flight_e
 from outlast.diagnostics.live.heartbeat import Heartbeat, Phase
 from outlast.diagnostics.live.point_to_point import Operation, issued, waiting
 from outlast.diagnostics.live.recorder import Collective, Recorder
+from outlast.diagnostics.live.step_delays import StepDelays
 from outlast.events import EventLog, ProgramStep
 
 EVERY_S = 0.01
@@ -66,6 +67,9 @@ class ProgramWatch:
         every_s: float = EVERY_S,
     ) -> None:
         self.events = events
+        self.delays = StepDelays(events)
+        """What keeps this process from its work, from :meth:`start` to :meth:`close`; a program that says where its
+        steps end takes them from here."""
         self.pid = os.getpid()
         self.phase: Phase = "program"
         """Of the heartbeat, between steps too; set it with :meth:`begin_phase`."""
@@ -91,6 +95,7 @@ class ProgramWatch:
     def start(self) -> None:
         """Begin to look."""
         _watching.append(self)
+        self.delays.open()
         self._thread.start()
 
     def take_steps(self, step: int) -> None:
@@ -137,9 +142,18 @@ class ProgramWatch:
             self._step_began_s, self._pending_s = now_s, 0.0
             self._steps.append((round(now_s * 1e9), self._step))
             self._heartbeat.beat(self.phase, self._step)
-        if began_s is not None:  # nobody knows when the first step of a start began
-            step_s = now_s - began_s
-            self.events.write(ProgramStep(step=self._step, step_s=step_s, collective_s=min(pending_s, step_s)))
+        step_s = None if began_s is None else now_s - began_s  # nobody knows when the first step of a start began
+        spent = self.delays.end_step(self._step, step_s)
+        if step_s is not None:
+            self.events.write(
+                ProgramStep(
+                    step=self._step,
+                    step_s=step_s,
+                    collective_s=min(pending_s, step_s),
+                    data_s=min(spent.data_s, step_s),
+                    batch_elements=spent.batch_elements,
+                )
+            )
 
     def close(self) -> None:
         """Stop looking; the thread has ended when this returns, or within a moment if it is inside torch."""
@@ -147,6 +161,7 @@ class ProgramWatch:
             self._stop.set()
         if self in _watching:
             _watching.remove(self)
+        self.delays.close()
         if self._thread.is_alive() and os.getpid() == self.pid:
             self._thread.join(timeout=1.0)
 
