@@ -55,6 +55,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     ],
     "diagnostics": [
         {"export"},
+        {"trace"},
         {"doctor", "report"},
         {"monitor", "probes"},
         {"syndromes"},
