@@ -182,7 +182,7 @@ def meeting_store(host: str, port: int, *, node: int, nodes: int, timeout_s: flo
     Raises:
         torch.distributed.DistError: node 0 is not there in time.
     """
-    return dist.TCPStore(
+    return dist.TCPStore(  # type: ignore[attr-defined]
         host, port, nodes, is_master=node == 0, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ SLOW_DISK_FACTOR = 10.0
 """a disk, which others may be using, this many times."""
 GOOD_PERCENT = 25
 """How fast links are is told from the better ones: of three nodes, two thirds of the links may be a slow one's."""
-PARTS = (
+PARTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("compute_flops", "computes at", lambda value: f"{value / 1e9:.3g} GFLOP/s"),
     ("memory_bytes_s", "copies memory at", lambda value: f"{fmt.size(value)}/s"),
     ("disk_bytes_s", "writes its disk at", lambda value: f"{fmt.size(value)}/s"),
