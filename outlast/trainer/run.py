@@ -14,6 +14,7 @@ import torch.distributed as dist
 from outlast.checkpoint import Checkpointer, Restored, load
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.diagnostics import Heartbeat, Recorder
+from outlast.diagnostics.live.step_delays import StepDelays
 from outlast.errors import CommError, NotDurable, StateMismatch
 from outlast.events import EvalDone, EventLog, StepDone
 from outlast.launch import Notice, Place
@@ -45,6 +46,7 @@ class Run:
     recorder: Recorder
     heartbeat: Heartbeat
     events: EventLog
+    delays: StepDelays
     progress: Progress
     notice: Notice
     device: torch.device
@@ -67,6 +69,7 @@ class Run:
     def begin_step(self, step: int) -> None:
         """Announce ``step`` to the recorder and in the heartbeat."""
         self.recorder.step = step
+        self.delays.forget()
         self.heartbeat.beat("step", step)
 
     def evaluation_due(self, step: int) -> bool:
@@ -184,6 +187,7 @@ class Run:
     def record_step(self, done: StepDone) -> None:
         """Write a step's event, log it, and let the checkpoint schedule learn from it."""
         self.done_step = done.step
+        self.delays.end_step(done.step, done.step_s, data_s=done.data_s)
         self.events.write(done)
         self.progress.step(done)
         self.schedule.on_step(done, saving=self.checkpointer.running)

@@ -100,7 +100,8 @@ def straggling_words(report: Report) -> tuple[str, str]:
         where = f", slow in {phase.which}" if phase is not None else ""
         added = row.slowdown_share
         longer = f"it makes steps {1 + added:.1f} × as long" if added >= 1 else f"it makes steps {share(added)} longer"
-        first = f"Rank {row.rank} on {row.host} is a straggler{where}: {longer}"
+        why = f", because of {row.cause}" if row.cause else ""
+        first = f"Rank {row.rank} on {row.host} is a straggler{where}: {longer}{why}"
         slow = f"; slow in {phase.which}: {described(phase)}" if phase is not None else ""
         return first, f"{row.evidence}{slow}"
     worst = stragglers[0]
