@@ -53,7 +53,14 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"kernels", "buffers", "transport"},
         {"config"},
     ],
-    "diagnostics": [{"export"}, {"doctor", "report"}, {"monitor"}, {"syndromes"}, {"live"}, {"formatting", "config"}],
+    "diagnostics": [
+        {"export"},
+        {"doctor", "report"},
+        {"monitor", "numerics"},
+        {"syndromes"},
+        {"live"},
+        {"formatting", "config"},
+    ],
     "launch": [
         {"launcher"},
         {"agent", "plan", "rendezvous_errors"},
@@ -96,7 +103,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "session": [
         {"session"},
         {"checkpoints", "saved_parts", "step_record"},
-        {"checkpoint_schedule", "compression", "place", "settings", "state"},
+        {"checkpoint_schedule", "compression", "numerics", "place", "settings", "state"},
         {"deepspeed"},
         {"agreement", "failure_history", "models", "process_group"},
         {"start_keys"},

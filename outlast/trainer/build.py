@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from outlast.diagnostics.live import (
     ring_path,
     shm_directory,
 )
+from outlast.diagnostics.numerics import NumericsEvent, NumericsWatch
 from outlast.errors import (
     DataError,
 )
@@ -36,6 +38,7 @@ from outlast.session.checkpoint_schedule import CheckpointSchedule
 from outlast.session.failure_history import FailureHistory, read_failure_history
 from outlast.trainer.blocks import compile_model
 from outlast.trainer.config import Config
+from outlast.trainer.engines.base import Engine
 from outlast.trainer.engines.build import build_engine
 from outlast.trainer.parts import build_model, flops_per_token
 from outlast.trainer.progress import Progress
@@ -120,6 +123,7 @@ def build_run(
         heartbeat=heartbeat,
         events=events,
         notice=notice,
+        numerics=_numerics(engine, config, place, recorder, events, stack),
         device=device,
         progress=Progress(
             every_steps=config.trainer.log_every_steps,
@@ -130,6 +134,34 @@ def build_run(
             quiet=place.rank != 0,
         ),
     )
+
+
+def _numerics(
+    engine: Engine, config: Config, place: Place, recorder: Recorder, events: EventLog, stack: ExitStack
+) -> NumericsWatch:
+    """The watch on the run's numbers; what it finds becomes events, and a line in the log of rank 0."""
+    settings = config.numerics
+    if config.trainer.engine == "deepspeed":  # which has gradients and copies of parameters of its own
+        settings = replace(settings, not_finite="off", rerun_batches=0, replicas_every_steps=0, drift_every_steps=0)
+
+    def tell(event: NumericsEvent) -> None:
+        events.write(event)
+        if place.rank == 0:
+            _LOG.warning("step %d: %s", event.step, event.told)
+
+    watch = NumericsWatch(
+        engine.model,
+        engine.optimizer,
+        settings,
+        on_event=tell,
+        ranks=tuple(range(place.world_size)),
+        recorder=recorder,
+        follows_updates=False,
+    )
+    stack.callback(watch.close)
+    for line in watch.not_watched if place.rank == 0 else ():
+        _LOG.info("numerics: %s", line)
+    return watch
 
 
 def restore(run: Run, device: torch.device, resume: str) -> None:

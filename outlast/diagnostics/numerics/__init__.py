@@ -1,0 +1,7 @@
+"""A run's numbers: values that are not finite, and where they come from first."""
+
+from outlast.diagnostics.numerics.config import NumericsConfig
+from outlast.diagnostics.numerics.events import NotFinite, NumericsEvent, NumericsSpike, ReplicasDifferent
+from outlast.diagnostics.numerics.watch import NumericsWatch
+
+__all__ = ["NotFinite", "NumericsConfig", "NumericsEvent", "NumericsSpike", "NumericsWatch", "ReplicasDifferent"]
