@@ -159,8 +159,6 @@ def _numerics(
         follows_updates=False,
     )
     stack.callback(watch.close)
-    for line in watch.not_watched if place.rank == 0 else ():
-        _LOG.info("numerics: %s", line)
     return watch
 
 

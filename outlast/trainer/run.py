@@ -86,6 +86,7 @@ class Run:
         """
         with self._explained(step):
             done = self.engine.update(step)
+        self.numerics.after_update()
         self.numerics.compare_if_due(step)  # before anything is saved
         return done
 

@@ -16,7 +16,6 @@ from outlast.events import Record, read_events
 from tests.comm.ranks import Ranks
 from tests.diagnostics.numerics.test_not_finite import Net, batch, spoiled
 
-
 UPDATES = {"density": 0.1, "dense_below": 8}
 GRADIENTS = UPDATES | {"target": "gradient"}
 

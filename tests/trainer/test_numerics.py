@@ -106,6 +106,6 @@ def test_a_flipped_bit_ends_a_run_that_stops_for_it_and_it_goes_on_from_before(
     }
     # Step 4 was not saved from either, and done again from step 2.
     assert [one["first_step"] for one in events(run, "run_started")] == [1, 1, 3, 3]
-    assert steps_saved(run) == [2, 4, 6, 8]
+    assert steps_saved(run) == [4, 6, 8]  # the newest three
     first, *_ = outlast("report", run).stdout.splitlines()
     assert "replicas are not the same" in first.lower()

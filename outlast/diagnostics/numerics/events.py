@@ -69,5 +69,22 @@ class ReplicasDifferent(NumericsEvent):
     """The last step after which they were the same; None if none is known."""
 
 
-NUMERICS_KINDS = (NotFinite.kind, NumericsSpike.kind, ReplicasDifferent.kind)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumericsDrift(NumericsEvent):
+    """A sampled number heads for a limit from which it matters, or has reached it."""
+
+    kind: ClassVar[str] = "numerics_drift"
+    what: str
+    """``attention logit``, ``log Z`` or ``gradient RMS``."""
+    where: str
+    """The module or parameter that is nearest to the limit."""
+    count: int
+    """How many of them there is the same to tell of."""
+    value: float
+    limit: float
+    at_step: int | None
+    """When it meets the limit, if it goes on so; None: it has."""
+
+
+NUMERICS_KINDS = (NotFinite.kind, NumericsSpike.kind, ReplicasDifferent.kind, NumericsDrift.kind)
 """Of the events above."""

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from outlast.diagnostics.live.recorder import Recorder
 from outlast.diagnostics.numerics.config import NumericsConfig
 from outlast.diagnostics.numerics.digests import Digests, replicated, shares_its_state
+from outlast.diagnostics.numerics.drift import DriftWatch
 from outlast.diagnostics.numerics.events import NotFinite, NumericsEvent
 from outlast.diagnostics.numerics.findings import Found, Joined, joined
 from outlast.diagnostics.numerics.forward import ForwardMemory, Rerun
@@ -99,6 +100,9 @@ class NumericsWatch:
         self._replicas = self._find_replicas(recorder) if self.config.replicas_every_steps else None
         self._watched: deque[tuple[int, str, OnItsWay]] = deque()  # numbers on their way to the host
         self._spikes: dict[str, Spikes] = {}
+        self._drift: DriftWatch | None = None
+        if self.config.drift_every_steps and self._is_first:  # replicas have the same weights, and would tell the same
+            self._drift = DriftWatch(model, optimizer, self.config, lambda: self._step, self._note)
         self._on_device = any(one.device.type != "cpu" for one in self._parameters)
         self._hooks: list[Any] = []
         off = self.config.not_finite == "off"
@@ -112,12 +116,10 @@ class NumericsWatch:
         sharing = self._sharing
         if sharing.why_none:
             if len(sharing.ranks) > 1 or "nothing around" in sharing.why_none:
-                self.not_watched.append(f"replicas are not compared: {sharing.why_none}")
+                self._note(f"replicas are not compared: {sharing.why_none}")
             return None
         if self._state_is_shared:
-            self.not_watched.append(
-                "optimizer state is not compared: each rank keeps a part of it, and none has what another has"
-            )
+            self._note("optimizer state is not compared: each rank keeps a part of it, and none has what another has")
         if sharing.replicas == sharing.ranks:
             return self._peers
         return Peers(sharing.replicas, self.config.peers_timeout_s, recorder)
@@ -158,6 +160,8 @@ class NumericsWatch:
                 self._look_at_value(step, "loss", loss)
             self._look_at_watched(before=step if self._on_device else step + 1)
         self._norm = None
+        for told in self._drift.look(before=step if self._on_device else step + 1) if self._drift is not None else ():
+            self._emit(told)
         self.compare_if_due(step)
 
     def compare_if_due(self, step: int) -> None:
@@ -217,6 +221,12 @@ class NumericsWatch:
         if found is not None and (is_loss or self._is_first):  # a norm is the same on all ranks
             self._emit(spike_event(step, name, found))
 
+    def after_update(self) -> None:
+        """The gradients have been used: a step that is sampled looks at them. Each update that is followed does it."""
+        self._memory.forget()
+        if self._drift is not None:
+            self._drift.after_update()
+
     def check_gradients(self) -> None:
         """Look at the gradients now: before they are clipped, which makes all of them NaN if one is. Collective if
         something is found.
@@ -258,12 +268,19 @@ class NumericsWatch:
         self._peers.close()
         if self._replicas is not None:
             self._replicas.close()
+        if self._drift is not None:
+            self._drift.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _note(self, line: str) -> None:
+        self.not_watched.append(line)
+        if self._is_first:
+            _LOG.info("numerics: %s", line)
 
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if getattr(optimizer, "found_inf", None) is not None:
@@ -273,7 +290,7 @@ class NumericsWatch:
         self.check_gradients()
 
     def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._memory.forget()
+        self.after_update()
 
     def _look(self, step: int, norm: float) -> None:
         if self._sharing.is_sharded:  # no rank has the whole norm, and all must find the same

@@ -24,7 +24,12 @@ MOST_HEAT_BINS = 240
 MOST_LOSS_BINS = 600
 MOST_SPLIT_BINS = 160
 MOST_ROWS = 200
-NUMERICS = {"not_finite": "not finite", "numerics_spike": "spike", "replicas_different": "replicas"}
+NUMERICS = {
+    "not_finite": "not finite",
+    "numerics_spike": "spike",
+    "replicas_different": "replicas",
+    "numerics_drift": "drift",
+}
 STATES = {"committed": "good", "copied": "good", "failed": "bad", "written": "warn"}
 
 
