@@ -55,8 +55,9 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     ],
     "diagnostics": [
         {"export"},
+        {"trace"},
         {"doctor", "report"},
-        {"monitor", "numerics"},
+        {"monitor", "numerics", "probes"},
         {"syndromes"},
         {"live"},
         {"formatting", "config"},
@@ -68,7 +69,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"hung_ranks", "node_watch", "other_nodes", "notice_spread", "rounds"},
         {"first_cause", "joining", "node_exchange", "notice_relay", "notice_store"},
         {"exporting", "goodput", "processes", "program_runs"},
-        {"flag_sources", "hang_watch", "notice", "rank_output", "runner", "spec", "torch_options"},
+        {"flag_sources", "hang_watch", "node_probe", "notice", "rank_output", "runner", "spec", "torch_options"},
         {"notice_signals"},
         {"failures", "place"},
         {

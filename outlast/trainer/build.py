@@ -23,6 +23,7 @@ from outlast.diagnostics.live import (
     ring_path,
     shm_directory,
 )
+from outlast.diagnostics.live.step_delays import StepDelays
 from outlast.diagnostics.numerics import NumericsEvent, NumericsWatch
 from outlast.errors import (
     DataError,
@@ -66,6 +67,9 @@ def build_run(
     heartbeat = Heartbeat(heartbeat_path(shm, place.rank), rank=place.rank)
     stack.callback(heartbeat.close)
     heartbeat.beat("setup", 0)
+    delays = StepDelays(events)
+    delays.open()
+    stack.callback(delays.close)
     recorder = Recorder(ring_path(shm, place.rank), rank=place.rank, capacity=config.diagnostics.ring_capacity)
     stack.callback(recorder.close)
 
@@ -122,6 +126,7 @@ def build_run(
         recorder=recorder,
         heartbeat=heartbeat,
         events=events,
+        delays=delays,
         notice=notice,
         numerics=_numerics(engine, config, place, recorder, events, stack),
         device=device,

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from outlast.checkpoint import Checkpointer, Restored, load
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.diagnostics import Heartbeat, Recorder
+from outlast.diagnostics.live.step_delays import StepDelays
 from outlast.diagnostics.numerics import NumericsWatch
 from outlast.errors import CommError, NonFiniteGradient, NotDurable, StateMismatch, TrainingDiverged
 from outlast.events import EvalDone, EventLog, StepDone
@@ -47,6 +48,7 @@ class Run:
     recorder: Recorder
     heartbeat: Heartbeat
     events: EventLog
+    delays: StepDelays
     progress: Progress
     notice: Notice
     numerics: NumericsWatch
@@ -71,6 +73,7 @@ class Run:
         """Announce ``step`` to the recorder and in the heartbeat."""
         self.recorder.step = step
         self.numerics.begin_step(step)
+        self.delays.forget()
         self.heartbeat.beat("step", step)
 
     def forward_backward(self, step: int, batches: list[Batch]) -> float:
@@ -212,6 +215,7 @@ class Run:
     def record_step(self, done: StepDone) -> None:
         """Write a step's event, log it, and let the checkpoint schedule learn from it."""
         self.done_step = done.step
+        self.delays.end_step(done.step, done.step_s, data_s=done.data_s)
         self.events.write(done)
         norm = done.grad_norm if done.update_norm is None else done.update_norm
         self.numerics.end_step(done.loss, norm, "gradient" if done.update_norm is None else "update")
