@@ -66,6 +66,8 @@ class NodeReport:
     """What holds on it now, and what ended last."""
     steps: tuple[RankSteps, ...] = ()
     """The newest steps of its ranks, in seconds before ``t``; empty from a version that tells none."""
+    probe: int = 0
+    """Of node 0: how often it has asked all nodes, in this round, to try out themselves and their links."""
 
     def encode(self) -> bytes:
         """As JSON."""
@@ -82,6 +84,7 @@ class NodeReport:
             "accused": [asdict(one) for one in self.accused],
             "conditions": [asdict(one) for one in self.conditions[-MOST_CONDITIONS:]],
             "steps": {one.rank: one.encode() for one in self.steps},
+            "probe": self.probe,
         }
         return json.dumps(told, separators=(",", ":")).encode()
 
@@ -108,6 +111,7 @@ def decode(message: bytes) -> NodeReport:
             accused=tuple(accused(one) for one in told["accused"]),
             conditions=tuple(_condition(one) for one in told["conditions"]),
             steps=tuple(decode_steps(int(rank), str(text)) for rank, text in told.get("steps", {}).items()),
+            probe=int(told.get("probe", 0)),
         )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DiagnosticsError(f"not a node's message: {message[:80]!r} ({error})") from error
