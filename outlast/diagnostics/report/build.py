@@ -33,6 +33,7 @@ from outlast.diagnostics.report.model import (
 from outlast.diagnostics.report.node_causes import NodeCauses
 from outlast.diagnostics.report.phases import SlowPhase, find_phases, phase_incidents
 from outlast.diagnostics.report.rank_causes import RankCauses
+from outlast.diagnostics.report.scene import find_scene
 from outlast.diagnostics.report.stalls import find_stalls
 from outlast.diagnostics.report.stragglers import UNKNOWN_HOST, StragglerRow, lateness_s, rank_stragglers
 from outlast.errors import DiagnosticsError
@@ -79,6 +80,8 @@ def report_of(loaded: Loaded, run_dir: Path, config: DiagnosticsConfig | None = 
     found, failures = with_failures(loaded, find_incidents(loaded, steps, began_t, causes), beginnings, hosts, began_t)
     slow = [*phase_incidents(phases, steps, began_t), *find_stalls(steps, began_t, config, phases, causes, own)]
     missing = [*loaded.missing, *_gaps(loaded, steps, begun)]
+    lateness = _lateness(steps, hosts)
+    late_ms = {rank: np.asarray(row) for rank, row in zip(lateness.ranks, lateness.late_ms, strict=True)}
     return Report(
         name=run_dir.resolve().name,
         run_dir=str(run_dir),
@@ -92,10 +95,11 @@ def report_of(loaded: Loaded, run_dir: Path, config: DiagnosticsConfig | None = 
         incidents=tuple(sorted((*found, *slow), key=lambda one: one.at_s)),
         failures=failures,
         slow_phases=phases,
-        lateness=_lateness(steps, hosts),
+        lateness=lateness,
         stragglers=rows,
         thresholds=config,
         missing=tuple(missing),
+        scene=find_scene(loaded, failures, rows, phases, late_ms, steps.steps, began_t, facts.median_step_s),
     )
 
 
