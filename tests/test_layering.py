@@ -57,7 +57,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"export"},
         {"trace"},
         {"doctor", "report"},
-        {"monitor", "probes"},
+        {"monitor", "numerics", "probes"},
         {"syndromes"},
         {"live"},
         {"formatting", "config"},
@@ -104,7 +104,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "session": [
         {"session"},
         {"checkpoints", "saved_parts", "step_record"},
-        {"checkpoint_schedule", "compression", "place", "settings", "state"},
+        {"checkpoint_schedule", "compression", "numerics", "place", "settings", "state"},
         {"deepspeed"},
         {"agreement", "failure_history", "models", "process_group"},
         {"start_keys"},

@@ -31,6 +31,7 @@ from outlast.diagnostics.report.model import (
     Traffic,
 )
 from outlast.diagnostics.report.node_causes import NodeCauses
+from outlast.diagnostics.report.numerics import numerics_incidents, numerics_of
 from outlast.diagnostics.report.phases import SlowPhase, find_phases, phase_incidents
 from outlast.diagnostics.report.rank_causes import RankCauses
 from outlast.diagnostics.report.scene import find_scene
@@ -79,6 +80,7 @@ def report_of(loaded: Loaded, run_dir: Path, config: DiagnosticsConfig | None = 
     beginnings = [Beginning(where=(one.attempt, one.generation), launched_s=one.launched_s) for one in starts]
     found, failures = with_failures(loaded, find_incidents(loaded, steps, began_t, causes), beginnings, hosts, began_t)
     slow = [*phase_incidents(phases, steps, began_t), *find_stalls(steps, began_t, config, phases, causes, own)]
+    numerics = numerics_of(loaded, began_t)
     missing = [*loaded.missing, *_gaps(loaded, steps, begun)]
     lateness = _lateness(steps, hosts)
     late_ms = {rank: np.asarray(row) for rank, row in zip(lateness.ranks, lateness.late_ms, strict=True)}
@@ -92,9 +94,10 @@ def report_of(loaded: Loaded, run_dir: Path, config: DiagnosticsConfig | None = 
         goodput=GoodputSplit(wall_s=goodput.wall_s, **{f"{cause}_s": s for cause, s in goodput.seconds.items()}),
         traffic=_traffic(steps),
         checkpoints=_checkpoints(loaded, steps),
-        incidents=tuple(sorted((*found, *slow), key=lambda one: one.at_s)),
+        incidents=tuple(sorted((*found, *slow, *numerics_incidents(numerics)), key=lambda one: one.at_s)),
         failures=failures,
         slow_phases=phases,
+        numerics=numerics,
         lateness=lateness,
         stragglers=rows,
         thresholds=config,

@@ -19,12 +19,18 @@ from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.report import summary
 from outlast.diagnostics.report.bins import binned, bins_of, edges_of, rounded
 from outlast.diagnostics.report.heat import heat_data
-from outlast.diagnostics.report.incidents import worst_first
+from outlast.diagnostics.report.incidents import names_of, worst_first
 from outlast.diagnostics.report.model import Report
 
 MOST_LOSS_BINS = 600
 MOST_SPLIT_BINS = 160
 MOST_ROWS = 200
+NUMERICS = {
+    "not_finite": "not finite",
+    "numerics_spike": "spike",
+    "replicas_different": "replicas",
+    "numerics_drift": "drift",
+}
 STATES = {"committed": "good", "copied": "good", "failed": "bad", "written": "warn"}
 
 
@@ -63,6 +69,7 @@ def render_html(report: Report) -> str:
         "goodput": _goodput(report),
         "time_label": escape(f"Timeline of {len(report.facts.starts)} attempts and {len(report.incidents)} incidents"),
         "incidents": _incidents(report),
+        "numerics": _numerics(report),
         "checkpoints": _checkpoints(report),
         "facts": _facts(report),
         "rule": escape(_rule(config)),
@@ -270,6 +277,20 @@ def _incidents(report: Report) -> str:
     hidden = len(report.incidents) - MOST_ROWS
     more = f'<p class="quiet">and {hidden} more</p>' if hidden > 0 else ""
     return f'<ol class="story">{"".join(items)}</ol>{more}'
+
+
+def _numerics(report: Report) -> str:
+    if not report.numerics:
+        return ""
+    rows = [
+        f'<tr><td class="n">{row.step}</td><td><span class="badge {row.severity}">{escape(NUMERICS[row.kind])}</span>'
+        f'</td><td class="evidence">{escape(row.told)}</td><td class="name">{escape(names_of(row.ranks))}</td></tr>'
+        for row in reversed(report.numerics[-MOST_ROWS:])
+    ]
+    hidden = len(report.numerics) - MOST_ROWS
+    heads = [("step", "n"), ("what", ""), ("seen", ""), ("told by", "")]
+    table = _table(heads, rows, f"and {hidden} more before them" if hidden > 0 else "")
+    return f'<section class="card" id="card-numerics"><div class="head"><h2>Numerics</h2></div>{table}</section>'
 
 
 def _goodput(report: Report) -> str:

@@ -32,7 +32,7 @@ class Incident:
     kind: str
     """``hang_found``, ``workers_failed``, ``workers_started``, ``rank_died``, ``recovered``, ``checkpoint_failed``,
     ``checkpoint_rejected``, ``checkpoint_restored``, ``run_ended``, ``loss_not_finite``, ``slow_phase``, ``stall``,
-    ``notice``, ``events_lost``."""
+    ``notice``, ``events_lost``, ``not_finite``, ``replicas_different``."""
     severity: Severity
     title: str
     detail: str

@@ -10,6 +10,7 @@ from typing import Any
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.report.failures import Failure
 from outlast.diagnostics.report.incidents import Incident
+from outlast.diagnostics.report.numerics import NumericsRow
 from outlast.diagnostics.report.phases import SlowPhase
 from outlast.diagnostics.report.scene import Scene
 from outlast.diagnostics.report.stragglers import StragglerRow
@@ -242,6 +243,8 @@ class Report:
     """What ended ranks, oldest first, each with what it cost; several incidents may belong to one."""
     slow_phases: tuple[SlowPhase, ...]
     """Stretches of steps in which one rank was slow, and was not in the rest of the run."""
+    numerics: tuple[NumericsRow, ...]
+    """What was told of the run's numbers, oldest first: values that are not finite, spikes, replicas that differ."""
     lateness: Lateness
     stragglers: tuple[StragglerRow, ...]
     """Every rank on every host it had; stragglers first, then by median lateness."""
