@@ -34,6 +34,7 @@ from outlast.diagnostics.report.node_causes import NodeCauses
 from outlast.diagnostics.report.numerics import numerics_incidents, numerics_of
 from outlast.diagnostics.report.phases import SlowPhase, find_phases, phase_incidents
 from outlast.diagnostics.report.rank_causes import RankCauses
+from outlast.diagnostics.report.scene import find_scene
 from outlast.diagnostics.report.stalls import find_stalls
 from outlast.diagnostics.report.stragglers import UNKNOWN_HOST, StragglerRow, lateness_s, rank_stragglers, slow_node
 from outlast.diagnostics.report.told_verdicts import find_told
@@ -83,6 +84,8 @@ def report_of(loaded: Loaded, run_dir: Path, config: DiagnosticsConfig | None = 
     slow += find_told(loaded.nodes, began_t)
     numerics = numerics_of(loaded, began_t)
     missing = [*loaded.missing, *_gaps(loaded, steps, begun)]
+    lateness = _lateness(steps, hosts)
+    late_ms = {rank: np.asarray(row) for rank, row in zip(lateness.ranks, lateness.late_ms, strict=True)}
     return Report(
         name=run_dir.resolve().name,
         run_dir=str(run_dir),
@@ -97,10 +100,11 @@ def report_of(loaded: Loaded, run_dir: Path, config: DiagnosticsConfig | None = 
         failures=failures,
         slow_phases=phases,
         numerics=numerics,
-        lateness=_lateness(steps, hosts),
+        lateness=lateness,
         stragglers=rows,
         thresholds=config,
         missing=tuple(missing),
+        scene=find_scene(loaded, failures, rows, phases, late_ms, steps.steps, began_t, facts.median_step_s),
     )
 
 
