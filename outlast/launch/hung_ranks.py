@@ -10,6 +10,7 @@ from outlast.diagnostics.monitor import Accused
 from outlast.events import EventLog, HangFound
 from outlast.launch.hang_watch import HangWatch
 from outlast.launch.processes import RankProcesses, dump_stacks
+from outlast.launch.suspicions import Suspicions
 
 log = logging.getLogger("outlast.launch")
 
@@ -26,6 +27,7 @@ class HungRanks:
         self._watch = watch
         self._events = events
         self._hung: dict[int, Culprit] = {}
+        self._suspicions = Suspicions(events)
         self._waits = ""
         self.ended: dict[int, int] = {}
         """By rank, the process that had ended before what had started it was killed."""
@@ -50,6 +52,8 @@ class HungRanks:
         for culprit in self._watch.find_hung(processes.running(), alone=alone, accused=accused):
             self._kill(processes, culprit)
         self._end_wrappers(processes, self._watch)
+        if alone:  # else one launcher tells it for all nodes
+            self._suspicions.tell(self._watch.suspects)
         self._tell_wait(self._watch.waiting)
 
     @property
