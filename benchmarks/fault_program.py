@@ -1,6 +1,6 @@
 """The program whose faults ``benchmarks.faults`` provokes: DDP steps of about 40 ms, which know nothing of outlast.
 
-``fault_program.py FOLDER STEPS``: in the start number N of the run, the rank and kind in ``FOLDER/N.json`` are what goes
+``fault_program.py FOLDER STEPS``: in start number N of the run, the rank and kind in ``FOLDER/N.json`` are what goes
 wrong, once 25 steps are done; the time is written to ``FOLDER/N.began`` before. Without such a file it trains.
 """
 
@@ -66,7 +66,7 @@ def main() -> None:
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    plan = folder / f"{os.environ['TORCHELASTIC_RESTART_COUNT']}.json"
+    plan = folder / f"{os.environ['OUTLAST_GENERATION']}.json"
     fault = json.loads(plan.read_text()) if plan.exists() else {}
     kind, whose = fault.get("kind", ""), fault.get("rank", -1)
     model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1)))
