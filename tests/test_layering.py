@@ -53,7 +53,15 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"kernels", "buffers", "transport"},
         {"config"},
     ],
-    "diagnostics": [{"export"}, {"doctor", "report"}, {"monitor"}, {"syndromes"}, {"live"}, {"formatting", "config"}],
+    "diagnostics": [
+        {"export"},
+        {"trace"},
+        {"doctor", "report"},
+        {"monitor", "probes"},
+        {"syndromes"},
+        {"live"},
+        {"formatting", "config"},
+    ],
     "launch": [
         {"launcher"},
         {"agent", "plan", "rendezvous_errors"},
@@ -61,7 +69,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"hung_ranks", "node_watch", "other_nodes", "notice_spread", "rounds"},
         {"first_cause", "joining", "node_exchange", "notice_relay", "notice_store"},
         {"exporting", "goodput", "processes", "program_runs"},
-        {"flag_sources", "hang_watch", "notice", "rank_output", "runner", "spec", "torch_options"},
+        {"flag_sources", "hang_watch", "node_probe", "notice", "rank_output", "runner", "spec", "torch_options"},
         {"notice_signals"},
         {"failures", "place"},
         {

@@ -181,6 +181,7 @@ class WatchedAgent(LocalElasticAgent):
             return ended
         undying = self._hung.undying(processes)
         if self.failures or undying:
+            self._hung.keep_collectives(self.ranks)  # before the peers are ended, which changes what they show
             self._end_peers(processes)
         if undying:  # in an uninterruptible sleep: it must not keep the others from restarting
             log.error("outlast: ranks %s do not die of SIGKILL; going on without them", undying)
@@ -359,6 +360,7 @@ class WatchedAgent(LocalElasticAgent):
         )
 
     def _write_failure(self, result: RunResult, processes: RankProcesses) -> None:
+        self._hung.keep_collectives(self.ranks)
         if not self.failures:  # a rank failed between our poll and torchelastic's
             self.failures = [
                 RankFailure(rank=rank, pid=failure.pid, status=failure.exitcode)

@@ -54,7 +54,11 @@ def build_report(run_dir: Path | str, config: DiagnosticsConfig | None = None) -
         DiagnosticsError: the directory does not exist or has no events, or an event has an unknown schema version.
     """
     run_dir = Path(run_dir)
-    loaded = load(run_dir)
+    return report_of(load(run_dir), run_dir, config)
+
+
+def report_of(loaded: Loaded, run_dir: Path, config: DiagnosticsConfig | None = None) -> Report:
+    """The report of events that have been loaded; see :func:`build_report`."""
     config = _settings(run_dir) if config is None else config
     steps = last_executions(loaded.rows)
     begun = {
