@@ -83,6 +83,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
             "ports",
             "run_lease",
             "sealed",
+            "suspicions",
         },
         {"oom_killer", "slurm", "parent_death", "config"},
     ],

@@ -86,5 +86,5 @@ def _what_it_does(one: Observation, awaited_s: float, told_after_s: float, now_s
         return ""
     where = f"outside of any collective in step {one.step}, silent for {one.silent_s(now_s):.1f} s"
     if one.is_program:
-        return f"does nothing for {one.idle_s:.1f} s, {where}" if one.idle_s > told_after_s and one.entered else ""
+        return f"does nothing for {one.idle_s:.1f} s, {where}" if one.idle_s > told_after_s / 2 and one.entered else ""
     return "" if one.beat.phase in SLOW_PHASES else where
