@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from outlast.diagnostics.live import (
     shm_directory,
 )
 from outlast.diagnostics.live.step_delays import StepDelays
+from outlast.diagnostics.numerics import NumericsEvent, NumericsWatch
 from outlast.errors import (
     DataError,
 )
@@ -37,6 +39,7 @@ from outlast.session.checkpoint_schedule import CheckpointSchedule
 from outlast.session.failure_history import FailureHistory, read_failure_history
 from outlast.trainer.blocks import compile_model
 from outlast.trainer.config import Config
+from outlast.trainer.engines.base import Engine
 from outlast.trainer.engines.build import build_engine
 from outlast.trainer.parts import build_model, flops_per_token
 from outlast.trainer.progress import Progress
@@ -125,6 +128,7 @@ def build_run(
         events=events,
         delays=delays,
         notice=notice,
+        numerics=_numerics(engine, config, place, recorder, events, stack),
         device=device,
         progress=Progress(
             every_steps=config.trainer.log_every_steps,
@@ -135,6 +139,32 @@ def build_run(
             quiet=place.rank != 0,
         ),
     )
+
+
+def _numerics(
+    engine: Engine, config: Config, place: Place, recorder: Recorder, events: EventLog, stack: ExitStack
+) -> NumericsWatch:
+    """The watch on the run's numbers; what it finds becomes events, and a line in the log of rank 0."""
+    settings = config.numerics
+    if config.trainer.engine == "deepspeed":  # which has gradients and copies of parameters of its own
+        settings = replace(settings, not_finite="off", rerun_batches=0, replicas_every_steps=0, drift_every_steps=0)
+
+    def tell(event: NumericsEvent) -> None:
+        events.write(event)
+        if place.rank == 0:
+            _LOG.warning("step %d: %s", event.step, event.told)
+
+    watch = NumericsWatch(
+        engine.model,
+        engine.optimizer,
+        settings,
+        on_event=tell,
+        ranks=tuple(range(place.world_size)),
+        recorder=recorder,
+        follows_updates=False,
+    )
+    stack.callback(watch.close)
+    return watch
 
 
 def restore(run: Run, device: torch.device, resume: str) -> None:

@@ -33,6 +33,8 @@ class Ending:
     """By rank, how its process ended, as far as that was told."""
     collectives: dict[int, tuple[Collective, ...]] = field(default_factory=dict)
     """By rank, the newest collectives that it had entered, oldest first."""
+    written_t: list[float] = field(default_factory=list)
+    """When each word of it was written, by the clock of who wrote it."""
     entered: dict[int, int] = field(default_factory=dict)
     """By rank, how many collectives it had entered in this start."""
 
@@ -66,6 +68,7 @@ def find_endings(loaded: Loaded, ahead_s: Mapping[str, float]) -> list[Ending]:
             open_one = Ending(generation=record.generation, t=t, last_t=t)
             found.append(open_one)
         open_one.last_t = t
+        open_one.written_t.append(record.t)
         _add(open_one, record)
     for one in found:
         _settle(one)
