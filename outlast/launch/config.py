@@ -29,6 +29,9 @@ class LaunchConfig:
     node_sample_s: float = 1.0
     """Seconds between two looks at what this node does to its ranks: CPU quotas, other processes, memory, disks.
     Reports name the causes of slow steps from it. A look costs some milliseconds of CPU; 0 takes none."""
+    tell_slow: bool = True
+    """Tell while the job runs which rank or node is slow, since when and how it is known: one line, and an event
+    ``verdict``. It is read from the events of all ranks every ``monitor_interval_s``. Nothing is done about it."""
     watch: bool = True
     """Detect hangs. If false, only the end of a process is noticed. Set it to false for a command that writes no
     heartbeats, because a rank without a first one counts as hung after ``startup_limit_s``."""

@@ -37,6 +37,8 @@ def test_a_script_is_restarted_and_its_late_rank_found(tmp_path: Path) -> None:
     # The first step of a start has no known beginning; steps are counted on over restarts.
     assert [step for generation, step in steps if generation == 0] == list(range(2, 6))
     assert [step for generation, step in steps if generation == 1] == list(range(7, 46))
+    told = [one for one in events(run, "verdict") if one.generation == 1]
+    assert [(one["state"], one["ranks"]) for one in told] == [("began", [1]), ("ended", [1])], "while it ran"
     report = build_report(run)
     assert [row.rank for row in report.stragglers if row.straggler] == [1]
     assert report.facts.finished
