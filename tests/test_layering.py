@@ -85,8 +85,8 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "session": [
         {"session"},
         {"checkpoints", "saved_parts", "step_record"},
-        {"checkpoint_schedule", "compression", "place", "settings", "state"},
-        {"deepspeed"},
+        {"compression", "place", "scheduled_checkpoints", "settings", "state"},
+        {"checkpoint_schedule", "deepspeed"},
         {"agreement", "failure_history", "models", "process_group"},
         {"start_keys"},
     ],

@@ -8,16 +8,15 @@ from typing import Literal
 
 import torch
 
-from outlast.checkpoint import CheckpointConfig, Checkpointer
+from outlast.checkpoint import CheckpointConfig
 from outlast.errors import NotDurable
-from outlast.events import Event, StepDone
+from outlast.events import StepDone
 from outlast.launch import Place
 from outlast.session.agreement import StepAgreement
-from outlast.session.checkpoint_schedule import CheckpointSchedule
 from outlast.session.deepspeed import TrainedEngine
-from outlast.session.failure_history import FailureHistory, read_failure_history
 from outlast.session.models import unwrapped
 from outlast.session.place import RunPlace
+from outlast.session.scheduled_checkpoints import ScheduledCheckpoints
 from outlast.session.state import SessionState
 
 _LOG = logging.getLogger("outlast")
@@ -47,29 +46,12 @@ class SessionCheckpoints:
         state: SessionState,
         device: torch.device,
     ) -> None:
-        auto = config.every_steps == "auto" and place.rank == 0
-        history = read_failure_history(run.attempt) if auto else FailureHistory()
-        self._schedule = CheckpointSchedule(config, place, device, history, None, run.events)
         self._place = place
         self._agreement = agreement
         self._state = state
-        self._memory_every_steps = config.memory_every_steps
-        self._saved_step = 0
-
-        def emit(event: Event) -> None:
-            run.events.write(event)
-            self._schedule.on_event(event)
-
-        self._checkpointer = Checkpointer(
-            config.url if config.url is not None else str(run.path / "checkpoints"),
-            config,
-            rank=place.rank,
-            world_size=place.world_size,
-            attempt_id=agreement.token(),
-            on_event=emit,
-        )
+        self._scheduled = ScheduledCheckpoints(config, run.attempt, agreement.token(), place, device, run.events)
+        self._checkpointer = self._scheduled.checkpointer
         try:
-            self._checkpointer.claim()
             for one in state.trained:
                 if isinstance(one, TrainedEngine) and one.saved is not None:
                     one.saved.before_update(self._checkpointer.wait_copied)
@@ -96,22 +78,19 @@ class SessionCheckpoints:
         if restored is None:
             return 0
         anew = self._state.load(restored, rank=self._place.rank, world_size=self._place.world_size)
-        if not self._memory_every_steps:  # otherwise it may be in memory alone
-            self._saved_step = restored.step
+        self._scheduled.note_restored(restored)
         for what in anew:
             _LOG.warning("step %d: %s", restored.step, what)
         return restored.step
 
     def save_if_due(self, step: int, *, wanted: bool) -> None:
         """Begin a save if one is due after this step, or wanted. With ``auto`` it is collective now and then."""
-        durable = self._schedule.due(step, saving=self._checkpointer.running) or wanted
-        memory = self._memory_every_steps
-        if durable or (memory and step % memory == 0):
-            self._save(step, durable=durable)
+        if self._scheduled.due(step, wanted=wanted):
+            self._save(step)
 
     def note(self, done: StepDone) -> None:
         """Let the schedule learn from a step."""
-        self._schedule.on_step(done, saving=self._checkpointer.running)
+        self._scheduled.note_step(done)
 
     def finish(self, step: int) -> None:
         """Make the state after ``step`` durable, and end. Collective.
@@ -120,8 +99,8 @@ class SessionCheckpoints:
             NotDurable: on all ranks, if the last save failed.
             SnapshotMutated: see :meth:`Checkpointer.close`.
         """
-        if step > self._saved_step:
-            self._save(step, durable=True)
+        if step > self._scheduled.stored_step and self._scheduled.due(step, wanted=True):
+            self._save(step)
         failure: NotDurable | None = None
         try:
             self._checkpointer.close()
@@ -137,10 +116,8 @@ class SessionCheckpoints:
         """What a ``with`` block's end does; nothing after :meth:`finish`."""
         self._checkpointer.__exit__(kind, error, tb)
 
-    def _save(self, step: int, *, durable: bool) -> None:
+    def _save(self, step: int) -> None:
         for one in self._state.trained:
             one.check_unchanged()
-        if durable:
-            self._saved_step = step
         now = self._state.collect()
-        self._checkpointer.save(step, replicated=now.replicated, local=now.local, eager=now.eager, durable=durable)
+        self._scheduled.save(step, now.replicated, now.local, now.eager)

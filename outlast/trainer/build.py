@@ -9,9 +9,7 @@ import time
 from contextlib import ExitStack
 
 import torch
-import torch.distributed as dist
 
-from outlast.checkpoint import Checkpointer
 from outlast.comm import Choice
 from outlast.diagnostics import (
     Heartbeat,
@@ -25,15 +23,14 @@ from outlast.diagnostics.live import (
 from outlast.errors import (
     DataError,
 )
-from outlast.events import CommChosen, Event, EventLog, RunStarted
+from outlast.events import CommChosen, EventLog, RunStarted
 from outlast.launch import (
     Notice,
     Place,
 )
 from outlast.launch.attempt import Attempt
 from outlast.session import process_group
-from outlast.session.checkpoint_schedule import CheckpointSchedule
-from outlast.session.failure_history import FailureHistory, read_failure_history
+from outlast.session.scheduled_checkpoints import ScheduledCheckpoints
 from outlast.trainer.blocks import compile_model
 from outlast.trainer.config import Config
 from outlast.trainer.engines.build import build_engine
@@ -84,27 +81,8 @@ def build_run(
         model, config, device, observer=recorder, on_choice=lambda choice: _log_choice(choice, events)
     )
     stack.callback(engine.close)
-    auto = config.checkpoint.every_steps == "auto" and place.rank == 0
-    history = read_failure_history(attempt) if auto else FailureHistory()
-    schedule = CheckpointSchedule(config.checkpoint, place, device, history, recorder, events)
-
-    def emit(event: Event) -> None:
-        events.write(event)
-        schedule.on_event(event)
-
-    url = config.checkpoint.url if config.checkpoint.url is not None else str(attempt.run / "checkpoints")
-    checkpointer = stack.enter_context(
-        Checkpointer(
-            url,
-            config.checkpoint,
-            rank=place.rank,
-            world_size=place.world_size,
-            attempt_id=epoch,
-            group=dist.group.WORLD,
-            on_event=emit,
-        )
-    )
-    checkpointer.claim()
+    checkpoints = ScheduledCheckpoints(config.checkpoint, attempt, epoch, place, device, events, recorder)
+    checkpointer = stack.enter_context(checkpoints.checkpointer)
     if config.trainer.engine != "deepspeed":  # which takes the parameters themselves away
         checkpointer.watch(model)
     return Run(
@@ -114,8 +92,7 @@ def build_run(
         engine=engine,
         loader=training,
         held_out=held_out,
-        checkpointer=checkpointer,
-        schedule=schedule,
+        checkpoints=checkpoints,
         recorder=recorder,
         heartbeat=heartbeat,
         events=events,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from outlast.checkpoint import Checkpointer, Restored, load
+from outlast.checkpoint import Restored, load
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.diagnostics import Heartbeat, Recorder
 from outlast.errors import NotDurable, StateMismatch
@@ -19,7 +19,7 @@ from outlast.events import EvalDone, EventLog, StepDone
 from outlast.launch import Notice, Place
 from outlast.launch.attempt import Attempt
 from outlast.session import process_group
-from outlast.session.checkpoint_schedule import CheckpointSchedule
+from outlast.session.scheduled_checkpoints import ScheduledCheckpoints
 from outlast.trainer.batches import Batch, in_form
 from outlast.trainer.config import Config
 from outlast.trainer.engines.base import Engine
@@ -40,8 +40,7 @@ class Run:
     engine: Engine
     loader: Source
     held_out: Source | None
-    checkpointer: Checkpointer
-    schedule: CheckpointSchedule
+    checkpoints: ScheduledCheckpoints
     recorder: Recorder
     heartbeat: Heartbeat
     events: EventLog
@@ -54,12 +53,8 @@ class Run:
     """The newest step that is done, here or before the run was resumed."""
     ending: bool = False
     """Whether a notice came: the state after ``done_step`` is saved, and the run ends. The same on all ranks."""
-    _durable: bool = True
-    """Whether the checkpoint that is due goes to storage."""
     not_durable: NotDurable | None = None
     """That the last save to storage has failed; to be raised at the very end, since reports come first."""
-    _saved_step: int = 0
-    """The newest step that is in storage or on its way there."""
 
     def __post_init__(self) -> None:
         self.last_step = self.config.trainer.steps
@@ -145,11 +140,7 @@ class Run:
 
         Collective with ``checkpoint.every_steps = "auto"``.
         """
-        self._durable = (
-            self.ending or step == self.last_step or self.schedule.due(step, saving=self.checkpointer.running)
-        )
-        memory = self.config.checkpoint.memory_every_steps
-        return self._durable or (memory > 0 and step % memory == 0)
+        return self.checkpoints.due(step, wanted=self.ending or step == self.last_step)
 
     def wait_copied(self, step: int) -> None:
         """Wait until the last snapshot is copied, so that parameters may change.
@@ -158,7 +149,7 @@ class Run:
             SnapshotMutated: a tensor changed before it was copied.
         """
         self.heartbeat.beat("checkpoint", step)
-        self.checkpointer.wait_copied()
+        self.checkpoints.checkpointer.wait_copied()
         self.heartbeat.beat("step", step)
 
     def save(self, step: int) -> None:
@@ -167,22 +158,20 @@ class Run:
         The live tensors may be read, but must not change before :meth:`wait_copied` returns.
         """
         self.heartbeat.beat("checkpoint", step)
-        if self._durable:
-            self._saved_step = step
         state = self.engine.state()
         replicated = {**state.replicated, "data": self.loader.state(), "settings": saved_settings(self.config)}
         local: dict[str, Any] = {**state.local, "rng": rng_state()}
         if stream := self.loader.local_state():
             local["stream"] = stream
         eager = state.eager | {"rng", "stream"}
-        self.checkpointer.save(step, replicated=replicated, local=local, eager=eager, durable=self._durable)
+        self.checkpoints.save(step, replicated, local, eager)
 
     def record_step(self, done: StepDone) -> None:
         """Write a step's event, log it, and let the checkpoint schedule learn from it."""
         self.done_step = done.step
         self.events.write(done)
         self.progress.step(done)
-        self.schedule.on_step(done, saving=self.checkpointer.running)
+        self.checkpoints.note_step(done)
 
     def begin_from(self) -> Restored:
         """Take the parameters and buffers of ``run.start_from``, and nothing else. Collective.
@@ -225,7 +214,7 @@ class Run:
             CheckpointError, DataError: see :meth:`Checkpointer.restore` and :meth:`Loader.resumed_from`.
         """
         like = self.engine.like()
-        restored = self.checkpointer.restore(
+        restored = self.checkpoints.checkpointer.restore(
             "auto" if resume == "auto" else int(resume),
             like=like,
             any_world_size=True,
@@ -253,8 +242,7 @@ class Run:
             load_rng_state(read_local(rank)["rng"])
         self.first_step = restored.step + 1
         self.done_step = restored.step
-        if not self.config.checkpoint.memory_every_steps:  # otherwise it may be in memory alone
-            self._saved_step = restored.step
+        self.checkpoints.note_restored(restored)
         for line in changed if rank == 0 else ():
             _LOG.info("changed since step %d: %s", restored.step, line)
         if not same and rank == 0:
@@ -272,12 +260,12 @@ class Run:
 
         After a notice, the state is saved first unless it is in storage.
         """
-        if self.ending and self.done_step > self._saved_step:
-            self._durable = True
+        unsaved = self.ending and self.done_step > self.checkpoints.stored_step
+        if unsaved and self.checkpoints.due(self.done_step, wanted=True):
             self.save(self.done_step)
         self.heartbeat.beat("finish", self.done_step)
         try:
-            self.checkpointer.close()
+            self.checkpoints.checkpointer.close()
         except NotDurable as error:
             self.not_durable = error
         token = self.recorder.enter("barrier", 0, "end of the run")
