@@ -7,6 +7,8 @@ BIN    := $(VENV)/bin
 # Test files side by side; the tests of one file stay together, in order.
 WORKERS ?= 4
 READY  := $(VENV)/.ready
+# Hundreds of processes import the same modules.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train test check docs bench clean env
 env: $(READY)

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -231,12 +232,15 @@ class _Job:
             process.join(_LAST_WORDS_S)
         failed = [rank for rank, process in enumerate(self.processes) if process.exitcode != 0]
         if failed:
-            told = [
-                f"rank {rank} exited with status {self.processes[rank].exitcode}:\n"
-                + self.run.with_suffix(f".{rank}.log").read_text()[-_LAST_WORDS_CHARACTERS:]
-                for rank in failed
-            ]
-            raise RuntimeError("\n".join(told))
+            raise RuntimeError(self.last_words(failed))
+
+    def last_words(self, ranks: Iterable[int]) -> str:
+        """How these ranks ended, as far as they have, and the last lines of their logs."""
+        return "\n".join(
+            f"rank {rank}, exit status {self.processes[rank].exitcode}:\n"
+            + self.run.with_suffix(f".{rank}.log").read_text()[-_LAST_WORDS_CHARACTERS:]
+            for rank in ranks
+        )
 
     def kill(self, ranks: list[int]) -> None:
         """Kill some ranks at once, and then the others, as the launcher does."""
@@ -277,8 +281,9 @@ def _run_with_kills(job: _Job, at_steps: list[int], chance: random.Random) -> li
         deadline = time.monotonic() + _LIMIT_S
         while job.step() < at_step:
             if time.monotonic() > deadline or not any(process.is_alive() for process in job.processes):
-                log = job.run.with_suffix(".0.log").read_text()[-3000:]
-                raise RuntimeError(f"step {at_step} was not reached within {_LIMIT_S:g} s:\n{log}")
+                raise RuntimeError(
+                    f"step {at_step} was not reached within {_LIMIT_S:g} s:\n{job.last_words(range(RANKS))}"
+                )
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.1))
         ranks, lost = _choose(chance)
@@ -327,8 +332,7 @@ def _note_resumption(job: _Job, number: int, kill: Kill) -> None:
         if len(starts) == RANKS:
             break
         if time.monotonic() > deadline or not any(process.is_alive() for process in job.processes):
-            log = job.run.with_suffix(".0.log").read_text()[-3000:]
-            raise RuntimeError(f"no restart after kill {number} within {_LIMIT_S:g} s:\n{log}")
+            raise RuntimeError(f"no restart after kill {number} within {_LIMIT_S:g} s:\n{job.last_words(range(RANKS))}")
         time.sleep(0.05)
     kill.resumed_step = starts[0]["first_step"] - 1
     total: Counter[str] = Counter()

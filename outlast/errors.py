@@ -105,7 +105,15 @@ class SessionError(OutlastError):
 
 
 class CommError(OutlastError):
-    """Gradients could not be exchanged."""
+    """Gradients, or what ranks must agree on, could not be exchanged."""
+
+    @classmethod
+    def of_lost_peer(cls, what: str, rank: int, world_size: int, error: RuntimeError) -> CommError:
+        """What a process group raised in ``what`` on ``rank``, in words."""
+        return cls(
+            f"{what} failed on rank {rank} of {world_size}: {error}",
+            "a peer died or does not answer: look at its log, and at the link to it",
+        )
 
 
 class UnknownCompressor(CommError, ConfigError):

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,9 @@ from hypothesis import HealthCheck, settings
 # The same examples in every run, and no limit on how long one takes: no test depends on the load of the machine.
 settings.register_profile("outlast", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("outlast")
+
+# Hundreds of processes import the same modules: let the first compile them, whatever the environment says.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Ranks under test share two cores with each other and with the test itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -72,6 +75,13 @@ LONGEST = (
     "test_notice.py",
     "session/test_kills.py",
     "docs/test_recipes.py",
+    "integrations/test_examples.py",
+    "integrations/test_huggingface.py",
+    "integrations/test_accelerate.py",
+    "integrations/test_lightning.py",
+    "session/test_more_examples.py",
+    "session/test_deepspeed.py",
+    "launch/test_healed_link.py",
     "docs/test_examples.py",
     "launch/test_launch.py",
     "test_own_loop.py",
@@ -117,6 +127,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if os.environ.get("CI"):
                 pytest.fail(f"{marker}: {reason}")
             pytest.skip(f"{marker}: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left() -> Iterator[None]:
+    """A default group that a test leaves is that test's failure, not that of the next ones in its process."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        pytest.fail("it left a default process group")
 
 
 @pytest.fixture

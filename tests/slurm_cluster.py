@@ -14,10 +14,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from outlast.free_port import free_port
 
 CONF = """
 ClusterName=outlast
@@ -75,7 +77,7 @@ class SlurmCluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         host = socket.gethostname()
-        ctld_port, *ports = _free_ports(1 + self.nodes)
+        ctld_port, *ports = self._free_ports()
         cpus = os.cpu_count()
         nodes = "\n".join(
             f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=1000"
@@ -170,24 +172,16 @@ class SlurmCluster:
                 start_new_session=True,
             )
 
+    def _free_ports(self) -> list[int]:
+        """Of the controller, and of each node."""
+        ports: dict[int, None] = {}
+        while len(ports) <= self.nodes:
+            ports[free_port()] = None
+        return list(ports)
+
     def _wait(self, what: object, words: str, timeout_s: float = 30) -> None:
         assert callable(what)
         deadline = time.monotonic() + timeout_s
         while not what():
             assert time.monotonic() < deadline, f"waited {timeout_s} s in vain for {words}\n{self.logs()}"
             time.sleep(0.2)
-
-
-def _free_ports(count: int) -> Sequence[int]:
-    """Ports that were free a moment ago, below the ephemeral range so that no outgoing connection takes one."""
-    found = []
-    for port in range(17000 + os.getpid() % 1000, 30000):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        found.append(port)
-        if len(found) == count:
-            break
-    return found

@@ -81,8 +81,9 @@ def test_steps_to_a_loss() -> None:
 
 
 def test_the_benchmark_of_being_watched(root: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.watch", "--rounds", "1", "--steps", "3"]
+    command = [sys.executable, "-m", "benchmarks.watch", "--ways", "collectives", "--rounds", "1", "--steps", "3"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "wall_s: watched / not" in done.stdout
-    assert "cpu_s: watched / not" in done.stdout
+    lines = [line for line in done.stdout.splitlines() if line.startswith("collectives")]
+    assert [line.split()[1] for line in lines] == ["wall_s", "cpu_s"]
+    assert all("every 10 ms x " in line and "every 100 ms x " in line for line in lines)

@@ -28,6 +28,14 @@ ELSEWHERE = {
     ),
     "torchrun --standalone --nproc-per-node 2 examples/char_gpt.py runs/char_gpt": "tests/session/test_example.py",
     "mpirun -n 2 python examples/char_gpt.py runs/char_gpt": "tests/session/test_example.py",
+    "outlast launch --nproc-per-node 2 --run-dir runs/lightning_module examples/lightning_module.py "
+    "runs/lightning_module": "tests/integrations/test_examples.py",
+    "outlast launch --nproc-per-node 2 --run-dir runs/hf_trainer examples/hf_trainer.py runs/hf_trainer": (
+        "tests/integrations/test_examples.py"
+    ),
+    "outlast launch --nproc-per-node 2 --run-dir runs/accelerate examples/accelerate_loop.py runs/accelerate": (
+        "tests/integrations/test_examples.py"
+    ),
     "outlast launch --nproc-per-node 2 --export.prometheus-port 9464 train.py --lr 3e-4": (
         "tests/launch/test_exporting.py, on a free port"
     ),

@@ -27,7 +27,14 @@ def test_what_is_right_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("section", [one for one in SECTIONS if one not in ("mutation", "recorder")])
+@pytest.mark.parametrize(
+    "section",
+    [
+        pytest.param(one, marks=[pytest.mark.soak] if one == "runs" else [])
+        for one in SECTIONS
+        if one not in ("mutation", "recorder")
+    ],
+)
 def test_every_section(tmp_path: Path, section: str) -> None:
     assert run(tmp_path, section)[section]
 

@@ -15,7 +15,7 @@ import outlast
 
 FLOORS = [
     {"__main__"},
-    {"cli"},
+    {"cli", "integrations"},
     {"trainer"},
     {"session"},
     {"launch"},
@@ -58,13 +58,24 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"launcher"},
         {"agent", "plan", "rendezvous_errors"},
         {"rendezvous", "trusted_rendezvous"},
-        {"hung_ranks", "node_watch", "notice_spread", "rounds"},
-        {"first_cause", "joining", "notice_relay", "notice_store"},
+        {"hung_ranks", "node_watch", "other_nodes", "notice_spread", "rounds"},
+        {"first_cause", "joining", "node_exchange", "notice_relay", "notice_store"},
         {"exporting", "goodput", "processes", "program_runs"},
         {"flag_sources", "hang_watch", "notice", "rank_output", "runner", "spec", "torch_options"},
         {"notice_signals"},
         {"failures", "place"},
-        {"activity", "attempt", "backoff", "flags", "program", "node_clocks", "orphans", "ports", "run_lease"},
+        {
+            "activity",
+            "attempt",
+            "backoff",
+            "flags",
+            "program",
+            "node_clocks",
+            "orphans",
+            "ports",
+            "run_lease",
+            "sealed",
+        },
         {"oom_killer", "slurm", "parent_death", "config"},
     ],
     "trainer": [
@@ -89,6 +100,11 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"checkpoint_schedule", "deepspeed"},
         {"agreement", "failure_history", "models", "process_group"},
         {"start_keys"},
+    ],
+    "integrations": [
+        {"accelerate", "huggingface", "lightning"},
+        {"lightning_data", "lightning_limits", "lightning_state", "session_callback"},
+        {"trainer_state", "wrappers"},
     ],
     "cli": [
         {"main"},
@@ -299,6 +315,7 @@ FACES = {
     },
     "launch": {"LaunchConfig", "LaunchFlags", "LaunchSpec", "Notice", "Place", "dry_run", "find_place", "launch"},
     "session": {"Session"},
+    "integrations": set(),
     "trainer": {
         "GPT",
         "Config",

@@ -116,8 +116,8 @@ def test_a_run_ended_by_a_notice_goes_on_as_if_there_was_none(started: Started, 
     [
         signal.SIGINT,
         signal.SIGUSR1,
-        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.soak),
+        pytest.param(signal.SIGUSR2, marks=pytest.mark.soak),
     ],
 )
 def test_every_signal_that_tells_a_job_to_end(started: Started, signum: signal.Signals) -> None:

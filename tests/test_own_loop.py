@@ -53,7 +53,7 @@ def test_killed_at_any_moment_it_ends_like_a_run_that_was_not(root: Path, tmp_pa
     assert len(compared["equal_tensors"]) > 10
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_torchrun_restarts_it(root: Path, tmp_path: Path) -> None:
     """As the docs say, with a store for each start: rank 0 is killed, and then rank 1."""
     folder = tmp_path / "a"
@@ -80,7 +80,7 @@ def ranks_of(folder: Path) -> list[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_deepspeed_learns(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'outlast[deepspeed]'")
     script, run = root / "tests" / "deepspeed_script.py", tmp_path / "run"

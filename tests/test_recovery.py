@@ -62,7 +62,7 @@ def assert_same_end(run: Path, straight: Path) -> None:
     assert one_values == other_values
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_killed_rank(tmp_path: Path, straight: Path, victim: int) -> None:
     config, run = tiny_config(tmp_path)
     job = start_outlast("launch", config, *SIXTY, log=tmp_path / "log")

@@ -58,7 +58,7 @@ def test_a_phase_in_which_a_rank_was_slow_stands_first_and_the_wait_for_it_is_to
     assert first.startswith(f"Rank 1 on {phase['host']} was slow in steps 1")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_latest_in_nearly_all_steps_is_a_straggler_though_its_lateness_varies(tmp_path: Path) -> None:
     report, run, _ = report_of(tmp_path, "0.15,0.5,1.3", steps=33)
     first = report["stragglers"][0]

@@ -274,9 +274,9 @@ class Checkpointer:
     def watch(self, *watched: nn.Module | torch.optim.Optimizer) -> None:
         """Hook optimizers and modules, until this is closed.
 
-        Before each step of an optimizer, :meth:`wait_copied` is called, so the loop need not do it and cannot forget
-        it. Whenever backward has accumulated a gradient of a module, a save whose copy has ended by then is confirmed;
-        it can then be committed without waiting for the update, which helps if a step takes longer than writing.
+        Before each step of an optimizer (of torch's own: after its closure) :meth:`wait_copied` is called, so the loop
+        cannot forget it. Whenever backward has accumulated a gradient of a module, a save whose copy has ended by then
+        is confirmed; it can then be committed without waiting for the update, if a step takes longer than writing.
         Neither blocks, except in :meth:`wait_copied`.
 
         Args:

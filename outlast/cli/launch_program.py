@@ -56,10 +56,11 @@ class LaunchProgram(Verb):
         self.program.check()
         config = load(ProgramConfig, self.config, overrides=overrides)
         settings = config.launch
-        if self.program.kind == "program":
+        watched = self.program.kind != "program" and settings.look_every_s > 0
+        if not watched:
             settings = dataclasses.replace(settings, watch=False)  # nothing in it tells of progress
         spec = LaunchSpec(
-            command=self.program.command,
+            command=self.program.command(watched=watched),
             run_dir=(self.run_dir or Path("runs") / self.program.name).absolute(),
             config=settings,
             flags=self.flags,
@@ -69,11 +70,12 @@ class LaunchProgram(Verb):
         if self.dry_run:
             print(dry_run(spec))
             return 0
-        if self.program.kind == "program":
+        if not watched:
             _LOG.warning(
-                "outlast: %s is not watched, because it does not start through Python: ranks that end are noticed and "
-                "restarted, but no hang and no straggler is found",
+                "outlast: %s is not watched, because %s: ranks that end are noticed and restarted, but no hang and no "
+                "straggler is found",
                 self.program.target,
+                "it does not start through Python" if settings.look_every_s > 0 else "launch.look_every_s is 0",
             )
         launch(spec)
         return 0

@@ -41,10 +41,10 @@ class Counting:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenize(Verb):
-    """Turn text into token files for ``data.files``: ``train.bin`` and ``held_out.bin``, uint16 or uint32.
+    """Turn text into token files for data.files: train.bin and held_out.bin, uint16 or uint32.
 
     The texts are files, of which a share is held out by their names, as the trainer does with text, or the end of a
-    single one; or rows of a dataset that Hugging Face's ``save_to_disk`` wrote, of which the last are held out.
+    single one; or rows of a dataset that Hugging Face's save_to_disk wrote, of which the last are held out.
     """
 
     to: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]

@@ -16,6 +16,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.utils import store as store_util
 
+from outlast.errors import LaunchError
 from outlast.events import EventLog, WorkersFailed, WorkersStarted
 from outlast.launch.backoff import Backoff
 from outlast.launch.config import LaunchConfig
@@ -27,11 +28,13 @@ from outlast.launch.node_watch import NodeWatch
 from outlast.launch.notice_relay import NoticeRelay
 from outlast.launch.notice_spread import NoticeSpread
 from outlast.launch.orphans import Guard, end_orphans, find_orphans, shown
+from outlast.launch.other_nodes import OtherNodes
 from outlast.launch.place import counted_requeues
 from outlast.launch.processes import RankProcesses
 from outlast.launch.program_runs import ProgramRuns
 from outlast.launch.rank_output import RankOutput
-from outlast.launch.rounds import agree, forget_store
+from outlast.launch.rounds import Round, agree, forget_store
+from outlast.launch.trusted_rendezvous import run_secret
 
 EXIT_BARRIER = "torchelastic/agent/terminal_state"
 """torchelastic's key, so that its own agents may be among the other nodes."""
@@ -108,12 +111,15 @@ class WatchedAgent(LocalElasticAgent):
         self._notices = NoticeSpread(relay, events, host)
         self._requeues = counted_requeues(os.environ)
         self._program_runs = program_runs
+        self._round: Round | None = None
+        self._others: OtherNodes | None = None
         self._backoff = Backoff(config.backoff_s, config.longest_backoff_s)
         self._backoff_s = 0.0
         self._started_s = time.monotonic()
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         """Meet the other nodes, with a fresh store for the ranks: the old ones have ended. Collective over agents."""
+        self._leave_others()
         forget_store(worker_group.spec.rdzv_handler)
         super()._rendezvous(worker_group)
         self.joined = True
@@ -122,6 +128,7 @@ class WatchedAgent(LocalElasticAgent):
         self._output.job = found.job
         self._output.added = found.variables
         self._notices.store = found.notices
+        self._round = found
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         ranks = self.ranks
@@ -136,6 +143,7 @@ class WatchedAgent(LocalElasticAgent):
         self._processes = RankProcesses(self._pcontext, local_ranks, logs, started_at)
         self._relay.kill = self._processes.kill_all
         self.node.begin(self._processes.running())
+        self._meet_others(worker_group)
         self._relay.install()
         self.restarts = worker_group.spec.max_restarts - self._remaining_restarts
         self._events.generation = self._output.generation
@@ -161,7 +169,12 @@ class WatchedAgent(LocalElasticAgent):
         processes = self._processes
         assert processes is not None, "torchelastic polls only after a start"
         self._notices.look()
-        self._hung.look(processes, alone=worker_group.group_world_size == 1)
+        others = self._others
+        alone = worker_group.group_world_size == 1
+        self._hung.look(processes, alone=alone, accused=others.accused if others is not None else ())
+        if others is not None and self._watch is not None:
+            hung = self._hung.accused(worker_group.group_rank or 0, self._host)
+            others.look(processes.running(), self._watch.newest, hung)
         self.failures = self._find_failures(processes)
         if (ended := self._ended_by_notice(processes)) is not None:
             self.failures = []
@@ -219,6 +232,36 @@ class WatchedAgent(LocalElasticAgent):
             else:
                 return result
 
+    def _meet_others(self, worker_group: WorkerGroup) -> None:
+        """Tell the other nodes' launchers of this start's ranks, and hear of theirs."""
+        found = self._round
+        if found is None or found.store is None or self._watch is None or worker_group.group_rank is None:
+            return
+        try:
+            secret = run_secret(self._run_dir)
+        except LaunchError as error:
+            log.warning("outlast: nodes do not hear of one another's ranks: %s", error)
+            return
+        self._others = OtherNodes(
+            found.store,
+            secret=secret,
+            round_name=f"{found.job}/{found.generation}",
+            node=worker_group.group_rank,
+            nodes=worker_group.group_world_size or 1,
+            world_size=worker_group.workers[0].world_size,
+            host=self._host,
+            rules=self._watch.rules,
+            interval_s=self._config.monitor_interval_s,
+            conditions=self.node.current,
+            events=self._events,
+        )
+        self._others.start()
+
+    def _leave_others(self) -> None:
+        if self._others is not None:
+            self._others.close()
+            self._others = None
+
     def _exit_barrier(self) -> None:
         """Wait for the other nodes' ranks to finish, for at most ``exit_barrier_s``."""
         self._in_exit_barrier = True
@@ -263,6 +306,7 @@ class WatchedAgent(LocalElasticAgent):
         super()._shutdown(signal.SIGTERM)  # up to torch 2.11 it takes no time limit
         self._end_orphans()
         self._guard.rest()
+        self._leave_others()
 
     def _end_orphans(self) -> None:
         """End what the ranks have left behind; after success it is only told, for it may be meant to go on."""

@@ -32,6 +32,9 @@ class LaunchConfig:
     watch: bool = True
     """Detect hangs. If false, only the end of a process is noticed. Set it to false for a command that writes no
     heartbeats, because a rank without a first one counts as hung after ``startup_limit_s``."""
+    look_every_s: float = 0.01
+    """Seconds between two looks at the collectives of a program, each of about 20 us. Longer costs less, and tells how
+    late a rank is less exactly. 0: it starts without outlast's runner, and only its end is noticed."""
     hang_floor_s: float = 8.0
     """A rank may be silent for this many seconds, however short its steps are."""
     hang_factor: float = 4.0
@@ -67,6 +70,8 @@ class LaunchConfig:
         require(ok, "launch.monitor_interval_s", self.monitor_interval_s, "0.05 to 60 seconds")
         ok = self.node_sample_s == 0 or 0.05 <= self.node_sample_s <= 60
         require(ok, "launch.node_sample_s", self.node_sample_s, "0, or 0.05 to 60 seconds")
+        ok = self.look_every_s == 0 or 0.001 <= self.look_every_s <= 1
+        require(ok, "launch.look_every_s", self.look_every_s, "0, or 0.001 to 1 seconds")
         require(self.hang_floor_s > 0, "launch.hang_floor_s", self.hang_floor_s, "more than 0 seconds")
         require(self.hang_factor >= 1, "launch.hang_factor", self.hang_factor, "1 or more median steps")
         require(self.startup_limit_s > 0, "launch.startup_limit_s", self.startup_limit_s, "more than 0 seconds")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from outlast.diagnostics.live import (
     ring_path,
     shm_directory,
 )
+from outlast.diagnostics.monitor import Accused
 from outlast.diagnostics.syndromes.restraint import Watcher
 from outlast.errors import DiagnosticsError, RunDirectoryError
 from outlast.launch.activity import Activity
@@ -91,6 +92,8 @@ class HangWatch:
         )
         self.waiting = ""
         """What the watch waits for, and for how long, while ranks make no progress and none is to blame; else empty."""
+        self.newest: tuple[Observation, ...] = ()
+        """How the ranks did at the last look; empty while none is silent for long."""
         self.ended: dict[int, int] = {}
         """By rank, the process that has ended while the one that the launcher started for it, a wrapper, still runs."""
         self._alive: set[int] = set()
@@ -122,6 +125,7 @@ class HangWatch:
         self._alive = set()
         self.ended = {}
         self.waiting = ""
+        self.newest = ()
         self._started_s = time.monotonic()
 
     def close(self, ranks: tuple[int, ...]) -> None:
@@ -191,13 +195,17 @@ class HangWatch:
         beats = [self._beat_of(rank) for rank in ranks]
         return max((beat.step for beat in beats if beat is not None), default=0)
 
-    def find_hung(self, pids: Mapping[int, int], *, alone: bool) -> tuple[Culprit, ...]:
+    def find_hung(
+        self, pids: Mapping[int, int], *, alone: bool, accused: Sequence[Accused] = ()
+    ) -> tuple[Culprit, ...]:
         """The ranks to kill now; usually none.
 
         Args:
             pids: the running ranks of this node and the process started for each. A rank that has exited must not be
                 among them: it would be silent for ever.
             alone: whether there are no other nodes.
+            accused: ranks that are at fault as all nodes' launchers see it together, of this node or others. One of
+                this node is named if it still does what it was accused of.
         """
         self._clock.tick()
         beats = self._observe_heartbeats(pids)
@@ -213,17 +221,21 @@ class HangWatch:
         }
         if not any(one.silent_s(now_s) > self._first_limit_s(one) for one in beats):
             self.waiting = ""
+            self.newest = ()
             return ()
-        seen, culprits = self._judge(pids, alone)
+        seen, culprits = self._judge(pids, alone, accused)
+        self.newest = tuple(seen)
         if not culprits:
             return ()
         time.sleep(self._recheck_s)
-        again, culprits = self._judge(pids, alone)
+        again, culprits = self._judge(pids, alone, accused)
         before = {one.rank: one for one in seen}
         moved = {one.rank for one in again if one.has_moved_since(before[one.rank])}
         return tuple(one for one in culprits if one.rank not in moved)
 
-    def _judge(self, pids: Mapping[int, int], alone: bool) -> tuple[list[Observation], tuple[Culprit, ...]]:
+    def _judge(
+        self, pids: Mapping[int, int], alone: bool, accused: Sequence[Accused] = ()
+    ) -> tuple[list[Observation], tuple[Culprit, ...]]:
         """What is seen now, and whom it convicts."""
         seen = [_stopped_in_step(one) for one in self.observe(pids)]
         now_s = time.monotonic()
@@ -231,16 +243,18 @@ class HangWatch:
         culprits = tuple(
             one for one in verdict.culprits if not one.weak or self._nobody_else_is_busy(seen, now_s, alone)
         )
+        if not culprits or any(one.weak for one in culprits):
+            culprits = tuple(_as_accused(seen, accused, now_s)) or culprits
         silent = [one for one in seen if one.silent_s(now_s) > self._told_after_s(one) and one.state != "dead"]
-        self.waiting = "" if culprits or not silent else self._describe_wait(silent, now_s, alone)
+        self.waiting = "" if culprits or not silent else self._describe_wait(silent, now_s, alone, accused)
         return seen, culprits
 
-    def _describe_wait(self, silent: list[Observation], now_s: float, alone: bool) -> str:
+    def _describe_wait(self, silent: list[Observation], now_s: float, alone: bool, accused: Sequence[Accused]) -> str:
         longest = max(silent, key=lambda one: one.silent_s(now_s))
         limit_s = max(self._patience_s(one, alone) for one in silent)
         return (
             f"no progress for {longest.silent_s(now_s):.0f} s: {', '.join(one.where for one in silent[:4])}"
-            f"{' …' if len(silent) > 4 else ''}; nobody is to blame yet; waiting up to {limit_s:.0f} s, then "
+            f"{' …' if len(silent) > 4 else ''}; {_blame(accused)}; waiting up to {limit_s:.0f} s, then "
             f"the ranks at fault, or else those furthest behind, are killed"
         )
 
@@ -314,6 +328,35 @@ class HangWatch:
             one = Observation(rank=rank, pid=own, state=process_state(own), started_s=self._started_s, beat=beat)
             seen.append(_stopped_in_step(self._excused(self._with_true_state(one, pid))))
         return seen
+
+
+def _blame(accused: Sequence[Accused]) -> str:
+    if not accused:
+        return "nobody is to blame yet"
+    return "to blame: " + ", ".join(f"rank {one.rank} on node {one.node} ({one.host})" for one in accused[:4])
+
+
+def _as_accused(seen: Iterable[Observation], accused: Sequence[Accused], now_s: float) -> Iterator[Culprit]:
+    """Those of this node's ranks that are accused, and have not moved since."""
+    by_rank = {one.rank: one for one in accused}
+    for one in seen:
+        told = by_rank.get(one.rank)
+        if (
+            told is not None
+            and one.state != "dead"
+            and (told.pid, told.step, told.entered) == (one.pid, one.step, one.entered)
+            and not one.pending
+            and one.silent_s(now_s) > told.limit_s
+        ):
+            yield Culprit(
+                rank=one.rank,
+                pid=one.pid,
+                step=one.step,
+                silent_s=one.silent_s(now_s),
+                limit_s=told.limit_s,
+                evidence=f"{told.evidence}; judged from the ranks of all nodes",
+                weak=False,
+            )
 
 
 def _is_of_others(pid: int, since_s: float) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from outlast.diagnostics.live import Culprit
+from outlast.diagnostics.monitor import Accused
 from outlast.events import EventLog, HangFound
 from outlast.launch.hang_watch import HangWatch
 from outlast.launch.processes import RankProcesses, dump_stacks
@@ -24,7 +26,7 @@ class HungRanks:
         self._watch = watch
         self._events = events
         self._hung: dict[int, Culprit] = {}
-        self._waits = False
+        self._waits = ""
         self.ended: dict[int, int] = {}
         """By rank, the process that had ended before what had started it was killed."""
 
@@ -35,16 +37,17 @@ class HungRanks:
         self._hung = {}
         self.ended = {}
 
-    def look(self, processes: RankProcesses, *, alone: bool) -> None:
+    def look(self, processes: RankProcesses, *, alone: bool, accused: Sequence[Accused] = ()) -> None:
         """Find hung ranks and kill them.
 
         Args:
             processes: this node's ranks.
             alone: whether there are no other nodes.
+            accused: ranks that are at fault as all nodes see it together.
         """
         if self._watch is None:
             return
-        for culprit in self._watch.find_hung(processes.running(), alone=alone):
+        for culprit in self._watch.find_hung(processes.running(), alone=alone, accused=accused):
             self._kill(processes, culprit)
         self._end_wrappers(processes, self._watch)
         self._tell_wait(self._watch.waiting)
@@ -53,6 +56,23 @@ class HungRanks:
     def evidence(self) -> dict[int, str]:
         """Why each rank was killed that hung in this start."""
         return {rank: culprit.evidence for rank, culprit in self._hung.items()}
+
+    def accused(self, node: int, host: str) -> list[Accused]:
+        """The ranks that were killed because they hung, as other nodes are told of them."""
+        return [
+            Accused(
+                rank=one.rank,
+                node=node,
+                host=host,
+                pid=one.pid,
+                step=one.step,
+                entered=0,
+                silent_s=one.silent_s,
+                limit_s=one.limit_s,
+                evidence=one.evidence,
+            )
+            for one in self._hung.values()
+        ]
 
     def undying(self, processes: RankProcesses) -> list[int]:
         """Those that run although they were killed: they are in an uninterruptible sleep."""
@@ -99,8 +119,9 @@ class HungRanks:
 
     def _tell_wait(self, waiting: str) -> None:
         """One line when the watch begins to wait, and one when progress goes on."""
-        if bool(waiting) != self._waits:
-            self._waits = bool(waiting)
+        blame = waiting.partition(";")[2].partition(";")[0]
+        if (blame or waiting) != self._waits:
+            self._waits = blame or waiting
             if waiting:
                 log.warning("outlast: %s", waiting)
             elif not self._hung:

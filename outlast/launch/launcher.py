@@ -113,7 +113,6 @@ def _run_agent(
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     from outlast.launch.notice_relay import NoticeRelay
-    from outlast.launch.program_runs import ProgramRuns
     from outlast.launch.rank_output import RankOutput
 
     output = RankOutput(spec.flags.log_dir or spec.run_dir / "launcher", host, spec.flags)
@@ -124,7 +123,7 @@ def _run_agent(
         _quiet(*TORCHELASTIC_NOISE),
         NoticeRelay(spec) as relay,
         closing(Guard(output.mark)) as guard,
-        closing(ProgramRuns(spec.run_dir)) if spec.is_program else contextlib.nullcontext() as runs,
+        _program_runs(spec) as runs,
         _environment({} if relay.file is None else {NOTICE_FILE: str(relay.file)}),
     ):
         try:
@@ -328,6 +327,14 @@ def _conf(rendezvous: Rendezvous) -> dict[str, str]:
         host, port = rendezvous.host_and_port()
         conf["is_host"] = str(is_own_address(host) and (port <= 0 or is_free(port)))
     return conf
+
+
+def _program_runs(spec: LaunchSpec) -> contextlib.AbstractContextManager[ProgramRuns | None]:
+    from outlast.launch.program_runs import ProgramRuns
+
+    if not spec.is_program:
+        return contextlib.nullcontext()
+    return closing(ProgramRuns(spec.run_dir, spec.config.look_every_s))
 
 
 @contextlib.contextmanager

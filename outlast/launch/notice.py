@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from outlast.errors import LaunchError
+from outlast.errors import CommError, LaunchError
 from outlast.launch.failures import RESUME_STATUS
 from outlast.launch.notice_signals import NOTICES, NoticeSignals, restore_in_children
 
@@ -53,7 +53,7 @@ class Notice:
         self._stack = ExitStack()
         self.agreed = False
         """The newest answer of :meth:`came`."""
-        self._pending: tuple[Any, torch.Tensor] | None = None
+        self._pending: tuple[Any, torch.Tensor, ProcessGroup | None] | None = None
         self._signals: NoticeSignals | None = None
         path = os.environ.get(NOTICE_FILE)
         self._file = Path(path) if path else None
@@ -107,15 +107,25 @@ class Notice:
             self.agreed = known
             return
         box = torch.tensor([int(known)], dtype=torch.int32, device=device)
-        self._pending = dist.all_reduce(box, op=dist.ReduceOp.MAX, group=group, async_op=True), box
+        self._pending = dist.all_reduce(box, op=dist.ReduceOp.MAX, group=group, async_op=True), box, group
 
     def answer(self) -> bool:
-        """The answer to :meth:`ask`. Raises what the group's backend raises if a peer is lost."""
+        """The answer to :meth:`ask`.
+
+        Raises:
+            CommError: a peer is lost; after the group's timeout, at the latest.
+        """
         if self._pending is not None:
-            work, box = self._pending
+            work, box, group = self._pending
             self._pending = None
-            work.wait()
-            self.agreed = bool(box.item())
+            try:
+                work.wait()
+                self.agreed = bool(box.item())  # with NCCL the collective is over only now
+            except RuntimeError as error:
+                import torch.distributed as dist
+
+                rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+                raise CommError.of_lost_peer("all_reduce of the notice", rank, world_size, error) from error
         return self.agreed
 
     def close(self) -> None:

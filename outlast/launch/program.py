@@ -41,14 +41,13 @@ class Program:
         """A short name: the script's without its ending, or the module's."""
         return self.target if self.kind == "module" else Path(self.target).stem
 
-    @property
-    def command(self) -> tuple[str, ...]:
-        """What each rank runs. Python programs start through :mod:`outlast.launch.runner`."""
+    def command(self, *, watched: bool = True) -> tuple[str, ...]:
+        """What each rank runs. A watched Python program starts by :mod:`outlast.launch.runner`."""
         if self.kind == "program":
             return (self.target, *self.arguments)
-        runner = (os.environ.get(PYTHON) or sys.executable, "-m", "outlast.launch.runner")
+        python = (os.environ.get(PYTHON) or sys.executable, *(("-m", "outlast.launch.runner") if watched else ("-u",)))
         flag = ("-m",) if self.kind == "module" else ()
-        return (*runner, *flag, self.target, *self.arguments)
+        return (*python, *flag, self.target, *self.arguments)
 
     def check(self) -> None:
         """Find out before any process is started what would fail in every rank.

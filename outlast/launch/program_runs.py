@@ -15,7 +15,7 @@ from outlast.errors import RunDirectoryError
 from outlast.launch.attempt import Attempt, next_attempt, steps_taken
 from outlast.launch.place import GENERATION
 from outlast.launch.run_lease import run_lease, take_run
-from outlast.launch.runner import ATTEMPT, RUN_DIR, STEPS_TAKEN
+from outlast.launch.runner import ATTEMPT, LOOK_EVERY_S, RUN_DIR, STEPS_TAKEN
 
 _WAYS_OUT = "--run-dir OTHER"
 
@@ -32,10 +32,12 @@ class ProgramRuns:
 
     Args:
         run_dir: the run's directory.
+        look_every_s: seconds between two looks at a rank's collectives.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, look_every_s: float) -> None:
         self._run_dir = run_dir.absolute()
+        self._look_every_s = look_every_s
         self._attempt: Attempt | None = None
         self._lease: Lease | None = None
 
@@ -70,7 +72,12 @@ class ProgramRuns:
             self.close()
         number, taken = map(int, store.get("outlast/attempt").split())
         self._attempt = Attempt(self._run_dir, number)
-        return {RUN_DIR: str(self._run_dir), ATTEMPT: str(number), STEPS_TAKEN: str(taken)}
+        return {
+            RUN_DIR: str(self._run_dir),
+            ATTEMPT: str(number),
+            STEPS_TAKEN: str(taken),
+            LOOK_EVERY_S: str(self._look_every_s),
+        }
 
     def close(self) -> None:
         """Give the directory back, if this launcher holds it."""

@@ -31,6 +31,8 @@ class Round:
     """For ranks that run somebody's program."""
     notices: NoticeStore | None = None
     """Where launchers hear of notices; None on a single node."""
+    store: dist.Store | None = None  # type: ignore[name-defined]
+    """Of all launchers; it outlives rounds. None on a single node."""
 
 
 def forget_store(handler: RendezvousHandler) -> None:
@@ -67,5 +69,6 @@ def agree(worker_group: WorkerGroup, *, requeues: int, program_runs: ProgramRuns
     generation = requeues + int(store.get(STARTS))
     variables = {} if program_runs is None else program_runs.agree(store, job=job, generation=generation, leads=leads)
     several = worker_group.group_world_size != 1
-    notices = NoticeStore(store.underlying_store, generation) if several else None
-    return Round(generation=generation, job=job, variables=variables, notices=notices)
+    lasting = store.underlying_store if several else None
+    notices = NoticeStore(lasting, generation) if lasting is not None else None
+    return Round(generation=generation, job=job, variables=variables, notices=notices, store=lasting)

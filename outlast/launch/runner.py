@@ -24,7 +24,7 @@ from typing import Any
 from outlast.diagnostics.live import point_to_point
 from outlast.diagnostics.live.flight import flight_counts
 from outlast.diagnostics.live.heartbeat import Heartbeat
-from outlast.diagnostics.live.program_watch import ProgramWatch
+from outlast.diagnostics.live.program_watch import EVERY_S, ProgramWatch
 from outlast.diagnostics.live.recorder import Recorder
 from outlast.diagnostics.live.shm import heartbeat_path, ring_path, shm_directory
 from outlast.errors import OutlastError
@@ -39,7 +39,9 @@ RUN_DIR = "OUTLAST_RUN_DIR"
 ATTEMPT = "OUTLAST_ATTEMPT"
 """the number of the attempt,"""
 STEPS_TAKEN = "OUTLAST_STEPS_TAKEN"
-"""and how many steps the run had taken before this start."""
+"""how many steps the run had taken before this start,"""
+LOOK_EVERY_S = "OUTLAST_LOOK_EVERY_S"
+"""and the seconds between two looks at its collectives."""
 RING_CAPACITY = 512
 USAGE_STATUS = 2
 """Exit status of a program that does not understand its arguments: argparse, click and others agree on it."""
@@ -70,7 +72,8 @@ class Runner:
         self._heartbeat = Heartbeat(heartbeat_path(shm, self.rank), rank=self.rank)
         self._recorder = Recorder(ring_path(shm, self.rank), rank=self.rank, capacity=RING_CAPACITY)
         self._taken = taken = int(environ.get(STEPS_TAKEN, "0"))
-        self._watch = ProgramWatch(self._heartbeat, self._recorder, self._events, first_step=taken)
+        every_s = float(environ.get(LOOK_EVERY_S, EVERY_S))
+        self._watch = ProgramWatch(self._heartbeat, self._recorder, self._events, first_step=taken, every_s=every_s)
         self._events.write(
             RunStarted(
                 attempt=self.attempt.number,

@@ -11,7 +11,6 @@ or delete keys, so that the job fails. The traffic is not encrypted.
 
 from __future__ import annotations
 
-import hmac
 import logging
 import os
 import secrets
@@ -38,6 +37,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 from outlast.errors import LaunchError
 from outlast.launch.joining import JoiningHolder
 from outlast.launch.ports import LOOPBACKS, fail_when_silent, loopback, sockets_of
+from outlast.launch.sealed import Seal
 from outlast.plain_text import plain_text
 
 SECRET = "OUTLAST_LAUNCH_SECRET"
@@ -48,7 +48,6 @@ OWNER = "outlast/owner"
 """Key in a rendezvous' store of the id of the job that made it."""
 SILENT_S = 30.0
 """A store that does not answer for this long is lost. Twice as long as a node may be silent."""
-_MAC_BYTES = 32
 _LEAST_SECRET_BYTES = 16
 
 log = logging.getLogger("outlast.launch")
@@ -65,7 +64,7 @@ class AuthenticatedBackend(RendezvousBackend):
 
     def __init__(self, inner: RendezvousBackend, secret: bytes, run_id: str) -> None:
         self._inner = inner
-        self._key = hmac.digest(secret, b"outlast rendezvous\0" + run_id.encode(), "sha256")
+        self._seal = Seal(secret, f"outlast rendezvous\0{run_id}")
         self._newest: bytes | None = None
 
     @property
@@ -89,7 +88,7 @@ class AuthenticatedBackend(RendezvousBackend):
         Raises:
             RendezvousStateError, RendezvousConnectionError: as :meth:`get_state`.
         """
-        result = self._inner.set_state(self._seal(state), token)
+        result = self._inner.set_state(self._seal.seal(state), token)
         if result is None:
             return None
         now, new_token, written = result
@@ -98,20 +97,13 @@ class AuthenticatedBackend(RendezvousBackend):
             return state, new_token, True
         return *self._checked(now, new_token), False
 
-    def _seal(self, state: bytes) -> bytes:
-        return hmac.digest(self._key, state, "sha256") + state
-
-    def _open(self, sealed: bytes) -> bytes | None:
-        mac, state = sealed[:_MAC_BYTES], sealed[_MAC_BYTES:]
-        return state if hmac.compare_digest(mac, hmac.digest(self._key, state, "sha256")) else None
-
     def _checked(self, sealed: bytes, token: Token) -> tuple[bytes, Token]:
-        state = self._open(sealed)
+        state = self._seal.open(sealed)
         if state is None:
             log.error("outlast: the rendezvous holds a state without this run's MAC; it is not read")
             if self._newest is not None:  # otherwise anyone could end the job
-                result = self._inner.set_state(self._seal(self._newest), token)
-                if result is not None and (state := self._open(result[0])) is not None:
+                result = self._inner.set_state(self._seal.seal(self._newest), token)
+                if result is not None and (state := self._seal.open(result[0])) is not None:
                     token = result[1]
         if state is None:
             raise RendezvousStateError(

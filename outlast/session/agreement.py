@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from outlast.checkpoint.peers.collectives import Agreement
-from outlast.errors import EndedEarly
+from outlast.errors import CommError, EndedEarly
 from outlast.launch import Notice
 
 _NONE = -(1 << 62)
@@ -21,8 +21,8 @@ class StepAgreement:
     and in the end :meth:`leave`. Whether a rank goes on is part of each question, so that a rank that leaves its loop
     before the others learns that at once, and they from it, instead of waiting in a collective that never comes.
 
-    Failure contract: when a peer is lost, :meth:`answer`, :meth:`leave` and :meth:`share` raise what gloo raises, at
-    once if its process has ended, else within the timeout of the default process group.
+    Failure contract: when a peer is lost, :meth:`answer` and :meth:`leave` raise CommError, and :meth:`share` what gloo
+    raises, at once if its process has ended, else within the timeout of the default process group.
 
     Args:
         rank: of this process.
@@ -90,7 +90,11 @@ class StepAgreement:
             return
         work, box = self._asked
         self._asked = None
-        work.wait()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            what = "all_reduce of who goes on"
+            raise CommError.of_lost_peer(what, self._rank, dist.get_world_size(self._group), error) from error
         noticed, staying, leaver, last, first = (int(number) for number in box.tolist())
         self.notice_came = bool(noticed)
         fix = (

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from outlast.checkpoint import AutoInterval, CheckpointConfig
 from outlast.diagnostics import Recorder
+from outlast.errors import CommError
 from outlast.events import CheckpointFailed, CheckpointInterval, Event, EventLog, StepDone
 from outlast.launch import Place
 from outlast.session.failure_history import FailureHistory
@@ -54,8 +55,8 @@ class CheckpointSchedule:
     def due(self, step: int, *, saving: bool) -> bool:
         """Whether to save after ``step``; called after every step but the last.
 
-        With ``auto`` it is collective at the steps that rank 0 announced before. When a peer is lost, the broadcast
-        raises within the process group's timeout.
+        With ``auto`` it is collective at the steps that rank 0 announced before. When a peer is lost, it raises
+        CommError within the process group's timeout.
 
         Args:
             step: the step that was just done.
@@ -77,12 +78,15 @@ class CheckpointSchedule:
         return bool(now)
 
     def _broadcast(self, decision: torch.Tensor) -> None:
-        if self._recorder is None:
+        name = "checkpoint interval"
+        token = 0 if self._recorder is None else self._recorder.enter("broadcast", decision.nbytes, name)
+        try:
             dist.broadcast(decision, src=0)
-            return
-        token = self._recorder.enter("broadcast", decision.nbytes, "checkpoint interval")
-        dist.broadcast(decision, src=0)
-        self._recorder.complete(token)
+        except RuntimeError as error:
+            what = f"broadcast of the {name}"
+            raise CommError.of_lost_peer(what, dist.get_rank(), dist.get_world_size(), error) from error
+        if self._recorder is not None:
+            self._recorder.complete(token)
 
     def on_step(self, done: StepDone, *, saving: bool) -> None:
         """Measure a step; ``saving``: whether a save is in progress at its end."""

@@ -88,6 +88,10 @@ class SessionCheckpoints:
         if self._scheduled.due(step, wanted=wanted):
             self._save(step)
 
+    def wait_copied(self) -> None:
+        """See :meth:`Session.wait_copied`."""
+        self._checkpointer.wait_copied()
+
     def note(self, done: StepDone) -> None:
         """Let the schedule learn from a step."""
         self._scheduled.note_step(done)

@@ -11,13 +11,13 @@ from outlast.comm import CommConfig, Reducer, ReduceStats, attach
 from outlast.errors import CommError
 from outlast.session.models import Trained, kind_of
 
+Comm = CommConfig | Mapping[str, Any] | Literal[False] | None
+"""How a session's ``comm`` may be given."""
 GRADIENTS: dict[str, Any] = {"target": "gradient", "feedback": "ef21"}
 """Error feedback on gradients, which suits any optimizer. With Adam and AdamW their updates are compressed."""
 
 
-def attach_reducers(
-    trained: Sequence[Trained], comm: CommConfig | Mapping[str, Any] | Literal[False] | None, world_size: int
-) -> dict[str, Reducer]:
+def attach_reducers(trained: Sequence[Trained], comm: Comm, world_size: int) -> dict[str, Reducer]:
     """A reducer for each model whose gradients ranks average, by the model's name. Collective.
 
     Where updates are compressed, AdamW stays what it is to the program, and its moments are the reducer's.
@@ -51,6 +51,20 @@ def attach_reducers(
             leave = "leave averaging to DeepSpeed: Session(..., comm=False)"
             raise CommError(error.what, f"{error.fix}; or {leave}" if error.fix else leave) from error
     return reducers
+
+
+def of_gradients(comm: Comm) -> Comm:
+    """For programs that clip what ranks average: gradients are compressed, unless ``comm`` names a target."""
+    if comm is False or isinstance(comm, CommConfig) or (comm is not None and "target" in comm):
+        return comm
+    return {**GRADIENTS, **(comm or {})}
+
+
+def is_of_updates(comm: Comm) -> bool:
+    """Whether ``comm`` asks for updates by name."""
+    if isinstance(comm, CommConfig):
+        return comm.target == "update"
+    return isinstance(comm, Mapping) and comm.get("target") == "update"
 
 
 def cost_of_step(reducers: Mapping[str, Reducer]) -> ReduceStats:

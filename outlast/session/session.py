@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from outlast.checkpoint import CheckpointConfig
-from outlast.comm import CommConfig
 from outlast.errors import SessionError, StateMismatch
 from outlast.launch import Notice, find_place
 from outlast.launch.failures import RESUME_STATUS
 from outlast.session import process_group
 from outlast.session.agreement import StepAgreement
 from outlast.session.checkpoints import SessionCheckpoints
-from outlast.session.compression import attach_reducers
+from outlast.session.compression import Comm, attach_reducers
 from outlast.session.deepspeed import trained
 from outlast.session.models import wrapped
 from outlast.session.place import RunPlace
@@ -95,7 +94,7 @@ class Session:
         model: Model,
         optimizer: Optimizers | None = None,
         *,
-        comm: CommConfig | Mapping[str, Any] | Literal[False] | None = None,
+        comm: Comm = None,
         checkpoint: CheckpointConfig | Mapping[str, Any] | Literal[False] | None = None,
         resume: Literal["auto", "never"] | int = "auto",
         notice_grace_s: float | None = 25.0,
@@ -118,7 +117,7 @@ class Session:
         run: str | os.PathLike[str] | None,
         models: Mapping[str, nn.Module],
         optimizers: Mapping[str, Optimizer],
-        comm: CommConfig | Mapping[str, Any] | Literal[False] | None,
+        comm: Comm,
         config: CheckpointConfig | None,
         notice_grace_s: float | None,
         timeout_s: float,
@@ -309,6 +308,10 @@ class Session:
         self.ending = self._agreement.answer()
         return self.ending
 
+    def notice_came(self) -> bool:
+        """Whether a notice had come when this step began; as :attr:`ending`, but before its end. Collective."""
+        return self._agreement.answer()
+
     @property
     def done_step(self) -> int:
         """The last step that has ended, over all starts of the run; 0 before the first."""
@@ -322,9 +325,23 @@ class Session:
         """Save after this step, whether or not a checkpoint is due; call it on every rank."""
         self._wanted = True
 
+    def wait_copied(self) -> None:
+        """Wait until the last save needs no tensor any more. An optimizer's update does it by itself; call it before
+        anything else changes what is saved.
+
+        Raises:
+            SnapshotMutated: a tensor was changed too early; the save is given up.
+        """
+        if self._checkpoints is not None:
+            self._checkpoints.wait_copied()
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation inside a step: ``outlast launch`` gives it the time that a pause takes, not that of a step."""
+        """Evaluation inside a step: ``outlast launch`` gives it the time that a pause takes, not that of a step.
+
+        What is saved may be changed in it and put back, as averaged weights are: see :meth:`wait_copied`.
+        """
+        self.wait_copied()
         watch = self._run.watch
         watch.begin_phase("eval")
         try:

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -30,7 +29,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, directed: bool = F
     ]
     groups = [group for group in groups if group["params"]]
     if directed:
-        sharded = any(isinstance(p, DTensor) for p in parameters)  # torch has no fused SGD for shards
+        # torch has no fused SGD for shards. (To import DTensor takes a second.)
+        sharded = any(hasattr(p, "full_tensor") for p in parameters)
         return SGD(groups, lr=config.lr, fused=not sharded)
     beta1 = 0.9 if config.beta1 is None else config.beta1
     return AdamW(groups, lr=config.lr, betas=(beta1, config.beta2), eps=config.eps, fused=True)

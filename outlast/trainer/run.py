@@ -14,7 +14,7 @@ import torch.distributed as dist
 from outlast.checkpoint import Restored, load
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.diagnostics import Heartbeat, Recorder
-from outlast.errors import NotDurable, StateMismatch
+from outlast.errors import CommError, NotDurable, StateMismatch
 from outlast.events import EvalDone, EventLog, StepDone
 from outlast.launch import Notice, Place
 from outlast.launch.attempt import Attempt
@@ -74,7 +74,7 @@ class Run:
         self.notice.ask(device=self.device)
 
     def answer_notice(self) -> None:
-        """Set ``ending`` if a notice came to any rank. Raises within the group's timeout when a peer is lost."""
+        """Set ``ending`` if a notice came to any rank. Raises CommError, within the group's timeout, if one is lost."""
         token = self.recorder.enter("all_reduce", 4, "notice")
         self.ending = self.notice.answer()
         self.recorder.complete(token)
@@ -89,7 +89,7 @@ class Run:
     def evaluate(self, step: int) -> None:
         """Measure the held-out loss, the mean over all ranks. A notice cuts it off.
 
-        Collective: raises within the process group's timeout when a peer is lost.
+        Collective: raises CommError within the process group's timeout when a peer is lost.
         """
         if self.held_out is None:
             return
@@ -100,8 +100,12 @@ class Run:
                 _LOG.info("step %d: the evaluation is cut off by a notice", step)
             return
         token = self.recorder.enter("all_reduce", mean.nbytes, "held-out loss")
-        dist.all_reduce(mean)
-        total = float(mean)  # with NCCL the collective is over only now
+        try:
+            dist.all_reduce(mean)
+            total = float(mean)  # with NCCL the collective is over only now
+        except RuntimeError as error:
+            what = "all_reduce of the held-out loss"
+            raise CommError.of_lost_peer(what, self.place.rank, self.place.world_size, error) from error
         self.recorder.complete(token)
         loss = total / self.place.world_size
         self.events.write(EvalDone(step=step, loss=loss, seconds=time.perf_counter() - start_s))

@@ -64,9 +64,7 @@ class Encoder:
         except Exception as error:  # the library raises nothing narrower
             raise DataError(f"{file} is no tokenizer: {error}", "save one with tokenizer.save_pretrained") from error
         self.digest = hashlib.sha256(content).hexdigest()
-        self.vocabulary = int(self._tokenizer.get_vocab_size())
-        largest = max(self._tokenizer.get_vocab().values(), default=0)
-        self.vocabulary = max(self.vocabulary, largest + 1)  # the numbers of some have gaps
+        self.vocabulary = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # the numbers of some have gaps
         self.end: list[int] = []
         if end_token is not None:
             number = self._tokenizer.token_to_id(end_token)

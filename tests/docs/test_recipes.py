@@ -87,7 +87,7 @@ class Watched:
 def train(rank: int, block: Block, prelude: str, folder: str, kill: bool) -> tuple[int, str]:
     """Run a loop: the first step that it took, and a digest of what it left."""
     asked = "batch" if "batch(step)" in block.code else "loss"
-    per_step = 4 if "micro" in block.code else 1
+    per_step = 4 if "4 * step + micro" in block.code else 1
     watched: list[Watched] = []
 
     def prepare(names: Names) -> None:

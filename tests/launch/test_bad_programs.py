@@ -151,7 +151,7 @@ def test_another_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PYTHON_EXEC", sys.executable)
     program = Program(kind="script", target=str(script))
     program.check()
-    assert program.command[0] == sys.executable
+    assert program.command()[0] == sys.executable
 
 
 def test_a_program_that_the_kernel_does_not_run(tmp_path: Path) -> None:
@@ -179,7 +179,9 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("how", ["break", "sys.exit(0)", pytest.param("os._exit(0)", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "how", ["break", *(pytest.param(end, marks=pytest.mark.soak) for end in ("sys.exit(0)", "os._exit(0)"))]
+)
 def test_a_rank_that_leaves_the_loop_early_is_named(tmp_path: Path, how: str) -> None:
     script = tmp_path / "train.py"
     script.write_text(LEAVES.replace("HOW", how))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import sys
 from collections.abc import Iterator
@@ -39,7 +40,8 @@ def test_a_link_is_cut_for_good(tmp_path: Path, cluster: Cluster) -> None:
     assert [job.wait(300) for job in jobs] == [1, 1]
     at_first, at_second = ((tmp_path / host.name).read_text() for host in cluster.hosts)
     for rank, said in enumerate((at_first, at_second)):
-        assert f"exited with status 1: CommError: all_gather of bucket 0 failed on rank {rank} of 2" in said
+        # Whichever collective of a step it is.
+        assert re.search(rf"exited with status 1: CommError: all_\w+ of .+ failed on rank {rank} of 2", said), said
         assert " hangs" not in said
     assert "LaunchError: too few nodes at the rendezvous at " in at_first
     assert f"missing: {second.address} (launcher " in at_first

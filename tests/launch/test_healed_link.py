@@ -15,7 +15,7 @@ from outlast.diagnostics import build_report
 from tests.cpu_quota import at_most
 from tests.helpers import clean_env, events, outlast, tiny_config, wait_for
 
-CUT_S, THROTTLED_S = 20.0, 30.0
+CUT_S, THROTTLED_S = 20.0, 20.0
 
 
 @pytest.mark.root

@@ -12,7 +12,7 @@ from outlast.errors import OutOfRange
 from outlast.events import EventLog
 from outlast.launch import LaunchConfig
 from outlast.launch.node_watch import NodeWatch
-from tests.diagnostics.monitor.nodes import quota_group
+from tests.cpu_quota import quota_group
 from tests.helpers import events, outlast, start_outlast, tiny_config, wait_for
 
 SLOW_S = 6.0

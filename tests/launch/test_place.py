@@ -199,6 +199,7 @@ def test_mpirun_trains(root: Path, tmp_path: Path) -> None:
     assert sorted(record.rank for record in events(run, "step") if record["step"] == 6) == [0, 1]
 
 
+@pytest.mark.soak
 def test_torchrun_trains(root: Path, tmp_path: Path) -> None:
     config, run = tiny_config(tmp_path)
     words = ["--nproc-per-node", "2", "-m", "outlast.trainer", str(config), "--trainer.steps", "6"]

@@ -61,7 +61,7 @@ def test_the_rank_itself_is_aborted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [4, 100_000])
+@pytest.mark.parametrize("size", [4, pytest.param(100_000, marks=pytest.mark.soak)])
 def test_of_three_the_one_that_is_alone(tmp_path: Path, size: int) -> None:
     _, reason = run(tmp_path, 1, size, 6, ranks=3)
     assert "desynchronised" in reason

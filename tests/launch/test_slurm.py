@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import clean_env, events, steps_saved, tiny_config, wait_for
+from tests.session.test_kills import KILLS, plan
 from tests.slurm_cluster import SlurmCluster
 
 pytestmark = pytest.mark.slurm
@@ -100,22 +101,20 @@ def test_a_requeued_job_goes_on(cluster: SlurmCluster, env: dict[str, str], root
 def test_a_session_under_srun_ends_as_if_nobody_had_killed_it(
     cluster: SlurmCluster, env: dict[str, str], root: Path, tmp_path: Path
 ) -> None:
-    """Two runs of two tasks: one straight, one with a task killed, which the batch script starts again."""
+    """Two runs of two tasks: one straight, one with tasks killed, which the batch script starts again each time."""
     script = root / "tests" / "session" / "program.py"
-    kills = tmp_path / "kills"
-    kills.mkdir()
-    (kills / "11-1").touch()
+    kills = plan(tmp_path / "kills", KILLS, 3)
     batch = tmp_path / "job.sh"
     batch.write_text(
         f"#!/bin/bash\ncd {root}\nexport OMP_NUM_THREADS=1\n"
         f"start() {{ srun --kill-on-bad-exit=1 {sys.executable} {script} {tmp_path}/$1 --kills {kills}; }}\n"
-        "start killed || start killed\nstart straight\n"
+        f"for n in $(seq {KILLS}); do start killed && exit 9; done\nstart killed && start straight\n"
     )
     job = cluster.sbatch("--nodes=2", "--ntasks-per-node=1", "--output=said", str(batch), env=env, cwd=tmp_path)
     assert cluster.wait(job) == "COMPLETED", (tmp_path / "said").read_text()
     said = (tmp_path / "said").read_text()
     assert not list(kills.iterdir())
-    assert said.count("(slurm)") == 3, said
+    assert said.count("(slurm)") == KILLS + 2, said
     ends = [line for line in said.splitlines() if line.startswith("end ")]
     assert len(ends) == 2, said
     assert len(set(ends)) == 1

@@ -65,7 +65,7 @@ def run_in_parts(rank: int, run: str, stage: int, accumulate: int, comm: Any) ->
     return train(run, 6, stage, accumulate, comm=comm)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_killed_it_ends_as_if_it_had_not_been(two_ranks: Ranks, tmp_path: Path) -> None:
     """Under ``outlast launch``; the straight run has the ranks of the other tests."""
     straight = two_ranks.run(run_straight, str(tmp_path / "straight"), 2, 2, COMPRESSED, STEPS)

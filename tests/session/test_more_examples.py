@@ -27,7 +27,10 @@ def differing(one: Path, other: Path, step: int) -> tuple[set[str], int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("example", "measure", "steps"), [("gan", "distance", 100), ("fsdp_loop", "loss", 60)])
+@pytest.mark.parametrize(
+    ("example", "measure", "steps"),
+    [("gan", "distance", 100), pytest.param("fsdp_loop", "loss", 60, marks=pytest.mark.soak)],
+)
 def test_it_learns_and_ends_the_same(root: Path, tmp_path: Path, example: str, measure: str, steps: int) -> None:
     """Two models with an optimizer each, and sharded parameters; dropout and drawn points included."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"

@@ -11,7 +11,8 @@ from tests.forked import Job, run_main
 from tests.helpers import clean_env
 
 
-@pytest.mark.parametrize("rendezvous", ["static", pytest.param("c10d", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_every_restart_joins(rendezvous: str) -> None:
     """torchrun hands each start the same store, with either rendezvous."""
     flags = ["--standalone"] if rendezvous == "c10d" else ["--master-port", str(free_port())]

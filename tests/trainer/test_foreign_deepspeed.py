@@ -15,7 +15,7 @@ deepspeed.ops.__compatible_ops__ = {}  # else it compiles for a minute what noth
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_killed_and_resumed_it_ends_the_same(tmp_path: Path) -> None:
     settings = tmp_path / "ds.json"

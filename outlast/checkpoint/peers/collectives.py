@@ -82,6 +82,19 @@ class Agreement:
         dist.broadcast(box, group=self._group, group_src=0)
         return int(box.item())
 
+    def broadcast_text(self, text: str) -> str:
+        """Rank 0's text, on all ranks."""
+        if self._world_size == 1:
+            return text
+        data = text.encode()
+        nbytes = self.broadcast_int(len(data))
+        box = torch.zeros(nbytes, dtype=torch.uint8)
+        if self._rank == 0 and data:
+            box.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        box = box.to(self._device)
+        dist.broadcast(box, group=self._group, group_src=0)
+        return box.cpu().numpy().tobytes().decode()
+
     def maximum(self, value: int) -> int:
         """The largest value of all ranks, on all ranks."""
         if self._world_size == 1:

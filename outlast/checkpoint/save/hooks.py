@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ class Hooks:
     """The hooks of one Checkpointer, until they are removed.
 
     Args:
-        before_update: called before each step of an optimizer.
+        before_update: called before each step of an optimizer; of torch's own, after the closure, if there is one.
         after_gradient: called in backward, whenever a gradient was accumulated.
     """
 
@@ -38,8 +40,27 @@ class Hooks:
             handle.remove()
         self._handles = []
 
-    def _step(self, *_: object) -> None:
+    def _step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # torch's own optimizers call a closure before they change anything: forward and backward are in it, and they
+        # need not wait. What another optimizer does before it calls one is not known.
+        if type(optimizer).__module__.partition(".")[0] == "torch":
+            if callable(kwargs.get("closure")):
+                return args, kwargs | {"closure": self._then_wait(kwargs["closure"])}
+            if len(args) == 2 and callable(args[1]):
+                return (args[0], self._then_wait(args[1])), kwargs
         self._before_update()
+        return None
+
+    def _then_wait(self, closure: Callable[[], object]) -> Callable[[], object]:
+        @functools.wraps(closure)
+        def called() -> object:
+            result = closure()
+            self._before_update()
+            return result
+
+        return called
 
     def _accumulated(self, _: torch.Tensor) -> None:
         self._after_gradient()

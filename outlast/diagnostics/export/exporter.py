@@ -10,7 +10,7 @@ from typing import Protocol
 
 from outlast.events import Record
 
-CLOSE_S = 60.0
+CLOSE_S = 90.0
 """How long exporters may take at the end for what waits, all together. The launcher does not wait so long."""
 _LOG = logging.getLogger("outlast.export")
 

@@ -13,7 +13,7 @@ from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.export.config import ExportConfig
 from outlast.errors import ConfigError
 
-LONGEST_END_S = 90.0
+LONGEST_END_S = 120.0
 """After its launcher has ended, the process ends within this time, whatever its clients do."""
 
 

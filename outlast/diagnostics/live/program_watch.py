@@ -2,7 +2,7 @@
 
 A step ends where the program's optimizer has made its update (:meth:`ProgramWatch.on_optimizer_step`, called by torch's
 global hook), or where the program says so (:meth:`ProgramWatch.take_steps`). A thread looks at torch's flight recorder
-every ``INTERVAL_S``: how long collectives were pending, which is how a late rank is told from its peers without
+now and then: how long collectives were pending, which is how a late rank is told from its peers without
 comparing clocks; and whether anything moves. When nothing has moved for ``QUIET_S``, it copies the newest collectives
 to the recorder's ring in shared memory, where the launcher finds them although this process may be stopped or killed
 by then.
@@ -23,8 +23,8 @@ from outlast.diagnostics.live.point_to_point import Operation, issued, waiting
 from outlast.diagnostics.live.recorder import Collective, Recorder
 from outlast.events import EventLog, ProgramStep
 
-INTERVAL_S = 0.01
-"""Between two looks; each takes about 20 µs."""
+EVERY_S = 0.01
+"""Between two looks, unless another time is asked for; each takes about 20 µs."""
 BEAT_S = 0.2
 """Progress between steps is told this often at most."""
 QUIET_S = 1.0
@@ -51,13 +51,23 @@ class ProgramWatch:
         recorder: takes the newest collectives when nothing moves.
         events: takes one event a step.
         first_step: how many steps the run has taken before.
+        every_s: seconds between two looks. How late a rank is, is known to half of that in each collective.
     """
 
-    def __init__(self, heartbeat: Heartbeat, recorder: Recorder, events: EventLog, *, first_step: int = 0) -> None:
+    def __init__(
+        self,
+        heartbeat: Heartbeat,
+        recorder: Recorder,
+        events: EventLog,
+        *,
+        first_step: int = 0,
+        every_s: float = EVERY_S,
+    ) -> None:
         self.events = events
         self.pid = os.getpid()
         self.phase: Phase = "program"
         """Of the heartbeat, between steps too; set it with :meth:`begin_phase`."""
+        self._every_s = every_s
         self._heartbeat = heartbeat
         self._recorder = recorder
         self._told = False
@@ -152,7 +162,7 @@ class ProgramWatch:
         was_pending = False
         looked_s = moved_s = beaten_s = time.monotonic()
         copied_s = 0.0  # 0: there are no copies, or they are no longer true
-        while not self._stop.wait(INTERVAL_S):
+        while not self._stop.wait(self._every_s):
             counts, waits, sent = flight_counts(), waiting(), issued()
             now_s = time.monotonic()
             pending = any(count.pending for count in counts.values())

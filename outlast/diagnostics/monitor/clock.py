@@ -21,7 +21,7 @@ class ClockUse:
     """By how much the time of day was set, forward if positive."""
 
 
-class NodeClock:
+class ClockJumps:
     """Compares the machine's clocks with one another.
 
     Args:

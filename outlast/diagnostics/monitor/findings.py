@@ -48,7 +48,7 @@ class Finding:
     ranks: tuple[int, ...] = ()
     """Ranks that it concerns; empty for all of the node."""
     value: float = 0.0
-    """How much; the unit is that of the kind of fact."""
+    """How much: for kinds that are facts too, in the unit of :data:`outlast.diagnostics.syndromes.facts.UNITS`."""
     measured_s: float | None = None
     """Seconds of the interval in which it held; None if it cannot be measured."""
     at_once: bool = False
@@ -223,7 +223,9 @@ def _network(sample: Sample) -> Iterator[Finding]:
 def _hardware(sample: Sample) -> Iterator[Finding]:
     use = sample.hardware
     if use.heat_throttles > 0:
-        yield Finding(what="thermal", words="its processor was too hot, and was slowed", lasts=False)
+        to = f" to {use.speed_share:.0%} of its speed" if use.speed_share else ""
+        words = f"its processor was too hot, and was slowed{to}"
+        yield Finding(what="thermal", words=words, value=use.speed_share, lasts=False)
     if use.uncorrected > 0:
         yield Finding(
             what="ecc_errors",

@@ -29,6 +29,8 @@ class HardwareUse:
 
     heat_throttles: float = 0.0
     """How often a core of the ranks, or its package, was slowed because it was too hot."""
+    speed_share: float = 0.0
+    """Of full speed, how fast the slowest of these cores is now, if one was slowed; 0 if that is not known."""
     corrected: float = 0.0
     """Memory errors that ECC has corrected."""
     uncorrected: float = 0.0
@@ -66,7 +68,18 @@ class Hardware:
         def more(prefix: str) -> float:
             return sum(grown(before, now, name) for name in now if name.startswith(prefix))
 
-        return HardwareUse(more("heat"), more("ce_count"), more("ue_count"))
+        heat_throttles = more("heat")
+        speed = self._speed_share(cores) if heat_throttles else 0.0
+        return HardwareUse(heat_throttles, speed, more("ce_count"), more("ue_count"))
+
+    def _speed_share(self, cores: frozenset[int]) -> float:
+        shares = []
+        for core in cores:
+            folder = f"sys/devices/system/cpu/cpu{core}/cpufreq"
+            now, full = (self._files.text(f"{folder}/{name}") for name in ("scaling_cur_freq", "cpuinfo_max_freq"))
+            if now and full and now.strip().isdecimal() and full.strip().isdecimal():
+                shares.append(int(now) / int(full))
+        return min(shares, default=0.0)
 
     @staticmethod
     def _count(name: str, text: str | None) -> dict[str, float]:

@@ -92,9 +92,10 @@ class NodeMonitor:
         """Take one sample; what changed, which has been told."""
         before_s = time.thread_time()
         pids, since_s = self._ranks
-        with self._lock:
-            sample = self.newest = self._sampler.look(pids, since_s)
-            changes = self._conditions.look(find(sample), sample.t, sample.seconds)
+        sample = self.newest = self._sampler.look(pids, since_s)
+        findings = find(sample)
+        with self._lock:  # not while files are read: whoever asks what holds must not wait for a file system
+            changes = self._conditions.look(findings, sample.t, sample.seconds)
         for one in changes:
             self._tell(one)
         self._count(time.thread_time() - before_s)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from outlast.diagnostics.monitor.cgroups import CpuQuota, CpuQuotas
-from outlast.diagnostics.monitor.clock import ClockUse, NodeClock
+from outlast.diagnostics.monitor.clock import ClockJumps, ClockUse
 from outlast.diagnostics.monitor.cores import Cores, CoresUse
 from outlast.diagnostics.monitor.devices import Disks, DiskUse, Network, NetworkUse
 from outlast.diagnostics.monitor.files import SystemFiles
@@ -74,7 +74,7 @@ class Sampler:
     ) -> None:
         self._files = SystemFiles(root)
         self._quiet_s = quiet_s
-        self._clock = NodeClock(interval_s)
+        self._clock = ClockJumps(interval_s)
         self._ranks = Ranks(shm_dir)
         self._cores = Cores(self._files, os.getpid())
         self._memory = Memory(self._files)

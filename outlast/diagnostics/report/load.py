@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from outlast.diagnostics.monitor import NodeCondition, NodeMonitored
+from outlast.diagnostics.monitor import NodeClock, NodeCondition, NodeMonitored
 from outlast.errors import DiagnosticsError
 from outlast.events import GoodputMeasured, ProgramStep, Record, StepDone, parse_event
 
@@ -36,7 +36,7 @@ UNTOLD: dict[str, float] = {"loss": np.nan, "lr": np.nan} | dict.fromkeys(
     ("tokens", "data_s", "comm_s", "checkpoint_s", "codec_s", "wire_bytes", "dense_bytes"), 0.0
 )
 """Columns of a step of a program that tells nothing of itself."""
-NODE_KINDS = (NodeCondition.kind, NodeMonitored.kind)
+NODE_KINDS = (NodeClock.kind, NodeCondition.kind, NodeMonitored.kind)
 COLUMNS = ("attempt", "generation", "rank", "step", "t", *STEP_FIELDS, *OPTIONAL_FIELDS)
 """Of :attr:`Loaded.rows`."""
 

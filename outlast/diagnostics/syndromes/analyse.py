@@ -44,7 +44,7 @@ def analyse(
     first = find_first(trace, waits, ends)
     if first is not None:
         return first, *numbers
-    times = step_times(trace, waits.background)
+    times = step_times(trace, waits.flow)
     hangs = find_hangs(trace, waits, rules, step_limit_s(times, rules), facts)
     if hangs:
         return *numbers, *hangs

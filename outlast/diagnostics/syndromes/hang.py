@@ -39,7 +39,7 @@ def find_hangs(trace: Trace, waits: Waits, rules: Rules, step_limit_s: float, fa
     late = {
         rank: (waited_s, wait)
         for rank, (waited_s, wait) in waits.awaited_s.items()
-        if waited_s > _limit_s(trace, rank, rules, step_limit_s)
+        if min(waited_s, _silent_s(trace, waits, rank)) > _limit_s(trace, rank, rules, step_limit_s)
     }
     roots = [rank for rank in late if not waits.is_waiting[rank]]
     if roots:
@@ -57,6 +57,14 @@ def find_hangs(trace: Trace, waits: Waits, rules: Rules, step_limit_s: float, fa
         return [found]
     behind = {rank: one for rank, one in circle.items() if not waits.is_held[rank]}
     return _absent(trace, waits, behind, rules, facts)
+
+
+def _silent_s(trace: Trace, waits: Waits, rank: int) -> float:
+    """Seconds since its last heartbeat, as far as it was watched: whoever beats does not hang."""
+    node = int(trace.job.node_of[rank])
+    if waits.unheard[rank] or not np.isfinite(trace.signs.beat_s[rank]):
+        return np.inf
+    return float(trace.clocks.now_s[node] - trace.signs.beat_s[rank] - trace.clocks.excused_s[node])
 
 
 def _limit_s(trace: Trace, rank: int, rules: Rules, step_limit_s: float) -> float:

@@ -38,6 +38,8 @@ def delay_matrix(trace: Trace, since_s: float) -> Floats:
     took_s = links.done_s - links.begin_s
     begun_s = trace.common_s(links.source, links.begin_s)
     used = np.flatnonzero(np.isfinite(took_s) & (source != target) & (links.nbytes > 0) & (begun_s >= since_s))
+    if not len(used):
+        return found
     cell = source[used] * count + target[used]
     order = np.argsort(cell, kind="stable")
     cells, starts = np.unique(cell[order], return_index=True)

@@ -73,7 +73,12 @@ def find_shifts(series: Floats, threshold: float, rules: Rules, *, from_start: b
     n_after = since.sum(axis=1)
     share = (up & since).sum(axis=1) / n_after
     newest = up[:, -least:].mean(axis=1)
-    noise = MAD_TO_SIGMA * _median(np.abs(np.where(since, values, np.nan) - after[:, None]))
+    level = np.where(since, after[:, None], np.nan_to_num(before)[:, None])
+    noise = MAD_TO_SIGMA * np.maximum(
+        _median(np.abs(values - level)),
+        # few values close to one another by chance are no proof: neighbours tell how much they usually differ
+        _median(np.abs(np.diff(values, axis=1))) / np.sqrt(2.0),
+    )
     n_before = np.maximum(length - n_after, 1)
     error = MEDIAN_ERROR * noise * np.sqrt(1.0 / n_after + np.where(at > 0, 1.0 / n_before, 0.0))
     found = (

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outlast.diagnostics.syndromes.trace import Bools, Floats, Ints, Trace
+from outlast.diagnostics.syndromes.flow import Flow
+from outlast.diagnostics.syndromes.trace import Floats, Ints, Trace
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,16 +38,15 @@ class StepTimes:
         return float(np.percentile(np.nanmedian(seen, axis=0), 99))
 
 
-def step_times(trace: Trace, background: Bools) -> StepTimes:
+def step_times(trace: Trace, flow: Flow) -> StepTimes:
     """Measure the steps of a trace.
 
     Args:
         trace: of the job. Where nobody knows when a call completed, the time in it counts as the rank's own.
-        background: [calls]: whether its rank goes on while it is pending; what it does meanwhile is its own time, until
-            the step's end, by which all of its calls have completed.
+        flow: how its ranks get from call to call.
     """
     calls, ranks = trace.calls, trace.job.world_size
-    order = np.lexsort((calls.enter_s, calls.rank))
+    order = trace.order
     rank, step, enter = calls.rank[order], calls.step[order], calls.enter_s[order]
     if not len(order):
         empty = np.empty((ranks, 0))
@@ -56,8 +56,7 @@ def step_times(trace: Trace, background: Bools) -> StepTimes:
     is_new[0] = True
     is_new[1:] = (rank[1:] != rank[:-1]) | (step[1:] != step[:-1])
     firsts = np.flatnonzero(is_new)
-    held = np.where(background[order], enter, done)
-    free = np.maximum(held, enter)
+    free = np.where(np.isfinite(flow.free_s), flow.free_s, calls.enter_s)[order]
     all_done = np.maximum.reduceat(done, firsts)
     # the first call of a step comes after all of the step before
     before = np.empty_like(enter)

@@ -194,6 +194,11 @@ class Trace:
     links: Links = field(default_factory=Links.none)
 
     @cached_property
+    def order(self) -> Ints:
+        """[calls]: their indices, rank by rank in the order in which each entered them."""
+        return np.lexsort((self.calls.enter_s, self.calls.rank))
+
+    @cached_property
     def waited_s(self) -> Floats:
         """[calls]: seconds for which a pending call has been pending and watched, on its own clock; else 0."""
         node = self.job.node_of[self.calls.rank]

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from outlast.diagnostics.syndromes.background import background_calls
+from outlast.diagnostics.syndromes.flow import Flow, flow_of
 from outlast.diagnostics.syndromes.meetings import Meetings, last_seq
 from outlast.diagnostics.syndromes.trace import Bools, Ints, Trace
 
@@ -45,8 +45,8 @@ class Waits:
     """Point-to-point operations. The other one is absent if it is not in an operation with the waiter."""
     unheard: Bools
     """[ranks]: whether nothing is heard of their node, so that what is known of them is old."""
-    background: Bools
-    """[calls]: whether its rank goes on while it is pending."""
+    flow: Flow
+    """How ranks get from call to call."""
 
     @property
     def all(self) -> tuple[Wait, ...]:
@@ -65,7 +65,7 @@ class Waits:
         """[ranks]: whether it is inside a call that is not made in the background."""
         found = np.zeros(self.trace.job.world_size, dtype=np.bool_)
         for one in self.collectives:
-            if not self.background[one.row]:
+            if not self.flow.goes_on[one.row]:
                 found[one.waiters] = True
         for one in self.between_two:
             found[one.waiters] = True
@@ -117,7 +117,7 @@ def waits_of(trace: Trace, meetings: Meetings, *, node_silent_s: float) -> Waits
         collectives=tuple(collectives),
         between_two=tuple(between_two),
         unheard=unheard,
-        background=background_calls(trace),
+        flow=flow_of(trace),
     )
 
 

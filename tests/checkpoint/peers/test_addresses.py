@@ -26,9 +26,7 @@ def addresses(name: str) -> list[str]:
 
 
 def test_an_interface_by_name() -> None:
-    for name in psutil.net_if_addrs():
-        if addresses(name):
-            assert own_address(name) == addresses(name)[0]
+    assert own_address("lo") == addresses("lo")[0]  # others may come and go: tests beside this one make hosts
     with pytest.raises(CheckpointError, match=r"has no interface 'eth77'; it has .*lo"):
         own_address("eth77")
     with pytest.raises(OutOfRange, match=r"checkpoint\.interface = ''"):

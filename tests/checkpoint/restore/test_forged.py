@@ -208,7 +208,7 @@ DOCUMENTS: dict[str, tuple[str, Callable[[Record], object] | bytes]] = {
 }
 PACKED = "packed/rank_00000.0/zarr.json"
 INDICES: dict[str, Callable[[Record], object]] = {
-    "300,000 names": lambda index: index.update({f"model/n{number}": [0, [1], "float32"] for number in range(300_000)}),
+    "100,000 names": lambda index: index.update({f"model/n{number}": [0, [1], "float32"] for number in range(100_000)}),
     "30,000 names without elements": lambda index: index.update(
         {f"none/n{number}": [0, [0], "float32"] for number in range(30_000)}
     ),

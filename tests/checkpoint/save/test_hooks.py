@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,52 @@ def test_the_update_waits_for_the_copy(tmp_path: Path, gate: threading.Event) ->
     hooks = [parameter._post_accumulate_grad_hooks for parameter in net.parameters()]
     assert not any(hooks)
     assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_closure_does_not_wait(tmp_path: Path, gate: threading.Event, named: bool) -> None:
+    """Forward and backward are in it: the copy goes on beside them."""
+    net, optimizer = training()
+    with checkpointer(tmp_path) as saver:
+        saver.watch(net, optimizer)
+        before = save(saver, net)
+
+        def closure() -> float:
+            assert saver._saving is not None
+            assert not saver._saving.confirmed
+            forward_backward(net)
+            threading.Timer(0.05, gate.set).start()
+            return 3.0
+
+        assert (optimizer.step(closure=closure) if named else optimizer.step(closure)) == 3.0
+        assert saver._saving is not None
+        assert saver._saving.confirmed
+        back = saver.restore("auto")
+    assert back is not None
+    assert all(torch.equal(back.replicated["model"][name], tensor) for name, tensor in before.items())
+
+
+class Perturbed(torch.optim.SGD):
+    """Changes parameters before it calls its closure, as sharpness-aware minimization does."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            for param in self.param_groups[0]["params"]:
+                param.add_(0.1)
+        return super().step(closure)
+
+
+def test_an_optimizer_that_changes_before_its_closure_waits_before(tmp_path: Path, gate: threading.Event) -> None:
+    net, _ = training()
+    with checkpointer(tmp_path) as saver:
+        optimizer = Perturbed(net.parameters(), lr=0.1)
+        saver.watch(net, optimizer)
+        before = save(saver, net)
+        threading.Timer(0.05, gate.set).start()
+        optimizer.step(lambda: forward_backward(net))
+        back = saver.restore("auto")
+    assert back is not None
+    assert all(torch.equal(back.replicated["model"][name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("watched", [True, False])

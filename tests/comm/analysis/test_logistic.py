@@ -207,7 +207,7 @@ def test_guarantee(phishing: tuple[Problem, dict[str, Run]], a9a: tuple[Problem,
     check_theorem(a9a[0], a9a[1]["theory"], 4 / a9a[0].d)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_phishing_for_thousands_of_rounds(phishing: tuple[Problem, dict[str, Run]]) -> None:
     found, c = phishing[0], rows(1, phishing[0].d)
     gamma = found.gamma(1 / found.d)

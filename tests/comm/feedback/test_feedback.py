@@ -329,6 +329,7 @@ def test_without_feedback_nothing_is_kept() -> None:
     assert simulation.owned == [{}, {}, {}]
 
 
+@pytest.mark.soak
 def test_the_strength_of_signs_is_of_use() -> None:
     """Their guaranteed contraction, 1 / d, would make it nothing, and refuse one that is stable and better."""
     ends = {}

@@ -36,9 +36,10 @@ def alone(rank: int) -> None:
 
 
 def in_a_pair(rank: int) -> None:
-    """Two ranks have made a group, and one of them destroyed it."""
+    """Two ranks have made a group, and one of them has destroyed it."""
     if rank != 2:
         pair = dist.new_group([0, 1], use_local_synchronization=True)
+        dist.barrier(pair)  # whoever destroys it must not do so while the other still connects
         if rank == 1:
             dist.destroy_process_group(pair)
 

@@ -11,7 +11,7 @@ from outlast.diagnostics.monitor.cgroups import CpuQuotas
 from outlast.diagnostics.monitor.devices import Disks, Network
 from outlast.diagnostics.monitor.files import SystemFiles
 from outlast.diagnostics.monitor.findings import find
-from outlast.diagnostics.monitor.hardware import MATTERS, Hardware
+from outlast.diagnostics.monitor.hardware import MATTERS, Hardware, HardwareUse
 from outlast.diagnostics.monitor.memory import Memory, Pressure
 from outlast.diagnostics.monitor.sample import Sampler
 from tests.diagnostics.monitor.nodes import PSI, V1, V2, write
@@ -207,6 +207,8 @@ def test_heat_and_memory_errors(tmp_path: Path) -> None:
     def files(count: int) -> dict[str, str]:
         return {
             "sys/devices/system/cpu/cpu1/thermal_throttle/core_throttle_count": f"{count}\n",
+            "sys/devices/system/cpu/cpu1/cpufreq/scaling_cur_freq": "1200000\n",
+            "sys/devices/system/cpu/cpu1/cpufreq/cpuinfo_max_freq": "3000000\n",
             "sys/devices/system/edac/mc/mc0/ce_count": f"{count}\n",
             "sys/devices/system/edac/mc/mc0/ue_count": "0\n",
         }
@@ -216,7 +218,7 @@ def test_heat_and_memory_errors(tmp_path: Path) -> None:
     hardware.look(frozenset({0, 1}))
     write(tmp_path, files(6))
     use = hardware.look(frozenset({0, 1}))
-    assert (use.heat_throttles, use.corrected, use.uncorrected) == (2, 2, 0)
+    assert use == HardwareUse(heat_throttles=2, speed_share=0.4, corrected=2, uncorrected=0)
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def test_the_report_has_the_parts_and_they_add_up(tmp_path: Path) -> None:
     assert "waiting for data" in text
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_real_run_that_is_killed_once_has_steps_redone_and_a_restart(tmp_path: Path) -> None:
     """Counted by hand from its events: what is redone, and when the first step after the kill was done."""
     config, run = tiny_config(tmp_path)

@@ -21,7 +21,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("fault", CASES)
 def test_fault_is_named(fault: str) -> None:
-    (row,) = confusion(SEEDS[:3], Layout(), [fault])
+    (row,) = confusion(SEEDS[:2], Layout(), [fault])
     assert row.right == row.total, "\n".join(row.wrong)
 
 
@@ -35,7 +35,13 @@ def test_fault_is_named_wherever_it_is(fault: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("fault", ["clean", "sleep before", "slow backward", "slow node", "spike", "evaluation of all"])
+@pytest.mark.parametrize("fault", ["clean", "sleep before", "slow compute", "slow node", "spike", "evaluation of all"])
 def test_other_meshes(fault: str, layout: str) -> None:
     (row,) = confusion(range(4), LAYOUTS[layout], [fault])
     assert row.right == row.total, "\n".join(row.wrong)
+
+
+@pytest.mark.slow
+def test_ten_thousand_clean_steps_accuse_nobody() -> None:
+    (row,) = confusion(range(100, 350), Layout(nodes=2, per_node=4, tp=2, pp=1), ["clean"])
+    assert row.right == row.total == 250, "\n".join(row.wrong)  # of 40 steps each

@@ -147,7 +147,7 @@ class Simulation:
                 self.hand_over(stage - 1, stage, step)
             for _ in range(2):
                 self.work(FORWARD_S, step, "forward", here)
-                self.meet(self.tp_of(stage), 0, ALL_REDUCE, 1_000_000, 0.002, step)
+                self.meet(self.tp_of(stage), ALL_REDUCE, 1_000_000, 0.002, step)
         for stage in reversed(range(layout.pp)):
             here = self.stage == stage
             if stage < layout.pp - 1:
@@ -155,10 +155,11 @@ class Simulation:
             for chunk in range(CHUNKS):
                 self.hang(step, chunk, stage, "before")
                 self.work(BACKWARD_S, step, "backward", here)
-                self.meet(self.tp_of(stage), 0, ALL_REDUCE, 1_000_000, 0.002, step)
+                self.meet(self.tp_of(stage), ALL_REDUCE, 1_000_000, 0.002, step)
                 self.bucket(stage, chunk, step)
                 self.hang(step, chunk, stage, "after")
-        self.t = np.maximum(self.t, self.background)
+        self.t = np.maximum(self.t, self.background)  # then the norm of all gradients
+        self.meet(np.concatenate([self.dp_of(stage) for stage in range(layout.pp)]), ALL_REDUCE, 8, 0.002, step)
         self.work(UPDATE_S, step, "update")
 
     def tp_of(self, stage: int) -> Ints:
@@ -299,7 +300,7 @@ class Simulation:
         known = np.isfinite(begin) & (lost | ~stuck[:, None])
         self.messages.append((members[known], nexts[known], nbytes[known], begin[known], arrived[known]))
 
-    def meet(self, groups: Ints, _: int, op: int, nbytes: int, transfer_s: float, step: int) -> None:
+    def meet(self, groups: Ints, op: int, nbytes: int, transfer_s: float, step: int) -> None:
         """A collective that its ranks wait for."""
         members = np.stack([self.job.members[group] for group in groups])
         enter = self.t[members]
