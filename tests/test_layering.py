@@ -96,9 +96,10 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "session": [
         {"session"},
         {"checkpoints", "saved_parts", "step_record"},
-        {"compression", "place", "scheduled_checkpoints", "settings", "state"},
-        {"checkpoint_schedule", "deepspeed"},
-        {"agreement", "failure_history", "models", "process_group"},
+        {"compression", "place", "settings", "state"},
+        {"deepspeed", "scheduled_checkpoints"},
+        {"agreement", "checkpoint_schedule"},
+        {"failure_history", "models", "process_group"},
         {"start_keys"},
     ],
     "integrations": [

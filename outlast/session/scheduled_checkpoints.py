@@ -1,19 +1,38 @@
-"""A run's checkpoints by schedule: which steps are saved, to which tiers, and whether the newest step is in storage."""
+"""A run's checkpoints by schedule: which steps are saved, to which tiers, and whether the last one is in storage."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from outlast.checkpoint import CheckpointConfig, Checkpointer, Restored
 from outlast.diagnostics import Recorder
+from outlast.errors import NotDurable
 from outlast.events import Event, EventLog, StepDone
 from outlast.launch import Place
 from outlast.launch.attempt import Attempt
+from outlast.session.agreement import StepAgreement
 from outlast.session.checkpoint_schedule import CheckpointSchedule
 from outlast.session.failure_history import FailureHistory, read_failure_history
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """The state of one rank, as :meth:`Checkpointer.save` takes it. The tensors are the live ones, not copies."""
+
+    replicated: dict[str, Any]
+    """What is equal on all ranks."""
+    local: dict[str, Any]
+    """What is this rank's own."""
+    eager: frozenset[str]
+    """Top-level keys whose tensors the next step may change before the update; they are copied at once."""
+
+
+Collect = Callable[[int], Collected]
+"""The state after a step."""
 
 
 class ScheduledCheckpoints:
@@ -22,8 +41,8 @@ class ScheduledCheckpoints:
     Args:
         config: its settings.
         attempt: this start of the run, whose directory holds the checkpoints unless ``config.url`` says otherwise.
-        attempt_id: random text, equal on all ranks of this attempt and never used before.
         place: of this rank.
+        agreement: of all ranks.
         device: where tensors of collectives are.
         events: takes what the checkpointer and the schedule tell.
         recorder: see :class:`CheckpointSchedule`.
@@ -36,8 +55,9 @@ class ScheduledCheckpoints:
         self,
         config: CheckpointConfig,
         attempt: Attempt,
-        attempt_id: str,
         place: Place,
+        agreement: StepAgreement,
+        *,
         device: torch.device,
         events: EventLog,
         recorder: Recorder | None = None,
@@ -45,10 +65,11 @@ class ScheduledCheckpoints:
         auto = config.every_steps == "auto" and place.rank == 0
         history = read_failure_history(attempt) if auto else FailureHistory()
         self._schedule = CheckpointSchedule(config, place, device, history, recorder, events)
+        self._agreement = agreement
         self._memory_every_steps = config.memory_every_steps
-        self._durable = True
-        self.stored_step = 0
+        self._stored_step = 0
         """The newest step that is in storage or on its way there."""
+        self._not_durable: NotDurable | None = None
 
         def emit(event: Event) -> None:
             events.write(event)
@@ -59,7 +80,7 @@ class ScheduledCheckpoints:
             config,
             rank=place.rank,
             world_size=place.world_size,
-            attempt_id=attempt_id,
+            attempt_id=agreement.token(),
             on_event=emit,
         )
         """Saves and restores."""
@@ -69,28 +90,64 @@ class ScheduledCheckpoints:
             self.checkpointer.abort()
             raise
 
-    def due(self, step: int, *, wanted: bool) -> bool:
-        """Whether to :meth:`save` after ``step``, to any tier. With ``every_steps = "auto"`` collective now and then.
+    def save_if_due(self, step: int, collect: Collect, *, last: bool, wanted: bool = False) -> None:
+        """Begin to save the state after ``step``, to the tiers that are due, if any.
+
+        With ``every_steps = "auto"`` it is collective now and then.
 
         Args:
             step: that was just done.
-            wanted: whether it is saved to storage in any case; the same on all ranks.
+            collect: gives the state.
+            last: whether it is the run's last step, or this start's, which storage gets in any case.
+            wanted: whether storage gets it although nothing is due. Both are the same on all ranks.
         """
-        self._durable = wanted or self._schedule.due(step, saving=self.checkpointer.running)
+        durable = last or self._schedule.due(step, saving=self.checkpointer.running) or wanted
         memory = self._memory_every_steps
-        return self._durable or (memory > 0 and step % memory == 0)
+        if durable or (memory > 0 and step % memory == 0):
+            self._save(step, collect, durable=durable)
 
-    def save(self, step: int, replicated: Mapping[str, Any], local: Mapping[str, Any], eager: Collection[str]) -> None:
-        """Begin to save what :meth:`due` said; see :meth:`Checkpointer.save`."""
-        if self._durable:
-            self.stored_step = step
-        self.checkpointer.save(step, replicated=replicated, local=local, eager=eager, durable=self._durable)
+    def save_last(self, step: int, collect: Collect) -> None:
+        """Begin to save the state after ``step``, after which there is none, unless storage has it or is to get it."""
+        if step > self._stored_step:
+            self._save(step, collect, durable=True)
 
     def note_restored(self, restored: Restored) -> None:
         """The run goes on from there."""
         if not self._memory_every_steps:  # otherwise it may be in memory alone
-            self.stored_step = restored.step
+            self._stored_step = restored.step
 
     def note_step(self, done: StepDone) -> None:
         """Let the schedule learn from a step."""
         self._schedule.on_step(done, saving=self.checkpointer.running)
+
+    def close(self) -> None:
+        """Wait until the last save is committed or has failed, which :meth:`check_durable` tells.
+
+        Raises:
+            SnapshotMutated: see :meth:`Checkpointer.close`.
+        """
+        try:
+            self.checkpointer.close()
+        except NotDurable as failure:
+            self._not_durable = failure
+
+    def check_durable(self, what: str) -> None:
+        """After :meth:`close`. Collective.
+
+        Args:
+            what: is over, in words.
+
+        Raises:
+            NotDurable: on all ranks, if the last save has failed on any.
+        """
+        failure = self._not_durable
+        if self._agreement.maximum(int(failure is not None)):
+            if failure is not None:
+                raise NotDurable(f"{what}, but {failure.what}", failure.fix)
+            raise NotDurable(f"{what}, but its last step is not durable", "see the message of rank 0")
+
+    def _save(self, step: int, collect: Collect, *, durable: bool) -> None:
+        if durable:
+            self._stored_step = step
+        now = collect(step)
+        self.checkpointer.save(step, replicated=now.replicated, local=now.local, eager=now.eager, durable=durable)

@@ -17,6 +17,7 @@ from outlast.comm import Reducer
 from outlast.errors import SessionError, StateMismatch
 from outlast.session.deepspeed import TrainedEngine, is_header
 from outlast.session.models import State, Trained, split
+from outlast.session.scheduled_checkpoints import Collected
 
 _EAGER = frozenset({"rng", "buffers", "module_buffers", "parts", "own_parts"})
 
@@ -41,18 +42,6 @@ class Part:
     def module(self) -> nn.Module | None:
         """The module that it is, if so: its parameters are equal on all ranks, its buffers each rank's own."""
         return self.holder if self.replicated and isinstance(self.holder, nn.Module) else None
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """The state of one rank, as :meth:`Checkpointer.save` takes it."""
-
-    replicated: State
-    """What is equal on all ranks."""
-    local: State
-    """What is this rank's own."""
-    eager: frozenset[str]
-    """Top-level keys whose tensors the next step may change before the update; they are copied at once."""
 
 
 @dataclass(slots=True)

@@ -29,7 +29,7 @@ from outlast.launch import (
     Place,
 )
 from outlast.launch.attempt import Attempt
-from outlast.session import process_group
+from outlast.session.agreement import StepAgreement
 from outlast.session.scheduled_checkpoints import ScheduledCheckpoints
 from outlast.trainer.blocks import compile_model
 from outlast.trainer.config import Config
@@ -48,8 +48,8 @@ def build_run(
     place: Place,
     device: torch.device,
     attempt: Attempt,
-    epoch: str,
     notice: Notice,
+    agreement: StepAgreement,
     stack: ExitStack,
 ) -> Run:
     """Build every part; ``stack`` closes those that hold resources."""
@@ -65,7 +65,7 @@ def build_run(
 
     training, held_out = build_sources(config, place.rank, place.world_size)
     fingerprint = str(training.state().get("fingerprint", ""))
-    if not process_group.all_equal(device, int(fingerprint[:15] or "0", 16)):
+    if not agreement.all_equal(int(fingerprint[:15] or "0", 16)):
         raise DataError(
             f"the training data of rank {place.rank} differ from its peers' ({training.describe()}, fingerprint "
             f"{fingerprint})",
@@ -81,7 +81,9 @@ def build_run(
         model, config, device, observer=recorder, on_choice=lambda choice: _log_choice(choice, events)
     )
     stack.callback(engine.close)
-    checkpoints = ScheduledCheckpoints(config.checkpoint, attempt, epoch, place, device, events, recorder)
+    checkpoints = ScheduledCheckpoints(
+        config.checkpoint, attempt, place, agreement, device=device, events=events, recorder=recorder
+    )
     checkpointer = stack.enter_context(checkpoints.checkpointer)
     if config.trainer.engine != "deepspeed":  # which takes the parameters themselves away
         checkpointer.watch(model)
@@ -97,7 +99,7 @@ def build_run(
         heartbeat=heartbeat,
         events=events,
         notice=notice,
-        device=device,
+        agreement=agreement,
         progress=Progress(
             every_steps=config.trainer.log_every_steps,
             last_step=config.trainer.steps,

@@ -32,8 +32,7 @@ def train(run: Run) -> None:
         reduced = update.reduced
         run.answer_notice()
         with timer("checkpoint"):
-            if run.checkpoint_due(step):
-                run.save(step)
+            run.save_if_due(step)
 
         done = StepDone(
             step=step,

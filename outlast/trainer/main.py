@@ -11,7 +11,6 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -27,7 +26,6 @@ from outlast.errors import (
     ConfigError,
     DiagnosticsError,
     EndedEarly,
-    NotDurable,
     OutlastError,
     RunDirectoryError,
 )
@@ -45,6 +43,7 @@ from outlast.launch.failures import (
 )
 from outlast.launch.place import Single
 from outlast.session import process_group
+from outlast.session.agreement import StepAgreement
 from outlast.trainer import logs
 from outlast.trainer.build import build_run, restore
 from outlast.trainer.config import Config
@@ -126,20 +125,21 @@ def run_rank(config: Config, place: Place) -> bool:
         device = process_group.choose_device(trainer.device, place, shared=trainer.backend == "gloo")
         process_group.start(place, device, timedelta(seconds=trainer.timeout_s), trainer.backend)
         stack.callback(dist.destroy_process_group)
+        agreement = StepAgreement(place.rank, place.world_size, notice, dist.group.WORLD)
         # torchrun counts restarts per node; a node whose own ranks never failed would not resume.
-        place = replace(place, generation=process_group.maximum(device, place.generation))
-        if place.generation == 0 and notice.came(device=device):  # later, memory may hold what storage lacks
+        place = replace(place, generation=agreement.maximum(place.generation))
+        if place.generation == 0 and agreement.came():  # later, memory may hold what storage lacks
             _LOG.warning("%s came before the run had begun", notice.name or "a notice to another node")
             return False
         resume = "auto" if place.generation > 0 else config.run.resume
         lease = stack.enter_context(closing(lease_of(config)))
-        attempt, epoch = _claim_attempt(config, device, lease, resuming=resume != "never")
+        attempt = _claim_attempt(config, agreement, lease, resuming=resume != "never")
         logs.set_up_file(attempt.log_path(place.rank), place.rank, stacks=WATCHED in os.environ)
         run = None
         try:
-            run = build_run(config, place, device, attempt, epoch, notice, stack)
+            run = build_run(config, place, device, attempt, notice, agreement, stack)
             restore(run, device, resume)
-            run.ending = notice.came(device=device)
+            run.ending = agreement.came()
             train(run)
         except Exception as error:
             _LOG.exception("rank %d failed", place.rank)
@@ -162,7 +162,7 @@ def run_rank(config: Config, place: Place) -> bool:
             _write_report(run)
         if WATCHED not in os.environ:
             _remove_shared_memory(run)
-        _check_durable(run, f"the run was ended by a {ended_by}" if ended_by else "training is done")
+        run.checkpoints.check_durable(f"the run was ended by a {ended_by}" if ended_by else "training is done")
         if ended_by and place.rank == 0:
             _tell_end(run)
         return not ended_by
@@ -180,23 +180,14 @@ def _write_failed(run: Run | None, error: Exception) -> None:
         run.events.write(RunEnded(step=run.recorder.step, ok=False, reason=f"{type(error).__name__}: {error}"))
 
 
-def _check_durable(run: Run, what: str) -> None:
-    """Raise on every rank unless the last save is in storage. Collective."""
-    failure: NotDurable | None = None
-    if run.place.rank == 0 and run.not_durable is not None:
-        failure = NotDurable(f"{what}, but {run.not_durable.what}", run.not_durable.fix)
-    if process_group.maximum(run.device, int(failure is not None)):
-        raise failure or NotDurable(f"{what}, but its last step is not durable", "see the message of rank 0")
-
-
 def _tell_end(run: Run) -> None:
     step = run.done_step
     saved = f"step {step} is durable" if step else "no step had been done"
     _LOG.warning("ended by a %s: %s; --resume auto goes on from there", run.ended_by, saved)
 
 
-def _claim_attempt(config: Config, device: torch.device, lease: Lease, *, resuming: bool) -> tuple[Attempt, str]:
-    """Rank 0 takes the run's directory, and the next attempt's folder; returns it and a token on every rank.
+def _claim_attempt(config: Config, agreement: StepAgreement, lease: Lease, *, resuming: bool) -> Attempt:
+    """Rank 0 takes the run's directory, and the next attempt's folder.
 
     If rank 0 is refused, every rank raises.
     """
@@ -207,14 +198,14 @@ def _claim_attempt(config: Config, device: torch.device, lease: Lease, *, resumi
             number = begin_attempt(config, lease, resuming=resuming).number
         except RunDirectoryError as error:
             refusal = error
-    number, epoch = process_group.broadcast_token(device, number)
+    number = agreement.share(number)
     if refusal is not None:
         raise refusal
     if number == 0:
         raise RunDirectoryError(f"rank 0 cannot use the run directory {run_path(config)}", "see the message of rank 0")
     attempt = Attempt(run_path(config), number)
     attempt.make_folders()
-    return attempt, epoch
+    return attempt
 
 
 def _remove_shared_memory(run: Run) -> None:

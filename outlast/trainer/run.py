@@ -8,18 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from outlast.checkpoint import Restored, load
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.diagnostics import Heartbeat, Recorder
-from outlast.errors import CommError, NotDurable, StateMismatch
+from outlast.errors import CommError, StateMismatch
 from outlast.events import EvalDone, EventLog, StepDone
 from outlast.launch import Notice, Place
 from outlast.launch.attempt import Attempt
-from outlast.session import process_group
-from outlast.session.scheduled_checkpoints import ScheduledCheckpoints
+from outlast.session.agreement import StepAgreement
+from outlast.session.scheduled_checkpoints import Collected, ScheduledCheckpoints
 from outlast.trainer.batches import Batch, in_form
 from outlast.trainer.config import Config
 from outlast.trainer.engines.base import Engine
@@ -46,15 +45,13 @@ class Run:
     events: EventLog
     progress: Progress
     notice: Notice
-    device: torch.device
+    agreement: StepAgreement
     first_step: int = 1
     last_step: int = field(init=False)
     done_step: int = 0
     """The newest step that is done, here or before the run was resumed."""
     ending: bool = False
     """Whether a notice came: the state after ``done_step`` is saved, and the run ends. The same on all ranks."""
-    not_durable: NotDurable | None = None
-    """That the last save to storage has failed; to be raised at the very end, since reports come first."""
 
     def __post_init__(self) -> None:
         self.last_step = self.config.trainer.steps
@@ -71,12 +68,12 @@ class Run:
 
     def ask_notice(self) -> None:
         """Begin to ask all ranks whether a notice came. Collective, as :meth:`answer_notice`."""
-        self.notice.ask(device=self.device)
+        self.agreement.ask()
 
     def answer_notice(self) -> None:
         """Set ``ending`` if a notice came to any rank. Raises CommError, within the group's timeout, if one is lost."""
         token = self.recorder.enter("all_reduce", 4, "notice")
-        self.ending = self.notice.answer()
+        self.ending = self.agreement.answer()
         self.recorder.complete(token)
 
     @property
@@ -133,18 +130,11 @@ class Run:
         self.heartbeat.beat("step", step)
         if step == self.first_step and self.place.world_size > 1 and (stream := self.loader.local_state()):
             token = self.recorder.enter("all_reduce", 8, "first batches")
-            same = process_group.all_equal(self.device, int(stream["digest"]))
+            same = self.agreement.all_equal(int(stream["digest"]))
             self.recorder.complete(token)
             if same and self.place.rank == 0:
                 _LOG.warning("all ranks take the same batches: have data.factory share them out by rank and world_size")
         return batches
-
-    def checkpoint_due(self, step: int) -> bool:
-        """Whether to save a checkpoint after ``step``, to any tier.
-
-        Collective with ``checkpoint.every_steps = "auto"``.
-        """
-        return self.checkpoints.due(step, wanted=self.ending or step == self.last_step)
 
     def wait_copied(self, step: int) -> None:
         """Wait until the last snapshot is copied, so that parameters may change.
@@ -156,19 +146,23 @@ class Run:
         self.checkpoints.checkpointer.wait_copied()
         self.heartbeat.beat("step", step)
 
-    def save(self, step: int) -> None:
-        """Start saving the state after ``step``; it is copied and written while training goes on.
+    def save_if_due(self, step: int) -> None:
+        """Begin to save the state after ``step`` if that is due; it is copied and written while training goes on.
 
-        The live tensors may be read, but must not change before :meth:`wait_copied` returns.
+        The live tensors may be read, but must not change before :meth:`wait_copied` returns. Collective with
+        ``checkpoint.every_steps = "auto"``.
         """
+        self.checkpoints.save_if_due(step, self.collect, last=self.ending or step == self.last_step)
+
+    def collect(self, step: int) -> Collected:
+        """The state after ``step``, as it is saved."""
         self.heartbeat.beat("checkpoint", step)
         state = self.engine.state()
         replicated = {**state.replicated, "data": self.loader.state(), "settings": saved_settings(self.config)}
         local: dict[str, Any] = {**state.local, "rng": rng_state()}
         if stream := self.loader.local_state():
             local["stream"] = stream
-        eager = state.eager | {"rng", "stream"}
-        self.checkpoints.save(step, replicated, local, eager)
+        return Collected(replicated, local, state.eager | {"rng", "stream"})
 
     def record_step(self, done: StepDone) -> None:
         """Write a step's event, log it, and let the checkpoint schedule learn from it."""
@@ -262,16 +256,12 @@ class Run:
     def finish(self) -> None:
         """Wait until the last checkpoint is committed or has failed, and then for all ranks. Collective.
 
-        After a notice, the state is saved first unless it is in storage.
+        The state is saved first unless it is in storage. Whether the last save failed is told later, since reports come
+        first.
         """
-        unsaved = self.ending and self.done_step > self.checkpoints.stored_step
-        if unsaved and self.checkpoints.due(self.done_step, wanted=True):
-            self.save(self.done_step)
+        self.checkpoints.save_last(self.done_step, self.collect)
         self.heartbeat.beat("finish", self.done_step)
-        try:
-            self.checkpoints.checkpointer.close()
-        except NotDurable as error:
-            self.not_durable = error
+        self.checkpoints.close()
         token = self.recorder.enter("barrier", 0, "end of the run")
         dist.barrier()
         self.recorder.complete(token)
