@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,8 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from outlast.checkpoint.ownership import Lease
-from outlast.config import Overrides, load, split_overrides
+from outlast.config import Overrides, load, split_overrides, to_toml
 from outlast.diagnostics import (
     build_report,
 )
@@ -27,7 +26,6 @@ from outlast.errors import (
     DiagnosticsError,
     EndedEarly,
     OutlastError,
-    RunDirectoryError,
 )
 from outlast.events import GoodputMeasured, RunEnded
 from outlast.launch import (
@@ -35,7 +33,6 @@ from outlast.launch import (
     Place,
     find_place,
 )
-from outlast.launch.attempt import Attempt
 from outlast.launch.failures import (
     NO_RESTART_STATUS,
     RESUME_STATUS,
@@ -44,6 +41,7 @@ from outlast.launch.failures import (
 from outlast.launch.place import Single
 from outlast.session import process_group
 from outlast.session.agreement import StepAgreement
+from outlast.session.claim import claim_attempt
 from outlast.trainer import logs
 from outlast.trainer.build import build_run, restore
 from outlast.trainer.config import Config
@@ -51,7 +49,7 @@ from outlast.trainer.factories import search_beside
 from outlast.trainer.loop import train
 from outlast.trainer.parts import check_factories
 from outlast.trainer.run import Run
-from outlast.trainer.run_directory import begin_attempt, lease_of, run_path
+from outlast.trainer.run_directory import run_directory
 from outlast.trainer.sources import check_data
 from outlast.trainer.summary import render_summary
 
@@ -132,8 +130,10 @@ def run_rank(config: Config, place: Place) -> bool:
             _LOG.warning("%s came before the run had begun", notice.name or "a notice to another node")
             return False
         resume = "auto" if place.generation > 0 else config.run.resume
-        lease = stack.enter_context(closing(lease_of(config)))
-        attempt = _claim_attempt(config, agreement, lease, resuming=resume != "never")
+        resuming = resume != "never"
+        attempt = claim_attempt(
+            run_directory(config), place.rank, agreement, stack, resuming=resuming, settings=to_toml(config)
+        )
         logs.set_up_file(attempt.log_path(place.rank), place.rank, stacks=WATCHED in os.environ)
         run = None
         try:
@@ -184,28 +184,6 @@ def _tell_end(run: Run) -> None:
     step = run.done_step
     saved = f"step {step} is durable" if step else "no step had been done"
     _LOG.warning("ended by a %s: %s; --resume auto goes on from there", run.ended_by, saved)
-
-
-def _claim_attempt(config: Config, agreement: StepAgreement, lease: Lease, *, resuming: bool) -> Attempt:
-    """Rank 0 takes the run's directory, and the next attempt's folder.
-
-    If rank 0 is refused, every rank raises.
-    """
-    refusal: RunDirectoryError | None = None
-    number = 0
-    if dist.get_rank() == 0:
-        try:
-            number = begin_attempt(config, lease, resuming=resuming).number
-        except RunDirectoryError as error:
-            refusal = error
-    number = agreement.share(number)
-    if refusal is not None:
-        raise refusal
-    if number == 0:
-        raise RunDirectoryError(f"rank 0 cannot use the run directory {run_path(config)}", "see the message of rank 0")
-    attempt = Attempt(run_path(config), number)
-    attempt.make_folders()
-    return attempt
 
 
 def _remove_shared_memory(run: Run) -> None:
