@@ -14,10 +14,11 @@ import dataclasses
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -43,15 +44,16 @@ class RunStarted(Event):
     kind: ClassVar[str] = "run_started"
     attempt: int
     world_size: int
-    host: str
-    pid: int
-    device: str
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    device: str = ""
+    """Empty where that, and what follows the first step, is not known."""
     first_step: int
     """1, or the restored step + 1."""
-    last_step: int
-    parameters: int
+    last_step: int = 0
+    parameters: int = 0
     """Number of trainable parameters."""
-    comm: str
+    comm: str = ""
     """Error feedback and compressor, e.g. ``ef21 topk 5%``."""
 
 
@@ -372,8 +374,8 @@ class EventLog:
 
     def _line(self, event: Event) -> bytes:
         line = {"v": VERSION, "t": time.time(), "rank": self.rank, "generation": self.generation, "kind": event.kind}
-        for field in dataclasses.fields(event):
-            line[field.name] = getattr(event, field.name)
+        for one in dataclasses.fields(event):
+            line[one.name] = getattr(event, one.name)
         return (json.dumps(line, allow_nan=True, separators=(",", ":")) + "\n").encode()
 
     def _line_of_lost(self) -> bytes:

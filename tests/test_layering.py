@@ -72,6 +72,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
             "node_clocks",
             "orphans",
             "ports",
+            "rank_records",
             "run_directory",
             "sealed",
         },

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from outlast.diagnostics import Heartbeat, Recorder
-from outlast.diagnostics.live import heartbeat_path, remove_if_empty, ring_path, shm_directory
 from outlast.diagnostics.live.program_watch import ProgramWatch, watched
 from outlast.errors import RunDirectoryError
-from outlast.events import EventLog, RunEnded, RunStarted
+from outlast.events import RunEnded, RunStarted
 from outlast.launch import Place
 from outlast.launch.attempt import Attempt
 from outlast.launch.failures import WATCHED
+from outlast.launch.rank_records import RankRecords
 from outlast.launch.run_directory import RunDirectory
-from outlast.launch.runner import ATTEMPT, RING_CAPACITY, RUN_DIR
+from outlast.launch.runner import ATTEMPT, RUN_DIR
 from outlast.session.agreement import StepAgreement
 from outlast.session.claim import claim_attempt
 
@@ -88,8 +86,6 @@ class RunPlace:
             RunStarted(
                 attempt=self.attempt.number,
                 world_size=self._place.world_size,
-                host=socket.gethostname(),
-                pid=os.getpid(),
                 device=device,
                 first_step=first_step,
                 last_step=last_step,
@@ -108,23 +104,11 @@ class RunPlace:
         self._stack.close()
 
     def _begin_watch(self) -> ProgramWatch:
-        rank = self._place.rank
-        shm = shm_directory(self.path)
-        events = EventLog(self.attempt.events_path(rank), rank=rank, generation=self._place.generation)
-        self._stack.callback(events.close)
-        heartbeat = Heartbeat(heartbeat_path(shm, rank), rank=rank)
-        recorder = Recorder(ring_path(shm, rank), rank=rank, capacity=RING_CAPACITY)
-        self._stack.callback(_remove, shm, heartbeat, recorder)
-        watch = ProgramWatch(heartbeat, recorder, events)
+        records = RankRecords(self.attempt, self._place.rank, self._place.generation)
+        self._stack.callback(records.close)
+        if WATCHED not in os.environ:
+            self._stack.callback(records.remove_shared)
+        watch = ProgramWatch(records.heartbeat, records.recorder, records.events)
         self._stack.callback(watch.close)
         watch.start()
         return watch
-
-
-def _remove(shm: Path, heartbeat: Heartbeat, recorder: Recorder) -> None:
-    """Close both; where no launcher reads them, they are of no more use."""
-    unwatched = WATCHED not in os.environ
-    heartbeat.close(unlink=unwatched)
-    recorder.close(unlink=unwatched)
-    if unwatched:
-        remove_if_empty(shm)

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import time
 from contextlib import ExitStack
 
 import torch
 
 from outlast.comm import Choice
-from outlast.diagnostics import (
-    Heartbeat,
-    Recorder,
-)
-from outlast.diagnostics.live import (
-    heartbeat_path,
-    ring_path,
-    shm_directory,
-)
-from outlast.errors import (
-    DataError,
-)
+from outlast.errors import DataError
 from outlast.events import CommChosen, EventLog, RunStarted
-from outlast.launch import (
-    Notice,
-    Place,
-)
+from outlast.launch import Notice, Place
 from outlast.launch.attempt import Attempt
+from outlast.launch.rank_records import RankRecords
 from outlast.session.agreement import StepAgreement
 from outlast.session.scheduled_checkpoints import ScheduledCheckpoints
 from outlast.trainer.blocks import compile_model
@@ -53,15 +38,11 @@ def build_run(
     stack: ExitStack,
 ) -> Run:
     """Build every part; ``stack`` closes those that hold resources."""
-    shm = shm_directory(attempt.run)
-    events = stack.enter_context(
-        EventLog(attempt.events_path(place.rank), rank=place.rank, generation=place.generation)
-    )
-    heartbeat = Heartbeat(heartbeat_path(shm, place.rank), rank=place.rank)
-    stack.callback(heartbeat.close)
-    heartbeat.beat("setup", 0)
-    recorder = Recorder(ring_path(shm, place.rank), rank=place.rank, capacity=config.diagnostics.ring_capacity)
-    stack.callback(recorder.close)
+    ring_capacity = config.diagnostics.ring_capacity
+    records = RankRecords(attempt, place.rank, place.generation, ring_capacity=ring_capacity)
+    stack.callback(records.close)
+    records.heartbeat.beat("setup", 0)
+    events, recorder = records.events, records.recorder
 
     training, held_out = build_sources(config, place.rank, place.world_size)
     fingerprint = str(training.state().get("fingerprint", ""))
@@ -95,9 +76,7 @@ def build_run(
         loader=training,
         held_out=held_out,
         checkpoints=checkpoints,
-        recorder=recorder,
-        heartbeat=heartbeat,
-        events=events,
+        records=records,
         notice=notice,
         agreement=agreement,
         progress=Progress(
@@ -119,12 +98,10 @@ def restore(run: Run, device: torch.device, resume: str) -> None:
     trained = [parameter for parameter in run.engine.model.parameters() if parameter.requires_grad]
     parameters = sum(int(getattr(one, "ds_numel", one.numel())) for one in trained)  # ZeRO 3 has taken the entries away
     comm = run.config.comm.describe()
-    run.events.write(
+    run.records.events.write(
         RunStarted(
             attempt=run.attempt.number,
             world_size=run.place.world_size,
-            host=socket.gethostname(),
-            pid=os.getpid(),
             device=str(device),
             first_step=run.first_step,
             last_step=run.last_step,

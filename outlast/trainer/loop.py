@@ -56,4 +56,4 @@ def train(run: Run) -> None:
         if run.evaluation_due(step):
             run.evaluate(step)
     run.finish()
-    run.events.write(RunEnded(step=run.done_step, ok=True, reason=run.ended_by))
+    run.records.events.write(RunEnded(step=run.done_step, ok=True, reason=run.ended_by))

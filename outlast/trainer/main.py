@@ -19,7 +19,6 @@ from outlast.config import Overrides, load, split_overrides, to_toml
 from outlast.diagnostics import (
     build_report,
 )
-from outlast.diagnostics.live import remove_if_empty
 from outlast.diagnostics.report.html_file import write_html
 from outlast.errors import (
     ConfigError,
@@ -149,7 +148,7 @@ def run_rank(config: Config, place: Place) -> bool:
             if error.code not in (None, 0):
                 raise
             _LOG.exception("rank %d called sys.exit()", place.rank)
-            step = run.recorder.step if run is not None else 0
+            step = run.records.recorder.step if run is not None else 0
             early = EndedEarly(
                 f"rank {place.rank} called sys.exit() in step {step} of {config.trainer.steps}, before training "
                 "was done",
@@ -160,8 +159,8 @@ def run_rank(config: Config, place: Place) -> bool:
         ended_by = run.ended_by
         if place.rank == 0 and not ended_by:  # after a notice every second counts; the report can be made later
             _write_report(run)
-        if WATCHED not in os.environ:
-            _remove_shared_memory(run)
+        if WATCHED not in os.environ:  # a launcher that watches does so itself
+            run.records.remove_shared()
         run.checkpoints.check_durable(f"the run was ended by a {ended_by}" if ended_by else "training is done")
         if ended_by and place.rank == 0:
             _tell_end(run)
@@ -177,20 +176,15 @@ def _tell_left_over(place: Place) -> None:
 
 def _write_failed(run: Run | None, error: Exception) -> None:
     if run is not None:
-        run.events.write(RunEnded(step=run.recorder.step, ok=False, reason=f"{type(error).__name__}: {error}"))
+        run.records.events.write(
+            RunEnded(step=run.records.recorder.step, ok=False, reason=f"{type(error).__name__}: {error}")
+        )
 
 
 def _tell_end(run: Run) -> None:
     step = run.done_step
     saved = f"step {step} is durable" if step else "no step had been done"
     _LOG.warning("ended by a %s: %s; --resume auto goes on from there", run.ended_by, saved)
-
-
-def _remove_shared_memory(run: Run) -> None:
-    """Remove the ring and heartbeat of a run that succeeded. Under a launcher that watches, the launcher does so."""
-    run.heartbeat.close(unlink=True)
-    run.recorder.close(unlink=True)
-    remove_if_empty(run.heartbeat.path.parent)
 
 
 def _write_report(run: Run) -> None:
@@ -202,7 +196,7 @@ def _write_report(run: Run) -> None:
     try:
         report = build_report(run.attempt.run)
         goodput = report.goodput
-        run.events.write(GoodputMeasured(wall_s=goodput.wall_s, seconds=goodput.parts_s()))
+        run.records.events.write(GoodputMeasured(wall_s=goodput.wall_s, seconds=goodput.parts_s()))
         write_html(report, path)
         render_summary(report, Console(), path)
     except (DiagnosticsError, OSError) as error:  # a pipe that nobody reads, or a terminal's log on a full disk, too

@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from outlast.checkpoint import Restored, load
 from outlast.checkpoint.rng import load_rng_state, rng_state
-from outlast.diagnostics import Heartbeat, Recorder
 from outlast.errors import CommError, StateMismatch
-from outlast.events import EvalDone, EventLog, StepDone
+from outlast.events import EvalDone, StepDone
 from outlast.launch import Notice, Place
 from outlast.launch.attempt import Attempt
+from outlast.launch.rank_records import RankRecords
 from outlast.session.agreement import StepAgreement
 from outlast.session.scheduled_checkpoints import Collected, ScheduledCheckpoints
 from outlast.trainer.batches import Batch, in_form
@@ -40,9 +40,7 @@ class Run:
     loader: Source
     held_out: Source | None
     checkpoints: ScheduledCheckpoints
-    recorder: Recorder
-    heartbeat: Heartbeat
-    events: EventLog
+    records: RankRecords
     progress: Progress
     notice: Notice
     agreement: StepAgreement
@@ -58,8 +56,8 @@ class Run:
 
     def begin_step(self, step: int) -> None:
         """Announce ``step`` to the recorder and in the heartbeat."""
-        self.recorder.step = step
-        self.heartbeat.beat("step", step)
+        self.records.recorder.step = step
+        self.records.heartbeat.beat("step", step)
 
     def evaluation_due(self, step: int) -> bool:
         """Whether to evaluate after ``step``."""
@@ -72,9 +70,9 @@ class Run:
 
     def answer_notice(self) -> None:
         """Set ``ending`` if a notice came to any rank. Raises CommError, within the group's timeout, if one is lost."""
-        token = self.recorder.enter("all_reduce", 4, "notice")
+        token = self.records.recorder.enter("all_reduce", 4, "notice")
         self.ending = self.agreement.answer()
-        self.recorder.complete(token)
+        self.records.recorder.complete(token)
 
     @property
     def ended_by(self) -> str:
@@ -96,42 +94,42 @@ class Run:
             if self.place.rank == 0:
                 _LOG.info("step %d: the evaluation is cut off by a notice", step)
             return
-        token = self.recorder.enter("all_reduce", mean.nbytes, "held-out loss")
+        token = self.records.recorder.enter("all_reduce", mean.nbytes, "held-out loss")
         try:
             dist.all_reduce(mean)
             total = float(mean)  # with NCCL the collective is over only now
         except RuntimeError as error:
             what = "all_reduce of the held-out loss"
             raise CommError.of_lost_peer(what, self.place.rank, self.place.world_size, error) from error
-        self.recorder.complete(token)
+        self.records.recorder.complete(token)
         loss = total / self.place.world_size
-        self.events.write(EvalDone(step=step, loss=loss, seconds=time.perf_counter() - start_s))
+        self.records.events.write(EvalDone(step=step, loss=loss, seconds=time.perf_counter() - start_s))
         if self.place.rank == 0:
             _LOG.info("step %d: held-out loss %.4f", step, loss)
 
     def _held_out_batches(self, step: int) -> Iterator[Batch]:
         """Each batch is a sign of life, so that a long evaluation is no hang. After a notice there are no more."""
-        self.heartbeat.beat("eval", step)
+        self.records.heartbeat.beat("eval", step)
         assert self.held_out is not None
         held_out = self.held_out.fresh()
         for number in range(self.config.trainer.eval_batches):
             for pair in held_out.batches(number + 1):
                 self.ask_notice()
                 yield in_form(pair, self.config.data.form)
-                self.heartbeat.beat("eval", step)
+                self.records.heartbeat.beat("eval", step)
                 self.answer_notice()
                 if self.ending:
                     return
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of ``step``; waiting for them is a phase of its own."""
-        self.heartbeat.beat("data", step)
+        self.records.heartbeat.beat("data", step)
         batches = [in_form(pair, self.config.data.form) for pair in self.loader.batches(step)]
-        self.heartbeat.beat("step", step)
+        self.records.heartbeat.beat("step", step)
         if step == self.first_step and self.place.world_size > 1 and (stream := self.loader.local_state()):
-            token = self.recorder.enter("all_reduce", 8, "first batches")
+            token = self.records.recorder.enter("all_reduce", 8, "first batches")
             same = self.agreement.all_equal(int(stream["digest"]))
-            self.recorder.complete(token)
+            self.records.recorder.complete(token)
             if same and self.place.rank == 0:
                 _LOG.warning("all ranks take the same batches: have data.factory share them out by rank and world_size")
         return batches
@@ -142,9 +140,9 @@ class Run:
         Raises:
             SnapshotMutated: a tensor changed before it was copied.
         """
-        self.heartbeat.beat("checkpoint", step)
+        self.records.heartbeat.beat("checkpoint", step)
         self.checkpoints.checkpointer.wait_copied()
-        self.heartbeat.beat("step", step)
+        self.records.heartbeat.beat("step", step)
 
     def save_if_due(self, step: int) -> None:
         """Begin to save the state after ``step`` if that is due; it is copied and written while training goes on.
@@ -156,7 +154,7 @@ class Run:
 
     def collect(self, step: int) -> Collected:
         """The state after ``step``, as it is saved."""
-        self.heartbeat.beat("checkpoint", step)
+        self.records.heartbeat.beat("checkpoint", step)
         state = self.engine.state()
         replicated = {**state.replicated, "data": self.loader.state(), "settings": saved_settings(self.config)}
         local: dict[str, Any] = {**state.local, "rng": rng_state()}
@@ -167,7 +165,7 @@ class Run:
     def record_step(self, done: StepDone) -> None:
         """Write a step's event, log it, and let the checkpoint schedule learn from it."""
         self.done_step = done.step
-        self.events.write(done)
+        self.records.events.write(done)
         self.progress.step(done)
         self.checkpoints.note_step(done)
 
@@ -260,8 +258,8 @@ class Run:
         first.
         """
         self.checkpoints.save_last(self.done_step, self.collect)
-        self.heartbeat.beat("finish", self.done_step)
+        self.records.heartbeat.beat("finish", self.done_step)
         self.checkpoints.close()
-        token = self.recorder.enter("barrier", 0, "end of the run")
+        token = self.records.recorder.enter("barrier", 0, "end of the run")
         dist.barrier()
-        self.recorder.complete(token)
+        self.records.recorder.complete(token)
