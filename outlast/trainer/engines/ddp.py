@@ -21,6 +21,7 @@ from outlast.trainer.engines.base import EAGER, EngineState, State, UpdateStats
 from outlast.trainer.engines.training import (
     apply_update,
     check_optimizer_names,
+    load_comm,
     load_tensors,
     own_buffers,
     rank_0_buffers,
@@ -111,15 +112,15 @@ class DDPEngine:
 
     def state(self) -> EngineState:
         """See :class:`Engine`."""
-        comm = self._reducer.state_dict()
+        comm = self._reducer.checkpoint_parts()
         replicated = {
             "model": dict(self.model.named_parameters()) | rank_0_buffers(self.model, self._observer),
             "optimizer": optimizer_state(self.model, self._optimizer),
             "scheduler": scheduler_state(self._scheduler),
-            "comm": {"aggregate": comm["replicated"], "meta": comm["meta"]},
+            **comm.replicated,
         }
         buffers = dict(self.model.named_buffers())
-        local = {"comm": comm["local"]} | ({"buffers": buffers} if buffers else {})
+        local = comm.local | ({"buffers": buffers} if buffers else {})
         return EngineState(replicated, local, EAGER)
 
     def like(self) -> None:
@@ -136,7 +137,7 @@ class DDPEngine:
         check_like(replicated["model"], running)
         check_optimizer_names(replicated["optimizer"], running)
         if "comm" in replicated:
-            self._load_comm(replicated["comm"], read_local, ranks)
+            load_comm(self._reducer, replicated["comm"], read_local, ranks)
         elif self._keeps_state:
             raise StateMismatch(
                 "the checkpoint was saved with dense gradients under FSDP2, and has no state of error feedback",
@@ -146,12 +147,6 @@ class DDPEngine:
         load_tensors(self.model, own_buffers(replicated["model"], read_local(rank) if rank < ranks else {}))
         load_optimizer_state(self.model, self._optimizer, replicated["optimizer"])
         load_scheduler_state(self._scheduler, replicated["scheduler"])
-
-    def _load_comm(self, comm: State, read_local: Callable[[int], State], ranks: int) -> None:
-        def read(rank: int) -> State:
-            return {"replicated": comm["aggregate"], "meta": comm["meta"], "local": read_local(rank)["comm"]}
-
-        self._reducer.load_resharded(read, ranks)
 
     def close(self) -> None:
         """See :class:`Engine`."""

@@ -24,6 +24,7 @@ from outlast.trainer.engines.base import EAGER, UNMEASURED, EngineState, State, 
 from outlast.trainer.engines.training import (
     apply_update,
     check_optimizer_names,
+    load_comm,
     load_tensors,
     own_buffers,
     rank_0_buffers,
@@ -112,7 +113,6 @@ class FSDP2Engine:
 
     def state(self) -> EngineState:
         """See :class:`Engine`. Parameters and their optimizer state are DTensors, which each rank saves its part of."""
-        comm = {} if self._reducer is None else self._reducer.state_dict()
         replicated: State = {
             "model": dict(self.model.named_parameters()) | rank_0_buffers(self.model, self._observer),
             "optimizer": optimizer_state(self.model, self._optimizer),
@@ -120,8 +120,9 @@ class FSDP2Engine:
         }
         local: State = {"buffers": dict(self.model.named_buffers())}
         if self._reducer is not None:
-            replicated["comm"] = {"aggregate": comm["replicated"], "meta": comm["meta"]}
-            local["comm"] = comm["local"]
+            comm = self._reducer.checkpoint_parts()
+            replicated |= comm.replicated
+            local |= comm.local
         return EngineState(replicated, {key: value for key, value in local.items() if value}, EAGER)
 
     def like(self) -> State:
@@ -149,11 +150,7 @@ class FSDP2Engine:
                     "the checkpoint was saved with dense gradients, and has no state of error feedback for FSDP2",
                     'go on with comm.compressor = "dense", or begin a new run with run.start_from',
                 )
-
-            def read(rank: int) -> State:
-                return {"replicated": comm["aggregate"], "meta": comm["meta"], "local": read_local(rank)["comm"]}
-
-            self._reducer.load_resharded(read, ranks)
+            load_comm(self._reducer, comm, read_local, ranks)
         rank = dist.get_rank()
         load_tensors(self.model, own_buffers(replicated["model"], read_local(rank) if rank < ranks else {}))
         load_optimizer_state(self.model, self._optimizer, replicated["optimizer"])

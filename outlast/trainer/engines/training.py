@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from outlast.checkpoint import check_like
-from outlast.comm import CollectiveObserver, ReduceStats
+from outlast.comm import CollectiveObserver, Reducer, ReduceStats
 from outlast.errors import StateMismatch, TrainingDiverged
 from outlast.trainer.engines.base import UpdateStats
 
@@ -70,6 +71,21 @@ def load_tensors(model: nn.Module, saved: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in running.items():
             tensor.copy_(saved[name])
+
+
+def load_comm(
+    reducer: Reducer, comm: Mapping[str, Any], read_local: Callable[[int], Mapping[str, Any]], ranks: int
+) -> None:
+    """Load what :meth:`Reducer.checkpoint_parts` was on each of ``ranks`` ranks.
+
+    Raises:
+        CommStateMismatch: see :meth:`Reducer.load_resharded`.
+    """
+
+    def read(rank: int) -> Mapping[str, Any]:
+        return {"replicated": comm["aggregate"], "meta": comm["meta"], "local": read_local(rank)["comm"]}
+
+    reducer.load_resharded(read, ranks)
 
 
 def check_norm(step: int, norm: float, what: str) -> None:
