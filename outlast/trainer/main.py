@@ -16,27 +16,12 @@ from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from outlast.config import Overrides, load, split_overrides, to_toml
-from outlast.diagnostics import (
-    build_report,
-)
+from outlast.diagnostics import build_report
 from outlast.diagnostics.report.html_file import write_html
-from outlast.errors import (
-    ConfigError,
-    DiagnosticsError,
-    EndedEarly,
-    OutlastError,
-)
+from outlast.errors import ConfigError, DiagnosticsError, EndedEarly, OutlastError
 from outlast.events import GoodputMeasured, RunEnded
-from outlast.launch import (
-    Notice,
-    Place,
-    find_place,
-)
-from outlast.launch.failures import (
-    NO_RESTART_STATUS,
-    RESUME_STATUS,
-    WATCHED,
-)
+from outlast.launch import Notice, Place, find_place
+from outlast.launch.failures import NO_RESTART_STATUS, RESUME_STATUS, WATCHED
 from outlast.launch.place import Single
 from outlast.session import process_group
 from outlast.session.agreement import StepAgreement
