@@ -43,7 +43,6 @@ class SessionCheckpoints(ScheduledCheckpoints):
         state: SessionState,
         device: torch.device,
     ) -> None:
-        self._place = place
         self._state = state
         super().__init__(config, run.attempt, place, agreement, device=device, events=run.events)
         try:
@@ -64,16 +63,10 @@ class SessionCheckpoints(ScheduledCheckpoints):
         """
         # Ranks that hold parts of tensors read no more than these; that takes the state as it is now.
         sharded = any(one.is_sharded for one in self._state.trained)
-        restored = self.checkpointer.restore(
-            which,
-            any_world_size=True,
-            like=self._state.collect().replicated if sharded else None,
-            strict=("model",) if sharded else True,
-        )
+        restored = self.read(which, self._state.collect().replicated if sharded else None)
         if restored is None:
             return 0
         anew = self._state.load(restored, rank=self._place.rank, world_size=self._place.world_size)
-        self.note_restored(restored)
         for what in anew:
             _LOG.warning("step %d: %s", restored.step, what)
         return restored.step

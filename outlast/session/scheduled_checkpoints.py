@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
@@ -64,6 +64,7 @@ class ScheduledCheckpoints:
     ) -> None:
         auto = config.every_steps == "auto" and place.rank == 0
         history = read_failure_history(attempt) if auto else FailureHistory()
+        self._place = place
         self._schedule = CheckpointSchedule(config, place, device, history, recorder, events)
         self._agreement = agreement
         self._memory_every_steps = config.memory_every_steps
@@ -111,10 +112,28 @@ class ScheduledCheckpoints:
         if step > self._stored_step:
             self._save(step, collect, durable=True)
 
-    def note_restored(self, restored: Restored) -> None:
-        """The run goes on from there."""
+    def read(self, which: Literal["auto"] | int, like: Mapping[str, Any] | None) -> Restored | None:
+        """Read the checkpoint that the run goes on from, of whatever number of ranks. Collective.
+
+        Args:
+            which: ``"auto"``, or a step.
+            like: where ranks hold parts of tensors, the running state, of which the model must be as it was saved. (A
+                parameter without a gradient has no optimizer state.) None: all is read whole.
+
+        Returns:
+            The checkpoint, whose ``read_local`` reads nothing twice; None if there is none.
+
+        Raises:
+            CheckpointError: see :meth:`Checkpointer.restore`.
+        """
+        strict = True if like is None else ("model",)
+        restored = self.checkpointer.restore(which, like=like, any_world_size=True, strict=strict)
+        if restored is None:
+            return None
         if not self._memory_every_steps:  # otherwise it may be in memory alone
             self._stored_step = restored.step
+        own = {self._place.rank: restored.local} if restored.world_size == self._place.world_size else {}
+        return replace(restored, read_local=lambda rank: own[rank] if rank in own else restored.read_local(rank))
 
     def note_step(self, done: StepDone) -> None:
         """Let the schedule learn from a step."""

@@ -147,7 +147,7 @@ class SessionState:
             if not optimizer and comm is not None and not one.is_kept:  # it was kept, and is not any more
                 optimizer = comm.get("optimizer", {})
             if isinstance(one, TrainedEngine):
-                one.load_collected(replicated, lambda of: own if of == rank else restored.read_local(of), saved_by)
+                one.load_collected(replicated, restored.read_local, saved_by)
             else:
                 one.load(models.get(one.name, {}), buffers.get(one.name, {}), optimizer)
             reducer = self.reducers.get(one.name)

@@ -70,7 +70,7 @@ class Run:
 
     def answer_notice(self) -> None:
         """Set ``ending`` if a notice came to any rank. Raises CommError, within the group's timeout, if one is lost."""
-        token = self.records.recorder.enter("all_reduce", 4, "notice")
+        token = self.records.recorder.enter("all_reduce", 40, "notice")
         self.ending = self.agreement.answer()
         self.records.recorder.complete(token)
 
@@ -209,13 +209,7 @@ class Run:
         Raises:
             CheckpointError, DataError: see :meth:`Checkpointer.restore` and :meth:`Loader.resumed_from`.
         """
-        like = self.engine.like()
-        restored = self.checkpoints.checkpointer.restore(
-            "auto" if resume == "auto" else int(resume),
-            like=like,
-            any_world_size=True,
-            strict=True if like is None else ("model",),  # a parameter without a gradient has no optimizer state
-        )
+        restored = self.checkpoints.read("auto" if resume == "auto" else int(resume), self.engine.like())
         if restored is None:
             return None
         if restored.step > self.last_step:
@@ -227,18 +221,13 @@ class Run:
         changed = changed_settings(restored.replicated.get("settings", {}), self.config, restored.step)
         rank, ranks = self.place.rank, restored.world_size
         same = ranks == self.place.world_size
-
-        def read_local(number: int) -> dict[str, Any]:
-            return restored.local if same and number == rank else restored.read_local(number)
-
-        stream = read_local(rank).get("stream") if same else None
+        stream = restored.local.get("stream")
         self.loader = self.loader.resumed_from(restored.replicated["data"], restored.step, stream)
-        self.engine.load(restored.replicated, read_local, ranks)
+        self.engine.load(restored.replicated, restored.read_local, ranks)
         if rank < ranks:
-            load_rng_state(read_local(rank)["rng"])
+            load_rng_state(restored.read_local(rank)["rng"])
         self.first_step = restored.step + 1
         self.done_step = restored.step
-        self.checkpoints.note_restored(restored)
         for line in changed if rank == 0 else ():
             _LOG.info("changed since step %d: %s", restored.step, line)
         if not same and rank == 0:
