@@ -99,7 +99,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"compression", "place", "settings", "state"},
         {"claim", "deepspeed", "scheduled_checkpoints"},
         {"agreement", "checkpoint_schedule"},
-        {"failure_history", "models", "process_group"},
+        {"buffers", "failure_history", "models", "process_group"},
         {"start_keys"},
     ],
     "integrations": [

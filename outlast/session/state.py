@@ -15,8 +15,9 @@ from outlast.checkpoint import Restored
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.comm import Reducer
 from outlast.errors import SessionError, StateMismatch
+from outlast.session.buffers import of_rank_0
 from outlast.session.deepspeed import TrainedEngine, is_header
-from outlast.session.models import State, Trained, split
+from outlast.session.models import State, Trained, split, tensors_in
 from outlast.session.scheduled_checkpoints import Collected
 
 _EAGER = frozenset({"rng", "buffers", "module_buffers", "parts", "own_parts"})
@@ -86,11 +87,14 @@ class SessionState:
         return [one for one in self.trained if isinstance(one, TrainedEngine)]
 
     def collect(self) -> Collected:
-        """What is to be saved now. The tensors are live. Collective if there are DeepSpeed engines."""
+        """What is to be saved now. The tensors are live. Collective if there are buffers or DeepSpeed engines."""
         models, optimizers, buffers = {}, {}, {}
+        sharded = any(one.is_sharded for one in self.trained)  # then no more is read than they had when it was saved
         for one in self.trained:
             if not isinstance(one, TrainedEngine):
                 models[one.name], buffers[one.name], optimizers[one.name] = one.state()
+                if not sharded:
+                    models[one.name] |= of_rank_0(tensors_in(buffers[one.name]))
         shared = [part for part in self.parts.values() if part.replicated]
         modules = {part.name: split(part.module) for part in shared if part.module is not None}
         replicated: State = {

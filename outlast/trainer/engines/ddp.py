@@ -15,6 +15,7 @@ from outlast.checkpoint import check_like
 from outlast.comm import Choice, CollectiveObserver, GradientReducer
 from outlast.comm.direction import Adam
 from outlast.errors import StateMismatch
+from outlast.session.buffers import of_rank_0
 from outlast.trainer.batches import Batch, to_device
 from outlast.trainer.config import Config
 from outlast.trainer.engines.base import EAGER, EngineState, State, UpdateStats
@@ -24,7 +25,6 @@ from outlast.trainer.engines.training import (
     load_comm,
     load_tensors,
     own_buffers,
-    rank_0_buffers,
 )
 from outlast.trainer.optim import load_optimizer_state, load_scheduler_state, optimizer_state, scheduler_state
 from outlast.trainer.parts import build_loss, make_optimizer, make_scheduler
@@ -113,13 +113,13 @@ class DDPEngine:
     def state(self) -> EngineState:
         """See :class:`Engine`."""
         comm = self._reducer.checkpoint_parts()
+        buffers = dict(self.model.named_buffers())
         replicated = {
-            "model": dict(self.model.named_parameters()) | rank_0_buffers(self.model, self._observer),
+            "model": dict(self.model.named_parameters()) | of_rank_0(buffers, self._observer),
             "optimizer": optimizer_state(self.model, self._optimizer),
             "scheduler": scheduler_state(self._scheduler),
             **comm.replicated,
         }
-        buffers = dict(self.model.named_buffers())
         local = comm.local | ({"buffers": buffers} if buffers else {})
         return EngineState(replicated, local, EAGER)
 

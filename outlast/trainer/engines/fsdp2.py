@@ -17,6 +17,7 @@ from outlast.checkpoint import check_like
 from outlast.comm import CollectiveObserver, Reducer, attach
 from outlast.comm.direction import Adam
 from outlast.errors import ConfigError, StateMismatch
+from outlast.session.buffers import of_rank_0
 from outlast.trainer.batches import Batch, to_device
 from outlast.trainer.blocks import blocks_of
 from outlast.trainer.config import Config
@@ -27,7 +28,6 @@ from outlast.trainer.engines.training import (
     load_comm,
     load_tensors,
     own_buffers,
-    rank_0_buffers,
     recorded,
 )
 from outlast.trainer.optim import load_optimizer_state, load_scheduler_state, optimizer_state, scheduler_state
@@ -113,12 +113,13 @@ class FSDP2Engine:
 
     def state(self) -> EngineState:
         """See :class:`Engine`. Parameters and their optimizer state are DTensors, which each rank saves its part of."""
+        buffers = dict(self.model.named_buffers())
         replicated: State = {
-            "model": dict(self.model.named_parameters()) | rank_0_buffers(self.model, self._observer),
+            "model": dict(self.model.named_parameters()) | of_rank_0(buffers, self._observer),
             "optimizer": optimizer_state(self.model, self._optimizer),
             "scheduler": scheduler_state(self._scheduler),
         }
-        local: State = {"buffers": dict(self.model.named_buffers())}
+        local: State = {"buffers": buffers}
         if self._reducer is not None:
             comm = self._reducer.checkpoint_parts()
             replicated |= comm.replicated

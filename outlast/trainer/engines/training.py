@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -29,29 +28,6 @@ def recorded(observer: CollectiveObserver | None, label: str) -> Iterator[None]:
     yield
     if observer is not None and token is not None:
         observer.complete(token)
-
-
-def rank_0_buffers(model: nn.Module, observer: CollectiveObserver | None) -> dict[str, Tensor]:
-    """Copies of rank 0's buffers, the same on all ranks. Collective if there are any.
-
-    A forward may change a buffer (BatchNorm), on each rank by another batch. So a checkpoint has each rank's own, with
-    which it goes on, and these, which are the model's for whoever wants one: a new rank, a new run, an export.
-    """
-    buffers = {name: buffer.detach().contiguous() for name, buffer in model.named_buffers()}
-    if not buffers:
-        return {}
-    parts = [buffer.reshape(-1).view(torch.uint8) for buffer in buffers.values()]
-    content = torch.cat(parts)
-    token = None if observer is None else observer.enter("broadcast", content.nbytes, "buffers")
-    dist.broadcast(content, src=0)
-    if observer is not None and token is not None:
-        observer.complete(token)
-    found = {}
-    for (name, buffer), part in zip(
-        buffers.items(), torch.split(content, [part.numel() for part in parts]), strict=True
-    ):
-        found[name] = part.clone().view(buffer.dtype).reshape(buffer.shape)
-    return found
 
 
 def own_buffers(saved: dict[str, Tensor], local: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
