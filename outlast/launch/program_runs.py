@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from outlast.checkpoint.ownership import JOB
-from outlast.launch.attempt import Attempt, next_attempt, steps_taken
+from outlast.launch.attempt import Attempt, steps_taken
 from outlast.launch.place import GENERATION
 from outlast.launch.run_directory import RunDirectory
 from outlast.launch.runner import ATTEMPT, LOOK_EVERY_S, RUN_DIR, STEPS_TAKEN
@@ -60,7 +60,7 @@ class ProgramRuns:
                 os.environ[JOB], os.environ[GENERATION] = job, str(generation)  # whose lease it is
                 self._directory.take(self._stack)
                 self._holds = True
-            attempt = self._directory.begin(self._attempt or next_attempt(self._run_dir))
+            attempt = self._directory.begin(self._attempt)
             store.set("outlast/attempt", f"{attempt.number} {steps_taken(self._run_dir)}")
         else:
             self.close()

@@ -75,15 +75,16 @@ class RunDirectory:
         self.check_usable(resuming=resuming)
         if not exists:
             self.take(stack)
-        return self.begin(next_attempt(self.path), settings)
+        return self.begin(settings=settings)
 
-    def begin(self, attempt: Attempt, settings: str = "") -> Attempt:
-        """Make an attempt's folder, and let ``latest`` lead there; returns it.
+    def begin(self, attempt: Attempt | None = None, settings: str = "") -> Attempt:
+        """Make the folder of an attempt, by default of the next one, and let ``latest`` lead there; returns it.
 
         Raises:
             RunDirectoryError: it cannot be written.
         """
         try:
+            attempt = attempt or next_attempt(self.path)
             attempt.make_folders()
             if settings:
                 (attempt.path / "config.toml").write_text(settings, encoding="utf-8")
