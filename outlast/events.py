@@ -97,6 +97,8 @@ class StepDone(Event):
     measured."""
     residual: float | None = None
     """Relative residual of this rank, ||e|| / ||g||; None in steps in which it is not measured."""
+    batch_elements: int | None = None
+    """Elements of the tensors that DataLoaders gave out for training; None if none did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +120,10 @@ class ProgramStep(Event):
     step_s: float
     collective_s: float
     """Time with a collective under way, overlapped or not: transfer, and the wait for the last rank."""
+    data_s: float = 0.0
+    """Time in ``next()`` of DataLoaders."""
+    batch_elements: int | None = None
+    """Elements of the tensors that DataLoaders gave out for training; None if none did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

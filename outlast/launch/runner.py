@@ -2,7 +2,8 @@
 
 ``outlast launch`` starts scripts and modules through it. The program runs as ``__main__``, with its own ``sys.argv``,
 ``sys.path``, working directory and tracebacks, and need not know of it: what watches is a thread, torch's own flight
-recorder, and a hook that torch calls after an optimizer's step. torch is not imported unless the program does so.
+recorder, a hook that torch calls after an optimizer's step, and what tells of delays (``live.step_delays``). torch is
+not imported unless the program does so.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
 from outlast.diagnostics.live import point_to_point
 from outlast.diagnostics.live.flight import flight_counts
+from outlast.diagnostics.live.patches import AfterImport
 from outlast.diagnostics.live.program_watch import EVERY_S, ProgramWatch
 from outlast.errors import OutlastError
 from outlast.events import RunEnded, RunStarted
@@ -74,8 +74,8 @@ class Runner:
 
     def run(self, start: Callable[[], None]) -> int:
         """Run the program; returns its exit status. Its own traceback is printed, without the runner's frames."""
-        sys.meta_path.insert(0, _AfterImport(_OPTIMIZERS, self._hook_optimizers))
-        sys.meta_path.insert(0, _AfterImport(point_to_point.MODULE, point_to_point.install))
+        AfterImport(_OPTIMIZERS, self._hook_optimizers).install()
+        AfterImport(point_to_point.MODULE, point_to_point.install).install()
         self._watch.start()
         ok, reason, status = True, "", 0
         try:
@@ -136,44 +136,6 @@ class Runner:
 
 class UnreadableScript(Exception):
     """The script is not there any more, or not readable here."""
-
-
-class _AfterImport(MetaPathFinder):
-    """Calls a function with a module right after it was imported, in the thread that imports it."""
-
-    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
-        self._name = name
-        self._then = then
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The module's spec, with a loader that calls the function too; None for any other module."""
-        if fullname != self._name:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return spec
-        spec.loader = _ThenCall(spec.loader, self._call)
-        return spec
-
-    def _call(self, module: ModuleType) -> None:
-        sys.meta_path.remove(self)
-        self._then(module)
-
-
-class _ThenCall(Loader):
-    def __init__(self, loader: Loader, then: Callable[[ModuleType], None]) -> None:
-        self._loader = loader
-        self._then = then
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        self._then(module)
 
 
 def _meaning(code: object) -> tuple[bool, str, int]:

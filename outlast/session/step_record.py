@@ -52,6 +52,7 @@ class StepRecord:
     def begin_steps(self) -> None:
         """The first step begins as soon as the loop wants."""
         self._boundary_s = time.perf_counter()
+        self._run.watch.delays.forget()
 
     def begin_step(self, step: int) -> None:
         """A step begins; reducers learn the scale of its loss."""
@@ -80,22 +81,25 @@ class StepRecord:
         now = time.perf_counter()
         cost = self._cost
         assert cost is not None
+        step_s = now - self._boundary_s
+        spent = self._run.watch.delays.end_step(step, step_s)
         values = {name: float(value) for name, value in self._logged.items()}
         done = StepDone(
             step=step,
             loss=values.pop("loss", None),
             lr=next((one.lr for one in self._state.trained if one.lr is not None), 0.0),
             tokens=int(values.pop("tokens", 0)),
-            step_s=now - self._boundary_s,
-            data_s=0.0,
+            step_s=step_s,
+            data_s=min(spent.data_s, step_s),
             comm_s=cost.exposed_s,
             checkpoint_s=now - saving_began_s,
-            collective_s=min(max(self._seen_s, cost.collective_s), now - self._boundary_s),
+            collective_s=min(max(self._seen_s, cost.collective_s), step_s),
             codec_s=cost.codec_s,
             wire_bytes=cost.wire_bytes,
             dense_bytes=cost.dense_bytes,
             alpha=cost.alpha,
             residual=cost.residual,
+            batch_elements=spent.batch_elements,
         )
         self._boundary_s = now
         self._run.events.write(done)

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 import torch
 
 from outlast.comm import Choice
+from outlast.diagnostics.live.step_delays import StepDelays
 from outlast.errors import DataError
 from outlast.events import CommChosen, EventLog, RunStarted
 from outlast.launch import Notice, Place
@@ -43,6 +44,9 @@ def build_run(
     stack.callback(records.close)
     records.heartbeat.beat("setup", 0)
     events, recorder = records.events, records.recorder
+    delays = StepDelays(events)
+    delays.open()
+    stack.callback(delays.close)
 
     training, held_out = build_sources(config, place.rank, place.world_size)
     fingerprint = str(training.state().get("fingerprint", ""))
@@ -77,6 +81,7 @@ def build_run(
         held_out=held_out,
         checkpoints=checkpoints,
         records=records,
+        delays=delays,
         notice=notice,
         agreement=agreement,
         progress=Progress(

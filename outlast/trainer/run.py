@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from outlast.checkpoint import Restored, load
 from outlast.checkpoint.rng import load_rng_state, rng_state
+from outlast.diagnostics.live.step_delays import StepDelays
 from outlast.errors import CommError, StateMismatch
 from outlast.events import EvalDone, StepDone
 from outlast.launch import Notice, Place
@@ -41,6 +42,7 @@ class Run:
     held_out: Source | None
     checkpoints: ScheduledCheckpoints
     records: RankRecords
+    delays: StepDelays
     progress: Progress
     notice: Notice
     agreement: StepAgreement
@@ -57,6 +59,7 @@ class Run:
     def begin_step(self, step: int) -> None:
         """Announce ``step`` to the recorder and in the heartbeat."""
         self.records.recorder.step = step
+        self.delays.forget()
         self.records.heartbeat.beat("step", step)
 
     def evaluation_due(self, step: int) -> bool:
@@ -165,6 +168,7 @@ class Run:
     def record_step(self, done: StepDone) -> None:
         """Write a step's event, log it, and let the checkpoint schedule learn from it."""
         self.done_step = done.step
+        self.delays.end_step(done.step, done.step_s, data_s=done.data_s)
         self.records.events.write(done)
         self.progress.step(done)
         self.checkpoints.note_step(done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 import outlast
 from outlast.checkpoint import attach, load
@@ -238,6 +241,21 @@ def test_arguments(tmp_path: Path, arguments: dict[str, Any], error: type[Except
 def test_without_checkpoints(tmp_path: Path) -> None:
     train(tmp_path, net(), 3, checkpoint=False)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_batches_of_loaders_are_known_and_nothing_stays_changed(tmp_path: Path) -> None:
+    callbacks, following = list(gc.callbacks), _BaseDataLoaderIter.__next__
+    model = net()
+    loader = DataLoader(TensorDataset(torch.ones(6, 4)), batch_size=2)
+    with outlast.Session(tmp_path, model, torch.optim.SGD(model.parameters()), checkpoint=False) as session:
+        batches = iter(loader)
+        for _ in session.steps(3):
+            session.model(next(batches)[0]).sum().backward()
+    records = list(read_events(tmp_path / "attempts" / "0001" / "events" / "rank_00000.jsonl"))
+    done = [one for one in records if one.kind == "step"]
+    assert [one["batch_elements"] for one in done] == [8, 8, 8]
+    assert all(0 < one["data_s"] < one["step_s"] for one in done)
+    assert (gc.callbacks, _BaseDataLoaderIter.__next__) == (callbacks, following)
 
 
 def test_any_pace(tmp_path: Path) -> None:

@@ -78,12 +78,21 @@ class FlightEntry:
     """0 while it is in progress. With gloo, whose completion torch does not time, the time of entry."""
 
 
-def flight_counts() -> dict[str, FlightCount]:
-    """By the ids of process groups, how far each has come; empty while there are none. Takes about 10 µs."""
+def flight_status() -> bytes:
+    """What :func:`flight_counts` reads. Of equal ones only the first need be read: that takes half of the time."""
     dump = _dump()
-    if dump is None:
-        return {}
-    status = json.loads(dump(includeCollectives=False)).get("pg_status", {})
+    return b"" if dump is None else dump(includeCollectives=False)
+
+
+def flight_counts(status_json: bytes | None = None) -> dict[str, FlightCount]:
+    """By the ids of process groups, how far each has come; empty while there are none. Takes about 10 µs.
+
+    Args:
+        status_json: of :func:`flight_status`; None takes the one of now.
+    """
+    if status_json is None:
+        status_json = flight_status()
+    status = json.loads(status_json).get("pg_status", {}) if status_json else {}
     return {
         group: FlightCount(_number(one["last_enqueued_collective"]), _number(one["last_completed_collective"]))
         for group, one in status.items()

@@ -8,7 +8,6 @@ operation, and less than 1 µs each time that a program waits for a collective b
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from outlast.diagnostics.live.flight import POINT_TO_POINT
+from outlast.diagnostics.live.patches import hide_from_compile
 
 MODULE = "torch.distributed.distributed_c10d"
 """After it is imported, :func:`install` takes it."""
@@ -64,19 +64,7 @@ def install(module: ModuleType) -> None:
     for name, words in (("send", "send to {}"), ("recv", "recv from {}"), ("recv_anysource", "recv from any rank")):
         setattr(group, name, _noted(getattr(group, name), words))
     work.wait = _timed(work.wait)
-    _hide_from_compile(group.send, group.recv, group.recv_anysource, work.wait)
-
-
-def _hide_from_compile(*functions: Any) -> None:
-    """torch.compile shall leave these, and what they call, as they are. Nothing of it is imported for this."""
-    frames = importlib.import_module("torch._C._dynamo.eval_frame")
-    try:
-        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
-        for one in functions:
-            one._torchdynamo_disable = True
-            frames.set_code_exec_strategy(one.__code__, skip)
-    except AttributeError:  # another version of torch, which compiles them, to the same results
-        return
+    hide_from_compile(group.send, group.recv, group.recv_anysource, work.wait)
 
 
 def _noted(method: Callable[..., Any], words: str) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.monitor import NodeCondition
+from outlast.diagnostics.report.delays import delays_of
 from outlast.diagnostics.report.failures import Beginning, with_failures
 from outlast.diagnostics.report.goodput import goodput_of
 from outlast.diagnostics.report.incidents import find_incidents, restarts_of
@@ -31,6 +32,7 @@ from outlast.diagnostics.report.model import (
 )
 from outlast.diagnostics.report.node_causes import NodeCauses
 from outlast.diagnostics.report.phases import SlowPhase, find_phases, phase_incidents
+from outlast.diagnostics.report.rank_causes import RankCauses
 from outlast.diagnostics.report.stalls import find_stalls
 from outlast.diagnostics.report.stragglers import UNKNOWN_HOST, StragglerRow, lateness_s, rank_stragglers
 from outlast.errors import DiagnosticsError
@@ -66,11 +68,12 @@ def build_report(run_dir: Path | str, config: DiagnosticsConfig | None = None) -
     goodput = goodput_of(loaded)
     facts = _facts(loaded, steps, starts, begun, began_t, goodput.wall_s)
     causes = NodeCauses((one for one in loaded.nodes if one.kind == NodeCondition.kind), hosts)
-    rows = _with_node_causes(rank_stragglers(steps, hosts, config), steps, causes)
-    phases = find_phases(steps, hosts, rows, config, causes)
+    own = RankCauses(steps, delays_of(loaded, steps))
+    rows = _with_node_causes(rank_stragglers(steps, hosts, config, own), steps, causes)
+    phases = find_phases(steps, hosts, rows, config, causes, own)
     beginnings = [Beginning(where=(one.attempt, one.generation), launched_s=one.launched_s) for one in starts]
     found, failures = with_failures(loaded, find_incidents(loaded, steps, began_t, causes), beginnings, hosts, began_t)
-    slow = [*phase_incidents(phases, steps, began_t), *find_stalls(steps, began_t, config, phases, causes)]
+    slow = [*phase_incidents(phases, steps, began_t), *find_stalls(steps, began_t, config, phases, causes, own)]
     missing = [*loaded.missing, *_gaps(loaded, steps, begun)]
     return Report(
         name=run_dir.resolve().name,

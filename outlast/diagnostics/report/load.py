@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from outlast.diagnostics.live.step_delays import RankDelay
 from outlast.diagnostics.monitor import NodeClock, NodeCondition, NodeMonitored
 from outlast.errors import DiagnosticsError
 from outlast.events import GoodputMeasured, ProgramStep, Record, StepDone, parse_event
@@ -30,12 +31,14 @@ STEP_FIELDS = (
     "wire_bytes",
     "dense_bytes",
 )
-OPTIONAL_FIELDS = ("grad_norm", "update_norm", "alpha", "residual")
+OPTIONAL_FIELDS = ("grad_norm", "update_norm", "alpha", "residual", "batch_elements")
 """Measured in some runs or steps only; NaN in the others."""
 UNTOLD: dict[str, float] = {"loss": np.nan, "lr": np.nan} | dict.fromkeys(
     ("tokens", "data_s", "comm_s", "checkpoint_s", "codec_s", "wire_bytes", "dense_bytes"), 0.0
 )
 """Columns of a step of a program that tells nothing of itself."""
+DELAYS = ("garbage_collection", "data_wait", "compile")
+"""What kept a rank from its work, as the events call it."""
 NODE_KINDS = (NodeClock.kind, NodeCondition.kind, NodeMonitored.kind)
 COLUMNS = ("attempt", "generation", "rank", "step", "t", *STEP_FIELDS, *OPTIONAL_FIELDS)
 """Of :attr:`Loaded.rows`."""
@@ -55,6 +58,8 @@ class Loaded:
     """The first and last ``t`` of each attempt's ranks."""
     nodes: list[Record] = field(default_factory=list)
     """What the nodes' monitors told, oldest first."""
+    delays: array[float] = field(default_factory=lambda: array("d"))
+    """[n, 8], flat: attempt, generation, rank, step, place in DELAYS, seconds, count, highest generation collected."""
 
 
 @dataclass(slots=True)
@@ -126,6 +131,9 @@ def _read(path: Path, attempt: int, table: array[float], loaded: Loaded, name: P
         if record.kind in NODE_KINDS:  # they tell of the node, whatever the ranks do
             loaded.nodes.append(record)
             continue
+        if record.kind == RankDelay.kind:
+            loaded.delays.extend(_delay_of(attempt, record))
+            continue
         if record.kind in (StepDone.kind, ProgramStep.kind):
             try:
                 row = row_of(attempt, record)
@@ -154,6 +162,17 @@ def row_of(attempt: int, record: Record) -> list[float]:
     told += [record.fields.get(key) for key in OPTIONAL_FIELDS]
     fields = [np.nan if value is None else float(value) for value in told]
     return [attempt, record.generation, record.rank, record.fields["step"], record.t, *fields]
+
+
+def _delay_of(attempt: int, record: Record) -> list[float]:
+    """A delay as a row of :attr:`Loaded.delays`; empty where the event is one of a version to come."""
+    get = record.fields.get
+    told = (get("step"), get("seconds"), get("count"), get("generation_collected") or 0)
+    numbers = [float(one) for one in told if isinstance(one, (int, float))]
+    if get("what") not in DELAYS or len(numbers) < len(told):
+        return []
+    step, *rest = numbers
+    return [attempt, record.generation, record.rank, step, DELAYS.index(str(get("what"))), *rest]
 
 
 def _is_json(line: bytes) -> bool:

@@ -12,6 +12,7 @@ from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.report.incidents import Incident
 from outlast.diagnostics.report.load import Floats, Steps
 from outlast.diagnostics.report.node_causes import NodeCauses
+from outlast.diagnostics.report.rank_causes import RankCauses
 from outlast.diagnostics.report.stragglers import (
     MAD_TO_SIGMA,
     Bools,
@@ -55,6 +56,8 @@ class SlowPhase:
     """Seconds that these steps took longer because of this rank alone."""
     longer: tuple[tuple[str, float], ...]
     """The parts of the step that took it longer than its median peer, in ms of the median step, largest first."""
+    cause: str = ""
+    """What the rank itself has seen that explains it, with its values; empty if that is not known."""
     node: str = ""
     """What its node's monitor saw at the time that explains it; empty if nothing."""
 
@@ -70,6 +73,7 @@ def find_phases(
     rows: tuple[StragglerRow, ...],
     config: DiagnosticsConfig,
     causes: NodeCauses | None = None,
+    own: RankCauses | None = None,
 ) -> tuple[SlowPhase, ...]:
     """The slow phases of all ranks, in the order of the steps.
 
@@ -83,6 +87,7 @@ def find_phases(
         rows: the verdicts over the whole run; a rank does not have to be later than stragglers.
         config: when a rank counts as a straggler.
         causes: what the nodes' monitors saw.
+        own: what ranks told of themselves.
     """
     if not steps.steps or len(steps.ranks) < 2:
         return ()
@@ -97,7 +102,7 @@ def find_phases(
         more = {
             (*subject, phase.first_step): (here, phase)
             for subject, at in subjects.items()
-            for here, phase in _phases(steps, late, blamed, at, *subject, config)
+            for here, phase in _phases(steps, late, blamed, at, *subject, config, own)
             if (*subject, phase.first_step) not in found
         }
         for (column, _, _), (here, phase) in more.items():
@@ -119,7 +124,14 @@ def _times(phase: SlowPhase, steps: Steps) -> tuple[float, float]:
 
 
 def _phases(
-    steps: Steps, late: Floats, blamed: Bools, at: Indices, column: int, host: str, config: DiagnosticsConfig
+    steps: Steps,
+    late: Floats,
+    blamed: Bools,
+    at: Indices,
+    column: int,
+    host: str,
+    config: DiagnosticsConfig,
+    own: RankCauses | None,
 ) -> list[tuple[Indices, SlowPhase]]:
     """Of one rank on one host, each with the rows of its steps."""
     least = config.straggler_min_steps
@@ -144,6 +156,7 @@ def _phases(
         latest = share_latest(late, blamed, here, column, tolerance_s=median_s / 4)
         if latest < config.straggler_latest_share or not _stands_out(behind[one], behind[rest], threshold_s):
             continue
+        cause = own.of(column, here, behind[one]) if own is not None else None
         phase = SlowPhase(
             rank=steps.ranks[column],
             host=host,
@@ -155,6 +168,7 @@ def _phases(
             latest_share=latest,
             cost_s=float(lost_s(late, blamed, here, column).sum()),
             longer=parts_longer(steps, here, column),
+            cause=cause.words if cause is not None else "",
         )
         found.append((here, phase))
     return found
@@ -225,7 +239,8 @@ def phase_incidents(phases: tuple[SlowPhase, ...], steps: Steps, begin_t: float)
 def described(phase: SlowPhase) -> str:
     """How late the rank was, how often it was the latest, what it cost, and in which part of the step it was slow."""
     part = f", longer in {phase.longer[0][0]} (+{phase.longer[0][1]:.1f} ms)" if phase.longer else ""
+    causes = "".join(f"; {one}" for one in (phase.cause, phase.node) if one)
     return (
         f"{phase.median_lateness_ms:.1f} ms late in their median, the latest in {fmt.share(phase.latest_share)} of "
-        f"them{part}; {fmt.duration(phase.cost_s)} lost{f'; {phase.node}' if phase.node else ''}"
+        f"them{part}; {fmt.duration(phase.cost_s)} lost{causes}"
     )

@@ -14,7 +14,8 @@ from outlast.diagnostics.report.incidents import Incident
 from outlast.diagnostics.report.load import Floats, Steps
 from outlast.diagnostics.report.node_causes import NodeCauses
 from outlast.diagnostics.report.phases import SlowPhase
-from outlast.diagnostics.report.stragglers import Bools, Indices, lateness_s, steps_after_warmup
+from outlast.diagnostics.report.rank_causes import RankCauses
+from outlast.diagnostics.report.stragglers import Bools, Indices, behind_peers_s, lateness_s, steps_after_warmup
 
 _STRETCH = 3.0
 _GAP_STEPS = 3
@@ -29,12 +30,13 @@ def find_stalls(
     config: DiagnosticsConfig,
     phases: Sequence[SlowPhase] = (),
     causes: NodeCauses | None = None,
+    own: RankCauses | None = None,
 ) -> tuple[Incident, ...]:
     """Each unbroken stretch of slow steps as one incident, oldest first.
 
     A step is slow if it took ``stall_factor`` median steps, and ``stall_min_s`` more than one, on any rank; the first
     steps of a start are not counted. Many short steps in a row that are slow together are a stall, too. What a rank's
-    slow phase explains is no stall. What a node's monitor saw at the time is named with it.
+    slow phase explains is no stall. What a node's monitor or the rank itself saw at the time is named with it.
     """
     if not steps.steps:
         return ()
@@ -49,7 +51,7 @@ def find_stalls(
     for is_slow, group in itertools.groupby(range(len(slow)), key=lambda at: bool(slow[at])):
         if is_slow:
             at = np.fromiter(group, dtype=np.int64)
-            stall = _incident(steps, at, step_s, median_s, counted, begin_t, causes)
+            stall = _incident(steps, at, step_s, median_s, counted, begin_t, causes, own)
             first, last = steps.steps[int(at[0])], steps.steps[int(at[-1])]
             if not any(one.rank == stall.rank and one.first_step <= first and last <= one.last_step for one in phases):
                 found.append(stall)
@@ -78,12 +80,13 @@ def _incident(
     counted: Bools,
     begin_t: float,
     causes: NodeCauses | None,
+    own: RankCauses | None,
 ) -> Incident:
     first, last = steps.steps[int(at[0])], steps.steps[int(at[-1])]
     which = f"step {first}" if first == last else f"steps {first} to {last}"
     took_s = float(step_s[at].sum())
     lost_s = took_s - median_s * len(at)
-    why, rank = _cause(steps, at, lost_s, counted)
+    why, rank = _cause(steps, at, lost_s, counted, own)
     times = [float(one) for one in steps.values["t"][int(at[0])] if math.isfinite(one)]
     began_t = min(times) - float(step_s[at[0]])
     if causes is not None and (node := causes.during(began_t, began_t + took_s, rank)):
@@ -102,7 +105,7 @@ def _incident(
     )
 
 
-def _cause(steps: Steps, at: Indices, lost_s: float, counted: Bools) -> tuple[str, int | None]:
+def _cause(steps: Steps, at: Indices, lost_s: float, counted: Bools, own: RankCauses | None) -> tuple[str, int | None]:
     """Where most of the time went, and on which rank alone."""
 
     def excess_s(name: str) -> Floats:
@@ -113,15 +116,21 @@ def _cause(steps: Steps, at: Indices, lost_s: float, counted: Bools) -> tuple[st
         return more
 
     parts = {"waiting for data": excess_s("data_s"), "saving checkpoints": excess_s("checkpoint_s")}
-    late_s = np.nan_to_num(lateness_s(steps.values["collective_s"])[at]).sum(axis=0)
+    late = lateness_s(steps.values["collective_s"])
+    late_s = np.nan_to_num(late[at]).sum(axis=0)
     if len(steps.ranks) > 1 and late_s.max() > HALF * lost_s:
         column = int(late_s.argmax())
         part = next((name for name, more in parts.items() if more[column] > HALF * lost_s), "outside collectives")
         rank = steps.ranks[column]
-        return f"its peers waited {fmt.duration(float(late_s.max()))} for rank {rank}, which was slow {part}", rank
+        seen = own.of(column, at, behind_peers_s(late, at, column)) if own is not None else None
+        because = f"; {seen.words}" if seen is not None else ""
+        waited = fmt.duration(float(late_s.max()))
+        return f"its peers waited {waited} for rank {rank}, which was slow {part}{because}", rank
     for name, more in parts.items():
         if more.min() > HALF * lost_s:
             return f"all ranks were slow {name}", None
+    if own is not None and (words := own.of_all(at, counted, lost_s)):
+        return f"all ranks were {words}", None
     if excess_s("collective_s").min() > HALF * lost_s:
         return "all ranks spent it inside collectives: the network was slow or cut, or a rank stood still there", None
     return "all ranks were slow outside collectives, as on a busy, throttled or suspended machine", None

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.report.load import Floats, Steps
+from outlast.diagnostics.report.rank_causes import RankCauses
 
 Bools = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
@@ -55,6 +56,8 @@ class StragglerRow:
     longer: tuple[tuple[str, float], ...]
     """The parts of the step that took it longer than its median peer, in ms of the median step, largest first."""
     evidence: str
+    cause: str = ""
+    """Why, in a few words, where the rank itself has seen it; else empty. The evidence has the values."""
 
 
 def lateness_s(collective_s: Floats) -> Floats:
@@ -80,13 +83,16 @@ def subjects_of(steps: Steps, late: Floats, hosts: Hosts, config: DiagnosticsCon
     return subjects
 
 
-def rank_stragglers(steps: Steps, hosts: Hosts, config: DiagnosticsConfig) -> tuple[StragglerRow, ...]:
+def rank_stragglers(
+    steps: Steps, hosts: Hosts, config: DiagnosticsConfig, own: RankCauses | None = None
+) -> tuple[StragglerRow, ...]:
     """Every rank on every host it had, the latest first.
 
     Args:
         steps: the last execution of every step.
         hosts: by (attempt, generation, rank).
         config: when a rank counts as a straggler.
+        own: what ranks told of themselves.
     """
     if not steps.steps:
         return ()
@@ -112,7 +118,14 @@ def rank_stragglers(steps: Steps, hosts: Hosts, config: DiagnosticsConfig) -> tu
         done, key=lambda subject: (not done[subject].straggler, -done[subject].median_lateness_ms, subject)
     )
     return tuple(
-        _with_cost(done[subject], steps, late, blamed, subjects[subject], subject[0])
+        _with_cost(
+            _with_cause(done[subject], late, subjects[subject], subject[0], own),
+            steps,
+            late,
+            blamed,
+            subjects[subject],
+            subject[0],
+        )
         if done[subject].straggler
         else done[subject]
         for subject in ordered
@@ -230,6 +243,14 @@ def lost_s(late: Floats, blamed: Bools, at: Indices, column: int) -> Floats:
     """[steps at]: the seconds that a rank adds beyond the latest other rank that is not blamed."""
     added: Floats = np.maximum(late[at, column] - _rivals(late, blamed, at, column).max(axis=1), 0.0)
     return added
+
+
+def _with_cause(row: StragglerRow, late: Floats, at: Indices, column: int, own: RankCauses | None) -> StragglerRow:
+    """The row of a straggler with the cause that the rank itself has seen."""
+    cause = own.of(column, at, behind_peers_s(late, at, column)) if own is not None else None
+    if cause is None:
+        return row
+    return replace(row, cause=cause.name, evidence=f"{row.evidence}; {cause.words}")
 
 
 def _with_cost(row: StragglerRow, steps: Steps, late: Floats, blamed: Bools, at: Indices, column: int) -> StragglerRow:

@@ -88,7 +88,8 @@ def _verdict(report: Report) -> tuple[str, str]:
         where = f", slow in {phase.which}" if phase is not None else ""
         added = row.slowdown_share
         longer = f"it makes steps {1 + added:.1f} × as long" if added >= 1 else f"it makes steps {share(added)} longer"
-        first = f"Rank {row.rank} on {row.host} is a straggler{where}: {longer}"
+        why = f", because of {row.cause}" if row.cause else ""
+        first = f"Rank {row.rank} on {row.host} is a straggler{where}: {longer}{why}"
         slow = f" It was slow in {phase.which}: {described(phase)}." if phase is not None else ""
         return first, f"{row.evidence[:1].upper()}{row.evidence[1:]}.{slow}"
     named = ", ".join(f"rank {row.rank} on {row.host}" for row in stragglers[:4])

@@ -132,6 +132,8 @@ def _ranks(report: Report) -> Table | None:
         if row.straggler and row.longer:
             part, more_ms = row.longer[0]
             verdict += f" ({part} +{more_ms:.0f} ms)"
+        if row.straggler and row.cause:
+            verdict += f": {escape(row.cause)}"
         slow = summary.slow_in(report.phases_of(row))
         if slow:
             verdict = f"{verdict}, {slow}" if row.straggler else f"[yellow]{slow}[/]"
