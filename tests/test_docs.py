@@ -39,6 +39,7 @@ ELSEWHERE = {
     "outlast launch --nproc-per-node 2 --export.prometheus-port 9464 train.py --lr 3e-4": (
         "tests/launch/test_exporting.py, on a free port"
     ),
+    "outlast doctor --nodes 4 --node 2 --meet node0:29511": "tests/launch/test_node_probe.py, on four emulated hosts",
     "outlast report runs/train": "tests/launch/test_any_program.py",
     "outlast launch configs/gpt2.toml --nproc-per-node 2": "tests/trainer/test_foreign_ddp.py, smaller",
     "make train": "tests/test_first_run.py",

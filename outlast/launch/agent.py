@@ -34,6 +34,7 @@ from outlast.launch.processes import RankProcesses
 from outlast.launch.program_runs import ProgramRuns
 from outlast.launch.rank_output import RankOutput
 from outlast.launch.rounds import Round, agree, forget_store
+from outlast.launch.standstill_probe import StandstillProbe
 from outlast.launch.trusted_rendezvous import run_secret
 
 EXIT_BARRIER = "torchelastic/agent/terminal_state"
@@ -174,13 +175,14 @@ class WatchedAgent(LocalElasticAgent):
         self._hung.look(processes, alone=alone, accused=others.accused if others is not None else ())
         if others is not None and self._watch is not None:
             hung = self._hung.accused(worker_group.group_rank or 0, self._host)
-            others.look(processes.running(), self._watch.newest, hung)
+            others.look(processes.running(), self._watch.newest, hung, stands_still=bool(self._watch.waiting))
         self.failures = self._find_failures(processes)
         if (ended := self._ended_by_notice(processes)) is not None:
             self.failures = []
             return ended
         undying = self._hung.undying(processes)
         if self.failures or undying:
+            self._hung.keep_collectives(self.ranks)  # before the peers are ended, which changes what they show
             self._end_peers(processes)
         if undying:  # in an uninterruptible sleep: it must not keep the others from restarting
             log.error("outlast: ranks %s do not die of SIGKILL; going on without them", undying)
@@ -242,18 +244,31 @@ class WatchedAgent(LocalElasticAgent):
         except LaunchError as error:
             log.warning("outlast: nodes do not hear of one another's ranks: %s", error)
             return
+        node, nodes = worker_group.group_rank, worker_group.group_world_size or 1
+        round_name = f"{found.job}/{found.generation}"
+        probe = StandstillProbe(
+            found.store,
+            secret=secret,
+            round_name=round_name,
+            node=node,
+            nodes=nodes,
+            address=worker_group.spec.local_addr or "",
+            folder=self._run_dir,
+            events=self._events,
+        )
         self._others = OtherNodes(
             found.store,
             secret=secret,
-            round_name=f"{found.job}/{found.generation}",
-            node=worker_group.group_rank,
-            nodes=worker_group.group_world_size or 1,
+            round_name=round_name,
+            node=node,
+            nodes=nodes,
             world_size=worker_group.workers[0].world_size,
             host=self._host,
             rules=self._watch.rules,
             interval_s=self._config.monitor_interval_s,
             conditions=self.node.current,
             events=self._events,
+            probe=probe,
         )
         self._others.start()
 
@@ -358,6 +373,7 @@ class WatchedAgent(LocalElasticAgent):
         )
 
     def _write_failure(self, result: RunResult, processes: RankProcesses) -> None:
+        self._hung.keep_collectives(self.ranks)
         if not self.failures:  # a rank failed between our poll and torchelastic's
             self.failures = [
                 RankFailure(rank=rank, pid=failure.pid, status=failure.exitcode)

@@ -154,14 +154,14 @@ class HangWatch:
                     left[rank] = f"after step {beat.step}" if beat.step else "before its first step"
         return left
 
-    def last_rings(self, ranks: Iterable[int]) -> list[Ring]:
-        """The newest collectives that these ranks have left in this start, ended or not."""
+    def last_rings(self, ranks: Iterable[int], newest: int | None = None) -> list[Ring]:
+        """The newest collectives that these ranks have left in this start, ended or not; all, or so many of each."""
         found = []
         for rank in ranks:
             beat = self._beat_of(rank)
             if beat is not None:
                 with suppress(DiagnosticsError):
-                    ring = read_ring(ring_path(self.shm_dir, rank))
+                    ring = read_ring(ring_path(self.shm_dir, rank), newest)
                     found += [ring] if ring.pid == beat.pid else []
         return found
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 
-from outlast.diagnostics.live import Culprit
+from outlast.diagnostics.live import Culprit, Ring
+from outlast.diagnostics.live.kept import NEWEST, kept
 from outlast.diagnostics.monitor import Accused
 from outlast.events import EventLog, HangFound
 from outlast.launch.hang_watch import HangWatch
 from outlast.launch.processes import RankProcesses, dump_stacks
+
+HELD_S = 30.0
+"""So long, collectives that were read when a rank was found hung are what a failure is told by."""
 
 log = logging.getLogger("outlast.launch")
 
@@ -27,6 +32,8 @@ class HungRanks:
         self._events = events
         self._hung: dict[int, Culprit] = {}
         self._waits = ""
+        self._kept = False
+        self._held: tuple[float, list[Ring]] = (0.0, [])
         self.ended: dict[int, int] = {}
         """By rank, the process that had ended before what had started it was killed."""
 
@@ -35,7 +42,25 @@ class HungRanks:
         if self._watch is not None:
             self._watch.begin(ranks)
         self._hung = {}
+        self._kept, self._held = False, (0.0, [])
         self.ended = {}
+
+    def keep_collectives(self, ranks: Sequence[int]) -> None:
+        """Ranks have failed: write the newest collectives of all into the events, once in a start.
+
+        If a rank was found hung just now, these are the ones from before it was killed: its peers lose their
+        connections by that, and what they waited in is over.
+        """
+        if self._watch is None or self._kept:
+            return
+        self._kept = True
+        held_s, rings = self._held
+        if not rings or time.monotonic() - held_s > HELD_S:
+            rings = self._watch.last_rings(ranks, NEWEST)
+        ahead_s = time.time() - time.monotonic()
+        for ring in rings:
+            if ring.entered:
+                self._events.write(kept(ring, ahead_s=ahead_s))
 
     def look(self, processes: RankProcesses, *, alone: bool, accused: Sequence[Accused] = ()) -> None:
         """Find hung ranks and kill them.
@@ -47,7 +72,10 @@ class HungRanks:
         """
         if self._watch is None:
             return
-        for culprit in self._watch.find_hung(processes.running(), alone=alone, accused=accused):
+        found = self._watch.find_hung(processes.running(), alone=alone, accused=accused)
+        if (found or accused) and (not self._held[1] or time.monotonic() - self._held[0] > HELD_S):
+            self._held = time.monotonic(), self._watch.last_rings(processes.running(), NEWEST)
+        for culprit in found:
             self._kill(processes, culprit)
         self._end_wrappers(processes, self._watch)
         self._tell_wait(self._watch.waiting)

@@ -20,6 +20,7 @@ from outlast.diagnostics.monitor import Accused, Collector, LeastDelay, NodeCloc
 from outlast.errors import DiagnosticsError
 from outlast.events import EventLog
 from outlast.launch.node_exchange import NodeExchange
+from outlast.launch.standstill_probe import StandstillProbe
 
 STALE_LOOKS = 4.0
 """Intervals after which what this launcher saw of its ranks is too old to be told as new."""
@@ -47,6 +48,7 @@ class OtherNodes:
         interval_s: between two messages.
         conditions: what holds on this node.
         events: where clocks are written.
+        probe: of nodes and links, when all stand still.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class OtherNodes:
         interval_s: float,
         conditions: Callable[[], Sequence[NodeCondition]],
         events: EventLog,
+        probe: StandstillProbe | None = None,
     ) -> None:
+        self._probe = probe
         self._node, self._host, self._rules = node, host, rules
         self._conditions, self._events = conditions, events
         self._lock = threading.Lock()
@@ -99,13 +103,21 @@ class OtherNodes:
         with self._lock:
             return self._accused
 
-    def look(self, ranks: Iterable[int], watched: Sequence[Observation], hung: Sequence[Accused]) -> None:
+    def look(
+        self,
+        ranks: Iterable[int],
+        watched: Sequence[Observation],
+        hung: Sequence[Accused],
+        *,
+        stands_still: bool = False,
+    ) -> None:
         """Tell the others how this node's ranks do; on node 0, judge. Called by the thread that watches the ranks.
 
         Args:
             ranks: those whose processes run.
             watched: how they do; empty while all are well.
             hung: those that this launcher has convicted in this start.
+            stands_still: whether none of them makes progress, and this launcher knows nobody to blame.
         """
         now_s = time.monotonic()
         is_new = len(hung) > len(self._own.hung)
@@ -122,6 +134,7 @@ class OtherNodes:
                 hung=tuple(hung),
                 accused=self._own.accused,
                 conditions=tuple(self._conditions()),
+                probe=self._own.probe,
             )
         if self._node == 0:
             found = {(one.rank, one.pid): one for one in self.collector.find_hung(own, self._rules)}
@@ -130,6 +143,11 @@ class OtherNodes:
             with self._lock:
                 self._accused = tuple(found.values())
                 self._own = replace(own, accused=self._accused)
+            if self._probe is not None:
+                number = self._probe.look(stands_still=stands_still and not found)
+                is_new = is_new or number > own.probe
+                with self._lock:
+                    self._own = replace(self._own, probe=number)
             self._tell_clocks(now_s)
         self._name(self.accused)
         if is_new:
@@ -137,6 +155,8 @@ class OtherNodes:
 
     def close(self) -> None:
         """The ranks of this start have ended: hear once more who was at fault, and end."""
+        if self._probe is not None:
+            self._probe.close()
         self._exchange.close()
         if self._node == 0:
             with self._lock:
@@ -178,6 +198,8 @@ class OtherNodes:
             self._heard.read(report.t, now_t)
             with self._lock:
                 self._accused = report.accused
+            if self._probe is not None:
+                self._probe.take_part(report.probe)
 
     def _tell_clocks(self, now_s: float) -> None:
         if now_s - self._clocks_at_s < CLOCKS_EVERY_S:

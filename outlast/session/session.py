@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from outlast.checkpoint import CheckpointConfig
+from outlast.diagnostics.numerics import NumericsConfig
 from outlast.errors import SessionError, StateMismatch
 from outlast.launch import Notice, find_place
 from outlast.launch.failures import RESUME_STATUS
@@ -26,6 +27,7 @@ from outlast.session.checkpoints import SessionCheckpoints
 from outlast.session.compression import Comm, attach_reducers
 from outlast.session.deepspeed import trained
 from outlast.session.models import wrapped
+from outlast.session.numerics import Numerics, SessionNumerics, numerics_settings
 from outlast.session.place import RunPlace
 from outlast.session.settings import checkpoint_settings, named
 from outlast.session.state import SessionState
@@ -75,6 +77,8 @@ class Session:
         comm: settings of :class:`CommConfig`, as that or as a dictionary; None takes error feedback that suits the
             optimizer. False leaves averaging to DDP or FSDP2. A single rank sends nothing, whatever is set.
         checkpoint: settings of :class:`CheckpointConfig`; None takes the defaults; False saves nothing.
+        numerics: True watches the run's numbers: what is not finite, spikes, replicas that differ; or settings of
+            :class:`~outlast.diagnostics.numerics.NumericsConfig`, as that or as a dictionary.
         resume: ``"auto"`` goes on from the newest valid checkpoint if there is one; a step, from that one; ``"never"``
             refuses a directory with a run in it.
         notice_grace_s: seconds that the process has after a notice, where no launcher of outlast's says so; None takes
@@ -96,18 +100,19 @@ class Session:
         *,
         comm: Comm = None,
         checkpoint: CheckpointConfig | Mapping[str, Any] | Literal[False] | None = None,
+        numerics: Numerics = None,
         resume: Literal["auto", "never"] | int = "auto",
         notice_grace_s: float | None = 25.0,
         timeout_s: float = 600.0,
     ) -> None:
         models, optimizers = named(model, optimizer)
-        config = checkpoint_settings(checkpoint)
+        config, watched = checkpoint_settings(checkpoint), numerics_settings(numerics)
         if resume not in ("auto", "never") and (isinstance(resume, (bool, str)) or resume < 0):
             raise SessionError(f"Session: resume = {resume!r}", 'give "auto", "never" or a step')
         self._resume_from: Literal["auto", "never"] | int = resume
         self._stack = contextlib.ExitStack()
         try:
-            self._open(run, models, optimizers, comm, config, notice_grace_s, timeout_s)
+            self._open(run, models, optimizers, comm, config, watched, notice_grace_s, timeout_s)
         except BaseException:
             self._stack.close()
             raise
@@ -119,6 +124,7 @@ class Session:
         optimizers: Mapping[str, Optimizer],
         comm: Comm,
         config: CheckpointConfig | None,
+        watched: NumericsConfig | None,
         notice_grace_s: float | None,
         timeout_s: float,
     ) -> None:
@@ -162,6 +168,8 @@ class Session:
             enter(self._checkpoints.checkpointer)
         for one in parts:
             self._stack.callback(one.count_updates())
+        self._numerics = SessionNumerics(parts, watched, self._run.events, self.rank)
+        self._stack.callback(self._numerics.close)
         self._first_step: int | None = None
         self._last_step = 0
         self._done_step = 0
@@ -289,6 +297,7 @@ class Session:
         self._updates_before = self._updates
         self._wanted = False
         self._record.begin_step(self._done_step + 1)
+        self._numerics.begin_step(self._done_step + 1)
         self._inside = self._done_step + 1
         return self._inside
 
@@ -361,6 +370,7 @@ class Session:
         if self._closed:
             return
         if error is not None and not (isinstance(error, SystemExit) and not error.code):
+            self._numerics.explain(error)
             self._end(error)
             return
         try:
@@ -403,6 +413,7 @@ class Session:
             one.check_step(step)
         self._done_step = step
         began = self._record.end_update(step)
+        self._numerics.end_step(self._record.logged)
         if self._checkpoints is not None:
             self._checkpoints.save_if_due(
                 step, self._checkpoints.collect, last=step == self._last_step, wanted=self._wanted

@@ -66,6 +66,11 @@ class StepRecord:
         """Numbers of this step; tensors are read at its end."""
         self._logged.update({name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()})
 
+    @property
+    def logged(self) -> Mapping[str, float | Tensor]:
+        """What the program has logged in this step."""
+        return self._logged
+
     def end_update(self, step: int) -> float:
         """The step's update is made, and saving may begin; returns the time, for :meth:`end_step`.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 
 from outlast.comm import Choice
 from outlast.diagnostics.live.step_delays import StepDelays
+from outlast.diagnostics.numerics import NumericsEvent, NumericsWatch
 from outlast.errors import DataError
 from outlast.events import CommChosen, EventLog, RunStarted
 from outlast.launch import Notice, Place
@@ -19,6 +21,7 @@ from outlast.session.agreement import StepAgreement
 from outlast.session.scheduled_checkpoints import ScheduledCheckpoints
 from outlast.trainer.blocks import compile_model
 from outlast.trainer.config import Config
+from outlast.trainer.engines.base import Engine
 from outlast.trainer.engines.build import build_engine
 from outlast.trainer.parts import build_model, flops_per_token
 from outlast.trainer.progress import Progress
@@ -84,6 +87,7 @@ def build_run(
         delays=delays,
         notice=notice,
         agreement=agreement,
+        numerics=_numerics(engine, config, place, records, stack),
         progress=Progress(
             every_steps=config.trainer.log_every_steps,
             last_step=config.trainer.steps,
@@ -93,6 +97,30 @@ def build_run(
             quiet=place.rank != 0,
         ),
     )
+
+
+def _numerics(engine: Engine, config: Config, place: Place, records: RankRecords, stack: ExitStack) -> NumericsWatch:
+    """The watch on the run's numbers; what it finds becomes events, and a line in the log of rank 0."""
+    settings = config.numerics
+    if config.trainer.engine == "deepspeed":  # which has gradients and copies of parameters of its own
+        settings = replace(settings, not_finite="off", rerun_batches=0, replicas_every_steps=0, drift_every_steps=0)
+
+    def tell(event: NumericsEvent) -> None:
+        records.events.write(event)
+        if place.rank == 0:
+            _LOG.warning("step %d: %s", event.step, event.told)
+
+    watch = NumericsWatch(
+        engine.model,
+        engine.optimizer,
+        settings,
+        on_event=tell,
+        ranks=tuple(range(place.world_size)),
+        recorder=records.recorder,
+        follows_updates=False,
+    )
+    stack.callback(watch.close)
+    return watch
 
 
 def restore(run: Run, device: torch.device, resume: str) -> None:

@@ -11,6 +11,7 @@ from outlast.config import require
 from outlast.config_tables import Table
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.export.config import ExportConfig
+from outlast.diagnostics.numerics.config import NumericsConfig
 from outlast.launch.config import LaunchConfig
 
 
@@ -307,6 +308,8 @@ class Config:
     """Checkpoints."""
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     """Recording and reports."""
+    numerics: NumericsConfig = field(default_factory=NumericsConfig)
+    """The watch on the run's numbers: values that are not finite, spikes, replicas that differ, drift."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """Metrics for Prometheus and others, under ``outlast launch``."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)

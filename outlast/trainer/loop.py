@@ -24,11 +24,11 @@ def train(run: Run) -> None:
         with timer("data"):
             batches = run.batches(step)
 
-        loss = run.engine.forward_backward(step, batches)  # gradients are exchanged while backward runs
+        loss = run.forward_backward(step, batches)  # gradients are exchanged while backward runs
         run.ask_notice()  # answered after the update
         with timer("checkpoint"):
             run.wait_copied(step)  # the update changes what the last snapshot may still be copying
-        update = run.engine.update(step)
+        update = run.update(step)
         reduced = update.reduced
         run.answer_notice()
         with timer("checkpoint"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch.distributed as dist
 from outlast.checkpoint import Restored, load
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.diagnostics.live.step_delays import StepDelays
-from outlast.errors import CommError, StateMismatch
+from outlast.diagnostics.numerics import NumericsWatch
+from outlast.errors import CommError, NonFiniteGradient, StateMismatch, TrainingDiverged
 from outlast.events import EvalDone, StepDone
 from outlast.launch import Notice, Place
 from outlast.launch.attempt import Attempt
@@ -22,7 +24,7 @@ from outlast.session.agreement import StepAgreement
 from outlast.session.scheduled_checkpoints import Collected, ScheduledCheckpoints
 from outlast.trainer.batches import Batch, in_form
 from outlast.trainer.config import Config
-from outlast.trainer.engines.base import Engine
+from outlast.trainer.engines.base import Engine, UpdateStats
 from outlast.trainer.progress import Progress
 from outlast.trainer.saved_settings import changed_settings, saved_settings
 from outlast.trainer.sources import Source
@@ -46,6 +48,7 @@ class Run:
     progress: Progress
     notice: Notice
     agreement: StepAgreement
+    numerics: NumericsWatch
     first_step: int = 1
     last_step: int = field(init=False)
     done_step: int = 0
@@ -59,8 +62,33 @@ class Run:
     def begin_step(self, step: int) -> None:
         """Announce ``step`` to the recorder and in the heartbeat."""
         self.records.recorder.step = step
+        self.numerics.begin_step(step)
         self.delays.forget()
         self.records.heartbeat.beat("step", step)
+
+    def forward_backward(self, step: int, batches: list[Batch]) -> float:
+        """See :class:`Engine`; an error about what is not finite says where it comes from."""
+        with self._explained(step):
+            return self.engine.forward_backward(step, batches)
+
+    def update(self, step: int) -> UpdateStats:
+        """See :class:`Engine`; an error about what is not finite says where it comes from.
+
+        Raises:
+            ReplicasDiffer: replicas are not the same, and ``numerics.replicas_action`` is ``stop``.
+        """
+        with self._explained(step):
+            done = self.engine.update(step)
+        self.numerics.after_update()
+        self.numerics.compare_if_due(step)  # before anything is saved
+        return done
+
+    @contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (NonFiniteGradient, TrainingDiverged) as error:  # which all ranks raise alike
+            raise self.numerics.explained(error, step) from error
 
     def evaluation_due(self, step: int) -> bool:
         """Whether to evaluate after ``step``."""
@@ -170,6 +198,8 @@ class Run:
         self.done_step = done.step
         self.delays.end_step(done.step, done.step_s, data_s=done.data_s)
         self.records.events.write(done)
+        norm = done.grad_norm if done.update_norm is None else done.update_norm
+        self.numerics.end_step(done.loss, norm, "gradient" if done.update_norm is None else "update")
         self.progress.step(done)
         self.checkpoints.note_step(done)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from outlast.diagnostics import build_report
+from outlast.diagnostics.trace.run_trace import write_trace
+from tests.diagnostics.trace.event_format import check as check_trace
 from tests.forked import Job
 from tests.helpers import clean_env, events, outlast, start_outlast, wait_for
 from tests.launch.jobs import STARTED
@@ -63,6 +65,17 @@ def test_a_rank_that_does_nothing_is_found_and_named(tmp_path: Path, what: str, 
     assert sum(goodput.parts_s().values()) == pytest.approx(goodput.wall_s)
     (told,) = events(run, "goodput")
     assert told["seconds"] == pytest.approx(goodput.parts_s())
+    kept = {one["of_rank"]: one for one in events(run, "collectives_kept")}
+    (entered_t, completed_t), counted = kept[0]["newest"][-1][5:7], kept[0]["entered"]
+    assert completed_t is None
+    assert counted > 0
+    assert hang.t - 60 < entered_t < hang.t
+    # the trace of what really happened: its arrow leads from the rank that waited to the one that hung
+    assert write_trace(run, run / "trace.json").arrows == 1
+    trace = check_trace((run / "trace.json").read_text())
+    names = {one["name"] for one in trace if one["ph"] == "X"}
+    assert {"hung", "waited for", f"waits in {kept[0]['newest'][-1][1]} #{kept[0]['newest'][-1][8]}"} <= names
+    assert {one["name"] for one in trace if one["ph"] == "s"} == {"waits for rank 1"}
 
 
 @pytest.mark.soak

@@ -21,6 +21,7 @@ import mmap
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -242,8 +243,12 @@ def _cut(text: str, size_bytes: int) -> bytes:
     return raw.ljust(size_bytes, b"\0")
 
 
-def read_ring(path: Path) -> Ring:
+def read_ring(path: Path, newest: int | None = None) -> Ring:
     """The newest collectives in the ring at ``path``, whether its process is running, stopped or dead.
+
+    Args:
+        path: of the ring.
+        newest: how many to read at most; None reads all that it holds.
 
     Raises:
         DiagnosticsError: there is no recorder ring, or another version wrote it.
@@ -253,12 +258,12 @@ def read_ring(path: Path) -> Ring:
         path, magic=MAGIC, version=VERSION, least_bytes=HEADER_BYTES + RECORD_BYTES, what="recorder ring"
     )
     try:
-        return _read(mapped, path)
+        return _read(mapped, path, newest)
     finally:
         mapped.close()
 
 
-def _read(mapped: mmap.mmap, path: Path) -> Ring:
+def _read(mapped: mmap.mmap, path: Path, newest: int | None) -> Ring:
     with memoryview(mapped) as raw:
         if len(raw) % WORD_BYTES:
             raise DiagnosticsError(f"{path} is not a recorder ring: it has {len(raw)} bytes")
@@ -270,7 +275,11 @@ def _read(mapped: mmap.mmap, path: Path) -> Ring:
                 )
             records: list[Collective] = []
             torn: list[int] = []
-            for slot in range(min(capacity, entered + 1)):  # one more: a record may be torn before it is counted
+            slots: Sequence[int] = range(min(capacity, entered + 1))  # one more: it may be torn before it is counted
+            if newest is not None and newest < len(slots):
+                opened = [words[_HEADER_WORDS + slot * _WORDS] for slot in slots]
+                slots = sorted(slots, key=opened.__getitem__)[-newest:]
+            for slot in slots:
                 record = _read_record(words, raw, slot)
                 if isinstance(record, Collective):
                     records.append(record)

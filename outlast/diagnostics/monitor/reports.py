@@ -63,6 +63,8 @@ class NodeReport:
     """Of node 0: the ranks that all nodes' words together convict, and those in ``hung`` of any node."""
     conditions: tuple[NodeCondition, ...] = ()
     """What holds on it now, and what ended last."""
+    probe: int = 0
+    """Of node 0: how often it has asked all nodes, in this round, to try out themselves and their links."""
 
     def encode(self) -> bytes:
         """As JSON."""
@@ -78,6 +80,7 @@ class NodeReport:
             "hung": [asdict(one) for one in self.hung],
             "accused": [asdict(one) for one in self.accused],
             "conditions": [asdict(one) for one in self.conditions[-MOST_CONDITIONS:]],
+            "probe": self.probe,
         }
         return json.dumps(told, separators=(",", ":")).encode()
 
@@ -103,6 +106,7 @@ def decode(message: bytes) -> NodeReport:
             hung=tuple(accused(one) for one in told["hung"]),
             accused=tuple(accused(one) for one in told["accused"]),
             conditions=tuple(_condition(one) for one in told["conditions"]),
+            probe=int(told.get("probe", 0)),
         )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DiagnosticsError(f"not a node's message: {message[:80]!r} ({error})") from error

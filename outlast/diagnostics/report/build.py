@@ -31,8 +31,10 @@ from outlast.diagnostics.report.model import (
     Traffic,
 )
 from outlast.diagnostics.report.node_causes import NodeCauses
+from outlast.diagnostics.report.numerics import numerics_incidents, numerics_of
 from outlast.diagnostics.report.phases import SlowPhase, find_phases, phase_incidents
 from outlast.diagnostics.report.rank_causes import RankCauses
+from outlast.diagnostics.report.scene import find_scene
 from outlast.diagnostics.report.stalls import find_stalls
 from outlast.diagnostics.report.stragglers import UNKNOWN_HOST, StragglerRow, lateness_s, rank_stragglers
 from outlast.errors import DiagnosticsError
@@ -54,7 +56,11 @@ def build_report(run_dir: Path | str, config: DiagnosticsConfig | None = None) -
         DiagnosticsError: the directory does not exist or has no events, or an event has an unknown schema version.
     """
     run_dir = Path(run_dir)
-    loaded = load(run_dir)
+    return report_of(load(run_dir), run_dir, config)
+
+
+def report_of(loaded: Loaded, run_dir: Path, config: DiagnosticsConfig | None = None) -> Report:
+    """The report of events that have been loaded; see :func:`build_report`."""
     config = _settings(run_dir) if config is None else config
     steps = last_executions(loaded.rows)
     begun = {
@@ -74,7 +80,10 @@ def build_report(run_dir: Path | str, config: DiagnosticsConfig | None = None) -
     beginnings = [Beginning(where=(one.attempt, one.generation), launched_s=one.launched_s) for one in starts]
     found, failures = with_failures(loaded, find_incidents(loaded, steps, began_t, causes), beginnings, hosts, began_t)
     slow = [*phase_incidents(phases, steps, began_t), *find_stalls(steps, began_t, config, phases, causes, own)]
+    numerics = numerics_of(loaded, began_t)
     missing = [*loaded.missing, *_gaps(loaded, steps, begun)]
+    lateness = _lateness(steps, hosts)
+    late_ms = {rank: np.asarray(row) for rank, row in zip(lateness.ranks, lateness.late_ms, strict=True)}
     return Report(
         name=run_dir.resolve().name,
         run_dir=str(run_dir),
@@ -85,13 +94,15 @@ def build_report(run_dir: Path | str, config: DiagnosticsConfig | None = None) -
         goodput=GoodputSplit(wall_s=goodput.wall_s, **{f"{cause}_s": s for cause, s in goodput.seconds.items()}),
         traffic=_traffic(steps),
         checkpoints=_checkpoints(loaded, steps),
-        incidents=tuple(sorted((*found, *slow), key=lambda one: one.at_s)),
+        incidents=tuple(sorted((*found, *slow, *numerics_incidents(numerics)), key=lambda one: one.at_s)),
         failures=failures,
         slow_phases=phases,
-        lateness=_lateness(steps, hosts),
+        numerics=numerics,
+        lateness=lateness,
         stragglers=rows,
         thresholds=config,
         missing=tuple(missing),
+        scene=find_scene(loaded, failures, rows, phases, late_ms, steps.steps, began_t, facts.median_step_s),
     )
 
 

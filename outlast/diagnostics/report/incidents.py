@@ -32,7 +32,7 @@ class Incident:
     kind: str
     """``hang_found``, ``workers_failed``, ``workers_started``, ``rank_died``, ``recovered``, ``checkpoint_failed``,
     ``checkpoint_rejected``, ``checkpoint_restored``, ``run_ended``, ``loss_not_finite``, ``slow_phase``, ``stall``,
-    ``notice``, ``events_lost``."""
+    ``notice``, ``events_lost``, ``nodes_probed``, ``not_finite``, ``replicas_different``."""
     severity: Severity
     title: str
     detail: str
@@ -122,6 +122,17 @@ def _from_event(record: Record, begin_t: float, loaded: Loaded, causes: NodeCaus
                 title=f"{get('count')} events of {who} were lost before this",
                 detail=f"they could not be written, and are in no figure here: {get('reason')}",
                 rank=record.rank if record.rank >= 0 else None,
+            )
+        ]
+    if record.kind == "nodes_probed":
+        findings = [_shortened(one) for one in get("findings") or []]
+        return [
+            Incident(
+                at_s=at_s,
+                kind=record.kind,
+                severity="warn" if findings else "good",
+                title="all stood still: nodes and links were tried out",
+                detail=f"{'; '.join(findings) or 'none stands out'} ({get('heard')} of {get('nodes')} nodes took part)",
             )
         ]
     if record.kind == "notice":

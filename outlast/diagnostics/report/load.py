@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from outlast.diagnostics.live.kept import CollectivesKept
 from outlast.diagnostics.live.step_delays import RankDelay
 from outlast.diagnostics.monitor import NodeClock, NodeCondition, NodeMonitored
 from outlast.errors import DiagnosticsError
@@ -58,6 +59,8 @@ class Loaded:
     """The first and last ``t`` of each attempt's ranks."""
     nodes: list[Record] = field(default_factory=list)
     """What the nodes' monitors told, oldest first."""
+    kept: list[Record] = field(default_factory=list)
+    """The collectives that ranks had entered last when some of them failed."""
     delays: array[float] = field(default_factory=lambda: array("d"))
     """[n, 8], flat: attempt, generation, rank, step, place in DELAYS, seconds, count, highest generation collected."""
 
@@ -130,6 +133,9 @@ def _read(path: Path, attempt: int, table: array[float], loaded: Loaded, name: P
         times.append(record.t)
         if record.kind in NODE_KINDS:  # they tell of the node, whatever the ranks do
             loaded.nodes.append(record)
+            continue
+        if record.kind == CollectivesKept.kind:
+            loaded.kept.append(record)
             continue
         if record.kind == RankDelay.kind:
             loaded.delays.extend(_delay_of(attempt, record))

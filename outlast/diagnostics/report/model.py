@@ -10,7 +10,9 @@ from typing import Any
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.report.failures import Failure
 from outlast.diagnostics.report.incidents import Incident
+from outlast.diagnostics.report.numerics import NumericsRow
 from outlast.diagnostics.report.phases import SlowPhase
+from outlast.diagnostics.report.scene import Scene
 from outlast.diagnostics.report.stragglers import StragglerRow
 
 Series = tuple[float, ...]
@@ -241,6 +243,8 @@ class Report:
     """What ended ranks, oldest first, each with what it cost; several incidents may belong to one."""
     slow_phases: tuple[SlowPhase, ...]
     """Stretches of steps in which one rank was slow, and was not in the rest of the run."""
+    numerics: tuple[NumericsRow, ...]
+    """What was told of the run's numbers, oldest first: values that are not finite, spikes, replicas that differ."""
     lateness: Lateness
     stragglers: tuple[StragglerRow, ...]
     """Every rank on every host it had; stragglers first, then by median lateness."""
@@ -248,6 +252,8 @@ class Report:
     """The thresholds of the verdict on stragglers."""
     missing: tuple[str, ...]
     """Events that are missing or could not be read."""
+    scene: Scene | None = None
+    """The time around the worst failure, or around the worst step of the slowest rank; None if there is neither."""
 
     def phases_of(self, row: StragglerRow) -> tuple[SlowPhase, ...]:
         """The slow phases of a rank on one host."""

@@ -26,12 +26,12 @@ MOST_ENDED = 3
 def cause(report: Report) -> str:
     """The worst that happened to the run, with whom, and what it cost, in one sentence; empty if nothing did.
 
-    Worst is a failure from which the run did not recover; then a loss that is not finite; then the failure that cost
-    most, a checkpoint that was lost, and last what only cost time: stalls and slow phases. It is empty too where a
-    straggler, which is told by the verdict, cost more time than those.
+    Worst is a failure from which the run did not recover; then a loss that is not finite, or replicas that differ; then
+    the failure that cost most, a checkpoint that was lost, and last what only cost time: stalls and slow phases. It is
+    empty too where a straggler, which is told by the verdict, cost more time than those.
     """
     worst = worst_of(report.failures, report.facts.median_step_s)
-    losses = [one.cause for one in report.incidents if one.kind == "loss_not_finite"]
+    losses = [one.cause for one in report.incidents if one.kind in ("loss_not_finite", "replicas_different")]
     if worst is not None and (worst.lost_s is None or not losses):
         others = len(report.failures) - 1
         return _sentence(worst.told + (f"; the worst of {others + 1} failures" if others else ""))

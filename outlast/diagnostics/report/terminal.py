@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from outlast.diagnostics import formatting as fmt
 from outlast.diagnostics.report import summary
-from outlast.diagnostics.report.incidents import worst_first
+from outlast.diagnostics.report.incidents import names_of, worst_first
 from outlast.diagnostics.report.model import Report
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MOST_RANKS = 10
 MOST_INCIDENTS = 30
 MOST_CHECKPOINTS = 8
+MOST_NUMERICS = 8
 BAR_CHARS = 28
 STATUS = {"bad": "red", "warn": "yellow", "good": "green"}
 
@@ -44,7 +45,7 @@ def render_terminal(report: Report, console: Console) -> None:
     console.print(Text(report.verdict, style="bold red" if has_straggler else "bold"))
     console.print()
     parts = (_numbers(report), _goodput(report, console), _split(report, console))
-    for table in (*parts, _ranks(report), _incidents(report), _checkpoints(report)):
+    for table in (*parts, _ranks(report), _incidents(report), _numerics(report), _checkpoints(report)):
         if table is not None:
             console.print(table)
             console.print()
@@ -162,6 +163,20 @@ def _incidents(report: Report) -> Table | None:
         table.add_row(fmt.duration(one.at_s), f"[{colour}]{escape(one.title)}[/]\n{escape(one.detail)}")
     if len(report.incidents) > MOST_INCIDENTS:
         table.caption = f"and {len(report.incidents) - MOST_INCIDENTS} more"
+    return table
+
+
+def _numerics(report: Report) -> Table | None:
+    from rich.markup import escape
+
+    if not report.numerics:
+        return None
+    table = _table("Numerics", "step", "what was seen", right=(0,))
+    for row in report.numerics[-MOST_NUMERICS:]:
+        colour = STATUS[row.severity]
+        table.add_row(str(row.step), f"[{colour}]{escape(row.told)}[/]\n{escape(f'told by {names_of(row.ranks)}')}")
+    if len(report.numerics) > MOST_NUMERICS:
+        table.caption = f"the newest {MOST_NUMERICS} of {len(report.numerics)}"
     return table
 
 

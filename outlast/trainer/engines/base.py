@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from outlast.comm import ReduceStats
 from outlast.trainer.batches import Batch
@@ -51,6 +52,11 @@ class Engine(Protocol):
     """
 
     model: nn.Module
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """What updates the model's parameters; None where a library has it inside."""
+        ...
 
     def forward_backward(self, step: int, batches: Sequence[Batch]) -> float:
         """Mean loss of this rank's micro-batches; sets ``.grad`` to averages."""

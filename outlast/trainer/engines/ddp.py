@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from outlast.checkpoint import check_like
 from outlast.comm import Choice, CollectiveObserver, GradientReducer
@@ -22,6 +23,7 @@ from outlast.trainer.engines.base import EAGER, EngineState, State, UpdateStats
 from outlast.trainer.engines.training import (
     apply_update,
     check_optimizer_names,
+    clip,
     load_comm,
     load_tensors,
     own_buffers,
@@ -77,6 +79,11 @@ class DDPEngine:
         self._scheduler = make_scheduler(self._optimizer, config)
         self._loss_of = build_loss(config)
 
+    @property
+    def optimizer(self) -> Optimizer:
+        """See :class:`Engine`."""
+        return self._optimizer
+
     def forward_backward(self, step: int, batches: Sequence[Batch]) -> float:
         """See :class:`Engine`; only the last micro-batch's backward pass communicates."""
         self._optimizer.zero_grad()
@@ -97,10 +104,9 @@ class DDPEngine:
         Raises:
             TrainingDiverged: the norm is NaN or infinite; parameters and optimizer are as before.
         """
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm))
-        return apply_update(
-            step, norm, self._optimizer, self._scheduler, self._reduced, of_updates=self._averages_updates
-        )
+        what = "update" if self._averages_updates else "gradient"
+        norm = clip(step, self.model.parameters(), self._clip_norm, what)
+        return apply_update(norm, self._optimizer, self._scheduler, self._reduced, of_updates=self._averages_updates)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:

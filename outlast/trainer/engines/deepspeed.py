@@ -81,6 +81,10 @@ class DeepSpeedEngine:
             self._scheduler = make_scheduler(basic, config)
         self._loss_of = build_loss(config)
 
+    @property
+    def optimizer(self) -> None:
+        """See :class:`Engine`."""
+
     def forward_backward(self, step: int, batches: Sequence[Batch]) -> float:
         """See :class:`Engine`; the last micro-batch's backward reduces gradients, in ZeRO 2 and 3 each does."""
         if self._reducer is not None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from outlast.checkpoint import check_like
 from outlast.comm import CollectiveObserver, Reducer, attach
@@ -25,6 +25,7 @@ from outlast.trainer.engines.base import EAGER, UNMEASURED, EngineState, State, 
 from outlast.trainer.engines.training import (
     apply_update,
     check_optimizer_names,
+    clip,
     load_comm,
     load_tensors,
     own_buffers,
@@ -75,6 +76,11 @@ class FSDP2Engine:
         self._loss_of = build_loss(config)
         self._reduced = UNMEASURED
 
+    @property
+    def optimizer(self) -> Optimizer:
+        """See :class:`Engine`."""
+        return self._optimizer
+
     def forward_backward(self, step: int, batches: Sequence[Batch]) -> float:
         """See :class:`Engine`; only the last micro-batch's backward pass reduces gradients."""
         self._optimizer.zero_grad()
@@ -97,11 +103,9 @@ class FSDP2Engine:
         Raises:
             TrainingDiverged: the norm is NaN or infinite; parameters and optimizer are as before.
         """
-        total = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        return apply_update(
-            step, norm, self._optimizer, self._scheduler, self._reduced, of_updates=self._averages_updates
-        )
+        what = "update" if self._averages_updates else "gradient"
+        norm = clip(step, self.model.parameters(), self._clip_norm, what)
+        return apply_update(norm, self._optimizer, self._scheduler, self._reduced, of_updates=self._averages_updates)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -77,23 +79,38 @@ def check_norm(step: int, norm: float, what: str) -> None:
         )
 
 
+def clip(step: int, parameters: Iterable[nn.Parameter], most: float, what: str) -> float:
+    """The norm of all gradients, to which they are then clipped. With shards it is collective.
+
+    Args:
+        step: its number.
+        parameters: that have averaged gradients.
+        most: the norm to clip to; infinity clips nothing.
+        what: was averaged.
+
+    Raises:
+        TrainingDiverged: it is NaN or infinite; the gradients are as they were, so that it is seen which are at fault.
+    """
+    parameters = list(parameters)
+    total = get_total_norm([one.grad for one in parameters if one.grad is not None])
+    norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+    check_norm(step, norm, what)
+    clip_grads_with_norm_(parameters, most, total)
+    return norm
+
+
 def apply_update(
-    step: int, norm: float, optimizer: Optimizer, scheduler: LRScheduler, reduced: ReduceStats, *, of_updates: bool
+    norm: float, optimizer: Optimizer, scheduler: LRScheduler, reduced: ReduceStats, *, of_updates: bool
 ) -> UpdateStats:
     """Update the parameters, and advance the schedule.
 
     Args:
-        step: its number.
-        norm: of what was averaged, before clipping.
+        norm: of what was averaged, before clipping; finite.
         optimizer: whose parameters have averaged gradients.
         scheduler: of its learning rate.
         reduced: what the exchange has cost.
         of_updates: whether updates were averaged, not gradients.
-
-    Raises:
-        TrainingDiverged: the norm is NaN or infinite; parameters and optimizer are as before.
     """
-    check_norm(step, norm, "update" if of_updates else "gradient")
     lr = float(scheduler.get_last_lr()[0])
     optimizer.step()
     scheduler.step()

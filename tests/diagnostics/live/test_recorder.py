@@ -251,3 +251,15 @@ class TestSharedMemoryFolder:
         with pytest.raises(DiagnosticsError, match="belongs to user 65534"):
             shm_directory(tmp_path)
         folder.rmdir()
+
+
+@pytest.mark.parametrize("entered", [3, 8, 21])
+def test_only_the_newest_are_read_where_only_they_are_asked_for(tmp_path: Path, entered: int) -> None:
+    recorder = Recorder(tmp_path / "ring", rank=0, capacity=8)
+    for number in range(entered):
+        recorder.complete(recorder.enter("all_reduce", 4, f"{number}"))
+    everything = read_ring(tmp_path / "ring")
+    newest = read_ring(tmp_path / "ring", newest=4)
+    recorder.close()
+    assert newest.records == everything.records[-4:]
+    assert newest.entered == entered

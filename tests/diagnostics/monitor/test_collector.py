@@ -138,6 +138,8 @@ def test_a_message_says_the_same_on_another_clock() -> None:
     seen = _later(seen, here_s)
     told = NodeReport(node=1, host="ü\x1b", seq=9, t=3.5, ranks=(3,), watched=ago([seen], here_s))
     back = decode(told.encode())
+    before = {key: value for key, value in json.loads(told.encode()).items() if key != "probe"}
+    assert decode(json.dumps(before).encode()).probe == 0, "of the version before"
     assert back == told
     (one,) = at(back.watched, there_s)
     assert one.silent_s(there_s) == pytest.approx(8.0), "without what was excused"
