@@ -10,7 +10,6 @@ Reports are computed from these files alone.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -39,7 +38,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted(Event):
-    """A rank is about to take its first step of this attempt."""
+    """A rank is about to take its first step of this attempt. What is not known then is empty, or 0."""
 
     kind: ClassVar[str] = "run_started"
     attempt: int
@@ -47,7 +46,6 @@ class RunStarted(Event):
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     device: str = ""
-    """Empty where that, and what follows the first step, is not known."""
     first_step: int
     """1, or the restored step + 1."""
     last_step: int = 0
@@ -380,7 +378,7 @@ class EventLog:
 
     def _line(self, event: Event) -> bytes:
         line = {"v": VERSION, "t": time.time(), "rank": self.rank, "generation": self.generation, "kind": event.kind}
-        for one in dataclasses.fields(event):
+        for one in fields(event):
             line[one.name] = getattr(event, one.name)
         return (json.dumps(line, allow_nan=True, separators=(",", ":")) + "\n").encode()
 
