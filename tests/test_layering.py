@@ -66,7 +66,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"launcher"},
         {"agent", "plan", "rendezvous_errors"},
         {"rendezvous", "trusted_rendezvous"},
-        {"hung_ranks", "node_watch", "other_nodes", "notice_spread", "rounds"},
+        {"hung_ranks", "node_watch", "other_nodes", "notice_spread", "rounds", "slow_ranks", "step_watch"},
         {"first_cause", "joining", "node_exchange", "standstill_probe", "notice_relay", "notice_store"},
         {"exporting", "goodput", "processes", "program_runs"},
         {"flag_sources", "hang_watch", "node_probe", "notice", "rank_output", "runner", "spec", "torch_options"},
@@ -83,6 +83,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
             "rank_records",
             "run_directory",
             "sealed",
+            "suspicions",
         },
         {"attempt", "oom_killer", "slurm", "parent_death", "config"},
     ],
@@ -117,7 +118,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     ],
     "cli": [
         {"main"},
-        {"ckpt", "config", "doctor", "launch", "launch_program", "predict", "report", "tokenize", "train"},
+        {"ckpt", "config", "doctor", "launch", "launch_program", "predict", "report", "status", "tokenize", "train"},
         {"program_config", "verb"},
     ],
 }
