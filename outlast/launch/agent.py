@@ -295,6 +295,7 @@ class WatchedAgent(LocalElasticAgent):
             host=self._host,
             rules=self._watch.rules,
             interval_s=self._config.monitor_interval_s,
+            told_after_s=self._config.told_after_s,
             conditions=self.node.current,
             events=self._events,
             probe=probe,

@@ -38,6 +38,9 @@ class LaunchConfig:
     look_every_s: float = 0.01
     """Seconds between two looks at the collectives of a program, each of about 20 us. Longer costs less, and tells how
     late a rank is less exactly. 0: it starts without outlast's runner, and only its end is noticed."""
+    told_after_s: float = 4.0
+    """Seconds, but at least 3 median steps, after which a rank is named that its peers wait for inside a collective: it
+    is stopped, or in the middle of a step, or does nothing. Nobody is ended for that."""
     hang_floor_s: float = 8.0
     """A rank may be silent for this many seconds, however short its steps are."""
     hang_factor: float = 4.0
@@ -75,6 +78,8 @@ class LaunchConfig:
         require(ok, "launch.node_sample_s", self.node_sample_s, "0, or 0.05 to 60 seconds")
         ok = self.look_every_s == 0 or 0.001 <= self.look_every_s <= 1
         require(ok, "launch.look_every_s", self.look_every_s, "0, or 0.001 to 1 seconds")
+        ok = 0.5 <= self.told_after_s <= 3600
+        require(ok, "launch.told_after_s", self.told_after_s, "0.5 to 3600 seconds")
         require(self.hang_floor_s > 0, "launch.hang_floor_s", self.hang_floor_s, "more than 0 seconds")
         require(self.hang_factor >= 1, "launch.hang_factor", self.hang_factor, "1 or more median steps")
         require(self.startup_limit_s > 0, "launch.startup_limit_s", self.startup_limit_s, "more than 0 seconds")

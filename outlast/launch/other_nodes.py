@@ -32,6 +32,7 @@ from outlast.errors import DiagnosticsError
 from outlast.events import EventLog
 from outlast.launch.node_exchange import NodeExchange
 from outlast.launch.standstill_probe import StandstillProbe
+from outlast.launch.suspicions import Suspicions
 
 STALE_LOOKS = 4.0
 """Intervals after which what this launcher saw of its ranks is too old to be told as new."""
@@ -57,6 +58,7 @@ class OtherNodes:
         host: this node's name.
         rules: how long a rank may be silent.
         interval_s: between two messages.
+        told_after_s: from when on a rank is told of that keeps its peers waiting.
         conditions: what holds on this node.
         events: where clocks are written.
         probe: of nodes and links, when all stand still.
@@ -74,6 +76,7 @@ class OtherNodes:
         host: str,
         rules: StallRules,
         interval_s: float,
+        told_after_s: float,
         conditions: Callable[[], Sequence[NodeCondition]],
         events: EventLog,
         probe: StandstillProbe | None = None,
@@ -81,6 +84,7 @@ class OtherNodes:
         self._probe = probe
         self._node, self._host, self._rules = node, host, rules
         self._conditions, self._events = conditions, events
+        self._told_after_s, self._suspicions = told_after_s, Suspicions(events)
         self._lock = threading.Lock()
         self._own = NodeReport(node=node, host=host, seq=0, t=0.0)
         self._looked_s = time.monotonic()
@@ -157,6 +161,7 @@ class OtherNodes:
             with self._lock:
                 self._accused = tuple(found.values())
                 self._own = replace(own, accused=self._accused)
+            self._suspicions.tell(self.collector.suspects(own, self._told_after_s))
             if self._probe is not None:
                 number = self._probe.look(stands_still=stands_still and not found)
                 is_new = is_new or number > own.probe

@@ -61,6 +61,12 @@ def test_a_rank_that_does_nothing_is_found_and_named(tmp_path: Path, what: str, 
     assert hang["culprit"] == 1
     assert evidence in hang["evidence"]
     assert "1 peer has been waiting" in hang["evidence"]
+    if what == "sleep":  # it is named long before it is ended
+        (suspected,) = events(run, "hang_suspected")
+        assert (suspected["culprit"], suspected["pid"]) == (1, hang["pid"])
+        assert suspected["awaited_s"] < hang["silent_s"]
+        assert suspected["evidence"].startswith("does nothing for ")
+        assert "outlast: rank 1 keeps 1 peer waiting at step " in said
     goodput = build_report(run).goodput
     assert goodput.hang_s > 1
     assert goodput.restart_s > 0

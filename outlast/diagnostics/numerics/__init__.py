@@ -1,5 +1,7 @@
 """A run's numbers: values that are not finite, and where they come from first."""
 
+from typing import TYPE_CHECKING
+
 from outlast.diagnostics.numerics.config import NumericsConfig
 from outlast.diagnostics.numerics.events import (
     NotFinite,
@@ -8,7 +10,10 @@ from outlast.diagnostics.numerics.events import (
     NumericsSpike,
     ReplicasDifferent,
 )
-from outlast.diagnostics.numerics.watch import NumericsWatch
+from outlast.lazy import lazy_modules
+
+if TYPE_CHECKING:
+    from outlast.diagnostics.numerics.watch import NumericsWatch
 
 __all__ = [
     "NotFinite",
@@ -19,3 +24,6 @@ __all__ = [
     "NumericsWatch",
     "ReplicasDifferent",
 ]
+
+# Reports read the events above where there is no torch, and programs are watched that do not import it.
+__getattr__ = lazy_modules(__name__, [], held={"NumericsWatch": "watch"})
