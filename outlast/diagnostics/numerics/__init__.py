@@ -1,4 +1,4 @@
-"""A run's numbers: values that are not finite, and where they come from first."""
+"""A run's numbers: values that are not finite, spikes, replicas that differ, drift; and a step again, bit by bit."""
 
 from outlast.diagnostics.numerics.config import NumericsConfig
 from outlast.diagnostics.numerics.events import (
@@ -8,6 +8,7 @@ from outlast.diagnostics.numerics.events import (
     NumericsSpike,
     ReplicasDifferent,
 )
+from outlast.diagnostics.numerics.replay import Replay, StepReplay
 from outlast.diagnostics.numerics.watch import NumericsWatch
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "NumericsEvent",
     "NumericsSpike",
     "NumericsWatch",
+    "Replay",
     "ReplicasDifferent",
+    "StepReplay",
 ]
