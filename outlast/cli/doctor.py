@@ -59,7 +59,7 @@ class Doctor(Verb):
             )
         from torch.distributed import DistError
 
-        from outlast.launch.node_probe import leave, meeting_store, probe_nodes, table
+        from outlast.launch.node_probe import leave, meeting_store, probe_nodes
         from outlast.launch.trusted_rendezvous import run_secret
 
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -81,13 +81,13 @@ class Doctor(Verb):
             raise LaunchError(
                 f"the nodes cannot meet at {self.meet}: {error}", "start all of them within a minute; free the port"
             ) from error
-        found = [str(one) for one in probed.findings]
+        found = probed.findings
         if self.json:
-            print(json.dumps({"links": dict(table(probed)), "findings": found}))
+            print(json.dumps({"links": dict(probed.rows), "findings": found}))
         elif self.node == 0:
             console = Console()
-            for name, words in table(probed):
+            for name, words in probed.rows:
                 console.print(f"{name}: {words}", markup=False, highlight=False, soft_wrap=True)
-            for words in found or ["no node and no link stands out"]:
+            for words in found or ("no node and no link stands out",):
                 console.print(words, style="bold", markup=False, highlight=False, soft_wrap=True)
         return 1 if found else 0

@@ -11,7 +11,8 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from outlast.diagnostics.probes.judge import ProbeFinding, ProbeReport, judge
+from outlast.diagnostics.probes.judge import ProbeReport, judge
 from outlast.diagnostics.probes.link import LinkLimits, LinkProbe, LinkSeen
 from outlast.diagnostics.probes.node_test import NodeTest, self_test
 from outlast.diagnostics.probes.pairs import rounds
@@ -27,17 +28,23 @@ from outlast.launch.sealed import Seal
 
 PREFIX = "outlast/probe"
 POLL_S = 0.05
+RESULT_S = 10.0
+"""How much longer than node 0 the others wait."""
+MOST_FINDINGS = 20
+MOST_ROWS = 64
 MOST_TEXT_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probed:
-    """What came of it; the same on all nodes that heard the same ones."""
+    """What came of it, as node 0 says."""
 
-    nodes: tuple[str, ...]
-    """By number: their hosts; the number itself for one that was not heard."""
-    reports: dict[int, ProbeReport]
-    findings: tuple[ProbeFinding, ...]
+    heard: int
+    """How many nodes took part."""
+    findings: tuple[str, ...]
+    """What is wrong, each with whom and the values, :data:`MOST_FINDINGS` at most; empty if nothing is."""
+    rows: tuple[tuple[str, str], ...] = ()
+    """Each node, and what it has measured; of jobs of up to :data:`MOST_ROWS` nodes."""
 
 
 def probe_nodes(
@@ -53,6 +60,7 @@ def probe_nodes(
     meet_s: float = 10.0,
     limit_s: float = 60.0,
     least_bytes_s: float | None = None,
+    ends: Callable[[], bool] = lambda: False,
 ) -> Probed:
     """Try out this node, and its links to others. To be called by the launchers of all nodes.
 
@@ -70,37 +78,66 @@ def probe_nodes(
         meet_s: how long to wait until all nodes have come.
         limit_s: for all measurements of links, and for the others' results.
         least_bytes_s: see :func:`outlast.diagnostics.probes.judge.judge`.
+        ends: whether to wait for nobody any more.
 
     Raises:
         torch.distributed.DistError: the store does not answer.
         OSError: no port is free.
     """
     met_by_s = time.monotonic() + meet_s
-    first = _Board(store, secret, occasion)
+    first = _Board(store, secret, occasion, ends)
     if node == 0:  # what was said on an earlier occasion does not open with this one's token
         first.put("token", {"token": secrets.token_hex(16)})
-    board = _Board(store, secret, f"{occasion}/{first.get('token', met_by_s).get('token', '')}")
+    board = _Board(store, secret, f"{occasion}/{first.get('token', met_by_s).get('token', '')}", ends)
     with LinkProbe(board.seal("link"), node, limits) as links:
         own = address or _own_address(store)
-        board.put(f"{node}/there", {"address": own, "port": links.port, "host": socket.gethostname()[:MOST_TEXT_CHARS]})
-        there = {one: board.get(f"{one}/there", met_by_s) for one in range(nodes)}
-        names = _names(there)
+        board.put(f"{node}/there", {"address": own, "port": links.port})
+        partners = [next((a + b - node for a, b in pairs if node in (a, b)), None) for pairs in rounds(nodes)]
+        known = range(nodes) if node == 0 else [one for one in partners if one is not None]
+        there = {one: board.get(f"{one}/there", met_by_s) for one in known}
         until_s = time.monotonic() + limit_s
         seen: dict[int, LinkSeen] = {}
-        for number, pairs in enumerate(rounds(nodes)):
-            peer = next((a + b - node for a, b in pairs if node in (a, b)), None)
-            if peer is not None and there[peer]:
+        for number, peer in enumerate(partners):
+            if peer is not None and there[peer] and not ends():
                 # a node that waited for one that is gone comes later, and those after it later still
-                wait_s = min(2 * (number + 1) * links.limits.pair_s, max(until_s - time.monotonic(), 0.1))
+                wait_s = min(meet_s + 2 * (number + 1) * links.limits.pair_s, max(until_s - time.monotonic(), 0.1))
                 seen[peer] = _measured(links, node, peer, there[peer], wait_s)
-        # not meanwhile: it would slow down the links of this node
-        report = {"links": {str(one): asdict(each) for one, each in seen.items()}, "test": self_test(folder).as_json()}
+        report = {
+            "host": socket.gethostname()[:MOST_TEXT_CHARS],
+            "links": {str(one): asdict(each) for one, each in seen.items()},
+            "test": self_test(folder).as_json(),  # not before: it would slow down the links of this node
+        }
         board.put(f"{node}/seen", report)
-        reports = {}
-        for one in range(nodes):
-            if there[one] and (read := _report(board.get(f"{one}/seen", until_s))) is not None:
-                reports[one] = read
-    return Probed(nodes=names, reports=reports, findings=judge(reports, names, least_bytes_s=least_bytes_s))
+        if node != 0:
+            return _as_told(board.get("result", until_s + RESULT_S))
+        said = {one: board.get(f"{one}/seen", until_s) for one in range(nodes) if there[one]}
+        probed = _judged(said, nodes, least_bytes_s)
+        board.put("result", asdict(probed))
+        return probed
+
+
+def _judged(said: dict[int, dict[str, Any]], nodes: int, least_bytes_s: float | None) -> Probed:
+    """What all nodes have said together."""
+    reports = {one: report for one, raw in said.items() if (report := _report(raw)) is not None}
+    names = _names([said.get(one, {}) for one in range(nodes)])
+    findings = judge(reports, names, least_bytes_s=least_bytes_s)
+    return Probed(
+        heard=len(reports),
+        findings=tuple(map(str, findings[:MOST_FINDINGS])),
+        rows=_rows(names, reports) if nodes <= MOST_ROWS else (),
+    )
+
+
+def _as_told(raw: dict[str, Any]) -> Probed:
+    """What node 0 said."""
+    try:
+        return Probed(
+            heard=int(raw["heard"]),
+            findings=tuple(str(one) for one in raw["findings"]),
+            rows=tuple((str(name), str(words)) for name, words in raw["rows"]),
+        )
+    except (KeyError, TypeError, ValueError):
+        return Probed(heard=0, findings=("node 0 was not heard: what came of the probe is not known here",))
 
 
 def _measured(links: LinkProbe, node: int, peer: int, there: dict[str, Any], wait_s: float) -> LinkSeen:
@@ -114,11 +151,12 @@ def _measured(links: LinkProbe, node: int, peer: int, there: dict[str, Any], wai
     return links.call(peer, address, port, wait_s)
 
 
-def _names(there: dict[int, dict[str, Any]]) -> tuple[str, ...]:
-    """The nodes' hosts; with their number where two have the same."""
-    hosts = [str(one.get("host", "")) if one else "" for one in there.values()]
+def _names(said: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The nodes' hosts, with their number where two have the same; the number itself for one that was not heard."""
+    hosts = [str(one.get("host", "")) for one in said]
+    times = Counter(hosts)
     return tuple(
-        str(number) if not host else f"{number} ({host})" if hosts.count(host) > 1 else host
+        str(number) if not host else f"{number} ({host})" if times[host] > 1 else host
         for number, host in enumerate(hosts)
     )
 
@@ -151,8 +189,14 @@ def _own_address(store: dist.Store) -> str:  # type: ignore[name-defined]
 class _Board:
     """Where launchers leave short messages for one another."""
 
-    def __init__(self, store: dist.Store, secret: bytes, occasion: str) -> None:  # type: ignore[name-defined]
-        self._store, self._secret, self._occasion = store, secret, occasion
+    def __init__(
+        self,
+        store: dist.Store,  # type: ignore[name-defined]
+        secret: bytes,
+        occasion: str,
+        ends: Callable[[], bool],
+    ) -> None:
+        self._store, self._secret, self._occasion, self._ends = store, secret, occasion, ends
 
     def seal(self, name: str) -> Seal:
         """Of one message, and of this occasion."""
@@ -165,7 +209,7 @@ class _Board:
         """The message; empty if it has not come, or is nobody's who knows the secret."""
         key = self._key(name)
         while not self._store.check([key]):
-            if time.monotonic() >= until_s:
+            if time.monotonic() >= until_s or self._ends():
                 return {}
             time.sleep(POLL_S)
         message = self.seal(name).open(self._store.get(key))
@@ -196,20 +240,16 @@ def leave(store: dist.Store, node: int, nodes: int, wait_s: float = 5.0) -> None
         time.sleep(POLL_S)
 
 
-def table(probed: Probed) -> Sequence[tuple[str, str]]:
-    """Each node, and what it has measured, in words."""
+def _rows(names: Sequence[str], reports: dict[int, ProbeReport]) -> tuple[tuple[str, str], ...]:
     rows = []
-    for number, name in enumerate(probed.nodes):
-        report = probed.reports.get(number)
-        if report is None:
-            rows.append((name, "not heard"))
-            continue
+    for number, name in enumerate(names):
+        report = reports.get(number)
         links = [
-            f"from {probed.nodes[peer]} {each.received_bytes_s / 1e6:.1f} MB/s"
+            f"from {names[peer]} {each.received_bytes_s / 1e6:.1f} MB/s"
             if each.received_bytes_s is not None
-            else f"from {probed.nodes[peer]} nothing ({each.reason})"
-            for peer, each in sorted(report.links.items())
-            if 0 <= peer < len(probed.nodes)
+            else f"from {names[peer]} nothing ({each.reason})"
+            for peer, each in sorted(report.links.items() if report is not None else ())
+            if 0 <= peer < len(names)
         ]
-        rows.append((name, "; ".join(links)))
-    return rows
+        rows.append((name, "; ".join(links) if report is not None else "not heard"))
+    return tuple(rows)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from outlast.diagnostics import build_report
 from outlast.free_port import free_port
 from tests.forked import Job
 from tests.helpers import clean_env, events, wait_for
@@ -56,6 +57,21 @@ def test_a_rank_that_hangs_on_the_other_node(tmp_path: Path) -> None:
     assert "stopped (state T)" in said0
     assert "killing it" not in said0, "only the culprit's node acts"
     assert said1.count("killing it") == 2
+
+
+@pytest.mark.soak
+def test_when_all_stand_still_nodes_and_links_are_tried_out(tmp_path: Path) -> None:
+    run, port = tmp_path / "run", free_port()
+    run.mkdir()
+    words = [RANK, str(run), "60", "--at", "40", "--all", "--do", "wait:25"]
+    nodes = [start_node(run, node, port, *words) for node in (0, 1)]
+    assert [job.wait(240) for job, _ in nodes] == [0, 0], [log.read_text() for _, log in nodes]
+    assert not events(run, "hang_found")
+    (probed,) = events(run, "nodes_probed")
+    assert (probed["nodes"], probed["heard"]) == (2, 2)
+    assert "nodes and links were tried out" in nodes[0][1].read_text()
+    assert "tried out" not in nodes[1][1].read_text(), "node 0 says it for all"
+    assert [one.title for one in build_report(run).incidents if one.kind == "nodes_probed"]
 
 
 @pytest.mark.soak

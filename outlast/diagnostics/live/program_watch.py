@@ -178,6 +178,7 @@ class ProgramWatch:
         before: tuple[object, ...] = ()
         status, counts, pending, was_pending = b"", flight_counts(b""), False, False
         looked_s = moved_s = beaten_s = time.monotonic()
+        collected_s = self.delays.collected_s()
         copied_s = 0.0  # 0: there are no copies, or they are no longer true
         while not self._paused():
             read, waits, sent = flight_status(), waiting(), issued()
@@ -188,8 +189,12 @@ class ProgramWatch:
             with self._lock:
                 if self._stop.is_set():
                     return
-                # between two looks nobody knows when it changed: half of the time is right on average
-                self._pending_s += (now_s - looked_s) * (was_pending + pending) / 2
+                gap_s, before_s, collected_s = now_s - looked_s, collected_s, self.delays.collected_s()
+                if was_pending != pending:
+                    # nobody knows when it changed: half of the time is right on average; not in a pause for garbage
+                    # collection, in which this thread does not run, and the program enters nothing
+                    gap_s = max(gap_s - (collected_s - before_s), 0.0) / 2
+                self._pending_s += gap_s if was_pending or pending else 0.0
                 if (now := (counts, waits, sent, self._step)) != before:
                     before = now
                     moved_s = now_s

@@ -55,7 +55,8 @@ class StepTotals:
     """Of one step."""
 
     data_s: float
-    """Seconds that the thread which ends steps spent in ``next()`` of DataLoaders, without collections in it."""
+    """Seconds that the thread which ends steps, or else the main thread, spent in ``next()`` of DataLoaders, without
+    collections in it."""
     batch_elements: int | None
     """Elements of the tensors that DataLoaders gave out; None if they gave none."""
     gc_s: float
@@ -106,6 +107,10 @@ class StepDelays:
             gc.callbacks.remove(self._collections.on_gc)
         self._batches.restore()
         self._compilations.leave()
+
+    def collected_s(self) -> float:
+        """Seconds of all collections so far, one that is under way included."""
+        return self._collections.so_far_s()
 
     def forget(self) -> None:
         """What was so far belongs to no step."""
@@ -162,6 +167,11 @@ class Collections:
     def totals(self) -> tuple[float, tuple[int, ...]]:
         """Seconds, and how many collections there were of each generation."""
         return self.seconds, tuple(self._counts)
+
+    def so_far_s(self) -> float:
+        """Seconds, with those of a collection that has not ended, or of which this was not told yet."""
+        began_s = self._began_s
+        return self.seconds + (time.perf_counter() - began_s if began_s is not None else 0.0)
 
     def on_gc(self, phase: str, info: Mapping[str, int]) -> None:
         """For ``gc.callbacks``: a collection begins or has ended; there is one at a time."""
@@ -226,7 +236,11 @@ class _Batches:
     def take(self) -> tuple[float, int | None]:
         """Seconds of this thread, and elements for all, since the last time."""
         with self._lock:
-            data_s = self._seconds.pop(threading.get_ident(), 0.0)
+            # an optimizer may be stepped by a thread of backward's; what loads ahead is seldom the main thread
+            waited = (
+                self._seconds.get(one, 0.0) for one in (threading.get_ident(), threading.main_thread().ident or 0)
+            )
+            data_s = next((one for one in waited if one), 0.0)
             self._seconds.clear()
             elements = self._elements if self._came else None
             self._elements, self._came = 0, False

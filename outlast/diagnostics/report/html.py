@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -16,11 +17,11 @@ import numpy as np
 from outlast.diagnostics import formatting as fmt
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.report import summary
+from outlast.diagnostics.report.bins import binned, bins_of, edges_of, rounded
+from outlast.diagnostics.report.heat import heat_data
 from outlast.diagnostics.report.incidents import names_of, worst_first
-from outlast.diagnostics.report.load import Floats
 from outlast.diagnostics.report.model import Report
 
-MOST_HEAT_BINS = 240
 MOST_LOSS_BINS = 600
 MOST_SPLIT_BINS = 160
 MOST_ROWS = 200
@@ -55,6 +56,7 @@ def render_html(report: Report) -> str:
         "missing": _missing(report),
         "heat_label": escape(f"Heat map of lateness, {len(report.lateness.ranks)} ranks. {report.verdict}"),
         "ranking": _ranking(report),
+        "scene": _scene(report),
         "loss_label": escape(
             f"Training loss {fmt.first_and_last(report.loss.train)}, "
             f"held-out loss {fmt.first_and_last(report.loss.evaluated)}"
@@ -93,42 +95,25 @@ def _script_json(value: Any) -> str:
 
 def _data(report: Report) -> dict[str, Any]:
     """The data that the script draws, in as many bins as a screen can show."""
-    stragglers = {row.rank for row in report.stragglers if row.straggler}
-    late, loss, split = report.lateness, report.loss, report.split
-    heat = np.asarray(late.late_ms, dtype=np.float64).reshape(len(late.ranks), len(late.steps))
-    finite = heat[np.isfinite(heat)]
-    medians = [_median_ms(report, rank, row) for rank, row in zip(late.ranks, heat, strict=True)]
-    # the scale reaches at least twice the straggler threshold, so that noise stays dark
-    limits = report.thresholds
-    least_ms = 2e3 * max(limits.straggler_min_s, limits.straggler_share * report.facts.median_step_s)
-    top_ms = max(least_ms, float(np.percentile(finite, 99)) if len(finite) else 0.0)
-    edges = _edges(len(late.steps), MOST_HEAT_BINS)
-    loss_edges, split_edges = _edges(len(loss.steps), MOST_LOSS_BINS), _edges(len(split.steps), MOST_SPLIT_BINS)
+    loss, split = report.loss, report.split
+    loss_edges, split_edges = edges_of(len(loss.steps), MOST_LOSS_BINS), edges_of(len(split.steps), MOST_SPLIT_BINS)
     starts, shares = report.facts.starts, split.shares_told_apart()
     transfer_s = np.maximum(np.asarray(split.communication_s) - np.asarray(split.waiting_s), 0.0)
     return {
         "restart_steps": sorted({one.first_step for one in report.facts.starts[1:] if one.first_step is not None}),
-        "heat": {
-            "ranks": late.ranks,
-            "hosts": late.hosts,
-            "guilty": [rank in stragglers for rank in late.ranks],
-            "bins": _bins(late.steps, edges),
-            "mean": [_rounded(_binned(row, edges, np.mean), 2) for row in heat],
-            "most": [_rounded(_binned(row, edges, np.max), 2) for row in heat],
-            "median": [round(one, 2) for one in medians],
-            "top_ms": top_ms,
-        },
+        "heat": heat_data(report),
+        "scene": None if report.scene is None else dataclasses.asdict(report.scene),
         "loss": {
-            "bins": _bins(loss.steps, loss_edges),
-            "train": _rounded(_binned(np.asarray(loss.train), loss_edges, np.mean), 5),
+            "bins": bins_of(loss.steps, loss_edges),
+            "train": rounded(binned(np.asarray(loss.train), loss_edges, np.mean), 5),
             "eval_steps": loss.eval_steps,
-            "evaluated": _rounded(loss.evaluated, 5),
+            "evaluated": rounded(loss.evaluated, 5),
         },
         "split": {
-            "bins": _bins(split.steps, split_edges),
+            "bins": bins_of(split.steps, split_edges),
             "shares": {name: fmt.share(part) for name, part in shares.items()},
             **{
-                name: _rounded(_binned(np.asarray(values), split_edges, np.mean), 6)
+                name: rounded(binned(np.asarray(values), split_edges, np.mean), 6)
                 for name, values in (
                     ("compute", split.compute_s),
                     ("data", split.data_s),
@@ -162,15 +147,6 @@ def _data(report: Report) -> dict[str, Any]:
     }
 
 
-def _median_ms(report: Report, rank: int, late_ms: Floats) -> float:
-    """The rank's median lateness as in the ranking; over all steps if it had several hosts, or no verdict."""
-    judged = [row.median_lateness_ms for row in report.stragglers if row.rank == rank]
-    if len(judged) == 1:
-        return judged[0]
-    finite = late_ms[np.isfinite(late_ms)]
-    return float(np.median(finite)) if len(finite) else 0.0
-
-
 def _lost_until_s(report: Report) -> list[float | None]:
     """When the failure of each start was noticed, if it failed."""
     ends = [one.at_s for one in report.incidents if one.kind == "workers_failed"]
@@ -180,30 +156,6 @@ def _lost_until_s(report: Report) -> list[float | None]:
         until = after.began_s if after is not None else math.inf
         found.append(min((end for end in ends if start.ended_s < end <= until), default=None))
     return found
-
-
-def _edges(length: int, most: int) -> list[int]:
-    """Bounds of at most ``most`` bins of equal length over ``length`` values."""
-    each = max(1, math.ceil(length / most))
-    return [*range(0, length, each), length] if length else []
-
-
-def _bins(steps: Sequence[int], edges: list[int]) -> list[tuple[int, int]]:
-    return [(steps[low], steps[high - 1]) for low, high in itertools.pairwise(edges)]
-
-
-def _binned(values: Floats, edges: list[int], reduce: Any) -> list[float]:
-    """``reduce`` over the finite values of each bin; NaN if there are none."""
-    found = []
-    for low, high in itertools.pairwise(edges):
-        part = values[low:high]
-        part = part[np.isfinite(part)]
-        found.append(float(reduce(part)) if len(part) else math.nan)
-    return found
-
-
-def _rounded(values: Sequence[float], digits: int) -> list[float | None]:
-    return [round(value, digits) if math.isfinite(value) else None for value in values]
 
 
 def _chips(report: Report) -> list[str]:
@@ -248,6 +200,22 @@ def _tile(name: str, value: str, more: str) -> str:
     return (
         f'<div class="tile"><div class="name">{escape(name)}</div><div class="value">{escape(value)}</div>'
         f'<div class="more">{escape(more)}</div></div>'
+    )
+
+
+def _scene(report: Report) -> str:
+    scene = report.scene
+    if scene is None:
+        return ""
+    unseen = scene.waiting - (len(scene.ranks) - 1)
+    more = f" {unseen} more waited, and are not shown." if unseen > 0 else ""
+    label = f"Timeline around the worst incident: {scene.title}, {scene.waiting} ranks waited for it"
+    return (
+        f'<section class="card" id="card-scene"><div class="head"><h2>The worst: {escape(scene.title)}</h2>'
+        f'<div class="legend" id="scene-legend"></div></div><p class="note">An arrow leads from where a rank began to '
+        f"wait to where it was held up. Times are by each rank&rsquo;s node, corrected where clocks are known to be "
+        f'apart.{escape(more)}</p><div class="chart" id="scene" role="img" aria-label="{escape(label)}"></div>'
+        f"</section>"
     )
 
 

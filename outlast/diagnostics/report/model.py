@@ -12,6 +12,7 @@ from outlast.diagnostics.report.failures import Failure
 from outlast.diagnostics.report.incidents import Incident
 from outlast.diagnostics.report.numerics import NumericsRow
 from outlast.diagnostics.report.phases import SlowPhase
+from outlast.diagnostics.report.scene import Scene
 from outlast.diagnostics.report.stragglers import StragglerRow
 
 Series = tuple[float, ...]
@@ -251,6 +252,8 @@ class Report:
     """The thresholds of the verdict on stragglers."""
     missing: tuple[str, ...]
     """Events that are missing or could not be read."""
+    scene: Scene | None = None
+    """The time around the worst failure, or around the worst step of the slowest rank; None if there is neither."""
 
     def phases_of(self, row: StragglerRow) -> tuple[SlowPhase, ...]:
         """The slow phases of a rank on one host."""

@@ -13,9 +13,9 @@ from typing import Any
 
 from outlast.diagnostics.live.flight import POINT_TO_POINT
 from outlast.diagnostics.live.recorder import Collective
+from outlast.diagnostics.report.endings import Ending, find_endings
 from outlast.diagnostics.report.incidents import names_of
 from outlast.diagnostics.report.load import Loaded, load
-from outlast.diagnostics.trace.endings import Ending, find_endings
 from outlast.diagnostics.trace.plain_pickle import plain_pickle
 from outlast.errors import DiagnosticsError
 from outlast.events import RunStarted, WorkersStarted

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from outlast.diagnostics.report.endings import Ending
 from outlast.diagnostics.trace.arrows import Arrows
-from outlast.diagnostics.trace.endings import Ending
 from outlast.diagnostics.trace.places import RUN, Places
 from outlast.diagnostics.trace.trace_file import Place, TraceFile
 from outlast.events import CheckpointRestored, CheckpointSaved, EvalDone, ProgramStep, Record, RunStarted, StepDone

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from outlast.diagnostics.monitor import NodeClock
 from outlast.diagnostics.report.build import report_of
+from outlast.diagnostics.report.endings import Ending, find_endings
 from outlast.diagnostics.report.html_file import check_html_target
 from outlast.diagnostics.report.load import Loaded, load
 from outlast.diagnostics.report.model import Report
 from outlast.diagnostics.trace.arrows import Arrows
-from outlast.diagnostics.trace.endings import Ending, find_endings
 from outlast.diagnostics.trace.places import RUN, Places
 from outlast.diagnostics.trace.rank_story import Clock, RankStory
 from outlast.diagnostics.trace.trace_file import TraceFile

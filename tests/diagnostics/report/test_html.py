@@ -131,9 +131,17 @@ def test_thousands_of_steps_are_binned(tmp_path: Path) -> None:
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+def drawn_by_browser(page: Path, profile: Path, *, limit_s: float = 60) -> str:
+    """The document as the browser has it when the scripts have run."""
+    assert CHROMIUM is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    flags += [f"--user-data-dir={profile}", "--window-size=1600,2000", "--dump-dom"]
+    done = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=limit_s)
+    return done.stdout
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: chromium)")
 def test_a_real_browser_draws_all_charts_and_clips_no_column(tmp_path: Path) -> None:
-    assert CHROMIUM is not None
     eventful(tmp_path / "run", late_s={2: 0.05})
     page = tmp_path / "report.html"
     # nothing of the page may fail in silence: an error of the script becomes part of the page
@@ -148,24 +156,9 @@ def test_a_real_browser_draws_all_charts_and_clips_no_column(tmp_path: Path) -> 
     </script>"""
     text = render_html(build_report(tmp_path / "run")).replace("<title>", caught + "<title>", 1)
     page.write_text(text.replace("</body>", f"{clipped}</body>", 1))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1600,2000"]
-    done = subprocess.run(
-        [
-            CHROMIUM,
-            *flags,
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--window-size=1600,2000",
-            "--dump-dom",
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    dom = done.stdout
+    dom = drawn_by_browser(page, tmp_path / "profile")
     assert "ERROR" not in re.findall(r"<title>(.*?)</title>", dom)[0]
-    for chart in ("heat", "loss", "split", "time"):
+    for chart in ("scene", "heat", "loss", "split", "time"):
         drawn = dom.split(f'id="{chart}"', 1)[1].split("</section>", 1)[0]
         assert "<svg" in drawn, chart
     assert "<canvas" in dom

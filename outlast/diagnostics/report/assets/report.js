@@ -126,10 +126,11 @@
     const rows = heat.ranks.length;
     const rowHeight = Math.max(4, Math.min(26, Math.floor(620 / rows)));
     const top = 6;
-    const names = heat.ranks.map((rank, i) => `rank ${rank} · ${heat.hosts[i]}`);
+    const who = (row) => (heat.last_ranks[row] === heat.ranks[row] ? `rank ${heat.ranks[row]}` : `ranks ${heat.ranks[row]}–${heat.last_ranks[row]}`);
+    const names = heat.ranks.map((rank, i) => `${who(i)} · ${heat.hosts[i]}`);
     const longest = Math.max(...names.map((name) => name.length));
     const narrow = document.getElementById("heat").clientWidth < 640;
-    const labelled = names.map((name, i) => (narrow ? `rank ${heat.ranks[i]}` : name.length > 26 ? name.slice(0, 25) + "…" : name));
+    const labelled = names.map((name, i) => (narrow ? who(i) : name.length > 26 ? name.slice(0, 25) + "…" : name));
     const left = narrow ? 60 : Math.min(190, 20 + Math.min(longest, 26) * 6.6);
     const view = canvasOf("heat", top + rows * rowHeight + 40);
     const barRoom = narrow ? 84 : 170;
@@ -202,7 +203,8 @@
       else if (from === to) lines.push(`${mean.toFixed(1)} ms late`);
       else lines.push(`${mean.toFixed(1)} ms late on average, at most ${highest.toFixed(1)} ms`);
       lines.push(`median over all steps: ${heat.median[row].toFixed(1)} ms`);
-      showTip(event, `rank ${heat.ranks[row]} on ${heat.hosts[row]}`, lines);
+      if (heat.last_ranks[row] !== heat.ranks[row]) lines.push("each the latest of these ranks");
+      showTip(event, `${who(row)} on ${heat.hosts[row]}`, lines);
     });
     canvas.addEventListener("mouseleave", hideTip);
     const box = document.getElementById("heat-legend");
@@ -389,7 +391,49 @@
     legend("time-legend", [["set-up", colour("idle")], ["training", colour("compute")], ["failure, and silence before it", colour("bad")], ["warning", colour("warn")], ["recovered", colour("good"), "dot"]]);
   }
 
-  function draw() { drawHeat(); drawLoss(); drawSplit(); drawTime(); }
+  // -- the worst incident -----------------------------------------------------------------------------------------
+  const DOES = { compute: "compute", communication: "transfer", data: "data", checkpoint: "checkpoint", wait: "waiting", hung: "bad", failed: "bad" };
+  function drawScene() {
+    const scene = data.scene;
+    if (scene === null) return;
+    const rowHeight = 24, top = 8;
+    const view = canvasOf("scene", top + scene.ranks.length * rowHeight + 40);
+    const plot = { left: 84, right: view.width - 18, top, bottom: top + scene.ranks.length * rowHeight };
+    const x = scale(scene.begin_s, scene.end_s, plot.left, plot.right);
+    const inside = (at) => Math.min(plot.right, Math.max(plot.left, x(at)));
+    for (const value of ticks(scene.begin_s, scene.end_s, view.width / 120)) {
+      const at = Math.round(x(value)) + 0.5;
+      view.svg.append(element("line", { x1: at, x2: at, y1: plot.top, y2: plot.bottom, stroke: colour("grid") }));
+      svgText(view.svg, at, plot.bottom + 17, `${Number(value.toFixed(3))} s`, "middle");
+    }
+    svgText(view.svg, plot.right, plot.bottom + 33, "since the first event of the run", "end");
+    const middle = (row) => plot.top + (row + 0.5) * rowHeight;
+    scene.ranks.forEach((one, row) => {
+      svgText(view.svg, plot.left - 10, middle(row) + 4, `rank ${one.rank}`, "end", one.rank === scene.culprit && "strong");
+      for (const span of one.spans) {
+        if (span.end_s < scene.begin_s || span.begin_s > scene.end_s) continue;
+        const from = inside(span.begin_s), to = inside(span.end_s);
+        const bar = element("rect", { x: from, y: middle(row) - 7, width: Math.max(1, to - from - 0.5), height: 14, rx: 2, fill: colour(DOES[span.kind]), opacity: span.kind === "wait" ? 0.35 : 1 });
+        bar.addEventListener("mousemove", (event) => showTip(event, `rank ${one.rank} on ${one.host}`, [span.what, seconds(span.end_s - span.begin_s)]));
+        bar.addEventListener("mouseleave", hideTip);
+        view.svg.append(bar);
+      }
+    });
+    const to = scene.ranks.findIndex((one) => one.rank === scene.culprit);
+    const tipX = inside(scene.at_s) - 1;
+    scene.ranks.forEach((one, row) => {
+      if (one.waits_from_s === null || row === to) return;
+      const from = inside(one.waits_from_s), side = row < to ? -1 : 1;
+      const endY = middle(to) + side * 8, bend = Math.max(10, (tipX - from) * 0.4);
+      view.svg.append(element("path", { class: "arrow", d: `M${from} ${middle(row)}C${from + bend} ${middle(row)} ${tipX} ${endY + side * 26} ${tipX} ${endY}`, fill: "none", stroke: colour("bad"), "stroke-width": 1.4, opacity: 0.85 }));
+      view.svg.append(element("circle", { cx: from, cy: middle(row), r: 2.5, fill: colour("bad") }));
+      view.svg.append(element("path", { d: `M${tipX} ${endY}l-4 ${side * 7}h8z`, fill: colour("bad") }));
+    });
+    const shown = new Set(scene.ranks.flatMap((one) => one.spans.map((span) => span.kind)));
+    legend("scene-legend", Object.keys(DOES).filter((kind) => shown.has(kind)).map((kind) => [kind, colour(DOES[kind])]));
+  }
+
+  function draw() { drawScene(); drawHeat(); drawLoss(); drawSplit(); drawTime(); }
   draw();
   let waiting = 0;
   addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(draw, 120); });

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from outlast.diagnostics.live.kept import CollectivesKept, collectives_of
 from outlast.diagnostics.live.recorder import Collective
-from outlast.diagnostics.report.failures import LOST_PEER
-from outlast.diagnostics.report.incidents import SAME_RESTART_S
+from outlast.diagnostics.report.incidents import LOST_PEER, SAME_RESTART_S
 from outlast.diagnostics.report.load import Loaded
 from outlast.errors import DiagnosticsError
 from outlast.events import HangFound, Record, RunStarted, WorkersFailed, WorkersStarted
@@ -33,6 +32,8 @@ class Ending:
     """By rank, how its process ended, as far as that was told."""
     collectives: dict[int, tuple[Collective, ...]] = field(default_factory=dict)
     """By rank, the newest collectives that it had entered, oldest first."""
+    written_t: list[float] = field(default_factory=list)
+    """When each word of it was written, by the clock of who wrote it."""
     entered: dict[int, int] = field(default_factory=dict)
     """By rank, how many collectives it had entered in this start."""
 
@@ -66,6 +67,7 @@ def find_endings(loaded: Loaded, ahead_s: Mapping[str, float]) -> list[Ending]:
             open_one = Ending(generation=record.generation, t=t, last_t=t)
             found.append(open_one)
         open_one.last_t = t
+        open_one.written_t.append(record.t)
         _add(open_one, record)
     for one in found:
         _settle(one)
