@@ -66,7 +66,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"launcher"},
         {"agent", "plan", "rendezvous_errors"},
         {"rendezvous", "trusted_rendezvous"},
-        {"hung_ranks", "node_watch", "other_nodes", "notice_spread", "rounds"},
+        {"hung_ranks", "node_watch", "other_nodes", "notice_spread", "rounds", "slow_ranks", "step_watch"},
         {"first_cause", "joining", "node_exchange", "standstill_probe", "notice_relay", "notice_store"},
         {"exporting", "goodput", "processes", "program_runs"},
         {"flag_sources", "hang_watch", "node_probe", "notice", "rank_output", "runner", "spec", "torch_options"},
@@ -74,17 +74,18 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"failures", "place"},
         {
             "activity",
-            "attempt",
             "backoff",
             "flags",
             "program",
             "node_clocks",
             "orphans",
             "ports",
-            "run_lease",
+            "rank_records",
+            "run_directory",
             "sealed",
+            "suspicions",
         },
-        {"oom_killer", "slurm", "parent_death", "config"},
+        {"attempt", "oom_killer", "slurm", "parent_death", "config"},
     ],
     "trainer": [
         {"__main__"},
@@ -104,9 +105,10 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "session": [
         {"session"},
         {"checkpoints", "saved_parts", "step_record"},
-        {"checkpoint_schedule", "compression", "numerics", "place", "settings", "state"},
-        {"deepspeed"},
-        {"agreement", "failure_history", "models", "process_group"},
+        {"compression", "numerics", "place", "settings", "state"},
+        {"claim", "deepspeed", "scheduled_checkpoints"},
+        {"agreement", "checkpoint_schedule"},
+        {"buffers", "failure_history", "models", "process_group"},
         {"start_keys"},
     ],
     "integrations": [
@@ -116,7 +118,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     ],
     "cli": [
         {"main"},
-        {"ckpt", "config", "doctor", "launch", "launch_program", "predict", "report", "tokenize", "train"},
+        {"ckpt", "config", "doctor", "launch", "launch_program", "predict", "report", "status", "tokenize", "train"},
         {"program_config", "verb"},
     ],
 }

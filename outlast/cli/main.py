@@ -18,6 +18,7 @@ from outlast.cli.launch import Launch
 from outlast.cli.launch_program import LaunchProgram, split_program
 from outlast.cli.predict import Predict
 from outlast.cli.report import Report
+from outlast.cli.status import Status
 from outlast.cli.tokenize import Tokenize
 from outlast.cli.train import Train
 from outlast.cli.verb import Verb
@@ -37,6 +38,7 @@ AnyVerb = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Launch, tyro.conf.subcommand("launch")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Status, tyro.conf.subcommand("status")]
     | Annotated[Ckpt, tyro.conf.subcommand("ckpt")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]

@@ -33,11 +33,11 @@ class Activity:
         self._looks: dict[int, _Look] = {}
         self._busy_at_s: dict[int, float] = {}
 
-    def look(self, pids: Mapping[int, int], now_s: float) -> None:
-        """Look at the processes of ranks, each at most once in ``INTERVAL_S``. A rank is busy until seen twice."""
+    def look(self, pids: Mapping[int, int], now_s: float, interval_s: float = INTERVAL_S) -> None:
+        """Look at the processes of ranks, each at most once in ``interval_s``. A rank is busy until seen twice."""
         for rank, pid in pids.items():
             before = self._looks.get(rank)
-            if before is not None and now_s - before.at_s < INTERVAL_S:
+            if before is not None and now_s - before.at_s < interval_s:
                 continue
             look = _look_at(pid, now_s)
             self._looks[rank] = look

@@ -16,6 +16,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.utils import store as store_util
 
+from outlast.diagnostics.monitor import facts_of
+from outlast.diagnostics.syndromes.step_trace import NodeSteps, RankSteps
 from outlast.errors import LaunchError
 from outlast.events import EventLog, WorkersFailed, WorkersStarted
 from outlast.launch.backoff import Backoff
@@ -34,7 +36,9 @@ from outlast.launch.processes import RankProcesses
 from outlast.launch.program_runs import ProgramRuns
 from outlast.launch.rank_output import RankOutput
 from outlast.launch.rounds import Round, agree, forget_store
+from outlast.launch.slow_ranks import SlowRanks
 from outlast.launch.standstill_probe import StandstillProbe
+from outlast.launch.step_watch import StepWatch
 from outlast.launch.trusted_rendezvous import run_secret
 
 EXIT_BARRIER = "torchelastic/agent/terminal_state"
@@ -109,6 +113,8 @@ class WatchedAgent(LocalElasticAgent):
         self._hung = HungRanks(self._watch, events)
         self.node = NodeWatch(run_dir, config, events, host)
         """What this node does to its ranks; whoever made the agent closes it."""
+        self._steps = StepWatch(run_dir) if config.tell_slow else None
+        self._slow = SlowRanks(events)
         self._notices = NoticeSpread(relay, events, host)
         self._requeues = counted_requeues(os.environ)
         self._program_runs = program_runs
@@ -134,6 +140,9 @@ class WatchedAgent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         ranks = self.ranks
         self._hung.begin(ranks)
+        self._slow.begin()
+        if self._steps is not None:
+            self._steps.begin(ranks, self._output.generation)
         started_at, self._started_s = time.time(), time.monotonic()
         self._guard.watch()
         pids: dict[int, Any] = super()._start_workers(worker_group)
@@ -170,12 +179,14 @@ class WatchedAgent(LocalElasticAgent):
         processes = self._processes
         assert processes is not None, "torchelastic polls only after a start"
         self._notices.look()
-        others = self._others
+        others, steps = self._others, self._newest_steps()
         alone = worker_group.group_world_size == 1
         self._hung.look(processes, alone=alone, accused=others.accused if others is not None else ())
         if others is not None and self._watch is not None:
             hung = self._hung.accused(worker_group.group_rank or 0, self._host)
-            others.look(processes.running(), self._watch.newest, hung, stands_still=bool(self._watch.waiting))
+            still = bool(self._watch.waiting)
+            others.look(processes.running(), self._watch.newest, hung, steps, stands_still=still)
+        self._tell_slow(worker_group, steps)
         self.failures = self._find_failures(processes)
         if (ended := self._ended_by_notice(processes)) is not None:
             self.failures = []
@@ -196,6 +207,24 @@ class WatchedAgent(LocalElasticAgent):
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
             self._write_failure(result, processes)
         return result
+
+    def _newest_steps(self) -> tuple[RankSteps, ...]:
+        """Of this node's ranks, in seconds before now."""
+        if self._steps is None:
+            return ()
+        self._steps.look()
+        return self._steps.newest(time.time())
+
+    def _tell_slow(self, worker_group: WorkerGroup, steps: tuple[RankSteps, ...]) -> None:
+        """On node 0: say who is slow."""
+        if self._steps is None or worker_group.group_rank != 0:
+            return
+        if self._others is not None:
+            nodes, facts = self._others.steps()
+        else:
+            nodes = [NodeSteps(node=self._host, now_s=0.0, ranks=steps)]
+            facts = list(facts_of(self.node.current(), node=self._host, t=time.time(), at_s=0.0))
+        self._slow.look(nodes, facts, world_size=worker_group.workers[0].world_size)
 
     def _find_failures(self, processes: RankProcesses) -> list[RankFailure]:
         return find_failures(
@@ -266,6 +295,7 @@ class WatchedAgent(LocalElasticAgent):
             host=self._host,
             rules=self._watch.rules,
             interval_s=self._config.monitor_interval_s,
+            told_after_s=self._config.told_after_s,
             conditions=self.node.current,
             events=self._events,
             probe=probe,
@@ -316,6 +346,7 @@ class WatchedAgent(LocalElasticAgent):
             if self._relay.obeyed:
                 self._processes.kill_all()
             self._processes.kill_stopped()
+        self._slow.begin()
         if self._pcontext is not None:
             self._pcontext.close(signal.SIGTERM, int(self._config.stop_grace_s))
         super()._shutdown(signal.SIGTERM)  # up to torch 2.11 it takes no time limit

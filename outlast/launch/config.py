@@ -29,12 +29,18 @@ class LaunchConfig:
     node_sample_s: float = 1.0
     """Seconds between two looks at what this node does to its ranks: CPU quotas, other processes, memory, disks.
     Reports name the causes of slow steps from it. A look costs some milliseconds of CPU; 0 takes none."""
+    tell_slow: bool = True
+    """Tell while the job runs which rank or node is slow, since when and how it is known: one line, and an event
+    ``verdict``. It is read from the events of all ranks every ``monitor_interval_s``. Nothing is done about it."""
     watch: bool = True
     """Detect hangs. If false, only the end of a process is noticed. Set it to false for a command that writes no
     heartbeats, because a rank without a first one counts as hung after ``startup_limit_s``."""
     look_every_s: float = 0.01
     """Seconds between two looks at the collectives of a program, each of about 20 us. Longer costs less, and tells how
     late a rank is less exactly. 0: it starts without outlast's runner, and only its end is noticed."""
+    told_after_s: float = 4.0
+    """Seconds, but at least 3 median steps, after which a rank is named that its peers wait for inside a collective: it
+    is stopped, or in the middle of a step, or does nothing. Nobody is ended for that."""
     hang_floor_s: float = 8.0
     """A rank may be silent for this many seconds, however short its steps are."""
     hang_factor: float = 4.0
@@ -72,6 +78,8 @@ class LaunchConfig:
         require(ok, "launch.node_sample_s", self.node_sample_s, "0, or 0.05 to 60 seconds")
         ok = self.look_every_s == 0 or 0.001 <= self.look_every_s <= 1
         require(ok, "launch.look_every_s", self.look_every_s, "0, or 0.001 to 1 seconds")
+        ok = 0.5 <= self.told_after_s <= 3600
+        require(ok, "launch.told_after_s", self.told_after_s, "0.5 to 3600 seconds")
         require(self.hang_floor_s > 0, "launch.hang_floor_s", self.hang_floor_s, "more than 0 seconds")
         require(self.hang_factor >= 1, "launch.hang_factor", self.hang_factor, "1 or more median steps")
         require(self.startup_limit_s > 0, "launch.startup_limit_s", self.startup_limit_s, "more than 0 seconds")

@@ -27,9 +27,11 @@ from outlast.diagnostics.live import (
     ring_path,
     shm_directory,
 )
+from outlast.diagnostics.live.suspects import Suspect, find_suspects
 from outlast.diagnostics.monitor import Accused
 from outlast.diagnostics.syndromes.restraint import Watcher
 from outlast.errors import DiagnosticsError, RunDirectoryError
+from outlast.launch.activity import INTERVAL_S as ACTIVITY_S
 from outlast.launch.activity import Activity
 from outlast.launch.config import LaunchConfig
 
@@ -37,6 +39,8 @@ _GRAIN_S = 1.0
 """The kernel's start times, and the clock that they are counted from, are coarse."""
 _SETUP_S = 30.0
 """A set-up that is shorter than this is nothing to write about."""
+_SOON_S = 1.0
+"""When a rank has been silent for so long, it is looked at so often whether it does anything."""
 _NO_TIME_S = 1e-9
 """Replaces a median step that is not known yet, so that the floor is the limit."""
 
@@ -92,12 +96,15 @@ class HangWatch:
         )
         self.waiting = ""
         """What the watch waits for, and for how long, while ranks make no progress and none is to blame; else empty."""
+        self.suspects: tuple[Suspect, ...] = ()
+        """Ranks of this node that keep others of it waiting, at the last look."""
         self.newest: tuple[Observation, ...] = ()
         """How the ranks did at the last look; empty while none is silent for long."""
         self.ended: dict[int, int] = {}
         """By rank, the process that has ended while the one that the launcher started for it, a wrapper, still runs."""
         self._alive: set[int] = set()
         self._recheck_s = config.recheck_s
+        self.told_after_s = config.told_after_s
         self._clock = WatchClock(config.monitor_interval_s)
         self._activity = Activity()
         self._stopped_until_s: dict[int, float] = {}
@@ -125,6 +132,7 @@ class HangWatch:
         self._alive = set()
         self.ended = {}
         self.waiting = ""
+        self.suspects = ()
         self.newest = ()
         self._started_s = time.monotonic()
 
@@ -210,7 +218,10 @@ class HangWatch:
         self._clock.tick()
         beats = self._observe_heartbeats(pids)
         now_s = time.monotonic()
-        self._activity.look({one.rank: one.pid for one in beats if one.is_program}, now_s)
+        silent = any(one.silent_s(now_s) > _SOON_S for one in beats)
+        self._activity.look(
+            {one.rank: one.pid for one in beats if one.is_program}, now_s, _SOON_S if silent else ACTIVITY_S
+        )
         for one in beats:  # who was stopped until now has had no chance to beat
             if one.state == "stopped":
                 self._stopped_until_s[one.rank] = now_s
@@ -221,10 +232,12 @@ class HangWatch:
         }
         if not any(one.silent_s(now_s) > self._first_limit_s(one) for one in beats):
             self.waiting = ""
+            self.suspects = ()
             self.newest = ()
             return ()
         seen, culprits = self._judge(pids, alone, accused)
         self.newest = tuple(seen)
+        self.suspects = find_suspects(seen, self.told_after_s, time.monotonic(), whole=alone)
         if not culprits:
             return ()
         time.sleep(self._recheck_s)
@@ -273,7 +286,7 @@ class HangWatch:
 
     def _first_limit_s(self, one: Observation) -> float:
         """From when on a look at the rings is worth it: phases with long limits count, because their peers may wait."""
-        return min(one.limit_s(self.rules), self.rules.floor_s, self.rules.alone_limit_s)
+        return min(one.limit_s(self.rules), self.rules.floor_s, self.rules.alone_limit_s, self.told_after_s)
 
     def observe(self, pids: Mapping[int, int]) -> list[Observation]:
         """Heartbeats, process states and collectives of these ranks now."""

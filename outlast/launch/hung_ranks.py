@@ -12,6 +12,7 @@ from outlast.diagnostics.monitor import Accused
 from outlast.events import EventLog, HangFound
 from outlast.launch.hang_watch import HangWatch
 from outlast.launch.processes import RankProcesses, dump_stacks
+from outlast.launch.suspicions import Suspicions
 
 HELD_S = 30.0
 """So long, collectives that were read when a rank was found hung are what a failure is told by."""
@@ -31,6 +32,7 @@ class HungRanks:
         self._watch = watch
         self._events = events
         self._hung: dict[int, Culprit] = {}
+        self._suspicions = Suspicions(events)
         self._waits = ""
         self._kept = False
         self._held: tuple[float, list[Ring]] = (0.0, [])
@@ -78,6 +80,8 @@ class HungRanks:
         for culprit in found:
             self._kill(processes, culprit)
         self._end_wrappers(processes, self._watch)
+        if alone:  # else one launcher tells it for all nodes
+            self._suspicions.tell(self._watch.suspects)
         self._tell_wait(self._watch.waiting)
 
     @property

@@ -16,11 +16,23 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from outlast.diagnostics.live import Observation, StallRules
-from outlast.diagnostics.monitor import Accused, Collector, LeastDelay, NodeClock, NodeCondition, NodeReport, ago
+from outlast.diagnostics.monitor import (
+    Accused,
+    Collector,
+    LeastDelay,
+    NodeClock,
+    NodeCondition,
+    NodeReport,
+    ago,
+    facts_of,
+)
+from outlast.diagnostics.syndromes.facts import Fact
+from outlast.diagnostics.syndromes.step_trace import NodeSteps, RankSteps
 from outlast.errors import DiagnosticsError
 from outlast.events import EventLog
 from outlast.launch.node_exchange import NodeExchange
 from outlast.launch.standstill_probe import StandstillProbe
+from outlast.launch.suspicions import Suspicions
 
 STALE_LOOKS = 4.0
 """Intervals after which what this launcher saw of its ranks is too old to be told as new."""
@@ -46,6 +58,7 @@ class OtherNodes:
         host: this node's name.
         rules: how long a rank may be silent.
         interval_s: between two messages.
+        told_after_s: from when on a rank is told of that keeps its peers waiting.
         conditions: what holds on this node.
         events: where clocks are written.
         probe: of nodes and links, when all stand still.
@@ -63,6 +76,7 @@ class OtherNodes:
         host: str,
         rules: StallRules,
         interval_s: float,
+        told_after_s: float,
         conditions: Callable[[], Sequence[NodeCondition]],
         events: EventLog,
         probe: StandstillProbe | None = None,
@@ -70,6 +84,7 @@ class OtherNodes:
         self._probe = probe
         self._node, self._host, self._rules = node, host, rules
         self._conditions, self._events = conditions, events
+        self._told_after_s, self._suspicions = told_after_s, Suspicions(events)
         self._lock = threading.Lock()
         self._own = NodeReport(node=node, host=host, seq=0, t=0.0)
         self._looked_s = time.monotonic()
@@ -108,6 +123,7 @@ class OtherNodes:
         ranks: Iterable[int],
         watched: Sequence[Observation],
         hung: Sequence[Accused],
+        steps: Sequence[RankSteps] = (),
         *,
         stands_still: bool = False,
     ) -> None:
@@ -117,6 +133,7 @@ class OtherNodes:
             ranks: those whose processes run.
             watched: how they do; empty while all are well.
             hung: those that this launcher has convicted in this start.
+            steps: their newest steps, in seconds before now.
             stands_still: whether none of them makes progress, and this launcher knows nobody to blame.
         """
         now_s = time.monotonic()
@@ -127,13 +144,14 @@ class OtherNodes:
                 node=self._node,
                 host=self._host,
                 seq=self._own.seq + 1,
-                t=0.0,
+                t=time.time(),
                 heard_s=self._heard.least_s,
                 ranks=tuple(ranks),
                 watched=ago(watched, now_s),
                 hung=tuple(hung),
                 accused=self._own.accused,
                 conditions=tuple(self._conditions()),
+                steps=tuple(steps),
                 probe=self._own.probe,
             )
         if self._node == 0:
@@ -143,6 +161,7 @@ class OtherNodes:
             with self._lock:
                 self._accused = tuple(found.values())
                 self._own = replace(own, accused=self._accused)
+            self._suspicions.tell(self.collector.suspects(own, self._told_after_s))
             if self._probe is not None:
                 number = self._probe.look(stands_still=stands_still and not found)
                 is_new = is_new or number > own.probe
@@ -152,6 +171,25 @@ class OtherNodes:
         self._name(self.accused)
         if is_new:
             self._exchange.hurry()
+
+    def steps(self) -> tuple[list[NodeSteps], list[Fact]]:
+        """On node 0: the newest steps of all ranks, each node's in seconds before its own message, and what the nodes'
+        monitors have seen; nothing while a node is not heard."""
+        with self._lock:
+            own = self._own
+        if set(self.collector.silent()) - {self._node}:
+            return [], []
+        reports = sorted(
+            [*(one for one in self.collector.reports() if one.node != self._node), own], key=lambda one: one.node
+        )
+        hosts = [one.host for one in reports]
+        nodes: list[NodeSteps] = []
+        facts: list[Fact] = []
+        for one in reports:
+            name = one.host if hosts.count(one.host) == 1 else f"{one.host} (node {one.node})"
+            nodes.append(NodeSteps(node=name, now_s=0.0, ranks=one.steps))
+            facts += facts_of(one.conditions, node=name, t=one.t, at_s=0.0)
+        return nodes, facts
 
     def close(self) -> None:
         """The ranks of this start have ended: hear once more who was at fault, and end."""
@@ -181,7 +219,8 @@ class OtherNodes:
             own, looked_s = self._own, self._looked_s
         if self._message and time.monotonic() - looked_s > self._stale_s:
             return self._message
-        self._message = replace(own, seq=number, t=time.time()).encode()
+        now_t = time.time()
+        self._message = replace(own, seq=number, t=now_t, steps=_later(own.steps, now_t - own.t)).encode()
         return self._message
 
     def _read(self, node: int, message: bytes) -> None:
@@ -215,3 +254,8 @@ class OtherNodes:
                 host=hosts[node], node=node, ahead_s=one.ahead_s, error_s=one.error_s
             )
             self._events.write(clock)
+
+
+def _later(steps: Iterable[RankSteps], by_s: float) -> tuple[RankSteps, ...]:
+    """Steps in seconds before a later moment."""
+    return tuple(replace(one, done_s=tuple(at_s - by_s for at_s in one.done_s)) for one in steps)

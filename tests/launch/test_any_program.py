@@ -37,6 +37,8 @@ def test_a_script_is_restarted_and_its_late_rank_found(tmp_path: Path) -> None:
     # The first step of a start has no known beginning; steps are counted on over restarts.
     assert [step for generation, step in steps if generation == 0] == list(range(2, 6))
     assert [step for generation, step in steps if generation == 1] == list(range(7, 46))
+    told = [one for one in events(run, "verdict") if one.generation == 1]
+    assert [(one["state"], one["ranks"]) for one in told] == [("began", [1]), ("ended", [1])], "while it ran"
     report = build_report(run)
     assert [row.rank for row in report.stragglers if row.straggler] == [1]
     assert report.facts.finished
@@ -59,6 +61,12 @@ def test_a_rank_that_does_nothing_is_found_and_named(tmp_path: Path, what: str, 
     assert hang["culprit"] == 1
     assert evidence in hang["evidence"]
     assert "1 peer has been waiting" in hang["evidence"]
+    if what == "sleep":  # it is named long before it is ended
+        (suspected,) = events(run, "hang_suspected")
+        assert (suspected["culprit"], suspected["pid"]) == (1, hang["pid"])
+        assert suspected["awaited_s"] < hang["silent_s"]
+        assert suspected["evidence"].startswith("does nothing for ")
+        assert "outlast: rank 1 keeps 1 peer waiting at step " in said
     goodput = build_report(run).goodput
     assert goodput.hang_s > 1
     assert goodput.restart_s > 0

@@ -159,6 +159,7 @@ def test_a_launcher_that_stands_still_says_nothing_new(tmp_path: Path, monkeypat
             host=f"h{node}",
             rules=StallRules(floor_s=8.0, factor=4.0, startup_limit_s=600.0),
             interval_s=0.05,
+            told_after_s=4.0,
             conditions=list,
             events=log,
         )

@@ -1,4 +1,7 @@
-"""A script that knows nothing of outlast: ``STEPS [--wrap HOW] [--slow RANK] [--do WHAT --at STEP]``."""
+"""A script that knows nothing of outlast: ``STEPS [--wrap HOW] [--slow RANK] [--do WHAT --at STEP]``.
+
+The slow rank is so from step ``--slow-from`` on, until the file ``--heal`` is there.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +24,8 @@ parser.add_argument("steps", type=int)
 parser.add_argument("--wrap", default="ddp", choices=["ddp", "fsdp2", "zero3"])
 parser.add_argument("--slow", type=int, default=-1)
 parser.add_argument("--slow-s", type=float, default=0.1)
+parser.add_argument("--slow-from", type=int, default=0)
+parser.add_argument("--heal", type=Path)
 parser.add_argument("--do", default="", help="in the first start only")
 parser.add_argument("--at", type=int, default=5)
 given = parser.parse_args()
@@ -57,7 +63,7 @@ for step in range(given.steps):
                 pass
         elif given.do == "raise":
             raise ValueError("a batch that cannot be read")
-    if rank == given.slow:
+    if rank == given.slow and step >= given.slow_from and not (given.heal and given.heal.exists()):
         time.sleep(given.slow_s)
     time.sleep(0.02)
     loss = model(torch.randn(8, 16)).square().mean()

@@ -16,7 +16,7 @@ import stat
 import struct
 from pathlib import Path
 
-from outlast.diagnostics.live.run_key import run_key
+from outlast.diagnostics.live.run_key import KEY_FILE, run_key
 from outlast.errors import DiagnosticsError
 
 SHM_ROOT = Path("/dev/shm")
@@ -35,9 +35,7 @@ def shm_directory(run_dir: Path | str) -> Path:
         DiagnosticsError: there is no ``/dev/shm``, the folder is a link, another user's, or open to others, or the key
             can be neither read nor made.
     """
-    resolved = Path(run_dir).resolve()
-    named = f"{resolved}\n{run_key(resolved)}\n{_boot_id()}"
-    folder = SHM_ROOT / f"outlast-{os.getuid()}-{hashlib.sha256(named.encode()).hexdigest()[:16]}"
+    folder = _folder(Path(run_dir).resolve())
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
@@ -49,6 +47,27 @@ def shm_directory(run_dir: Path | str) -> Path:
         ) from error
     _refuse_foreign(folder)
     return folder
+
+
+def find_shm_directory(run_dir: Path | str) -> Path | None:
+    """The same, if this machine has it; nothing is made, not even the key.
+
+    Raises:
+        DiagnosticsError: the folder is a link, another user's, or open to others, or the key cannot be read.
+    """
+    resolved = Path(run_dir).resolve()
+    if not os.path.lexists(resolved / KEY_FILE):
+        return None
+    folder = _folder(resolved)
+    if not os.path.lexists(folder):
+        return None
+    _refuse_foreign(folder)
+    return folder
+
+
+def _folder(resolved: Path) -> Path:
+    named = f"{resolved}\n{run_key(resolved)}\n{_boot_id()}"
+    return SHM_ROOT / f"outlast-{os.getuid()}-{hashlib.sha256(named.encode()).hexdigest()[:16]}"
 
 
 def _boot_id() -> str:

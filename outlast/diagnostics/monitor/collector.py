@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from outlast.diagnostics.live import Observation, StallRules, judge
 from outlast.diagnostics.live.stall import Culprit
+from outlast.diagnostics.live.suspects import Suspect, find_suspects
 from outlast.diagnostics.monitor.conditions import NodeCondition
 from outlast.diagnostics.monitor.node_times import ClockOffset, LeastDelay, offset
 from outlast.diagnostics.monitor.reports import Accused, NodeReport, at, decode
@@ -104,6 +105,20 @@ class Collector:
             if all(numbers[node] > first.get(node, numbers[node]) for node in numbers):
                 twice.append(one)
         return tuple(twice[:MOST_ACCUSED])
+
+    def suspects(self, own: NodeReport, told_after_s: float) -> tuple[Suspect, ...]:
+        """Who keeps peers of any node waiting; nobody while a node is not heard.
+
+        Args:
+            own: this node's message.
+            told_after_s: see :func:`outlast.diagnostics.live.suspects.find_suspects`.
+        """
+        if set(self.silent()) - {own.node}:
+            return ()
+        now_s = time.monotonic()
+        reports = [one for one in self.reports() if one.node != own.node] + [own]
+        seen = [one for report in reports for one in at(report.watched, now_s)]
+        return find_suspects(seen, told_after_s, now_s, whole=len(seen) == self._world_size)[:MOST_ACCUSED]
 
     def _judge(self, reports: Sequence[NodeReport], rules: StallRules) -> dict[tuple[int, int, int, int], Accused]:
         now_s = time.monotonic()

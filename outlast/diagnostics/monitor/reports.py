@@ -14,6 +14,7 @@ from typing import Any, get_args
 from outlast.diagnostics.live import PHASES, Beat, Collective, Observation, Ring
 from outlast.diagnostics.live.stall import ProcessState
 from outlast.diagnostics.monitor.conditions import NodeCondition
+from outlast.diagnostics.syndromes.step_trace import RankSteps, decode_steps
 from outlast.errors import DiagnosticsError
 
 VERSION = 1
@@ -63,6 +64,8 @@ class NodeReport:
     """Of node 0: the ranks that all nodes' words together convict, and those in ``hung`` of any node."""
     conditions: tuple[NodeCondition, ...] = ()
     """What holds on it now, and what ended last."""
+    steps: tuple[RankSteps, ...] = ()
+    """The newest steps of its ranks, in seconds before ``t``; empty from a version that tells none."""
     probe: int = 0
     """Of node 0: how often it has asked all nodes, in this round, to try out themselves and their links."""
 
@@ -80,6 +83,7 @@ class NodeReport:
             "hung": [asdict(one) for one in self.hung],
             "accused": [asdict(one) for one in self.accused],
             "conditions": [asdict(one) for one in self.conditions[-MOST_CONDITIONS:]],
+            "steps": {one.rank: one.encode() for one in self.steps},
             "probe": self.probe,
         }
         return json.dumps(told, separators=(",", ":")).encode()
@@ -106,6 +110,7 @@ def decode(message: bytes) -> NodeReport:
             hung=tuple(accused(one) for one in told["hung"]),
             accused=tuple(accused(one) for one in told["accused"]),
             conditions=tuple(_condition(one) for one in told["conditions"]),
+            steps=tuple(decode_steps(int(rank), str(text)) for rank, text in told.get("steps", {}).items()),
             probe=int(told.get("probe", 0)),
         )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

@@ -36,7 +36,8 @@ from outlast.diagnostics.report.phases import SlowPhase, find_phases, phase_inci
 from outlast.diagnostics.report.rank_causes import RankCauses
 from outlast.diagnostics.report.scene import find_scene
 from outlast.diagnostics.report.stalls import find_stalls
-from outlast.diagnostics.report.stragglers import UNKNOWN_HOST, StragglerRow, lateness_s, rank_stragglers
+from outlast.diagnostics.report.stragglers import UNKNOWN_HOST, StragglerRow, lateness_s, rank_stragglers, slow_node
+from outlast.diagnostics.report.told_verdicts import find_told
 from outlast.errors import DiagnosticsError
 from outlast.events import Record
 
@@ -80,6 +81,7 @@ def report_of(loaded: Loaded, run_dir: Path, config: DiagnosticsConfig | None = 
     beginnings = [Beginning(where=(one.attempt, one.generation), launched_s=one.launched_s) for one in starts]
     found, failures = with_failures(loaded, find_incidents(loaded, steps, began_t, causes), beginnings, hosts, began_t)
     slow = [*phase_incidents(phases, steps, began_t), *find_stalls(steps, began_t, config, phases, causes, own)]
+    slow += find_told(loaded.nodes, began_t)
     numerics = numerics_of(loaded, began_t)
     missing = [*loaded.missing, *_gaps(loaded, steps, begun)]
     lateness = _lateness(steps, hosts)
@@ -368,7 +370,9 @@ def _verdict(
             for row in stragglers[:3]
         ]
         more = f", and {len(stragglers) - 3} more" if len(stragglers) > 3 else ""
-        return f"{'Straggler' if len(stragglers) == 1 else f'{len(stragglers)} stragglers'}: {'; '.join(parts)}{more}."
+        node = slow_node(rows)
+        told = f"Node {node} is slow: {len(stragglers)} stragglers" if node else f"{len(stragglers)} stragglers"
+        return f"{'Straggler' if len(stragglers) == 1 else told}: {'; '.join(parts)}{more}."
     if phases:
         named = "; ".join(f"rank {one.rank} on {one.host} in {one.which}" for one in phases[:3])
         more = f"; and {len(phases) - 3} more" if len(phases) > 3 else ""

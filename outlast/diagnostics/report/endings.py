@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from outlast.diagnostics.live.kept import CollectivesKept, collectives_of
 from outlast.diagnostics.live.recorder import Collective
-from outlast.diagnostics.report.failures import LOST_PEER
-from outlast.diagnostics.report.incidents import SAME_RESTART_S
+from outlast.diagnostics.report.incidents import LOST_PEER, SAME_RESTART_S
 from outlast.diagnostics.report.load import Loaded
 from outlast.errors import DiagnosticsError
 from outlast.events import HangFound, Record, RunStarted, WorkersFailed, WorkersStarted

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from outlast.diagnostics import formatting as fmt
-from outlast.diagnostics.report.incidents import Incident, at_time, names_of, restarts_of
+from outlast.diagnostics.report.incidents import Incident, at_time, is_effect, names_of, restarts_of
 from outlast.diagnostics.report.load import Loaded
+from outlast.diagnostics.syndromes.blame import BlameKey, blame_key
 
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
-"""Words of a rank that lost another one: an effect, not a cause."""
 _TELLING = {"hang_found": 0, "workers_failed": 0, "rank_died": 1, "run_ended": 2}
 """Kinds of incidents that end a start, the most telling first; victims end before the culprit is judged."""
 
@@ -88,10 +87,16 @@ def find_failures(
             groups.setdefault(bisect.bisect_right(bounds, one.at_s), []).append(one)
     found = []
     for after, group in sorted(groups.items()):
-        first = min(group, key=lambda one: (_is_effect(one.cause), _TELLING[one.kind], one.at_s))
+        first = min(group, key=_suspicion)
         next_s = bounds[after] if after < len(bounds) else None
         found.append(_failure(first, group, next_s, next_s is not None and launches[next_s], loaded, begin_t))
     return tuple(found)
+
+
+def _suspicion(one: Incident) -> tuple[BlameKey, int, float]:
+    """The first cause has the least: as launchers judge the ranks of one node, over those of all."""
+    unknown = blame_key(left=False, hung=False, lost_peer=is_effect(one.cause), status=-1, has_message=False)
+    return one.blame or unknown, _TELLING[one.kind], one.at_s
 
 
 def _failure(
@@ -135,10 +140,6 @@ def worst_of(failures: Sequence[Failure], median_step_s: float) -> Failure | Non
         if one.lost_s is None:
             return one
     return max(failures, key=lambda one: (one.lost_s or 0.0) + one.steps_lost * median_step_s, default=None)
-
-
-def _is_effect(text: str) -> bool:
-    return any(phrase in text for phrase in LOST_PEER)
 
 
 def recoveries(failures: Sequence[Failure]) -> tuple[Incident, ...]:
@@ -185,7 +186,7 @@ def find_deaths(
             if record.kind == "run_ended" and (attempt, record.generation) == one.where
         }
         by_themselves = [
-            end for end in ends.values() if end.fields.get("ok") or not _is_effect(str(end.fields.get("reason")))
+            end for end in ends.values() if end.fields.get("ok") or not is_effect(str(end.fields.get("reason")))
         ]
         silent = sorted({rank for *where, rank in hosts if tuple(where) == one.where} - ends.keys())
         if told or by_themselves or not silent or (until_s == math.inf and not ends):

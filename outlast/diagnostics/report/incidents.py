@@ -12,6 +12,7 @@ import numpy as np
 from outlast.diagnostics import formatting as fmt
 from outlast.diagnostics.report.load import Loaded, Steps
 from outlast.diagnostics.report.node_causes import NodeCauses
+from outlast.diagnostics.syndromes.blame import BlameKey, blame_key
 from outlast.events import Record
 
 Severity = Literal["bad", "warn", "good"]
@@ -21,6 +22,13 @@ SAME_RESTART_S = 60.0
 MOST_CHARS = 240
 """Of somebody's words in the headline."""
 _KILLED_BY = "killed by "
+_LEFT = "exited with status 0"
+_HUNG = "hung, killed"
+LOST_PEER = (
+    *("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe"),
+    "left the exchange",
+)
+"""Words of a rank that lost another one: an effect, not a cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +40,7 @@ class Incident:
     kind: str
     """``hang_found``, ``workers_failed``, ``workers_started``, ``rank_died``, ``recovered``, ``checkpoint_failed``,
     ``checkpoint_rejected``, ``checkpoint_restored``, ``run_ended``, ``loss_not_finite``, ``slow_phase``, ``stall``,
-    ``notice``, ``events_lost``, ``nodes_probed``, ``not_finite``, ``replicas_different``."""
+    ``verdict``, ``notice``, ``events_lost``, ``nodes_probed``, ``not_finite``, ``replicas_different``."""
     severity: Severity
     title: str
     detail: str
@@ -44,6 +52,10 @@ class Incident:
     """Seconds that a stall or a slow phase cost, or that passed without progress before a hang was found."""
     restarting: bool = False
     """Whether the launcher was about to restart the ranks that failed."""
+    ranks: tuple[int, ...] = ()
+    """Of a verdict: the ranks at fault, or at the place that is."""
+    blame: BlameKey | None = None
+    """Of the end of ranks: the least is the likeliest first cause, whichever node told it."""
 
 
 def find_incidents(
@@ -91,8 +103,18 @@ def _from_event(record: Record, begin_t: float, loaded: Loaded, causes: NodeCaus
                 ),
                 step=get("step"),
                 rank=get("culprit"),
-                cause=f"rank {get('culprit')} hung in step {get('step')}: {_shortened(get('evidence'))}{seen}",
+                cause=(
+                    f"rank {get('culprit')}{_where(loaded, record, get('culprit'))} hung in step {get('step')}: "
+                    f"{_shortened(get('evidence'))}{seen}"
+                ),
                 cost_s=silent_s,
+                blame=blame_key(
+                    left="desynchronised" in str(get("evidence")),
+                    hung=True,
+                    lost_peer=False,
+                    status=0,
+                    has_message=True,
+                ),
             )
         ]
     if record.kind == "workers_failed":
@@ -110,6 +132,7 @@ def _from_event(record: Record, begin_t: float, loaded: Loaded, causes: NodeCaus
                 rank=ranks[0] if len(ranks) == 1 else None,
                 cause=_crash(record, step, at_s),
                 restarting=bool(get("restarting")),
+                blame=_blame(next(iter(reasons), "")),
             )
         ]
     if record.kind == "events_lost":
@@ -159,9 +182,35 @@ def _from_event(record: Record, begin_t: float, loaded: Loaded, causes: NodeCaus
                     f"rank {record.rank} failed at {at_time(at_s)}, at step {get('step')}: "
                     f"{_shortened(get('reason') or 'no reason given')}"
                 ),
+                blame=_blame(f"exited with status 1: {get('reason')}"),
             )
         ]
     return []
+
+
+def _where(loaded: Loaded, told: Record, rank: object) -> str:
+    """`` on node-a``: where a launcher had started a rank; empty where that is not known."""
+    for _, record in reversed(loaded.others):
+        if record.kind == "workers_started" and record.t <= told.t and rank in (record.fields.get("ranks") or []):
+            return f" on {record.fields.get('host')}"
+    return ""
+
+
+def _blame(reason: str) -> BlameKey:
+    """From a launcher's words for the end of a rank, the likeliest of its node."""
+    left = reason.startswith(_LEFT) or "desynchronised" in reason
+    return blame_key(
+        left=left,
+        hung=reason.startswith(_HUNG),
+        lost_peer=not left and is_effect(reason),
+        status=-1 if reason.startswith(_KILLED_BY) else 1,
+        has_message=": " in reason,
+    )
+
+
+def is_effect(text: str) -> bool:
+    """Whether these are the words of a rank that has lost another one."""
+    return any(phrase in text for phrase in LOST_PEER)
 
 
 def _last_step(loaded: Loaded, failed: Record, rank: int) -> int | None:

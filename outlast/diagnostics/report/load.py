@@ -14,6 +14,7 @@ import numpy.typing as npt
 from outlast.diagnostics.live.kept import CollectivesKept
 from outlast.diagnostics.live.step_delays import RankDelay
 from outlast.diagnostics.monitor import NodeClock, NodeCondition, NodeMonitored
+from outlast.diagnostics.syndromes.told import VerdictGiven
 from outlast.errors import DiagnosticsError
 from outlast.events import GoodputMeasured, ProgramStep, Record, StepDone, parse_event
 
@@ -40,7 +41,8 @@ UNTOLD: dict[str, float] = {"loss": np.nan, "lr": np.nan} | dict.fromkeys(
 """Columns of a step of a program that tells nothing of itself."""
 DELAYS = ("garbage_collection", "data_wait", "compile")
 """What kept a rank from its work, as the events call it."""
-NODE_KINDS = (NodeClock.kind, NodeCondition.kind, NodeMonitored.kind)
+NODE_KINDS = (NodeClock.kind, NodeCondition.kind, NodeMonitored.kind, VerdictGiven.kind)
+"""What launchers tell beside the ranks' own course."""
 COLUMNS = ("attempt", "generation", "rank", "step", "t", *STEP_FIELDS, *OPTIONAL_FIELDS)
 """Of :attr:`Loaded.rows`."""
 
@@ -58,7 +60,7 @@ class Loaded:
     spans: dict[int, tuple[float, float]]
     """The first and last ``t`` of each attempt's ranks."""
     nodes: list[Record] = field(default_factory=list)
-    """What the nodes' monitors told, oldest first."""
+    """What the nodes' monitors told, and the verdicts of node 0's launcher, oldest first."""
     kept: list[Record] = field(default_factory=list)
     """The collectives that ranks had entered last when some of them failed."""
     delays: array[float] = field(default_factory=lambda: array("d"))
@@ -131,7 +133,7 @@ def _read(path: Path, attempt: int, table: array[float], loaded: Loaded, name: P
         if record.kind == GoodputMeasured.kind:
             continue  # it is computed from the others, at some later time
         times.append(record.t)
-        if record.kind in NODE_KINDS:  # they tell of the node, whatever the ranks do
+        if record.kind in NODE_KINDS:  # they tell of nodes, whatever becomes of the ranks
             loaded.nodes.append(record)
             continue
         if record.kind == CollectivesKept.kind:

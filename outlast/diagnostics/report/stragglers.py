@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.report.load import Floats, Steps
 from outlast.diagnostics.report.peers import Peers, Rivals
 from outlast.diagnostics.report.rank_causes import RankCauses
+from outlast.diagnostics.syndromes.places import whole_nodes
 
 Bools = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
@@ -133,6 +134,13 @@ def rank_stragglers(
         else done[subject]
         for subject in ordered
     )
+
+
+def slow_node(rows: Sequence[StragglerRow]) -> str:
+    """The host of all stragglers, if nearly all of its ranks are and there are other hosts; else empty."""
+    late = [row for row in rows if row.straggler]
+    slow = whole_nodes([row.rank for row in late], {row.rank: row.host for row in rows})
+    return next(iter(slow)) if len(slow) == 1 and {row.host for row in late} == set(slow) else ""
 
 
 def steps_after_warmup(steps: Steps, warmup_steps: int) -> Bools:

@@ -8,6 +8,8 @@ from outlast.diagnostics.formatting import duration, first_and_last, share
 from outlast.diagnostics.report.failures import worst_of
 from outlast.diagnostics.report.model import GoodputSplit, Report, TimeSplit
 from outlast.diagnostics.report.phases import SlowPhase, described
+from outlast.diagnostics.report.stragglers import slow_node
+from outlast.diagnostics.report.told_verdicts import VERDICT
 
 CAUSE_NAMES = {
     "useful": "useful steps",
@@ -24,11 +26,11 @@ MOST_ENDED = 3
 
 
 def cause(report: Report) -> str:
-    """The worst that happened to the run, with whom, and what it cost, in one sentence; empty if nothing did.
+    """The worst that happened to the run, with whom, on what evidence, and what it cost; empty if nothing did.
 
     Worst is a failure from which the run did not recover; then a loss that is not finite, or replicas that differ; then
-    the failure that cost most, a checkpoint that was lost, and last what only cost time: stalls and slow phases. It is
-    empty too where a straggler, which is told by the verdict, cost more time than those.
+    the failure that cost most, a checkpoint that was lost, and last what only cost time: stalls, slow phases,
+    stragglers, and what launchers said while it ran.
     """
     worst = worst_of(report.failures, report.facts.median_step_s)
     losses = [one.cause for one in report.incidents if one.kind in ("loss_not_finite", "replicas_different")]
@@ -48,20 +50,26 @@ def cause(report: Report) -> str:
 
 
 def _lost_time(report: Report) -> str:
-    """The worst of stalls and slow phases, unless a straggler cost more."""
+    """What cost most time: a straggler or the node of several, all stalls, a slow phase, or what a launcher told."""
     stalls = [one for one in report.incidents if one.kind == "stall"]
-    stalled_s = sum(one.cost_s for one in stalls)
-    straggling = {(row.rank, row.host): row.cost_s for row in report.stragglers if row.straggler}
+    late = [row for row in report.stragglers if row.straggler]
+    straggling = {(row.rank, row.host) for row in late}
     phases = [one for one in report.slow_phases if (one.rank, one.host) not in straggling]
-    phase = max(phases, key=lambda one: one.cost_s, default=None)
-    if max(straggling.values(), default=0.0) >= max(stalled_s, phase.cost_s if phase is not None else 0.0):
-        return ""
-    if phase is not None and phase.cost_s >= stalled_s:
-        return _sentence(f"rank {phase.rank} on {phase.host} was slow in {phase.which}: {described(phase)}")
-    worst = max(stalls, key=lambda one: one.cost_s)
-    if len(stalls) == 1:
-        return _sentence(f"{worst.cause}; it went on by itself")
-    return _sentence(f"{len(stalls)} stalls cost {duration(stalled_s)}; the worst: {worst.cause}")
+    known = {one.rank for one in late} | {one.rank for one in phases} | {one.rank for one in stalls}
+    told = [one for one in report.incidents if one.kind == VERDICT and not (one.ranks and set(one.ranks) <= known)]
+    costs: list[tuple[float, str]] = []
+    if late:
+        costs.append((max(row.cost_s for row in late), ": ".join(straggling_words(report))))
+    if phases:
+        phase = max(phases, key=lambda one: one.cost_s)
+        words = f"rank {phase.rank} on {phase.host} was slow in {phase.which}: {described(phase)}"
+        costs.append((phase.cost_s, words))
+    if stalls:
+        stalled_s, worst = sum(one.cost_s for one in stalls), max(stalls, key=lambda one: one.cost_s)
+        many = f"{len(stalls)} stalls cost {duration(stalled_s)}; the worst: {worst.cause}"
+        costs.append((stalled_s, many if len(stalls) > 1 else f"{worst.cause}; it went on by itself"))
+    costs += [(one.cost_s, one.cause) for one in told]
+    return _sentence(max(costs, key=lambda one: one[0])[1]) if costs else ""
 
 
 def _sentence(text: str) -> str:
@@ -70,18 +78,22 @@ def _sentence(text: str) -> str:
 
 def headline(report: Report) -> tuple[str, str]:
     """The cause of what went wrong, or else the verdict in a few words, and the evidence or the verdict."""
-    why = cause(report)
-    first, rest = _verdict(report)
-    return (why.rstrip("."), f"{first}. {rest}") if why else (first, rest)
+    why = cause(report).rstrip(".")
+    if any(row.straggler for row in report.stragglers):
+        first, rest = straggling_words(report)
+        if not why or why == _sentence(f"{first}: {rest}").rstrip("."):
+            return first, _sentence(rest)
+        rest = _sentence(rest)
+    else:
+        first, _, rest = report.verdict.partition(": ")
+        rest = rest[:1].upper() + rest[1:]
+    return (why, f"{first}. {rest}") if why else (first, rest)
 
 
-def _verdict(report: Report) -> tuple[str, str]:
-    """The verdict on stragglers in a few words, and its evidence."""
+def straggling_words(report: Report) -> tuple[str, str]:
+    """The stragglers in a few words, and the evidence; there is one at least."""
     stragglers = [row for row in report.stragglers if row.straggler]
     own = {(one.rank, one.host): one for one in report.slow_phases}
-    if not stragglers:
-        first, _, rest = report.verdict.partition(": ")
-        return first, rest[:1].upper() + rest[1:]
     if len(stragglers) == 1:
         row = stragglers[0]
         phase = own.get((row.rank, row.host))
@@ -90,12 +102,17 @@ def _verdict(report: Report) -> tuple[str, str]:
         longer = f"it makes steps {1 + added:.1f} × as long" if added >= 1 else f"it makes steps {share(added)} longer"
         why = f", because of {row.cause}" if row.cause else ""
         first = f"Rank {row.rank} on {row.host} is a straggler{where}: {longer}{why}"
-        slow = f" It was slow in {phase.which}: {described(phase)}." if phase is not None else ""
-        return first, f"{row.evidence[:1].upper()}{row.evidence[1:]}.{slow}"
+        slow = f"; slow in {phase.which}: {described(phase)}" if phase is not None else ""
+        return first, f"{row.evidence}{slow}"
+    worst = stragglers[0]
+    node = slow_node(report.stragglers)
+    if node:
+        ranks = ", ".join(str(rank) for rank in sorted(row.rank for row in stragglers))
+        first = f"Node {node} is slow: its ranks {ranks} are late, those of other nodes are not"
+        return first, f"the latest, rank {worst.rank}: {worst.evidence}"
     named = ", ".join(f"rank {row.rank} on {row.host}" for row in stragglers[:4])
     more = f" and {len(stragglers) - 4} more" if len(stragglers) > 4 else ""
-    worst = stragglers[0]
-    return f"{len(stragglers)} stragglers: {named}{more}", f"The latest, rank {worst.rank}: {worst.evidence}."
+    return f"{len(stragglers)} stragglers: {named}{more}", f"the latest, rank {worst.rank}: {worst.evidence}"
 
 
 def outcome(report: Report) -> str:

@@ -10,14 +10,13 @@ import numpy as np
 from outlast.diagnostics.syndromes.causes import Cause, explain
 from outlast.diagnostics.syndromes.facts import Fact
 from outlast.diagnostics.syndromes.meetings import Meetings
+from outlast.diagnostics.syndromes.places import whole_nodes
 from outlast.diagnostics.syndromes.rules import Rules
 from outlast.diagnostics.syndromes.shift import Shifts, find_shifts, recurring
 from outlast.diagnostics.syndromes.steps import StepTimes, median_over_ranks
 from outlast.diagnostics.syndromes.trace import Bools, Floats, Ints, Trace
 from outlast.diagnostics.syndromes.verdict import Confidence, Culprit, Verdict
 
-WHOLE_NODE = 0.75
-"""A node is slow if this share of its ranks is."""
 MOST_NAMED = 8
 HELD_SHARE = 0.5
 """Its peers must wait for it for this share of its extra time; else its slowness costs nobody anything."""
@@ -53,15 +52,17 @@ def find_slow(trace: Trace, meetings: Meetings, times: StepTimes, rules: Rules, 
         return []
     with_peers = find_shifts(excess.values, excess.threshold_s, rules, from_start=True)
     alone = find_shifts(excess.values, excess.threshold_s, rules, from_start=False)
-    found = np.where(excess.has_peers, with_peers.found, alone.found)
-    held_s = _held_s(trace, meetings, times)
+    # one that was faster than its one peer, and is so no more, has not become slow: the peer has healed
+    above = with_peers.after >= excess.threshold_s
+    found = np.where(excess.has_peers, with_peers.found & above, alone.found)
+    held_s = _held_s(trace, meetings, excess.steps)
     slow = np.flatnonzero(found)
     needed_s = excess.threshold_s * (1.0 - with_peers.at / max(excess.values.shape[1], 1))
     verdicts = [
         _verdict(trace, ranks, place, excess, with_peers, held_s, facts, rules)
         for ranks, place in _places(trace, slow)
         # where its slowness holds nobody up, it costs nothing; where no collective tells, it is believed to
-        if not held_s[ranks].sum() < HELD_SHARE * needed_s[ranks].max()
+        if not held_s[ranks].mean(axis=1).sum() < HELD_SHARE * needed_s[ranks].max()
     ]
     often = np.flatnonzero(recurring(excess.values, excess.threshold_s, rules) & ~found & excess.has_peers)
     if 0 < len(often) <= max(1.0, rules.shared_share * trace.job.world_size):
@@ -108,19 +109,21 @@ def median_of_others(values: Floats) -> Floats:
     return found
 
 
-def _held_s(trace: Trace, meetings: Meetings, times: StepTimes) -> Floats:
-    """[ranks]: seconds a step, on average, for which a collective's first rank waited for this one, its last."""
+def _held_s(trace: Trace, meetings: Meetings, steps: Ints) -> Floats:
+    """[ranks, steps]: seconds for which a collective's first rank waited for this one, its last."""
     measured = np.flatnonzero(meetings.measured)
-    held = np.full(trace.job.world_size, np.nan)
+    shape = trace.job.world_size, len(steps)
     if not len(measured):
-        return held
-    held[:] = 0.0
-    wait = meetings.wait_s
-    is_last = wait == np.repeat(meetings.transfer_s, meetings.entered)
+        return np.full(shape, np.nan)
+    is_last = meetings.wait_s == np.repeat(meetings.transfer_s, meetings.entered)
     rows = np.flatnonzero(is_last & meetings.measured[meetings.of_row])
-    rank = meetings.calls.rank[meetings.rows[rows]]
-    held += np.bincount(rank, weights=meetings.spread_s[meetings.of_row[rows]], minlength=trace.job.world_size)
-    return held / max(len(times.steps), 1)
+    row = meetings.rows[rows]
+    column = np.minimum(np.searchsorted(steps, meetings.calls.step[row]), len(steps) - 1)
+    known = steps[column] == meetings.calls.step[row]
+    cell = (meetings.calls.rank[row] * len(steps) + column)[known]
+    spread_s = meetings.spread_s[meetings.of_row[rows]][known]
+    held = np.bincount(cell, weights=spread_s, minlength=shape[0] * shape[1]).astype(np.float64)
+    return held.reshape(shape)
 
 
 def _places(trace: Trace, slow: Ints) -> list[tuple[list[int], str]]:
@@ -129,10 +132,10 @@ def _places(trace: Trace, slow: Ints) -> list[tuple[list[int], str]]:
     places: list[tuple[list[int], str]] = []
     if len(slow) * 2 > job.world_size:  # whoever is slow then, it is not the minority that could be at fault
         return []
-    for node in np.unique(job.node_of[slow]).tolist():
-        on_node = [int(rank) for rank in slow if job.node_of[rank] == node]
-        whole = len(on_node) > 1 and len(on_node) >= WHOLE_NODE * len(job.ranks_on(node))
-        places += [(on_node, "node")] if whole else [([rank], "rank") for rank in on_node]
+    late = [int(rank) for rank in slow]
+    nodes = whole_nodes(late, {rank: job.node(rank) for rank in range(job.world_size)}) if len(late) > 1 else {}
+    places += [(ranks, "node") for ranks in nodes.values()]
+    places += [([rank], "rank") for rank in late if job.node(rank) not in nodes]
     return places[:MOST_NAMED]
 
 
@@ -148,23 +151,23 @@ def _verdict(
 ) -> Verdict:
     job = trace.job
     rank = max(ranks, key=lambda one: float(shifts.after[one]))
-    rise_s = float(shifts.after[rank] - shifts.before[rank])
+    before_s = float(shifts.before[rank])
+    rise_s = float(shifts.after[rank]) - (max(before_s, 0.0) if excess.has_peers[rank] else before_s)
     at = int(shifts.at[rank])
     first = int(excess.steps[at])
     length = excess.values.shape[1] - at
     cause = explain(trace, facts, ranks, rise_s, length, rules, since_step=first)
     role = f" of role {job.role(rank)}" if job.role(rank) else ""
+    others = int((job.role_of == job.role_of[rank]).sum()) - len(ranks)
     than = (
-        f"the {int((job.role_of == job.role_of[rank]).sum()) - 1} other ranks{role}"
-        if excess.has_peers[rank]
-        else "before"
+        f"the {f'{others} other ranks' if others > 1 else 'other rank'}{role}" if excess.has_peers[rank] else "before"
     )
     since = f"since step {first}" if at else f"in all {length} steps seen"
     whose = f"node {job.node(rank)}: {len(ranks)} ranks, the slowest rank {rank}" if place == "node" else f"rank {rank}"
     held = (
         ""
-        if np.isnan(held_s[rank])
-        else f"; its peers waited {held_s[rank] * 1e3:.0f} ms a step for it, the last to enter"
+        if np.isnan(held_s[rank]).any()
+        else f"; its peers waited {held_s[rank, at:].mean() * 1e3:.0f} ms a step for it, the last to enter"
     )
     confidence: Confidence = "likely" if excess.has_peers[rank] else "weak"
     return Verdict(

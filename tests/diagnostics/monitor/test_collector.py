@@ -13,6 +13,7 @@ from outlast.diagnostics.live.stall import ProcessState
 from outlast.diagnostics.monitor import Accused, Collector, LeastDelay, NodeCondition, NodeReport, ago
 from outlast.diagnostics.monitor.node_times import offset
 from outlast.diagnostics.monitor.reports import at, decode
+from outlast.diagnostics.syndromes.step_trace import RankSteps
 from outlast.errors import DiagnosticsError
 
 RULES = StallRules(floor_s=8.0, factor=4.0, startup_limit_s=600.0)
@@ -179,8 +180,22 @@ def test_a_message_of_a_node_has_a_bounded_size() -> None:
     ranks = [replace(rank(n, 9.0), ring=ring) for n in range(8)]
     quiet = NodeReport(node=1, host="b", seq=5, t=0.0, ranks=tuple(range(8)))
     loud = replace(quiet, watched=ago(ranks, 0.0), conditions=(many,) * 100)
-    assert len(quiet.encode()) < 300
+    assert len(quiet.encode()) < 310
     assert len(loud.encode()) < 20_000
+    steps = [RankSteps(rank=n, steps=tuple(range(900)), done_s=(-9.0,) * 900, inside_s=(0.1,) * 900) for n in range(8)]
+    assert len(replace(quiet, steps=tuple(steps)).encode()) < 310 + 8 * 1600
+
+
+def test_the_newest_steps_of_each_rank_are_told_and_a_version_without_them_is_read() -> None:
+    steps = RankSteps(rank=3, steps=(7, 8), done_s=(-1.5, -0.25), inside_s=(0.5, 0.0))
+    told = NodeReport(node=1, host="b", seq=9, t=3.5, ranks=(3,), steps=(steps,))
+    assert decode(told.encode()) == told
+    raw = json.loads(told.encode())
+    raw["steps"]["3"] = raw["steps"]["3"][:-4]
+    with pytest.raises(DiagnosticsError):
+        decode(json.dumps(raw).encode())
+    del raw["steps"]
+    assert decode(json.dumps(raw).encode()) == replace(told, steps=())
 
 
 def test_clocks_are_compared_by_the_least_way_in_each_direction() -> None:

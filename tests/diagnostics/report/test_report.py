@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from outlast.diagnostics import DiagnosticsConfig, build_report, render_html, render_terminal
+from outlast.diagnostics.report.summary import headline
 from outlast.errors import DiagnosticsError, OutOfRange
 from outlast.events import CheckpointFailed, CheckpointSaved, EventLog, RunEnded, StepDone
 from tests.diagnostics.report.synthetic import SyntheticRun, clean, eventful
@@ -57,6 +58,19 @@ class TestStragglers:
         assert [(row.rank, row.straggler) for row in report.stragglers[:3]][:2] == [(1, True), (4, True)]
         assert not report.stragglers[2].straggler
         assert report.verdict.startswith("2 stragglers: rank 1 on node-a")
+
+    def test_all_ranks_of_a_node_are_told_as_the_node(self, tmp_path: Path) -> None:
+        clean(tmp_path, ranks=6, late_s={2: 0.050, 3: 0.055})
+        report = build_report(tmp_path)
+        first, evidence = headline(report)
+        assert first == "Node node-b is slow: its ranks 2, 3 are late, those of other nodes are not"
+        assert evidence.startswith("The latest, rank 3: 5")
+        assert report.verdict.startswith("Node node-b is slow: 2 stragglers: rank 3 on node-b")
+        assert "Node node-b is slow" in terminal(tmp_path, 200)
+
+    def test_one_rank_each_of_two_nodes_is_no_slow_node(self, tmp_path: Path) -> None:
+        clean(tmp_path, ranks=6, late_s={2: 0.050, 5: 0.055})
+        assert headline(build_report(tmp_path))[0].startswith("2 stragglers: rank 5 on node-c, rank 2 on node-b")
 
     def test_a_rank_late_in_every_other_step_is_none(self, tmp_path: Path) -> None:
         run = SyntheticRun(run_dir=tmp_path)

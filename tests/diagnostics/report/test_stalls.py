@@ -74,7 +74,7 @@ def test_the_worst_failure_stands_in_the_first_line(tmp_path: Path) -> None:
     """A hang that was found after 10 s, and cost 18 steps: more than a kill that cost 4, or a stall of 9 s."""
     eventful(tmp_path, stalls={5: ("link", 9.0)})
     line = first_line(tmp_path)
-    assert line.startswith("Rank 3 hung in step 49: stopped (state T)")
+    assert line.startswith("Rank 3 on node-b hung in step 49: stopped (state T)")
     assert line.endswith("; 15.1 s and 18 steps lost; recovered; the worst of 2 failures.")
     kill, hang = build_report(tmp_path).failures
     assert (kill.cause, kill.steps_lost, kill.outcome) == (
@@ -90,4 +90,6 @@ def test_the_worst_failure_stands_in_the_first_line(tmp_path: Path) -> None:
 def test_a_hang_stands_there_with_its_evidence(tmp_path: Path) -> None:
     run = clean(tmp_path)
     run.fail(2, generation=0, step=61, hang=True)
-    assert first_line(tmp_path).startswith("Rank 2 hung in step 61: stopped (state T), last entered all_gather")
+    assert first_line(tmp_path).startswith(
+        "Rank 2 on node-b hung in step 61: stopped (state T), last entered all_gather"
+    )

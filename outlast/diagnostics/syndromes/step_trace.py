@@ -1,0 +1,184 @@
+"""A trace from the steps that ranks have told of, where their collectives are not known one by one.
+
+A step is told as one meeting of all ranks at its end: what a rank spent inside collectives is how long it was inside,
+so that who waits least came last, as in the report. It tells who is slow, across nodes and without comparing clocks,
+from two numbers a step.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from outlast.diagnostics.syndromes.facts import Fact, FactKind
+from outlast.diagnostics.syndromes.trace import RUNNING, Calls, Clocks, Job, Signs, Trace
+from outlast.errors import DiagnosticsError
+
+MOST_STEPS = 48
+"""Steps of a rank that are told, the newest."""
+DELAYS: tuple[FactKind, ...] = ("garbage_collection", "data_wait", "compile")
+"""What a rank tells of that kept it from its work in a step."""
+_ROW = np.dtype([("step", "<i4"), ("done_s", "<f4"), ("inside_s", "<f4"), ("delays_s", "<f4", (len(DELAYS),))])
+_LEAST_INSIDE_S = 1e-6
+"""A rank that did not wait at all was inside nevertheless."""
+_GROUP = "all ranks"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSteps:
+    """The newest steps of one rank, ascending: one value for each."""
+
+    rank: int
+    steps: tuple[int, ...]
+    done_s: tuple[float, ...]
+    """When each ended: seconds after some moment that is the same for all ranks of the node, or before it."""
+    inside_s: tuple[float, ...]
+    """Seconds of it inside collectives."""
+    delays_s: tuple[tuple[float, ...], ...] = ()
+    """Seconds of it in each of :data:`DELAYS`; empty if none is known."""
+
+    def encode(self) -> str:
+        """As text of at most 1,536 bytes, exact to a part in ten million."""
+        rows = np.zeros(len(self.steps), dtype=_ROW)
+        rows["step"], rows["done_s"], rows["inside_s"] = self.steps, self.done_s, self.inside_s
+        if self.delays_s:
+            rows["delays_s"] = self.delays_s
+        return base64.b64encode(rows[-MOST_STEPS:].tobytes()).decode()
+
+
+def decode_steps(rank: int, text: str) -> RankSteps:
+    """What :meth:`RankSteps.encode` wrote.
+
+    Raises:
+        DiagnosticsError: it is something else.
+    """
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise DiagnosticsError(f"the steps of rank {rank} are unreadable: {error}") from error
+    if len(raw) % _ROW.itemsize or len(raw) > MOST_STEPS * _ROW.itemsize:
+        raise DiagnosticsError(f"the steps of rank {rank} have {len(raw)} bytes")
+    rows = np.frombuffer(raw, dtype=_ROW)
+    if not all(np.isfinite(rows[name]).all() for name in ("done_s", "inside_s", "delays_s")):
+        raise DiagnosticsError(f"the steps of rank {rank} have times that are none")
+    return RankSteps(
+        rank=rank,
+        steps=tuple(rows["step"].tolist()),
+        done_s=tuple(rows["done_s"].tolist()),
+        inside_s=tuple(rows["inside_s"].tolist()),
+        delays_s=tuple(map(tuple, rows["delays_s"].tolist())) if rows["delays_s"].any() else (),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSteps:
+    """The steps of one node's ranks."""
+
+    node: str
+    """Its name, which no other node has."""
+    now_s: float
+    """When they were told, after the same moment."""
+    ranks: Sequence[RankSteps]
+
+
+def trace_of_steps(nodes: Sequence[NodeSteps], *, world_size: int) -> Trace | None:
+    """The trace of a job from the steps of all its ranks; None while not all have told of a step.
+
+    Args:
+        nodes: of every node.
+        world_size: how many ranks the job has. All are taken to do the same work.
+    """
+    told = {one.rank: (one, at) for at, node in enumerate(nodes) for one in node.ranks if one.steps}
+    if sorted(told) != list(range(world_size)):
+        return None
+    ranks = [told[rank] for rank in range(world_size)]
+    counts = [len(one.steps) for one, _ in ranks]
+    rank = np.repeat(np.arange(world_size), counts)
+    step = np.asarray([value for one, _ in ranks for value in one.steps], dtype=np.int64)
+    done = np.asarray([value for one, _ in ranks for value in one.done_s])
+    inside = np.maximum([value for one, _ in ranks for value in one.inside_s], _LEAST_INSIDE_S)
+    # a rank is in none of its collectives before its step before has ended, whatever overlaps there
+    before = np.append(-math.inf, done[:-1])
+    before[np.cumsum([0, *counts[:-1]])] = -math.inf
+    enter = np.minimum(np.maximum(done - inside, before), done - _LEAST_INSIDE_S)
+    # the newest step counts once the next one has begun: here it has, as soon as it is told
+    last = np.cumsum(counts) - 1
+    rank, step = np.append(rank, rank[last]), np.append(step, step[last] + 1)
+    enter, done = np.append(enter, done[last]), np.append(done, done[last])
+    zero = np.zeros(len(rank), dtype=np.int64)
+    return Trace(
+        job=Job(
+            nodes=tuple(node.node for node in nodes),
+            node_of=np.asarray([at for _, at in ranks], dtype=np.int64),
+            role_of=np.zeros(world_size, dtype=np.int64),
+            groups=(_GROUP,),
+            members=(np.arange(world_size),),
+        ),
+        calls=Calls(
+            rank=rank,
+            group=zero,
+            seq=step,
+            op=zero,
+            nbytes=zero,
+            dtype=zero,
+            step=step,
+            enter_s=enter,
+            done_s=done,
+            peer=zero - 1,
+            ops=("all_reduce",),
+        ),
+        signs=Signs(
+            state=np.full(world_size, RUNNING, dtype=np.int64),
+            phase=np.full(world_size, "step"),
+            step=np.asarray([one.steps[-1] for one, _ in ranks], dtype=np.int64),
+            beat_s=np.asarray([one.done_s[-1] for one, _ in ranks]),
+            idle_s=np.zeros(world_size),
+        ),
+        clocks=Clocks.alike([node.now_s for node in nodes]),
+    )
+
+
+def delays_of(nodes: Iterable[NodeSteps], ranks: Collection[int]) -> list[Fact]:
+    """What kept these ranks from their work, step by step."""
+    return [
+        Fact(
+            kind=kind, node=node.node, rank=one.rank, begin_s=done_s - lost_s, end_s=done_s, value=lost_s, lost_s=lost_s
+        )
+        for node in nodes
+        for one in node.ranks
+        if one.rank in ranks
+        for done_s, delays_s in zip(one.done_s, one.delays_s, strict=False)
+        for kind, lost_s in zip(DELAYS, delays_s, strict=True)
+        if lost_s > 0
+    ]
+
+
+def newest_common_step(nodes: Iterable[NodeSteps]) -> int:
+    """The newest step that all of these ranks have told of; -1 if there is none."""
+    return min((one.steps[-1] if one.steps else -1 for node in nodes for one in node.ranks), default=-1)
+
+
+def behind_s(nodes: Iterable[NodeSteps], ranks: Iterable[int], newest: int = 10) -> dict[int, float]:
+    """By rank, seconds a step that it comes later than the median of all others: in the median of the newest steps.
+
+    Args:
+        nodes: the steps of all ranks.
+        ranks: of these.
+        newest: how many of the steps that all have.
+    """
+    told = {one.rank: dict(zip(one.steps, one.inside_s, strict=True)) for node in nodes for one in node.ranks}
+    common = sorted(set.intersection(*(set(one) for one in told.values())))[-newest:] if told else []
+    if not common or len(told) < 2:
+        return {}
+    row = {rank: at for at, rank in enumerate(told)}
+    inside = np.asarray([[of_rank[step] for step in common] for of_rank in told.values()])
+    return {
+        rank: float(np.median(np.median(np.delete(inside, row[rank], axis=0), axis=0) - inside[row[rank]]))
+        for rank in ranks
+        if rank in row
+    }

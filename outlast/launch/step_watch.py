@@ -1,0 +1,80 @@
+"""The newest steps of this node's ranks, from the events that they write."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from outlast.diagnostics.export.follow import NodeEvents
+from outlast.diagnostics.live.step_delays import RankDelay
+from outlast.diagnostics.syndromes.step_trace import DELAYS, MOST_STEPS, RankSteps
+from outlast.events import ProgramStep, StepDone
+
+_NOTHING = (0.0,) * len(DELAYS)
+WARMUP_STEPS = 3
+"""Steps of a start that are left out: they compile, allocate, connect."""
+
+
+class StepWatch:
+    """Follows the events of this node's ranks, in one start after another.
+
+    Args:
+        run_dir: the run's directory.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self.begin((), -1)
+
+    def begin(self, ranks: Sequence[int], generation: int) -> None:
+        """``ranks`` start anew on this node."""
+        self._events = NodeEvents(self._run_dir, None, since_t=time.time(), ranks=ranks)
+        self._generation = generation
+        self._steps: dict[int, deque[tuple[int, float, float]]] = {}
+        self._skipped: dict[int, int] = {}
+        self._delays: dict[tuple[int, int], list[float]] = {}
+
+    def look(self) -> None:
+        """Read what has been written since."""
+        told, _ = self._events.poll()
+        for _, record in told:
+            get = record.fields.get
+            step, inside_s, seconds = get("step"), get("collective_s"), get("seconds")
+            if record.generation != self._generation or not isinstance(step, int):
+                continue
+            if record.kind in (StepDone.kind, ProgramStep.kind) and isinstance(inside_s, int | float):
+                self._add(record.rank, step, record.t, float(inside_s))
+            elif record.kind == RankDelay.kind and get("what") in DELAYS and isinstance(seconds, int | float):
+                delays_s = self._delays.setdefault((record.rank, step), [0.0] * len(DELAYS))
+                delays_s[DELAYS.index(record["what"])] += float(seconds)
+        self._forget()
+
+    def newest(self, now_t: float) -> tuple[RankSteps, ...]:
+        """The newest steps of each rank, in seconds before ``now_t``, a time of day."""
+        return tuple(
+            RankSteps(
+                rank=rank,
+                steps=tuple(step for step, _, _ in steps),
+                done_s=tuple(t - now_t for _, t, _ in steps),
+                inside_s=tuple(inside_s for _, _, inside_s in steps),
+                delays_s=tuple(tuple(self._delays.get((rank, step), _NOTHING)) for step, _, _ in steps),
+            )
+            for rank, steps in sorted(self._steps.items())
+        )
+
+    def _forget(self) -> None:
+        """What is told of steps that are too old."""
+        oldest = {rank: steps[0][0] for rank, steps in self._steps.items() if steps}
+        for rank, step in [key for key in self._delays if key[1] < oldest.get(key[0], -1)]:
+            del self._delays[rank, step]
+
+    def _add(self, rank: int, step: int, t: float, inside_s: float) -> None:
+        if self._skipped.get(rank, 0) < WARMUP_STEPS:
+            self._skipped[rank] = self._skipped.get(rank, 0) + 1
+            return
+        steps = self._steps.setdefault(rank, deque(maxlen=MOST_STEPS))
+        if steps and step <= steps[-1][0]:
+            steps.clear()  # a program that counts anew
+        steps.append((step, t, inside_s))

@@ -1,0 +1,203 @@
+"""Who is slow is told from two numbers a step and rank; nobody is accused of noise, a spike, or for lack of words."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from outlast.diagnostics.syndromes.analyse import analyse
+from outlast.diagnostics.syndromes.facts import Fact
+from outlast.diagnostics.syndromes.step_trace import (
+    MOST_STEPS,
+    NodeSteps,
+    RankSteps,
+    behind_s,
+    decode_steps,
+    delays_of,
+    newest_common_step,
+    trace_of_steps,
+)
+from outlast.diagnostics.syndromes.verdict import Verdict
+from outlast.errors import DiagnosticsError
+
+STEP_S = 0.2
+
+
+def job(
+    ranks: int,
+    steps: int,
+    late_s: dict[int, tuple[int, float]],
+    *,
+    per_node: int = 4,
+    noise: float = 0.03,
+    seed: int = 0,
+    every: int = 1,
+    until: int = 10**6,
+    step_s: float = STEP_S,
+) -> list[NodeSteps]:
+    """The newest steps of each rank, as messages carry them.
+
+    Args:
+        ranks: of the job.
+        steps: that it has done.
+        late_s: by rank, from which step on it works how much longer.
+        per_node: ranks of a node.
+        noise: of a rank's work, as a share of a step.
+        seed: of the noise, and of when steps are told.
+        every: it is late in every so-manieth step only.
+        until: ... and up to this step.
+        step_s: that a rank works.
+    """
+    rng = np.random.default_rng(seed)
+    told: dict[int, list[tuple[int, float, float]]] = {rank: [] for rank in range(ranks)}
+    now_s = 0.0
+    for step in range(1, steps + 1):
+        own = step_s + np.abs(rng.normal(0, noise * step_s, ranks))
+        for rank, (first, more_s) in late_s.items():
+            own[rank] += more_s if first <= step < until and step % every == 0 else 0.0
+        end_s = now_s + own.max() + 0.03
+        for rank in range(ranks):
+            told[rank].append((step, end_s + rng.normal(0, 0.001), end_s - now_s - own[rank]))
+        now_s = end_s
+    nodes = []
+    for node in range(-(-ranks // per_node)):
+        mine = []
+        for rank in range(node * per_node, min(ranks, (node + 1) * per_node)):
+            rows = told[rank][-MOST_STEPS:]
+            one = RankSteps(
+                rank=rank,
+                steps=tuple(row[0] for row in rows),
+                done_s=tuple(row[1] - now_s for row in rows),
+                inside_s=tuple(row[2] for row in rows),
+            )
+            mine.append(decode_steps(rank, one.encode()))
+        nodes.append(NodeSteps(node=f"n{node}", now_s=0.0, ranks=mine))
+    return nodes
+
+
+def said(nodes: list[NodeSteps], facts: tuple[Fact, ...] = ()) -> list[Verdict]:
+    trace = trace_of_steps(nodes, world_size=sum(len(node.ranks) for node in nodes))
+    assert trace is not None
+    return [one for one in analyse(trace, facts=facts) if one.confidence != "weak"]
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+def test_the_rank_since_when_and_by_how_much(ranks: int) -> None:
+    (one,) = said(job(ranks, 40, {1: (25, 0.1)}))
+    assert (one.syndrome, one.culprit.place, one.culprit.ranks) == ("non_communication_slow", "rank", (1,))
+    assert one.step == 25
+    assert one.cost_s == pytest.approx(0.1, abs=0.02)
+    assert "its peers waited 1" in one.evidence, one.evidence
+
+
+def test_within_ten_steps_of_the_shift() -> None:
+    assert said(job(8, 29, {5: (30, 0.1)})) == []
+    (one,) = said(job(8, 40, {5: (30, 0.1)}))
+    assert one.culprit.ranks == (5,)
+
+
+def test_all_ranks_of_a_node_are_the_node_and_of_two_ranks_the_one_is_named_that_is_waited_for() -> None:
+    (node,) = said(job(12, 40, dict.fromkeys(range(4, 8), (20, 0.1))))
+    assert str(node.culprit) == "node n1"
+    (last,) = said(job(12, 40, {4: (20, 0.1), 9: (20, 0.15)}))
+    assert last.culprit.ranks == (9,)
+
+
+def test_a_cause_of_the_same_time_is_named() -> None:
+    fact = Fact(kind="cpu_throttled", node="n1", rank=5, begin_s=-4.0, end_s=0.0, value=0.4, lost_s=3.0, detail="/job")
+    (one,) = said(job(8, 40, {5: (25, 0.1)}), (fact,))
+    assert one.cause.startswith("a throttled cgroup")
+    assert one.is_software
+    (other,) = said(job(8, 40, {5: (25, 0.1)}), (replace(fact, node="n0", rank=2),))
+    assert other.cause == ""
+
+
+def test_what_a_rank_tells_of_its_own_delays_is_the_cause_if_it_explains_enough() -> None:
+    nodes = job(8, 40, {5: (25, 0.1)})
+    rank = nodes[1].ranks[1]
+
+    def with_waits(seconds: float) -> list[NodeSteps]:
+        delays_s = tuple((0.0, seconds if step >= 25 else 0.0, 0.0) for step in rank.steps)
+        one = decode_steps(5, replace(rank, delays_s=delays_s).encode())
+        return [nodes[0], replace(nodes[1], ranks=(nodes[1].ranks[0], one, *nodes[1].ranks[2:]))]
+
+    (one,) = said(nodes, tuple(delays_of(with_waits(0.09), [5])))
+    assert one.cause.startswith("data loading: 0.09 s waiting for data"), one.cause
+    assert one.is_software
+    (other,) = said(nodes, tuple(delays_of(with_waits(0.02), [5])))
+    assert other.cause == ""
+    assert delays_of(with_waits(0.09), [4]) == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_clean_steps_accuse_nobody(seed: int) -> None:
+    for ranks, noise in ((2, 0.03), (2, 0.3), (8, 0.15), (64, 0.1)):
+        assert said(job(ranks, 20 + 10 * seed, {}, noise=noise, seed=seed)) == []
+
+
+def test_a_spike_and_what_has_healed_are_nothing() -> None:
+    assert said(job(8, 40, {5: (30, 3.0)}, until=31)) == []
+    assert said(job(8, 40, {5: (15, 0.1)}, until=33)) == []
+    assert said(job(8, 40, {5: (1, 0.1)}, every=10)) == []
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_when_one_has_healed_its_peer_has_not_become_slow(ranks: int) -> None:
+    for healed in range(20, 40, 3):
+        # steps so short that their noise is as long as what a slow rank costs
+        found = said(job(ranks, 40, {1: (8, 0.1)}, until=healed, step_s=0.02, noise=0.8))
+        assert not [one for one in found if one.culprit.ranks != (1,)], found
+
+
+def test_nothing_is_said_before_all_ranks_have_told() -> None:
+    nodes = job(8, 40, {5: (20, 0.1)})
+    assert trace_of_steps(nodes[:1], world_size=8) is None
+    silent = replace(nodes[1], ranks=(*nodes[1].ranks[:-1], RankSteps(rank=7, steps=(), done_s=(), inside_s=())))
+    assert trace_of_steps([nodes[0], silent], world_size=8) is None
+    assert newest_common_step([nodes[0], silent]) == -1
+    assert newest_common_step(nodes) == 40
+    assert newest_common_step([]) == -1
+
+
+def test_a_rank_that_is_behind_is_judged_by_the_steps_that_all_have() -> None:
+    nodes = job(8, 40, {5: (20, 0.1)})
+    late = nodes[0].ranks[0]
+    cut = RankSteps(rank=0, steps=late.steps[:-3], done_s=late.done_s[:-3], inside_s=late.inside_s[:-3])
+    (one,) = said([replace(nodes[0], ranks=(cut, *nodes[0].ranks[1:])), nodes[1]])
+    assert one.culprit.ranks == (5,)
+
+
+def test_how_late_each_rank_is_now() -> None:
+    late = behind_s(job(8, 40, {5: (20, 0.1)}), range(8))
+    assert late[5] == pytest.approx(0.1, abs=0.02)
+    assert max(abs(one) for rank, one in late.items() if rank != 5) < 0.02
+    assert behind_s(job(8, 40, {5: (15, 0.1)}, until=33), [5])[5] < 0.02, "most of the newest ten are as others'"
+    assert behind_s([], [5]) == {}
+
+
+def test_what_is_told_is_bounded_and_checked() -> None:
+    long = RankSteps(rank=3, steps=tuple(range(500)), done_s=(-1.5,) * 500, inside_s=(0.25,) * 500)
+    text = long.encode()
+    assert len(text) <= 1536
+    assert decode_steps(3, text).steps == tuple(range(500 - MOST_STEPS, 500))
+    for wrong in (
+        "%%%",
+        text[:-4],
+        text + text,
+        RankSteps(rank=3, steps=(1,), done_s=(np.nan,), inside_s=(0.0,)).encode(),
+    ):
+        with pytest.raises(DiagnosticsError):
+            decode_steps(3, wrong)
+
+
+@pytest.mark.slow
+def test_a_job_of_4096_ranks_is_judged() -> None:
+    """In half a second of one core; here ten times as much is let pass, whatever else this machine does."""
+    nodes = job(4096, 48, {77: (30, 0.1)}, per_node=8)
+    began_s = time.thread_time()
+    (one,) = said(nodes)
+    assert time.thread_time() - began_s < 5.0
+    assert one.culprit.ranks == (77,)

@@ -1,0 +1,138 @@
+"""When a verdict on slow ranks is told, when it is over, and what of the ranks' events is read."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from outlast.diagnostics.live.step_delays import RankDelay
+from outlast.events import EventLog, ProgramStep, Record, read_events
+from outlast.launch.slow_ranks import SlowRanks
+from outlast.launch.step_watch import WARMUP_STEPS, StepWatch
+from tests.diagnostics.syndromes.test_step_trace import job
+from tests.helpers import wait_for
+
+
+class Told:
+    """A launcher's events, and what it judges."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "agent_a.jsonl"
+        self.log = EventLog(self.path, rank=-1)
+        self.slow = SlowRanks(self.log)
+
+    def look(self, steps: int, late_s: dict[int, tuple[int, float]], ranks: int = 4, until: int = 10**6) -> None:
+        """One look at that many steps; it is waited for, however slow this machine is."""
+        nodes = job(ranks, steps, late_s, until=until)
+        self.slow._next_s = 0.0
+        self.slow.look(nodes, (), world_size=ranks)
+        wait_for(lambda: self.slow._look is None or self.slow.look(nodes, (), world_size=ranks))
+
+    @property
+    def events(self) -> list[Record]:
+        return list(read_events(self.path))
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Iterator[Told]:
+    made = Told(tmp_path)
+    yield made
+    made.log.close()
+
+
+def test_it_is_told_once_when_it_was_seen_twice_and_once_when_it_is_over(
+    told: Told, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "outlast.launch")
+    late = {2: (20, 0.1)}
+    told.look(30, late)
+    assert told.events == []
+    told.look(30, late)
+    assert told.events == [], "no new step, no look"
+    for steps in (31, 32, 33):
+        told.look(steps, late)
+    (began,) = told.events
+    assert (began["state"], began["ranks"], began["step"], began["last_step"]) == ("began", [2], 20, 31)
+    for steps in (45, 46, 47):
+        told.look(steps, late, until=34)
+    (_, ended) = told.events
+    assert (ended["state"], ended["ranks"], ended["step"]) == ("ended", [2], 20)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2, lines
+    assert lines[0].startswith("outlast: slow outside communication: rank 2 on n0 since step 20: rank 2 works 1")
+    assert lines[1].startswith("outlast: rank 2 on n0 is as fast as its peers again")
+
+
+def test_a_restart_ends_what_was_said(told: Told) -> None:
+    for steps in (30, 31):
+        told.look(steps, {2: (20, 0.1)})
+    told.slow.begin()
+    assert [one["state"] for one in told.events] == ["began", "ended"]
+    told.look(12, {2: (1, 0.1)})
+    assert len(told.events) == 2, "one look says nothing"
+
+
+def test_one_rank_alone_and_clean_ranks_say_nothing(told: Told) -> None:
+    for steps in range(20, 40):
+        told.look(steps, {}, ranks=2)
+    told.look(30, {0: (10, 0.1)}, ranks=1)
+    told.slow.look([], (), world_size=4)
+    assert told.events == []
+
+
+def test_what_fails_in_it_is_told_once_and_ends_nothing(told: Told, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "outlast.launch")
+    nodes = job(4, 30, {})
+    broken = [
+        type(nodes[0])(
+            node="a",
+            now_s=0.0,
+            ranks=[type(one)(rank=one.rank, steps=one.steps, done_s=(), inside_s=()) for one in nodes[0].ranks],
+        )
+    ]
+    for _ in range(3):
+        told.slow.look(broken, (), world_size=4)
+        wait_for(lambda: told.slow._look is None or told.slow.look(broken, (), world_size=4))
+    assert [one.getMessage().startswith("outlast: slow ranks are not told any more: ") for one in caplog.records] == [
+        True
+    ]
+
+
+def write(run: Path, attempt: int, rank: int, generation: int, steps: range) -> None:
+    folder = run / "attempts" / f"{attempt:04d}" / "events"
+    folder.mkdir(parents=True, exist_ok=True)
+    with EventLog(folder / f"rank_{rank:05d}.jsonl", rank=rank, generation=generation) as log:
+        for step in steps:
+            if step % 10 == 0:
+                log.write(RankDelay(step=step, what="data_wait", seconds=0.5, count=1))
+                log.write(RankDelay(step=step, what="something to come", seconds=0.5, count=1))
+            log.write(ProgramStep(step=step, step_s=0.1, collective_s=0.01 * step))
+
+
+def test_the_newest_steps_of_this_nodes_ranks_in_this_start(tmp_path: Path) -> None:
+    watch = StepWatch(tmp_path)
+    watch.begin((2, 3), 1)
+    write(tmp_path, 1, 2, 0, range(1, 9))  # of the start before
+    write(tmp_path, 2, 2, 1, range(5, 105))
+    write(tmp_path, 2, 1, 1, range(5, 105))  # of another node
+    time.sleep(0.002)
+    watch.look()
+    (two,) = watch.newest(time.time())
+    assert two.rank == 2
+    assert two.steps == tuple(range(57, 105))
+    assert two.inside_s[-1] == pytest.approx(1.04)
+    assert [(step, lost) for step, lost in zip(two.steps, two.delays_s, strict=True) if any(lost)] == [
+        (step, (0.0, 0.5, 0.0)) for step in (60, 70, 80, 90, 100)
+    ]
+    assert -60 < two.done_s[0] <= two.done_s[-1] <= 0
+    write(tmp_path, 2, 3, 1, range(5, 11))
+    time.sleep(0.002)
+    watch.look()
+    assert [one.steps for one in watch.newest(time.time())][1] == tuple(range(5 + WARMUP_STEPS, 11))
+    watch.begin((2, 3), 2)
+    watch.look()
+    assert watch.newest(time.time()) == ()
