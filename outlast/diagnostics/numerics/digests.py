@@ -35,13 +35,14 @@ class Digests:
         with torch.no_grad():
             for number, tensor in enumerate(tensors):
                 part = local(tensor)
-                by_device.setdefault(part.device, []).append((number, self._digest(part)))
+                by_device.setdefault(part.device, []).append((number, self.on_device(part)))
             for pairs in by_device.values():
                 for (number, _), value in zip(pairs, torch.stack([one for _, one in pairs]).tolist(), strict=True):
                     found[number] = value
         return [0 if value is None else value for value in found]
 
-    def _digest(self, tensor: Tensor) -> Tensor:
+    def on_device(self, tensor: Tensor) -> Tensor:
+        """The digest of one tensor, int64 on its device; nothing is waited for."""
         flat = tensor.resolve_conj().resolve_neg()
         if flat.is_complex():
             flat = torch.view_as_real(flat)
