@@ -1,4 +1,4 @@
-"""A run's numbers: values that are not finite, and where they come from first."""
+"""A run's numbers: values that are not finite, spikes, replicas that differ, drift; and a step again, bit by bit."""
 
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from outlast.diagnostics.numerics.events import (
 from outlast.lazy import lazy_modules
 
 if TYPE_CHECKING:
+    from outlast.diagnostics.numerics.replay import Replay, StepReplay
     from outlast.diagnostics.numerics.watch import NumericsWatch
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "NumericsEvent",
     "NumericsSpike",
     "NumericsWatch",
+    "Replay",
     "ReplicasDifferent",
+    "StepReplay",
 ]
 
 # Reports read the events above where there is no torch, and programs are watched that do not import it.
-__getattr__ = lazy_modules(__name__, [], held={"NumericsWatch": "watch"})
+__getattr__ = lazy_modules(__name__, [], held={"NumericsWatch": "watch", "Replay": "replay", "StepReplay": "replay"})
