@@ -1,6 +1,7 @@
-"""Draws the pictures of reports from two real runs: ``python docs/report_pictures.py [FOLDER]``; needs chromium.
+"""Draws the pictures of reports from real runs: ``python docs/report_pictures.py [FOLDER [NAME ...]]``; needs chromium.
 
-In one run a rank is killed, in the other a rank is slow in steps 12 to 44. Each takes two ranks and about a minute.
+In one run a rank is killed, in one it is stopped, and in one it is slow in steps 12 to 44. Each takes two ranks and
+about a minute.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from outlast.diagnostics.live import heartbeat_path, read_heartbeat, shm_directory
@@ -20,7 +22,7 @@ from outlast.errors import DiagnosticsError
 ROOT = Path(__file__).parents[1]
 KILLED_AT, SLOW = 37, "0.4@12-44"
 WIDTH, SCALE = 1100, 0.8
-HEIGHTS = {"report_killed": 808, "report_slow": 808}
+HEIGHTS = {"report_killed": 808, "report_stopped": 1085, "report_slow": 808}
 CONFIG = """
 [run]
 dir = "{dir}"
@@ -52,6 +54,15 @@ def config_of(run: Path) -> Path:
 
 def killed(run: Path) -> None:
     """Kill rank 1 of a run under ``outlast launch`` in the middle; it recovers."""
+    _signalled(run, signal.SIGKILL)
+
+
+def stopped(run: Path) -> None:
+    """Stop rank 1 of a run under ``outlast launch`` in the middle; the launcher finds it, and the run recovers."""
+    _signalled(run, signal.SIGSTOP)
+
+
+def _signalled(run: Path, number: signal.Signals) -> None:
     words = ["-m", "outlast", "launch", str(config_of(run)), "--nproc-per-node", "2"]
     job = subprocess.Popen([sys.executable, *words], cwd=ROOT)
     beat = heartbeat_path(shm_directory(run), 1)
@@ -65,7 +76,7 @@ def killed(run: Path) -> None:
             found = None
         pid = found.pid if found is not None and found.step >= KILLED_AT else 0
         time.sleep(0.001)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
     if job.wait(timeout=600):
         raise SystemExit("the run did not recover")
 
@@ -77,7 +88,7 @@ def slow(run: Path) -> None:
     subprocess.run([sys.executable, *words, script, "1", SLOW, str(config_of(run))], cwd=ROOT, check=True, timeout=600)
 
 
-RUNS = {"report_killed": killed, "report_slow": slow}
+RUNS = {"report_killed": killed, "report_stopped": stopped, "report_slow": slow}
 
 
 def photograph(page: Path, picture: Path, height: int) -> None:
@@ -90,10 +101,11 @@ def photograph(page: Path, picture: Path, height: int) -> None:
     subprocess.run([browser, *flags, *size, profile, f"--screenshot={picture}", page.as_uri()], check=True, timeout=120)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: Sequence[str]) -> None:
     """Run, report, photograph."""
     with tempfile.TemporaryDirectory() as place:
-        for name, make in RUNS.items():
+        for name in names:
+            make = RUNS[name]
             run = Path(place) / name.replace("report_", "")
             make(run)
             page = Path(place) / f"{name}.html"
@@ -105,4 +117,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent, sys.argv[2:] or list(RUNS))

@@ -10,14 +10,14 @@ Reports are computed from these files alone.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -38,20 +38,20 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted(Event):
-    """A rank is about to take its first step of this attempt."""
+    """A rank is about to take its first step of this attempt. What is not known then is empty, or 0."""
 
     kind: ClassVar[str] = "run_started"
     attempt: int
     world_size: int
-    host: str
-    pid: int
-    device: str
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    device: str = ""
     first_step: int
     """1, or the restored step + 1."""
-    last_step: int
-    parameters: int
+    last_step: int = 0
+    parameters: int = 0
     """Number of trainable parameters."""
-    comm: str
+    comm: str = ""
     """Error feedback and compressor, e.g. ``ef21 topk 5%``."""
 
 
@@ -378,8 +378,8 @@ class EventLog:
 
     def _line(self, event: Event) -> bytes:
         line = {"v": VERSION, "t": time.time(), "rank": self.rank, "generation": self.generation, "kind": event.kind}
-        for field in dataclasses.fields(event):
-            line[field.name] = getattr(event, field.name)
+        for one in fields(event):
+            line[one.name] = getattr(event, one.name)
         return (json.dumps(line, allow_nan=True, separators=(",", ":")) + "\n").encode()
 
     def _line_of_lost(self) -> bytes:

@@ -34,6 +34,7 @@ def test_a_rank_slowed_by_300_ms_stands_first(tmp_path: Path) -> None:
     assert first["straggler"] is True
     assert first["median_lateness_ms"] == pytest.approx(slowed_ms, rel=0.2)
     assert [row["straggler"] for row in report["stragglers"][1:]] == [False]
+    assert first["cause"] == "waiting for its data"
     text = outlast("report", run).stdout
     assert "rank 1" in text
     html = tmp_path / "report.html"
@@ -50,6 +51,7 @@ def test_a_phase_in_which_a_rank_was_slow_stands_first_and_the_wait_for_it_is_to
     assert phase["latest_share"] > 0.8
     assert phase["cost_s"] == pytest.approx(14 * slowed_ms / 1e3, rel=0.3)
     assert phase["longer"][0][0] == "data"
+    assert phase["cause"].startswith("waiting for its data: ")
     split = report["split"]
     assert split["waited_for"][0][0] == 1
     waited_s = sum(split["waiting_s"][phase["first_step"] - 1 : phase["last_step"]])

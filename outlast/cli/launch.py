@@ -31,13 +31,13 @@ class Launch(TrainingVerb):
     def _run(self, overrides: Overrides) -> int:
         load_torch()
         from outlast.launch import LaunchSpec, dry_run, launch
-        from outlast.trainer.run_directory import check_usable, run_path
+        from outlast.trainer.run_directory import run_directory
 
         overrides = self.all_overrides(overrides)
         config = load_config(self.config, overrides)
         spec = LaunchSpec(
             command=(sys.executable, "-m", "outlast.trainer", str(self.config), *override_arguments(overrides)),
-            run_dir=run_path(config),
+            run_dir=run_directory(config).path,
             config=config.launch,
             export=config.export,
             flags=self.flags,
@@ -48,6 +48,6 @@ class Launch(TrainingVerb):
             return 0
         least, most = self.flags.node_range()
         # A node that joins late finds a used directory, and rightly so; rank 0 checks again in any case.
-        check_usable(config, resuming=config.run.resume != "never" or least < most)
+        run_directory(config).check_usable(resuming=config.run.resume != "never" or least < most)
         launch(spec)
         return 0

@@ -7,17 +7,15 @@ that leads the rendezvous does it.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
-from outlast.checkpoint.ownership import JOB, Lease
-from outlast.errors import RunDirectoryError
-from outlast.launch.attempt import Attempt, next_attempt, steps_taken
+from outlast.checkpoint.ownership import JOB
+from outlast.launch.attempt import Attempt, steps_taken
 from outlast.launch.place import GENERATION
-from outlast.launch.run_lease import run_lease, take_run
+from outlast.launch.run_directory import RunDirectory
 from outlast.launch.runner import ATTEMPT, LOOK_EVERY_S, RUN_DIR, STEPS_TAKEN
-
-_WAYS_OUT = "--run-dir OTHER"
 
 
 class KeyValueStore(Protocol):
@@ -39,7 +37,9 @@ class ProgramRuns:
         self._run_dir = run_dir.absolute()
         self._look_every_s = look_every_s
         self._attempt: Attempt | None = None
-        self._lease: Lease | None = None
+        self._directory = RunDirectory(self._run_dir, "--run-dir OTHER")
+        self._stack = ExitStack()
+        self._holds = False
 
     def agree(self, store: KeyValueStore, *, job: str, generation: int, leads: bool) -> dict[str, str]:
         """Variables for the ranks that start next.
@@ -56,18 +56,12 @@ class ProgramRuns:
             RunDirectoryError: another job trains in the directory, or it cannot be written.
         """
         if leads:
-            self._take(job, generation)
-            try:
-                attempt = self._attempt or next_attempt(self._run_dir)
-                attempt.make_folders()
-                attempt.link_as_latest()
-                taken = steps_taken(self._run_dir)
-            except OSError as error:
-                raise RunDirectoryError(
-                    f"the run directory {self._run_dir} cannot be written: {error.strerror} ({error.filename})",
-                    "choose another: --run-dir OTHER",
-                ) from error
-            store.set("outlast/attempt", f"{attempt.number} {taken}")
+            if not self._holds:
+                os.environ[JOB], os.environ[GENERATION] = job, str(generation)  # whose lease it is
+                self._directory.take(self._stack)
+                self._holds = True
+            attempt = self._directory.begin(self._attempt)
+            store.set("outlast/attempt", f"{attempt.number} {steps_taken(self._run_dir)}")
         else:
             self.close()
         number, taken = map(int, store.get("outlast/attempt").split())
@@ -81,14 +75,5 @@ class ProgramRuns:
 
     def close(self) -> None:
         """Give the directory back, if this launcher holds it."""
-        if self._lease is not None:
-            self._lease.close()
-            self._lease = None
-
-    def _take(self, job: str, generation: int) -> None:
-        if self._lease is not None:
-            return
-        os.environ[JOB], os.environ[GENERATION] = job, str(generation)  # whose lease it is
-        lease = run_lease(self._run_dir, _WAYS_OUT)
-        take_run(lease, _WAYS_OUT)
-        self._lease = lease
+        self._stack.close()
+        self._holds = False

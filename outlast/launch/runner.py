@@ -12,7 +12,6 @@ import faulthandler
 import os
 import runpy
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,17 +21,15 @@ from typing import Any
 
 from outlast.diagnostics.live import point_to_point
 from outlast.diagnostics.live.flight import flight_counts
-from outlast.diagnostics.live.heartbeat import Heartbeat
 from outlast.diagnostics.live.patches import AfterImport
 from outlast.diagnostics.live.program_watch import EVERY_S, ProgramWatch
-from outlast.diagnostics.live.recorder import Recorder
-from outlast.diagnostics.live.shm import heartbeat_path, ring_path, shm_directory
 from outlast.errors import OutlastError
-from outlast.events import EventLog, RunEnded, RunStarted
+from outlast.events import RunEnded, RunStarted
 from outlast.launch.attempt import Attempt
 from outlast.launch.failures import NO_RESTART_STATUS
 from outlast.launch.place import GENERATION
 from outlast.launch.program import ARCHIVE
+from outlast.launch.rank_records import RankRecords
 
 RUN_DIR = "OUTLAST_RUN_DIR"
 """In the environment of ranks that run somebody's program: the run's directory,"""
@@ -42,7 +39,6 @@ STEPS_TAKEN = "OUTLAST_STEPS_TAKEN"
 """how many steps the run had taken before this start,"""
 LOOK_EVERY_S = "OUTLAST_LOOK_EVERY_S"
 """and the seconds between two looks at its collectives."""
-RING_CAPACITY = 512
 USAGE_STATUS = 2
 """Exit status of a program that does not understand its arguments: argparse, click and others agree on it."""
 
@@ -66,27 +62,15 @@ class Runner:
         self.attempt.make_folders()
         self._log = self.attempt.log_path(self.rank).open("a", encoding="utf-8")
         faulthandler.register(signal.SIGUSR1, file=self._log, all_threads=True)
-        shm = shm_directory(self.attempt.run)
         self._generation = int(environ.get(GENERATION, "0"))
-        self._events = EventLog(self.attempt.events_path(self.rank), rank=self.rank, generation=self._generation)
-        self._heartbeat = Heartbeat(heartbeat_path(shm, self.rank), rank=self.rank)
-        self._recorder = Recorder(ring_path(shm, self.rank), rank=self.rank, capacity=RING_CAPACITY)
+        records = RankRecords(self.attempt, self.rank, self._generation)
+        self._events, self._heartbeat = records.events, records.heartbeat
         self._taken = taken = int(environ.get(STEPS_TAKEN, "0"))
         every_s = float(environ.get(LOOK_EVERY_S, EVERY_S))
-        self._watch = ProgramWatch(self._heartbeat, self._recorder, self._events, first_step=taken, every_s=every_s)
-        self._events.write(
-            RunStarted(
-                attempt=self.attempt.number,
-                world_size=self.world_size,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                device="",
-                first_step=taken + 1,
-                last_step=0,
-                parameters=0,
-                comm="",
-            )
+        self._watch = ProgramWatch(
+            records.heartbeat, records.recorder, records.events, first_step=taken, every_s=every_s
         )
+        self._events.write(RunStarted(attempt=self.attempt.number, world_size=self.world_size, first_step=taken + 1))
 
     def run(self, start: Callable[[], None]) -> int:
         """Run the program; returns its exit status. Its own traceback is printed, without the runner's frames."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from outlast.diagnostics.syndromes.analyse import analyse
 from outlast.diagnostics.syndromes.facts import Fact
 from outlast.diagnostics.syndromes.restraint import Debounce
-from outlast.diagnostics.syndromes.step_trace import NodeSteps, behind_s, newest_common_step, trace_of_steps
+from outlast.diagnostics.syndromes.step_trace import NodeSteps, behind_s, delays_of, newest_common_step, trace_of_steps
 from outlast.diagnostics.syndromes.told import VerdictGiven
 from outlast.diagnostics.syndromes.verdict import Verdict
 from outlast.events import EventLog
@@ -114,6 +114,9 @@ class _Look(threading.Thread):
             trace = trace_of_steps(self._nodes, world_size=self._world_size)
             if trace is not None:
                 said = analyse(trace, facts=self._facts)
+                late = {rank for one in said for rank in one.culprit.ranks}
+                if late and (own := delays_of(self._nodes, late)):
+                    said = analyse(trace, facts=[*self._facts, *own])
                 self.said = [one for one in said if one.syndrome == "non_communication_slow"]
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from outlast.diagnostics.export.follow import NodeEvents
-from outlast.diagnostics.syndromes.step_trace import MOST_STEPS, RankSteps
+from outlast.diagnostics.live.step_delays import RankDelay
+from outlast.diagnostics.syndromes.step_trace import DELAYS, MOST_STEPS, RankSteps
 from outlast.events import ProgramStep, StepDone
 
+_NOTHING = (0.0,) * len(DELAYS)
 WARMUP_STEPS = 3
 """Steps of a start that are left out: they compile, allocate, connect."""
 
@@ -32,16 +34,22 @@ class StepWatch:
         self._generation = generation
         self._steps: dict[int, deque[tuple[int, float, float]]] = {}
         self._skipped: dict[int, int] = {}
+        self._delays: dict[tuple[int, int], list[float]] = {}
 
     def look(self) -> None:
         """Read what has been written since."""
         told, _ = self._events.poll()
         for _, record in told:
-            if record.kind not in (StepDone.kind, ProgramStep.kind) or record.generation != self._generation:
+            get = record.fields.get
+            step, inside_s, seconds = get("step"), get("collective_s"), get("seconds")
+            if record.generation != self._generation or not isinstance(step, int):
                 continue
-            step, inside_s = record.fields.get("step"), record.fields.get("collective_s")
-            if isinstance(step, int) and isinstance(inside_s, int | float):
+            if record.kind in (StepDone.kind, ProgramStep.kind) and isinstance(inside_s, int | float):
                 self._add(record.rank, step, record.t, float(inside_s))
+            elif record.kind == RankDelay.kind and get("what") in DELAYS and isinstance(seconds, int | float):
+                delays_s = self._delays.setdefault((record.rank, step), [0.0] * len(DELAYS))
+                delays_s[DELAYS.index(record["what"])] += float(seconds)
+        self._forget()
 
     def newest(self, now_t: float) -> tuple[RankSteps, ...]:
         """The newest steps of each rank, in seconds before ``now_t``, a time of day."""
@@ -51,9 +59,16 @@ class StepWatch:
                 steps=tuple(step for step, _, _ in steps),
                 done_s=tuple(t - now_t for _, t, _ in steps),
                 inside_s=tuple(inside_s for _, _, inside_s in steps),
+                delays_s=tuple(tuple(self._delays.get((rank, step), _NOTHING)) for step, _, _ in steps),
             )
             for rank, steps in sorted(self._steps.items())
         )
+
+    def _forget(self) -> None:
+        """What is told of steps that are too old."""
+        oldest = {rank: steps[0][0] for rank, steps in self._steps.items() if steps}
+        for rank, step in [key for key in self._delays if key[1] < oldest.get(key[0], -1)]:
+            del self._delays[rank, step]
 
     def _add(self, rank: int, step: int, t: float, inside_s: float) -> None:
         if self._skipped.get(rank, 0) < WARMUP_STEPS:

@@ -1,4 +1,4 @@
-"""What the ranks of a session agree on between steps: whether a notice came, and whether all of them go on."""
+"""What the ranks of a run agree on between steps: whether a notice came, and whether all of them go on."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch.distributed as dist
 from outlast.checkpoint.peers.collectives import Agreement
 from outlast.errors import CommError, EndedEarly
 from outlast.launch import Notice
+from outlast.session import process_group
 
 _NONE = -(1 << 62)
 
 
 class StepAgreement:
-    """One small all-reduce a step on a gloo group of its own, which the step's own work hides.
+    """One small all-reduce a step, which the step's own work hides.
 
     All ranks call the same methods in the same order: :meth:`ask` when a step begins, :meth:`answer` when it has ended,
     and in the end :meth:`leave`. Whether a rank goes on is part of each question, so that a rank that leaves its loop
@@ -28,12 +29,17 @@ class StepAgreement:
         rank: of this process.
         world_size: with 1 there is no group, and all calls are local.
         notice: None: notices are not looked for.
+        group: over all ranks; None makes one of gloo, which the collectives of a loop that is not known cannot disturb.
     """
 
-    def __init__(self, rank: int, world_size: int, notice: Notice | None) -> None:
+    def __init__(
+        self, rank: int, world_size: int, notice: Notice | None, group: dist.ProcessGroup | None = None
+    ) -> None:
         self._rank = rank
         self._notice = notice
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        if group is None and world_size > 1:
+            group = dist.new_group(backend="gloo", timeout=process_group.limit())
+        self._group = group if world_size > 1 else None
         self._all = Agreement(self._group, rank, world_size)
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
         self.notice_came = False
@@ -50,6 +56,15 @@ class StepAgreement:
     def maximum(self, number: int) -> int:
         """The largest number of all ranks."""
         return self._all.maximum(number)
+
+    def all_equal(self, number: int) -> bool:
+        """Whether all ranks have the same number."""
+        return self.maximum(number) == -self.maximum(-number)
+
+    def came(self) -> bool:
+        """Whether a notice came to any rank, for now; see :meth:`answer`."""
+        self.ask()
+        return self.answer()
 
     def ask(self) -> None:
         """A step begins on this rank. Its answer is there when the step has ended."""
@@ -79,7 +94,7 @@ class StepAgreement:
     def _ask(self, leaving_after: int | None) -> None:
         noticed = self.notice_came or (self._notice is not None and bool(self._notice.name))
         left = (self._rank + 1, leaving_after, -leaving_after) if leaving_after is not None else (0, _NONE, _NONE)
-        box = torch.tensor([noticed, leaving_after is None, *left], dtype=torch.int64)
+        box = torch.tensor([noticed, leaving_after is None, *left], dtype=torch.int64, device=self._all.device)
         if self._group is None:
             self.notice_came = noticed
             return
@@ -92,10 +107,10 @@ class StepAgreement:
         self._asked = None
         try:
             work.wait()
+            noticed, staying, leaver, last, first = (int(number) for number in box.tolist())  # with NCCL it ends here
         except RuntimeError as error:
-            what = "all_reduce of who goes on"
+            what = "all_reduce of a notice, and of who goes on"
             raise CommError.of_lost_peer(what, self._rank, dist.get_world_size(self._group), error) from error
-        noticed, staying, leaver, last, first = (int(number) for number in box.tolist())
         self.notice_came = bool(noticed)
         fix = (
             "every rank must take the same steps: decide to stop early from numbers that all ranks have, such as an "

@@ -1,29 +1,25 @@
-"""The checkpoints of a session: when they are due, what they hold, and the way back."""
+"""The checkpoints of a session: what they hold, and the way back."""
 
 from __future__ import annotations
 
 import logging
-from types import TracebackType
 from typing import Literal
 
 import torch
 
-from outlast.checkpoint import CheckpointConfig, Checkpointer
-from outlast.errors import NotDurable
-from outlast.events import Event, StepDone
+from outlast.checkpoint import CheckpointConfig
 from outlast.launch import Place
 from outlast.session.agreement import StepAgreement
-from outlast.session.checkpoint_schedule import CheckpointSchedule
 from outlast.session.deepspeed import TrainedEngine
-from outlast.session.failure_history import FailureHistory, read_failure_history
 from outlast.session.models import unwrapped
 from outlast.session.place import RunPlace
+from outlast.session.scheduled_checkpoints import Collected, ScheduledCheckpoints
 from outlast.session.state import SessionState
 
 _LOG = logging.getLogger("outlast")
 
 
-class SessionCheckpoints:
+class SessionCheckpoints(ScheduledCheckpoints):
     """Saves and restores a session's state. Making one is collective.
 
     Args:
@@ -47,36 +43,16 @@ class SessionCheckpoints:
         state: SessionState,
         device: torch.device,
     ) -> None:
-        auto = config.every_steps == "auto" and place.rank == 0
-        history = read_failure_history(run.attempt) if auto else FailureHistory()
-        self._schedule = CheckpointSchedule(config, place, device, history, None, run.events)
-        self._place = place
-        self._agreement = agreement
         self._state = state
-        self._memory_every_steps = config.memory_every_steps
-        self._saved_step = 0
-
-        def emit(event: Event) -> None:
-            run.events.write(event)
-            self._schedule.on_event(event)
-
-        self._checkpointer = Checkpointer(
-            config.url if config.url is not None else str(run.path / "checkpoints"),
-            config,
-            rank=place.rank,
-            world_size=place.world_size,
-            attempt_id=agreement.token(),
-            on_event=emit,
-        )
+        super().__init__(config, run.attempt, place, agreement, device=device, events=run.events)
         try:
-            self._checkpointer.claim()
             for one in state.trained:
                 if isinstance(one, TrainedEngine) and one.saved is not None:
-                    one.saved.before_update(self._checkpointer.wait_copied)
+                    one.saved.before_update(self.checkpointer.wait_copied)
                 else:
-                    self._checkpointer.watch(unwrapped(one.model), *([] if one.optimizer is None else [one.optimizer]))
+                    self.checkpointer.watch(unwrapped(one.model), *([] if one.optimizer is None else [one.optimizer]))
         except BaseException:
-            self._checkpointer.abort()
+            self.checkpointer.abort()
             raise
 
     def restore(self, which: Literal["auto"] | int) -> int:
@@ -87,35 +63,13 @@ class SessionCheckpoints:
         """
         # Ranks that hold parts of tensors read no more than these; that takes the state as it is now.
         sharded = any(one.is_sharded for one in self._state.trained)
-        restored = self._checkpointer.restore(
-            which,
-            any_world_size=True,
-            like=self._state.collect().replicated if sharded else None,
-            strict=("model",) if sharded else True,
-        )
+        restored = self.read(which, self._state.collect().replicated if sharded else None)
         if restored is None:
             return 0
         anew = self._state.load(restored, rank=self._place.rank, world_size=self._place.world_size)
-        if not self._memory_every_steps:  # otherwise it may be in memory alone
-            self._saved_step = restored.step
         for what in anew:
             _LOG.warning("step %d: %s", restored.step, what)
         return restored.step
-
-    def save_if_due(self, step: int, *, wanted: bool) -> None:
-        """Begin a save if one is due after this step, or wanted. With ``auto`` it is collective now and then."""
-        durable = self._schedule.due(step, saving=self._checkpointer.running) or wanted
-        memory = self._memory_every_steps
-        if durable or (memory and step % memory == 0):
-            self._save(step, durable=durable)
-
-    def wait_copied(self) -> None:
-        """See :meth:`Session.wait_copied`."""
-        self._checkpointer.wait_copied()
-
-    def note(self, done: StepDone) -> None:
-        """Let the schedule learn from a step."""
-        self._schedule.on_step(done, saving=self._checkpointer.running)
 
     def finish(self, step: int) -> None:
         """Make the state after ``step`` durable, and end. Collective.
@@ -124,27 +78,16 @@ class SessionCheckpoints:
             NotDurable: on all ranks, if the last save failed.
             SnapshotMutated: see :meth:`Checkpointer.close`.
         """
-        if step > self._saved_step:
-            self._save(step, durable=True)
-        failure: NotDurable | None = None
-        try:
-            self._checkpointer.close()
-        except NotDurable as problem:
-            failure = problem
-        failed = self._agreement.maximum(int(failure is not None))
-        if failure is not None:
-            raise failure
-        if failed:
-            raise NotDurable("the session has ended, but its last step is not durable", "see the message of rank 0")
+        self.save_last(step, self.collect)
+        self.close()
+        self.check_durable("the session has ended")
 
-    def leave(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """What a ``with`` block's end does; nothing after :meth:`finish`."""
-        self._checkpointer.__exit__(kind, error, tb)
+    def collect(self, step: int) -> Collected:
+        """The state after ``step``.
 
-    def _save(self, step: int, *, durable: bool) -> None:
+        Raises:
+            SessionError: see :meth:`Trained.check_unchanged`.
+        """
         for one in self._state.trained:
             one.check_unchanged()
-        if durable:
-            self._saved_step = step
-        now = self._state.collect()
-        self._checkpointer.save(step, replicated=now.replicated, local=now.local, eager=now.eager, durable=durable)
+        return self._state.collect()

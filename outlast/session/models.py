@@ -158,6 +158,8 @@ class Trained:
     def load(self, params: Mapping[str, Any], rest: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
         """Load a copy of what :meth:`state` returned.
 
+        Among the parameters there may be the model's buffers, of which ``rest`` has this rank's own.
+
         Raises:
             StateMismatch: names what does not match; nothing of this model has been loaded then.
         """
@@ -175,8 +177,9 @@ class Trained:
             return
         if not self.is_sharded:  # what is sharded was compared as it was read
             running, buffers, _ = self.state()
-            check_like(params, running)
-            check_like(_tensors(rest), _tensors(buffers))
+            own = tensors_in(buffers)
+            check_like({name: value for name, value in params.items() if name not in own}, running)
+            check_like(tensors_in(rest), own)
         module.load_state_dict({**params, **rest})
         if self.optimizer is not None and (optimizer or not self.is_kept):
             try:
@@ -205,5 +208,6 @@ def _bare(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _tensors(state: Mapping[str, Any]) -> State:
+def tensors_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Those of its values that are tensors."""
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from outlast.diagnostics import Heartbeat, Recorder
-from outlast.diagnostics.live import heartbeat_path, remove_if_empty, ring_path, shm_directory
 from outlast.diagnostics.live.program_watch import ProgramWatch, watched
 from outlast.errors import RunDirectoryError
-from outlast.events import EventLog, RunEnded, RunStarted
+from outlast.events import RunEnded, RunStarted
 from outlast.launch import Place
-from outlast.launch.attempt import Attempt, next_attempt
+from outlast.launch.attempt import Attempt
 from outlast.launch.failures import WATCHED
-from outlast.launch.run_lease import is_used, run_lease, take_run
-from outlast.launch.runner import ATTEMPT, RING_CAPACITY, RUN_DIR
+from outlast.launch.rank_records import RankRecords
+from outlast.launch.run_directory import RunDirectory
+from outlast.launch.runner import ATTEMPT, RUN_DIR
 from outlast.session.agreement import StepAgreement
+from outlast.session.claim import claim_attempt
 
-_WAYS_OUT = "Session(OTHER, ...)"
+_IF_USED = 'resume it: Session(..., resume="auto"); give another directory; or delete it to start over'
 _open: set[Path] = set()
 
 
@@ -68,9 +67,12 @@ class RunPlace:
         self._stack.callback(_open.discard, self.path)
         try:
             watch = watched() if launched is not None else None
-            number = int(os.environ[ATTEMPT]) if watch is not None else self._claim(agreement, resuming=resuming)
-            self.attempt = Attempt(self.path, number)
-            self.attempt.make_folders()
+            if watch is not None:
+                self.attempt = Attempt(self.path, int(os.environ[ATTEMPT]))
+                self.attempt.make_folders()
+            else:
+                directory = RunDirectory(self.path, "Session(OTHER, ...)", _IF_USED)
+                self.attempt = claim_attempt(directory, place.rank, agreement, self._stack, resuming=resuming)
             self._own = watch is None
             self.watch = watch if watch is not None else self._begin_watch()
         except BaseException:
@@ -84,8 +86,6 @@ class RunPlace:
             RunStarted(
                 attempt=self.attempt.number,
                 world_size=self._place.world_size,
-                host=socket.gethostname(),
-                pid=os.getpid(),
                 device=device,
                 first_step=first_step,
                 last_step=last_step,
@@ -103,61 +103,12 @@ class RunPlace:
         """Give the directory back."""
         self._stack.close()
 
-    def _claim(self, agreement: StepAgreement, *, resuming: bool) -> int:
-        """The number of this attempt, which rank 0 takes; if it cannot, all ranks raise."""
-        refusal: RunDirectoryError | None = None
-        number = 0
-        if self._place.rank == 0:
-            try:
-                number = self._take(resuming=resuming)
-            except RunDirectoryError as error:
-                refusal = error
-        number = agreement.share(number)
-        if refusal is not None:
-            raise refusal
-        if number == 0:
-            raise RunDirectoryError(f"rank 0 cannot use the run directory {self.path}", "see the message of rank 0")
-        return number
-
-    def _take(self, *, resuming: bool) -> int:
-        if is_used(self.path) and not resuming:
-            raise RunDirectoryError(
-                f"{self.path} already contains a run",
-                'resume it: Session(..., resume="auto"); give another directory; or delete it to start over',
-            )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lease = run_lease(self.path, _WAYS_OUT)
-            take_run(lease, _WAYS_OUT)
-            self._stack.callback(lease.close)
-            attempt = next_attempt(self.path)
-            attempt.make_folders()
-            attempt.link_as_latest()
-        except OSError as error:
-            raise RunDirectoryError(
-                f"the run directory {self.path} cannot be written: {error.strerror} ({error.filename})",
-                f"choose another: {_WAYS_OUT}",
-            ) from error
-        return attempt.number
-
     def _begin_watch(self) -> ProgramWatch:
-        rank = self._place.rank
-        shm = shm_directory(self.path)
-        events = EventLog(self.attempt.events_path(rank), rank=rank, generation=self._place.generation)
-        self._stack.callback(events.close)
-        heartbeat = Heartbeat(heartbeat_path(shm, rank), rank=rank)
-        recorder = Recorder(ring_path(shm, rank), rank=rank, capacity=RING_CAPACITY)
-        self._stack.callback(_remove, shm, heartbeat, recorder)
-        watch = ProgramWatch(heartbeat, recorder, events)
+        records = RankRecords(self.attempt, self._place.rank, self._place.generation)
+        self._stack.callback(records.close)
+        if WATCHED not in os.environ:
+            self._stack.callback(records.remove_shared)
+        watch = ProgramWatch(records.heartbeat, records.recorder, records.events)
         self._stack.callback(watch.close)
         watch.start()
         return watch
-
-
-def _remove(shm: Path, heartbeat: Heartbeat, recorder: Recorder) -> None:
-    """Close both; where no launcher reads them, they are of no more use."""
-    unwatched = WATCHED not in os.environ
-    heartbeat.close(unlink=unwatched)
-    recorder.close(unlink=unwatched)
-    if unwatched:
-        remove_if_empty(shm)

@@ -1,10 +1,9 @@
-"""PyTorch's default process group, and small collectives on it."""
+"""PyTorch's default process group: who joins it, where, and for how long its collectives wait."""
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,25 +126,13 @@ def _told_if_slow(place: Place, timeout: timedelta) -> Iterator[None]:
         timer.cancel()
 
 
-def broadcast_token(device: torch.device, number: int) -> tuple[int, str]:
-    """Rank 0's ``number``, and a random token drawn by rank 0, on every rank. Collective.
-
-    Failure contract: as all collectives of the default group, raises within its timeout when a peer is lost.
-    """
-    token = secrets.token_bytes(8) if dist.get_rank() == 0 else bytes(8)
-    payload = torch.tensor([number, *token], dtype=torch.int64, device=device)
-    dist.broadcast(payload, src=0)
-    first, *rest = payload.tolist()
-    return int(first), bytes(rest).hex()
-
-
-def maximum(device: torch.device, value: int) -> int:
-    """The largest ``value`` of all ranks. Collective; raises within the group's timeout when a peer is lost."""
-    box = torch.tensor([value], dtype=torch.int64, device=device)
-    dist.all_reduce(box, op=dist.ReduceOp.MAX)
-    return int(box.item())
-
-
-def all_equal(device: torch.device, value: int) -> bool:
-    """Whether all ranks have the same ``value`` (63 bits). Collective, as :func:`maximum`."""
-    return maximum(device, value) == -maximum(device, -value)
+def limit() -> timedelta | None:
+    """After how long a collective of the default process group is given up; None where its backend does not tell."""
+    group = dist.group.WORLD
+    assert group is not None
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    try:
+        options = group._get_backend(torch.device(device)).options
+    except (RuntimeError, AttributeError):  # no backend for this device, or one without options
+        return None
+    return options._timeout

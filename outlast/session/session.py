@@ -165,7 +165,7 @@ class Session:
             self._checkpoints = SessionCheckpoints(
                 config, self._run, self._place, self._agreement, self._state, self.device
             )
-            self._stack.push(self._checkpoints.leave)
+            enter(self._checkpoints.checkpointer)
         for one in parts:
             self._stack.callback(one.count_updates())
         self._numerics = SessionNumerics(parts, watched, self._run.events, self.rank)
@@ -342,7 +342,7 @@ class Session:
             SnapshotMutated: a tensor was changed too early; the save is given up.
         """
         if self._checkpoints is not None:
-            self._checkpoints.wait_copied()
+            self._checkpoints.checkpointer.wait_copied()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -415,10 +415,12 @@ class Session:
         began = self._record.end_update(step)
         self._numerics.end_step(self._record.logged)
         if self._checkpoints is not None:
-            self._checkpoints.save_if_due(step, wanted=self._wanted or step == self._last_step)
+            self._checkpoints.save_if_due(
+                step, self._checkpoints.collect, last=step == self._last_step, wanted=self._wanted
+            )
         done = self._record.end_step(step, began)
         if self._checkpoints is not None:
-            self._checkpoints.note(done)
+            self._checkpoints.note_step(done)
 
 
 def _leave_group() -> None:

@@ -15,8 +15,10 @@ from outlast.checkpoint import Restored
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.comm import Reducer
 from outlast.errors import SessionError, StateMismatch
+from outlast.session.buffers import of_rank_0
 from outlast.session.deepspeed import TrainedEngine, is_header
-from outlast.session.models import State, Trained, split
+from outlast.session.models import State, Trained, split, tensors_in
+from outlast.session.scheduled_checkpoints import Collected
 
 _EAGER = frozenset({"rng", "buffers", "module_buffers", "parts", "own_parts"})
 
@@ -41,18 +43,6 @@ class Part:
     def module(self) -> nn.Module | None:
         """The module that it is, if so: its parameters are equal on all ranks, its buffers each rank's own."""
         return self.holder if self.replicated and isinstance(self.holder, nn.Module) else None
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """The state of one rank, as :meth:`Checkpointer.save` takes it."""
-
-    replicated: State
-    """What is equal on all ranks."""
-    local: State
-    """What is this rank's own."""
-    eager: frozenset[str]
-    """Top-level keys whose tensors the next step may change before the update; they are copied at once."""
 
 
 @dataclass(slots=True)
@@ -97,11 +87,14 @@ class SessionState:
         return [one for one in self.trained if isinstance(one, TrainedEngine)]
 
     def collect(self) -> Collected:
-        """What is to be saved now. The tensors are live. Collective if there are DeepSpeed engines."""
+        """What is to be saved now. The tensors are live. Collective if there are buffers or DeepSpeed engines."""
         models, optimizers, buffers = {}, {}, {}
+        sharded = any(one.is_sharded for one in self.trained)  # then no more is read than they had when it was saved
         for one in self.trained:
             if not isinstance(one, TrainedEngine):
                 models[one.name], buffers[one.name], optimizers[one.name] = one.state()
+                if not sharded:
+                    models[one.name] |= of_rank_0(tensors_in(buffers[one.name]))
         shared = [part for part in self.parts.values() if part.replicated]
         modules = {part.name: split(part.module) for part in shared if part.module is not None}
         replicated: State = {
@@ -158,7 +151,7 @@ class SessionState:
             if not optimizer and comm is not None and not one.is_kept:  # it was kept, and is not any more
                 optimizer = comm.get("optimizer", {})
             if isinstance(one, TrainedEngine):
-                one.load_collected(replicated, lambda of: own if of == rank else restored.read_local(of), saved_by)
+                one.load_collected(replicated, restored.read_local, saved_by)
             else:
                 one.load(models.get(one.name, {}), buffers.get(one.name, {}), optimizer)
             reducer = self.reducers.get(one.name)

@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import time
 from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
-from outlast.checkpoint import Checkpointer
 from outlast.comm import Choice
-from outlast.diagnostics import (
-    Heartbeat,
-    Recorder,
-)
-from outlast.diagnostics.live import (
-    heartbeat_path,
-    ring_path,
-    shm_directory,
-)
 from outlast.diagnostics.live.step_delays import StepDelays
 from outlast.diagnostics.numerics import NumericsEvent, NumericsWatch
-from outlast.errors import (
-    DataError,
-)
-from outlast.events import CommChosen, Event, EventLog, RunStarted
-from outlast.launch import (
-    Notice,
-    Place,
-)
+from outlast.errors import DataError
+from outlast.events import CommChosen, EventLog, RunStarted
+from outlast.launch import Notice, Place
 from outlast.launch.attempt import Attempt
-from outlast.session import process_group
-from outlast.session.checkpoint_schedule import CheckpointSchedule
-from outlast.session.failure_history import FailureHistory, read_failure_history
+from outlast.launch.rank_records import RankRecords
+from outlast.session.agreement import StepAgreement
+from outlast.session.scheduled_checkpoints import ScheduledCheckpoints
 from outlast.trainer.blocks import compile_model
 from outlast.trainer.config import Config
 from outlast.trainer.engines.base import Engine
@@ -55,27 +37,23 @@ def build_run(
     place: Place,
     device: torch.device,
     attempt: Attempt,
-    epoch: str,
     notice: Notice,
+    agreement: StepAgreement,
     stack: ExitStack,
 ) -> Run:
     """Build every part; ``stack`` closes those that hold resources."""
-    shm = shm_directory(attempt.run)
-    events = stack.enter_context(
-        EventLog(attempt.events_path(place.rank), rank=place.rank, generation=place.generation)
-    )
-    heartbeat = Heartbeat(heartbeat_path(shm, place.rank), rank=place.rank)
-    stack.callback(heartbeat.close)
-    heartbeat.beat("setup", 0)
+    ring_capacity = config.diagnostics.ring_capacity
+    records = RankRecords(attempt, place.rank, place.generation, ring_capacity=ring_capacity)
+    stack.callback(records.close)
+    records.heartbeat.beat("setup", 0)
+    events, recorder = records.events, records.recorder
     delays = StepDelays(events)
     delays.open()
     stack.callback(delays.close)
-    recorder = Recorder(ring_path(shm, place.rank), rank=place.rank, capacity=config.diagnostics.ring_capacity)
-    stack.callback(recorder.close)
 
     training, held_out = build_sources(config, place.rank, place.world_size)
     fingerprint = str(training.state().get("fingerprint", ""))
-    if not process_group.all_equal(device, int(fingerprint[:15] or "0", 16)):
+    if not agreement.all_equal(int(fingerprint[:15] or "0", 16)):
         raise DataError(
             f"the training data of rank {place.rank} differ from its peers' ({training.describe()}, fingerprint "
             f"{fingerprint})",
@@ -91,27 +69,10 @@ def build_run(
         model, config, device, observer=recorder, on_choice=lambda choice: _log_choice(choice, events)
     )
     stack.callback(engine.close)
-    auto = config.checkpoint.every_steps == "auto" and place.rank == 0
-    history = read_failure_history(attempt) if auto else FailureHistory()
-    schedule = CheckpointSchedule(config.checkpoint, place, device, history, recorder, events)
-
-    def emit(event: Event) -> None:
-        events.write(event)
-        schedule.on_event(event)
-
-    url = config.checkpoint.url if config.checkpoint.url is not None else str(attempt.run / "checkpoints")
-    checkpointer = stack.enter_context(
-        Checkpointer(
-            url,
-            config.checkpoint,
-            rank=place.rank,
-            world_size=place.world_size,
-            attempt_id=epoch,
-            group=dist.group.WORLD,
-            on_event=emit,
-        )
+    checkpoints = ScheduledCheckpoints(
+        config.checkpoint, attempt, place, agreement, device=device, events=events, recorder=recorder
     )
-    checkpointer.claim()
+    checkpointer = stack.enter_context(checkpoints.checkpointer)
     if config.trainer.engine != "deepspeed":  # which takes the parameters themselves away
         checkpointer.watch(model)
     return Run(
@@ -121,15 +82,12 @@ def build_run(
         engine=engine,
         loader=training,
         held_out=held_out,
-        checkpointer=checkpointer,
-        schedule=schedule,
-        recorder=recorder,
-        heartbeat=heartbeat,
-        events=events,
+        checkpoints=checkpoints,
+        records=records,
         delays=delays,
         notice=notice,
-        numerics=_numerics(engine, config, place, recorder, events, stack),
-        device=device,
+        agreement=agreement,
+        numerics=_numerics(engine, config, place, records, stack),
         progress=Progress(
             every_steps=config.trainer.log_every_steps,
             last_step=config.trainer.steps,
@@ -141,16 +99,14 @@ def build_run(
     )
 
 
-def _numerics(
-    engine: Engine, config: Config, place: Place, recorder: Recorder, events: EventLog, stack: ExitStack
-) -> NumericsWatch:
+def _numerics(engine: Engine, config: Config, place: Place, records: RankRecords, stack: ExitStack) -> NumericsWatch:
     """The watch on the run's numbers; what it finds becomes events, and a line in the log of rank 0."""
     settings = config.numerics
     if config.trainer.engine == "deepspeed":  # which has gradients and copies of parameters of its own
         settings = replace(settings, not_finite="off", rerun_batches=0, replicas_every_steps=0, drift_every_steps=0)
 
     def tell(event: NumericsEvent) -> None:
-        events.write(event)
+        records.events.write(event)
         if place.rank == 0:
             _LOG.warning("step %d: %s", event.step, event.told)
 
@@ -160,7 +116,7 @@ def _numerics(
         settings,
         on_event=tell,
         ranks=tuple(range(place.world_size)),
-        recorder=recorder,
+        recorder=records.recorder,
         follows_updates=False,
     )
     stack.callback(watch.close)
@@ -175,12 +131,10 @@ def restore(run: Run, device: torch.device, resume: str) -> None:
     trained = [parameter for parameter in run.engine.model.parameters() if parameter.requires_grad]
     parameters = sum(int(getattr(one, "ds_numel", one.numel())) for one in trained)  # ZeRO 3 has taken the entries away
     comm = run.config.comm.describe()
-    run.events.write(
+    run.records.events.write(
         RunStarted(
             attempt=run.attempt.number,
             world_size=run.place.world_size,
-            host=socket.gethostname(),
-            pid=os.getpid(),
             device=str(device),
             first_step=run.first_step,
             last_step=run.last_step,

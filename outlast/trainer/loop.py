@@ -32,8 +32,7 @@ def train(run: Run) -> None:
         reduced = update.reduced
         run.answer_notice()
         with timer("checkpoint"):
-            if run.checkpoint_due(step):
-                run.save(step)
+            run.save_if_due(step)
 
         done = StepDone(
             step=step,
@@ -57,4 +56,4 @@ def train(run: Run) -> None:
         if run.evaluation_due(step):
             run.evaluate(step)
     run.finish()
-    run.events.write(RunEnded(step=run.done_step, ok=True, reason=run.ended_by))
+    run.records.events.write(RunEnded(step=run.done_step, ok=True, reason=run.ended_by))

@@ -6,45 +6,26 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from outlast.checkpoint.ownership import Lease
-from outlast.config import Overrides, load, split_overrides
-from outlast.diagnostics import (
-    build_report,
-)
-from outlast.diagnostics.live import remove_if_empty
+from outlast.config import Overrides, load, split_overrides, to_toml
+from outlast.diagnostics import build_report
 from outlast.diagnostics.report.html_file import write_html
-from outlast.errors import (
-    ConfigError,
-    DiagnosticsError,
-    EndedEarly,
-    NotDurable,
-    OutlastError,
-    RunDirectoryError,
-)
+from outlast.errors import ConfigError, DiagnosticsError, EndedEarly, OutlastError
 from outlast.events import GoodputMeasured, RunEnded
-from outlast.launch import (
-    Notice,
-    Place,
-    find_place,
-)
-from outlast.launch.attempt import Attempt
-from outlast.launch.failures import (
-    NO_RESTART_STATUS,
-    RESUME_STATUS,
-    WATCHED,
-)
+from outlast.launch import Notice, Place, find_place
+from outlast.launch.failures import NO_RESTART_STATUS, RESUME_STATUS, WATCHED
 from outlast.launch.place import Single
 from outlast.session import process_group
+from outlast.session.agreement import StepAgreement
+from outlast.session.claim import claim_attempt
 from outlast.trainer import logs
 from outlast.trainer.build import build_run, restore
 from outlast.trainer.config import Config
@@ -52,7 +33,7 @@ from outlast.trainer.factories import search_beside
 from outlast.trainer.loop import train
 from outlast.trainer.parts import check_factories
 from outlast.trainer.run import Run
-from outlast.trainer.run_directory import begin_attempt, lease_of, run_path
+from outlast.trainer.run_directory import run_directory
 from outlast.trainer.sources import check_data
 from outlast.trainer.summary import render_summary
 
@@ -126,20 +107,23 @@ def run_rank(config: Config, place: Place) -> bool:
         device = process_group.choose_device(trainer.device, place, shared=trainer.backend == "gloo")
         process_group.start(place, device, timedelta(seconds=trainer.timeout_s), trainer.backend)
         stack.callback(dist.destroy_process_group)
+        agreement = StepAgreement(place.rank, place.world_size, notice, dist.group.WORLD)
         # torchrun counts restarts per node; a node whose own ranks never failed would not resume.
-        place = replace(place, generation=process_group.maximum(device, place.generation))
-        if place.generation == 0 and notice.came(device=device):  # later, memory may hold what storage lacks
+        place = replace(place, generation=agreement.maximum(place.generation))
+        if place.generation == 0 and agreement.came():  # later, memory may hold what storage lacks
             _LOG.warning("%s came before the run had begun", notice.name or "a notice to another node")
             return False
         resume = "auto" if place.generation > 0 else config.run.resume
-        lease = stack.enter_context(closing(lease_of(config)))
-        attempt, epoch = _claim_attempt(config, device, lease, resuming=resume != "never")
+        resuming = resume != "never"
+        attempt = claim_attempt(
+            run_directory(config), place.rank, agreement, stack, resuming=resuming, settings=to_toml(config)
+        )
         logs.set_up_file(attempt.log_path(place.rank), place.rank, stacks=WATCHED in os.environ)
         run = None
         try:
-            run = build_run(config, place, device, attempt, epoch, notice, stack)
+            run = build_run(config, place, device, attempt, notice, agreement, stack)
             restore(run, device, resume)
-            run.ending = notice.came(device=device)
+            run.ending = agreement.came()
             train(run)
         except Exception as error:
             _LOG.exception("rank %d failed", place.rank)
@@ -149,7 +133,7 @@ def run_rank(config: Config, place: Place) -> bool:
             if error.code not in (None, 0):
                 raise
             _LOG.exception("rank %d called sys.exit()", place.rank)
-            step = run.recorder.step if run is not None else 0
+            step = run.records.recorder.step if run is not None else 0
             early = EndedEarly(
                 f"rank {place.rank} called sys.exit() in step {step} of {config.trainer.steps}, before training "
                 "was done",
@@ -160,9 +144,9 @@ def run_rank(config: Config, place: Place) -> bool:
         ended_by = run.ended_by
         if place.rank == 0 and not ended_by:  # after a notice every second counts; the report can be made later
             _write_report(run)
-        if WATCHED not in os.environ:
-            _remove_shared_memory(run)
-        _check_durable(run, f"the run was ended by a {ended_by}" if ended_by else "training is done")
+        if WATCHED not in os.environ:  # a launcher that watches does so itself
+            run.records.remove_shared()
+        run.checkpoints.check_durable(f"the run was ended by a {ended_by}" if ended_by else "training is done")
         if ended_by and place.rank == 0:
             _tell_end(run)
         return not ended_by
@@ -177,51 +161,15 @@ def _tell_left_over(place: Place) -> None:
 
 def _write_failed(run: Run | None, error: Exception) -> None:
     if run is not None:
-        run.events.write(RunEnded(step=run.recorder.step, ok=False, reason=f"{type(error).__name__}: {error}"))
-
-
-def _check_durable(run: Run, what: str) -> None:
-    """Raise on every rank unless the last save is in storage. Collective."""
-    failure: NotDurable | None = None
-    if run.place.rank == 0 and run.not_durable is not None:
-        failure = NotDurable(f"{what}, but {run.not_durable.what}", run.not_durable.fix)
-    if process_group.maximum(run.device, int(failure is not None)):
-        raise failure or NotDurable(f"{what}, but its last step is not durable", "see the message of rank 0")
+        run.records.events.write(
+            RunEnded(step=run.records.recorder.step, ok=False, reason=f"{type(error).__name__}: {error}")
+        )
 
 
 def _tell_end(run: Run) -> None:
     step = run.done_step
     saved = f"step {step} is durable" if step else "no step had been done"
     _LOG.warning("ended by a %s: %s; --resume auto goes on from there", run.ended_by, saved)
-
-
-def _claim_attempt(config: Config, device: torch.device, lease: Lease, *, resuming: bool) -> tuple[Attempt, str]:
-    """Rank 0 takes the run's directory, and the next attempt's folder; returns it and a token on every rank.
-
-    If rank 0 is refused, every rank raises.
-    """
-    refusal: RunDirectoryError | None = None
-    number = 0
-    if dist.get_rank() == 0:
-        try:
-            number = begin_attempt(config, lease, resuming=resuming).number
-        except RunDirectoryError as error:
-            refusal = error
-    number, epoch = process_group.broadcast_token(device, number)
-    if refusal is not None:
-        raise refusal
-    if number == 0:
-        raise RunDirectoryError(f"rank 0 cannot use the run directory {run_path(config)}", "see the message of rank 0")
-    attempt = Attempt(run_path(config), number)
-    attempt.make_folders()
-    return attempt, epoch
-
-
-def _remove_shared_memory(run: Run) -> None:
-    """Remove the ring and heartbeat of a run that succeeded. Under a launcher that watches, the launcher does so."""
-    run.heartbeat.close(unlink=True)
-    run.recorder.close(unlink=True)
-    remove_if_empty(run.heartbeat.path.parent)
 
 
 def _write_report(run: Run) -> None:
@@ -233,7 +181,7 @@ def _write_report(run: Run) -> None:
     try:
         report = build_report(run.attempt.run)
         goodput = report.goodput
-        run.events.write(GoodputMeasured(wall_s=goodput.wall_s, seconds=goodput.parts_s()))
+        run.records.events.write(GoodputMeasured(wall_s=goodput.wall_s, seconds=goodput.parts_s()))
         write_html(report, path)
         render_summary(report, Console(), path)
     except (DiagnosticsError, OSError) as error:  # a pipe that nobody reads, or a terminal's log on a full disk, too

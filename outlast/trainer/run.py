@@ -9,20 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from outlast.checkpoint import Checkpointer, Restored, load
+from outlast.checkpoint import Restored, load
 from outlast.checkpoint.rng import load_rng_state, rng_state
-from outlast.diagnostics import Heartbeat, Recorder
 from outlast.diagnostics.live.step_delays import StepDelays
 from outlast.diagnostics.numerics import NumericsWatch
-from outlast.errors import CommError, NonFiniteGradient, NotDurable, StateMismatch, TrainingDiverged
-from outlast.events import EvalDone, EventLog, StepDone
+from outlast.errors import CommError, NonFiniteGradient, StateMismatch, TrainingDiverged
+from outlast.events import EvalDone, StepDone
 from outlast.launch import Notice, Place
 from outlast.launch.attempt import Attempt
-from outlast.session import process_group
-from outlast.session.checkpoint_schedule import CheckpointSchedule
+from outlast.launch.rank_records import RankRecords
+from outlast.session.agreement import StepAgreement
+from outlast.session.scheduled_checkpoints import Collected, ScheduledCheckpoints
 from outlast.trainer.batches import Batch, in_form
 from outlast.trainer.config import Config
 from outlast.trainer.engines.base import Engine, UpdateStats
@@ -43,38 +42,29 @@ class Run:
     engine: Engine
     loader: Source
     held_out: Source | None
-    checkpointer: Checkpointer
-    schedule: CheckpointSchedule
-    recorder: Recorder
-    heartbeat: Heartbeat
-    events: EventLog
+    checkpoints: ScheduledCheckpoints
+    records: RankRecords
     delays: StepDelays
     progress: Progress
     notice: Notice
+    agreement: StepAgreement
     numerics: NumericsWatch
-    device: torch.device
     first_step: int = 1
     last_step: int = field(init=False)
     done_step: int = 0
     """The newest step that is done, here or before the run was resumed."""
     ending: bool = False
     """Whether a notice came: the state after ``done_step`` is saved, and the run ends. The same on all ranks."""
-    _durable: bool = True
-    """Whether the checkpoint that is due goes to storage."""
-    not_durable: NotDurable | None = None
-    """That the last save to storage has failed; to be raised at the very end, since reports come first."""
-    _saved_step: int = 0
-    """The newest step that is in storage or on its way there."""
 
     def __post_init__(self) -> None:
         self.last_step = self.config.trainer.steps
 
     def begin_step(self, step: int) -> None:
         """Announce ``step`` to the recorder and in the heartbeat."""
-        self.recorder.step = step
+        self.records.recorder.step = step
         self.numerics.begin_step(step)
         self.delays.forget()
-        self.heartbeat.beat("step", step)
+        self.records.heartbeat.beat("step", step)
 
     def forward_backward(self, step: int, batches: list[Batch]) -> float:
         """See :class:`Engine`; an error about what is not finite says where it comes from."""
@@ -107,13 +97,13 @@ class Run:
 
     def ask_notice(self) -> None:
         """Begin to ask all ranks whether a notice came. Collective, as :meth:`answer_notice`."""
-        self.notice.ask(device=self.device)
+        self.agreement.ask()
 
     def answer_notice(self) -> None:
         """Set ``ending`` if a notice came to any rank. Raises CommError, within the group's timeout, if one is lost."""
-        token = self.recorder.enter("all_reduce", 4, "notice")
-        self.ending = self.notice.answer()
-        self.recorder.complete(token)
+        token = self.records.recorder.enter("all_reduce", 40, "notice")
+        self.ending = self.agreement.answer()
+        self.records.recorder.complete(token)
 
     @property
     def ended_by(self) -> str:
@@ -135,56 +125,45 @@ class Run:
             if self.place.rank == 0:
                 _LOG.info("step %d: the evaluation is cut off by a notice", step)
             return
-        token = self.recorder.enter("all_reduce", mean.nbytes, "held-out loss")
+        token = self.records.recorder.enter("all_reduce", mean.nbytes, "held-out loss")
         try:
             dist.all_reduce(mean)
             total = float(mean)  # with NCCL the collective is over only now
         except RuntimeError as error:
             what = "all_reduce of the held-out loss"
             raise CommError.of_lost_peer(what, self.place.rank, self.place.world_size, error) from error
-        self.recorder.complete(token)
+        self.records.recorder.complete(token)
         loss = total / self.place.world_size
-        self.events.write(EvalDone(step=step, loss=loss, seconds=time.perf_counter() - start_s))
+        self.records.events.write(EvalDone(step=step, loss=loss, seconds=time.perf_counter() - start_s))
         if self.place.rank == 0:
             _LOG.info("step %d: held-out loss %.4f", step, loss)
 
     def _held_out_batches(self, step: int) -> Iterator[Batch]:
         """Each batch is a sign of life, so that a long evaluation is no hang. After a notice there are no more."""
-        self.heartbeat.beat("eval", step)
+        self.records.heartbeat.beat("eval", step)
         assert self.held_out is not None
         held_out = self.held_out.fresh()
         for number in range(self.config.trainer.eval_batches):
             for pair in held_out.batches(number + 1):
                 self.ask_notice()
                 yield in_form(pair, self.config.data.form)
-                self.heartbeat.beat("eval", step)
+                self.records.heartbeat.beat("eval", step)
                 self.answer_notice()
                 if self.ending:
                     return
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of ``step``; waiting for them is a phase of its own."""
-        self.heartbeat.beat("data", step)
+        self.records.heartbeat.beat("data", step)
         batches = [in_form(pair, self.config.data.form) for pair in self.loader.batches(step)]
-        self.heartbeat.beat("step", step)
+        self.records.heartbeat.beat("step", step)
         if step == self.first_step and self.place.world_size > 1 and (stream := self.loader.local_state()):
-            token = self.recorder.enter("all_reduce", 8, "first batches")
-            same = process_group.all_equal(self.device, int(stream["digest"]))
-            self.recorder.complete(token)
+            token = self.records.recorder.enter("all_reduce", 8, "first batches")
+            same = self.agreement.all_equal(int(stream["digest"]))
+            self.records.recorder.complete(token)
             if same and self.place.rank == 0:
                 _LOG.warning("all ranks take the same batches: have data.factory share them out by rank and world_size")
         return batches
-
-    def checkpoint_due(self, step: int) -> bool:
-        """Whether to save a checkpoint after ``step``, to any tier.
-
-        Collective with ``checkpoint.every_steps = "auto"``.
-        """
-        self._durable = (
-            self.ending or step == self.last_step or self.schedule.due(step, saving=self.checkpointer.running)
-        )
-        memory = self.config.checkpoint.memory_every_steps
-        return self._durable or (memory > 0 and step % memory == 0)
 
     def wait_copied(self, step: int) -> None:
         """Wait until the last snapshot is copied, so that parameters may change.
@@ -192,35 +171,37 @@ class Run:
         Raises:
             SnapshotMutated: a tensor changed before it was copied.
         """
-        self.heartbeat.beat("checkpoint", step)
-        self.checkpointer.wait_copied()
-        self.heartbeat.beat("step", step)
+        self.records.heartbeat.beat("checkpoint", step)
+        self.checkpoints.checkpointer.wait_copied()
+        self.records.heartbeat.beat("step", step)
 
-    def save(self, step: int) -> None:
-        """Start saving the state after ``step``; it is copied and written while training goes on.
+    def save_if_due(self, step: int) -> None:
+        """Begin to save the state after ``step`` if that is due; it is copied and written while training goes on.
 
-        The live tensors may be read, but must not change before :meth:`wait_copied` returns.
+        The live tensors may be read, but must not change before :meth:`wait_copied` returns. Collective with
+        ``checkpoint.every_steps = "auto"``.
         """
-        self.heartbeat.beat("checkpoint", step)
-        if self._durable:
-            self._saved_step = step
+        self.checkpoints.save_if_due(step, self.collect, last=self.ending or step == self.last_step)
+
+    def collect(self, step: int) -> Collected:
+        """The state after ``step``, as it is saved."""
+        self.records.heartbeat.beat("checkpoint", step)
         state = self.engine.state()
         replicated = {**state.replicated, "data": self.loader.state(), "settings": saved_settings(self.config)}
         local: dict[str, Any] = {**state.local, "rng": rng_state()}
         if stream := self.loader.local_state():
             local["stream"] = stream
-        eager = state.eager | {"rng", "stream"}
-        self.checkpointer.save(step, replicated=replicated, local=local, eager=eager, durable=self._durable)
+        return Collected(replicated, local, state.eager | {"rng", "stream"})
 
     def record_step(self, done: StepDone) -> None:
         """Write a step's event, log it, and let the checkpoint schedule learn from it."""
         self.done_step = done.step
         self.delays.end_step(done.step, done.step_s, data_s=done.data_s)
-        self.events.write(done)
+        self.records.events.write(done)
         norm = done.grad_norm if done.update_norm is None else done.update_norm
         self.numerics.end_step(done.loss, norm, "gradient" if done.update_norm is None else "update")
         self.progress.step(done)
-        self.schedule.on_step(done, saving=self.checkpointer.running)
+        self.checkpoints.note_step(done)
 
     def begin_from(self) -> Restored:
         """Take the parameters and buffers of ``run.start_from``, and nothing else. Collective.
@@ -262,13 +243,7 @@ class Run:
         Raises:
             CheckpointError, DataError: see :meth:`Checkpointer.restore` and :meth:`Loader.resumed_from`.
         """
-        like = self.engine.like()
-        restored = self.checkpointer.restore(
-            "auto" if resume == "auto" else int(resume),
-            like=like,
-            any_world_size=True,
-            strict=True if like is None else ("model",),  # a parameter without a gradient has no optimizer state
-        )
+        restored = self.checkpoints.read("auto" if resume == "auto" else int(resume), self.engine.like())
         if restored is None:
             return None
         if restored.step > self.last_step:
@@ -280,19 +255,13 @@ class Run:
         changed = changed_settings(restored.replicated.get("settings", {}), self.config, restored.step)
         rank, ranks = self.place.rank, restored.world_size
         same = ranks == self.place.world_size
-
-        def read_local(number: int) -> dict[str, Any]:
-            return restored.local if same and number == rank else restored.read_local(number)
-
-        stream = read_local(rank).get("stream") if same else None
+        stream = restored.local.get("stream")
         self.loader = self.loader.resumed_from(restored.replicated["data"], restored.step, stream)
-        self.engine.load(restored.replicated, read_local, ranks)
+        self.engine.load(restored.replicated, restored.read_local, ranks)
         if rank < ranks:
-            load_rng_state(read_local(rank)["rng"])
+            load_rng_state(restored.read_local(rank)["rng"])
         self.first_step = restored.step + 1
         self.done_step = restored.step
-        if not self.config.checkpoint.memory_every_steps:  # otherwise it may be in memory alone
-            self._saved_step = restored.step
         for line in changed if rank == 0 else ():
             _LOG.info("changed since step %d: %s", restored.step, line)
         if not same and rank == 0:
@@ -308,16 +277,12 @@ class Run:
     def finish(self) -> None:
         """Wait until the last checkpoint is committed or has failed, and then for all ranks. Collective.
 
-        After a notice, the state is saved first unless it is in storage.
+        The state is saved first unless it is in storage. Whether the last save failed is told later, since reports come
+        first.
         """
-        if self.ending and self.done_step > self._saved_step:
-            self._durable = True
-            self.save(self.done_step)
-        self.heartbeat.beat("finish", self.done_step)
-        try:
-            self.checkpointer.close()
-        except NotDurable as error:
-            self.not_durable = error
-        token = self.recorder.enter("barrier", 0, "end of the run")
+        self.checkpoints.save_last(self.done_step, self.collect)
+        self.records.heartbeat.beat("finish", self.done_step)
+        self.checkpoints.close()
+        token = self.records.recorder.enter("barrier", 0, "end of the run")
         dist.barrier()
-        self.recorder.complete(token)
+        self.records.recorder.complete(token)

@@ -12,7 +12,7 @@ evaluate_at_once = Run.evaluate
 
 def evaluate(run: Run, step: int) -> None:
     if step:
-        run.heartbeat.beat("eval", step)
+        run.records.heartbeat.beat("eval", step)
         time.sleep(SECONDS)
     evaluate_at_once(run, step)
 

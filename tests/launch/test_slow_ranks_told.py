@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from outlast.diagnostics.live.step_delays import RankDelay
 from outlast.events import EventLog, ProgramStep, Record, read_events
 from outlast.launch.slow_ranks import SlowRanks
 from outlast.launch.step_watch import WARMUP_STEPS, StepWatch
@@ -106,6 +107,9 @@ def write(run: Path, attempt: int, rank: int, generation: int, steps: range) -> 
     folder.mkdir(parents=True, exist_ok=True)
     with EventLog(folder / f"rank_{rank:05d}.jsonl", rank=rank, generation=generation) as log:
         for step in steps:
+            if step % 10 == 0:
+                log.write(RankDelay(step=step, what="data_wait", seconds=0.5, count=1))
+                log.write(RankDelay(step=step, what="something to come", seconds=0.5, count=1))
             log.write(ProgramStep(step=step, step_s=0.1, collective_s=0.01 * step))
 
 
@@ -121,6 +125,9 @@ def test_the_newest_steps_of_this_nodes_ranks_in_this_start(tmp_path: Path) -> N
     assert two.rank == 2
     assert two.steps == tuple(range(57, 105))
     assert two.inside_s[-1] == pytest.approx(1.04)
+    assert [(step, lost) for step, lost in zip(two.steps, two.delays_s, strict=True) if any(lost)] == [
+        (step, (0.0, 0.5, 0.0)) for step in (60, 70, 80, 90, 100)
+    ]
     assert -60 < two.done_s[0] <= two.done_s[-1] <= 0
     write(tmp_path, 2, 3, 1, range(5, 11))
     time.sleep(0.002)

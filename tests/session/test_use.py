@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 import outlast
+from outlast.checkpoint import attach, load
 from outlast.checkpoint.tools import list_steps
 from outlast.errors import OutOfRange, RunDirectoryError, SessionError, StateMismatch, UnknownKey
 from outlast.events import read_events
@@ -272,3 +273,22 @@ def test_another_optimizers_state(tmp_path: Path) -> None:
         outlast.Session(tmp_path, model, optimizer) as session,
     ):
         session.resume()
+
+
+def test_the_models_buffers_are_in_its_checkpoint(tmp_path: Path) -> None:
+    def normed() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+    model, same = normed(), normed()
+    train(tmp_path / "run", model, 2)
+    saved = load(tmp_path / "run" / "checkpoints")
+    same.load_state_dict(saved.replicated["model"])
+    older = {name: saved.replicated["model"][name] for name, _ in model.named_parameters()}
+    with attach(tmp_path / "old" / "checkpoints") as saver:  # as sessions once laid it out
+        saver.save(2, replicated=saved.replicated | {"model": older}, local=saved.local, eager=saved.replicated)
+    again = normed()
+    assert train(tmp_path / "old", again, 2).done_step == 2
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, same.state_dict()[name])
+        assert torch.equal(value, again.state_dict()[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from outlast.checkpoint.rng import load_rng_state, rng_state
-from outlast.config import load, split_overrides
+from outlast.config import load, split_overrides, to_toml
 from outlast.errors import RunDirectoryError
-from outlast.launch.run_lease import is_used
+from outlast.launch.attempt import Attempt
+from outlast.launch.run_directory import is_used
 from outlast.trainer.config import Config, ModelConfig, OptimConfig
 from outlast.trainer.model import GPT
 from outlast.trainer.optim import (
@@ -24,7 +26,7 @@ from outlast.trainer.optim import (
     lr_share,
     optimizer_state,
 )
-from outlast.trainer.run_directory import begin_attempt, lease_of
+from outlast.trainer.run_directory import run_directory
 
 SMALL = ModelConfig(layers=1, heads=2, width=8, context=8)
 
@@ -90,18 +92,22 @@ def settings(run: Path, *words: str) -> Config:
     return load(Config, None, {}, split_overrides(["--run.dir", str(run), *words])[1])
 
 
+def begin(stack: ExitStack, config: Config, *, resuming: bool) -> Attempt:
+    return run_directory(config).claim(stack, resuming=resuming, settings=to_toml(config))
+
+
 def test_attempts_are_numbered_and_latest_links_to_the_newest(tmp_path: Path) -> None:
     run = tmp_path / "a" / "run"
-    lease = lease_of(settings(run))
     assert not is_used(run)
-    assert begin_attempt(settings(run), lease, resuming=False).number == 1
-    assert is_used(run)
-    with pytest.raises(RunDirectoryError, match="already contains a run"):
-        begin_attempt(settings(run), lease, resuming=False)
-    second = begin_attempt(settings(run, "--trainer.steps", "7"), lease, resuming=True)
-    assert second.number == 2
+    with ExitStack() as first:
+        assert begin(first, settings(run), resuming=False).number == 1
+        assert is_used(run)
+        with pytest.raises(RunDirectoryError, match="already contains a run"):
+            begin(first, settings(run), resuming=False)
+    with ExitStack() as again:
+        second = begin(again, settings(run, "--trainer.steps", "7"), resuming=True)
+        assert second.number == 2
     assert (run / "attempts" / "latest").resolve() == second.path
     assert load(Config, run / "config.toml", {}).trainer.steps == 100
     assert load(Config, second.path / "config.toml", {}).trainer.steps == 7
-    lease.close()
     assert sorted(p.name for p in run.iterdir()) == ["attempts", "config.toml"]

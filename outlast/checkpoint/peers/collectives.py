@@ -53,7 +53,8 @@ class Agreement:
         self._group = group
         self._rank = rank
         self._world_size = world_size
-        self._device = torch.device("cpu")
+        self.device = torch.device("cpu")
+        """Where the group's backend takes tensors."""
         if world_size == 1:
             return
         if group is None and not dist.is_initialized():
@@ -67,7 +68,7 @@ class Agreement:
                 "in the process group"
             )
         if dist.get_backend(group) == "nccl":
-            self._device = torch.device("cuda", torch.cuda.current_device())
+            self.device = torch.device("cuda", torch.cuda.current_device())
 
     @property
     def world_size(self) -> int:
@@ -78,7 +79,7 @@ class Agreement:
         """Rank 0's value, on all ranks."""
         if self._world_size == 1:
             return value
-        box = torch.tensor([value], dtype=torch.int64, device=self._device)
+        box = torch.tensor([value], dtype=torch.int64, device=self.device)
         dist.broadcast(box, group=self._group, group_src=0)
         return int(box.item())
 
@@ -91,7 +92,7 @@ class Agreement:
         box = torch.zeros(nbytes, dtype=torch.uint8)
         if self._rank == 0 and data:
             box.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        box = box.to(self._device)
+        box = box.to(self.device)
         dist.broadcast(box, group=self._group, group_src=0)
         return box.cpu().numpy().tobytes().decode()
 
@@ -99,7 +100,7 @@ class Agreement:
         """The largest value of all ranks, on all ranks."""
         if self._world_size == 1:
             return value
-        box = torch.tensor([value], dtype=torch.int64, device=self._device)
+        box = torch.tensor([value], dtype=torch.int64, device=self.device)
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._group)
         return int(box.item())
 
@@ -113,8 +114,8 @@ class Agreement:
             return [""] * self._world_size
         own = torch.zeros(length, dtype=torch.uint8)
         own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else own[:0]
-        every = [torch.empty(length, dtype=torch.uint8, device=self._device) for _ in range(self._world_size)]
-        dist.all_gather(every, own.to(self._device), group=self._group)
+        every = [torch.empty(length, dtype=torch.uint8, device=self.device) for _ in range(self._world_size)]
+        dist.all_gather(every, own.to(self.device), group=self._group)
         return [item.cpu().numpy().tobytes().rstrip(b"\0").decode() for item in every]
 
     def transfer(
@@ -148,6 +149,4 @@ class Agreement:
         return None
 
     def _box(self, data: torch.Tensor | None, nbytes: int) -> torch.Tensor:
-        return (
-            data.to(self._device) if data is not None else torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        )
+        return data.to(self.device) if data is not None else torch.empty(nbytes, dtype=torch.uint8, device=self.device)

@@ -1,4 +1,6 @@
-"""A run's numbers: values that are not finite, and where they come from first."""
+"""A run's numbers: values that are not finite, spikes, replicas that differ, drift; and a step again, bit by bit."""
+
+from typing import TYPE_CHECKING
 
 from outlast.diagnostics.numerics.config import NumericsConfig
 from outlast.diagnostics.numerics.events import (
@@ -8,7 +10,11 @@ from outlast.diagnostics.numerics.events import (
     NumericsSpike,
     ReplicasDifferent,
 )
-from outlast.diagnostics.numerics.watch import NumericsWatch
+from outlast.lazy import lazy_modules
+
+if TYPE_CHECKING:
+    from outlast.diagnostics.numerics.replay import Replay, StepReplay
+    from outlast.diagnostics.numerics.watch import NumericsWatch
 
 __all__ = [
     "NotFinite",
@@ -17,5 +23,10 @@ __all__ = [
     "NumericsEvent",
     "NumericsSpike",
     "NumericsWatch",
+    "Replay",
     "ReplicasDifferent",
+    "StepReplay",
 ]
+
+# Reports read the events above where there is no torch, and programs are watched that do not import it.
+__getattr__ = lazy_modules(__name__, [], held={"NumericsWatch": "watch", "Replay": "replay", "StepReplay": "replay"})

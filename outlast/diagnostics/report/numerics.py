@@ -38,7 +38,7 @@ def numerics_of(loaded: Loaded, begin_t: float) -> tuple[NumericsRow, ...]:
         if record.kind in NUMERICS_KINDS:
             get = record.fields.get
             grouped.setdefault((attempt, record.generation, record.kind, get("step"), get("told")), []).append(record)
-    return tuple(_row(records, begin_t) for records in grouped.values())
+    return tuple(sorted((_row(records, begin_t) for records in grouped.values()), key=lambda row: (row.at_s, row.step)))
 
 
 def numerics_incidents(rows: tuple[NumericsRow, ...]) -> tuple[Incident, ...]:
@@ -72,6 +72,6 @@ def _row(records: list[Record], begin_t: float) -> NumericsRow:
         at_s=min(one.t for one in records) - begin_t,
         kind=first.kind,
         severity="bad" if is_bad else "good" if get("state") == "over" else "warn",
-        told=str(get("told")),
+        told=str(get("told") or first.kind),
         ranks=tuple(sorted({one.rank for one in records})),
     )

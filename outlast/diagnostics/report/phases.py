@@ -22,6 +22,7 @@ from outlast.diagnostics.report.stragglers import (
     behind_peers_s,
     lateness_s,
     lost_s,
+    median_steps_s,
     parts_longer,
     share_latest,
     subjects_of,
@@ -93,6 +94,7 @@ def find_phases(
         return ()
     late = lateness_s(steps.values["collective_s"])
     subjects = subjects_of(steps, late, hosts, config)
+    typical_s = median_steps_s(steps)
     blamed = np.zeros_like(late, dtype=np.bool_)
     stragglers = {(steps.ranks.index(row.rank), row.host) for row in rows if row.straggler}
     for subject in stragglers & subjects.keys():
@@ -102,7 +104,7 @@ def find_phases(
         more = {
             (*subject, phase.first_step): (here, phase)
             for subject, at in subjects.items()
-            for here, phase in _phases(steps, late, blamed, at, *subject, config, own)
+            for here, phase in _phases(steps, late, blamed, typical_s, at, *subject, config, own)
             if (*subject, phase.first_step) not in found
         }
         for (column, _, _), (here, phase) in more.items():
@@ -127,6 +129,7 @@ def _phases(
     steps: Steps,
     late: Floats,
     blamed: Bools,
+    typical_s: Floats,
     at: Indices,
     column: int,
     host: str,
@@ -137,7 +140,7 @@ def _phases(
     least = config.straggler_min_steps
     if len(at) < 2 * least:
         return []
-    step_s = float(np.median(np.nanmedian(steps.values["step_s"][at], axis=1)))
+    step_s = float(np.median(typical_s[at]))
     threshold_s = max(config.straggler_min_s, config.straggler_share * step_s)
     # lateness is at least what a rank is behind its peers, and cheaper
     if max(map(len, _stretches(late[at, column] >= threshold_s)), default=0) < least:

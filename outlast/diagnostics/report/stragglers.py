@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.report.load import Floats, Steps
+from outlast.diagnostics.report.peers import Peers, Rivals
 from outlast.diagnostics.report.rank_causes import RankCauses
 from outlast.diagnostics.syndromes.places import whole_nodes
 
@@ -102,9 +103,11 @@ def rank_stragglers(
     # A straggler hides ranks that are less late. Name the latest, judge the others without it, and repeat.
     blamed = np.zeros_like(late, dtype=np.bool_)
     done: dict[tuple[int, str], StragglerRow] = {}
+    tables = _Tables(steps, late)
     while True:
+        rivals = Rivals(late, blamed)
         rows = {
-            subject: _judge(steps, late, blamed, at, *subject, config)
+            subject: _judge(steps, late, rivals, tables, at, *subject, config)
             for subject, at in subjects.items()
             if subject not in done
         }
@@ -152,18 +155,35 @@ def steps_after_warmup(steps: Steps, warmup_steps: int) -> Bools:
     return judged
 
 
+class _Tables:
+    """What all ranks are judged by."""
+
+    def __init__(self, steps: Steps, late: Floats) -> None:
+        self.late = Peers(late)
+        self.parts = {name: Peers(part) for name, part in _parts(steps).items()}
+        self.step_s = median_steps_s(steps)
+
+
 def _judge(
-    steps: Steps, late: Floats, blamed: Bools, at: Indices, column: int, host: str, config: DiagnosticsConfig
+    steps: Steps,
+    late: Floats,
+    rivals: Rivals,
+    tables: _Tables,
+    at: Indices,
+    column: int,
+    host: str,
+    config: DiagnosticsConfig,
 ) -> StragglerRow:
     own = late[at, column]
-    behind = behind_peers_s(late, at, column)
+    others = rivals.most(at, column)
+    behind = tables.late.more(at, column)
     median_behind = float(np.median(behind))
     noise = MAD_TO_SIGMA * float(np.median(np.abs(behind - median_behind)))
     median_late = float(np.median(own))
     # the noise of a rank that is late every other step is as large as its lateness, but it is not always the latest
-    latest_share = share_latest(late, blamed, at, column, tolerance_s=min(noise, median_late / 4))
+    latest_share = float(np.mean(others - own <= min(noise, median_late / 4)))
     error = MEDIAN_ERROR * noise / len(at) ** 0.5
-    step_s = float(np.median(np.nanmedian(steps.values["step_s"][at], axis=1)))
+    step_s = float(np.median(tables.step_s[at]))
     straggler = (
         len(at) >= config.straggler_min_steps
         and median_behind >= max(config.straggler_min_s, config.straggler_share * step_s)
@@ -171,13 +191,10 @@ def _judge(
         and (
             (median_behind >= config.straggler_noise * noise and median_behind >= config.straggler_sigmas * error)
             # a rank that is slow in some phases only has a large spread, but nearly every step waits for it
-            or (
-                share_latest(late, blamed, at, column, tolerance_s=0.0) >= config.straggler_always_share
-                and _chance(behind) <= CHANCE
-            )
+            or (float(np.mean(others <= own)) >= config.straggler_always_share and _chance(behind) <= CHANCE)
         )
     )
-    longer = parts_longer(steps, at, column)
+    longer = _longest({name: part.more(at, column) for name, part in tables.parts.items()})
     behind_ms = round(median_behind * 1e3, 1) + 0.0  # no "-0.0"
     evidence = (
         f"{median_late * 1e3:.1f} ms late in the median of {len(at)} steps, {behind_ms:.1f} ms behind its "
@@ -230,21 +247,35 @@ def _chance(behind: Floats) -> float:
     return math.fsum(map(math.exp, halves))
 
 
-def parts_longer(steps: Steps, at: Indices, column: int) -> tuple[tuple[str, float], ...]:
-    """Parts of the step, without communication, that took this rank at least 1 ms longer than its median peer."""
-    values = {name: steps.values[name][at] for name in ("step_s", "data_s", "comm_s", "checkpoint_s")}
-    parts = {
+def median_steps_s(steps: Steps) -> Floats:
+    """[steps]: the median over ranks of each step's duration."""
+    median: Floats = np.nanmedian(steps.values["step_s"], axis=1)
+    return median
+
+
+def _parts(steps: Steps) -> dict[str, Floats]:
+    """[steps, ranks] each: the parts of the step without communication, in seconds."""
+    values = steps.values
+    return {
         "compute": values["step_s"] - values["data_s"] - values["comm_s"] - values["checkpoint_s"],
         "data": values["data_s"],
         "checkpoint": values["checkpoint_s"],
     }
-    found = []
-    for name, part in parts.items():
-        peers = np.nanmedian(np.delete(part, column, axis=1), axis=1)
-        more_ms = float(np.nanmedian(part[:, column] - peers)) * 1e3
-        if more_ms >= 1.0:
-            found.append((name, more_ms))
-    return tuple(sorted(found, key=lambda item: -item[1]))
+
+
+def parts_longer(steps: Steps, at: Indices, column: int) -> tuple[tuple[str, float], ...]:
+    """Parts of the step, without communication, that took this rank at least 1 ms longer than its median peer."""
+    return _longest(
+        {
+            name: part[at, column] - np.nanmedian(np.delete(part[at], column, axis=1), axis=1)
+            for name, part in _parts(steps).items()
+        }
+    )
+
+
+def _longest(more_s: Mapping[str, Floats]) -> tuple[tuple[str, float], ...]:
+    found = [(name, float(np.nanmedian(one)) * 1e3) for name, one in more_s.items()]
+    return tuple(sorted(((name, ms) for name, ms in found if ms >= 1.0), key=lambda item: -item[1]))
 
 
 def lost_s(late: Floats, blamed: Bools, at: Indices, column: int) -> Floats:

@@ -10,17 +10,20 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from outlast.diagnostics.syndromes.facts import Fact, FactKind
 from outlast.diagnostics.syndromes.trace import RUNNING, Calls, Clocks, Job, Signs, Trace
 from outlast.errors import DiagnosticsError
 
 MOST_STEPS = 48
 """Steps of a rank that are told, the newest."""
-_ROW = np.dtype([("step", "<i4"), ("done_s", "<f4"), ("inside_s", "<f4")])
+DELAYS: tuple[FactKind, ...] = ("garbage_collection", "data_wait", "compile")
+"""What a rank tells of that kept it from its work in a step."""
+_ROW = np.dtype([("step", "<i4"), ("done_s", "<f4"), ("inside_s", "<f4"), ("delays_s", "<f4", (len(DELAYS),))])
 _LEAST_INSIDE_S = 1e-6
 """A rank that did not wait at all was inside nevertheless."""
 _GROUP = "all ranks"
@@ -36,11 +39,15 @@ class RankSteps:
     """When each ended: seconds after some moment that is the same for all ranks of the node, or before it."""
     inside_s: tuple[float, ...]
     """Seconds of it inside collectives."""
+    delays_s: tuple[tuple[float, ...], ...] = ()
+    """Seconds of it in each of :data:`DELAYS`; empty if none is known."""
 
     def encode(self) -> str:
-        """As text of at most 768 bytes, exact to a part in ten million."""
-        rows = np.empty(len(self.steps), dtype=_ROW)
+        """As text of at most 1,536 bytes, exact to a part in ten million."""
+        rows = np.zeros(len(self.steps), dtype=_ROW)
         rows["step"], rows["done_s"], rows["inside_s"] = self.steps, self.done_s, self.inside_s
+        if self.delays_s:
+            rows["delays_s"] = self.delays_s
         return base64.b64encode(rows[-MOST_STEPS:].tobytes()).decode()
 
 
@@ -57,13 +64,14 @@ def decode_steps(rank: int, text: str) -> RankSteps:
     if len(raw) % _ROW.itemsize or len(raw) > MOST_STEPS * _ROW.itemsize:
         raise DiagnosticsError(f"the steps of rank {rank} have {len(raw)} bytes")
     rows = np.frombuffer(raw, dtype=_ROW)
-    if not (np.isfinite(rows["done_s"]).all() and np.isfinite(rows["inside_s"]).all()):
+    if not all(np.isfinite(rows[name]).all() for name in ("done_s", "inside_s", "delays_s")):
         raise DiagnosticsError(f"the steps of rank {rank} have times that are none")
     return RankSteps(
         rank=rank,
         steps=tuple(rows["step"].tolist()),
         done_s=tuple(rows["done_s"].tolist()),
         inside_s=tuple(rows["inside_s"].tolist()),
+        delays_s=tuple(map(tuple, rows["delays_s"].tolist())) if rows["delays_s"].any() else (),
     )
 
 
@@ -133,6 +141,21 @@ def trace_of_steps(nodes: Sequence[NodeSteps], *, world_size: int) -> Trace | No
         ),
         clocks=Clocks.alike([node.now_s for node in nodes]),
     )
+
+
+def delays_of(nodes: Iterable[NodeSteps], ranks: Collection[int]) -> list[Fact]:
+    """What kept these ranks from their work, step by step."""
+    return [
+        Fact(
+            kind=kind, node=node.node, rank=one.rank, begin_s=done_s - lost_s, end_s=done_s, value=lost_s, lost_s=lost_s
+        )
+        for node in nodes
+        for one in node.ranks
+        if one.rank in ranks
+        for done_s, delays_s in zip(one.done_s, one.delays_s, strict=False)
+        for kind, lost_s in zip(DELAYS, delays_s, strict=True)
+        if lost_s > 0
+    ]
 
 
 def newest_common_step(nodes: Iterable[NodeSteps]) -> int:

@@ -16,6 +16,7 @@ from outlast.checkpoint import check_like
 from outlast.comm import Choice, CollectiveObserver, GradientReducer
 from outlast.comm.direction import Adam
 from outlast.errors import StateMismatch
+from outlast.session.buffers import of_rank_0
 from outlast.trainer.batches import Batch, to_device
 from outlast.trainer.config import Config
 from outlast.trainer.engines.base import EAGER, EngineState, State, UpdateStats
@@ -23,9 +24,9 @@ from outlast.trainer.engines.training import (
     apply_update,
     check_optimizer_names,
     clip,
+    load_comm,
     load_tensors,
     own_buffers,
-    rank_0_buffers,
 )
 from outlast.trainer.optim import load_optimizer_state, load_scheduler_state, optimizer_state, scheduler_state
 from outlast.trainer.parts import build_loss, make_optimizer, make_scheduler
@@ -117,15 +118,15 @@ class DDPEngine:
 
     def state(self) -> EngineState:
         """See :class:`Engine`."""
-        comm = self._reducer.state_dict()
+        comm = self._reducer.checkpoint_parts()
+        buffers = dict(self.model.named_buffers())
         replicated = {
-            "model": dict(self.model.named_parameters()) | rank_0_buffers(self.model, self._observer),
+            "model": dict(self.model.named_parameters()) | of_rank_0(buffers, self._observer),
             "optimizer": optimizer_state(self.model, self._optimizer),
             "scheduler": scheduler_state(self._scheduler),
-            "comm": {"aggregate": comm["replicated"], "meta": comm["meta"]},
+            **comm.replicated,
         }
-        buffers = dict(self.model.named_buffers())
-        local = {"comm": comm["local"]} | ({"buffers": buffers} if buffers else {})
+        local = comm.local | ({"buffers": buffers} if buffers else {})
         return EngineState(replicated, local, EAGER)
 
     def like(self) -> None:
@@ -142,7 +143,7 @@ class DDPEngine:
         check_like(replicated["model"], running)
         check_optimizer_names(replicated["optimizer"], running)
         if "comm" in replicated:
-            self._load_comm(replicated["comm"], read_local, ranks)
+            load_comm(self._reducer, replicated["comm"], read_local, ranks)
         elif self._keeps_state:
             raise StateMismatch(
                 "the checkpoint was saved with dense gradients under FSDP2, and has no state of error feedback",
@@ -152,12 +153,6 @@ class DDPEngine:
         load_tensors(self.model, own_buffers(replicated["model"], read_local(rank) if rank < ranks else {}))
         load_optimizer_state(self.model, self._optimizer, replicated["optimizer"])
         load_scheduler_state(self._scheduler, replicated["scheduler"])
-
-    def _load_comm(self, comm: State, read_local: Callable[[int], State], ranks: int) -> None:
-        def read(rank: int) -> State:
-            return {"replicated": comm["aggregate"], "meta": comm["meta"], "local": read_local(rank)["comm"]}
-
-        self._reducer.load_resharded(read, ranks)
 
     def close(self) -> None:
         """See :class:`Engine`."""

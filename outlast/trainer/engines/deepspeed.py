@@ -23,7 +23,7 @@ from outlast.errors import ConfigError, StateMismatch, TrainingDiverged
 from outlast.trainer.batches import Batch, to_device
 from outlast.trainer.config import Config
 from outlast.trainer.engines.base import EAGER, UNMEASURED, EngineState, State, UpdateStats
-from outlast.trainer.engines.training import recorded
+from outlast.trainer.engines.training import load_comm, recorded
 from outlast.trainer.optim import load_scheduler_state, scheduler_state
 from outlast.trainer.parts import build_loss, make_optimizer, make_scheduler
 
@@ -154,11 +154,7 @@ class DeepSpeedEngine:
                     "the checkpoint was saved with dense gradients, and has no state of error feedback",
                     'go on with comm.compressor = "dense"',
                 )
-
-            def read(rank: int) -> State:
-                return {"replicated": comm["aggregate"], "meta": comm["meta"], "local": read_local(rank)["comm"]}
-
-            self._reducer.load_resharded(read, ranks)
+            load_comm(self._reducer, comm, read_local, ranks)
         self._state.load(replicated, read_local, ranks)
         if self._scheduler is not None and "scheduler" in replicated:
             load_scheduler_state(self._scheduler, replicated["scheduler"])

@@ -17,6 +17,7 @@ from outlast.checkpoint import check_like
 from outlast.comm import CollectiveObserver, Reducer, attach
 from outlast.comm.direction import Adam
 from outlast.errors import ConfigError, StateMismatch
+from outlast.session.buffers import of_rank_0
 from outlast.trainer.batches import Batch, to_device
 from outlast.trainer.blocks import blocks_of
 from outlast.trainer.config import Config
@@ -25,9 +26,9 @@ from outlast.trainer.engines.training import (
     apply_update,
     check_optimizer_names,
     clip,
+    load_comm,
     load_tensors,
     own_buffers,
-    rank_0_buffers,
     recorded,
 )
 from outlast.trainer.optim import load_optimizer_state, load_scheduler_state, optimizer_state, scheduler_state
@@ -116,16 +117,17 @@ class FSDP2Engine:
 
     def state(self) -> EngineState:
         """See :class:`Engine`. Parameters and their optimizer state are DTensors, which each rank saves its part of."""
-        comm = {} if self._reducer is None else self._reducer.state_dict()
+        buffers = dict(self.model.named_buffers())
         replicated: State = {
-            "model": dict(self.model.named_parameters()) | rank_0_buffers(self.model, self._observer),
+            "model": dict(self.model.named_parameters()) | of_rank_0(buffers, self._observer),
             "optimizer": optimizer_state(self.model, self._optimizer),
             "scheduler": scheduler_state(self._scheduler),
         }
-        local: State = {"buffers": dict(self.model.named_buffers())}
+        local: State = {"buffers": buffers}
         if self._reducer is not None:
-            replicated["comm"] = {"aggregate": comm["replicated"], "meta": comm["meta"]}
-            local["comm"] = comm["local"]
+            comm = self._reducer.checkpoint_parts()
+            replicated |= comm.replicated
+            local |= comm.local
         return EngineState(replicated, {key: value for key, value in local.items() if value}, EAGER)
 
     def like(self) -> State:
@@ -153,11 +155,7 @@ class FSDP2Engine:
                     "the checkpoint was saved with dense gradients, and has no state of error feedback for FSDP2",
                     'go on with comm.compressor = "dense", or begin a new run with run.start_from',
                 )
-
-            def read(rank: int) -> State:
-                return {"replicated": comm["aggregate"], "meta": comm["meta"], "local": read_local(rank)["comm"]}
-
-            self._reducer.load_resharded(read, ranks)
+            load_comm(self._reducer, comm, read_local, ranks)
         rank = dist.get_rank()
         load_tensors(self.model, own_buffers(replicated["model"], read_local(rank) if rank < ranks else {}))
         load_optimizer_state(self.model, self._optimizer, replicated["optimizer"])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from outlast.checkpoint import check_like
-from outlast.comm import CollectiveObserver, ReduceStats
+from outlast.comm import CollectiveObserver, Reducer, ReduceStats
 from outlast.errors import StateMismatch, TrainingDiverged
 from outlast.trainer.engines.base import UpdateStats
 
@@ -30,29 +30,6 @@ def recorded(observer: CollectiveObserver | None, label: str) -> Iterator[None]:
     yield
     if observer is not None and token is not None:
         observer.complete(token)
-
-
-def rank_0_buffers(model: nn.Module, observer: CollectiveObserver | None) -> dict[str, Tensor]:
-    """Copies of rank 0's buffers, the same on all ranks. Collective if there are any.
-
-    A forward may change a buffer (BatchNorm), on each rank by another batch. So a checkpoint has each rank's own, with
-    which it goes on, and these, which are the model's for whoever wants one: a new rank, a new run, an export.
-    """
-    buffers = {name: buffer.detach().contiguous() for name, buffer in model.named_buffers()}
-    if not buffers:
-        return {}
-    parts = [buffer.reshape(-1).view(torch.uint8) for buffer in buffers.values()]
-    content = torch.cat(parts)
-    token = None if observer is None else observer.enter("broadcast", content.nbytes, "buffers")
-    dist.broadcast(content, src=0)
-    if observer is not None and token is not None:
-        observer.complete(token)
-    found = {}
-    for (name, buffer), part in zip(
-        buffers.items(), torch.split(content, [part.numel() for part in parts]), strict=True
-    ):
-        found[name] = part.clone().view(buffer.dtype).reshape(buffer.shape)
-    return found
 
 
 def own_buffers(saved: dict[str, Tensor], local: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -72,6 +49,21 @@ def load_tensors(model: nn.Module, saved: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in running.items():
             tensor.copy_(saved[name])
+
+
+def load_comm(
+    reducer: Reducer, comm: Mapping[str, Any], read_local: Callable[[int], Mapping[str, Any]], ranks: int
+) -> None:
+    """Load what :meth:`Reducer.checkpoint_parts` was on each of ``ranks`` ranks.
+
+    Raises:
+        CommStateMismatch: see :meth:`Reducer.load_resharded`.
+    """
+
+    def read(rank: int) -> Mapping[str, Any]:
+        return {"replicated": comm["aggregate"], "meta": comm["meta"], "local": read_local(rank)["comm"]}
+
+    reducer.load_resharded(read, ranks)
 
 
 def check_norm(step: int, norm: float, what: str) -> None:

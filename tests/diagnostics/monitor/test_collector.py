@@ -183,7 +183,7 @@ def test_a_message_of_a_node_has_a_bounded_size() -> None:
     assert len(quiet.encode()) < 310
     assert len(loud.encode()) < 20_000
     steps = [RankSteps(rank=n, steps=tuple(range(900)), done_s=(-9.0,) * 900, inside_s=(0.1,) * 900) for n in range(8)]
-    assert len(replace(quiet, steps=tuple(steps)).encode()) < 310 + 8 * 800
+    assert len(replace(quiet, steps=tuple(steps)).encode()) < 310 + 8 * 1600
 
 
 def test_the_newest_steps_of_each_rank_are_told_and_a_version_without_them_is_read() -> None:

@@ -16,6 +16,7 @@ from outlast.diagnostics.syndromes.step_trace import (
     RankSteps,
     behind_s,
     decode_steps,
+    delays_of,
     newest_common_step,
     trace_of_steps,
 )
@@ -114,6 +115,23 @@ def test_a_cause_of_the_same_time_is_named() -> None:
     assert other.cause == ""
 
 
+def test_what_a_rank_tells_of_its_own_delays_is_the_cause_if_it_explains_enough() -> None:
+    nodes = job(8, 40, {5: (25, 0.1)})
+    rank = nodes[1].ranks[1]
+
+    def with_waits(seconds: float) -> list[NodeSteps]:
+        delays_s = tuple((0.0, seconds if step >= 25 else 0.0, 0.0) for step in rank.steps)
+        one = decode_steps(5, replace(rank, delays_s=delays_s).encode())
+        return [nodes[0], replace(nodes[1], ranks=(nodes[1].ranks[0], one, *nodes[1].ranks[2:]))]
+
+    (one,) = said(nodes, tuple(delays_of(with_waits(0.09), [5])))
+    assert one.cause.startswith("data loading: 0.09 s waiting for data"), one.cause
+    assert one.is_software
+    (other,) = said(nodes, tuple(delays_of(with_waits(0.02), [5])))
+    assert other.cause == ""
+    assert delays_of(with_waits(0.09), [4]) == []
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_clean_steps_accuse_nobody(seed: int) -> None:
     for ranks, noise in ((2, 0.03), (2, 0.3), (8, 0.15), (64, 0.1)):
@@ -163,7 +181,7 @@ def test_how_late_each_rank_is_now() -> None:
 def test_what_is_told_is_bounded_and_checked() -> None:
     long = RankSteps(rank=3, steps=tuple(range(500)), done_s=(-1.5,) * 500, inside_s=(0.25,) * 500)
     text = long.encode()
-    assert len(text) <= 768
+    assert len(text) <= 1536
     assert decode_steps(3, text).steps == tuple(range(500 - MOST_STEPS, 500))
     for wrong in (
         "%%%",
