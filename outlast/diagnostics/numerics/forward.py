@@ -143,6 +143,8 @@ class ForwardMemory:
             return
         kind = self._device.type
         is_on_gpu = kind == "cuda"
+        if is_on_gpu and torch.cuda.is_current_stream_capturing():
+            return  # a graph is replayed without coming here, and its random numbers are its own
         self._calls.append(
             Call(
                 args,

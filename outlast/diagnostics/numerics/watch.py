@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from outlast.diagnostics.live.recorder import Recorder
 from outlast.diagnostics.numerics.config import NumericsConfig
-from outlast.diagnostics.numerics.digests import Digests, replicated, shares_its_state
+from outlast.diagnostics.numerics.digests import Digests, ignored_by_ddp, replicated, shares_its_state
 from outlast.diagnostics.numerics.drift import DriftWatch
 from outlast.diagnostics.numerics.events import NotFinite, NumericsEvent
 from outlast.diagnostics.numerics.findings import Found, Joined, joined
@@ -118,6 +118,9 @@ class NumericsWatch:
             if len(sharing.ranks) > 1 or "nothing around" in sharing.why_none:
                 self._note(f"replicas are not compared: {sharing.why_none}")
             return None
+        if ignored := sorted(ignored_by_ddp(self._model)):
+            more = f" and {len(ignored) - 1} more" if len(ignored) > 1 else ""
+            self._note(f"not compared: {ignored[0]}{more}, which DDP was told to leave to each rank")
         if self._state_is_shared:
             self._note("optimizer state is not compared: each rank keeps a part of it, and none has what another has")
         if sharing.replicas == sharing.ranks:
