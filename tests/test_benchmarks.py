@@ -80,6 +80,7 @@ def test_steps_to_a_loss() -> None:
     assert comm.steps_to(curve, 1.0) is None
 
 
+@pytest.mark.soak
 def test_the_benchmark_of_being_watched(root: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.watch", "--ways", "collectives", "--rounds", "1", "--steps", "3"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)

@@ -30,7 +30,7 @@ def test_what_is_right_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "section",
     [
-        pytest.param(one, marks=[pytest.mark.soak] if one == "runs" else [])
+        pytest.param(one, marks=[pytest.mark.soak] if one in ("company", "runs", "snapshot") else [])
         for one in SECTIONS
         if one not in ("mutation", "recorder")
     ],

@@ -112,8 +112,8 @@ class WatchedAgent(LocalElasticAgent):
         self._watch = HangWatch(run_dir, config) if config.watch else None
         self._hung = HungRanks(self._watch, events)
         self.node = NodeWatch(run_dir, config, events, host)
-        """What this node does to its ranks; whoever made the agent closes it."""
-        self._steps = StepWatch(run_dir) if config.tell_slow else None
+        """What this node does to its ranks."""
+        self._steps = StepWatch(run_dir, config.monitor_interval_s) if config.tell_slow else None
         self._slow = SlowRanks(events)
         self._notices = NoticeSpread(relay, events, host)
         self._requeues = counted_requeues(os.environ)
@@ -143,6 +143,7 @@ class WatchedAgent(LocalElasticAgent):
         self._slow.begin()
         if self._steps is not None:
             self._steps.begin(ranks, self._output.generation)
+            self._steps.start()
         started_at, self._started_s = time.time(), time.monotonic()
         self._guard.watch()
         pids: dict[int, Any] = super()._start_workers(worker_group)
@@ -209,12 +210,15 @@ class WatchedAgent(LocalElasticAgent):
             self._write_failure(result, processes)
         return result
 
+    def close(self) -> None:
+        """The launcher ends: nothing is looked at any more."""
+        self.node.close()
+        if self._steps is not None:
+            self._steps.close()
+
     def _newest_steps(self) -> tuple[RankSteps, ...]:
         """Of this node's ranks, in seconds before now."""
-        if self._steps is None:
-            return ()
-        self._steps.look()
-        return self._steps.newest(time.time())
+        return () if self._steps is None else self._steps.newest(time.time())
 
     def _tell_slow(self, worker_group: WorkerGroup, steps: tuple[RankSteps, ...]) -> None:
         """On node 0: say who is slow."""

@@ -38,7 +38,7 @@ class LaunchConfig:
     look_every_s: float = 0.01
     """Seconds between two looks at the collectives of a program, each of about 20 us. Longer costs less, and tells how
     late a rank is less exactly. 0: it starts without outlast's runner, and only its end is noticed."""
-    told_after_s: float = 4.0
+    told_after_s: float = 3.0
     """Seconds, but at least 3 median steps, after which a rank is named that its peers wait for inside a collective: it
     is stopped, or in the middle of a step, or does nothing. Nobody is ended for that."""
     hang_floor_s: float = 8.0

@@ -358,7 +358,7 @@ def _as_accused(seen: Iterable[Observation], accused: Sequence[Accused], now_s: 
             told is not None
             and one.state != "dead"
             and (told.pid, told.step, told.entered) == (one.pid, one.step, one.entered)
-            and not one.pending
+            and (told.inside or not one.pending)
             and one.silent_s(now_s) > told.limit_s
         ):
             yield Culprit(

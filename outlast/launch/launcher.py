@@ -257,7 +257,7 @@ def _supervise(
             log.error("outlast: rank %d (pid %d) %s", failure.rank, failure.pid, failure.reason)
         raise rendezvous_failed(error, rendezvous, handler) from error
     finally:
-        agent.node.close()
+        agent.close()
         if close and agent.joined:  # never that of another job, or one that goes on without this node
             handler.shutdown()
 

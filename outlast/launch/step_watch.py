@@ -2,44 +2,82 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from outlast.diagnostics.export.follow import NodeEvents
 from outlast.diagnostics.live.step_delays import RankDelay
 from outlast.diagnostics.syndromes.step_trace import DELAYS, MOST_STEPS, RankSteps
-from outlast.events import ProgramStep, StepDone
+from outlast.events import ProgramStep, Record, StepDone
 
 _NOTHING = (0.0,) * len(DELAYS)
 WARMUP_STEPS = 3
 """Steps of a start that are left out: they compile, allocate, connect."""
 
+log = logging.getLogger("outlast.launch")
+
 
 class StepWatch:
     """Follows the events of this node's ranks, in one start after another.
 
+    It reads in a thread of its own: storage that hangs must not keep the launcher from its ranks.
+
     Args:
         run_dir: the run's directory.
+        interval_s: between two looks.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, interval_s: float) -> None:
         self._run_dir = run_dir
+        self._interval_s = interval_s
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
         self.begin((), -1)
+
+    def start(self) -> None:
+        """Begin to look; starting twice is harmless."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="outlast-steps", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Look no more. Nothing waits for a look that goes on."""
+        self._closing.set()
+
+    def _run(self) -> None:
+        told = ""
+        while not self._closing.wait(self._interval_s):
+            try:
+                self.look()
+            except OSError as error:  # storage that is away may come back
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("outlast: slow ranks are not told while their events cannot be read: %s", error)
 
     def begin(self, ranks: Sequence[int], generation: int) -> None:
         """``ranks`` start anew on this node."""
-        self._events = NodeEvents(self._run_dir, None, since_t=time.time(), ranks=ranks)
-        self._generation = generation
-        self._steps: dict[int, deque[tuple[int, float, float]]] = {}
-        self._skipped: dict[int, int] = {}
-        self._delays: dict[tuple[int, int], list[float]] = {}
+        with self._lock:
+            self._events = NodeEvents(self._run_dir, None, since_t=time.time(), ranks=ranks)
+            self._generation = generation
+            self._steps: dict[int, deque[tuple[int, float, float]]] = {}
+            self._skipped: dict[int, int] = {}
+            self._delays: dict[tuple[int, int], list[float]] = {}
 
     def look(self) -> None:
         """Read what has been written since."""
-        told, _ = self._events.poll()
-        for _, record in told:
+        events = self._events
+        told, _ = events.poll()
+        with self._lock:
+            if events is self._events:  # the ranks have not been started anew meanwhile
+                self._take([record for _, record in told])
+
+    def _take(self, told: Iterable[Record]) -> None:
+        for record in told:
             get = record.fields.get
             step, inside_s, seconds = get("step"), get("collective_s"), get("seconds")
             if record.generation != self._generation or not isinstance(step, int):
@@ -53,16 +91,17 @@ class StepWatch:
 
     def newest(self, now_t: float) -> tuple[RankSteps, ...]:
         """The newest steps of each rank, in seconds before ``now_t``, a time of day."""
-        return tuple(
-            RankSteps(
-                rank=rank,
-                steps=tuple(step for step, _, _ in steps),
-                done_s=tuple(t - now_t for _, t, _ in steps),
-                inside_s=tuple(inside_s for _, _, inside_s in steps),
-                delays_s=tuple(tuple(self._delays.get((rank, step), _NOTHING)) for step, _, _ in steps),
+        with self._lock:
+            return tuple(
+                RankSteps(
+                    rank=rank,
+                    steps=tuple(step for step, _, _ in steps),
+                    done_s=tuple(t - now_t for _, t, _ in steps),
+                    inside_s=tuple(inside_s for _, _, inside_s in steps),
+                    delays_s=tuple(tuple(self._delays.get((rank, step), _NOTHING)) for step, _, _ in steps),
+                )
+                for rank, steps in sorted(self._steps.items())
             )
-            for rank, steps in sorted(self._steps.items())
-        )
 
     def _forget(self) -> None:
         """What is told of steps that are too old."""

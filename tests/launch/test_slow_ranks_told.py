@@ -114,7 +114,7 @@ def write(run: Path, attempt: int, rank: int, generation: int, steps: range) -> 
 
 
 def test_the_newest_steps_of_this_nodes_ranks_in_this_start(tmp_path: Path) -> None:
-    watch = StepWatch(tmp_path)
+    watch = StepWatch(tmp_path, 0.01)
     watch.begin((2, 3), 1)
     write(tmp_path, 1, 2, 0, range(1, 9))  # of the start before
     write(tmp_path, 2, 2, 1, range(5, 105))
@@ -136,3 +136,16 @@ def test_the_newest_steps_of_this_nodes_ranks_in_this_start(tmp_path: Path) -> N
     watch.begin((2, 3), 2)
     watch.look()
     assert watch.newest(time.time()) == ()
+
+
+def test_it_looks_in_a_thread_of_its_own_until_it_is_closed(tmp_path: Path) -> None:
+    watch = StepWatch(tmp_path, 0.01)
+    watch.begin((2,), 1)
+    watch.start()
+    watch.start()
+    write(tmp_path, 1, 2, 1, range(1, 21))
+    wait_for(lambda: watch.newest(time.time()) and watch.newest(time.time())[0].steps[-1] == 20)
+    watch.close()
+    assert watch._thread is not None
+    watch._thread.join(60)
+    assert not watch._thread.is_alive()

@@ -82,7 +82,7 @@ def test_a_rank_that_fails_ends_the_job(cluster: SlurmCluster, env: dict[str, st
     assert "DataError" in (tmp_path / f"outlast-{job}.out").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_requeued_job_goes_on(cluster: SlurmCluster, env: dict[str, str], root: Path, tmp_path: Path) -> None:
     config, run = tiny_config(tmp_path)
     script = str(root / "slurm" / "train.sbatch")

@@ -154,7 +154,7 @@ class StepDelays:
 
 
 class Collections:
-    """Pauses for garbage collection since this was made, in whichever thread: the interpreter runs no other meanwhile.
+    """Pauses to collect older objects since this was made, in whichever thread: no other one runs meanwhile.
 
     Nothing in it may wait for a lock: a collection may begin inside any allocation, also of a thread that holds one.
     """
@@ -174,7 +174,12 @@ class Collections:
         return self.seconds + (time.perf_counter() - began_s if began_s is not None else 0.0)
 
     def on_gc(self, phase: str, info: Mapping[str, int]) -> None:
-        """For ``gc.callbacks``: a collection begins or has ended; there is one at a time."""
+        """For ``gc.callbacks``: a collection begins or has ended; there is one at a time.
+
+        Those of the youngest generation look at some hundred objects, which takes no longer than to note it.
+        """
+        if info["generation"] == 0:
+            return
         if phase == "start":
             self._began_s = time.perf_counter()
         elif self._began_s is not None:

@@ -56,13 +56,13 @@ def find_suspects(
     peers = "1 peer has" if len(waiting) == 1 else f"{len(waiting)} peers have"
     told = f"{peers} been waiting for {awaited_s:.1f} s in {longest.pending[0].op} #{longest.pending[0].number}"
 
-    def suspect(one: Observation, evidence: str) -> Suspect:
+    def suspect(one: Observation, evidence: str) -> Suspect:  # it may wait itself, where nobody comes
         return Suspect(
             rank=one.rank,
             pid=one.pid,
             step=one.step,
             entered=one.entered,
-            waiting=len(waiting),
+            waiting=len([peer for peer in waiting if peer is not one]),
             awaited_s=awaited_s,
             evidence=evidence,
         )

@@ -131,15 +131,12 @@ class Collector:
         found = {}
         for culprit in verdict.culprits:
             report, one = seen[culprit.rank]
-            if culprit.weak or not (one.state == "stopped" or self._is_awaited(one, all_seen)):
+            # One that is inside a collective, and blamed without doubt, has left the common order.
+            if culprit.weak or not (one.state == "stopped" or any(peer.pending for peer in all_seen)):
                 continue
             name = culprit.rank, culprit.pid, culprit.step, one.entered
             found[name] = _accused(culprit, one, report)
         return found
-
-    @staticmethod
-    def _is_awaited(one: Observation, seen: Sequence[Observation]) -> bool:
-        return not one.pending and any(peer.pending for peer in seen)
 
 
 def _accused(culprit: Culprit, one: Observation, report: NodeReport) -> Accused:
@@ -158,4 +155,5 @@ def _accused(culprit: Culprit, one: Observation, report: NodeReport) -> Accused:
         silent_s=culprit.silent_s,
         limit_s=culprit.limit_s,
         evidence="; ".join((culprit.evidence, *words[:2])),
+        inside=bool(one.pending),
     )

@@ -38,6 +38,8 @@ class Accused:
     silent_s: float
     limit_s: float
     evidence: str
+    inside: bool = False
+    """Whether it waits in a collective itself, one that its peers are not in; else it is outside of any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +131,7 @@ def accused(told: Mapping[str, Any]) -> Accused:
         silent_s=float(told["silent_s"]),
         limit_s=float(told["limit_s"]),
         evidence=str(told["evidence"]),
+        inside=bool(told.get("inside", False)),
     )
 
 

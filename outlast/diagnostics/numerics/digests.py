@@ -62,7 +62,8 @@ class Digests:
 
 def replicated(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
     """Parameters, and the tensors that the optimizer keeps of them, by a name that says which it is. Live."""
-    names = {param: name for name, param in model.named_parameters()}
+    ignored = ignored_by_ddp(model)
+    names = {param: name for name, param in model.named_parameters() if name not in ignored}
     found: dict[str, Tensor] = {name: param for param, name in names.items()}
     if optimizer is not None:
         for param, name in names.items():
@@ -70,6 +71,12 @@ def replicated(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tenso
             if isinstance(state, Mapping):
                 found |= {f"{key} of {name}": value for key, value in state.items() if isinstance(value, Tensor)}
     return found
+
+
+def ignored_by_ddp(model: nn.Module) -> set[str]:
+    """Parameters that DDP was told to leave alone, as experts that each rank has its own of: they are no replicas."""
+    names = {name for name, _ in model.named_parameters()}
+    return names & set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
 
 
 def shares_its_state(optimizer: Optimizer | None) -> bool:

@@ -19,7 +19,8 @@ class NumericsEvent(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotFinite(NumericsEvent):
-    """A step's gradients, or what was to be averaged, are NaN or infinite. Each rank writes what all have found."""
+    """A step's gradients, or what was to be averaged, are NaN or infinite: each rank writes what all have found. Or the
+    loss of a rank is, with gradients that are finite: it writes that."""
 
     kind: ClassVar[str] = "not_finite"
     ranks: tuple[int, ...]

@@ -104,6 +104,12 @@ def joined(by_rank: dict[int, Found], model: nn.Module, asked: str = "") -> Join
                 f"forward and backward, run again, are finite on {'all ranks' if len(by_rank) > 1 else 'this rank'}: "
                 "what happened was transient, or outside the model's forward"
             )
+        if "finite_forward" in seen and set(seen) <= {"finite", "finite_forward"}:
+            where = "all ranks" if len(by_rank) > 1 else "this rank"
+            parts.append(
+                f"forward, run again, is finite on {where}: what happened came after it, in a loss that the model does "
+                "not compute or in backward, or was transient"
+            )
         errors = [one.rerun.error for one in by_rank.values() if one.rerun.error]
         parts += [f"the forward could not be run again ({errors[0]})"] if errors else []
     if averaged is not None and averaged.first is not None:

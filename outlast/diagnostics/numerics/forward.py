@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from outlast.diagnostics.numerics.gradients import bad_gradients
 from outlast.diagnostics.numerics.model_parts import bare
 
-Outcome = Literal["not_seen", "failed", "finite", "forward", "loss", "backward"]
-OUTCOMES: tuple[Outcome, ...] = ("not_seen", "failed", "finite", "forward", "loss", "backward")
+Outcome = Literal["not_seen", "failed", "finite", "forward", "loss", "backward", "finite_forward"]
+OUTCOMES: tuple[Outcome, ...] = ("not_seen", "failed", "finite", "forward", "loss", "backward", "finite_forward")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,8 @@ class Rerun:
     """What running a step's forwards, and backwards, again has shown on this rank."""
 
     outcome: Outcome
-    """``not_seen``: no forward was seen. ``failed``: it could not be run again. Else what was not finite first."""
+    """``not_seen``: no forward was seen. ``failed``: it could not be run again. ``finite``: all was, this time.
+    ``finite_forward``: forward was, and there was no loss to go backward from. Else what was not finite first."""
     module: int = -1
     """With ``forward``: its number among the model's modules."""
     parameter: int = -1
@@ -126,12 +127,14 @@ class ForwardMemory:
                 first = first or Rerun("loss", call=number)
         if first is not None:
             return first
+        if not backward:
+            return Rerun("finite_forward")
         parameters = [one for one in self._model.parameters() if one.requires_grad]
-        for number, call in enumerate(self._calls if backward else ()):
+        for number, call in enumerate(self._calls):
             with torch.enable_grad(), self._as_it_was(call):
                 loss = loss_of(self._model(*call.args, **call.kwargs))
                 if loss is None or not loss.requires_grad:
-                    break
+                    return Rerun("finite_forward")
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             bad = bad_gradients(gradients)
             if bad.first is not None:
@@ -143,6 +146,8 @@ class ForwardMemory:
             return
         kind = self._device.type
         is_on_gpu = kind == "cuda"
+        if is_on_gpu and torch.cuda.is_current_stream_capturing():
+            return  # a graph is replayed without coming here, and its random numbers are its own
         self._calls.append(
             Call(
                 args,

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from outlast.diagnostics.live.recorder import Recorder
 from outlast.diagnostics.numerics.config import NumericsConfig
-from outlast.diagnostics.numerics.digests import Digests, replicated, shares_its_state
+from outlast.diagnostics.numerics.digests import Digests, ignored_by_ddp, replicated, shares_its_state
 from outlast.diagnostics.numerics.drift import DriftWatch
 from outlast.diagnostics.numerics.events import NotFinite, NumericsEvent
 from outlast.diagnostics.numerics.findings import Found, Joined, joined
@@ -100,6 +100,7 @@ class NumericsWatch:
         self._replicas = self._find_replicas(recorder) if self.config.replicas_every_steps else None
         self._watched: deque[tuple[int, str, OnItsWay]] = deque()  # numbers on their way to the host
         self._spikes: dict[str, Spikes] = {}
+        self._loss_is_finite = True
         self._drift: DriftWatch | None = None
         if self.config.drift_every_steps and self._is_first:  # replicas have the same weights, and would tell the same
             self._drift = DriftWatch(model, optimizer, self.config, lambda: self._step, self._note)
@@ -118,6 +119,9 @@ class NumericsWatch:
             if len(sharing.ranks) > 1 or "nothing around" in sharing.why_none:
                 self._note(f"replicas are not compared: {sharing.why_none}")
             return None
+        if ignored := sorted(ignored_by_ddp(self._model)):
+            more = f" and {len(ignored) - 1} more" if len(ignored) > 1 else ""
+            self._note(f"not compared: {ignored[0]}{more}, which DDP was told to leave to each rank")
         if self._state_is_shared:
             self._note("optimizer state is not compared: each rank keeps a part of it, and none has what another has")
         if sharing.replicas == sharing.ranks:
@@ -214,12 +218,21 @@ class NumericsWatch:
 
     def _look_at_value(self, step: int, name: str, value: float) -> None:
         config, is_loss = self.config, name == "loss"
+        if is_loss and config.not_finite != "off":
+            self._look_at_loss(step, value)
         if name not in self._spikes:
             least = config.spike_loss_share if is_loss else config.spike_norm_factor - 1
             self._spikes[name] = Spikes(config.spike_window, config.spike_sigmas, least, in_logs=not is_loss)
         found = self._spikes[name].look(step, value)
         if found is not None and (is_loss or self._is_first):  # a norm is the same on all ranks
             self._emit(spike_event(step, name, found))
+
+    def _look_at_loss(self, step: int, loss: float) -> None:
+        """Once, until it is finite again: gradients that are not finite have ended the run before this."""
+        was_finite, self._loss_is_finite = self._loss_is_finite, math.isfinite(loss)
+        if was_finite and not self._loss_is_finite:
+            told = f"the loss of rank {self._rank} is {loss}, and its gradients did not stop the update"
+            self._emit(NotFinite(step=step, ranks=(self._rank,), module="", parameter="", transient=False, told=told))
 
     def after_update(self) -> None:
         """The gradients have been used: a step that is sampled looks at them. Each update that is followed does it."""

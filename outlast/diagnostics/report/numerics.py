@@ -44,7 +44,7 @@ def numerics_of(loaded: Loaded, begin_t: float) -> tuple[NumericsRow, ...]:
 def numerics_incidents(rows: tuple[NumericsRow, ...]) -> tuple[Incident, ...]:
     """Of those rows that are bad: values that are not finite, and replicas that differ."""
     titles = {
-        NotFinite.kind: "gradients are not finite in step {}",
+        NotFinite.kind: "values are not finite in step {}",
         ReplicasDifferent.kind: "replicas are not the same after step {}",
     }
     return tuple(

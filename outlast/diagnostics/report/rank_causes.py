@@ -117,7 +117,11 @@ class RankCauses:
         elements, values = self._elements[at], self._steps.values
         work_s = values["step_s"][at] - values["collective_s"][at] - values["data_s"][at]
         more_s = longer_by_work_s(elements, work_s, column)
-        if not is_explained_by(more_s, behind_s):
+        otherwise_s = _beyond_peers(np.nan_to_num(values["data_s"][at]), column)
+        for what in ("garbage_collection", "compile"):
+            seconds = self._more_s(what, column, at)
+            otherwise_s = otherwise_s + (seconds if seconds is not None else 0.0)
+        if not is_explained_by(more_s, np.maximum(behind_s - otherwise_s, 0.0)):
             return None
         more = more_s > 0
         own, typical = np.median(elements[more, column]), np.nanmedian(np.delete(elements[more], column, axis=1))

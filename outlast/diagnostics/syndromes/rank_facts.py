@@ -56,7 +56,7 @@ def rank_facts(
         for rank in told
         if (fact := _delay(KINDS[what], rank, told, nodes, times)) is not None
     ]
-    return (*found, *_uneven(done, nodes, times))
+    return (*found, *_uneven(done, delays, nodes, times))
 
 
 def _delay(
@@ -84,9 +84,12 @@ def _delay(
 
 
 def _uneven(
-    done: Mapping[tuple[int, int], Record], nodes: Mapping[int, str], times: Mapping[str, NodeTime]
+    done: Mapping[tuple[int, int], Record],
+    delays: Mapping[tuple[str, int], Mapping[int, Record]],
+    nodes: Mapping[int, str],
+    times: Mapping[str, NodeTime],
 ) -> list[Fact]:
-    """Of ranks that have more to do, and take longer for it."""
+    """Of ranks that have more to do, and take longer for it; what they are known to have lost otherwise is no work."""
     steps, ranks = sorted({step for step, _ in done}), sorted(nodes)
     if len(ranks) < 2 or not steps:
         return []
@@ -102,6 +105,10 @@ def _uneven(
     elements = column_wise("batch_elements", "tokens")
     elements[elements == 0] = np.nan
     work_s = column_wise("step_s") - column_wise("collective_s") - column_wise("data_s")
+    for what in ("garbage_collection", "compile"):
+        for row, step in enumerate(steps):
+            for rank, record in delays.get((what, step), {}).items():
+                work_s[row, ranks.index(rank)] -= float(record["seconds"])
     found = []
     for column, rank in enumerate(ranks):
         more_s = longer_by_work_s(elements, work_s, column)

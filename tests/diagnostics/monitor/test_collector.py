@@ -10,6 +10,7 @@ import pytest
 
 from outlast.diagnostics.live import Beat, Collective, Observation, Ring, StallRules
 from outlast.diagnostics.live.stall import ProcessState
+from outlast.diagnostics.live.suspects import Suspect
 from outlast.diagnostics.monitor import Accused, Collector, LeastDelay, NodeCondition, NodeReport, ago
 from outlast.diagnostics.monitor.node_times import offset
 from outlast.diagnostics.monitor.reports import at, decode
@@ -80,6 +81,40 @@ def test_a_stopped_rank_is_named_whatever_it_did() -> None:
     (found,) = job.hear(ranks)
     assert (found.rank, found.node) == (3, 1)
     assert "stopped (state T)" in found.evidence
+
+
+def test_a_rank_that_left_the_order_of_collectives_is_named_though_all_wait() -> None:
+    job = Job()
+    order = Collective(2, "broadcast", "grads", 4, 7, -12.0, None, "dp", 2)
+    left = replace(rank(3, 12.0), ring=Ring(3, 1003, 4, 3, (order,), ()))
+    ranks = [rank(0, 12.0), rank(1, 12.0), rank(2, 12.0), left]
+    job.hear(ranks)
+    (found,) = job.hear(ranks)
+    assert (found.rank, found.node, found.inside) == (3, 1, True)
+    assert "rank 3 left the order first" in found.evidence
+    assert decode(NodeReport(node=0, host="h0", seq=1, t=0.0, accused=(found,)).encode()).accused == (found,)
+    assert {one.rank: one.waiting for one in suspects(job, ranks)} == {3: 3}
+    assert suspects(job, ranks[1:]) == (), "not while a rank is not known of"
+
+
+def suspects(job: Job, ranks: list[Observation]) -> tuple[Suspect, ...]:
+    """Whom node 0 suspects after one more message of each node."""
+    job.hear(ranks)
+    mine = tuple(one for one in ranks if one.rank < 2)
+    own = NodeReport(node=0, host="h0", seq=job.seq, t=0.0, ranks=(0, 1), watched=mine)
+    return job.collector.suspects(own, 4.0)
+
+
+def test_whom_others_wait_for_is_suspected_across_nodes() -> None:
+    job = Job()
+    ranks = [rank(0, 5.0), rank(1, 5.0), rank(2, 5.0), rank(3, 5.0, inside=False)]
+    (found,) = suspects(job, ranks)
+    assert (found.rank, found.pid, found.waiting) == (3, 1003, 3)
+    assert suspects(job, [*ranks[:3], rank(3, 5.0, inside=False, phase="eval")]) == ()
+    job = Job(3)
+    job.hear([], without=(2,))
+    own = NodeReport(node=0, host="h0", seq=2, t=0.0, ranks=(0, 1), watched=tuple(ranks[:2]))
+    assert job.collector.suspects(own, 4.0) == (), "not while a node is not heard"
 
 
 HEALTHY = {

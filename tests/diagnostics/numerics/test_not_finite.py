@@ -243,3 +243,32 @@ def test_an_error_of_compression_is_explained_and_stays_what_it_is() -> None:
     assert error.what.startswith("gradient of head.bias on rank 0 holds NaN; the first module")
     assert error.fix == "look"
     assert [one.step for one in found] == [7]
+
+
+def test_a_loss_outside_of_the_model_is_not_taken_for_a_transient_fault() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    watch, optimizer, found = watched(model)
+    (model(batch()) * 0).sqrt().mean().backward()
+    with pytest.raises(TrainingDiverged) as caught:
+        optimizer.step()
+    assert "forward, run again, is finite on this rank: what happened came after it" in str(caught.value)
+    assert "none of 4 gradients is finite" in str(caught.value)
+    assert "test that node" not in str(caught.value)
+    assert isinstance(found[0], NotFinite)
+    assert not found[0].transient
+    watch.close()
+
+
+def test_a_loss_that_is_not_finite_with_gradients_that_are_is_told_once() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    watch, optimizer, found = watched(model)
+    for number in range(1, 7):
+        value = (model(batch()) * (-1 if number in (2, 3, 5) else 0) - 9 * (number in (2, 3, 5)) + 1).log().mean()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.end_step(loss=value)
+    assert [(one.step, one.told) for one in found] == [
+        (step, "the loss of rank 0 is nan, and its gradients did not stop the update") for step in (2, 5)
+    ]
+    watch.close()

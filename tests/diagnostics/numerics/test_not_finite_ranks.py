@@ -35,7 +35,8 @@ def diverging(rank: int, how: str, culprits: list[int]) -> tuple[str, list[NotFi
         watch.end_step()
         before = [one.detach().clone() for one in model.parameters()]
         if rank in culprits:
-            model.blocks[1].spoil = Root.apply if how == "backward" else spoiled(float("nan"))
+            in_backward = how == "backward" or (how == "fsdp2" and rank == 0)
+            model.blocks[1].spoil = Root.apply if in_backward else spoiled(float("nan"))
         wrapped(batch(rank)).backward()
         with pytest.raises(TrainingDiverged) as caught:
             optimizer.step()
@@ -55,12 +56,14 @@ def local(tensor: Any) -> Any:
         ("ddp", [0, 1, 2], "blocks.1", "on all 3 ranks, so the model or its data are at fault, and no rank"),
         ("backward", [2], "", "in backward the first gradient that is not is that of blocks.1.linear.bias, on rank 2"),
         ("fsdp2", [1], "blocks.1", "(FSDPFaulty), on rank 1 alone: its inputs are finite"),
+        ("fsdp2", [0], "", "forward, run again, is finite on all ranks: what happened came after it"),
     ],
-    ids=["one", "two", "all", "backward", "sharded"],
+    ids=["one", "two", "all", "backward", "sharded", "sharded_backward"],
 )
 def test_all_ranks_name_the_first(three_ranks: Ranks, how: str, culprits: list[int], module: str, words: str) -> None:
     for said, events, same in three_ranks.run(diverging, how, culprits):
         assert words in said
         assert "step 2: the gradient norm is nan; the parameters were not updated" in said
-        assert [(one.step, one.ranks, one.module) for one in events] == [(2, tuple(culprits), module)]
+        assert [(one.step, one.module, one.transient) for one in events] == [(2, module, False)]
+        assert events[0].ranks == (() if how == "fsdp2" and not module else tuple(culprits))
         assert same

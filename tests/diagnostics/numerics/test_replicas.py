@@ -211,3 +211,26 @@ def test_an_optimizer_that_shares_its_state_out_is_left_out_by_name(three_ranks:
         assert not_watched == [
             "optimizer state is not compared: each rank keeps a part of it, and none has what another has"
         ]
+
+
+def with_experts(rank: int) -> tuple[list[NumericsEvent], list[str]]:
+    model = Net()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["blocks.0.linear.bias"])
+    with torch.no_grad():
+        model.blocks[0].linear.bias += rank
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    told: list[NumericsEvent] = []
+    with NumericsWatch(wrapped, optimizer, NumericsConfig(replicas_every_steps=1), on_event=told.append) as watch:
+        for _ in range(2):
+            wrapped(batch(rank)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            watch.end_step()
+        return told, watch.not_watched
+
+
+def test_what_each_rank_has_its_own_of_is_no_replica(three_ranks: Ranks) -> None:
+    for told, not_watched in three_ranks.run(with_experts):
+        assert told == []
+        assert not_watched == ["not compared: blocks.0.linear.bias, which DDP was told to leave to each rank"]

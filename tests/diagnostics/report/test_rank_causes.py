@@ -93,6 +93,18 @@ def test_longer_batches_now_and_then_are_the_cause_of_lateness_in_the_same_steps
     assert RankCauses(work(often), NOTHING).of(1, AT, BEHIND) is None, "it is late as well without them"
 
 
+def test_other_delays_do_not_hide_uneven_work() -> None:
+    seconds = np.where(AT < 4, 1.0, 0.0)[:, None] * np.eye(4)[1]
+    behind = np.where(AT < 4, 1.0, np.where(AT % 2, 0.1, 0.0))
+    own = RankCauses(work(np.where((AT % 2 == 1) & (AT >= 4), 1800.0, 1000.0)), delayed("garbage_collection", seconds))
+    late = own.of(1, AT[4:], behind[4:])
+    assert late is not None
+    assert late.name == "uneven work"
+    whole = own.of(1, AT, behind)
+    assert whole is not None
+    assert whole.name == "garbage collection", "it cost most"
+
+
 @pytest.mark.parametrize("own", [1000, 1040, 1200, 500, np.nan])
 def test_work_that_does_not_explain_it_is_not_named(own: float) -> None:
     assert RankCauses(work(own), NOTHING).of(1, AT, BEHIND) is None

@@ -61,6 +61,18 @@ def test_a_rank_with_more_to_do_has_uneven_work_if_it_takes_longer() -> None:
     assert rank_facts(run(100, 0.5), nodes=NODES, times=TIMES) == ()
 
 
+def test_other_delays_of_the_rank_do_not_hide_uneven_work() -> None:
+    records = []
+    for step in range(1, 17):
+        collects, more = step <= 4, step > 12
+        step_s = 4.0 if collects else 1.0
+        records += [program_step(rank, step, 100, step_s, step_s - 0.5) for rank in range(3)]
+        records.append(program_step(3, step, 200 if more else 100, step_s, 0.0 if more or collects else 0.5))
+        records += [delay(3, step, 3.5)] if collects else []
+    found = rank_facts(records, nodes=NODES, times=TIMES)
+    assert [one.kind for one in found] == ["garbage_collection"] * 4 + ["uneven_work"] * 4
+
+
 def test_the_verdict_on_a_slow_rank_names_it_unless_its_peers_have_as_much() -> None:
     case = CASES["garbage collection"](1, Layout())
     job = case.trace.job
