@@ -170,6 +170,7 @@ class WatchedAgent(LocalElasticAgent):
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         """Restart the ranks, after a wait if they fail again and again; the old ones are ended before it."""
+        self._hung.keep_held(self.ranks)
         wait_s, self._backoff_s = self._backoff_s, 0.0
         if wait_s > 0.0:
             self._stop_workers(worker_group)

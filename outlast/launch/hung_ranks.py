@@ -64,6 +64,11 @@ class HungRanks:
             if ring.entered:
                 self._events.write(kept(ring, ahead_s=ahead_s))
 
+    def keep_held(self, ranks: Sequence[int]) -> None:
+        """The ranks are ended because one on another node hung; those that waited for it here may not have failed."""
+        if self._held[1] and time.monotonic() - self._held[0] <= HELD_S:
+            self.keep_collectives(ranks)
+
     def look(self, processes: RankProcesses, *, alone: bool, accused: Sequence[Accused] = ()) -> None:
         """Find hung ranks and kill them.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from outlast.diagnostics import build_report
+from outlast.diagnostics.trace.run_trace import write_trace
 from outlast.free_port import free_port
 from tests.forked import Job
 from tests.helpers import clean_env, events, wait_for
@@ -57,6 +58,10 @@ def test_a_rank_that_hangs_on_the_other_node(tmp_path: Path) -> None:
     assert "stopped (state T)" in said0
     assert "killing it" not in said0, "only the culprit's node acts"
     assert said1.count("killing it") == 2
+    waited = [one for one in events(run, "collectives_kept") if one["of_rank"] == 0]
+    assert len(waited) == 2, "the launcher of the node that only waits keeps its collectives, too"
+    assert all(one["newest"][-1][6] is None for one in waited), "as they were before the culprit was killed"
+    assert write_trace(run, tmp_path / "trace.json").arrows == 2
 
 
 @pytest.mark.soak

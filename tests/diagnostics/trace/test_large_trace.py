@@ -51,6 +51,7 @@ def peak_kb(what: str, *words: Path) -> int:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_a_trace_takes_no_more_memory_than_the_report(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 1024, 1000)
     trace = tmp_path / "trace.json.gz"
