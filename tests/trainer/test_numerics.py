@@ -91,7 +91,7 @@ def test_one_rank_names_the_module(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert where in report["numerics"][0]["told"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_flipped_bit_ends_a_run_that_stops_for_it_and_it_goes_on_from_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
