@@ -2,10 +2,10 @@
 
     python -m benchmarks.watch_parts [--rounds 200] [--json FILE]
 
-Two processes of one rank each stay up, one under the runner of outlast, and take turns with blocks of the same
-calls: collectives that reach no wire, and an optimizer's steps. The difference of two neighbouring blocks is what one
-costs more. Looks cost what the watching thread takes of its own CPU clock while the program computes in Python. From
-the medians: what a step of 100 ms with 50 collectives costs more, looked at every 10 ms, and every 100 ms.
+Processes of one rank each stay up, one of them unwatched, and take turns with blocks of the same calls: collectives that
+reach no wire, an optimizer's steps, and 20 ms of work that holds the interpreter's lock (Python) or not (a matrix
+product), while the watch looks every 10 ms, or every 100 ms. The difference of two neighbouring blocks is what one costs
+more. From the medians: what a step of 100 ms with 50 collectives costs more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +27,10 @@ from outlast.free_port import free_port
 from outlast.launch.runner import ATTEMPT, LOOK_EVERY_S, RUN_DIR, STEPS_TAKEN
 
 STEP_S, COLLECTIVES = 0.1, 50
-BLOCK = {"collective": 400, "optimizer step": 200}
-LOOKS_S = 3.0
+BLOCK = {"collective": 400, "optimizer step": 200, "20 ms of Python": 1, "20 ms of a matrix product": 1}
+WORK_S, WORK = 0.02, ("20 ms of Python", "20 ms of a matrix product")
+SELDOM_S = 1000.0
+"""Between two looks, where what is measured is not the looks."""
 _LIMIT_S = 120
 
 
@@ -43,46 +44,35 @@ def serve() -> None:
     parameter = torch.nn.Parameter(torch.ones(4))
     parameter.grad = torch.zeros(4)
     optimizer = torch.optim.SGD([parameter], lr=0.1)
+    square = torch.randn(256, 256)
+    rounds, products = int(sys.argv[2]), int(sys.argv[3])
     calls: dict[str, Callable[[], object]] = {
         "collective": lambda: dist.all_reduce(small),
         "optimizer step": lambda: optimizer.step(),
+        "20 ms of Python": lambda: sum(number & 3 for number in range(rounds)),
+        "20 ms of a matrix product": lambda: [square @ square for _ in range(products)],
     }
-    for call in calls.values():
-        for _ in range(1000):
+    for name, call in calls.items():
+        for _ in range(20 if name in WORK else 1000):
             call()
     print("ready", flush=True)
     for line in sys.stdin:
-        name = line.strip()
-        if name in calls:
-            call, count = calls[name], BLOCK[name]
-            began_s = time.perf_counter()
-            for _ in range(count):
-                call()
-            print((time.perf_counter() - began_s) / count, flush=True)
-        else:
-            print(_watching_share(LOOKS_S), flush=True)
+        call, count = calls[line.strip()], BLOCK[line.strip()]
+        began_s = time.perf_counter()
+        for _ in range(count):
+            call()
+        print((time.perf_counter() - began_s) / count, flush=True)
     dist.destroy_process_group()
-
-
-def _watching_share(seconds: float) -> float:
-    """The watching thread's CPU seconds for each second in which this one computes."""
-    (thread,) = (one for one in threading.enumerate() if one.name == "outlast-watch")
-    assert thread.ident is not None
-    clock = time.pthread_getcpuclockid(thread.ident)
-    began_s, used_s = time.perf_counter(), time.clock_gettime(clock)
-    while time.perf_counter() - began_s < seconds:
-        pass
-    return (time.clock_gettime(clock) - used_s) / (time.perf_counter() - began_s)
 
 
 class Served:
     """A process that answers; watched, with seconds between two looks, unless these are 0."""
 
-    def __init__(self, folder: Path, every_s: float) -> None:
+    def __init__(self, folder: Path, every_s: float, work: tuple[int, int]) -> None:
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
         env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve", *map(str, work)]
         if every_s:
             run = str(folder / f"every_{every_s:g}")
             env |= {RUN_DIR: run, ATTEMPT: "1", STEPS_TAKEN: "0", LOOK_EVERY_S: str(every_s)}
@@ -114,26 +104,29 @@ class Served:
 
 
 def measure(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of each part: median, and the quartiles of the differences or repetitions that it is of."""
+    """Seconds of each part: median, and the quartiles of the differences that it is of."""
+    plain = Served(folder, 0, (400_000, 40))
+    took = [statistics.median(plain.ask(part) for _ in range(20)) for part in WORK]
+    plain.close()
+    work = round(400_000 * WORK_S / took[0]), max(1, round(40 * WORK_S / took[1]))
+    served = {every_s: Served(folder, every_s, work) for every_s in (0.0, SELDOM_S, EVERY_S, 0.1)}
     found: dict[str, dict[str, float]] = {}
-    plain, watched = Served(folder, 0), Served(folder, 1000.0)
     try:
         for part in BLOCK:
-            more = []
+            watched = (EVERY_S, 0.1) if part in WORK else (SELDOM_S,)
+            more: dict[float, list[float]] = {every_s: [] for every_s in watched}
+            alone = []
             for number in range(rounds):
-                two = (plain, watched) if number % 2 else (watched, plain)
-                took = {one: one.ask(part) for one in two}
-                more.append(took[watched] - took[plain])
-            found[part] = _spread(more)
-            found[part]["unwatched"] = plain.ask(part)
+                turn = (0.0, *watched) if number % 2 else (*watched, 0.0)
+                once = {every_s: served[every_s].ask(part) for every_s in turn}
+                alone.append(once[0.0])
+                for every_s in watched:
+                    more[every_s].append(once[every_s] - once[0.0])
+            for every_s, values in more.items():
+                name = part if every_s == SELDOM_S else f"{part}, looked at every {1e3 * every_s:g} ms"
+                found[name] = _spread(values) | {"unwatched": statistics.median(alone)}
     finally:
-        plain.close()
-        watched.close()
-    for every_s in (EVERY_S, 0.1):
-        one = Served(folder, every_s)
-        try:
-            found[f"looks every {1e3 * every_s:g} ms"] = _spread([one.ask("looks") for _ in range(5)])
-        finally:
+        for one in served.values():
             one.close()
     return found
 
@@ -143,10 +136,11 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "lower quartile": low, "upper quartile": high}
 
 
-def share_of_step(found: dict[str, dict[str, float]], every_s: float) -> float:
-    """Of a step of ``STEP_S`` with ``COLLECTIVES``, what being watched takes, as if looks ran on the step's core."""
+def share_of_step(found: dict[str, dict[str, float]], every_s: float, work: str) -> float:
+    """Of a step of ``STEP_S`` with ``COLLECTIVES``, what being watched takes."""
     calls_s = COLLECTIVES * found["collective"]["median"] + found["optimizer step"]["median"]
-    return calls_s / STEP_S + found[f"looks every {1e3 * every_s:g} ms"]["median"]
+    looked = found[f"{work}, looked at every {1e3 * every_s:g} ms"]
+    return calls_s / STEP_S + looked["median"] / looked["unwatched"]
 
 
 def main() -> None:
@@ -154,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200, help="blocks of each part and process")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=int, nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
         serve()
@@ -162,17 +156,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         found = measure(Path(name), given.rounds)
     for part, one in found.items():
-        scale, unit = (1e6, "µs a call more") if part in BLOCK else (100.0, "% of a core")
-        low, high = scale * one["lower quartile"], scale * one["upper quartile"]
-        print(f"{part:20} {scale * one['median']:7.3f} {unit} (quartiles {low:.3f} to {high:.3f})", end="")
-        print(f"; {1e6 * one['unwatched']:.1f} µs unwatched" if "unwatched" in one else "")
+        low, middle, high = (1e6 * one[key] for key in ("lower quartile", "median", "upper quartile"))
+        print(f"{part:52} {middle:8.2f} µs more (quartiles {low:.2f} to {high:.2f})", end="")
+        print(f" than {1e6 * one['unwatched']:.1f} µs unwatched")
     for every_s in (EVERY_S, 0.1):
-        share = share_of_step(found, every_s)
-        print(
-            f"of a step of {1e3 * STEP_S:g} ms with {COLLECTIVES} collectives, looked at every {1e3 * every_s:g} ms: ",
-            end="",
-        )
-        print(f"{100 * share:.3f} %")
+        for work in WORK:
+            share = 100 * share_of_step(found, every_s, work)
+            print(
+                f"a step of {1e3 * STEP_S:g} ms with {COLLECTIVES} collectives, the rest {work.partition('of ')[2]}, ",
+                end="",
+            )
+            print(f"looked at every {1e3 * every_s:g} ms: {share:.2f} % more")
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
 
