@@ -36,7 +36,7 @@ class LaunchConfig:
     """Detect hangs. If false, only the end of a process is noticed. Set it to false for a command that writes no
     heartbeats, because a rank without a first one counts as hung after ``startup_limit_s``."""
     look_every_s: float = 0.01
-    """Seconds between two looks at the collectives of a program, each of about 20 us. Longer costs less, and tells how
+    """Seconds between two looks at the collectives of a program, each of about 50 us. Longer costs less, and tells how
     late a rank is less exactly. 0: it starts without outlast's runner, and only its end is noticed."""
     told_after_s: float = 3.0
     """Seconds, but at least 3 median steps, after which a rank is named that its peers wait for inside a collective: it
