@@ -2,10 +2,10 @@
 
     python -m benchmarks.watch_parts [--rounds 200] [--json FILE]
 
-Processes of one rank each stay up, one of them unwatched, and take turns with blocks of the same calls: collectives that
-reach no wire, an optimizer's steps, and 20 ms of work that holds the interpreter's lock (Python) or not (a matrix
-product), while the watch looks every 10 ms, or every 100 ms. The difference of two neighbouring blocks is what one costs
-more. From the medians: what a step of 100 ms with 50 collectives costs more.
+Processes of one rank each stay up, one of them unwatched, and take turns with blocks of the same calls: collectives
+that reach no wire, an optimizer's steps, and 20 ms of work that holds the interpreter's lock (Python) or not (a matrix
+product), while the watch looks every 10 ms, or every 100 ms. The difference of two neighbouring blocks is what one
+costs more. From the medians: what a step of 100 ms with 50 collectives costs more.
 """
 
 from __future__ import annotations
