@@ -45,7 +45,7 @@ def test_hosts_have_names_addresses_and_limited_links() -> None:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_communication_benchmark(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
     variants = {"dense": "dense", "fp16": "fp16", "low rank": "powersgd-1", "ours": "feedback=ef14,density=0.01"}

@@ -26,11 +26,14 @@ def test_what_is_right_is_told(tmp_path: Path) -> None:
     assert any("50 collectives" in str(check["what"]) for check in found["recorder"])
 
 
+LONG = ("company", "kernels", "runs", "snapshot", "speed")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "section",
     [
-        pytest.param(one, marks=[pytest.mark.soak] if one in ("company", "runs", "snapshot") else [])
+        pytest.param(one, marks=[pytest.mark.soak] if one in LONG else [])
         for one in SECTIONS
         if one not in ("mutation", "recorder")
     ],

@@ -21,6 +21,7 @@ def losses_in(said: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
 
 
+@pytest.mark.soak
 def test_it_learns_and_goes_on(root: Path, tmp_path: Path) -> None:
     command = [root / "examples" / "own_loop.py", tmp_path / "a"]
     losses = losses_in(torchrun(*command))

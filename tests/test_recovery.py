@@ -102,7 +102,7 @@ def test_a_job_whose_launcher_was_killed_too_and_that_was_started_again(tmp_path
     )
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_stopped_rank_is_found_killed_and_replaced(tmp_path: Path, straight: Path) -> None:
     config, run = tiny_config(tmp_path)
     job = start_outlast("launch", config, *SIXTY, log=tmp_path / "log")

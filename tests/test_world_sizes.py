@@ -41,7 +41,7 @@ def test_four_ranks_then_two_then_three(tmp_path: Path) -> None:
                 assert one[key].tobytes() == two[key].tobytes(), (step, key)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_compressed_training_goes_on_without_a_jump(tmp_path: Path) -> None:
     config, run = tiny_config(tmp_path)
     for ranks, steps in ((4, 16), (2, 24)):

@@ -36,7 +36,7 @@ def test_the_page_shows_what_the_example_adds(name: str) -> None:
     ("name", "learned"),
     [
         pytest.param("accelerate_loop", 0.1, marks=pytest.mark.soak),
-        ("hf_trainer", 3.6),
+        pytest.param("hf_trainer", 3.6, marks=pytest.mark.soak),
         pytest.param("lightning_module", 3.1, marks=pytest.mark.soak),
     ],
 )

@@ -49,7 +49,11 @@ def test_a_script_is_restarted_and_its_late_rank_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "evidence"), [("stop", "stopped (state T), has entered"), ("sleep", "last entered all_reduce #")]
+    ("what", "evidence"),
+    [
+        pytest.param("stop", "stopped (state T), has entered", marks=pytest.mark.soak),
+        ("sleep", "last entered all_reduce #"),
+    ],
 )
 def test_a_rank_that_does_nothing_is_found_and_named(tmp_path: Path, what: str, evidence: str) -> None:
     run = tmp_path / "run"

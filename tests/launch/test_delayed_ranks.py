@@ -27,7 +27,7 @@ def steps_of(place: int) -> set[int]:
     return set(range(first, first + LENGTH))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_each_cause_is_told_beside_the_rank_that_it_made_late(tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = outlast("launch", "--nproc_per_node", "2", "--run-dir", run, SCRIPT, str(GAP), str(LENGTH))

@@ -18,8 +18,8 @@ from tests.helpers import events, outlast, start_outlast, tiny_config, wait_for
 SLOW_S = 6.0
 
 
+@pytest.mark.soak
 @pytest.mark.root
-@pytest.mark.slow
 def test_the_report_names_the_quota_that_slowed_a_rank(tmp_path: Path) -> None:
     config, run = tiny_config(tmp_path)
     log = tmp_path / "log"

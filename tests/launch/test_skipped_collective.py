@@ -51,6 +51,7 @@ def test_the_peer_is_aborted(tmp_path: Path) -> None:
     assert "desynchronised" in headline
 
 
+@pytest.mark.soak
 def test_the_rank_itself_is_aborted(tmp_path: Path) -> None:
     """What comes next is smaller, so it dies of what its peer sends."""
     _, reason = run(tmp_path, 1, 100_000, 6)

@@ -120,7 +120,7 @@ def test_a_session_under_srun_ends_as_if_nobody_had_killed_it(
     assert len(set(ends)) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_launch_sbatch_restarts_inside_the_allocation(
     cluster: SlurmCluster, env: dict[str, str], root: Path, tmp_path: Path
 ) -> None:

@@ -69,7 +69,7 @@ def test_killed_and_started_again_it_ends_the_same(root: Path, tmp_path: Path) -
     assert len(compared["equal_tensors"]) > 30
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.mpi
 def test_under_mpirun(root: Path, tmp_path: Path) -> None:
     words = documented("mpirun")

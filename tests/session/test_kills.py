@@ -109,7 +109,7 @@ def test_under_mpirun(tmp_path: Path, straight: str) -> None:
     assert end_of(done.stdout) == straight
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_notice_ends_it_and_it_goes_on(tmp_path: Path, straight: str) -> None:
     run = tmp_path / "run"
     said = launched(run, "--do", "notice", "--at", "8", check=RESUME_STATUS)

@@ -68,7 +68,7 @@ class Feedback(ABC):
 
     @property
     def share(self) -> float:
-        """The weight of this rank's trackers in the estimate, times the number of ranks: 1, unless weighted."""
+        """The weight of this rank's trackers in the estimate, times the number of ranks; 1, unless weighted."""
         return 1.0
 
     @property

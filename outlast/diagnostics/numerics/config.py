@@ -39,7 +39,7 @@ class NumericsConfig:
     attention_logit_limit: float = 1e4
     """The largest attention logit that training survives, in order of magnitude."""
     log_z_limit: float = 100.0
-    """|log Z| of the output logits from which bf16 no longer tells neighbouring losses apart."""
+    """The absolute log Z of the output logits from which bf16 no longer tells neighbouring losses apart."""
     gradient_eps_factor: float = 10.0
     """The root mean square of a parameter's gradient matters to Adam when it is below this many times its epsilon."""
     peers_timeout_s: float = 60.0

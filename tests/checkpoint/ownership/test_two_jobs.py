@@ -138,7 +138,7 @@ def test_nobody_took_over_so_it_goes_on(tmp_path: Path) -> None:
     assert steps_at(url) == ["step_00000001", "step_00000002", "step_00000003"]
 
 
-@pytest.mark.parametrize("how", ["launcher", "slurm"])
+@pytest.mark.parametrize("how", ["launcher", pytest.param("slurm", marks=pytest.mark.soak)])
 def test_a_restart_of_the_same_job_on_another_node_does_not_wait(tmp_path: Path, how: str) -> None:
     url = tmp_path / "run"
     before = {"OUTLAST_JOB": "a7"} if how == "launcher" else {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}

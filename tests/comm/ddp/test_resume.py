@@ -51,7 +51,7 @@ def run(rank: int, methods: list[dict[str, Any]], until: int) -> list[str]:
     return [digest(rank, settings, until) for settings in methods]
 
 
-@pytest.mark.parametrize("target", [pytest.param("gradient", marks=pytest.mark.slow), "update"])
+@pytest.mark.parametrize("target", [pytest.param("gradient", marks=pytest.mark.soak), "update"])
 def test_every_method_goes_on_bit_for_bit(three_ranks: Ranks, target: str) -> None:
     methods = []
     for method in METHODS:
