@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ TRIALS, TRIAL_SIZE, TRIAL_STEPS = 3, 64, 10
 _LIMIT_S = 300
 
 
-def measure(folder: Path, way: str, size: int, steps: int, every_s: float) -> dict[str, float]:
-    """The median step of rank 0, wall-clock and CPU seconds; unwatched if ``every_s`` is 0."""
-    ranks = 1 if way == "collectives" else 2
+def started(
+    program: Path, words: Sequence[str], run: Path, *, ranks: int, every_s: float
+) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of ``ranks`` ranks, but for their numbers; unwatched if ``every_s`` is 0."""
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
@@ -47,11 +49,18 @@ def measure(folder: Path, way: str, size: int, steps: int, every_s: float) -> di
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    command = [sys.executable, str(PROGRAM), way, str(size), str(steps)]
+    command = [sys.executable, str(program), *words]
     if every_s:
-        env |= {RUN_DIR: str(folder / "run"), ATTEMPT: "1", STEPS_TAKEN: "0", LOOK_EVERY_S: str(every_s)}
+        env |= {RUN_DIR: str(run), ATTEMPT: "1", STEPS_TAKEN: "0", LOOK_EVERY_S: str(every_s)}
         env[buffer_variable()] = "2000"
         command[1:1] = ["-m", "outlast.launch.runner"]
+    return command, env
+
+
+def measure(folder: Path, way: str, size: int, steps: int, every_s: float) -> dict[str, float]:
+    """The median step of rank 0, wall-clock and CPU seconds; unwatched if ``every_s`` is 0."""
+    ranks = 1 if way == "collectives" else 2
+    command, env = started(PROGRAM, [way, str(size), str(steps)], folder / "run", ranks=ranks, every_s=every_s)
     processes = [
         subprocess.Popen(
             command,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,10 +20,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from outlast.diagnostics.live.flight import buffer_variable
+from benchmarks.watch import started
 from outlast.diagnostics.live.program_watch import EVERY_S
-from outlast.free_port import free_port
-from outlast.launch.runner import ATTEMPT, LOOK_EVERY_S, RUN_DIR, STEPS_TAKEN
 
 STEP_S, COLLECTIVES = 0.1, 50
 BLOCK = {"collective": 400, "optimizer step": 200, "20 ms of Python": 1, "20 ms of a matrix product": 1}
@@ -69,15 +66,9 @@ class Served:
     """A process that answers; watched, with seconds between two looks, unless these are 0."""
 
     def __init__(self, folder: Path, every_s: float, work: tuple[int, int]) -> None:
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-        env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve", *map(str, work)]
-        if every_s:
-            run = str(folder / f"every_{every_s:g}")
-            env |= {RUN_DIR: run, ATTEMPT: "1", STEPS_TAKEN: "0", LOOK_EVERY_S: str(every_s)}
-            env[buffer_variable()] = "2000"
-            command[1:1] = ["-m", "outlast.launch.runner"]
+        words, run = ["--serve", *map(str, work)], folder / f"every_{every_s:g}"
+        command, env = started(Path(__file__).resolve(), words, run, ranks=1, every_s=every_s)
+        env |= {"RANK": "0", "LOCAL_RANK": "0"}
         self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if (said := self._read()) != "ready":
             raise RuntimeError(f"a process that was to be measured said {said!r}")

@@ -104,7 +104,7 @@ class HangWatch:
         """By rank, the process that has ended while the one that the launcher started for it, a wrapper, still runs."""
         self._alive: set[int] = set()
         self._recheck_s = config.recheck_s
-        self.told_after_s = config.told_after_s
+        self._suspect_after_s = config.told_after_s
         self._clock = WatchClock(config.monitor_interval_s)
         self._activity = Activity()
         self._stopped_until_s: dict[int, float] = {}
@@ -237,7 +237,7 @@ class HangWatch:
             return ()
         seen, culprits = self._judge(pids, alone, accused)
         self.newest = tuple(seen)
-        self.suspects = find_suspects(seen, self.told_after_s, time.monotonic(), whole=alone)
+        self.suspects = find_suspects(seen, self._suspect_after_s, time.monotonic(), whole=alone)
         if not culprits:
             return ()
         time.sleep(self._recheck_s)
@@ -286,7 +286,7 @@ class HangWatch:
 
     def _first_limit_s(self, one: Observation) -> float:
         """From when on a look at the rings is worth it: phases with long limits count, because their peers may wait."""
-        return min(one.limit_s(self.rules), self.rules.floor_s, self.rules.alone_limit_s, self.told_after_s)
+        return min(one.limit_s(self.rules), self.rules.floor_s, self.rules.alone_limit_s, self._suspect_after_s)
 
     def observe(self, pids: Mapping[int, int]) -> list[Observation]:
         """Heartbeats, process states and collectives of these ranks now."""

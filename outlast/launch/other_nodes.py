@@ -177,11 +177,7 @@ class OtherNodes:
         monitors have seen; nothing while a node is not heard."""
         with self._lock:
             own = self._own
-        if set(self.collector.silent()) - {self._node}:
-            return [], []
-        reports = sorted(
-            [*(one for one in self.collector.reports() if one.node != self._node), own], key=lambda one: one.node
-        )
+        reports = self.collector.heard(own)
         hosts = [one.host for one in reports]
         nodes: list[NodeSteps] = []
         facts: list[Fact] = []

@@ -6,37 +6,14 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
-from outlast.config import nearest
 from outlast.deepspeed_compat import is_engine
 from outlast.diagnostics.numerics import NumericsConfig, NumericsEvent, NumericsWatch
-from outlast.errors import NonFiniteGradient, UnknownKey
+from outlast.errors import NonFiniteGradient
 from outlast.events import EventLog
 from outlast.session.models import Trained
-
-Numerics = NumericsConfig | Mapping[str, Any] | bool | None
-"""How a session's ``numerics`` may be given."""
-
-
-def numerics_settings(numerics: Numerics) -> NumericsConfig | None:
-    """The settings; None if nothing is to be watched.
-
-    Raises:
-        ConfigError: a setting is unknown, or wrong.
-    """
-    if numerics is None or numerics is False:
-        return None
-    if isinstance(numerics, NumericsConfig):
-        return numerics
-    settings = {} if numerics is True else dict(numerics)
-    known = [field.name for field in dataclasses.fields(NumericsConfig)]
-    for name in settings:
-        if name not in known:
-            raise UnknownKey(f"Session: numerics has no setting {name}", nearest(name, known))
-    return NumericsConfig(**settings)
 
 
 class SessionNumerics:

@@ -27,9 +27,9 @@ from outlast.session.checkpoints import SessionCheckpoints
 from outlast.session.compression import Comm, attach_reducers
 from outlast.session.deepspeed import trained
 from outlast.session.models import wrapped
-from outlast.session.numerics import Numerics, SessionNumerics, numerics_settings
+from outlast.session.numerics import SessionNumerics
 from outlast.session.place import RunPlace
-from outlast.session.settings import checkpoint_settings, named
+from outlast.session.settings import Numerics, checkpoint_settings, named, numerics_settings
 from outlast.session.state import SessionState
 from outlast.session.step_record import StepRecord
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
 
 from outlast.checkpoint import CheckpointConfig
 from outlast.config import nearest
+from outlast.diagnostics.numerics import NumericsConfig
 from outlast.errors import SessionError, UnknownKey
 from outlast.session.models import kind_of
+
+Numerics = NumericsConfig | Mapping[str, Any] | bool | None
+"""How a session's ``numerics`` may be given."""
+ConfigT = TypeVar("ConfigT", CheckpointConfig, NumericsConfig)
 
 
 def named(
@@ -67,13 +72,27 @@ def checkpoint_settings(
     Raises:
         ConfigError: a setting is unknown, or wrong.
     """
-    if checkpoint is False:
+    return None if checkpoint is False else _settings(CheckpointConfig, "checkpoint", checkpoint or {})
+
+
+def numerics_settings(numerics: Numerics) -> NumericsConfig | None:
+    """The settings of the watch on numbers; None if nothing is to be watched.
+
+    Raises:
+        ConfigError: a setting is unknown, or wrong.
+    """
+    if numerics is None or numerics is False:
         return None
-    if isinstance(checkpoint, CheckpointConfig):
-        return checkpoint
-    settings = dict(checkpoint or {})
-    known = [field.name for field in fields(CheckpointConfig)]
-    for name in settings:
+    return _settings(NumericsConfig, "numerics", {} if numerics is True else numerics)
+
+
+def _settings(config: type[ConfigT], what: str, given: ConfigT | Mapping[str, Any]) -> ConfigT:
+    """An instance as it is, or made of a dictionary."""
+    if isinstance(given, config):
+        return given
+    assert isinstance(given, Mapping)
+    known = [field.name for field in fields(config)]
+    for name in given:
         if name not in known:
-            raise UnknownKey(f"Session: checkpoint has no setting {name}", nearest(name, known))
-    return CheckpointConfig(**settings)
+            raise UnknownKey(f"Session: {what} has no setting {name}", nearest(name, known))
+    return config(**given)

@@ -25,7 +25,7 @@ from outlast.diagnostics.live.step_delays import StepDelays
 from outlast.events import EventLog, ProgramStep
 
 EVERY_S = 0.01
-"""Between two looks, unless another time is asked for; each takes about 40 µs, most of them to wake the thread."""
+"""Between two looks, unless another time is asked for; each takes about 50 µs, most of them to wake the thread."""
 SLEPT_S = 0.1
 """A pause of up to this is slept through when the watch is closed."""
 BEAT_S = 0.2

@@ -63,6 +63,16 @@ class Collector:
         now_s = time.monotonic()
         return tuple(node for node in range(self._nodes) if now_s - read.get(node, -1e9) > self._stale_s)
 
+    def heard(self, own: NodeReport) -> list[NodeReport]:
+        """The newest message of every node; none while one of them is not heard.
+
+        Args:
+            own: this node's message, which nobody sends to itself.
+        """
+        if set(self.silent()) - {own.node}:
+            return []
+        return sorted([*(one for one in self.reports() if one.node != own.node), own], key=lambda one: one.node)
+
     def offsets(self) -> dict[int, ClockOffset]:
         """How far each node's clock is ahead of this one's, of those of which it is known."""
         with self._lock:
@@ -87,14 +97,13 @@ class Collector:
         time. Nobody is named while a node is not heard, nor on weak evidence: that is left to each node.
 
         Args:
-            own: this node's message, which nobody sends to itself.
+            own: this node's message.
             rules: how long a rank may be silent.
         """
-        silent = set(self.silent()) - {own.node}
-        reports = [one for one in self.reports() if one.node != own.node] + [own]
+        reports = self.heard(own)
         known = sum(len(one.ranks) for one in reports)
         found: dict[tuple[int, int, int, int], Accused] = {}
-        if not silent and known == self._world_size and any(one.watched for one in reports):
+        if known == self._world_size and any(one.watched for one in reports):
             found = self._judge(reports, rules)
         numbers = {one.node: one.seq for one in reports}
         before, self._before = self._before, {}
@@ -113,11 +122,8 @@ class Collector:
             own: this node's message.
             told_after_s: see :func:`outlast.diagnostics.live.suspects.find_suspects`.
         """
-        if set(self.silent()) - {own.node}:
-            return ()
         now_s = time.monotonic()
-        reports = [one for one in self.reports() if one.node != own.node] + [own]
-        seen = [one for report in reports for one in at(report.watched, now_s)]
+        seen = [one for report in self.heard(own) for one in at(report.watched, now_s)]
         return find_suspects(seen, told_after_s, now_s, whole=len(seen) == self._world_size)[:MOST_ACCUSED]
 
     def _judge(self, reports: Sequence[NodeReport], rules: StallRules) -> dict[tuple[int, int, int, int], Accused]:
