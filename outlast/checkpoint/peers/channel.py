@@ -163,17 +163,20 @@ class Listener:
         secret: of the run.
         on_channel: called with each channel, in the channel's thread; the channel is closed when it returns.
         timeout_s: how long a peer may be silent within a frame.
+        port: to listen on; 0: a free one.
 
     Raises:
         CheckpointError: the address cannot be listened on.
     """
 
-    def __init__(self, host: str, secret: bytes, on_channel: Callable[[Channel], None], timeout_s: float) -> None:
+    def __init__(
+        self, host: str, secret: bytes, on_channel: Callable[[Channel], None], timeout_s: float, *, port: int = 0
+    ) -> None:
         if not secret:
             raise CheckpointError("a listener needs a secret that is not empty")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            self._socket = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
+            self._socket = socket.create_server((host, port), family=family, backlog=_BACKLOG)
         except OSError as error:
             raise CheckpointError(
                 f"cannot listen on {host}: {error}", "pass host=, one of this node's own addresses"

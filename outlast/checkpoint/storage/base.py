@@ -71,6 +71,14 @@ class Store(Protocol):
         a moment. Not durable: it says what is so while its writer lives.
         """
 
+    def create_whole(self, path: str, data: bytes) -> None:
+        """As :meth:`create`, but readers see the file whole or not at all, and it is durable on return.
+
+        Raises:
+            FileExistsError: it exists with other bytes. One with the same bytes is taken for this very write, whose
+                answer was lost, so what is written should be unlike what anybody else writes.
+        """
+
     def overwrite(self, path: str, data: bytes) -> None:
         """Write a small file again, with as many bytes as it has; raises FileNotFoundError if its folder is gone.
 

@@ -148,6 +148,9 @@ class FsspecStore:
             if bytes(self.read(path)) != data:
                 raise
 
+    def create_whole(self, path: str, data: bytes) -> None:
+        self.create(path, data)
+
     def overwrite(self, path: str, data: bytes) -> None:
         self.put(path, [data])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import socket
 import stat
 import threading
 import time
@@ -77,8 +78,7 @@ class LocalStore:
 
     def put_atomic(self, path: str, data: bytes) -> None:
         final = self._at(path)
-        folder, name = os.path.split(final)
-        temporary = os.path.join(folder, f".{name}.{os.getpid()}-{threading.get_native_id()}.tmp")
+        folder, temporary = os.path.dirname(final), _beside(final)
         try:
             _write(temporary, [data])
             os.replace(temporary, final)
@@ -103,6 +103,20 @@ class LocalStore:
             raise
         finally:
             os.close(fd)
+
+    def create_whole(self, path: str, data: bytes) -> None:
+        final = self._at(path)
+        temporary = _beside(final)
+        try:
+            _write(temporary, [data])
+            # Unlike a rename, a link fails if the name exists, over NFS too.
+            os.link(temporary, final)
+        except FileExistsError:
+            if bytes(self.read(path)) != data:
+                raise
+        finally:
+            _unlink(temporary)
+        sync_dir(os.path.dirname(final))
 
     def overwrite(self, path: str, data: bytes) -> None:
         fd = os.open(self._at(path), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -211,6 +225,12 @@ class LocalStore:
 
     def _at(self, path: str) -> str:
         return os.path.join(self.root, path) if path else self.root
+
+
+def _beside(path: str) -> str:
+    """A name next to a file that no other thread or process of this host uses."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{socket.gethostname()}-{os.getpid()}-{threading.get_native_id()}.tmp")
 
 
 def _create(path: str, extra_flags: int = 0) -> int:

@@ -1,0 +1,258 @@
+"""What a launcher does while it leads: it listens to the others, writes what is decided, and shows that it lives."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from outlast.checkpoint.peers.channel import Channel, Listener
+from outlast.launch.control.election import GONE
+from outlast.launch.control.journal import Journal
+from outlast.launch.control.leader import Leader
+from outlast.launch.control.messages import Reply, Report, Wish, from_header, to_header
+from outlast.launch.control.records import BadRecord, Done, Evicted, Formed, Lead, Member, Over, Readmitted, Record
+from outlast.launch.control.settings import ControlSettings
+
+if TYPE_CHECKING:
+    from outlast.launch.control.node import Meeting
+
+log = logging.getLogger("outlast.launch")
+
+TICK_S = 0.05
+"""Between two looks at what is to be decided."""
+READ_S = 2.0
+"""Between two looks at whether another one leads."""
+WISH_S = 20.0
+"""Within this time a wish is granted, or refused."""
+
+
+class Leading:
+    """One time of leading. It listens from the start, and leads from :meth:`begin` until it is :attr:`lost` or closed.
+
+    Args:
+        meeting: where the job's launchers meet.
+        member: this launcher.
+        settings: how long it waits for what.
+        journal: shared with its node, and changed under ``lock`` alone.
+        lock: of both.
+        wake: set when there is news for this node itself.
+
+    Raises:
+        CheckpointError: the address cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        meeting: Meeting,
+        member: Member,
+        settings: ControlSettings,
+        journal: Journal,
+        lock: threading.RLock,
+        wake: threading.Event,
+    ) -> None:
+        assert meeting.board is not None
+        self.lost = False
+        """Whether another one leads."""
+        self._board = meeting.board
+        self._settings = settings
+        self._journal = journal
+        self._lock = lock
+        self._wake = wake
+        self._leader: Leader | None = None
+        self._epoch = 0
+        self._closed = threading.Event()
+        self._hurry = threading.Event()
+        self._wishes: queue.SimpleQueue[tuple[Wish, queue.SimpleQueue[str]]] = queue.SimpleQueue()
+        port = meeting.fixed[1] if meeting.fixed is not None else 0
+        self._listener = Listener(member.address, meeting.secret, self._serve, settings.silent_s, port=port)
+        self._thread = threading.Thread(target=self._lead, name="outlast-lead", daemon=True)
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self._listener.address[1]
+
+    def begin(self, *, gone: str, gone_s: float) -> None:
+        """Lead; the journal has this launcher's record as its newest."""
+        self._leader = Leader(self._settings, self._journal, time.monotonic(), gone=gone, gone_s=gone_s)
+        self._epoch = self._journal.epoch
+        self._thread.start()
+
+    def hear(self, report: Report) -> Reply | None:
+        """Take a launcher's report, and answer it; None if this one cannot know whether it still leads."""
+        with self._lock:
+            leader, now_s = self._leader, time.monotonic()
+            if leader is None or self.lost or not leader.may_answer(now_s):
+                return None
+            leader.hear(report, now_s)
+            reply = leader.answer(report.member)
+        self._hurry.set()
+        return reply
+
+    def hand_over(self, within_s: float) -> None:
+        """Stay until the others have left or the time is over; then let another one lead."""
+        deadline_s = time.monotonic() + within_s
+        while time.monotonic() < deadline_s and not self.lost:
+            with self._lock:
+                assert self._leader is not None
+                if self._leader.all_left(time.monotonic()):
+                    break
+            time.sleep(TICK_S)
+        # What was decided last must have been written, and heard: the others ask several times a second.
+        with self._lock:
+            running = self._journal.running
+        if running is not None:
+            time.sleep(4 * TICK_S)
+        self._closed.set()
+        self._hurry.set()
+        self._thread.join(within_s)
+        try:
+            with self._lock:
+                assert self._leader is not None
+                record, number = self._leader.hand_over(time.time()), self._journal.number + 1
+            if record is not None and not self.lost:
+                self._board.append(number, record)
+            if not self.lost:
+                self._board.show(GONE)
+        except OSError as error:
+            log.warning("outlast: the lead could not be handed over, so the others wait for it: %s", error)
+
+    def close(self) -> None:
+        """Stop, without a word."""
+        self._closed.set()
+        self._hurry.set()
+        self._listener.close()
+
+    def _lead(self) -> None:
+        signed_s = read_s = -1e9
+        count = 0
+        while not self._closed.is_set() and not self.lost:
+            now_s = time.monotonic()
+            try:
+                if now_s - signed_s >= self._settings.sign_s:
+                    count += 1
+                    self._board.show(f"{self._epoch} {count}".encode())
+                    signed_s = now_s
+                    with self._lock:
+                        assert self._leader is not None
+                        self._leader.board_answered(now_s)
+                if now_s - read_s >= READ_S:
+                    self._read_on()
+                    read_s = now_s
+                if not self.lost:
+                    self._decide()
+                    self._grant()
+            except OSError as error:
+                log.warning("outlast: the journal in %s cannot be written: %s", self._board.place, error)
+                self._closed.wait(1.0)
+            except BadRecord as error:
+                log.error("outlast: this launcher does not lead any more: %s", error)
+                self.lost = True
+            self._hurry.wait(TICK_S)
+            self._hurry.clear()
+        self._wake.set()
+
+    def _decide(self) -> None:
+        while not self.lost:
+            with self._lock:
+                assert self._leader is not None
+                record = self._leader.decide(time.monotonic(), time.time())
+            if record is None:
+                return
+            self._write(record)
+
+    def _write(self, record: Record) -> bool:
+        """Write the next record; False if another one stands there."""
+        number = self._journal.number + 1
+        try:
+            self._board.append(number, record)
+        except FileExistsError:
+            self._read_on()
+            return False
+        self._took(number, record)
+        return True
+
+    def _read_on(self) -> None:
+        for number, record in self._board.read_on(self._journal):
+            self._took(number, record)
+
+    def _took(self, number: int, record: Record) -> None:
+        with self._lock:
+            assert self._leader is not None
+            if number != self._journal.number + 1:
+                return
+            self._leader.wrote(number, record, time.monotonic())
+            if isinstance(record, Lead):
+                self.lost = True
+        text = told(record)
+        if text:
+            log.warning("outlast: %s", text)
+        self._wake.set()
+
+    def _grant(self) -> None:
+        while not self._wishes.empty():
+            wish, answer = self._wishes.get()
+            with self._lock:
+                assert self._leader is not None
+                record, text = self._leader.consider(wish, time.time(), time.monotonic())
+            if record is not None and not self._write(record):
+                text = "another launcher leads since now: ask again"
+            answer.put(text)
+
+    def _serve(self, channel: Channel) -> None:
+        """One launcher's connection, or that of somebody with a wish."""
+        with self._broken_later() as heard:
+            while not self._closed.is_set():
+                try:
+                    message = from_header(channel.receive())
+                except BadRecord as error:
+                    raise ConnectionError(str(error)) from error
+                if isinstance(message, Wish):
+                    channel.send({"is": "Text", "text": self._ask(message)})
+                elif isinstance(message, Report):
+                    heard.add(message.member.agent)
+                    reply = self.hear(message)
+                    if reply is None:
+                        return
+                    channel.send(to_header(reply))
+
+    @contextmanager
+    def _broken_later(self) -> Iterator[set[str]]:
+        heard: set[str] = set()
+        try:
+            yield heard
+        finally:
+            with self._lock:
+                for agent in heard:
+                    if self._leader is not None:
+                        self._leader.broke(agent, time.monotonic())
+
+    def _ask(self, wish: Wish) -> str:
+        answer: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._wishes.put((wish, answer))
+        self._hurry.set()
+        try:
+            return answer.get(timeout=WISH_S)
+        except queue.Empty:
+            return f"no answer within {WISH_S:g} s: the journal cannot be written, or another launcher leads since now"
+
+
+def told(record: Record) -> str:
+    """A record in words; empty if it is not worth a line."""
+    if isinstance(record, Formed):
+        names = ", ".join(one.name for one in record.members)
+        return f"generation {record.generation} begins with {len(record.members)} nodes: {names}"
+    if isinstance(record, Over):
+        return f"generation {record.generation} ends: {record.reason}"
+    if isinstance(record, Evicted):
+        return f"{record.node.partition('/')[0]} is evicted: {record.reason}"
+    if isinstance(record, Readmitted):
+        return f"{record.node.partition('/')[0]} may take part again"
+    if isinstance(record, Done) and not record.succeeded:
+        return f"the job ends: {record.reason}"
+    return ""
