@@ -8,8 +8,7 @@ from typing import Protocol
 
 from outlast.checkpoint.storage.base import Store
 from outlast.launch.control.journal import Journal
-from outlast.launch.control.records import MAX_RECORD_BYTES, BadRecord, decode, encode
-from outlast.launch.control.records import Record
+from outlast.launch.control.records import MAX_RECORD_BYTES, BadRecord, Record, decode, encode
 from outlast.launch.sealed import Seal
 
 

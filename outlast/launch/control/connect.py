@@ -14,7 +14,8 @@ from outlast.errors import ConfigError
 from outlast.launch.control.board import MemoryBoard, SealedBoard, StoreBoard
 from outlast.launch.control.handler import ControlHandler
 from outlast.launch.control.identity import node_order, this_member
-from outlast.launch.control.node import ControlNode, Meeting
+from outlast.launch.control.meeting import Meeting
+from outlast.launch.control.node import ControlNode
 from outlast.launch.control.settings import settings_from
 from outlast.launch.ports import is_free, is_own_address
 from outlast.launch.trusted_rendezvous import SECRET, run_secret
@@ -70,7 +71,7 @@ def control_handler(
 
 def _host_and_port(endpoint: str) -> tuple[str, int] | None:
     """Of an endpoint that is neither a path nor a URL."""
-    if "/" in endpoint or "::" in endpoint and not endpoint.startswith("["):
+    if "/" in endpoint:
         return None
     host, colon, port = endpoint.rpartition(":")
     if not colon:

@@ -8,6 +8,7 @@ import time
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
@@ -56,7 +57,7 @@ class ControlHandler(RendezvousHandler):
         self._ends_spares = ends_spares
         self._started = False
         self._stopped = ""
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
 
     def get_backend(self) -> str:
         return "outlast"
@@ -105,7 +106,7 @@ class ControlHandler(RendezvousHandler):
                 self._node.wait(store_port=offer.port, reason=str(error))
         self.generation, self.job = reply.generations - 1, reply.job
         self._store = store
-        prefixed = dist.PrefixStore(f"outlast/{self._run_id}/{reply.generation}", store)
+        prefixed = PrefixStore(f"outlast/{self._run_id}/{reply.generation}", store)
         where = RendezvousStoreInfo(reply.address, reply.port)
         return RendezvousInfo(prefixed, reply.rank, reply.nodes, where)
 
@@ -189,16 +190,16 @@ def _ending(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _server() -> dist.TCPStore:
+def _server() -> TCPStore:
     """A store for the next generation. torch's listens on all interfaces, and knows no secret."""
-    return dist.TCPStore(
+    return TCPStore(
         "0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=STORE_S), multi_tenant=False
     )
 
 
-def _connect(reply: Reply) -> dist.TCPStore:
+def _connect(reply: Reply) -> TCPStore:
     try:
-        return dist.TCPStore(
+        return TCPStore(
             reply.address, reply.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=STORE_S)
         )
     except dist.DistError as error:

@@ -44,8 +44,8 @@ class Heard:
 class Leader:
     """Decides for a job while its launcher leads.
 
-    Nothing is decided until its record stands in the journal: :meth:`decide` says what to write, and :meth:`wrote` takes
-    it when that is done.
+    Nothing is decided until its record stands in the journal: :meth:`decide` says what to write, and :meth:`wrote`
+    takes it when that is done.
 
     Args:
         settings: how long it waits for what.
@@ -225,7 +225,9 @@ class Leader:
                 self._told = f"these end their ranks: {_names(stopping)}"
                 return None
         if len(waiting) < settings.least:
-            self._told = f"{len(waiting)} of {settings.least} nodes are here: {_names(one.report.member for one in waiting)}"
+            self._told = (
+                f"{len(waiting)} of {settings.least} nodes are here: {_names(one.report.member for one in waiting)}"
+            )
             lost = self._missing(now_s)
             self._told += f"; missing: {lost}" if lost else ""
             return self._give_up(formed, len(waiting), now_s, at)

@@ -6,20 +6,16 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-from outlast.checkpoint.peers.channel import Channel, Listener
 from outlast.launch.control.election import GONE
 from outlast.launch.control.journal import Journal
 from outlast.launch.control.leader import Leader
+from outlast.launch.control.meeting import Line, Meeting
 from outlast.launch.control.messages import Reply, Report, Wish, from_header, to_header
 from outlast.launch.control.records import BadRecord, Done, Evicted, Formed, Lead, Member, Over, Readmitted, Record
 from outlast.launch.control.settings import ControlSettings
-
-if TYPE_CHECKING:
-    from outlast.launch.control.node import Meeting
 
 log = logging.getLogger("outlast.launch")
 
@@ -69,8 +65,13 @@ class Leading:
         self._hurry = threading.Event()
         self._wishes: queue.SimpleQueue[tuple[Wish, queue.SimpleQueue[str]]] = queue.SimpleQueue()
         port = meeting.fixed[1] if meeting.fixed is not None else 0
-        self._listener = Listener(member.address, meeting.secret, self._serve, settings.silent_s, port=port)
-        self._thread = threading.Thread(target=self._lead, name="outlast-lead", daemon=True)
+        where = member.address, port
+        self._means = meeting.means
+        self._now_s = meeting.means.now_s
+        self._listener = meeting.means.listen(where, meeting.secret, self._serve, settings.silent_s)
+        self._join: Callable[[float], None] | None = None
+        self._signed_s = self._read_s = -1e9
+        self._signs = 0
 
     @property
     def port(self) -> int:
@@ -79,14 +80,14 @@ class Leading:
 
     def begin(self, *, gone: str, gone_s: float) -> None:
         """Lead; the journal has this launcher's record as its newest."""
-        self._leader = Leader(self._settings, self._journal, time.monotonic(), gone=gone, gone_s=gone_s)
+        self._leader = Leader(self._settings, self._journal, self._now_s(), gone=gone, gone_s=gone_s)
         self._epoch = self._journal.epoch
-        self._thread.start()
+        self._join = self._means.spawn(self._lead, "outlast-lead")
 
     def hear(self, report: Report) -> Reply | None:
         """Take a launcher's report, and answer it; None if this one cannot know whether it still leads."""
         with self._lock:
-            leader, now_s = self._leader, time.monotonic()
+            leader, now_s = self._leader, self._now_s()
             if leader is None or self.lost or not leader.may_answer(now_s):
                 return None
             leader.hear(report, now_s)
@@ -96,11 +97,11 @@ class Leading:
 
     def hand_over(self, within_s: float) -> None:
         """Stay until the others have left or the time is over; then let another one lead."""
-        deadline_s = time.monotonic() + within_s
-        while time.monotonic() < deadline_s and not self.lost:
+        deadline_s = self._now_s() + within_s
+        while self._now_s() < deadline_s and not self.lost:
             with self._lock:
                 assert self._leader is not None
-                if self._leader.all_left(time.monotonic()):
+                if self._leader.all_left(self._now_s()):
                     break
             time.sleep(TICK_S)
         # What was decided last must have been written, and heard: the others ask several times a second.
@@ -110,7 +111,8 @@ class Leading:
             time.sleep(4 * TICK_S)
         self._closed.set()
         self._hurry.set()
-        self._thread.join(within_s)
+        if self._join is not None:
+            self._join(within_s)
         try:
             with self._lock:
                 assert self._leader is not None
@@ -129,39 +131,47 @@ class Leading:
         self._listener.close()
 
     def _lead(self) -> None:
-        signed_s = read_s = -1e9
-        count = 0
         while not self._closed.is_set() and not self.lost:
-            now_s = time.monotonic()
-            try:
-                if now_s - signed_s >= self._settings.sign_s:
-                    count += 1
-                    self._board.show(f"{self._epoch} {count}".encode())
-                    signed_s = now_s
-                    with self._lock:
-                        assert self._leader is not None
-                        self._leader.board_answered(now_s)
-                if now_s - read_s >= READ_S:
-                    self._read_on()
-                    read_s = now_s
-                if not self.lost:
-                    self._decide()
-                    self._grant()
-            except OSError as error:
-                log.warning("outlast: the journal in %s cannot be written: %s", self._board.place, error)
+            if not self.turn():
                 self._closed.wait(1.0)
-            except BadRecord as error:
-                log.error("outlast: this launcher does not lead any more: %s", error)
-                self.lost = True
             self._hurry.wait(TICK_S)
             self._hurry.clear()
         self._wake.set()
+
+    def turn(self) -> bool:
+        """Show a sign of life, look whether another one leads, and write what is to be decided, as far as each is due.
+
+        Returns:
+            Whether the journal's place answered.
+        """
+        now_s = self._now_s()
+        try:
+            if now_s - self._signed_s >= self._settings.sign_s:
+                self._signs += 1
+                self._board.show(f"{self._epoch} {self._signs}".encode())
+                self._signed_s = now_s
+                with self._lock:
+                    assert self._leader is not None
+                    self._leader.board_answered(now_s)
+            if now_s - self._read_s >= READ_S:
+                self._read_on()
+                self._read_s = now_s
+            if not self.lost:
+                self._decide()
+                self._grant()
+        except OSError as error:
+            log.warning("outlast: the journal in %s cannot be written: %s", self._board.place, error)
+            return False
+        except BadRecord as error:
+            log.error("outlast: this launcher does not lead any more: %s", error)
+            self.lost = True
+        return True
 
     def _decide(self) -> None:
         while not self.lost:
             with self._lock:
                 assert self._leader is not None
-                record = self._leader.decide(time.monotonic(), time.time())
+                record = self._leader.decide(self._now_s(), time.time())
             if record is None:
                 return
             self._write(record)
@@ -186,7 +196,7 @@ class Leading:
             assert self._leader is not None
             if number != self._journal.number + 1:
                 return
-            self._leader.wrote(number, record, time.monotonic())
+            self._leader.wrote(number, record, self._now_s())
             if isinstance(record, Lead):
                 self.lost = True
         text = told(record)
@@ -199,12 +209,12 @@ class Leading:
             wish, answer = self._wishes.get()
             with self._lock:
                 assert self._leader is not None
-                record, text = self._leader.consider(wish, time.time(), time.monotonic())
+                record, text = self._leader.consider(wish, time.time(), self._now_s())
             if record is not None and not self._write(record):
                 text = "another launcher leads since now: ask again"
             answer.put(text)
 
-    def _serve(self, channel: Channel) -> None:
+    def _serve(self, channel: Line) -> None:
         """One launcher's connection, or that of somebody with a wish."""
         with self._broken_later() as heard:
             while not self._closed.is_set():
@@ -230,7 +240,7 @@ class Leading:
             with self._lock:
                 for agent in heard:
                     if self._leader is not None:
-                        self._leader.broke(agent, time.monotonic())
+                        self._leader.broke(agent, self._now_s())
 
     def _ask(self, wish: Wish) -> str:
         answer: queue.SimpleQueue[str] = queue.SimpleQueue()

@@ -6,10 +6,10 @@ import logging
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from outlast.checkpoint.peers.channel import Channel
 from outlast.errors import CheckpointError, LaunchError
 from outlast.launch.control.board import SealedBoard
 from outlast.launch.control.election import Election
@@ -17,6 +17,7 @@ from outlast.launch.control.follower import Follower
 from outlast.launch.control.identity import is_dead
 from outlast.launch.control.journal import Journal
 from outlast.launch.control.leading import Leading
+from outlast.launch.control.meeting import Line, Meeting
 from outlast.launch.control.messages import Reply, from_header, reply_for, to_header
 from outlast.launch.control.records import BadRecord, Lead, Member, Record
 from outlast.launch.control.settings import ControlSettings
@@ -29,28 +30,6 @@ LINGER_S = 30.0
 """The one that leads stays this long for the others to end, before it hands over."""
 FOUND_S = 1.0
 """A launcher looks this often for who leads."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Meeting:
-    """Where launchers of a job meet."""
-
-    secret: bytes
-    run_id: str
-    board: SealedBoard | None
-    """Where the journal is; None: only the launcher at ``fixed`` has it."""
-    fixed: tuple[str, int] | None = None
-    """The only launcher that may lead listens there."""
-    leads: bool = True
-    """Whether this one may lead."""
-
-    @property
-    def place(self) -> str:
-        """For people."""
-        if self.fixed is not None:
-            return f"{self.fixed[0]}:{self.fixed[1]}"
-        assert self.board is not None
-        return self.board.place
 
 
 @dataclass
@@ -76,7 +55,8 @@ class ControlNode:
     """What keeps it from following, in words; empty if nothing does."""
 
     def __post_init__(self) -> None:
-        now_s = time.monotonic()
+        self._now_s = self.meeting.means.now_s
+        now_s = self._now_s()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._wake = threading.Event()
@@ -85,22 +65,21 @@ class ControlNode:
         self._journal = Journal()
         self._election = Election(self.settings, now_s)
         self._leading: Leading | None = None
-        self._channel: Channel | None = None
-        self._channel_to = ""
+        self._channel: Line | None = None
         self._broken = False
         self._left_told = False
         self._looked_at_last_start = False
         self._bad: BadRecord | None = None
-        self._thread = threading.Thread(target=self._follow, name="outlast-control", daemon=True)
+        self._join: Callable[[float], None] | None = None
 
     def start(self) -> None:
         """Begin to follow."""
-        self._thread.start()
+        self._join = self.meeting.means.spawn(self._follow, "outlast-control")
 
     def wait(self, *, store_port: int, reason: str = "") -> None:
         """This node's ranks do not run; it wants a place in the next generation."""
         with self._lock:
-            self._follower.wait(time.monotonic(), store_port=store_port, reason=reason)
+            self._follower.wait(self._now_s(), store_port=store_port, reason=reason)
         self._wake.set()
 
     def assignment(self, timeout_s: float) -> Reply | None:
@@ -118,7 +97,7 @@ class ControlNode:
                 )
             reply = self._follower.assignment()
             if reply is not None:
-                self._follower.run(reply.generation, time.monotonic())
+                self._follower.run(reply.generation, self._now_s())
         if reply is not None:
             self._wake.set()
         return reply
@@ -139,7 +118,7 @@ class ControlNode:
     def is_cut_off(self) -> bool:
         """Whether this node reaches neither the one that leads nor the journal."""
         with self._lock:
-            return self._follower.is_cut_off(time.monotonic())
+            return self._follower.is_cut_off(self._now_s())
 
     @property
     def leads(self) -> bool:
@@ -149,7 +128,7 @@ class ControlNode:
     def why_stop(self) -> str:
         """Why this node's ranks must be stopped; empty if they need not."""
         with self._lock:
-            return self._follower.why_stop(time.monotonic())
+            return self._follower.why_stop(self._now_s())
 
     def leave(self, *, succeeded: bool, reason: str) -> None:
         """This node's ranks have ended, and its launcher ends. Tells the others, which takes seconds at most.
@@ -157,11 +136,10 @@ class ControlNode:
         One that leads stays until the others have ended too, at most ``LINGER_S``, and then hands over.
         """
         with self._lock:
-            self._follower.leave(time.monotonic(), succeeded=succeeded, reason=reason)
+            self._follower.leave(self._now_s(), succeeded=succeeded, reason=reason)
         self._wake.set()
-        deadline_s = time.monotonic() + self.settings.lead_s + 2 * DIAL_S
         with self._changed:
-            self._changed.wait_for(lambda: self._left_told, max(0.0, deadline_s - time.monotonic()))
+            self._changed.wait_for(lambda: self._left_told, self.settings.lead_s + 2 * DIAL_S)
         leading = self._leading
         if leading is not None:
             leading.hand_over(LINGER_S)
@@ -176,24 +154,15 @@ class ControlNode:
             leading.close()
         if self._channel is not None:
             self._channel.close()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(2 * DIAL_S)
+        if self._join is not None:
+            self._join(2 * DIAL_S)
 
     def _is_decided(self) -> bool:
         return self._bad is not None or self._closed.is_set() or self._follower.assignment() is not None
 
     def _follow(self) -> None:
         while not self._closed.is_set():
-            try:
-                self._step()
-                self.error = ""
-            except BadRecord as error:
-                with self._changed:
-                    self._bad = error
-                    self._changed.notify_all()
-            except OSError as error:
-                self.error = f"{self.meeting.place}: {error}"
-            self._wake.wait(self._pause_s())
+            self._wake.wait(self.step())
             self._wake.clear()
         if self._channel is not None:
             self._channel.close()
@@ -208,6 +177,19 @@ class ControlNode:
             spare = reply is not None and reply.generation != -1 and not reply.over
             pace_s = reply.pace_s if reply is not None and reply.pace_s else 0.1
             return self.settings.beat_s if spare else min(pace_s, self.settings.silent_s / 3)
+
+    def step(self) -> float:
+        """Report once, or look for who leads; returns after how many seconds to do so again."""
+        try:
+            self._step()
+            self.error = ""
+        except BadRecord as error:
+            with self._changed:
+                self._bad = error
+                self._changed.notify_all()
+        except OSError as error:
+            self.error = f"{self.meeting.place}: {error}"
+        return self._pause_s()
 
     def _step(self) -> None:
         leading = self._leading
@@ -256,7 +238,7 @@ class ControlNode:
         else:
             return False
         try:
-            self._channel = Channel.dial(address, self.meeting.secret, min(DIAL_S, self.settings.lead_s / 3))
+            self._channel = self.meeting.means.dial(address, self.meeting.secret, min(DIAL_S, self.settings.lead_s / 3))
         except OSError as error:
             self._broken = True
             self.error = f"{address[0]}:{address[1]}: {error}"
@@ -265,7 +247,7 @@ class ControlNode:
 
     def _take(self, reply: Reply, *, left: bool = False, is_contact: bool = True) -> None:
         with self._changed:
-            self._follower.take(reply, time.monotonic(), is_contact=is_contact)
+            self._follower.take(reply, self._now_s(), is_contact=is_contact)
             self._left_told |= left
             self._changed.notify_all()
 
@@ -284,7 +266,7 @@ class ControlNode:
             self._take_record(number, record)
         if self._leading is not None:
             return
-        now_s = time.monotonic()
+        now_s = self._now_s()
         with self._lock:
             reply = reply_for(self._journal, self._follower.member)
             self._election.look(sign, self._journal.epoch, now_s)
@@ -327,9 +309,7 @@ class ControlNode:
             leading.begin(gone=gone, gone_s=self._election.changed_s)
             self._leading = leading
         if lead is not None and done is None:
-            log.warning(
-                "outlast: %s leads the job now; before it was %s", self.member.name, lead.leader.name
-            )
+            log.warning("outlast: %s leads the job now; before it was %s", self.member.name, lead.leader.name)
         self._wake.set()
 
     def _look_at_last_start(self) -> None:

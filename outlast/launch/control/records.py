@@ -174,7 +174,7 @@ def parse(data: bytes) -> dict[str, Any]:
     return document
 
 
-_PLAIN = {"str": str, "int": int, "bool": bool, "float": (int, float)}
+_PLAIN: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 
 
 def read(kind: type[T], document: Any) -> T:

@@ -39,6 +39,8 @@ class ControlSettings:
     """... or for so long, if connections to it break too."""
     cut_off_s: float = 30.0
     """A launcher that reaches neither the one that leads nor the journal for this long stops its ranks."""
+    stale_s: float = 60.0
+    """What is read in the journal's place may be this old: NFS caches names for up to 60 s."""
     grow_after_s: float = 60.0
     """A job with fewer nodes than it may have takes in further ones once they have been there for this long."""
     evictions_per_hour: int = 4
@@ -60,7 +62,7 @@ class ControlSettings:
 
         By then each has read the order, or was cut off from it and has stopped its ranks by itself.
         """
-        return self.cut_off_s + self.lead_s + self.stop_s
+        return max(self.cut_off_s + self.lead_s, self.stale_s) + self.stop_s
 
 
 OPTIONS = tuple(one.name for one in fields(ControlSettings) if one.name not in ("least", "most"))
