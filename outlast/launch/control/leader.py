@@ -151,7 +151,9 @@ class Leader:
 
     def spares(self, now_s: float) -> int:
         """Launchers that wait while a generation runs, and may take part in the next."""
-        return len(self._waiting(now_s)) if self.journal.running is not None else 0
+        if self.journal.running is None:
+            return 0
+        return sum(self.journal.rank_of(one.report.member) == -1 for one in self._waiting(now_s))
 
     def describe(self, now_s: float) -> str:
         """The launchers that are known, one a line."""
@@ -203,7 +205,11 @@ class Leader:
                 return f"{member.name} has not begun for {settings.start_s:g} s", member.node
         fewer = len(running.members) < settings.most
         if fewer and not any(self._has_succeeded(one.agent) for one in running.members):
-            ready = [one for one in self._waiting(now_s) if now_s - one.since_s >= settings.grow_after_s]
+            ready = [
+                one
+                for one in self._waiting(now_s)
+                if now_s - one.since_s >= settings.grow_after_s and self.journal.rank_of(one.report.member) == -1
+            ]
             if ready:
                 node = ready[0].report.member.node
                 return f"{name_of(node)} joins: the job may have {settings.most} nodes", node
@@ -337,8 +343,8 @@ class Leader:
         formed = self.journal.formed
         if formed is None or not self.journal.generations:
             return ""
-        here = {one.report.member.agent for one in self._waiting(now_s)}
-        gone = [one for one in formed.members if one.agent not in here]
+        here = {one.report.member.node for one in self._waiting(now_s)}
+        gone = [one for one in formed.members if one.node not in here]
         return "; ".join(f"{one.name} ({self._how_missing(one, now_s)})" for one in gone)
 
     def _how_missing(self, member: Member, now_s: float) -> str:

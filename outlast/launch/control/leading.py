@@ -95,6 +95,19 @@ class Leading:
         self._hurry.set()
         return reply
 
+    def broke(self, agent: str) -> None:
+        """A launcher's connection has broken."""
+        with self._lock:
+            if self._leader is not None:
+                self._leader.broke(agent, self._now_s())
+
+    def wish(self, wish: Wish) -> queue.SimpleQueue[str]:
+        """Have a wish granted, or refused; the answer, in words, comes within :data:`WISH_S` if at all."""
+        answer: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._wishes.put((wish, answer))
+        self._hurry.set()
+        return answer
+
     def hand_over(self, within_s: float) -> None:
         """Stay until the others have left or the time is over; then let another one lead."""
         deadline_s = self._now_s() + within_s
@@ -237,17 +250,12 @@ class Leading:
         try:
             yield heard
         finally:
-            with self._lock:
-                for agent in heard:
-                    if self._leader is not None:
-                        self._leader.broke(agent, self._now_s())
+            for agent in heard:
+                self.broke(agent)
 
     def _ask(self, wish: Wish) -> str:
-        answer: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._wishes.put((wish, answer))
-        self._hurry.set()
         try:
-            return answer.get(timeout=WISH_S)
+            return self.wish(wish).get(timeout=WISH_S)
         except queue.Empty:
             return f"no answer within {WISH_S:g} s: the journal cannot be written, or another launcher leads since now"
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from outlast.launch.control.journal import Journal
-from outlast.launch.control.records import BadRecord, Member, read
+from outlast.launch.control.records import BadRecord, Member, plain, read
 
 State = Literal["waits", "runs", "left"]
 """``waits``: its ranks do not run, and it wants to be in the next generation. ``runs``: it has taken its place in one.
@@ -107,7 +107,7 @@ def reply_for(journal: Journal, member: Member, told: str = "", pace_s: float = 
 
 def to_header(message: Report | Reply | Wish) -> dict[str, Any]:
     """As a frame's header."""
-    return {"is": type(message).__name__, **asdict(message)}
+    return {"is": type(message).__name__, **plain(message)}
 
 
 def from_header(header: Mapping[str, Any]) -> Report | Reply | Wish:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 MAX_RECORD_BYTES = 16 << 20
@@ -132,7 +133,18 @@ KINDS: dict[str, type[Record]] = {kind.kind: kind for kind in (Lead, Formed, Ove
 
 def encode(record: Record) -> bytes:
     """A record as JSON."""
-    return json.dumps({"v": 1, "kind": record.kind, **asdict(record)}, separators=(",", ":")).encode()
+    return json.dumps({"v": 1, "kind": record.kind, **plain(record)}, separators=(",", ":")).encode()
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """A dataclass's fields, with members as objects. Much faster than :func:`dataclasses.asdict`, which copies all."""
+    found = dict(vars(value))
+    for name in ("leader", "member"):
+        if name in found:
+            found[name] = vars(found[name])
+    if "members" in found:
+        found["members"] = [vars(one) for one in found["members"]]
+    return found
 
 
 def decode(data: bytes) -> Record:
@@ -177,6 +189,11 @@ def parse(data: bytes) -> dict[str, Any]:
 _PLAIN: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 
 
+@cache
+def _plain_fields(kind: type) -> tuple[tuple[str, type | tuple[type, ...]], ...]:
+    return tuple((one.name, _PLAIN[str(one.type)]) for one in fields(kind) if str(one.type) in _PLAIN)
+
+
 def read(kind: type[T], document: Any) -> T:
     """A dataclass from a JSON object; fields of plain types are checked.
 
@@ -185,12 +202,11 @@ def read(kind: type[T], document: Any) -> T:
     """
     if not isinstance(document, dict):
         raise BadRecord(f"a {type(document).__name__} in place of a {kind.__name__}")
-    for one in fields(kind):  # type: ignore[arg-type]
-        expected = _PLAIN.get(str(one.type))
-        if one.name in document and expected is not None:
-            value = document[one.name]
+    for name, expected in _plain_fields(kind):
+        if name in document:
+            value = document[name]
             if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-                raise BadRecord(f"{kind.__name__}.{one.name} is a {type(value).__name__}")
+                raise BadRecord(f"{kind.__name__}.{name} is a {type(value).__name__}")
     try:
         return kind(**document)
     except TypeError as error:
