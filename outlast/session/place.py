@@ -46,8 +46,8 @@ class RunPlace:
         agreement: of all ranks.
         resuming: a directory with earlier attempts may be used, as it may after a restart in any case.
         settings: of this start, as TOML, for the attempt's folder.
-        loop_tells: the loop that trains logs, beats, and enters its collectives in :attr:`recorder` itself; nothing
-            looks at the program.
+        loop_tells: the loop that trains logs, enters its collectives in :attr:`recorder`, and calls
+            :meth:`Session.ask_notice` in each step; nothing looks at the program.
         ring_capacity: how many collectives the recorder holds.
 
     Raises:

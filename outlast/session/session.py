@@ -105,6 +105,7 @@ class Session:
         if resume not in ("auto", "never") and (isinstance(resume, (bool, str)) or resume < 0):
             raise SessionError(f"Session: resume = {resume!r}", 'give "auto", "never" or a step')
         self._resume_from: Literal["auto", "never"] | int = resume
+        self._state: Trainable
         with contextlib.ExitStack() as stack:
             self._stack = stack
             if not isinstance(run, RunPlace):
@@ -276,7 +277,8 @@ class Session:
                 "call begin(LAST_STEP) once, then begin_step() and end_step() in turns, up to that step",
             )
         self._inside = step = self._done_step + 1
-        self._agreement.ask()
+        if not self._run.loop_tells:  # else it asks itself, when it knows more
+            self._agreement.ask()
         self._updates_before = self._state.updates
         self._wanted = False
         self._record.begin_step()
