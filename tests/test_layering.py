@@ -77,6 +77,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
             "backoff",
             "beside",
             "flags",
+            "lasting_output",
             "program",
             "node_clocks",
             "orphans",
