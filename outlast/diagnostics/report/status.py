@@ -15,6 +15,7 @@ from outlast.diagnostics.live import Observation, heartbeat_path, observe
 from outlast.diagnostics.live.shm import find_shm_directory
 from outlast.diagnostics.report.incidents import SAME_RESTART_S
 from outlast.diagnostics.report.told_verdicts import open_verdicts
+from outlast.diagnostics.syndromes.told import Story
 from outlast.errors import DiagnosticsError
 from outlast.events import Record, parse_event
 
@@ -76,6 +77,8 @@ class RunStatus:
     """0 if nobody said."""
     verdicts: tuple[str, ...]
     """What holds and is wrong, in one line each; the worst first."""
+    stories: tuple[Story, ...]
+    """Of those that launchers told while the ranks ran: what was ruled out, the cause, what was tried out and done."""
     nodes: tuple[NodeStatus, ...]
     ranks: tuple[RankStatus, ...]
 
@@ -112,6 +115,9 @@ def status_of(run_dir: Path | str) -> RunStatus:
     ranks = _ranks(run_dir, started, of_start, now_t, now_s)
     state, reason = _state(told, generation, started, of_start, ranks, now_t)
     begun = [one for records in of_start.values() for one in records if one.kind == "run_started"]
+    told_now = (
+        [] if state in ("finished", "ended") else [one for one in open_verdicts(told) if one.generation == generation]
+    )
     return RunStatus(
         name=run_dir.resolve().name,
         run_dir=str(run_dir),
@@ -121,7 +127,8 @@ def status_of(run_dir: Path | str) -> RunStatus:
         restarts_left=min((int(one.fields.get("restarts_left", 0)) for one in started), default=0),
         step=max((one.step for one in ranks), default=0),
         steps_planned=max((int(one.fields.get("last_step", 0)) for one in begun), default=0),
-        verdicts=() if state in ("finished", "ended") else _verdicts(told, generation),
+        verdicts=() if state in ("finished", "ended") else _verdicts(told, generation, told_now),
+        stories=tuple(Story.of(one.fields) for one in told_now),
         nodes=_nodes(started, told, of_start, launchers.values(), now_t),
         ranks=ranks,
     )
@@ -282,7 +289,7 @@ def _state(
     return "no sign of life", f"nothing was heard of its ranks for {since_s:.0f} s, and none is alive on this machine"
 
 
-def _verdicts(told: Sequence[Record], generation: int) -> tuple[str, ...]:
+def _verdicts(told: Sequence[Record], generation: int, slow: Sequence[Record]) -> tuple[str, ...]:
     """Hangs of the newest start, then what is slow."""
     hangs = [one for one in told if one.kind == "hang_found" and one.generation == generation]
     words = [
@@ -290,8 +297,7 @@ def _verdicts(told: Sequence[Record], generation: int) -> tuple[str, ...]:
         f"{one.fields.get('evidence')}"
         for one in hangs
     ]
-    words += [str(one.fields.get("words")) for one in open_verdicts(told) if one.generation == generation]
-    return tuple(words)
+    return (*words, *(str(one.fields.get("words")) for one in slow))
 
 
 def _nodes(
