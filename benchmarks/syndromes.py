@@ -83,9 +83,7 @@ def live(ranks: int, repeats: int) -> None:
         said = judge_steps(nodes, (), world_size=ranks)
         took.append(time.process_time() - begun)
     middle = sorted(took)[len(took) // 2]
-    print(
-        f"{ranks} ranks, {MOST_STEPS} steps as told while they run: {min(took):.2f} s of one core, median {middle:.2f} s"
-    )
+    print(f"{ranks} ranks, {MOST_STEPS} steps as told live: {min(took):.2f} s of one core, median {middle:.2f} s")
     for verdict in said or ():
         print(f"    {verdict}")
 
