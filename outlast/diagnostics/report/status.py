@@ -15,6 +15,7 @@ from outlast.diagnostics.live import Observation, heartbeat_path, observe
 from outlast.diagnostics.live.shm import find_shm_directory
 from outlast.diagnostics.report.incidents import SAME_RESTART_S
 from outlast.diagnostics.report.told_verdicts import open_verdicts
+from outlast.diagnostics.syndromes.told import Story
 from outlast.errors import DiagnosticsError, NoEvents
 from outlast.events import Record, parse_event
 
@@ -80,6 +81,8 @@ class RunStatus:
     """Whether a rank keeps its peers waiting: its launcher has said so, and no step was done since."""
     verdicts: tuple[str, ...]
     """What holds and is wrong, in one line each; the worst first."""
+    stories: tuple[Story, ...]
+    """Of those that launchers told while the ranks ran: what was ruled out, the cause, what was tried out and done."""
     nodes: tuple[NodeStatus, ...]
     ranks: tuple[RankStatus, ...]
 
@@ -118,6 +121,9 @@ def status_of(run_dir: Path | str) -> RunStatus:
     begun = [one for records in of_start.values() for one in records if one.kind == "run_started"]
     done_t = max((one.t for records in of_start.values() for one in records if one.kind in STEP_KINDS), default=None)
     suspected = _suspected(told, generation, done_t) if state == "running" else ()
+    is_over = state in ("finished", "ended")
+    slow = [] if is_over else [one for one in open_verdicts(told) if one.generation == generation]
+    stories = tuple(Story.of(one.fields) for one in slow)
     return RunStatus(
         name=run_dir.resolve().name,
         run_dir=str(run_dir),
@@ -129,7 +135,8 @@ def status_of(run_dir: Path | str) -> RunStatus:
         steps_planned=max((int(one.fields.get("last_step", 0)) for one in begun), default=0),
         step_age_s=None if done_t is None else max(0.0, now_t - done_t),
         hung=bool(suspected),
-        verdicts=() if state in ("finished", "ended") else (*suspected, *_verdicts(told, generation)),
+        verdicts=() if is_over else (*suspected, *_hangs(told, generation), *(one.verdict for one in stories)),
+        stories=stories,
         nodes=_nodes(started, told, of_start, launchers.values(), now_t),
         ranks=ranks,
     )
@@ -303,16 +310,14 @@ def _suspected(told: Sequence[Record], generation: int, done_t: float | None) ->
     )
 
 
-def _verdicts(told: Sequence[Record], generation: int) -> tuple[str, ...]:
-    """Hangs of the newest start, then what is slow."""
+def _hangs(told: Sequence[Record], generation: int) -> tuple[str, ...]:
+    """Of the newest start."""
     hangs = [one for one in told if one.kind == "hang_found" and one.generation == generation]
-    words = [
+    return tuple(
         f"rank {one.fields.get('culprit')} hung in step {one.fields.get('step')}, and was killed: "
         f"{one.fields.get('evidence')}"
         for one in hangs
-    ]
-    words += [str(one.fields.get("words")) for one in open_verdicts(told) if one.generation == generation]
-    return tuple(words)
+    )
 
 
 def _nodes(
