@@ -93,6 +93,11 @@ def run_rank(config: Config, place: Place) -> bool:
             f"[export] asks for {', '.join(config.export.targets)}, but no outlast launch runs here, which exports",
             "start the ranks with outlast launch (on Slurm: slurm/launch.sbatch), or leave [export] out",
         )
+    if config.page.port is not None and WATCHED not in os.environ:
+        raise ConfigError(
+            "[page] asks for a page, but no outlast launch runs here, which serves it",
+            "start the ranks with outlast launch, or leave [page] out: outlast report RUN --live serves it too",
+        )
     with ExitStack() as stack:
         logs.set_up_terminal(place.rank)
         stack.callback(logs.shut_down)
