@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from outlast.diagnostics.syndromes.analyse import analyse
 from outlast.diagnostics.syndromes.facts import Fact
 from outlast.diagnostics.syndromes.restraint import Debounce
-from outlast.diagnostics.syndromes.step_trace import NodeSteps, behind_s, delays_of, newest_common_step, trace_of_steps
+from outlast.diagnostics.syndromes.step_trace import (
+    NodeSteps,
+    behind_s,
+    delays_of,
+    newest_common_step,
+    trace_of_steps,
+    without_gaps,
+)
 from outlast.diagnostics.syndromes.told import VerdictGiven
 from outlast.diagnostics.syndromes.verdict import Verdict
 from outlast.events import EventLog
@@ -111,11 +118,12 @@ class _Look(threading.Thread):
         """Judge."""
         began_s = time.thread_time()
         try:
-            trace = trace_of_steps(self._nodes, world_size=self._world_size)
+            nodes = without_gaps(self._nodes)
+            trace = trace_of_steps(nodes, world_size=self._world_size)
             if trace is not None:
                 said = analyse(trace, facts=self._facts)
                 late = {rank for one in said for rank in one.culprit.ranks}
-                if late and (own := delays_of(self._nodes, late)):
+                if late and (own := delays_of(nodes, late)):
                     said = analyse(trace, facts=[*self._facts, *own])
                 self.said = [one for one in said if one.syndrome == "non_communication_slow"]
         except Exception as error:

@@ -105,6 +105,9 @@ def _uneven(
     elements = column_wise("batch_elements", "tokens")
     elements[elements == 0] = np.nan
     work_s = column_wise("step_s") - column_wise("collective_s") - column_wise("data_s")
+    for (step, rank), record in done.items():
+        if record.fields.get("collective_s", 0.0) is None:  # nobody looked at its collectives
+            work_s[steps.index(step), ranks.index(rank)] = np.nan
     for what in ("garbage_collection", "compile"):
         for row, step in enumerate(steps):
             for rank, record in delays.get((what, step), {}).items():

@@ -20,7 +20,7 @@ def delay(rank: int, step: int, seconds: float, what: str = "garbage_collection"
     return Record(990.0 + step, rank, 0, "rank_delay", {"step": step, "what": what, "seconds": seconds} | more)
 
 
-def program_step(rank: int, step: int, elements: int, step_s: float = 1.0, waited_s: float = 0.0) -> Record:
+def program_step(rank: int, step: int, elements: int, step_s: float = 1.0, waited_s: float | None = 0.0) -> Record:
     fields = {"step": step, "step_s": step_s, "collective_s": waited_s, "data_s": 0.0, "batch_elements": elements}
     return Record(990.0 + step, rank, 0, "program_step", fields)
 
@@ -52,6 +52,10 @@ def test_a_rank_with_more_to_do_has_uneven_work_if_it_takes_longer() -> None:
             for rank in NODES
         ]
 
+    unknown = [program_step(rank, step, 100, step_s=1.0, waited_s=None) for step in range(9, 99) for rank in NODES]
+    assert rank_facts([*run(200, 0.5), *unknown], nodes=NODES, times=TIMES) == rank_facts(
+        run(200, 0.5), nodes=NODES, times=TIMES
+    )
     found = rank_facts(run(200, 0.5), nodes=NODES, times=TIMES)
     assert {(one.kind, one.rank) for one in found} == {("uneven_work", 3)}
     assert len(found) == 8
