@@ -83,8 +83,7 @@ class StepDone(Event):
     checkpoint_s: float
     """Blocked by checkpoints: the wait before the update, and the call that starts a snapshot."""
     collective_s: float | None
-    """Time inside collectives, overlapped or not: transfer, and the wait for the last rank. None in steps in which it
-    is not measured."""
+    """Inside collectives, overlapped or not: transfer, and the wait for the last rank; None where not measured."""
     codec_s: float
     """Time in compression and decompression, overlapped or not."""
     wire_bytes: int
@@ -118,8 +117,7 @@ class ProgramStep(Event):
     """Counted over all starts of the run."""
     step_s: float
     collective_s: float | None
-    """Time with a collective under way, overlapped or not: transfer, and the wait for the last rank. None in steps in
-    which it is not measured."""
+    """With a collective under way, overlapped or not, as in :class:`StepDone`; None where not measured."""
     data_s: float = 0.0
     """Time in ``next()`` of DataLoaders."""
     batch_elements: int | None = None

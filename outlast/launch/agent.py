@@ -36,6 +36,7 @@ from outlast.launch.processes import RankProcesses
 from outlast.launch.program_runs import ProgramRuns
 from outlast.launch.rank_output import RankOutput
 from outlast.launch.rounds import Round, agree, forget_store
+from outlast.launch.serving_page import ServingPage
 from outlast.launch.slow_ranks import SlowRanks
 from outlast.launch.standstill_probe import StandstillProbe
 from outlast.launch.step_watch import StepWatch
@@ -71,6 +72,7 @@ class WatchedAgent(LocalElasticAgent):
         relay: passes notices on.
         guard: ends the ranks if this process dies.
         program_runs: numbers the starts of somebody's program; None for a command that does so itself.
+        page: is served while this node is the first one.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class WatchedAgent(LocalElasticAgent):
         relay: NoticeRelay,
         guard: Guard,
         program_runs: ProgramRuns | None = None,
+        page: ServingPage | None = None,
     ) -> None:
         super().__init__(
             spec,
@@ -118,6 +121,7 @@ class WatchedAgent(LocalElasticAgent):
         self._notices = NoticeSpread(relay, events, host)
         self._requeues = counted_requeues(os.environ)
         self._program_runs = program_runs
+        self._page = page
         self._round: Round | None = None
         self._others: OtherNodes | None = None
         self._backoff = Backoff(config.backoff_s, config.longest_backoff_s)
@@ -136,6 +140,8 @@ class WatchedAgent(LocalElasticAgent):
         self._output.added = found.variables
         self._notices.store = found.notices
         self._round = found
+        if self._page is not None:
+            self._page.lead(is_first=worker_group.group_rank == 0)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         ranks = self.ranks

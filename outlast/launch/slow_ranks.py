@@ -9,26 +9,23 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
-from outlast.diagnostics.syndromes.analyse import analyse
 from outlast.diagnostics.syndromes.facts import Fact
+from outlast.diagnostics.syndromes.from_steps import judge_steps
 from outlast.diagnostics.syndromes.restraint import Debounce
-from outlast.diagnostics.syndromes.step_trace import (
-    NodeSteps,
-    behind_s,
-    delays_of,
-    newest_common_step,
-    trace_of_steps,
-    without_gaps,
-)
+from outlast.diagnostics.syndromes.step_trace import NodeSteps, behind_s, newest_common_step
 from outlast.diagnostics.syndromes.told import VerdictGiven
-from outlast.diagnostics.syndromes.verdict import Verdict
+from outlast.diagnostics.syndromes.verdict import Confidence, Verdict
 from outlast.events import EventLog
 
 COST_SHARE = 0.05
 """Of a core, that is used for it at most: a large job is looked at less often."""
 WAIT_S = 0.05
 """A look that takes no longer is told at once; one at a large job goes on beside the launcher."""
+
+SURE: tuple[Confidence | None, ...] = (None, "weak", "likely", "certain")
+"""How sure a cause is; one that is surer than what was told is told too."""
 
 log = logging.getLogger("outlast.launch")
 
@@ -85,10 +82,17 @@ class SlowRanks:
     def _tell(self, said: Sequence[Verdict], nodes: Sequence[NodeSteps]) -> None:
         self._debounce, counted = self._debounce.look(said)
         for one in counted:
-            if one.key not in self._open:
+            before = self._open.get(one.key)
+            if before is None:
                 self._open[one.key] = one
                 log.warning("outlast: %s; nothing is done about it", one)
                 self._events.write(VerdictGiven.of(one, "began", self._step))
+            elif SURE.index(one.cause_confidence) > SURE.index(before.cause_confidence):
+                # monitors find what lasts a sample or two late
+                self._open[one.key] = one = replace(one, step=before.step)
+                why = "likely" if one.cause_confidence == "likely" else "perhaps"
+                log.warning("outlast: %s is slow %s because of %s", one.culprit, why, one.cause)
+                self._events.write(VerdictGiven.of(one, "lasts", self._step))
         held = frozenset[tuple[str, ...]]().union(*self._debounce.looks)
         for key in [key for key in self._open if key not in held]:
             if not _is_over(self._open[key], nodes):
@@ -118,13 +122,8 @@ class _Look(threading.Thread):
         """Judge."""
         began_s = time.thread_time()
         try:
-            nodes = without_gaps(self._nodes)
-            trace = trace_of_steps(nodes, world_size=self._world_size)
-            if trace is not None:
-                said = analyse(trace, facts=self._facts)
-                late = {rank for one in said for rank in one.culprit.ranks}
-                if late and (own := delays_of(nodes, late)):
-                    said = analyse(trace, facts=[*self._facts, *own])
+            said = judge_steps(self._nodes, self._facts, world_size=self._world_size)
+            if said is not None:
                 self.said = [one for one in said if one.syndrome == "non_communication_slow"]
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"

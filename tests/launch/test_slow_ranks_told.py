@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from outlast.diagnostics.live.step_delays import RankDelay
+from outlast.diagnostics.report.told_verdicts import find_told, open_verdicts
+from outlast.diagnostics.syndromes.facts import Fact
+from outlast.diagnostics.syndromes.told import Story
 from outlast.events import EventLog, ProgramStep, Record, read_events
 from outlast.launch.slow_ranks import SlowRanks
 from outlast.launch.step_watch import WARMUP_STEPS, StepWatch
@@ -25,12 +29,19 @@ class Told:
         self.log = EventLog(self.path, rank=-1)
         self.slow = SlowRanks(self.log)
 
-    def look(self, steps: int, late_s: dict[int, tuple[int, float]], ranks: int = 4, until: int = 10**6) -> None:
+    def look(
+        self,
+        steps: int,
+        late_s: dict[int, tuple[int, float]],
+        ranks: int = 4,
+        until: int = 10**6,
+        facts: tuple[Fact, ...] = (),
+    ) -> None:
         """One look at that many steps; it is waited for, however slow this machine is."""
         nodes = job(ranks, steps, late_s, until=until)
         self.slow._next_s = 0.0
-        self.slow.look(nodes, (), world_size=ranks)
-        wait_for(lambda: self.slow._look is None or self.slow.look(nodes, (), world_size=ranks))
+        self.slow.look(nodes, facts, world_size=ranks)
+        wait_for(lambda: self.slow._look is None or self.slow.look(nodes, facts, world_size=ranks))
 
     @property
     def events(self) -> list[Record]:
@@ -65,6 +76,37 @@ def test_it_is_told_once_when_it_was_seen_twice_and_once_when_it_is_over(
     assert len(lines) == 2, lines
     assert lines[0].startswith("outlast: slow outside communication: rank 2 on n0 since step 20: rank 2 works 1")
     assert lines[1].startswith("outlast: rank 2 on n0 is as fast as its peers again")
+
+
+def test_a_cause_that_is_found_later_is_told_once_and_stands_in_the_story(
+    told: Told, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "outlast.launch")
+    late = {2: (20, 0.1)}
+    seen = Fact(kind="busy_neighbour", node="n0", rank=2, begin_s=-60.0, end_s=0.0, value=0.9, detail="make (pid 7)")
+    measured = replace(seen, lost_s=30.0)
+    for steps, facts in ((30, ()), (31, ()), (32, (seen,)), (33, (seen,)), (34, (measured,)), (35, ())):
+        told.look(steps, late, facts=facts)
+    began, weak, likely = told.events
+    assert [one["state"] for one in told.events] == ["began", "lasts", "lasts"]
+    assert [one["cause_confidence"] for one in told.events] == ["", "weak", "likely"]
+    assert [one["step"] for one in told.events] == [20] * 3
+    assert (began["cause"], likely["is_software"]) == ("", True)
+    lines = Story.of(weak.fields).lines()
+    assert lines[0].startswith("ruled out: a spike: ")
+    assert lines[1] == (
+        "cause: another process on its cores: 0.9 cores used by other processes (make (pid 7)) "
+        "(weak: it was so at the same time, software)"
+    )
+    assert lines[-1] == "done: nothing: nobody is ended for being slow"
+    assert [one.getMessage().partition(" because of ")[0] for one in caplog.records][1:] == [
+        "outlast: rank 2 on n0 is slow perhaps",
+        "outlast: rank 2 on n0 is slow likely",
+    ]
+    (incident,) = find_told(told.events, began.t)
+    assert "(likely: it was measured, software)" in incident.detail
+    assert ", because of another process on its cores" in incident.cause
+    assert [one["cause_confidence"] for one in open_verdicts(told.events)] == ["likely"]
 
 
 def test_a_restart_ends_what_was_said(told: Told) -> None:
@@ -126,7 +168,7 @@ def test_the_newest_steps_of_this_nodes_ranks_in_this_start(tmp_path: Path) -> N
     assert two.steps == tuple(range(57, 105))
     assert two.inside_s[-1] == pytest.approx(1.04)
     assert [(step, lost) for step, lost in zip(two.steps, two.delays_s, strict=True) if any(lost)] == [
-        (step, (0.0, 0.5, 0.0)) for step in (60, 70, 80, 90, 100)
+        (step, (0.0, 0.5, 0.0, 0.0)) for step in (60, 70, 80, 90, 100)
     ]
     assert -60 < two.done_s[0] <= two.done_s[-1] <= 0
     write(tmp_path, 2, 3, 1, range(5, 11))

@@ -80,7 +80,7 @@ class ProgramWatch:
         self._told = False
         self._lock = threading.Lock()
         self._wake = threading.Lock()  # taken but for the moment in which the thread is to wake
-        self._wake.acquire()
+        self._wake.acquire(blocking=False)
         self._closed = False
         self._step = first_step
         self._steps: deque[tuple[int, int]] = deque(maxlen=KEPT_STEPS)  # (ns when it ended, step)
@@ -122,6 +122,16 @@ class ProgramWatch:
             self.phase = phase
             if not self._closed:
                 self._heartbeat.beat(phase, self._step)
+
+    def go_on(self) -> None:
+        """A phase is over: the program goes on with whatever it does."""
+        self.begin_phase("program")
+
+    def beat(self) -> None:
+        """The program says that it makes progress, which is seen without that."""
+
+    def begin_step(self, step: int) -> None:
+        """A step begins, which is where the one before has ended."""
 
     def end_step(self, step: int) -> float | None:
         """A step has ended; returns the seconds of it in which a collective was under way, None if that was not

@@ -17,7 +17,7 @@ from outlast.diagnostics.monitor.conditions import NodeCondition
 from outlast.diagnostics.syndromes.step_trace import RankSteps, decode_steps
 from outlast.errors import DiagnosticsError
 
-VERSION = 1
+VERSION = 2
 MOST_PENDING = 4
 """Collectives that a rank waits in and that are told, oldest first."""
 MOST_CONDITIONS = 16

@@ -10,13 +10,13 @@ import pytest
 
 from outlast.diagnostics.syndromes.analyse import analyse
 from outlast.diagnostics.syndromes.facts import Fact
+from outlast.diagnostics.syndromes.rank_facts import rank_facts
 from outlast.diagnostics.syndromes.step_trace import (
     MOST_STEPS,
     NodeSteps,
     RankSteps,
     behind_s,
     decode_steps,
-    delays_of,
     newest_common_step,
     trace_of_steps,
     without_gaps,
@@ -158,16 +158,16 @@ def test_what_a_rank_tells_of_its_own_delays_is_the_cause_if_it_explains_enough(
     rank = nodes[1].ranks[1]
 
     def with_waits(seconds: float) -> list[NodeSteps]:
-        delays_s = tuple((0.0, seconds if step >= 25 else 0.0, 0.0) for step in rank.steps)
+        delays_s = tuple((0.0, seconds if step >= 25 else 0.0, 0.0, 0.0) for step in rank.steps)
         one = decode_steps(5, replace(rank, delays_s=delays_s).encode())
         return [nodes[0], replace(nodes[1], ranks=(nodes[1].ranks[0], one, *nodes[1].ranks[2:]))]
 
-    (one,) = said(nodes, tuple(delays_of(with_waits(0.09), [5])))
+    (one,) = said(nodes, rank_facts(with_waits(0.09), [5]))
     assert one.cause.startswith("data loading: 0.09 s waiting for data"), one.cause
     assert one.is_software
-    (other,) = said(nodes, tuple(delays_of(with_waits(0.02), [5])))
+    (other,) = said(nodes, rank_facts(with_waits(0.02), [5]))
     assert other.cause == ""
-    assert delays_of(with_waits(0.09), [4]) == []
+    assert rank_facts(with_waits(0.09), [4]) == ()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -217,10 +217,20 @@ def test_how_late_each_rank_is_now() -> None:
 
 
 def test_what_is_told_is_bounded_and_checked() -> None:
-    long = RankSteps(rank=3, steps=tuple(range(500)), done_s=(-1.5,) * 500, inside_s=(0.25,) * 500)
+    long = RankSteps(
+        rank=3,
+        steps=tuple(range(500)),
+        done_s=(-1.5,) * 500,
+        inside_s=(0.25,) * 500,
+        delays_s=((0.125, 0.0, 1e6, 0.0),) * 500,
+        elements=(16.0,) * 500,
+    )
     text = long.encode()
     assert len(text) <= 1536
-    assert decode_steps(3, text).steps == tuple(range(500 - MOST_STEPS, 500))
+    read = decode_steps(3, text)
+    assert read.steps == tuple(range(500 - MOST_STEPS, 500))
+    assert (read.elements[-1], read.delays_s[-1][0]) == (16.0, 0.125)
+    assert 50_000 < read.delays_s[-1][2] < 70_000, "as much as fits"
     for wrong in (
         "%%%",
         text[:-4],
