@@ -26,6 +26,7 @@
     │   ├── StateMismatch            the checkpoint's tensors do not match the model's
     │   └── SnapshotMutated          a tensor changed before its snapshot was copied; names it
     ├── DiagnosticsError             events or shared memory could not be written or read
+    │   ├── SharedMemoryFull         there is no room for what launchers and reports read
     │   └── NoEvents                 no launcher or rank of the run has told anything yet
     ├── LaunchError                  ranks could not be started or kept running
     │   ├── PlaceError               the environment does not define this process's rank
@@ -183,6 +184,10 @@ class SnapshotMutated(CheckpointError):
 
 class DiagnosticsError(OutlastError):
     """Events or shared memory could not be written or read."""
+
+
+class SharedMemoryFull(DiagnosticsError):
+    """There is no room for a rank's heartbeat and collectives."""
 
 
 class NoEvents(DiagnosticsError):

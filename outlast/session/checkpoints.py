@@ -5,52 +5,40 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
-import torch
-
 from outlast.checkpoint import CheckpointConfig
-from outlast.launch import Place
-from outlast.session.agreement import StepAgreement
-from outlast.session.deepspeed import TrainedEngine
-from outlast.session.models import unwrapped
 from outlast.session.place import RunPlace
-from outlast.session.scheduled_checkpoints import Collected, ScheduledCheckpoints
-from outlast.session.state import SessionState
+from outlast.session.scheduled_checkpoints import ScheduledCheckpoints
+from outlast.session.trainable import Trainable
 
 _LOG = logging.getLogger("outlast")
 
 
 class SessionCheckpoints(ScheduledCheckpoints):
-    """Saves and restores a session's state. Making one is collective.
+    """Saves and restores what a session trains. Making one is collective.
 
     Args:
         config: its settings.
         run: the run's directory, which holds the checkpoints unless ``config.url`` says otherwise.
-        place: of this rank.
-        agreement: of all ranks.
         state: what is saved.
-        device: where tensors of collectives are.
 
     Raises:
         ConfigError, CheckpointError: see :class:`Checkpointer`; another job saves there.
     """
 
-    def __init__(
-        self,
-        config: CheckpointConfig,
-        run: RunPlace,
-        place: Place,
-        agreement: StepAgreement,
-        state: SessionState,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, config: CheckpointConfig, run: RunPlace, state: Trainable) -> None:
         self._state = state
-        super().__init__(config, run.attempt, place, agreement, device=device, events=run.events)
+        self._place = run.place
+        super().__init__(
+            config,
+            run.attempt,
+            run.place,
+            run.agreement,
+            device=state.device,
+            events=run.events,
+            recorder=run.recorder,
+        )
         try:
-            for one in state.trained:
-                if isinstance(one, TrainedEngine) and one.saved is not None:
-                    one.saved.before_update(self.checkpointer.wait_copied)
-                else:
-                    self.checkpointer.watch(unwrapped(one.model), *([] if one.optimizer is None else [one.optimizer]))
+            state.attach(self.checkpointer)
         except BaseException:
             self.checkpointer.abort()
             raise
@@ -59,11 +47,9 @@ class SessionCheckpoints(ScheduledCheckpoints):
         """Put a checkpoint back, if there is one; returns its step, or 0. Collective.
 
         Raises:
-            CheckpointError, CommStateMismatch: see :meth:`Checkpointer.restore` and :meth:`SessionState.load`.
+            CheckpointError, CommStateMismatch: see :meth:`Checkpointer.restore` and :meth:`Trainable.load`.
         """
-        # Ranks that hold parts of tensors read no more than these; that takes the state as it is now.
-        sharded = any(one.is_sharded for one in self._state.trained)
-        restored = self.read(which, self._state.collect().replicated if sharded else None)
+        restored = self.read(which, self._state.like())
         if restored is None:
             return 0
         anew = self._state.load(restored, rank=self._place.rank, world_size=self._place.world_size)
@@ -71,23 +57,17 @@ class SessionCheckpoints(ScheduledCheckpoints):
             _LOG.warning("step %d: %s", restored.step, what)
         return restored.step
 
-    def finish(self, step: int) -> None:
+    def finish(self, step: int, what: str) -> None:
         """Make the state after ``step`` durable, and end. Collective.
+
+        Args:
+            step: the last one that is done.
+            what: has ended, for messages.
 
         Raises:
             NotDurable: on all ranks, if the last save failed.
             SnapshotMutated: see :meth:`Checkpointer.close`.
         """
-        self.save_last(step, self.collect)
+        self.save_last(step, self._state.collect)
         self.close()
-        self.check_durable("the session has ended")
-
-    def collect(self, step: int) -> Collected:
-        """The state after ``step``.
-
-        Raises:
-            SessionError: see :meth:`Trained.check_unchanged`.
-        """
-        for one in self._state.trained:
-            one.check_unchanged()
-        return self._state.collect()
+        self.check_durable(what)
