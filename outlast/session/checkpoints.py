@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
-from outlast.checkpoint import CheckpointConfig
+from outlast.checkpoint import CheckpointConfig, Restored
+from outlast.errors import StateMismatch
 from outlast.launch import Place
 from outlast.session.agreement import StepAgreement
 from outlast.session.deepspeed import TrainedEngine
@@ -61,15 +64,36 @@ class SessionCheckpoints(ScheduledCheckpoints):
         Raises:
             CheckpointError, CommStateMismatch: see :meth:`Checkpointer.restore` and :meth:`SessionState.load`.
         """
-        # Ranks that hold parts of tensors read no more than these; that takes the state as it is now.
-        sharded = any(one.is_sharded for one in self._state.trained)
-        restored = self.read(which, self._state.collect().replicated if sharded else None)
+        sharded = [one for one in self._state.trained if one.is_sharded]
+        fresh = [one.optimizer for one in sharded if one.optimizer is not None and not one.optimizer.state]
+        restored = self._read_shards(which) if sharded else self.read(which, None)
         if restored is None:
+            for optimizer in fresh:
+                optimizer.state.clear()  # torch has let it make a step of zeros, to have something to read into
             return 0
         anew = self._state.load(restored, rank=self._place.rank, world_size=self._place.world_size)
         for what in anew:
             _LOG.warning("step %d: %s", restored.step, what)
         return restored.step
+
+    def _read_shards(self, which: Literal["auto"] | int) -> Restored | None:
+        """As :meth:`read`, where ranks hold parts of tensors and read no more than these; that takes the state as it
+        is now. The program's own parts may have had other tensors when they were saved, so they are read whole, unless
+        they hold parts of tensors themselves."""
+        like = self._state.collect().replicated
+        parts = like.pop("parts", {})
+        kept = {name: state for name, state in parts.items() if _has_dtensors(state)}
+        restored = self.read(which, like | ({"parts": kept} if kept else {}))
+        if restored is None or len(kept) == len(parts):
+            return restored
+        try:
+            whole = self.checkpointer.restore(restored.step, parts=("parts",), any_world_size=True)
+        except StateMismatch:  # it has none
+            return restored
+        assert whole is not None
+        own = {name: state for name, state in whole.replicated.get("parts", {}).items() if name not in kept}
+        read = restored.replicated.get("parts", {})
+        return replace(restored, replicated={**restored.replicated, "parts": {**own, **read}})
 
     def finish(self, step: int) -> None:
         """Make the state after ``step`` durable, and end. Collective.
@@ -91,3 +115,11 @@ class SessionCheckpoints(ScheduledCheckpoints):
         for one in self._state.trained:
             one.check_unchanged()
         return self._state.collect()
+
+
+def _has_dtensors(state: Any) -> bool:
+    if isinstance(state, Mapping):
+        return any(map(_has_dtensors, state.values()))
+    if isinstance(state, (list, tuple)):
+        return any(map(_has_dtensors, state))
+    return hasattr(state, "full_tensor")

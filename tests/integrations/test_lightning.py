@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,20 @@ import torch.distributed as dist
 pytest.importorskip("lightning", reason="lightning is not installed: pip install 'outlast[lightning]'")
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from outlast.checkpoint import load
 from outlast.checkpoint.save.snapshot import Snapshot
 from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import SessionError, StateMismatch
@@ -31,6 +39,7 @@ from outlast.launch.runner import RUN_DIR
 from tests.integrations.lightning_program import Dies, Net, data, loader
 from tests.session.program import digest
 
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's and torchdata's own
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -190,13 +199,6 @@ def test_more_epochs_later(tmp_path: Path) -> None:
         trained(tmp_path / "run", max_epochs=1)
 
 
-class Sharded(Net):
-    """As that strategy wants it."""
-
-    def configure_model(self) -> None:
-        pass
-
-
 class Two(Net):
     """Several optimizers."""
 
@@ -211,7 +213,7 @@ class Two(Net):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"strategy": ModelParallelStrategy(), "net": Sharded}, "SessionCallback under ModelParallelStrategy"),
+        ({"callbacks": [SessionCallback()]}, "several SessionCallbacks"),
         ({"callbacks": [LearningRateFinder()]}, "LearningRateFinder, whose trial steps"),
         ({"callbacks": [StochasticWeightAveraging(0.1)]}, "StochasticWeightAveraging, which replaces"),
         ({"net": Two}, "configure_optimizers gave 2 optimizers"),
@@ -255,3 +257,28 @@ def test_forked_processes_are_refused() -> None:
     )
     with pytest.raises(SessionError, match="processes that are made by fork"):
         refuse(trainer)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, pytest.param(DeepSpeedStrategy, marks=needs_deepspeed)])
+def test_other_shardings_are_refused(strategy: Any) -> None:
+    """Lightning has them on GPUs alone, so here one takes the other strategy's place."""
+    trainer = Trainer(accelerator="cpu", devices=1, plugins=[LightningEnvironment()], **QUIET)
+    trainer._accelerator_connector.strategy = strategy()
+    with pytest.raises(
+        SessionError, match=f"under {strategy.__name__}.*ModelParallelStrategy with fully_shard"
+    ) as said:
+        refuse(trainer)
+    assert "examples/deepspeed_loop.py" in str(said.value)
+
+
+def test_it_is_the_last_callback_wherever_it_stands(tmp_path: Path) -> None:
+    """Lightning puts what saves at the end, so that a ModelCheckpoint comes after it, whose state would be missed."""
+    saver = ModelCheckpoint(tmp_path / "files", monitor="val_loss", every_n_epochs=1)
+    more = [SessionCallback(tmp_path / "run", checkpoint={"every_steps": 1}), saver]
+    trainer = Trainer(
+        accelerator="cpu", devices=1, callbacks=more, plugins=[LightningEnvironment()], max_epochs=2, **QUIET
+    )
+    trainer.fit(Net(), Source(shuffled()))
+    assert trainer.callbacks[-1] is more[0]
+    kept = load(tmp_path / "run" / "checkpoints", "newest").local["own_parts"]["lightning"]["callbacks"]
+    assert kept[saver.state_key]["best_model_path"] == saver.best_model_path != ""
