@@ -264,10 +264,9 @@ def test_other_shardings_are_refused(strategy: Any) -> None:
     """Lightning has them on GPUs alone, so here one takes the other strategy's place."""
     trainer = Trainer(accelerator="cpu", devices=1, plugins=[LightningEnvironment()], **QUIET)
     trainer._accelerator_connector.strategy = strategy()
-    with pytest.raises(
-        SessionError, match=f"under {strategy.__name__}.*ModelParallelStrategy with fully_shard"
-    ) as said:
+    with pytest.raises(SessionError, match=f"under {strategy.__name__}") as said:
         refuse(trainer)
+    assert "ModelParallelStrategy with fully_shard" in str(said.value)
     assert "examples/deepspeed_loop.py" in str(said.value)
 
 
