@@ -39,7 +39,7 @@ class LaunchProgram(Verb):
     run_dir: Path | None = None
     """Where attempts, events, logs and the report go; by default runs/NAME, with the script's or module's name."""
     config: Path | None = None
-    """A TOML file with sections [launch], [export] and [diagnostics]; --launch.key VALUE overrides a setting."""
+    """A TOML file with sections [launch], [export], [page] and [diagnostics]; --launch.key VALUE overrides one."""
     dry_run: bool = False
     """Print what would run, and run nothing."""
     flags: Annotated[LaunchFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=LaunchFlags)
@@ -65,6 +65,7 @@ class LaunchProgram(Verb):
             config=settings,
             flags=self.flags,
             export=config.export,
+            page=config.page,
             is_program=True,
         )
         if self.dry_run:

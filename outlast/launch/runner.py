@@ -27,6 +27,7 @@ from outlast.errors import OutlastError
 from outlast.events import RunEnded, RunStarted
 from outlast.launch.attempt import Attempt
 from outlast.launch.failures import NO_RESTART_STATUS
+from outlast.launch.lasting_output import make_output_last, open_lasting
 from outlast.launch.place import GENERATION
 from outlast.launch.program import ARCHIVE
 from outlast.launch.rank_records import RankRecords
@@ -60,7 +61,7 @@ class Runner:
         self.rank, self.world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
         self.attempt = Attempt(Path(environ[RUN_DIR]), int(environ[ATTEMPT]))
         self.attempt.make_folders()
-        self._log = self.attempt.log_path(self.rank).open("a", encoding="utf-8")
+        self._log = open_lasting(self.attempt.log_path(self.rank))
         faulthandler.register(signal.SIGUSR1, file=self._log, all_threads=True)
         self._generation = int(environ.get(GENERATION, "0"))
         records = RankRecords(self.attempt, self.rank, self._generation)
@@ -179,6 +180,7 @@ def _run_module(name: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Install what watches, then run the program."""
+    make_output_last()
     is_module = arguments[0] == "-m"
     target, *rest = arguments[is_module:]
     runner = Runner(os.environ)

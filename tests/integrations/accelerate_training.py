@@ -132,7 +132,8 @@ def loop(rank: int, folder: str, plan: Loop) -> dict[str, Any]:
         return {"status": end.code}
     except OutlastError as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    loss = float(mse_loss(model.eval()(x[250:]), y[250:]).detach())
+    model.eval()
+    loss = float(mse_loss(model(x[250:]), y[250:]).detach())
     gathered: Any = nullcontext()
     if plan.sharding == "zero3":
         gathered = import_module("deepspeed").zero.GatheredParameters(list(bare.parameters()))

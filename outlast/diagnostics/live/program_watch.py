@@ -112,6 +112,16 @@ class ProgramWatch:
             if not self._stop.is_set():
                 self._heartbeat.beat(phase, self._step)
 
+    def go_on(self) -> None:
+        """A phase is over: the program goes on with whatever it does."""
+        self.begin_phase("program")
+
+    def beat(self) -> None:
+        """The program says that it makes progress, which is seen without that."""
+
+    def begin_step(self, step: int) -> None:
+        """A step begins, which is where the one before has ended."""
+
     def end_step(self, step: int) -> float:
         """A step has ended; returns the seconds of it in which a collective was under way."""
         with self._lock:

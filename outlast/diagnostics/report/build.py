@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from outlast.diagnostics.config import DiagnosticsConfig
+from outlast.diagnostics.live.unwatched import RankUnwatched
 from outlast.diagnostics.monitor import NodeCondition
 from outlast.diagnostics.report.delays import delays_of
 from outlast.diagnostics.report.failures import Beginning, with_failures
@@ -418,4 +419,9 @@ def _gaps(loaded: Loaded, steps: Steps, begun: Begun) -> list[str]:
                 f"rank{'s' if len(silent) > 1 else ''} {names} of attempt {last[0]}: no event of the end; "
                 "still running, or killed"
             )
+    unwatched = sorted({(a, r.rank) for a, r in loaded.others if r.kind == RankUnwatched.kind})
+    if unwatched:
+        names = ", ".join(f"{rank} of attempt {attempt}" for attempt, rank in unwatched[:8])
+        more = " …" if len(unwatched) > 8 else ""
+        gaps.append(f"shared memory was full: not watched were ranks {names}{more}; what they did in a hang is unknown")
     return gaps

@@ -13,6 +13,7 @@ from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.report.load import Floats, Steps
 from outlast.diagnostics.report.peers import Peers, Rivals
 from outlast.diagnostics.report.rank_causes import RankCauses
+from outlast.diagnostics.syndromes.others import median_beside
 from outlast.diagnostics.syndromes.places import whole_nodes
 
 Bools = npt.NDArray[np.bool_]
@@ -220,7 +221,7 @@ def _judge(
 
 def behind_peers_s(late: Floats, at: Indices, column: int) -> Floats:
     """[steps at]: the lateness of a rank minus that of its median peer."""
-    behind: Floats = late[at, column] - np.nanmedian(np.delete(late[at], column, axis=1), axis=1)
+    behind: Floats = late[at, column] - median_beside(late[at], column)
     return behind
 
 
@@ -265,12 +266,7 @@ def _parts(steps: Steps) -> dict[str, Floats]:
 
 def parts_longer(steps: Steps, at: Indices, column: int) -> tuple[tuple[str, float], ...]:
     """Parts of the step, without communication, that took this rank at least 1 ms longer than its median peer."""
-    return _longest(
-        {
-            name: part[at, column] - np.nanmedian(np.delete(part[at], column, axis=1), axis=1)
-            for name, part in _parts(steps).items()
-        }
-    )
+    return _longest({name: part[at, column] - median_beside(part[at], column) for name, part in _parts(steps).items()})
 
 
 def _longest(more_s: Mapping[str, Floats]) -> tuple[tuple[str, float], ...]:
