@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -34,7 +34,8 @@ def refuse(trainer: Trainer) -> None:
             "use Lightning 2.6",
         )
     strategy = trainer.strategy
-    if not isinstance(strategy, (DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy)):
+    served = isinstance(strategy, (DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy))
+    if not served or isinstance(strategy, DeepSpeedStrategy):  # which to Lightning is a kind of DDP
         raise SessionError(
             f"SessionCallback under {type(strategy).__name__}",
             'use strategy="ddp", a single device, or ModelParallelStrategy with fully_shard in configure_model '
