@@ -152,6 +152,28 @@ def test_a_trainer_with_deepspeed_is_killed(
     trainer_is_killed(zero_ranks, tmp_path, Plan(12, settings, OFTEN, comm=comm))
 
 
+def learns_as_dense_does(ranks: Ranks, tmp_path: Path, settings: dict[str, Any]) -> None:
+    rate = {"learning_rate": 6e-3, "per_device_train_batch_size": 8}
+    dense = trained(ranks, tmp_path / "dense", Plan(100, settings | rate, plain=True))
+    assert dense["loss"] < 0.3 * dense["history"][0]["loss"]
+    assert trained(ranks, tmp_path / "run", Plan(100, settings | rate, comm={"density": 0.1}))["loss"] < (
+        1.02 * dense["loss"]
+    )
+    assert is_compressed(tmp_path / "run")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("clip", [1.0, 0.0], ids=["gradients", "updates"])
+def test_a_trainer_with_fsdp2_learns(fsdp_ranks: Ranks, tmp_path: Path, clip: float) -> None:
+    learns_as_dense_does(fsdp_ranks, tmp_path, FSDP2 | {"max_grad_norm": clip})
+
+
+@pytest.mark.soak
+@needs_deepspeed
+def test_a_trainer_with_zero_2_learns(zero_ranks: Ranks, tmp_path: Path) -> None:
+    learns_as_dense_does(zero_ranks, tmp_path, zero(2) | {"gradient_accumulation_steps": 1})
+
+
 def goes_on_after_the_step_before(ranks: Ranks, tmp_path: Path, plan: Plan) -> None:
     straight = trained(ranks, tmp_path / "straight", plan)
     folder = tmp_path / "run"
