@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from torch import Tensor
 
 from outlast.checkpoint import CheckpointConfig
+from outlast.deepspeed_compat import is_engine
 from outlast.integrations.lightning_data import DataPosition
 from outlast.integrations.lightning_limits import as_last, comm_for, defer_reduction, last_step_of, refuse, refuse_start
 from outlast.integrations.lightning_state import TrainerPart
@@ -33,7 +34,7 @@ from outlast.session.compression import Comm
 class SessionCallback(Checkpoint):  # type: ignore[misc]
     """Trains in a session; the last of the Trainer's callbacks, wherever it stands in the list.
 
-    The ranks' gradients, which Lightning averages by DDP, or by FSDP2 with its ``ModelParallelStrategy``, are
+    The ranks' gradients, which Lightning averages by DDP, DeepSpeed, or FSDP2 (its ``ModelParallelStrategy``), are
     compressed. Checkpoints of the whole state (model, optimizer, schedulers, error feedback, random numbers, the loops'
     progress, callbacks and the datamodule) are saved in the run's directory. Started again, ``trainer.fit(...)`` goes
     on after the newest one that verifies, at its place in the data. Events, heartbeat and notices are as in
@@ -58,8 +59,9 @@ class SessionCallback(Checkpoint):  # type: ignore[misc]
 
     Raises:
         SessionError: ``trainer.fit(...)``, before the first step, if the Trainer is set up for what a session cannot
-            serve: strategies other than DDP, FSDP2 and a single device, several optimizers, compression under manual
-            optimization, clipping of compressed updates, ``ckpt_path``, callbacks that replace optimizers.
+            serve: strategies other than DDP, FSDP2, DeepSpeed and a single device, several optimizers, compression
+            under manual optimization, clipping of compressed updates, ``ckpt_path``, callbacks that replace optimizers.
+        CommError: compression cannot be had, as with ZeRO 3.
         StateMismatch, CheckpointError: what is saved does not fit, or is damaged.
         RunDirectoryError, NotDurable, EndedEarly: see :class:`~outlast.session.Session`.
     """
@@ -112,7 +114,9 @@ class SessionCallback(Checkpoint):  # type: ignore[misc]
         last_step = last_step_of(trainer)
         comm = comm_for(trainer, pl_module, self._comm)
         self._compresses = comm is not False and trainer.world_size > 1
-        session = self._session = Session(self._run, trainer.strategy.model, optimizer, comm=comm, **self._settings)
+        model = trainer.strategy.model
+        own = None if is_engine(model) else optimizer  # DeepSpeed has it inside
+        session = self._session = Session(self._run, model, own, comm=comm, **self._settings)
         if self._settings["notice_grace_s"] is not None:
             self._handlers = {number: signal.getsignal(number) for number in NOTICES}
         for number, config in enumerate(trainer.lr_scheduler_configs):

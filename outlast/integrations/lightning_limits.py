@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -34,12 +34,11 @@ def refuse(trainer: Trainer) -> None:
             "use Lightning 2.6",
         )
     strategy = trainer.strategy
-    served = isinstance(strategy, (DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy))
-    if not served or isinstance(strategy, DeepSpeedStrategy):  # which to Lightning is a kind of DDP
+    if not isinstance(strategy, (DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy)):  # DeepSpeed's is a DDP
         raise SessionError(
             f"SessionCallback under {type(strategy).__name__}",
-            'use strategy="ddp", a single device, or ModelParallelStrategy with fully_shard in configure_model '
-            "(FSDP2). DeepSpeed works in a loop of your own, with outlast.Session, as in examples/deepspeed_loop.py",
+            'use strategy="ddp", "deepspeed", a single device, or ModelParallelStrategy with fully_shard in '
+            "configure_model (FSDP2)",
         )
     if isinstance(strategy, ModelParallelStrategy) and (parts := strategy.device_mesh["tensor_parallel"].size()) > 1:
         raise SessionError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -39,7 +38,6 @@ from outlast.launch.runner import RUN_DIR
 from tests.integrations.lightning_program import Dies, Net, data, loader
 from tests.session.program import digest
 
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's and torchdata's own
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -259,15 +257,13 @@ def test_forked_processes_are_refused() -> None:
         refuse(trainer)
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, pytest.param(DeepSpeedStrategy, marks=needs_deepspeed)])
-def test_other_shardings_are_refused(strategy: Any) -> None:
-    """Lightning has them on GPUs alone, so here one takes the other strategy's place."""
+def test_fsdp_of_version_1_is_refused() -> None:
+    """Lightning has it on GPUs alone, so here it takes the other strategy's place."""
     trainer = Trainer(accelerator="cpu", devices=1, plugins=[LightningEnvironment()], **QUIET)
-    trainer._accelerator_connector.strategy = strategy()
-    with pytest.raises(SessionError, match=f"under {strategy.__name__}") as said:
+    trainer._accelerator_connector.strategy = FSDPStrategy()
+    with pytest.raises(SessionError, match="under FSDPStrategy") as said:
         refuse(trainer)
     assert "ModelParallelStrategy with fully_shard" in str(said.value)
-    assert "examples/deepspeed_loop.py" in str(said.value)
 
 
 def test_it_is_the_last_callback_wherever_it_stands(tmp_path: Path) -> None:
