@@ -67,7 +67,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"agent", "plan", "rendezvous_errors"},
         {"rendezvous", "trusted_rendezvous"},
         {"hung_ranks", "node_watch", "other_nodes", "notice_spread", "rounds", "slow_ranks", "step_watch"},
-        {"first_cause", "joining", "node_exchange", "standstill_probe", "notice_relay", "notice_store"},
+        {"first_cause", "joining", "node_exchange", "node_trials", "standstill_probe", "notice_relay", "notice_store"},
         {"exporting", "serving_page", "goodput", "processes", "program_runs"},
         {"flag_sources", "hang_watch", "node_probe", "notice", "rank_output", "runner", "spec", "torch_options"},
         {"notice_signals"},

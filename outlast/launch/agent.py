@@ -26,6 +26,7 @@ from outlast.launch.failures import NO_RESTART_STATUS, RankFailure, first_line
 from outlast.launch.first_cause import find_failures
 from outlast.launch.hang_watch import HangWatch
 from outlast.launch.hung_ranks import HungRanks
+from outlast.launch.node_trials import NodeTrials
 from outlast.launch.node_watch import NodeWatch
 from outlast.launch.notice_relay import NoticeRelay
 from outlast.launch.notice_spread import NoticeSpread
@@ -118,6 +119,7 @@ class WatchedAgent(LocalElasticAgent):
         """What this node does to its ranks."""
         self._steps = StepWatch(run_dir, config.monitor_interval_s) if config.tell_slow else None
         self._slow = SlowRanks(events)
+        self._trials = NodeTrials(0, 1, run_dir)
         self._notices = NoticeSpread(relay, events, host)
         self._requeues = counted_requeues(os.environ)
         self._program_runs = program_runs
@@ -187,7 +189,7 @@ class WatchedAgent(LocalElasticAgent):
         processes = self._processes
         assert processes is not None, "torchelastic polls only after a start"
         self._notices.look()
-        others, steps = self._others, self._newest_steps()
+        others, steps = self._others, () if self._steps is None else self._steps.newest(time.time())
         alone = worker_group.group_world_size == 1
         self._hung.look(processes, alone=alone, accused=others.accused if others is not None else ())
         if others is not None and self._watch is not None:
@@ -222,20 +224,22 @@ class WatchedAgent(LocalElasticAgent):
         if self._steps is not None:
             self._steps.close()
 
-    def _newest_steps(self) -> tuple[RankSteps, ...]:
-        """Of this node's ranks, in seconds before now."""
-        return () if self._steps is None else self._steps.newest(time.time())
-
     def _tell_slow(self, worker_group: WorkerGroup, steps: tuple[RankSteps, ...]) -> None:
         """On node 0: say who is slow."""
         if self._steps is None or worker_group.group_rank != 0:
             return
-        if self._others is not None:
-            nodes, facts = self._others.steps()
+        if (others := self._others) is not None:
+            nodes, facts = others.steps()
         else:
             nodes = [NodeSteps(node=self._host, now_s=0.0, ranks=steps)]
             facts = list(facts_of(self.node.current(), node=self._host, t=time.time(), at_s=0.0))
-        self._slow.look(nodes, facts, world_size=worker_group.workers[0].world_size)
+        self._slow.look(
+            nodes,
+            facts,
+            world_size=worker_group.workers[0].world_size,
+            trials=self._trials if others is None else others.trials,
+            probe=None if others is None else others.probe,
+        )
 
     def _find_failures(self, processes: RankProcesses) -> list[RankFailure]:
         return find_failures(
@@ -310,6 +314,7 @@ class WatchedAgent(LocalElasticAgent):
             conditions=self.node.current,
             events=self._events,
             probe=probe,
+            trials=NodeTrials(node, nodes, self._run_dir),
         )
         self._others.start()
 

@@ -165,7 +165,14 @@ class SessionState(Trainable):
 
     def like(self) -> State | None:
         """See :class:`Trainable`; the state as it is now, which takes optimizer state that is not there for missing."""
-        return self._collected().replicated if any(one.is_sharded for one in self.trained) else None
+        sharded = [one for one in self.trained if one.is_sharded]
+        if not sharded:
+            return None
+        fresh = [one.optimizer for one in sharded if one.optimizer is not None and not one.optimizer.state]
+        running = self._collected().replicated
+        for optimizer in fresh:
+            optimizer.state.clear()  # torch has let it make a step of zeros, to have something to show
+        return running
 
     def collect(self, step: int) -> Collected:
         """See :class:`Trainable`. Collective if there are buffers or DeepSpeed engines.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from outlast.diagnostics.syndromes.facts import TOLD_BY_RANKS, Fact, FactKind, overlapping
+from outlast.diagnostics.syndromes.facts import FACT_KINDS, TOLD_BY_RANKS, Fact, FactKind, overlapping
 from outlast.diagnostics.syndromes.rules import Rules
 from outlast.diagnostics.syndromes.trace import Trace
 from outlast.diagnostics.syndromes.verdict import Confidence
@@ -52,52 +52,71 @@ def explain(
     if not own.any():
         return Cause()
     begin_s, end_s = float(calls.enter_s[own].min()), float(trace.clocks.now_s[node])
+    here = [one for one in facts if one.node == job.nodes[node] and one.begin_s <= end_s and begin_s <= one.end_s]
+    peers = [one for one in map(int, job.ranks_on(node)) if one not in ranks]
+    measured = _Measured(here, list(ranks), peers, lost_s * steps, begin_s, end_s)
+    of_ranks = measured.most([kind for kind in FACT_KINDS if kind in TOLD_BY_RANKS], 0.0)
+    of_node = measured.most([kind for kind in FACT_KINDS if kind not in TOLD_BY_RANKS], rules.covered_share)
+    for kind, share in (of_ranks, of_node):  # a rank knows better what it did
+        if kind is not None and share >= rules.explained_share:
+            same = [one for one in here if one.kind == kind and one.rank in (None, *ranks)]
+            same.sort(key=lambda one: -(one.lost_s or 0.0))
+            times = "" if len(same) == 1 else f", {len(same)} times"
+            return Cause(
+                words=f"{same[0].words()}{times}; {min(share, 1.0):.0%} of what is lost",
+                is_software=same[0].is_software,
+                confidence="likely",
+            )
     seen = [
         one
         for rank in ranks
-        for one in overlapping(facts, node=job.nodes[node], rank=rank, begin_s=begin_s, end_s=end_s)
+        for one in overlapping(here, node=job.nodes[node], rank=rank, begin_s=begin_s, end_s=end_s)
+        if one.kind not in TOLD_BY_RANKS and _lasts(one, begin_s, end_s)
     ]
-    by_kind: dict[FactKind, list[Fact]] = {}
-    for one in dict.fromkeys(seen):
-        if one.lost_s is not None:
-            by_kind.setdefault(one.kind, []).append(one)
-    total_s = lost_s * steps * len(ranks)
-    shares = {
-        kind: _share(kind, same, total_s, len(ranks), begin_s, end_s, rules)
-        for kind, same in by_kind.items()
-        if total_s > 0
-    }
-    kind = max(shares, key=lambda one: shares[one], default=None)
-    if kind is not None and shares[kind] >= rules.explained_share:
-        same = by_kind[kind]
-        times = "" if len(same) == 1 else f", {len(same)} times"
-        return Cause(
-            words=f"{same[0].words()}{times}; {min(shares[kind], 1.0):.0%} of what is lost",
-            is_software=same[0].is_software,
-            confidence="likely",
-        )
-    lasting = [one for one in seen if one.lost_s is None and _lasts(one, begin_s, end_s)]
-    if lasting:
-        return Cause(words=lasting[0].words(), is_software=lasting[0].is_software)
-    return Cause()
+    return Cause(words=seen[0].words(), is_software=seen[0].is_software) if seen else Cause()
 
 
-def _share(
-    kind: FactKind, same: Sequence[Fact], total_s: float, ranks: int, begin_s: float, end_s: float, rules: Rules
-) -> float:
-    """How much of the time lost between these moments the facts of one kind explain.
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """How much of what slow ranks lost each kind of fact explains, as far as it was measured."""
 
-    A node's monitor finds what lasts a sample or two late: what it measured then is taken for the time before too, if
-    that was not most of it.
-    """
-    share = sum(one.held_s(begin_s, end_s) for one in same) / total_s
-    if kind in TOLD_BY_RANKS or end_s <= begin_s:
-        return share
-    seen_s = sum(one.overlap_s(begin_s, end_s) for one in same)
-    whole_s = (end_s - begin_s) * (ranks if same[0].rank is not None else 1)
-    if seen_s < rules.covered_share * whole_s:
-        return share
-    return share * max(1.0, whole_s / seen_s)
+    facts: Sequence[Fact]
+    """Of their node."""
+    ranks: list[int]
+    peers: list[int]
+    """Ranks of the same node that are not slow: what these had as well makes no difference."""
+    lost_s: float
+    """By each of the ranks."""
+    begin_s: float
+    end_s: float
+
+    def most(self, kinds: Sequence[FactKind], covered_share: float) -> tuple[FactKind | None, float]:
+        """The kind that explains most, and its share.
+
+        Args:
+            kinds: to choose from.
+            covered_share: a node's monitor finds what lasts a sample or two late. What it measured is taken for the
+                time before as well, if it saw it in this share of the time; 0 takes what was measured.
+        """
+        there = {one.kind for one in self.facts if one.lost_s is not None}
+        shares = {kind: self._share(kind, covered_share) for kind in kinds if kind in there and self.lost_s > 0}
+        best = max(shares, key=lambda one: shares[one], default=None)
+        return best, shares[best] if best is not None else 0.0
+
+    def _share(self, kind: FactKind, covered_share: float) -> float:
+        beyond_s = np.mean([self._of(kind, one)[0] for one in self.ranks])
+        if self.peers:
+            beyond_s -= np.median([self._of(kind, one)[0] for one in self.peers])
+        share, whole_s = float(beyond_s / self.lost_s), self.end_s - self.begin_s
+        seen_s = float(np.mean([self._of(kind, one)[1] for one in self.ranks]))
+        late = covered_share > 0 and 0 < covered_share * whole_s <= seen_s < whole_s
+        return share * whole_s / seen_s if late else share
+
+    def _of(self, kind: FactKind, rank: int) -> tuple[float, float]:
+        """Seconds for which it kept a rank from working, and in which it was seen."""
+        own = [one for one in self.facts if one.kind == kind and one.rank in (None, rank) and one.lost_s is not None]
+        held_s = sum(one.held_s(self.begin_s, self.end_s) for one in own)
+        return held_s, sum(one.overlap_s(self.begin_s, self.end_s) for one in own)
 
 
 def _lasts(fact: Fact, begin_s: float, end_s: float) -> bool:
