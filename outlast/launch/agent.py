@@ -37,10 +37,13 @@ from outlast.launch.program_runs import ProgramRuns
 from outlast.launch.rank_output import RankOutput
 from outlast.launch.rounds import Round, agree, forget_store
 from outlast.launch.slow_ranks import SlowRanks
+from outlast.launch.standby.keeper import Standbys
 from outlast.launch.standstill_probe import StandstillProbe
 from outlast.launch.step_watch import StepWatch
 from outlast.launch.trusted_rendezvous import run_secret
 
+NO_PAUSE_S = 1e-4
+"""torchelastic's own pause between two polls: the agent waits by itself, and is woken when a rank ends."""
 EXIT_BARRIER = "torchelastic/agent/terminal_state"
 """torchelastic's key, so that its own agents may be among the other nodes."""
 
@@ -52,6 +55,7 @@ class WatchedAgent(LocalElasticAgent):
 
     torchelastic starts, supervises, stops and restarts the processes; this class adds to its hooks:
 
+    - a poll comes as soon as a rank ends, and otherwise every ``monitor_interval_s``;
     - before each poll of the processes, :class:`~outlast.launch.hang_watch.HangWatch` finds hung ranks, which are
       killed; torchelastic then sees a failed process;
     - when a rank has failed, those of its peers that cannot react to SIGTERM (stopped, or inside a collective that will
@@ -108,6 +112,9 @@ class WatchedAgent(LocalElasticAgent):
         self._host = host
         self._relay = relay
         self._guard = guard
+        self._standbys = Standbys(config, output.folder)
+        if program_runs is not None:
+            output.imports_within_s = self._standbys.imports_within_s
         self._processes: RankProcesses | None = None
         self._watch = HangWatch(run_dir, config) if config.watch else None
         self._hung = HungRanks(self._watch, events)
@@ -146,7 +153,8 @@ class WatchedAgent(LocalElasticAgent):
             self._steps.start()
         started_at, self._started_s = time.time(), time.monotonic()
         self._guard.watch()
-        pids: dict[int, Any] = super()._start_workers(worker_group)
+        with self._standbys.starting():
+            pids: dict[int, Any] = super()._start_workers(worker_group)
         self._guard.watch(pids.values())
         assert isinstance(self._pcontext, SubprocessContext)  # as always where the entrypoint is a program
         local_ranks = {worker.global_rank: worker.local_rank for worker in worker_group.workers}
@@ -180,6 +188,8 @@ class WatchedAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         processes = self._processes
         assert processes is not None, "torchelastic polls only after a start"
+        processes.wait(self._config.monitor_interval_s)
+        self._standbys.look()
         self._notices.look()
         others, steps = self._others, self._newest_steps()
         alone = worker_group.group_world_size == 1
@@ -212,6 +222,7 @@ class WatchedAgent(LocalElasticAgent):
 
     def close(self) -> None:
         """The launcher ends: nothing is looked at any more."""
+        self._standbys.close()
         self.node.close()
         if self._steps is not None:
             self._steps.close()
@@ -339,6 +350,7 @@ class WatchedAgent(LocalElasticAgent):
         SIGTERM, whatever ended the launcher: a rank that gets SIGINT prints a KeyboardInterrupt's traceback.
         """
         self.node.rest()
+        self._standbys.rest()
         if self._relay.kill is not None:
             self._relay.kill = None
             told = self._relay.notice is not None and not self.resumable
