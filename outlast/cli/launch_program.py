@@ -44,7 +44,7 @@ class LaunchProgram(Verb):
     run_dir: Path | None = None
     """Where attempts, events, logs and the report go; by default runs/NAME, with the script's or module's name."""
     config: Path | None = None
-    """A TOML file with sections [launch], [export] and [diagnostics]; --launch.key VALUE overrides a setting."""
+    """A TOML file with sections [launch], [export], [page] and [diagnostics]; --launch.key VALUE overrides one."""
     dry_run: bool = False
     """Print what would run, and run nothing."""
     flags: Annotated[LaunchFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=LaunchFlags)
@@ -61,7 +61,7 @@ class LaunchProgram(Verb):
         self.program.check()
         config = load(ProgramConfig, self.config, overrides=overrides)
         settings = config.launch
-        watched = self.program.kind != "program" and settings.look_every_s > 0
+        watched = self.program.kind != "program" and settings.look_every_s != 0
         if not watched:
             settings = dataclasses.replace(settings, watch=False)  # nothing in it tells of progress
         spec = LaunchSpec(
@@ -70,6 +70,7 @@ class LaunchProgram(Verb):
             config=settings,
             flags=self.flags,
             export=config.export,
+            page=config.page,
             is_program=True,
         )
         if self.dry_run:
@@ -80,7 +81,7 @@ class LaunchProgram(Verb):
                 "outlast: %s is not watched, because %s: ranks that end are noticed and restarted, but no hang and no "
                 "straggler is found",
                 self.program.target,
-                "it does not start through Python" if settings.look_every_s > 0 else "launch.look_every_s is 0",
+                "it does not start through Python" if settings.look_every_s != 0 else "launch.look_every_s is 0",
             )
         launch(spec)
         return 0

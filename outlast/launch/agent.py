@@ -26,6 +26,7 @@ from outlast.launch.failures import NO_RESTART_STATUS, RankFailure, first_line
 from outlast.launch.first_cause import find_failures
 from outlast.launch.hang_watch import HangWatch
 from outlast.launch.hung_ranks import HungRanks
+from outlast.launch.node_trials import NodeTrials
 from outlast.launch.node_watch import NodeWatch
 from outlast.launch.notice_relay import NoticeRelay
 from outlast.launch.notice_spread import NoticeSpread
@@ -36,6 +37,7 @@ from outlast.launch.processes import RankProcesses
 from outlast.launch.program_runs import ProgramRuns
 from outlast.launch.rank_output import RankOutput
 from outlast.launch.rounds import Round, agree, forget_store
+from outlast.launch.serving_page import ServingPage
 from outlast.launch.slow_ranks import SlowRanks
 from outlast.launch.standby.keeper import Standbys
 from outlast.launch.standstill_probe import StandstillProbe
@@ -75,6 +77,7 @@ class WatchedAgent(LocalElasticAgent):
         relay: passes notices on.
         guard: ends the ranks if this process dies.
         program_runs: numbers the starts of somebody's program; None for a command that does so itself.
+        page: is served while this node is the first one.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class WatchedAgent(LocalElasticAgent):
         relay: NoticeRelay,
         guard: Guard,
         program_runs: ProgramRuns | None = None,
+        page: ServingPage | None = None,
     ) -> None:
         super().__init__(
             spec,
@@ -122,9 +126,11 @@ class WatchedAgent(LocalElasticAgent):
         """What this node does to its ranks."""
         self._steps = StepWatch(run_dir, config.monitor_interval_s) if config.tell_slow else None
         self._slow = SlowRanks(events)
+        self._trials = NodeTrials(0, 1, run_dir)
         self._notices = NoticeSpread(relay, events, host)
         self._requeues = counted_requeues(os.environ)
         self._program_runs = program_runs
+        self._page = page
         self._round: Round | None = None
         self._others: OtherNodes | None = None
         self._backoff = Backoff(config.backoff_s, config.longest_backoff_s)
@@ -143,6 +149,8 @@ class WatchedAgent(LocalElasticAgent):
         self._output.added = found.variables
         self._notices.store = found.notices
         self._round = found
+        if self._page is not None:
+            self._page.lead(is_first=worker_group.group_rank == 0)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         ranks = self.ranks
@@ -191,7 +199,7 @@ class WatchedAgent(LocalElasticAgent):
         processes.wait(self._config.monitor_interval_s)
         self._standbys.look()
         self._notices.look()
-        others, steps = self._others, self._newest_steps()
+        others, steps = self._others, () if self._steps is None else self._steps.newest(time.time())
         alone = worker_group.group_world_size == 1
         self._hung.look(processes, alone=alone, accused=others.accused if others is not None else ())
         if others is not None and self._watch is not None:
@@ -227,20 +235,22 @@ class WatchedAgent(LocalElasticAgent):
         if self._steps is not None:
             self._steps.close()
 
-    def _newest_steps(self) -> tuple[RankSteps, ...]:
-        """Of this node's ranks, in seconds before now."""
-        return () if self._steps is None else self._steps.newest(time.time())
-
     def _tell_slow(self, worker_group: WorkerGroup, steps: tuple[RankSteps, ...]) -> None:
         """On node 0: say who is slow."""
         if self._steps is None or worker_group.group_rank != 0:
             return
-        if self._others is not None:
-            nodes, facts = self._others.steps()
+        if (others := self._others) is not None:
+            nodes, facts = others.steps()
         else:
             nodes = [NodeSteps(node=self._host, now_s=0.0, ranks=steps)]
             facts = list(facts_of(self.node.current(), node=self._host, t=time.time(), at_s=0.0))
-        self._slow.look(nodes, facts, world_size=worker_group.workers[0].world_size)
+        self._slow.look(
+            nodes,
+            facts,
+            world_size=worker_group.workers[0].world_size,
+            trials=self._trials if others is None else others.trials,
+            probe=None if others is None else others.probe,
+        )
 
     def _find_failures(self, processes: RankProcesses) -> list[RankFailure]:
         return find_failures(
@@ -315,6 +325,7 @@ class WatchedAgent(LocalElasticAgent):
             conditions=self.node.current,
             events=self._events,
             probe=probe,
+            trials=NodeTrials(node, nodes, self._run_dir),
         )
         self._others.start()
 

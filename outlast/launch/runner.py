@@ -22,12 +22,13 @@ from typing import Any
 from outlast.diagnostics.live import point_to_point
 from outlast.diagnostics.live.flight import flight_counts
 from outlast.diagnostics.live.patches import AfterImport
-from outlast.diagnostics.live.program_watch import EVERY_S, ProgramWatch
+from outlast.diagnostics.live.program_watch import ProgramWatch
 from outlast.errors import OutlastError
 from outlast.events import RunEnded, RunStarted
 from outlast.launch.attempt import Attempt
 from outlast.launch.failures import NO_RESTART_STATUS
 from outlast.launch.imports import ImportRecord
+from outlast.launch.lasting_output import make_output_last, open_lasting
 from outlast.launch.place import GENERATION
 from outlast.launch.program import ARCHIVE
 from outlast.launch.rank_records import RankRecords
@@ -39,7 +40,8 @@ ATTEMPT = "OUTLAST_ATTEMPT"
 STEPS_TAKEN = "OUTLAST_STEPS_TAKEN"
 """how many steps the run had taken before this start,"""
 LOOK_EVERY_S = "OUTLAST_LOOK_EVERY_S"
-"""and the seconds between two looks at its collectives."""
+"""and the seconds between two looks at its collectives, or :data:`AUTO`."""
+AUTO = "auto"
 USAGE_STATUS = 2
 """Exit status of a program that does not understand its arguments: argparse, click and others agree on it."""
 
@@ -61,13 +63,14 @@ class Runner:
         self.rank, self.world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
         self.attempt = Attempt(Path(environ[RUN_DIR]), int(environ[ATTEMPT]))
         self.attempt.make_folders()
-        self._log = self.attempt.log_path(self.rank).open("a", encoding="utf-8")
+        self._log = open_lasting(self.attempt.log_path(self.rank))
         faulthandler.register(signal.SIGUSR1, file=self._log, all_threads=True)
         self._generation = int(environ.get(GENERATION, "0"))
         records = RankRecords(self.attempt, self.rank, self._generation)
         self._events, self._heartbeat = records.events, records.heartbeat
         self._taken = taken = int(environ.get(STEPS_TAKEN, "0"))
-        every_s = float(environ.get(LOOK_EVERY_S, EVERY_S))
+        every = environ.get(LOOK_EVERY_S, AUTO)
+        every_s = None if every == AUTO else float(every)
         self._watch = ProgramWatch(
             records.heartbeat, records.recorder, records.events, first_step=taken, every_s=every_s
         )
@@ -194,6 +197,7 @@ def _run_module(name: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Install what watches, then run the program."""
+    make_output_last()
     is_module = arguments[0] == "-m"
     target, *rest = arguments[is_module:]
     runner = Runner(os.environ)
