@@ -56,7 +56,7 @@ class LaunchProgram(Verb):
         self.program.check()
         config = load(ProgramConfig, self.config, overrides=overrides)
         settings = config.launch
-        watched = self.program.kind != "program" and settings.look_every_s > 0
+        watched = self.program.kind != "program" and settings.look_every_s != 0
         if not watched:
             settings = dataclasses.replace(settings, watch=False)  # nothing in it tells of progress
         spec = LaunchSpec(
@@ -76,7 +76,7 @@ class LaunchProgram(Verb):
                 "outlast: %s is not watched, because %s: ranks that end are noticed and restarted, but no hang and no "
                 "straggler is found",
                 self.program.target,
-                "it does not start through Python" if settings.look_every_s > 0 else "launch.look_every_s is 0",
+                "it does not start through Python" if settings.look_every_s != 0 else "launch.look_every_s is 0",
             )
         launch(spec)
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from outlast.config import require
 
@@ -35,9 +36,11 @@ class LaunchConfig:
     watch: bool = True
     """Detect hangs. If false, only the end of a process is noticed. Set it to false for a command that writes no
     heartbeats, because a rank without a first one counts as hung after ``startup_limit_s``."""
-    look_every_s: float = 0.01
-    """Seconds between two looks at the collectives of a program, each of about 50 us. Longer costs less, and tells how
-    late a rank is less exactly. 0: it starts without outlast's runner, and only its end is noticed."""
+    look_every_s: float | Literal["auto"] = "auto"
+    """How often the collectives of a program are looked at, which tells how late its ranks are. ``"auto"``: closely in
+    every step for the first seconds of a start, then in as many steps as cost a thousandth of the time. A number: every
+    so many seconds, in every step, each time for 50 to 200 us. 0: it starts without outlast's runner, and only its end
+    is noticed."""
     told_after_s: float = 3.0
     """Seconds, but at least 3 median steps, after which a rank is named that its peers wait for inside a collective: it
     is stopped, or in the middle of a step, or does nothing. Nobody is ended for that."""
@@ -76,8 +79,9 @@ class LaunchConfig:
         require(ok, "launch.monitor_interval_s", self.monitor_interval_s, "0.05 to 60 seconds")
         ok = self.node_sample_s == 0 or 0.05 <= self.node_sample_s <= 60
         require(ok, "launch.node_sample_s", self.node_sample_s, "0, or 0.05 to 60 seconds")
-        ok = self.look_every_s == 0 or 0.001 <= self.look_every_s <= 1
-        require(ok, "launch.look_every_s", self.look_every_s, "0, or 0.001 to 1 seconds")
+        every_s = self.look_every_s
+        ok = every_s == 0 or every_s == "auto" or 0.001 <= every_s <= 1
+        require(ok, "launch.look_every_s", every_s, '"auto", 0, or 0.001 to 1 seconds')
         ok = 0.5 <= self.told_after_s <= 3600
         require(ok, "launch.told_after_s", self.told_after_s, "0.5 to 3600 seconds")
         require(self.hang_floor_s > 0, "launch.hang_floor_s", self.hang_floor_s, "more than 0 seconds")

@@ -22,7 +22,7 @@ from typing import Any
 from outlast.diagnostics.live import point_to_point
 from outlast.diagnostics.live.flight import flight_counts
 from outlast.diagnostics.live.patches import AfterImport
-from outlast.diagnostics.live.program_watch import EVERY_S, ProgramWatch
+from outlast.diagnostics.live.program_watch import ProgramWatch
 from outlast.errors import OutlastError
 from outlast.events import RunEnded, RunStarted
 from outlast.launch.attempt import Attempt
@@ -39,7 +39,8 @@ ATTEMPT = "OUTLAST_ATTEMPT"
 STEPS_TAKEN = "OUTLAST_STEPS_TAKEN"
 """how many steps the run had taken before this start,"""
 LOOK_EVERY_S = "OUTLAST_LOOK_EVERY_S"
-"""and the seconds between two looks at its collectives."""
+"""and the seconds between two looks at its collectives, or :data:`AUTO`."""
+AUTO = "auto"
 USAGE_STATUS = 2
 """Exit status of a program that does not understand its arguments: argparse, click and others agree on it."""
 
@@ -67,7 +68,8 @@ class Runner:
         records = RankRecords(self.attempt, self.rank, self._generation)
         self._events, self._heartbeat = records.events, records.heartbeat
         self._taken = taken = int(environ.get(STEPS_TAKEN, "0"))
-        every_s = float(environ.get(LOOK_EVERY_S, EVERY_S))
+        every = environ.get(LOOK_EVERY_S, AUTO)
+        every_s = None if every == AUTO else float(every)
         self._watch = ProgramWatch(
             records.heartbeat, records.recorder, records.events, first_step=taken, every_s=every_s
         )

@@ -30,7 +30,7 @@ class StepRecord:
         self._logged: dict[str, float | Tensor] = {}
         self._boundary_s = 0.0
         self._spent_s: defaultdict[str, float] = defaultdict(float)
-        self._seen_s = 0.0
+        self._seen_s: float | None = 0.0
         self._cost: ReduceStats | None = None
 
     def tell_start(self, done_step: int, last_step: int) -> None:
@@ -107,7 +107,7 @@ class StepRecord:
             data_s=min(spent.data_s, step_s),
             comm_s=cost.exposed_s,
             checkpoint_s=self._spent_s["checkpoint"],
-            collective_s=min(max(self._seen_s, cost.collective_s), step_s),
+            collective_s=None if self._seen_s is None else min(max(self._seen_s, cost.collective_s), step_s),
             codec_s=cost.codec_s,
             wire_bytes=cost.wire_bytes,
             dense_bytes=cost.dense_bytes,

@@ -51,6 +51,7 @@ def test_a_full_disk_costs_a_program_that_prints_no_step(tmp_path: Path) -> None
 
 
 @pytest.mark.root
+@pytest.mark.slow
 def test_full_shared_memory_costs_the_watch_and_no_step(tmp_path: Path) -> None:
     """In a mount namespace, whose shared memory has room for nothing but names; a rank that is watched would be taken
     for hung after two seconds."""

@@ -107,6 +107,11 @@ class Heartbeat:
             words[at + 4] = self._median_ns()
             words[at + 5] = self._count
 
+    @property
+    def median_step_s(self) -> float:
+        """Median duration of the last 32 steps; 0.0 until there are 3."""
+        return self._median_ns() / 1e9
+
     def _count_step(self, phase: str, step: int, now: int) -> None:
         if phase in ("checkpoint", "data"):
             return

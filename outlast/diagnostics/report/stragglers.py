@@ -280,6 +280,16 @@ def lost_s(late: Floats, blamed: Bools, at: Indices, column: int) -> Floats:
     return added
 
 
+def stand_for(steps: Steps, at: Indices, column: int) -> Floats:
+    """[steps at]: how many steps each stands for: itself, and those after it in which nobody looked at collectives."""
+    values = steps.values
+    took, known = np.isfinite(values["step_s"][:, column]), np.isfinite(values["collective_s"][:, column])
+    looked, unknown = np.flatnonzero(took & known), np.flatnonzero(took & ~known)
+    after = np.searchsorted(looked, unknown[unknown > at[0]]) - 1
+    count: Floats = np.bincount(after, minlength=len(looked)).astype(np.float64) + 1.0
+    return count[np.searchsorted(looked, at)]
+
+
 def _with_cause(row: StragglerRow, late: Floats, at: Indices, column: int, own: RankCauses | None) -> StragglerRow:
     """The row of a straggler with the cause that the rank itself has seen."""
     cause = own.of(column, at, behind_peers_s(late, at, column)) if own is not None else None
@@ -293,4 +303,6 @@ def _with_cost(row: StragglerRow, steps: Steps, late: Floats, blamed: Bools, at:
     added = lost_s(late, blamed, at, column)
     median = float(np.median(added))
     without = float(np.median(np.nanmax(steps.values["step_s"][at], axis=1))) - median
-    return replace(row, slowdown_share=median / without if without > 0 else 0.0, cost_s=float(added.sum()))
+    return replace(
+        row, slowdown_share=median / without if without > 0 else 0.0, cost_s=float(added @ stand_for(steps, at, column))
+    )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from outlast.diagnostics.syndromes.analyse import analyse
 from outlast.diagnostics.syndromes.facts import Fact
 from outlast.diagnostics.syndromes.rank_facts import rank_facts
-from outlast.diagnostics.syndromes.step_trace import NodeSteps, trace_of_steps
+from outlast.diagnostics.syndromes.step_trace import NodeSteps, trace_of_steps, without_gaps
 from outlast.diagnostics.syndromes.verdict import Verdict
 
 SLOW = ("non_communication_slow", "communication_slow")
@@ -24,7 +24,7 @@ def judge_steps(nodes: Sequence[NodeSteps], facts: Sequence[Fact], *, world_size
         facts: what the nodes' monitors have seen meanwhile.
         world_size: how many ranks there are.
     """
-    trace = trace_of_steps(nodes, world_size=world_size)
+    trace = trace_of_steps(without_gaps(nodes), world_size=world_size)
     if trace is None:
         return None
     said = analyse(trace, facts=facts)

@@ -9,7 +9,7 @@ import numpy as np
 from outlast.diagnostics.syndromes.facts import Fact
 from outlast.diagnostics.syndromes.others import Floats, median_beside
 from outlast.diagnostics.syndromes.own_times import OwnTimes
-from outlast.diagnostics.syndromes.step_trace import NodeSteps, StepTable, table_of
+from outlast.diagnostics.syndromes.step_trace import NodeSteps, StepTable, table_of, without_gaps
 
 LEAST_S = 0.001
 """What a rank has beyond its peers by less is no fact."""
@@ -23,11 +23,10 @@ def rank_facts(nodes: Sequence[NodeSteps], ranks: Collection[int]) -> tuple[Fact
         nodes: the steps of all ranks, by which these are measured.
         ranks: of these.
     """
-    table = table_of(nodes)
+    table = table_of(without_gaps(nodes))
     if not len(table.steps) or len(table.ranks) < 2:
         return ()
     step_s = np.diff(table.done_s, axis=0, prepend=np.nan)
-    step_s[np.diff(table.steps, prepend=-1) != 1] = np.nan
     data_s = table.delays_s.get("data_wait", 0.0)
     own = OwnTimes(
         seconds={str(kind): seconds for kind, seconds in table.delays_s.items()},

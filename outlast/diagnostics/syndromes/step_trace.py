@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -97,6 +98,45 @@ class NodeSteps:
     now_s: float
     """When they were told, after the same moment."""
     ranks: Sequence[RankSteps]
+
+
+def without_gaps(nodes: Sequence[NodeSteps]) -> list[NodeSteps]:
+    """As if the steps that are told had come one right after the other.
+
+    Between two of them may be others in which nobody looked at collectives. Those, and a step that only some ranks tell
+    of, are taken out of the time, for all ranks alike: what is left between two steps is as much as one takes on
+    average. The newest steps stay, which some ranks may not have told of yet, and the oldest.
+
+    Args:
+        nodes: of every node.
+    """
+    told = [dict(zip(one.steps, one.done_s, strict=True)) for node in nodes for one in node.ranks if one.steps]
+    if not told:
+        return list(nodes)
+    oldest, newest = max(min(one) for one in told), min(max(one) for one in told)
+    common = set(told[0]).intersection(*told)
+    kept = sorted({step for one in told for step in one if step in common or step > newest or step < oldest})
+    later_s = dict.fromkeys(kept, 0.0)
+    shift_s = 0.0
+    for before, after in reversed(list(itertools.pairwise(kept))):
+        apart_s = [one[after] - one[before] for one in told if before in one and after in one]
+        if after - before > 1 and apart_s:
+            shift_s += float(np.median(apart_s)) * (1 - 1 / (after - before))
+        later_s[before] = shift_s
+    return [replace(node, ranks=[_only(one, later_s) for one in node.ranks]) for node in nodes]
+
+
+def _only(one: RankSteps, later_s: Mapping[int, float]) -> RankSteps:
+    """These steps of a rank, each later by so many seconds."""
+    at = [place for place, step in enumerate(one.steps) if step in later_s]
+    return RankSteps(
+        rank=one.rank,
+        steps=tuple(one.steps[place] for place in at),
+        done_s=tuple(one.done_s[place] + later_s[one.steps[place]] for place in at),
+        inside_s=tuple(one.inside_s[place] for place in at),
+        delays_s=tuple(one.delays_s[place] for place in at) if one.delays_s else (),
+        elements=tuple(one.elements[place] for place in at) if one.elements else (),
+    )
 
 
 def trace_of_steps(nodes: Sequence[NodeSteps], *, world_size: int) -> Trace | None:

@@ -21,6 +21,7 @@ from outlast.diagnostics.syndromes.step_trace import (
     newest_common_step,
     trace_of_steps,
     transfer_s,
+    without_gaps,
 )
 from outlast.diagnostics.syndromes.verdict import Verdict
 from outlast.errors import DiagnosticsError
@@ -101,6 +102,43 @@ def test_within_ten_steps_of_the_shift() -> None:
     assert said(job(8, 29, {5: (30, 0.1)})) == []
     (one,) = said(job(8, 40, {5: (30, 0.1)}))
     assert one.culprit.ranks == (5,)
+
+
+def only(nodes: list[NodeSteps], *told: range) -> list[NodeSteps]:
+    """The steps that ranks tell of, the same for every so-manieth rank."""
+
+    def of(one: RankSteps) -> RankSteps:
+        at = [place for place, step in enumerate(one.steps) if step in told[one.rank % len(told)]]
+        steps, done_s, inside_s = (tuple(row[place] for place in at) for row in (one.steps, one.done_s, one.inside_s))
+        return RankSteps(rank=one.rank, steps=steps, done_s=done_s, inside_s=inside_s)
+
+    return [replace(node, ranks=[of(one) for one in node.ranks]) for node in nodes]
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_steps_between_those_that_are_told_take_no_time(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.MOST_STEPS", 400)
+    monkeypatch.setattr("outlast.diagnostics.syndromes.step_trace.MOST_STEPS", 400)
+    nodes = job(ranks, 320, {1: (200, 0.1)})
+    seldom = without_gaps(only(nodes, range(0, 321, 8)))
+    (one,) = said(seldom)
+    assert (one.culprit.ranks, one.step) == ((1,), 200)
+    assert one.cost_s == pytest.approx(0.1, abs=0.02)
+    # ranks that look in some of the others' steps only
+    uneven = without_gaps(only(nodes, range(0, 321, 8), range(0, 321, 16)))
+    assert {len([step for step in of.steps if 16 <= step < 300]) for node in uneven for of in node.ranks} == {18}
+    (one,) = said(uneven)
+    assert one.culprit.ranks == (1,)
+    assert said(without_gaps(only(job(ranks, 320, {}), range(0, 321, 8), range(0, 321, 16)))) == []
+
+
+def test_without_gaps_nothing_changes() -> None:
+    nodes = job(8, 40, {1: (25, 0.1)})
+    assert without_gaps(nodes) == nodes
+    lagging = [nodes[0], replace(nodes[1], ranks=[replace(one, steps=one.steps[:-2]) for one in nodes[1].ranks])]
+    lagging[1] = only(nodes, range(0, 39))[1]
+    assert without_gaps(lagging) == lagging
+    assert without_gaps([]) == []
 
 
 def test_all_ranks_of_a_node_are_the_node_and_of_two_ranks_the_one_is_named_that_is_waited_for() -> None:
