@@ -44,8 +44,6 @@ from outlast.launch.standstill_probe import StandstillProbe
 from outlast.launch.step_watch import StepWatch
 from outlast.launch.trusted_rendezvous import run_secret
 
-NO_PAUSE_S = 1e-4
-"""torchelastic's own pause between two polls: the agent waits by itself, and is woken when a rank ends."""
 EXIT_BARRIER = "torchelastic/agent/terminal_state"
 """torchelastic's key, so that its own agents may be among the other nodes."""
 
@@ -57,7 +55,6 @@ class WatchedAgent(LocalElasticAgent):
 
     torchelastic starts, supervises, stops and restarts the processes; this class adds to its hooks:
 
-    - a poll comes as soon as a rank ends, and otherwise every ``monitor_interval_s``;
     - before each poll of the processes, :class:`~outlast.launch.hang_watch.HangWatch` finds hung ranks, which are
       killed; torchelastic then sees a failed process;
     - when a rank has failed, those of its peers that cannot react to SIGTERM (stopped, or inside a collective that will
@@ -116,9 +113,7 @@ class WatchedAgent(LocalElasticAgent):
         self._host = host
         self._relay = relay
         self._guard = guard
-        self._standbys = Standbys(config, output.folder)
-        if program_runs is not None:
-            output.imports_within_s = self._standbys.imports_within_s
+        self._standbys = Standbys(config, output)
         self._processes: RankProcesses | None = None
         self._watch = HangWatch(run_dir, config) if config.watch else None
         self._hung = HungRanks(self._watch, events)
@@ -161,8 +156,7 @@ class WatchedAgent(LocalElasticAgent):
             self._steps.start()
         started_at, self._started_s = time.time(), time.monotonic()
         self._guard.watch()
-        with self._standbys.starting():
-            pids: dict[int, Any] = super()._start_workers(worker_group)
+        pids: dict[int, Any] = self._standbys.start(super()._start_workers, worker_group)
         self._guard.watch(pids.values())
         assert isinstance(self._pcontext, SubprocessContext)  # as always where the entrypoint is a program
         local_ranks = {worker.global_rank: worker.local_rank for worker in worker_group.workers}
@@ -361,7 +355,6 @@ class WatchedAgent(LocalElasticAgent):
         SIGTERM, whatever ended the launcher: a rank that gets SIGINT prints a KeyboardInterrupt's traceback.
         """
         self.node.rest()
-        self._standbys.rest()
         if self._relay.kill is not None:
             self._relay.kill = None
             told = self._relay.notice is not None and not self.resumable
@@ -439,9 +432,7 @@ class WatchedAgent(LocalElasticAgent):
                 for rank, failure in sorted(result.failures.items())
             ]
             self.failures[:0] = [failure for failure in self._find_failures(processes) if failure.early]
-        if any(failure.status == NO_RESTART_STATUS for failure in self.failures):
-            self._remaining_restarts = 0
-        if self._relay.notice is not None:
+        if any(one.status == NO_RESTART_STATUS for one in self.failures) or self._relay.notice is not None:
             self._remaining_restarts = 0
         restarting = self._remaining_restarts > 0
         for failure in (failure for failure in self.failures if not failure.hang):

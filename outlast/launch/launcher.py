@@ -191,7 +191,8 @@ def _supervise(
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
-    from outlast.launch.agent import NO_PAUSE_S, WatchedAgent
+    from outlast.launch.agent import WatchedAgent
+    from outlast.launch.processes import NO_PAUSE_S
     from outlast.launch.rendezvous_errors import rendezvous_failed
     from outlast.launch.trusted_rendezvous import AuthenticatedHandler
 

@@ -22,6 +22,8 @@ STACK_DUMP_S = 0.3
 """How long a hung rank has to write its stacks, after SIGUSR1 and before SIGKILL."""
 REAP_S = 5.0
 """How long a process may take to die of SIGKILL before the agent goes on without it."""
+NO_PAUSE_S = 1e-4
+"""torchelastic's own pause between two polls: the agent waits by itself, and is woken when a rank ends."""
 SETTLE_S = 0.05
 """Once a rank has ended, how long others that end for the same reason have to do so before it is looked who has."""
 CLOCK_GRAIN_S = 1.0

@@ -8,12 +8,16 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import WorkerGroup
 
 from outlast.launch.config import LaunchConfig
 from outlast.launch.imports import IMPORTS
+from outlast.launch.rank_output import RankOutput
 from outlast.launch.standby.handler import asking
 from outlast.launch.standby.memory import free_bytes, taken_bytes
 from outlast.launch.standby.process import Standby, Start
@@ -53,16 +57,15 @@ class Standbys:
 
     Args:
         config: of the launcher; ``standby``, ``standby_after_s`` and ``standby_modules`` of it.
-        folder: where what they write goes until they are ranks.
+        output: of the ranks; what standbys write until they are ranks goes to its folder.
     """
 
-    def __init__(self, config: LaunchConfig, folder: Path) -> None:
+    def __init__(self, config: LaunchConfig, output: RankOutput) -> None:
         self.wanted = config.standby != "off" and config.max_restarts > 0
         """Whether there shall be any."""
-        self.imports_within_s = 3 * config.standby_after_s if self.wanted else None
-        """How long a rank without steps imports nothing before it says what it has; None if nobody wants to know."""
+        output.imports_within_s = 3 * config.standby_after_s if self.wanted else None
         self._config = config
-        self._folder = folder
+        self._folder = output.folder
         self._places: dict[int, _Place] = {}
         self._before: dict[int, _Place] = {}
         self._used = 0
@@ -73,9 +76,10 @@ class Standbys:
         self._told_modules = False
         self._at_once = max(1, len(os.sched_getaffinity(0)) // CORES_EACH)
 
-    def starting(self) -> contextlib.AbstractContextManager[None]:
-        """Around torchelastic's start of the ranks: standbys that are ready take their places."""
-        return self._starting() if self.wanted else contextlib.nullcontext()
+    def start(self, start: Callable[[WorkerGroup], dict[int, Any]], worker_group: WorkerGroup) -> dict[int, Any]:
+        """Call torchelastic's start of the ranks: standbys that are ready take their places. Returns what it returns."""
+        with self._starting() if self.wanted else contextlib.nullcontext():
+            return start(worker_group)
 
     @contextlib.contextmanager
     def _starting(self) -> Iterator[None]:
@@ -107,13 +111,6 @@ class Standbys:
             if place.standby is None and self._is_due(place, now_s) and self._has_room():
                 self._begin(local_rank, place)
                 importing += 1
-
-    def rest(self) -> None:
-        """The ranks have been ended: until the next start no standby is begun, and those that import are let go."""
-        for place in self._places.values():
-            if place.standby is not None and place.standby.look() and place.standby.report is None:
-                place.standby.end()
-                place.standby, place.why = None, "its standby had not imported everything yet"
 
     def close(self) -> None:
         """End them all."""
