@@ -77,7 +77,7 @@ class Standbys:
         self._at_once = max(1, len(os.sched_getaffinity(0)) // CORES_EACH)
 
     def start(self, start: Callable[[WorkerGroup], dict[int, Any]], worker_group: WorkerGroup) -> dict[int, Any]:
-        """Call torchelastic's start of the ranks: standbys that are ready take their places. Returns what it returns."""
+        """Call torchelastic's start of the ranks, and return its process ids: standbys that are ready take places."""
         with self._starting() if self.wanted else contextlib.nullcontext():
             return start(worker_group)
 
