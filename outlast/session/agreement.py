@@ -31,17 +31,14 @@ class StepAgreement:
         rank: of this process.
         world_size: with 1 there is no group, and all calls are local.
         notice: None: notices are not looked for.
-        group: over all ranks; None makes one of gloo, which the collectives of a loop that is not known cannot disturb.
     """
 
-    def __init__(
-        self, rank: int, world_size: int, notice: Notice | None, group: dist.ProcessGroup | None = None
-    ) -> None:
+    def __init__(self, rank: int, world_size: int, notice: Notice | None) -> None:
         self._rank = rank
         self._notice = notice
-        if group is None and world_size > 1:
-            group = dist.new_group(backend="gloo", timeout=process_group.limit())
-        self._group = group if world_size > 1 else None
+        self._group = None
+        if world_size > 1:  # a group of its own, which the collectives of a loop cannot disturb
+            self._group = dist.new_group(backend="gloo", timeout=process_group.limit())
         self._all = Agreement(self._group, rank, world_size)
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
         self.notice_came = False

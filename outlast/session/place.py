@@ -21,7 +21,6 @@ from outlast.launch.rank_records import RING_CAPACITY, RankRecords
 from outlast.launch.run_directory import RunDirectory
 from outlast.launch.runner import ATTEMPT, RUN_DIR
 from outlast.session.agreement import StepAgreement
-from outlast.session.claim import claim_attempt
 
 _IF_USED = 'resume it: Session(..., resume="auto"); give another directory; or delete it to start over'
 _LOG = logging.getLogger("outlast")
@@ -95,10 +94,7 @@ class RunPlace:
                 self.attempt.make_folders()
             else:
                 directory = given or RunDirectory(self.path, "Session(OTHER, ...)", _IF_USED)
-                resuming = resuming or place.generation > 0
-                self.attempt = claim_attempt(
-                    directory, place.rank, agreement, self._stack, resuming=resuming, settings=settings
-                )
+                self.attempt = self._claim(directory, resuming=resuming or place.generation > 0, settings=settings)
             self._own = watch is None
             self.watch: ProgramWatch | LoopWatch = watch if watch is not None else self._begin_watch(ring_capacity)
         except BaseException:
@@ -143,6 +139,24 @@ class RunPlace:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _claim(self, directory: RunDirectory, *, resuming: bool, settings: str) -> Attempt:
+        """Rank 0 takes the directory, and the next attempt's folder; if it cannot, all ranks raise."""
+        refusal: RunDirectoryError | None = None
+        number = 0
+        if self.place.rank == 0:
+            try:
+                number = directory.claim(self._stack, resuming=resuming, settings=settings).number
+            except RunDirectoryError as error:
+                refusal = error
+        number = self.agreement.share(number)
+        if refusal is not None:
+            raise refusal
+        if number == 0:
+            raise RunDirectoryError(f"rank 0 cannot use the run directory {self.path}", "see the message of rank 0")
+        attempt = Attempt(self.path, number)
+        attempt.make_folders()
+        return attempt
 
     def _begin_watch(self, ring_capacity: int) -> ProgramWatch | LoopWatch:
         records = RankRecords(self.attempt, self.place.rank, self.place.generation, ring_capacity=ring_capacity)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -67,31 +66,19 @@ class SessionState(Trainable):
     def __init__(
         self, models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], comm: Comm, world_size: int
     ) -> None:
-        self._models = {name: wrapped(each, world_size) for name, each in models.items()}
-        self.trained = [trained(name, each, optimizers.get(name)) for name, each in self._models.items()]
+        models = {name: wrapped(each, world_size) for name, each in models.items()}
+        self.model = models.get("", models)
+        self.device = device_of(models.values())
+        self.trained = [trained(name, each, optimizers.get(name)) for name, each in models.items()]
         self.reducers = attach_reducers(self.trained, comm, world_size)
         """By the model's name."""
+        self.comm = "; ".join(one.config.describe() for one in self.reducers.values()) or "dense"
         self.parts: dict[str, Part] = {}
         self._stack = contextlib.ExitStack()
         for reducer in self.reducers.values():
             self._stack.callback(reducer.close)
         for one in self.trained:
             self._stack.callback(one.count_updates())
-
-    @property
-    def model(self) -> Any:
-        """See :class:`Trainable`; bare models are in DDP by now, if there are several ranks."""
-        return self._models.get("", self._models)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the first model's parameters are."""
-        return device_of(self._models.values())
-
-    @property
-    def comm(self) -> str:
-        """See :class:`Trainable`."""
-        return "; ".join(one.config.describe() for one in self.reducers.values()) or "dense"
 
     @property
     def lr(self) -> float:

@@ -25,20 +25,12 @@ class Trainable(ABC):
     as outlast's trainer does, hands one to :class:`Session` in place of a model. All ranks call the same methods.
     """
 
-    @property
-    @abstractmethod
-    def model(self) -> Any:
-        """What the loop calls: a model, or models by name."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where its tensors are."""
-
-    @property
-    @abstractmethod
-    def comm(self) -> str:
-        """How gradients are averaged, in words."""
+    model: Any
+    """What the loop calls: a model, or models by name."""
+    device: torch.device
+    """Where its tensors are."""
+    comm: str
+    """How gradients are averaged, in words."""
 
     @property
     @abstractmethod

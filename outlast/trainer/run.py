@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from outlast.checkpoint import Checkpointer, Restored, load
 from outlast.checkpoint.rng import load_rng_state, rng_state
@@ -61,25 +60,10 @@ class Run(Trainable):
         self.config, self.start, self.engine = config, start, engine
         self.loader, self.held_out, self.progress = loader, held_out, progress
         self.place, self.recorder = start.place, start.recorder
-        self._device = device
+        self.model, self.device, self.comm = engine.model, device, config.comm.describe()
         self._first_step = 1
         self._watch: NumericsWatch | None = None
         self._stats = UpdateStats(lr=0.0)
-
-    @property
-    def model(self) -> nn.Module:
-        """See :class:`Trainable`."""
-        return self.engine.model
-
-    @property
-    def device(self) -> torch.device:
-        """See :class:`Trainable`."""
-        return self._device
-
-    @property
-    def comm(self) -> str:
-        """See :class:`Trainable`."""
-        return self.config.comm.describe()
 
     @property
     def lr(self) -> float:
@@ -223,7 +207,7 @@ class Run(Trainable):
         # Checkpoints of earlier versions do not say with which settings they were trained.
         changed = changed_settings(restored.replicated.get("settings", {}), self.config, step)
         self.loader = self.loader.resumed_from(restored.replicated["data"], step, restored.local.get("stream"))
-        self.engine.load(restored.replicated, restored.read_local, ranks)
+        self.engine.load(restored)
         if rank < ranks:
             load_rng_state(restored.read_local(rank)["rng"])
         self._first_step = step + 1
