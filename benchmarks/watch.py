@@ -5,7 +5,8 @@
 A step takes about 100 ms. ``collectives`` issues 50 in each, on one rank, so that no peer's noise is measured: what is
 asked is what the recorder, the hook and the watching thread take from the program's own process. The others train a
 stack of 16 layers on two ranks of one core each: DDP with a bucket a layer, FSDP2 with each layer sharded, DeepSpeed's
-ZeRO 3. ``watch_program`` has the loops. Watched programs are looked at in every step, every 10 ms and every 100 ms, which costs more than the default.
+ZeRO 3. ``watch_program`` has the loops. Watched programs are looked at in every step, every 10 ms and every 100 ms,
+which costs more than the default.
 Prints, for each, the median step unwatched, and the ratio to the unwatched run of the same round: median, lowest and
 highest; of wall-clock time, and of the CPU time of the process.
 """
