@@ -22,6 +22,8 @@ _LOG = logging.getLogger("outlast.launch")
 KINDS: dict[str, Kind] = {"-m": "module", "--module": "module", "--no-python": "program", "--run-path": "script"}
 """Flags that say what the target is; without one it is a script."""
 SHORT = {"-r": "--redirects", "-t": "--tee"}
+SETTINGS = {"--standby": ("--launch.standby", "on"), "--no-standby": ("--launch.standby", "off")}
+"""Flags without a value that stand for a setting with one."""
 SWITCHES = {
     "-h",
     "--help",
@@ -32,7 +34,10 @@ SWITCHES = {
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchProgram(Verb):
-    """Start, watch and restart a program as the ranks of this node, on torchelastic's agent."""
+    """Start, watch and restart a program as the ranks of this node, on torchelastic's agent.
+
+    --standby and --no-standby are short for --launch.standby on and off.
+    """
 
     takes_settings: ClassVar[bool] = True
 
@@ -117,7 +122,9 @@ def split_program(
             name = name if "." in name else name.replace("_", "-")
         elif len(word) > 1 and word[:2] in SHORT:
             name, equals, value = SHORT[word[:2]], word[2:], word[2:].removeprefix("=")
-        if name in KINDS and not equals:
+        if name in SETTINGS and not equals:
+            own += SETTINGS[name]
+        elif name in KINDS and not equals:
             kinds[name] = KINDS[name]
         elif word.startswith("-"):
             own.append(f"{name}={value}" if equals else name)

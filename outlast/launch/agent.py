@@ -39,6 +39,7 @@ from outlast.launch.rank_output import RankOutput
 from outlast.launch.rounds import Round, agree, forget_store
 from outlast.launch.serving_page import ServingPage
 from outlast.launch.slow_ranks import SlowRanks
+from outlast.launch.standby.keeper import Standbys
 from outlast.launch.standstill_probe import StandstillProbe
 from outlast.launch.step_watch import StepWatch
 from outlast.launch.trusted_rendezvous import run_secret
@@ -112,6 +113,7 @@ class WatchedAgent(LocalElasticAgent):
         self._host = host
         self._relay = relay
         self._guard = guard
+        self._standbys = Standbys(config, output)
         self._processes: RankProcesses | None = None
         self._watch = HangWatch(run_dir, config) if config.watch else None
         self._hung = HungRanks(self._watch, events)
@@ -154,7 +156,7 @@ class WatchedAgent(LocalElasticAgent):
             self._steps.start()
         started_at, self._started_s = time.time(), time.monotonic()
         self._guard.watch()
-        pids: dict[int, Any] = super()._start_workers(worker_group)
+        pids: dict[int, Any] = self._standbys.start(super()._start_workers, worker_group)
         self._guard.watch(pids.values())
         assert isinstance(self._pcontext, SubprocessContext)  # as always where the entrypoint is a program
         local_ranks = {worker.global_rank: worker.local_rank for worker in worker_group.workers}
@@ -188,6 +190,8 @@ class WatchedAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         processes = self._processes
         assert processes is not None, "torchelastic polls only after a start"
+        processes.wait(self._config.monitor_interval_s)
+        self._standbys.look()
         self._notices.look()
         others, steps = self._others, () if self._steps is None else self._steps.newest(time.time())
         alone = worker_group.group_world_size == 1
@@ -220,6 +224,7 @@ class WatchedAgent(LocalElasticAgent):
 
     def close(self) -> None:
         """The launcher ends: nothing is looked at any more."""
+        self._standbys.close()
         self.node.close()
         if self._steps is not None:
             self._steps.close()
@@ -427,9 +432,7 @@ class WatchedAgent(LocalElasticAgent):
                 for rank, failure in sorted(result.failures.items())
             ]
             self.failures[:0] = [failure for failure in self._find_failures(processes) if failure.early]
-        if any(failure.status == NO_RESTART_STATUS for failure in self.failures):
-            self._remaining_restarts = 0
-        if self._relay.notice is not None:
+        if any(one.status == NO_RESTART_STATUS for one in self.failures) or self._relay.notice is not None:
             self._remaining_restarts = 0
         restarting = self._remaining_restarts > 0
         for failure in (failure for failure in self.failures if not failure.hang):

@@ -27,6 +27,14 @@ class LaunchConfig:
     """... but never longer than this."""
     monitor_interval_s: float = 0.5
     """Seconds between two checks of the ranks."""
+    standby: Literal["auto", "on", "off"] = "off"
+    """A process per rank that has imported what the program imports from installed packages, waits, and becomes the
+    rank at a restart, in place of a new interpreter. ``auto``: for Python programs that are watched, while there is
+    memory; ``on``: the same, and an error where it is not possible. Short: --standby, --no-standby."""
+    standby_after_s: float = 10.0
+    """Seconds after a rank's first steps before its standby is started, which takes at most a quarter of a core."""
+    standby_modules: tuple[str, ...] = ()
+    """More modules that a standby imports, such as your own, if importing them has no effect that you would miss."""
     node_sample_s: float = 1.0
     """Seconds between two looks at what this node does to its ranks: CPU quotas, other processes, memory, disks.
     Reports name the causes of slow steps from it. A look costs some milliseconds of CPU; 0 takes none."""
@@ -77,6 +85,8 @@ class LaunchConfig:
         require(longest_s >= self.backoff_s, "launch.longest_backoff_s", longest_s, "launch.backoff_s or more seconds")
         ok = 0.05 <= self.monitor_interval_s <= 60
         require(ok, "launch.monitor_interval_s", self.monitor_interval_s, "0.05 to 60 seconds")
+        ok = self.standby_after_s >= 0
+        require(ok, "launch.standby_after_s", self.standby_after_s, "0 or more seconds")
         ok = self.node_sample_s == 0 or 0.05 <= self.node_sample_s <= 60
         require(ok, "launch.node_sample_s", self.node_sample_s, "0, or 0.05 to 60 seconds")
         every_s = self.look_every_s

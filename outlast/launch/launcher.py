@@ -28,6 +28,7 @@ from outlast.launch.plan import worker_environment
 from outlast.launch.ports import check_port, is_free, is_own_address
 from outlast.launch.rendezvous import Rendezvous, resolve
 from outlast.launch.spec import LaunchSpec
+from outlast.launch.standby.process import check_wanted
 from outlast.launch.torch_options import local_ranks, tell_missing_ranks, torch_options
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def launch(spec: LaunchSpec) -> None:
             "a static rendezvous cannot be repeated, so ranks cannot be restarted",
             "use --rdzv-backend c10d, or --max-restarts 0",
         )
+    check_wanted(spec)
     ranks = local_ranks(spec.flags.nproc_per_node)
     tell_missing_ranks(spec.flags, ranks)
     options = torch_options(spec.flags)
@@ -190,6 +192,7 @@ def _supervise(
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
     from outlast.launch.agent import WatchedAgent
+    from outlast.launch.processes import NO_PAUSE_S
     from outlast.launch.rendezvous_errors import rendezvous_failed
     from outlast.launch.trusted_rendezvous import AuthenticatedHandler
 
@@ -209,7 +212,7 @@ def _supervise(
                 for word in ("-I", "-S", str(PARENT_DEATH), str(os.getpid()), relay.ignored, *spec.command)
             ),
             max_restarts=config.max_restarts,
-            monitor_interval=config.monitor_interval_s,
+            monitor_interval=NO_PAUSE_S,
             master_addr=master_addr,
             master_port=master_port,
             local_addr=rendezvous.local_addr,

@@ -79,6 +79,13 @@ class NodeTrials:
         del self._pending[node]
         self._known[node] = time.monotonic(), test
 
+    def prepare(self, node: int) -> None:
+        """On node 0: a node may be accused soon; the one that it will be compared with tries out itself already.
+
+        That one is not suspected, so that what it loses by this speaks for nobody's guilt.
+        """
+        self._are_known(self._peers(node))
+
     def outcome(self, node: int, names: Sequence[str]) -> str | None:
         """On node 0: what came of a node's test, in words; None until that is known, which is soon.
 
@@ -86,20 +93,25 @@ class NodeTrials:
             node: that is about to be accused.
             names: of all nodes.
         """
+        peers = self._peers(node)
+        return self._words(node, *peers, names=names) if self._are_known([node, *peers]) else None
+
+    def _peers(self, node: int) -> list[int]:
+        return [one for one in range(self._nodes) if one != node][:1]
+
+    def _are_known(self, wanted: Sequence[int]) -> bool:
+        """Whether these have answered, or never will; asks those that have not been asked."""
         now_s = time.monotonic()
         self.hear(self._node, self.tested)
         for one in [one for one, at_s in self._pending.items() if now_s - at_s > ANSWER_S]:
             del self._pending[one]
             self._known[one] = now_s, None
-        wanted = [node, *[one for one in range(self._nodes) if one != node][:1]]
         missing = [one for one in wanted if one not in self._known or now_s - self._known[one][0] > AGAIN_S]
-        if not missing:
-            return self._words(*wanted, names=names)
-        if not self._pending:
+        if missing and not self._pending:
             self._number += 1
             self._pending = dict.fromkeys(missing[: max(1, self._nodes // 2)], now_s)
             self.take_part(self.asked)
-        return None
+        return not missing
 
     def close(self, wait_s: float = 1.0) -> None:
         """The ranks have ended; what runs is waited for so long."""

@@ -27,6 +27,7 @@ from outlast.errors import OutlastError
 from outlast.events import RunEnded, RunStarted
 from outlast.launch.attempt import Attempt
 from outlast.launch.failures import NO_RESTART_STATUS
+from outlast.launch.imports import ImportRecord
 from outlast.launch.lasting_output import make_output_last, open_lasting
 from outlast.launch.place import GENERATION
 from outlast.launch.program import ARCHIVE
@@ -73,10 +74,13 @@ class Runner:
         self._watch = ProgramWatch(
             records.heartbeat, records.recorder, records.events, first_step=taken, every_s=every_s
         )
+        self._imports = ImportRecord.of(environ)
         self._events.write(RunStarted(attempt=self.attempt.number, world_size=self.world_size, first_step=taken + 1))
 
     def run(self, start: Callable[[], None]) -> int:
         """Run the program; returns its exit status. Its own traceback is printed, without the runner's frames."""
+        if self._imports is not None:
+            self._imports.install()
         AfterImport(_OPTIMIZERS, self._hook_optimizers).install()
         AfterImport(point_to_point.MODULE, point_to_point.install).install()
         self._watch.start()
@@ -118,6 +122,8 @@ class Runner:
     def _hook_optimizers(self, module: ModuleType) -> None:
         def after_step(optimizer: object, args: Any, kwargs: Any) -> None:
             self._watch.on_optimizer_step(optimizer)
+            if self._imports is not None:
+                self._imports.after_step()
 
         module.register_optimizer_step_post_hook(after_step)
 
@@ -129,6 +135,8 @@ class Runner:
 
     def _end(self, ok: bool, reason: str) -> None:
         self._watch.close()
+        if self._imports is not None:
+            self._imports.close()
         if not ok:
             self._watch.keep_newest()
         self._heartbeat.beat("finish", self._watch.step)
@@ -158,6 +166,13 @@ def _without_own(error: BaseException) -> TracebackType | None:
     return start if start is not None or isinstance(error, SyntaxError | ImportError | UnreadableScript) else tb
 
 
+def first_path(arguments: list[str]) -> str:
+    """``sys.path[0]`` of a program that is run with these arguments; archives and folders add their own to it."""
+    is_module = arguments[0] == "-m"
+    script = Path(arguments[is_module])
+    return str(script.resolve().parent) if not is_module and script.is_file() else os.getcwd()
+
+
 def _run_script(path: str) -> None:
     """Execute a file, or the ``__main__.py`` of a folder or archive, as ``__main__``, as the interpreter would."""
     try:
@@ -167,7 +182,7 @@ def _run_script(path: str) -> None:
     if source is None or source.startswith(ARCHIVE):
         runpy.run_path(str(Path(path).absolute()), run_name="__main__")
         return
-    sys.path[0] = str(Path(path).resolve().parent)
+    sys.path[0] = first_path([path])
     code = compile(source, path, "exec", dont_inherit=True)
     main = ModuleType("__main__")
     vars(main).update(__file__=path, __builtins__=__builtins__, __spec__=None, __cached__=None)

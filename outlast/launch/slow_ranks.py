@@ -97,6 +97,7 @@ class SlowRanks:
             elif done.said is not None:
                 self._step = done.step
                 self._judge(done.said, nodes)
+                _prepare([one for one in done.said if _is_of_ranks(one) and one.key not in self._open], nodes, trials)
         for key, one in list(self._waiting.items()):
             tried = _ranks_tried(one, nodes, trials) if _is_of_ranks(one) else _links_tried(one, nodes, probe)
             if tried is not None:
@@ -115,7 +116,8 @@ class SlowRanks:
             before = self._open.get(one.key)
             if before is None:
                 if _is_of_ranks(one) or not self._transfer_s:
-                    self._waiting[one.key] = one
+                    waits = self._waiting.get(one.key, one)  # the steps before it became slow are soon forgotten
+                    self._waiting[one.key] = replace(one, step=waits.step)
             elif SURE.index(one.cause_confidence) > SURE.index(before.cause_confidence):
                 # monitors find what lasts a sample or two late
                 self._open[one.key] = one = replace(one, step=before.step, tried=before.tried)
@@ -152,10 +154,22 @@ def _is_of_ranks(one: Verdict) -> bool:
     return one.syndrome == "non_communication_slow"
 
 
+def _is_own_cause(one: Verdict) -> bool:
+    return one.is_software and one.cause_confidence == "likely"
+
+
+def _prepare(said: Sequence[Verdict], nodes: Sequence[NodeSteps], trials: NodeTrials | None) -> None:
+    """Have the node tried out that these nodes will be compared with, should they be accused."""
+    names = [node.node for node in nodes]
+    for one in said:
+        if trials is not None and one.culprit.nodes and one.confidence != "weak" and not _is_own_cause(one):
+            trials.prepare(names.index(one.culprit.nodes[0]))
+
+
 def _ranks_tried(one: Verdict, nodes: Sequence[NodeSteps], trials: NodeTrials | None) -> Verdict | None:
     """The verdict with what its node's test says; None until that is known."""
     names = [node.node for node in nodes]
-    if one.is_software and one.cause_confidence == "likely":
+    if _is_own_cause(one):
         return replace(one, tried=OWN_CAUSE)
     if trials is None or not one.culprit.nodes or one.culprit.nodes[0] not in names:
         return replace(one, tried=NO_NODE)

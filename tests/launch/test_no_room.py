@@ -51,13 +51,15 @@ def test_a_full_disk_costs_a_program_that_prints_no_step(tmp_path: Path) -> None
 
 
 @pytest.mark.root
+@pytest.mark.slow
 def test_full_shared_memory_costs_the_watch_and_no_step(tmp_path: Path) -> None:
-    """In a mount namespace, whose shared memory has room for nothing but names; a rank that is watched would be taken
-    for hung after two seconds."""
+    """In a mount namespace, whose shared memory has room for nothing but names; a rank that was watched, and showed
+    nothing for a few seconds, would be ended."""
     run = tmp_path / "run"
     words = ["outlast", "launch", "--nproc-per-node", "2", "--max-restarts", "0", "--run-dir", run]
     words += ["--launch.startup-limit-s", "2", "--launch.hang-floor-s", "1", "--launch.told-after-s", "1"]
-    words += [SCRIPT, "40", tmp_path, "0.1"]
+    words += ["--launch.together-limit-s", "2", "--launch.alone-limit-s", "1", "--launch.patience", "1"]
+    words += [SCRIPT, "40", tmp_path, "0.3"]
     script = 'mount -t tmpfs -o size=4k shm /dev/shm && dd if=/dev/zero of=/dev/shm/full bs=4096; exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-m", *map(str, words)]
     done = subprocess.run(command, env=clean_env(), capture_output=True, text=True, timeout=120, check=False)

@@ -84,6 +84,15 @@ def test_of_two_nodes_one_is_asked_after_the_other(tmp_path: Path) -> None:
     assert len(nodes.tested) == 2
 
 
+def test_the_one_to_compare_with_may_be_tried_out_before(tmp_path: Path) -> None:
+    nodes = Nodes(tmp_path, [GOOD, WEAK])
+    nodes.all[0].prepare(1)
+    nodes.exchange()
+    assert nodes.tested == [0], "and not the one that is suspected"
+    assert nodes.outcome(1).startswith("node n1: computes at 9 GFLOP/s")
+    assert nodes.tested == [0, 1]
+
+
 def test_one_that_computes_wrong_or_does_not_answer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = Nodes(tmp_path, [WRONG])
     assert alone.outcome(0) == "node n0: memory: the copy differs"
