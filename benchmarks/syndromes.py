@@ -10,10 +10,14 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from dataclasses import replace
 
 from outlast.diagnostics.syndromes.analyse import analyse
+from outlast.diagnostics.syndromes.from_steps import judge_steps
+from outlast.diagnostics.syndromes.step_trace import MOST_STEPS, NodeSteps
 from outlast.diagnostics.syndromes.verdict import SYNDROMES
 from tests.diagnostics.syndromes.cases import CASES, Row, confusion
+from tests.diagnostics.syndromes.test_step_trace import job
 from tests.diagnostics.syndromes.traces import Fault, Layout, Simulation
 
 COLUMNS = (*SYNDROMES, "-")
@@ -55,8 +59,37 @@ def large(nodes: int, steps: int, repeats: int) -> None:
             print(f"    {verdict}")
 
 
+def live(ranks: int, repeats: int) -> None:
+    """Judge the steps that all ranks of a job tell while it runs, with the cause of the one that is slow."""
+    late, since = 77 % ranks, 30
+    nodes = [
+        NodeSteps(
+            node=node.node,
+            now_s=node.now_s,
+            ranks=[
+                replace(
+                    one,
+                    delays_s=tuple((0.0, 0.09 * (one.rank == late and step >= since), 0.0, 0.0) for step in one.steps),
+                    elements=(8192.0,) * len(one.steps),
+                )
+                for one in node.ranks
+            ],
+        )
+        for node in job(ranks, MOST_STEPS, {late: (since, 0.1)}, per_node=8)
+    ]
+    took: list[float] = []
+    for _ in range(repeats):
+        begun = time.process_time()
+        said = judge_steps(nodes, (), world_size=ranks)
+        took.append(time.process_time() - begun)
+    middle = sorted(took)[len(took) // 2]
+    print(f"{ranks} ranks, {MOST_STEPS} steps as told live: {min(took):.2f} s of one core, median {middle:.2f} s")
+    for verdict in said or ():
+        print(f"    {verdict}")
+
+
 def main() -> None:
-    """Print both."""
+    """Print all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--nodes", type=int, default=512)
@@ -68,6 +101,7 @@ def main() -> None:
     if options.nodes:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         large(options.nodes, options.steps, options.repeats)
+        live(8 * options.nodes, options.repeats)
 
 
 if __name__ == "__main__":

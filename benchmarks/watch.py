@@ -5,7 +5,8 @@
 A step takes about 100 ms. ``collectives`` issues 50 in each, on one rank, so that no peer's noise is measured: what is
 asked is what the recorder, the hook and the watching thread take from the program's own process. The others train a
 stack of 16 layers on two ranks of one core each: DDP with a bucket a layer, FSDP2 with each layer sharded, DeepSpeed's
-ZeRO 3. ``watch_program`` has the loops. Watched programs are looked at every 10 ms, as by default, and every 100 ms.
+ZeRO 3. ``watch_program`` has the loops. Watched programs are looked at in every step, every 10 ms and every 100 ms,
+which costs more than the default.
 Prints, for each, the median step unwatched, and the ratio to the unwatched run of the same round: median, lowest and
 highest; of wall-clock time, and of the CPU time of the process.
 """
@@ -31,7 +32,7 @@ from outlast.launch.runner import ATTEMPT, LOOK_EVERY_S, RUN_DIR, STEPS_TAKEN
 PROGRAM = Path(__file__).with_name("watch_program.py")
 STEP_S = 0.1
 EVERY = (0.0, 0.01, 0.1)
-"""Seconds between two looks: unwatched, the default, sampled."""
+"""Seconds between two looks: unwatched, often, seldom."""
 TRIALS, TRIAL_SIZE, TRIAL_STEPS = 3, 64, 10
 _LIMIT_S = 300
 

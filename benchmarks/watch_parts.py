@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.watch import started
-from outlast.diagnostics.live.program_watch import EVERY_S
+from outlast.diagnostics.live.looks import EVERY_S
 
 STEP_S, COLLECTIVES = 0.1, 50
 BLOCK = {"collective": 400, "optimizer step": 200, "20 ms of Python": 1, "20 ms of a matrix product": 1}

@@ -7,7 +7,7 @@ Each package is usable without the others:
 - :mod:`outlast.diagnostics`  what is wrong, and which rank is at fault
 - :mod:`outlast.launch`       starting ranks, and keeping them running
 - :mod:`outlast.session`      the four joined for a loop of your own
-- :mod:`outlast.trainer`      a loop that joins them
+- :mod:`outlast.trainer`      model, data and engine from a config, in a session
 
 :class:`outlast.Session` is the whole in one object. ``import outlast`` imports none of them, and not torch; a package
 is imported when it is first used, as in ``outlast.comm.attach(...)``.

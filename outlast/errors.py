@@ -26,9 +26,11 @@
     │   ├── StateMismatch            the checkpoint's tensors do not match the model's
     │   └── SnapshotMutated          a tensor changed before its snapshot was copied; names it
     ├── DiagnosticsError             events or shared memory could not be written or read
+    │   ├── SharedMemoryFull         there is no room for what launchers and reports read
+    │   └── NoEvents                 no launcher or rank of the run has told anything yet
     ├── LaunchError                  ranks could not be started or kept running
     │   ├── PlaceError               the environment does not define this process's rank
-    │   ├── PortInUse                the rendezvous port is in use
+    │   ├── PortInUse                a port is in use: of the rendezvous, or of what is served
     │   └── RanksFailed              ranks failed, and no restart is left or would help
     └── MissingDependency            an optional package or a system tool is not installed
 
@@ -184,6 +186,14 @@ class DiagnosticsError(OutlastError):
     """Events or shared memory could not be written or read."""
 
 
+class SharedMemoryFull(DiagnosticsError):
+    """There is no room for a rank's heartbeat and collectives."""
+
+
+class NoEvents(DiagnosticsError):
+    """No launcher or rank of the run has told anything yet."""
+
+
 class LaunchError(OutlastError):
     """Ranks could not be started or kept running."""
 
@@ -193,7 +203,7 @@ class PlaceError(LaunchError):
 
 
 class PortInUse(LaunchError):
-    """The rendezvous port is in use."""
+    """A port is in use: of the rendezvous, or of what is served."""
 
 
 class RanksFailed(LaunchError):

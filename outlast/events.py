@@ -82,8 +82,8 @@ class StepDone(Event):
     """Communication not overlapped with backward: from the last gradient until the last bucket is reduced."""
     checkpoint_s: float
     """Blocked by checkpoints: the wait before the update, and the call that starts a snapshot."""
-    collective_s: float
-    """Time inside collectives, overlapped or not: transfer, and the wait for the last rank."""
+    collective_s: float | None
+    """Inside collectives, overlapped or not: transfer, and the wait for the last rank; None where not measured."""
     codec_s: float
     """Time in compression and decompression, overlapped or not."""
     wire_bytes: int
@@ -116,8 +116,8 @@ class ProgramStep(Event):
     step: int
     """Counted over all starts of the run."""
     step_s: float
-    collective_s: float
-    """Time with a collective under way, overlapped or not: transfer, and the wait for the last rank."""
+    collective_s: float | None
+    """With a collective under way, overlapped or not, as in :class:`StepDone`; None where not measured."""
     data_s: float = 0.0
     """Time in ``next()`` of DataLoaders."""
     batch_elements: int | None = None

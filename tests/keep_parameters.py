@@ -4,14 +4,15 @@ import sys
 
 import numpy as np
 
+from outlast import Session
 from outlast.trainer import main as module
 from outlast.trainer.run import Run
 
 train_as_ever = module.train
 
 
-def train(run: Run) -> None:
-    train_as_ever(run)
+def train(session: Session, run: Run) -> None:
+    train_as_ever(session, run)
     if run.place.rank == 0:
         np.savez(sys.argv[1], **{name: p.detach().numpy() for name, p in run.engine.model.named_parameters()})
 

@@ -88,3 +88,14 @@ def test_the_benchmark_of_being_watched(root: Path) -> None:
     lines = [line for line in done.stdout.splitlines() if line.startswith("collectives")]
     assert [line.split()[1] for line in lines] == ["wall_s", "cpu_s"]
     assert all("every 10 ms x " in line and "every 100 ms x " in line for line in lines)
+
+
+@pytest.mark.soak
+def test_the_benchmark_beside_others(root: Path) -> None:
+    """Without TraceML, which needs an environment of its own."""
+    command = [sys.executable, "-m", "benchmarks.beside", "--only", "SIGSTOP"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| SIGSTOP")]
+    assert [row.split(" | ")[1] for row in rows] == ["outlast", "torchrun"]
+    assert "| rank 1 |" in rows[0]

@@ -39,6 +39,10 @@ ELSEWHERE = {
     "outlast launch --nproc-per-node 2 --export.prometheus-port 9464 train.py --lr 3e-4": (
         "tests/launch/test_exporting.py, on a free port"
     ),
+    "outlast launch --nproc-per-node 2 --page.port 8080 --run-dir runs/live train.py": (
+        "tests/launch/test_serving_page.py, on a free port"
+    ),
+    "outlast report runs/stdlib_gpt --live": "tests/launch/test_serving_page.py: it serves until it is interrupted",
     "outlast doctor --nodes 4 --node 2 --meet node0:29511": "tests/launch/test_node_probe.py, on four emulated hosts",
     "outlast report runs/train": "tests/launch/test_any_program.py",
     "outlast launch configs/gpt2.toml --nproc-per-node 2": "tests/trainer/test_foreign_ddp.py, smaller",

@@ -23,7 +23,7 @@ WITHOUT_LIMIT = {
     ("comm/transport/worker.py", "self._jobs.get()"): DAEMON,
     ("comm/ddp/averager.py", "self._stream.join()"): "orders two streams of the device, and does not wait",
     ("diagnostics/export/prometheus.py", "self._server.shutdown()"): "its loop looks every half second whether to end",
-    ("launch/exporting.py", "self._process.wait()"): DAEMON,
+    ("launch/beside.py", "self._process.wait()"): DAEMON,
     ("session/agreement.py", "work.wait()"): "its process group has a timeout",
     ("launch/launcher.py", "handler.shutdown()"): "asks the rendezvous' store, which has a read timeout of its own",
     ("launch/notice_spread.py", "self.store.get()"): "NoticeStore.get asks whether the key is there, and does not wait",

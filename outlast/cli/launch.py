@@ -40,6 +40,7 @@ class Launch(TrainingVerb):
             run_dir=run_directory(config).path,
             config=config.launch,
             export=config.export,
+            page=config.page,
             flags=self.flags,
             obeys_notice=True,
         )

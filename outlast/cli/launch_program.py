@@ -22,6 +22,8 @@ _LOG = logging.getLogger("outlast.launch")
 KINDS: dict[str, Kind] = {"-m": "module", "--module": "module", "--no-python": "program", "--run-path": "script"}
 """Flags that say what the target is; without one it is a script."""
 SHORT = {"-r": "--redirects", "-t": "--tee"}
+SETTINGS = {"--standby": ("--launch.standby", "on"), "--no-standby": ("--launch.standby", "off")}
+"""Flags without a value that stand for a setting with one."""
 SWITCHES = {
     "-h",
     "--help",
@@ -32,14 +34,17 @@ SWITCHES = {
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchProgram(Verb):
-    """Start, watch and restart a program as the ranks of this node, on torchelastic's agent."""
+    """Start, watch and restart a program as the ranks of this node, on torchelastic's agent.
+
+    --standby and --no-standby are short for --launch.standby on and off.
+    """
 
     takes_settings: ClassVar[bool] = True
 
     run_dir: Path | None = None
     """Where attempts, events, logs and the report go; by default runs/NAME, with the script's or module's name."""
     config: Path | None = None
-    """A TOML file with sections [launch], [export] and [diagnostics]; --launch.key VALUE overrides a setting."""
+    """A TOML file with sections [launch], [export], [page] and [diagnostics]; --launch.key VALUE overrides one."""
     dry_run: bool = False
     """Print what would run, and run nothing."""
     flags: Annotated[LaunchFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=LaunchFlags)
@@ -56,7 +61,7 @@ class LaunchProgram(Verb):
         self.program.check()
         config = load(ProgramConfig, self.config, overrides=overrides)
         settings = config.launch
-        watched = self.program.kind != "program" and settings.look_every_s > 0
+        watched = self.program.kind != "program" and settings.look_every_s != 0
         if not watched:
             settings = dataclasses.replace(settings, watch=False)  # nothing in it tells of progress
         spec = LaunchSpec(
@@ -65,6 +70,7 @@ class LaunchProgram(Verb):
             config=settings,
             flags=self.flags,
             export=config.export,
+            page=config.page,
             is_program=True,
         )
         if self.dry_run:
@@ -75,7 +81,7 @@ class LaunchProgram(Verb):
                 "outlast: %s is not watched, because %s: ranks that end are noticed and restarted, but no hang and no "
                 "straggler is found",
                 self.program.target,
-                "it does not start through Python" if settings.look_every_s > 0 else "launch.look_every_s is 0",
+                "it does not start through Python" if settings.look_every_s != 0 else "launch.look_every_s is 0",
             )
         launch(spec)
         return 0
@@ -116,7 +122,9 @@ def split_program(
             name = name if "." in name else name.replace("_", "-")
         elif len(word) > 1 and word[:2] in SHORT:
             name, equals, value = SHORT[word[:2]], word[2:], word[2:].removeprefix("=")
-        if name in KINDS and not equals:
+        if name in SETTINGS and not equals:
+            own += SETTINGS[name]
+        elif name in KINDS and not equals:
             kinds[name] = KINDS[name]
         elif word.startswith("-"):
             own.append(f"{name}={value}" if equals else name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.export.config import ExportConfig
+from outlast.diagnostics.page.config import PageConfig
 from outlast.launch.config import LaunchConfig
 
 
@@ -16,4 +17,5 @@ class ProgramConfig:
 
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
     export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
+    page: PageConfig = dataclasses.field(default_factory=PageConfig)
     diagnostics: DiagnosticsConfig = dataclasses.field(default_factory=DiagnosticsConfig)

@@ -61,6 +61,10 @@ def _print(status: RunStatus, console: Console) -> None:
     console.print(Text(f"{status.name}: {status.state}, step {status.step}{planned}{restarts}{why}", style=style))
     for words in status.verdicts:
         console.print(Text(words, style="bold red"))
+        for story in status.stories:
+            if story.verdict == words:
+                for line in story.lines():
+                    console.print(Text(f"    {line}"))
     for node in status.nodes:
         for words in node.conditions:
             console.print(Text(f"node {node.host}: {words}", style="yellow"))

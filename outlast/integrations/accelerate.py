@@ -11,27 +11,27 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import DistributedType, synchronize_rng_states
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import parse_flag_from_env, synchronize_rng_states
 from torch import nn
 from torch.optim import Optimizer
 
 from outlast.checkpoint import CheckpointConfig
 from outlast.checkpoint.rng import load_rng_state, rng_state
 from outlast.errors import SessionError
-from outlast.integrations.wrappers import bare_optimizer, without_compile
+from outlast.integrations.wrappers import bare_optimizer, refuse_sharding, without_compile
 from outlast.session import Session
 from outlast.session.compression import Comm
-
-_SERVED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 class AcceleratedSession(Session):
     """A :class:`Session` on what ``accelerator.prepare`` returned; every rank makes one, with the same arguments.
 
-    The model is compressed as it was wrapped, and the accelerator's gradient scaler is saved and followed. Loops over a
-    loader's batches take :meth:`batches`; loops over steps take :meth:`steps`, as in any session. Clipping with
-    ``accelerator.clip_grad_norm_`` needs gradients: ``comm={"target": "gradient", "feedback": "ef21"}``; on AdamW's
-    updates, which are compressed by default, it is an error that says so.
+    The model is compressed as it was wrapped: DDP, FSDP2, or DeepSpeed's ZeRO 0 to 2 (ZeRO 3 needs ``comm=False``). The
+    accelerator's gradient scaler is saved and followed. Loops over a loader's batches take :meth:`batches`; loops over
+    steps take :meth:`steps`, as in any session. Clipping with ``accelerator.clip_grad_norm_`` needs gradients:
+    ``comm={"target": "gradient", "feedback": "ef21"}``; on AdamW's updates, which are compressed by default, it is an
+    error that says so. DeepSpeed clips by its own settings, and its gradients are compressed.
 
     Args:
         accelerator: that prepared the model and the optimizer.
@@ -41,8 +41,8 @@ class AcceleratedSession(Session):
         parts: further state to save, by name, such as ``scheduler=scheduler``; see :meth:`Session.add`.
 
     Raises:
-        SessionError: the model is not prepared, or is shared out by what a session cannot serve (DeepSpeed, FSDP,
-            Megatron).
+        SessionError: the model is not prepared, or is shared out by what a session cannot serve (FSDP of version 1,
+            Megatron); or Accelerate uses DDP where FSDP or DeepSpeed was asked for, as it does on CPUs.
         RunDirectoryError, ConfigError, CommError, CheckpointError: see :class:`Session`.
     """
 
@@ -59,21 +59,22 @@ class AcceleratedSession(Session):
         notice_grace_s: float | None = 25.0,
         **parts: Any,
     ) -> None:
-        if accelerator.distributed_type not in _SERVED:
-            raise SessionError(
-                f"AcceleratedSession: the accelerator uses {accelerator.distributed_type.value}",
-                "use DDP (accelerate's default), or a Session on a model that is sharded with fully_shard, or on what "
-                "deepspeed.initialize returned",
-            )
+        refuse_sharding(
+            accelerator,
+            "AcceleratedSession: the accelerator",
+            fsdp=parse_flag_from_env("ACCELERATE_USE_FSDP"),
+            deepspeed=parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
+        )
         if not getattr(model, "_is_accelerate_prepared", False):
             raise SessionError(
                 f"AcceleratedSession: the {type(model).__name__} is not prepared",
                 "give what accelerator.prepare(model, optimizer, loader) returned",
             )
+        bare = without_compile(model)
         super().__init__(
             run,
-            without_compile(model),
-            bare_optimizer(optimizer),
+            bare,
+            bare_optimizer(bare, optimizer),
             comm=comm,
             checkpoint=checkpoint,
             resume=resume,
@@ -81,7 +82,8 @@ class AcceleratedSession(Session):
         )
         self._accelerator = accelerator
         try:
-            self.add(**parts)
+            for name, part in parts.items():  # of what Accelerate has wrapped the session does not know the kind
+                self.add(replicated=True if isinstance(part, AcceleratedScheduler) else None, **{name: part})
             if accelerator.scaler is not None:
                 self.add(scaler=accelerator.scaler)
         except SessionError as error:

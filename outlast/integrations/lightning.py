@@ -22,8 +22,9 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from torch import Tensor
 
 from outlast.checkpoint import CheckpointConfig
+from outlast.deepspeed_compat import is_engine
 from outlast.integrations.lightning_data import DataPosition
-from outlast.integrations.lightning_limits import comm_for, last_step_of, refuse, refuse_start
+from outlast.integrations.lightning_limits import as_last, comm_for, defer_reduction, last_step_of, refuse, refuse_start
 from outlast.integrations.lightning_state import TrainerPart
 from outlast.launch.notice_signals import NOTICES
 from outlast.session import Session
@@ -31,13 +32,14 @@ from outlast.session.compression import Comm
 
 
 class SessionCallback(Checkpoint):  # type: ignore[misc]
-    """Trains in a session; the last of the Trainer's callbacks.
+    """Trains in a session; the last of the Trainer's callbacks, wherever it stands in the list.
 
-    The ranks' gradients, which Lightning averages by DDP, are compressed. Checkpoints of the whole state (model,
-    optimizer, schedulers, error feedback, random numbers, the loops' progress, callbacks and the datamodule) are saved
-    in the run's directory. Started again, ``trainer.fit(...)`` goes on after the newest one that verifies, at its place
-    in the data. Events, heartbeat and notices are as in :class:`~outlast.session.Session`. Lightning makes no
-    ``ModelCheckpoint`` by itself then; add one, before this, for files of Lightning's own.
+    The ranks' gradients, which Lightning averages by DDP, DeepSpeed, or FSDP2 (its ``ModelParallelStrategy``), are
+    compressed. Checkpoints of the whole state (model, optimizer, schedulers, error feedback, random numbers, the loops'
+    progress, callbacks and the datamodule) are saved in the run's directory. Started again, ``trainer.fit(...)`` goes
+    on after the newest one that verifies, at its place in the data. Events, heartbeat and notices are as in
+    :class:`~outlast.session.Session`. Lightning makes no ``ModelCheckpoint`` by itself then; add one for files of
+    Lightning's own.
 
     A step is an update, however many batches are accumulated for it. What is validated after a step is part of it, and
     so is the end of its epoch.
@@ -57,8 +59,9 @@ class SessionCallback(Checkpoint):  # type: ignore[misc]
 
     Raises:
         SessionError: ``trainer.fit(...)``, before the first step, if the Trainer is set up for what a session cannot
-            serve: strategies other than DDP and a single device, several optimizers, compression under manual
-            optimization, clipping of compressed updates, ``ckpt_path``, callbacks that replace optimizers.
+            serve: strategies other than DDP, FSDP2, DeepSpeed and a single device, several optimizers, compression
+            under manual optimization, clipping of compressed updates, ``ckpt_path``, callbacks that replace optimizers.
+        CommError: compression cannot be had, as with ZeRO 3.
         StateMismatch, CheckpointError: what is saved does not fit, or is damaged.
         RunDirectoryError, NotDurable, EndedEarly: see :class:`~outlast.session.Session`.
     """
@@ -83,6 +86,7 @@ class SessionCallback(Checkpoint):  # type: ignore[misc]
         self._inside = False  # a step, whose update
         self._updated = False  # is made
         self._updates = 0  # by Lightning's count
+        self._compresses = False
         self._averages = False  # weights are replaced by their averages when training ends
         self._session: Session | None = None
         self._part: TrainerPart
@@ -98,16 +102,21 @@ class SessionCallback(Checkpoint):  # type: ignore[misc]
         """Before other callbacks train, too."""
         if stage == "fit" and not trainer.fast_dev_run:
             refuse(trainer)
+            as_last(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the session, and restore. Collective."""
         if trainer.fast_dev_run:
             return
         refuse_start(trainer)
+        as_last(trainer, self)
         (optimizer,) = trainer.optimizers
         last_step = last_step_of(trainer)
         comm = comm_for(trainer, pl_module, self._comm)
-        session = self._session = Session(self._run, trainer.strategy.model, optimizer, comm=comm, **self._settings)
+        self._compresses = comm is not False and trainer.world_size > 1
+        model = trainer.strategy.model
+        own = None if is_engine(model) else optimizer  # DeepSpeed has it inside
+        session = self._session = Session(self._run, model, own, comm=comm, **self._settings)
         if self._settings["notice_grace_s"] is not None:
             self._handlers = {number: signal.getsignal(number) for number in NOTICES}
         for number, config in enumerate(trainer.lr_scheduler_configs):
@@ -142,9 +151,13 @@ class SessionCallback(Checkpoint):  # type: ignore[misc]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A step begins, unless this batch is accumulated to others."""
-        if self._session is not None and not self._inside:
+        if self._session is None:
+            return
+        if not self._inside:
             self.session.begin_step()
             self._inside, self._updated = True, False
+        if trainer.accumulate_grad_batches > 1 and self._compresses:
+            defer_reduction(trainer.strategy.model, trainer.fit_loop._should_accumulate())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

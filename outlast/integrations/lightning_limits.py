@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import lightning.pytorch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
     LearningRateFinder,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from outlast.errors import SessionError
 from outlast.session.compression import Comm, is_of_updates, of_gradients
@@ -32,11 +34,16 @@ def refuse(trainer: Trainer) -> None:
             "use Lightning 2.6",
         )
     strategy = trainer.strategy
-    if not isinstance(strategy, (DDPStrategy, SingleDeviceStrategy)):
+    if not isinstance(strategy, (DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy)):  # DeepSpeed's is a DDP
         raise SessionError(
             f"SessionCallback under {type(strategy).__name__}",
-            'use strategy="ddp" or a single device; FSDP2 and DeepSpeed work in a loop of your own, with '
-            "outlast.Session, as in examples/fsdp_loop.py and examples/deepspeed_loop.py",
+            'use strategy="ddp", "deepspeed", a single device, or ModelParallelStrategy with fully_shard in '
+            "configure_model (FSDP2)",
+        )
+    if isinstance(strategy, ModelParallelStrategy) and (parts := strategy.device_mesh["tensor_parallel"].size()) > 1:
+        raise SessionError(
+            f"SessionCallback under ModelParallelStrategy with tensor_parallel_size = {parts}",
+            f"set ModelParallelStrategy(data_parallel_size={trainer.world_size}, tensor_parallel_size=1)",
         )
     started = getattr(strategy, "_start_method", "popen")
     if started != "popen":
@@ -55,6 +62,25 @@ def refuse(trainer: Trainer) -> None:
                 f"SessionCallback with {type(callback).__name__}, which replaces what is saved while it trains",
                 "leave it out; for averaged weights use Lightning's WeightAveraging",
             )
+
+
+def as_last(trainer: Trainer, session: Callback) -> None:
+    """Have the session's callback be the last one: what a later one changes after a step would be in no checkpoint.
+
+    Raises:
+        SessionError: there are several.
+    """
+    others = [one for one in trainer.callbacks if one is not session]
+    if any(isinstance(one, type(session)) for one in others):
+        raise SessionError("the Trainer has several SessionCallbacks, and a run is one session's", "leave one")
+    trainer.callbacks = [*others, session]  # another list, as Lightning is going through this one
+
+
+def defer_reduction(model: nn.Module, deferred: bool) -> None:
+    """With FSDP2: whether the next backward only accumulates, so that a step is averaged once."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(not deferred, recurse=False)
 
 
 def refuse_start(trainer: Trainer) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from transformers.trainer_callback import ExportableState
 from outlast.checkpoint.peers.collectives import Agreement
 from outlast.errors import SessionError, StateMismatch
 
-_HOOK = "_load_from_checkpoint"
-"""The method by which a Trainer loads weights from a folder; for one that has none, it is an error."""
+_LOAD, _PREPARE = "_load_from_checkpoint", "_prepare_for_training"
+"""The methods by which a Trainer loads from a folder: before it wraps the model, and after."""
 
 
 class TrainerPart:
@@ -82,32 +82,46 @@ class Position:
         return bool(self.state.get("fetched"))
 
     @contextmanager
-    def told(self, trainer: Trainer) -> Iterator[str | None]:
+    def told(self, trainer: Trainer, *, prepared: bool = False) -> Iterator[str | None]:
         """A folder for ``trainer.train(resume_from_checkpoint=...)`` that says where to go on, and has no weights:
         these are the session's to load, once they are wrapped. None if the run begins.
+
+        Args:
+            trainer: that is about to train.
+            prepared: whether it has wrapped model and optimizer before, and is to keep them.
 
         Raises:
             SessionError: this version of transformers loads weights in another way.
             StateMismatch: the run has done more steps than the Trainer is to do.
         """
-        if not self.step:
-            yield None
-            return
-        if not callable(getattr(trainer, _HOOK, None)):
+        lacking = [name for name in (_LOAD, _PREPARE) if not callable(getattr(trainer, name, None))]
+        if self.step and lacking:
             raise SessionError(
-                f"this version of transformers has no Trainer.{_HOOK}, so its Trainer cannot be told where to go on",
+                f"this version of transformers has no Trainer.{lacking[0]}, so its Trainer cannot be told where to go "
+                "on",
                 "use transformers 5",
             )
+
+        def prepare(max_steps: int, loader: Any, folder: str | None) -> Any:
+            if prepared:
+                return trainer.model_wrapped, loader
+            return getattr(type(trainer), _PREPARE)(trainer, max_steps, loader, None)
+
+        with ExitStack() as stack:
+            if prepared:
+                stack.enter_context(_instead(trainer.accelerator, free_memory=lambda *kept: list(kept)))
+            if self.step or prepared:
+                stack.enter_context(_instead(trainer, **{_LOAD: _load_nothing, _PREPARE: prepare}))
+            yield stack.enter_context(self._folder(trainer)) if self.step else None
+
+    @contextmanager
+    def _folder(self, trainer: Trainer) -> Iterator[str]:
         state = json.loads(self.state["json"])
         if state["global_step"] >= state["max_steps"]:
             state["global_step"] = self._shown_step(trainer)
         with tempfile.TemporaryDirectory(prefix="outlast-") as folder:
             (Path(folder) / TRAINER_STATE_NAME).write_text(json.dumps(state))
-            vars(trainer)[_HOOK] = _load_nothing
-            try:
-                yield folder
-            finally:
-                del vars(trainer)[_HOOK]
+            yield folder
 
     def _shown_step(self, trainer: Trainer) -> int:
         """Of a run that was done: one before which the Trainer has no epoch left, if it still is; with the true one
@@ -125,3 +139,14 @@ class Position:
 
 def _load_nothing(resume_from_checkpoint: str, model: Any = None) -> None:
     """In place of the Trainer's own."""
+
+
+@contextmanager
+def _instead(holder: Any, **methods: Any) -> Iterator[None]:
+    """These in place of an object's own methods."""
+    vars(holder).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del vars(holder)[name]

@@ -26,6 +26,7 @@ from outlast.launch.failures import NO_RESTART_STATUS, RankFailure, first_line
 from outlast.launch.first_cause import find_failures
 from outlast.launch.hang_watch import HangWatch
 from outlast.launch.hung_ranks import HungRanks
+from outlast.launch.node_trials import NodeTrials
 from outlast.launch.node_watch import NodeWatch
 from outlast.launch.notice_relay import NoticeRelay
 from outlast.launch.notice_spread import NoticeSpread
@@ -36,7 +37,9 @@ from outlast.launch.processes import RankProcesses
 from outlast.launch.program_runs import ProgramRuns
 from outlast.launch.rank_output import RankOutput
 from outlast.launch.rounds import Round, agree, forget_store
+from outlast.launch.serving_page import ServingPage
 from outlast.launch.slow_ranks import SlowRanks
+from outlast.launch.standby.keeper import Standbys
 from outlast.launch.standstill_probe import StandstillProbe
 from outlast.launch.step_watch import StepWatch
 from outlast.launch.trusted_rendezvous import run_secret
@@ -71,6 +74,7 @@ class WatchedAgent(LocalElasticAgent):
         relay: passes notices on.
         guard: ends the ranks if this process dies.
         program_runs: numbers the starts of somebody's program; None for a command that does so itself.
+        page: is served while this node is the first one.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class WatchedAgent(LocalElasticAgent):
         relay: NoticeRelay,
         guard: Guard,
         program_runs: ProgramRuns | None = None,
+        page: ServingPage | None = None,
     ) -> None:
         super().__init__(
             spec,
@@ -108,6 +113,7 @@ class WatchedAgent(LocalElasticAgent):
         self._host = host
         self._relay = relay
         self._guard = guard
+        self._standbys = Standbys(config, output)
         self._processes: RankProcesses | None = None
         self._watch = HangWatch(run_dir, config) if config.watch else None
         self._hung = HungRanks(self._watch, events)
@@ -115,9 +121,11 @@ class WatchedAgent(LocalElasticAgent):
         """What this node does to its ranks."""
         self._steps = StepWatch(run_dir, config.monitor_interval_s) if config.tell_slow else None
         self._slow = SlowRanks(events)
+        self._trials = NodeTrials(0, 1, run_dir)
         self._notices = NoticeSpread(relay, events, host)
         self._requeues = counted_requeues(os.environ)
         self._program_runs = program_runs
+        self._page = page
         self._round: Round | None = None
         self._others: OtherNodes | None = None
         self._backoff = Backoff(config.backoff_s, config.longest_backoff_s)
@@ -136,6 +144,8 @@ class WatchedAgent(LocalElasticAgent):
         self._output.added = found.variables
         self._notices.store = found.notices
         self._round = found
+        if self._page is not None:
+            self._page.lead(is_first=worker_group.group_rank == 0)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         ranks = self.ranks
@@ -146,7 +156,7 @@ class WatchedAgent(LocalElasticAgent):
             self._steps.start()
         started_at, self._started_s = time.time(), time.monotonic()
         self._guard.watch()
-        pids: dict[int, Any] = super()._start_workers(worker_group)
+        pids: dict[int, Any] = self._standbys.start(super()._start_workers, worker_group)
         self._guard.watch(pids.values())
         assert isinstance(self._pcontext, SubprocessContext)  # as always where the entrypoint is a program
         local_ranks = {worker.global_rank: worker.local_rank for worker in worker_group.workers}
@@ -180,8 +190,10 @@ class WatchedAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         processes = self._processes
         assert processes is not None, "torchelastic polls only after a start"
+        processes.wait(self._config.monitor_interval_s)
+        self._standbys.look()
         self._notices.look()
-        others, steps = self._others, self._newest_steps()
+        others, steps = self._others, () if self._steps is None else self._steps.newest(time.time())
         alone = worker_group.group_world_size == 1
         self._hung.look(processes, alone=alone, accused=others.accused if others is not None else ())
         if others is not None and self._watch is not None:
@@ -212,24 +224,27 @@ class WatchedAgent(LocalElasticAgent):
 
     def close(self) -> None:
         """The launcher ends: nothing is looked at any more."""
+        self._standbys.close()
         self.node.close()
         if self._steps is not None:
             self._steps.close()
-
-    def _newest_steps(self) -> tuple[RankSteps, ...]:
-        """Of this node's ranks, in seconds before now."""
-        return () if self._steps is None else self._steps.newest(time.time())
 
     def _tell_slow(self, worker_group: WorkerGroup, steps: tuple[RankSteps, ...]) -> None:
         """On node 0: say who is slow."""
         if self._steps is None or worker_group.group_rank != 0:
             return
-        if self._others is not None:
-            nodes, facts = self._others.steps()
+        if (others := self._others) is not None:
+            nodes, facts = others.steps()
         else:
             nodes = [NodeSteps(node=self._host, now_s=0.0, ranks=steps)]
             facts = list(facts_of(self.node.current(), node=self._host, t=time.time(), at_s=0.0))
-        self._slow.look(nodes, facts, world_size=worker_group.workers[0].world_size)
+        self._slow.look(
+            nodes,
+            facts,
+            world_size=worker_group.workers[0].world_size,
+            trials=self._trials if others is None else others.trials,
+            probe=None if others is None else others.probe,
+        )
 
     def _find_failures(self, processes: RankProcesses) -> list[RankFailure]:
         return find_failures(
@@ -304,6 +319,7 @@ class WatchedAgent(LocalElasticAgent):
             conditions=self.node.current,
             events=self._events,
             probe=probe,
+            trials=NodeTrials(node, nodes, self._run_dir),
         )
         self._others.start()
 
@@ -416,9 +432,7 @@ class WatchedAgent(LocalElasticAgent):
                 for rank, failure in sorted(result.failures.items())
             ]
             self.failures[:0] = [failure for failure in self._find_failures(processes) if failure.early]
-        if any(failure.status == NO_RESTART_STATUS for failure in self.failures):
-            self._remaining_restarts = 0
-        if self._relay.notice is not None:
+        if any(one.status == NO_RESTART_STATUS for one in self.failures) or self._relay.notice is not None:
             self._remaining_restarts = 0
         restarting = self._remaining_restarts > 0
         for failure in (failure for failure in self.failures if not failure.hang):

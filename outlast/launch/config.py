@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from outlast.config import require
 
@@ -26,6 +27,14 @@ class LaunchConfig:
     """... but never longer than this."""
     monitor_interval_s: float = 0.5
     """Seconds between two checks of the ranks."""
+    standby: Literal["auto", "on", "off"] = "off"
+    """A process per rank that has imported what the program imports from installed packages, waits, and becomes the
+    rank at a restart, in place of a new interpreter. ``auto``: for Python programs that are watched, while there is
+    memory; ``on``: the same, and an error where it is not possible. Short: --standby, --no-standby."""
+    standby_after_s: float = 10.0
+    """Seconds after a rank's first steps before its standby is started, which takes at most a quarter of a core."""
+    standby_modules: tuple[str, ...] = ()
+    """More modules that a standby imports, such as your own, if importing them has no effect that you would miss."""
     node_sample_s: float = 1.0
     """Seconds between two looks at what this node does to its ranks: CPU quotas, other processes, memory, disks.
     Reports name the causes of slow steps from it. A look costs some milliseconds of CPU; 0 takes none."""
@@ -35,9 +44,11 @@ class LaunchConfig:
     watch: bool = True
     """Detect hangs. If false, only the end of a process is noticed. Set it to false for a command that writes no
     heartbeats, because a rank without a first one counts as hung after ``startup_limit_s``."""
-    look_every_s: float = 0.01
-    """Seconds between two looks at the collectives of a program, each of about 50 us. Longer costs less, and tells how
-    late a rank is less exactly. 0: it starts without outlast's runner, and only its end is noticed."""
+    look_every_s: float | Literal["auto"] = "auto"
+    """How often the collectives of a program are looked at, which tells how late its ranks are. ``"auto"``: closely in
+    every step for the first seconds of a start, then in as many steps as cost a thousandth of the time. A number: every
+    so many seconds, in every step, each time for 50 to 200 us. 0: it starts without outlast's runner, and only its end
+    is noticed."""
     told_after_s: float = 3.0
     """Seconds, but at least 3 median steps, after which a rank is named that its peers wait for inside a collective: it
     is stopped, or in the middle of a step, or does nothing. Nobody is ended for that."""
@@ -74,10 +85,13 @@ class LaunchConfig:
         require(longest_s >= self.backoff_s, "launch.longest_backoff_s", longest_s, "launch.backoff_s or more seconds")
         ok = 0.05 <= self.monitor_interval_s <= 60
         require(ok, "launch.monitor_interval_s", self.monitor_interval_s, "0.05 to 60 seconds")
+        ok = self.standby_after_s >= 0
+        require(ok, "launch.standby_after_s", self.standby_after_s, "0 or more seconds")
         ok = self.node_sample_s == 0 or 0.05 <= self.node_sample_s <= 60
         require(ok, "launch.node_sample_s", self.node_sample_s, "0, or 0.05 to 60 seconds")
-        ok = self.look_every_s == 0 or 0.001 <= self.look_every_s <= 1
-        require(ok, "launch.look_every_s", self.look_every_s, "0, or 0.001 to 1 seconds")
+        every_s = self.look_every_s
+        ok = every_s == 0 or every_s == "auto" or 0.001 <= every_s <= 1
+        require(ok, "launch.look_every_s", every_s, '"auto", 0, or 0.001 to 1 seconds')
         ok = 0.5 <= self.told_after_s <= 3600
         require(ok, "launch.told_after_s", self.told_after_s, "0.5 to 3600 seconds")
         require(self.hang_floor_s > 0, "launch.hang_floor_s", self.hang_floor_s, "more than 0 seconds")

@@ -28,6 +28,7 @@ from outlast.diagnostics.live import (
     shm_directory,
 )
 from outlast.diagnostics.live.suspects import Suspect, find_suspects
+from outlast.diagnostics.live.unwatched import is_unwatched, mark_watched
 from outlast.diagnostics.monitor import Accused
 from outlast.diagnostics.syndromes.restraint import Watcher
 from outlast.errors import DiagnosticsError, RunDirectoryError
@@ -216,6 +217,8 @@ class HangWatch:
                 this node is named if it still does what it was accused of.
         """
         self._clock.tick()
+        watched = {rank: pid for rank, pid in pids.items() if not is_unwatched(self.shm_dir, rank)}
+        alone, pids = alone and watched.keys() == pids.keys(), watched  # of the others as little is known as elsewhere
         beats = self._observe_heartbeats(pids)
         now_s = time.monotonic()
         silent = any(one.silent_s(now_s) > _SOON_S for one in beats)
@@ -314,6 +317,7 @@ class HangWatch:
         for rank in ranks:
             heartbeat_path(self.shm_dir, rank).unlink(missing_ok=True)
             ring_path(self.shm_dir, rank).unlink(missing_ok=True)
+            mark_watched(self.shm_dir, rank)
 
     def _nobody_else_is_busy(self, seen: list[Observation], now_s: float, alone: bool) -> bool:
         """Whether ranks that wait for others may be blamed.

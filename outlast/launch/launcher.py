@@ -28,6 +28,7 @@ from outlast.launch.plan import worker_environment
 from outlast.launch.ports import check_port, is_free, is_own_address
 from outlast.launch.rendezvous import Rendezvous, resolve
 from outlast.launch.spec import LaunchSpec
+from outlast.launch.standby.process import check_wanted
 from outlast.launch.torch_options import local_ranks, tell_missing_ranks, torch_options
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from outlast.launch.notice_relay import NoticeRelay
     from outlast.launch.program_runs import ProgramRuns
     from outlast.launch.rank_output import RankOutput
+    from outlast.launch.serving_page import ServingPage
 
 PARENT_DEATH = Path(__file__).with_name("parent_death.py")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
@@ -72,7 +74,7 @@ def launch(spec: LaunchSpec) -> None:
         LaunchError: the rendezvous failed, or its store was lost.
         RunDirectoryError: the run's directory cannot be created.
         ConfigError: the flags contradict one another.
-        MissingDependency, PortInUse: see ``spec.export``.
+        MissingDependency, PortInUse: see ``spec.export`` and ``spec.page``.
     """
     if threading.current_thread() is not threading.main_thread():
         raise LaunchError("launch() was called outside the main thread", "call it from the main thread")
@@ -83,6 +85,7 @@ def launch(spec: LaunchSpec) -> None:
             "a static rendezvous cannot be repeated, so ranks cannot be restarted",
             "use --rdzv-backend c10d, or --max-restarts 0",
         )
+    check_wanted(spec)
     ranks = local_ranks(spec.flags.nproc_per_node)
     tell_missing_ranks(spec.flags, ranks)
     options = torch_options(spec.flags)
@@ -98,17 +101,25 @@ def launch(spec: LaunchSpec) -> None:
     _check_port(rendezvous)
     agent = events_dir / f"agent_{host}.jsonl"
     from outlast.launch.exporting import start_exporting  # reading a command line imports no numpy
+    from outlast.launch.serving_page import serving_page
 
     with (
+        serving_page(spec.page, spec.run_dir, alone=rendezvous.max_nodes == 1) as page,
         start_exporting(spec.export, spec.run_dir, agent, steps_done=steps_taken(spec.run_dir)),
         EventLog(agent, rank=-1) as events,
         _environment(worker_environment(spec, ranks, rendezvous)),
     ):
-        _run_agent(spec, rendezvous, ranks, options, host, events)
+        _run_agent(spec, rendezvous, ranks, options, host, events, page)
 
 
 def _run_agent(
-    spec: LaunchSpec, rendezvous: Rendezvous, ranks: int, options: Mapping[str, Any], host: str, events: EventLog
+    spec: LaunchSpec,
+    rendezvous: Rendezvous,
+    ranks: int,
+    options: Mapping[str, Any],
+    host: str,
+    events: EventLog,
+    page: ServingPage | None,
 ) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -127,7 +138,7 @@ def _run_agent(
         _environment({} if relay.file is None else {NOTICE_FILE: str(relay.file)}),
     ):
         try:
-            _supervise(spec, rendezvous, ranks, options, host, events, output, relay, guard, runs)
+            _supervise(spec, rendezvous, ranks, options, host, events, output, relay, guard, runs, page)
         except SignalException as error:
             signum = error.sigval
             if relay.obeyed and signum == relay.notice and not relay.loses:
@@ -173,6 +184,7 @@ def _supervise(
     relay: NoticeRelay,
     guard: Guard,
     runs: ProgramRuns | None,
+    page: ServingPage | None,
 ) -> None:
     import torch.distributed as dist
     from torch.distributed.elastic.agent.server.api import WorkerSpec
@@ -180,6 +192,7 @@ def _supervise(
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 
     from outlast.launch.agent import WatchedAgent
+    from outlast.launch.processes import NO_PAUSE_S
     from outlast.launch.rendezvous_errors import rendezvous_failed
     from outlast.launch.trusted_rendezvous import AuthenticatedHandler
 
@@ -199,7 +212,7 @@ def _supervise(
                 for word in ("-I", "-S", str(PARENT_DEATH), str(os.getpid()), relay.ignored, *spec.command)
             ),
             max_restarts=config.max_restarts,
-            monitor_interval=config.monitor_interval_s,
+            monitor_interval=NO_PAUSE_S,
             master_addr=master_addr,
             master_port=master_port,
             local_addr=rendezvous.local_addr,
@@ -213,6 +226,7 @@ def _supervise(
         relay,
         guard,
         runs,
+        page,
     )
     try:
         result = agent.run()

@@ -11,7 +11,6 @@ import json
 import secrets
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -20,16 +19,22 @@ from typing import Any
 
 import torch.distributed as dist
 
-from outlast.diagnostics.probes.judge import ProbeReport, judge
+from outlast.diagnostics.probes.judge import SLOW_FACTOR, ProbeReport, judge
 from outlast.diagnostics.probes.link import LinkLimits, LinkProbe, LinkSeen
 from outlast.diagnostics.probes.node_test import NodeTest, self_test
 from outlast.diagnostics.probes.pairs import rounds
+from outlast.diagnostics.syndromes.places import node_names
 from outlast.launch.sealed import Seal
 
 PREFIX = "outlast/probe"
 POLL_S = 0.05
 RESULT_S = 10.0
 """How much longer than node 0 the others wait."""
+BESIDE_RANKS = LinkLimits(stream_s=0.3, warmup_s=0.1, stream_bytes=64 << 20)
+BESIDE_RANKS_FACTOR = 3.0
+"""A link that ranks use at the same time may do half as much as another."""
+SLOT_REST_S = 0.6
+"""What a pair takes beside its two streams: it connects, and the sender's buffers run empty."""
 MOST_FINDINGS = 20
 MOST_ROWS = 64
 MOST_TEXT_CHARS = 200
@@ -45,6 +50,12 @@ class Probed:
     """What is wrong, each with whom and the values, :data:`MOST_FINDINGS` at most; empty if nothing is."""
     rows: tuple[tuple[str, str], ...] = ()
     """Each node, and what it has measured; of jobs of up to :data:`MOST_ROWS` nodes."""
+    link_place: str = ""
+    """``link`` or ``node``, for its adapter, if that stands out by its links."""
+    link_nodes: tuple[int, ...] = ()
+    """Its numbers."""
+    link_words: str = ""
+    """With the values."""
 
 
 def probe_nodes(
@@ -60,11 +71,14 @@ def probe_nodes(
     meet_s: float = 10.0,
     limit_s: float = 60.0,
     least_bytes_s: float | None = None,
+    beside_ranks: bool = False,
     ends: Callable[[], bool] = lambda: False,
 ) -> Probed:
     """Try out this node, and its links to others. To be called by the launchers of all nodes.
 
-    It takes about three seconds beside what it waits for others, and at most ``limit_s`` and ``meet_s``.
+    It takes about three seconds beside what it waits for others, and at most ``limit_s`` and ``meet_s``. Beside ranks
+    that train it takes up to ten: links alone are tried out, for a shorter time, at most half of the nodes at once
+    (of two or three, one pair), and one is slow only if it takes three times as long as the better ones.
 
     Args:
         store: that all launchers reach, with a timeout of its own.
@@ -78,6 +92,7 @@ def probe_nodes(
         meet_s: how long to wait until all nodes have come.
         limit_s: for all measurements of links, and for the others' results.
         least_bytes_s: see :func:`outlast.diagnostics.probes.judge.judge`.
+        beside_ranks: whether ranks train meanwhile. What node 0 says holds for all.
         ends: whether to wait for nobody any more.
 
     Raises:
@@ -87,17 +102,26 @@ def probe_nodes(
     met_by_s = time.monotonic() + meet_s
     first = _Board(store, secret, occasion, ends)
     if node == 0:  # what was said on an earlier occasion does not open with this one's token
-        first.put("token", {"token": secrets.token_hex(16)})
-    board = _Board(store, secret, f"{occasion}/{first.get('token', met_by_s).get('token', '')}", ends)
-    with LinkProbe(board.seal("link"), node, limits) as links:
+        first.put("token", {"token": secrets.token_hex(16), "beside_ranks": beside_ranks})
+    told = first.get("token", met_by_s)
+    beside_ranks = bool(told.get("beside_ranks"))
+    board = _Board(store, secret, f"{occasion}/{told.get('token', '')}", ends)
+    with LinkProbe(board.seal("link"), node, limits or (BESIDE_RANKS if beside_ranks else None)) as links:
         own = address or _own_address(store)
         board.put(f"{node}/there", {"address": own, "port": links.port})
         partners = [next((a + b - node for a, b in pairs if node in (a, b)), None) for pairs in rounds(nodes)]
         known = range(nodes) if node == 0 else [one for one in partners if one is not None]
         there = {one: board.get(f"{one}/there", met_by_s) for one in known}
-        until_s = time.monotonic() + limit_s
+        if beside_ranks and node == 0:
+            board.put("go", {"go": True})
+        elif beside_ranks:  # so that all count the same slots
+            board.get("go", met_by_s)
+        began_s = time.monotonic()
+        until_s = began_s + limit_s
+        slots_s = _slots_s(nodes, node, links.limits) if beside_ranks else [0.0] * len(partners)
         seen: dict[int, LinkSeen] = {}
         for number, peer in enumerate(partners):
+            _wait_until(began_s + slots_s[number], ends)
             if peer is not None and there[peer] and not ends():
                 # a node that waited for one that is gone comes later, and those after it later still
                 wait_s = min(meet_s + 2 * (number + 1) * links.limits.pair_s, max(until_s - time.monotonic(), 0.1))
@@ -105,23 +129,45 @@ def probe_nodes(
         report = {
             "host": socket.gethostname()[:MOST_TEXT_CHARS],
             "links": {str(one): asdict(each) for one, each in seen.items()},
-            "test": self_test(folder).as_json(),  # not before: it would slow down the links of this node
+            # not before: it would slow down the links of this node
+            "test": None if beside_ranks else self_test(folder).as_json(),
         }
         board.put(f"{node}/seen", report)
         if node != 0:
             return _as_told(board.get("result", until_s + RESULT_S))
         said = {one: board.get(f"{one}/seen", until_s) for one in range(nodes) if there[one]}
-        probed = _judged(said, nodes, least_bytes_s)
+        probed = _judged(said, nodes, least_bytes_s, BESIDE_RANKS_FACTOR if beside_ranks else SLOW_FACTOR)
         board.put("result", asdict(probed))
         return probed
 
 
-def _judged(said: dict[int, dict[str, Any]], nodes: int, least_bytes_s: float | None) -> Probed:
+def _slots_s(nodes: int, node: int, limits: LinkLimits) -> list[float]:
+    """When a node's pair of each round begins, seconds after all have come: with at most half of the nodes at once."""
+    width, long_s = max(1, nodes // 4), 2 * limits.stream_s + SLOT_REST_S
+    found, slot = [], 0
+    for pairs in rounds(nodes):
+        at = next((place for place, pair in enumerate(pairs) if node in pair), 0)
+        found.append((slot + at // width) * long_s)
+        slot += -(-len(pairs) // width)
+    return found
+
+
+def _wait_until(until_s: float, ends: Callable[[], bool]) -> None:
+    while (left_s := until_s - time.monotonic()) > 0 and not ends():
+        time.sleep(min(left_s, POLL_S))
+
+
+def _judged(said: dict[int, dict[str, Any]], nodes: int, least_bytes_s: float | None, factor: float) -> Probed:
     """What all nodes have said together."""
     reports = {one: report for one, raw in said.items() if (report := _report(raw)) is not None}
-    names = _names([said.get(one, {}) for one in range(nodes)])
-    findings = judge(reports, names, least_bytes_s=least_bytes_s)
+    names = node_names([str(said.get(one, {}).get("host", "")) for one in range(nodes)])
+    findings = judge(reports, names, least_bytes_s=least_bytes_s, link_factor=factor)
+    link = next((one for one in findings if one.is_link and one.culprit is not None), None)
+    culprit = link.culprit if link is not None else None
     return Probed(
+        link_place=culprit.place if culprit is not None else "",
+        link_nodes=tuple(map(names.index, culprit.nodes)) if culprit is not None else (),
+        link_words=link.words if link is not None else "",
         heard=len(reports),
         findings=tuple(map(str, findings[:MOST_FINDINGS])),
         rows=_rows(names, reports) if nodes <= MOST_ROWS else (),
@@ -135,6 +181,9 @@ def _as_told(raw: dict[str, Any]) -> Probed:
             heard=int(raw["heard"]),
             findings=tuple(str(one) for one in raw["findings"]),
             rows=tuple((str(name), str(words)) for name, words in raw["rows"]),
+            link_place=str(raw["link_place"]),
+            link_nodes=tuple(map(int, raw["link_nodes"])),
+            link_words=str(raw["link_words"]),
         )
     except (KeyError, TypeError, ValueError):
         return Probed(heard=0, findings=("node 0 was not heard: what came of the probe is not known here",))
@@ -151,21 +200,12 @@ def _measured(links: LinkProbe, node: int, peer: int, there: dict[str, Any], wai
     return links.call(peer, address, port, wait_s)
 
 
-def _names(said: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """The nodes' hosts, with their number where two have the same; the number itself for one that was not heard."""
-    hosts = [str(one.get("host", "")) for one in said]
-    times = Counter(hosts)
-    return tuple(
-        str(number) if not host else f"{number} ({host})" if times[host] > 1 else host
-        for number, host in enumerate(hosts)
-    )
-
-
 def _report(raw: dict[str, Any]) -> ProbeReport | None:
     """What a node has seen; None if it was not heard, or says what nobody understands."""
     try:
         links = {int(one): _link(each) for one, each in raw["links"].items()}
-        return ProbeReport(links=links, test=NodeTest.from_json(raw["test"]))
+        test = None if raw["test"] is None else NodeTest.from_json(raw["test"])
+        return ProbeReport(links=links, test=test)
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
 

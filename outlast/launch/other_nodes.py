@@ -27,10 +27,12 @@ from outlast.diagnostics.monitor import (
     facts_of,
 )
 from outlast.diagnostics.syndromes.facts import Fact
+from outlast.diagnostics.syndromes.places import node_names
 from outlast.diagnostics.syndromes.step_trace import NodeSteps, RankSteps
 from outlast.errors import DiagnosticsError
 from outlast.events import EventLog
 from outlast.launch.node_exchange import NodeExchange
+from outlast.launch.node_trials import NodeTrials
 from outlast.launch.standstill_probe import StandstillProbe
 from outlast.launch.suspicions import Suspicions
 
@@ -62,6 +64,7 @@ class OtherNodes:
         conditions: what holds on this node.
         events: where clocks are written.
         probe: of nodes and links, when all stand still.
+        trials: of nodes that are about to be accused of being slow.
     """
 
     def __init__(
@@ -80,8 +83,9 @@ class OtherNodes:
         conditions: Callable[[], Sequence[NodeCondition]],
         events: EventLog,
         probe: StandstillProbe | None = None,
+        trials: NodeTrials | None = None,
     ) -> None:
-        self._probe = probe
+        self.probe, self.trials = probe, trials
         self._node, self._host, self._rules = node, host, rules
         self._conditions, self._events = conditions, events
         self._told_after_s, self._suspicions = told_after_s, Suspicions(events)
@@ -138,6 +142,7 @@ class OtherNodes:
         """
         now_s = time.monotonic()
         is_new = len(hung) > len(self._own.hung)
+        before = self._own.asked, self._own.tested
         with self._lock:
             self._looked_s = now_s
             self._own = own = NodeReport(
@@ -153,7 +158,10 @@ class OtherNodes:
                 conditions=tuple(self._conditions()),
                 steps=tuple(steps),
                 probe=self._own.probe,
+                asked=self.trials.asked if self.trials is not None and self._node == 0 else (),
+                tested=self.trials.tested if self.trials is not None else None,
             )
+            is_new = is_new or (own.asked, own.tested) != before
         if self._node == 0:
             found = {(one.rank, one.pid): one for one in self.collector.find_hung(own, self._rules)}
             found |= {(one.rank, one.pid): one for one in (*self.collector.hung(), *hung)}
@@ -162,11 +170,14 @@ class OtherNodes:
                 self._accused = tuple(found.values())
                 self._own = replace(own, accused=self._accused)
             self._suspicions.tell(self.collector.suspects(own, self._told_after_s))
-            if self._probe is not None:
-                number = self._probe.look(stands_still=stands_still and not found)
+            if self.probe is not None:
+                number = self.probe.look(stands_still=stands_still and not found)
                 is_new = is_new or number > own.probe
                 with self._lock:
                     self._own = replace(self._own, probe=number)
+            if self.trials is not None:
+                for report in self.collector.reports():
+                    self.trials.hear(report.node, report.tested)
             self._tell_clocks(now_s)
         self._name(self.accused)
         if is_new:
@@ -178,19 +189,20 @@ class OtherNodes:
         with self._lock:
             own = self._own
         reports = self.collector.heard(own)
-        hosts = [one.host for one in reports]
+        names = node_names([one.host for one in reports])
         nodes: list[NodeSteps] = []
         facts: list[Fact] = []
-        for one in reports:
-            name = one.host if hosts.count(one.host) == 1 else f"{one.host} (node {one.node})"
+        for name, one in zip(names, reports, strict=True):
             nodes.append(NodeSteps(node=name, now_s=0.0, ranks=one.steps))
             facts += facts_of(one.conditions, node=name, t=one.t, at_s=0.0)
         return nodes, facts
 
     def close(self) -> None:
         """The ranks of this start have ended: hear once more who was at fault, and end."""
-        if self._probe is not None:
-            self._probe.close()
+        if self.probe is not None:
+            self.probe.close()
+        if self.trials is not None:
+            self.trials.close()
         self._exchange.close()
         if self._node == 0:
             with self._lock:
@@ -233,8 +245,10 @@ class OtherNodes:
             self._heard.read(report.t, now_t)
             with self._lock:
                 self._accused = report.accused
-            if self._probe is not None:
-                self._probe.take_part(report.probe)
+            if self.probe is not None:
+                self.probe.take_part(report.probe)
+            if self.trials is not None:
+                self.trials.take_part(report.asked)
 
     def _tell_clocks(self, now_s: float) -> None:
         if now_s - self._clocks_at_s < CLOCKS_EVERY_S:

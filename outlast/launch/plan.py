@@ -10,6 +10,7 @@ from outlast.launch.flags import HANDLED_SIGNALS
 from outlast.launch.ports import LOOPBACKS
 from outlast.launch.rendezvous import Rendezvous, resolve
 from outlast.launch.spec import LaunchSpec
+from outlast.launch.standby.process import check_wanted
 from outlast.launch.torch_options import local_ranks, torch_options
 
 ELASTIC_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
@@ -25,6 +26,7 @@ def dry_run(spec: LaunchSpec) -> str:
         ConfigError: as ``launch``.
     """
     rendezvous = resolve(spec.flags)
+    check_wanted(spec)
     ranks = local_ranks(spec.flags.nproc_per_node)
     torch_options(spec.flags)
     least, most = rendezvous.min_nodes, rendezvous.max_nodes

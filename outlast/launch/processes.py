@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import time
@@ -21,6 +22,10 @@ STACK_DUMP_S = 0.3
 """How long a hung rank has to write its stacks, after SIGUSR1 and before SIGKILL."""
 REAP_S = 5.0
 """How long a process may take to die of SIGKILL before the agent goes on without it."""
+NO_PAUSE_S = 1e-4
+"""torchelastic's own pause between two polls: the agent waits by itself, and is woken when a rank ends."""
+SETTLE_S = 0.05
+"""Once a rank has ended, how long others that end for the same reason have to do so before it is looked who has."""
 CLOCK_GRAIN_S = 1.0
 """File times are coarser than the clock: a file written right after the start may seem this much older."""
 
@@ -54,6 +59,22 @@ class RankProcesses:
             else:
                 self._gone.setdefault(process.pid, now_ticks())
         return alive
+
+    def wait(self, limit_s: float) -> None:
+        """Wait until a rank ends, and then ``SETTLE_S`` for others that end with it, but no longer than ``limit_s``."""
+        until_s = time.monotonic() + limit_s
+        with contextlib.ExitStack() as stack:
+            ends = select.poll()
+            try:
+                for pid in self.running().values():
+                    handle = os.pidfd_open(pid)
+                    stack.callback(os.close, handle)
+                    ends.register(handle, select.POLLIN)
+            except OSError:  # a kernel without it, or no descriptors left
+                time.sleep(limit_s)
+                return
+            if ends.poll(limit_s * 1e3):
+                time.sleep(max(0.0, min(SETTLE_S, until_s - time.monotonic())))
 
     def sessions(self) -> dict[int, int]:
         """Process id of every rank, and when it was first seen to have ended, as ``find_orphans`` takes them."""

@@ -30,10 +30,10 @@ class ProgramRuns:
 
     Args:
         run_dir: the run's directory.
-        look_every_s: seconds between two looks at a rank's collectives.
+        look_every_s: seconds between two looks at a rank's collectives, or ``auto``.
     """
 
-    def __init__(self, run_dir: Path, look_every_s: float) -> None:
+    def __init__(self, run_dir: Path, look_every_s: float | str) -> None:
         self._run_dir = run_dir.absolute()
         self._look_every_s = look_every_s
         self._attempt: Attempt | None = None

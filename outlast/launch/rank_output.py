@@ -12,6 +12,7 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest, to_map
 
 from outlast.checkpoint.ownership import JOB
 from outlast.launch.flags import LaunchFlags
+from outlast.launch.imports import IMPORTS, WITHIN_S
 from outlast.launch.orphans import MARK
 from outlast.launch.place import GENERATION
 
@@ -39,6 +40,8 @@ class RankOutput(LogsSpecs):
         """Marks the processes of this launcher's ranks, whatever they start; nothing else has it."""
         self.job = ""
         """Names the job to its ranks, the same after each restart and on all nodes; the agent sets it."""
+        self.imports_within_s: float | None = None
+        """As ``imports.WITHIN_S``: each rank leaves a file that says what it has imported. None: none does."""
         self.added: dict[str, str] = {}
         """More variables for the ranks that start next; the agent sets them."""
 
@@ -69,6 +72,8 @@ class RankOutput(LogsSpecs):
             environ[JOB] = self.job
             environ.update(self.added)
             environ[MARK] = self.mark
+            if self.imports_within_s is not None:
+                environ[IMPORTS], environ[WITHIN_S] = f"{stem}.imports.json", str(self.imports_within_s)
             environ["TORCHELASTIC_ERROR_FILE"] = f"{stem}.error.json"
         return out
 

@@ -22,11 +22,13 @@ from typing import Any
 from outlast.diagnostics.live import point_to_point
 from outlast.diagnostics.live.flight import flight_counts
 from outlast.diagnostics.live.patches import AfterImport
-from outlast.diagnostics.live.program_watch import EVERY_S, ProgramWatch
+from outlast.diagnostics.live.program_watch import ProgramWatch
 from outlast.errors import OutlastError
 from outlast.events import RunEnded, RunStarted
 from outlast.launch.attempt import Attempt
 from outlast.launch.failures import NO_RESTART_STATUS
+from outlast.launch.imports import ImportRecord
+from outlast.launch.lasting_output import make_output_last, open_lasting
 from outlast.launch.place import GENERATION
 from outlast.launch.program import ARCHIVE
 from outlast.launch.rank_records import RankRecords
@@ -38,7 +40,8 @@ ATTEMPT = "OUTLAST_ATTEMPT"
 STEPS_TAKEN = "OUTLAST_STEPS_TAKEN"
 """how many steps the run had taken before this start,"""
 LOOK_EVERY_S = "OUTLAST_LOOK_EVERY_S"
-"""and the seconds between two looks at its collectives."""
+"""and the seconds between two looks at its collectives, or :data:`AUTO`."""
+AUTO = "auto"
 USAGE_STATUS = 2
 """Exit status of a program that does not understand its arguments: argparse, click and others agree on it."""
 
@@ -60,20 +63,24 @@ class Runner:
         self.rank, self.world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
         self.attempt = Attempt(Path(environ[RUN_DIR]), int(environ[ATTEMPT]))
         self.attempt.make_folders()
-        self._log = self.attempt.log_path(self.rank).open("a", encoding="utf-8")
+        self._log = open_lasting(self.attempt.log_path(self.rank))
         faulthandler.register(signal.SIGUSR1, file=self._log, all_threads=True)
         self._generation = int(environ.get(GENERATION, "0"))
         records = RankRecords(self.attempt, self.rank, self._generation)
         self._events, self._heartbeat = records.events, records.heartbeat
         self._taken = taken = int(environ.get(STEPS_TAKEN, "0"))
-        every_s = float(environ.get(LOOK_EVERY_S, EVERY_S))
+        every = environ.get(LOOK_EVERY_S, AUTO)
+        every_s = None if every == AUTO else float(every)
         self._watch = ProgramWatch(
             records.heartbeat, records.recorder, records.events, first_step=taken, every_s=every_s
         )
+        self._imports = ImportRecord.of(environ)
         self._events.write(RunStarted(attempt=self.attempt.number, world_size=self.world_size, first_step=taken + 1))
 
     def run(self, start: Callable[[], None]) -> int:
         """Run the program; returns its exit status. Its own traceback is printed, without the runner's frames."""
+        if self._imports is not None:
+            self._imports.install()
         AfterImport(_OPTIMIZERS, self._hook_optimizers).install()
         AfterImport(point_to_point.MODULE, point_to_point.install).install()
         self._watch.start()
@@ -115,6 +122,8 @@ class Runner:
     def _hook_optimizers(self, module: ModuleType) -> None:
         def after_step(optimizer: object, args: Any, kwargs: Any) -> None:
             self._watch.on_optimizer_step(optimizer)
+            if self._imports is not None:
+                self._imports.after_step()
 
         module.register_optimizer_step_post_hook(after_step)
 
@@ -126,6 +135,8 @@ class Runner:
 
     def _end(self, ok: bool, reason: str) -> None:
         self._watch.close()
+        if self._imports is not None:
+            self._imports.close()
         if not ok:
             self._watch.keep_newest()
         self._heartbeat.beat("finish", self._watch.step)
@@ -155,6 +166,13 @@ def _without_own(error: BaseException) -> TracebackType | None:
     return start if start is not None or isinstance(error, SyntaxError | ImportError | UnreadableScript) else tb
 
 
+def first_path(arguments: list[str]) -> str:
+    """``sys.path[0]`` of a program that is run with these arguments; archives and folders add their own to it."""
+    is_module = arguments[0] == "-m"
+    script = Path(arguments[is_module])
+    return str(script.resolve().parent) if not is_module and script.is_file() else os.getcwd()
+
+
 def _run_script(path: str) -> None:
     """Execute a file, or the ``__main__.py`` of a folder or archive, as ``__main__``, as the interpreter would."""
     try:
@@ -164,7 +182,7 @@ def _run_script(path: str) -> None:
     if source is None or source.startswith(ARCHIVE):
         runpy.run_path(str(Path(path).absolute()), run_name="__main__")
         return
-    sys.path[0] = str(Path(path).resolve().parent)
+    sys.path[0] = first_path([path])
     code = compile(source, path, "exec", dont_inherit=True)
     main = ModuleType("__main__")
     vars(main).update(__file__=path, __builtins__=__builtins__, __spec__=None, __cached__=None)
@@ -179,6 +197,7 @@ def _run_module(name: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Install what watches, then run the program."""
+    make_output_last()
     is_module = arguments[0] == "-m"
     target, *rest = arguments[is_module:]
     runner = Runner(os.environ)

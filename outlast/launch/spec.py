@@ -12,6 +12,7 @@ from outlast.launch.flags import LaunchFlags
 
 if TYPE_CHECKING:
     from outlast.diagnostics.export.config import ExportConfig
+    from outlast.diagnostics.page.config import PageConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class LaunchSpec:
     """How many ranks, and where they meet."""
     export: ExportConfig | None = None
     """To whom metrics of this node go; None exports none."""
+    page: PageConfig | None = None
+    """Where the first node's launcher serves the run's page; None serves none."""
     is_program: bool = False
     """Whether the command is somebody's program, so that the launcher, not the trainer, numbers its attempts and takes
     the run's directory."""

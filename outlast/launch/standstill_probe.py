@@ -1,4 +1,5 @@
-"""When all stand still and nobody is to blame yet, the nodes try out themselves and their links, once.
+"""When all stand still and nobody is to blame yet, the nodes try out themselves and their links, once; when what
+ranks exchange takes longer, their links alone.
 
 Node 0 asks for it, in its message to the others. It runs in a thread of the launcher, beside the ranks and their
 groups, and changes nothing: what it finds is told, on node 0, and written as an event.
@@ -27,15 +28,18 @@ AGAIN_S = 600.0
 STORE_LIMIT_S = 10.0
 REACH_S = 2.0
 MOST_FINDINGS = 8
+STOOD_STILL, SLOW_EXCHANGE = "all stood still", "what ranks exchange took longer"
 
 log = logging.getLogger("outlast.launch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodesProbed(Event):
-    """The nodes tried out themselves and the links between them, because the ranks stood still."""
+    """The nodes tried out themselves and the links between them, because the ranks stood still, or exchanged slowly."""
 
     kind: ClassVar[str] = "nodes_probed"
+    why: str = STOOD_STILL
+    """... or :data:`SLOW_EXCHANGE`."""
     nodes: int
     heard: int
     """How many took part."""
@@ -79,6 +83,7 @@ class StandstillProbe:
         self._thread: threading.Thread | None = None
         self._asked_s: float | None = None
         self._still = False
+        self._found: tuple[float, Probed] | None = None
         self.number = 0
         """Of the newest probe."""
 
@@ -94,12 +99,28 @@ class StandstillProbe:
             self.take_part(self.number + 1)
         return self.number
 
-    def take_part(self, number: int) -> None:
+    def links(self) -> Probed | None:
+        """On node 0: what the nodes' links are like while ranks train; None until it is known, if ever.
+
+        They are tried out if that was not done a short while ago, for whichever reason.
+        """
+        now_s = time.monotonic()
+        found = self._found
+        if found is not None and now_s - found[0] < AGAIN_S:
+            return found[1]
+        if self._nodes > 1 and (self._asked_s is None or now_s - self._asked_s >= AGAIN_S):
+            self._asked_s = now_s
+            self.take_part(self.number + 1, beside_ranks=True)
+        return None
+
+    def take_part(self, number: int, *, beside_ranks: bool = False) -> None:
         """In the probe with this number, unless this node has done so, or is at it still."""
         if number <= self.number or self._closing.is_set() or (self._thread is not None and self._thread.is_alive()):
             return
         self.number = number
-        self._thread = threading.Thread(target=self._run, args=(number,), name="outlast-probe-nodes", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(number, beside_ranks), name="outlast-probe-nodes", daemon=True
+        )
         self._thread.start()
 
     def close(self, wait_s: float = 2.0) -> None:
@@ -108,7 +129,7 @@ class StandstillProbe:
         if self._thread is not None:
             self._thread.join(wait_s)
 
-    def _run(self, number: int) -> None:
+    def _run(self, number: int, beside_ranks: bool) -> None:
         began_s = time.monotonic()
         try:
             if isinstance(self._store, dist.TCPStore):  # type: ignore[attr-defined]
@@ -124,6 +145,7 @@ class StandstillProbe:
                 nodes=self._nodes,
                 folder=self._folder,
                 address=self._address,
+                beside_ranks=beside_ranks,
                 ends=self._closing.is_set,
             )
         except Exception as error:  # of a store that cannot be cloned, or is gone: a probe ends nothing
@@ -131,10 +153,13 @@ class StandstillProbe:
             return
         if self._node != 0 or self._closing.is_set():
             return
+        if beside_ranks:
+            self._found = time.monotonic(), probed
         found = probed.findings[:MOST_FINDINGS]
         log.warning("outlast: nodes and links were tried out: %s", "; ".join(found) or "none stands out")
         self._events.write(
             NodesProbed(
+                why=SLOW_EXCHANGE if beside_ranks else STOOD_STILL,
                 nodes=self._nodes,
                 heard=probed.heard,
                 seconds=round(time.monotonic() - began_s, 3),

@@ -11,10 +11,13 @@ from pathlib import Path
 
 from outlast.diagnostics.export.follow import NodeEvents
 from outlast.diagnostics.live.step_delays import RankDelay
+from outlast.diagnostics.syndromes.facts import FactKind
 from outlast.diagnostics.syndromes.step_trace import DELAYS, MOST_STEPS, RankSteps
 from outlast.events import ProgramStep, Record, StepDone
 
 _NOTHING = (0.0,) * len(DELAYS)
+LEAST_SAVING_S = 0.005
+"""A step that a checkpoint held up for less is not told of."""
 WARMUP_STEPS = 3
 """Steps of a start that are left out: they compile, allocate, connect."""
 
@@ -64,7 +67,7 @@ class StepWatch:
         with self._lock:
             self._events = NodeEvents(self._run_dir, None, since_t=time.time(), ranks=ranks)
             self._generation = generation
-            self._steps: dict[int, deque[tuple[int, float, float]]] = {}
+            self._steps: dict[int, deque[tuple[int, float, float, float]]] = {}
             self._skipped: dict[int, int] = {}
             self._delays: dict[tuple[int, int], list[float]] = {}
 
@@ -83,11 +86,17 @@ class StepWatch:
             if record.generation != self._generation or not isinstance(step, int):
                 continue
             if record.kind in (StepDone.kind, ProgramStep.kind) and isinstance(inside_s, int | float):
-                self._add(record.rank, step, record.t, float(inside_s))
+                elements = next((float(one) for name in ("batch_elements", "tokens") if (one := get(name))), 0.0)
+                self._add(record.rank, step, record.t, float(inside_s), elements)
+                if isinstance(saving_s := get("checkpoint_s"), int | float) and saving_s >= LEAST_SAVING_S:
+                    self._delay(record.rank, step, "checkpoint", float(saving_s))
             elif record.kind == RankDelay.kind and get("what") in DELAYS and isinstance(seconds, int | float):
-                delays_s = self._delays.setdefault((record.rank, step), [0.0] * len(DELAYS))
-                delays_s[DELAYS.index(record["what"])] += float(seconds)
+                self._delay(record.rank, step, record["what"], float(seconds))
         self._forget()
+
+    def _delay(self, rank: int, step: int, what: FactKind, seconds: float) -> None:
+        delays_s = self._delays.setdefault((rank, step), [0.0] * len(DELAYS))
+        delays_s[DELAYS.index(what)] += seconds
 
     def newest(self, now_t: float) -> tuple[RankSteps, ...]:
         """The newest steps of each rank, in seconds before ``now_t``, a time of day."""
@@ -95,10 +104,11 @@ class StepWatch:
             return tuple(
                 RankSteps(
                     rank=rank,
-                    steps=tuple(step for step, _, _ in steps),
-                    done_s=tuple(t - now_t for _, t, _ in steps),
-                    inside_s=tuple(inside_s for _, _, inside_s in steps),
-                    delays_s=tuple(tuple(self._delays.get((rank, step), _NOTHING)) for step, _, _ in steps),
+                    steps=tuple(step for step, *_ in steps),
+                    done_s=tuple(t - now_t for _, t, _, _ in steps),
+                    inside_s=tuple(inside_s for _, _, inside_s, _ in steps),
+                    delays_s=tuple(tuple(self._delays.get((rank, step), _NOTHING)) for step, *_ in steps),
+                    elements=tuple(elements for *_, elements in steps),
                 )
                 for rank, steps in sorted(self._steps.items())
             )
@@ -109,11 +119,11 @@ class StepWatch:
         for rank, step in [key for key in self._delays if key[1] < oldest.get(key[0], -1)]:
             del self._delays[rank, step]
 
-    def _add(self, rank: int, step: int, t: float, inside_s: float) -> None:
+    def _add(self, rank: int, step: int, t: float, inside_s: float, elements: float) -> None:
         if self._skipped.get(rank, 0) < WARMUP_STEPS:
             self._skipped[rank] = self._skipped.get(rank, 0) + 1
             return
         steps = self._steps.setdefault(rank, deque(maxlen=MOST_STEPS))
         if steps and step <= steps[-1][0]:
             steps.clear()  # a program that counts anew
-        steps.append((step, t, inside_s))
+        steps.append((step, t, inside_s, elements))

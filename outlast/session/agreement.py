@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from outlast.checkpoint.peers.collectives import Agreement
+from outlast.diagnostics import Recorder
 from outlast.errors import CommError, EndedEarly
-from outlast.launch import Notice
+from outlast.launch import Notice, Place
 from outlast.session import process_group
 
 _NONE = -(1 << 62)
@@ -29,21 +31,25 @@ class StepAgreement:
         rank: of this process.
         world_size: with 1 there is no group, and all calls are local.
         notice: None: notices are not looked for.
-        group: over all ranks; None makes one of gloo, which the collectives of a loop that is not known cannot disturb.
     """
 
-    def __init__(
-        self, rank: int, world_size: int, notice: Notice | None, group: dist.ProcessGroup | None = None
-    ) -> None:
+    def __init__(self, rank: int, world_size: int, notice: Notice | None) -> None:
         self._rank = rank
         self._notice = notice
-        if group is None and world_size > 1:
-            group = dist.new_group(backend="gloo", timeout=process_group.limit())
-        self._group = group if world_size > 1 else None
+        self._group = None
+        if world_size > 1:  # a group of its own, which the collectives of a loop cannot disturb
+            self._group = dist.new_group(backend="gloo", timeout=process_group.limit())
         self._all = Agreement(self._group, rank, world_size)
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
         self.notice_came = False
         """The newest answer; once true it stays so."""
+        self.recorder: Recorder | None = None
+        """Learns of the waits for answers, where a loop enters its collectives itself."""
+
+    @property
+    def notice(self) -> str:
+        """Which notice this rank knows of, such as ``SIGTERM``; empty if of none."""
+        return "" if self._notice is None else self._notice.name
 
     def share(self, number: int) -> int:
         """Rank 0's number, on every rank."""
@@ -57,6 +63,11 @@ class StepAgreement:
         """The largest number of all ranks."""
         return self._all.maximum(number)
 
+    def of_this_start(self, place: Place) -> Place:
+        """A rank's place with the number of this start, which all ranks have in common."""
+        # torchrun counts restarts per node; a node whose own ranks never failed would not resume.
+        return replace(place, generation=self.maximum(place.generation))
+
     def all_equal(self, number: int) -> bool:
         """Whether all ranks have the same number."""
         return self.maximum(number) == -self.maximum(-number)
@@ -67,7 +78,9 @@ class StepAgreement:
         return self.answer()
 
     def ask(self) -> None:
-        """A step begins on this rank. Its answer is there when the step has ended."""
+        """A step begins on this rank, or has come further. The newest answer is there when the step has ended."""
+        if self._asked is not None:
+            self._answer(leaving_after=None)
         self._ask(leaving_after=None)
 
     def answer(self) -> bool:
@@ -105,12 +118,15 @@ class StepAgreement:
             return
         work, box = self._asked
         self._asked = None
+        token = None if self.recorder is None else self.recorder.enter("all_reduce", box.nbytes, "notice")
         try:
             work.wait()
             noticed, staying, leaver, last, first = (int(number) for number in box.tolist())  # with NCCL it ends here
         except RuntimeError as error:
             what = "all_reduce of a notice, and of who goes on"
             raise CommError.of_lost_peer(what, self._rank, dist.get_world_size(self._group), error) from error
+        if self.recorder is not None and token is not None:
+            self.recorder.complete(token)
         self.notice_came = bool(noticed)
         fix = (
             "every rank must take the same steps: decide to stop early from numbers that all ranks have, such as an "

@@ -48,7 +48,7 @@ def attach_reducers(trained: Sequence[Trained], comm: Comm, world_size: int) -> 
                 made.close()
             if kind != "deepspeed":
                 raise
-            leave = "leave averaging to DeepSpeed: Session(..., comm=False)"
+            leave = "leave averaging to DeepSpeed: comm=False"
             raise CommError(error.what, f"{error.fix}; or {leave}" if error.fix else leave) from error
     return reducers
 

@@ -62,13 +62,14 @@ class TrainedEngine(Trained):
         """How many entries are trained."""
         return sum(int(_whole(p, "ds_numel", p.numel())) for _, p in self._parameters() if p.requires_grad)
 
-    def attach(self) -> None:
-        """Have outlast take its state from now on.
+    def attach(self) -> DeepSpeedState:
+        """Have outlast take its state from now on; returns that.
 
         Raises:
             CheckpointError: DeepSpeed is set up for something that outlast cannot save; names it.
         """
         self.saved = DeepSpeedState(self._engine)
+        return self.saved
 
     def close(self) -> None:
         """Give it its own checkpoints back."""

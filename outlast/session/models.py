@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,6 +63,11 @@ def unwrapped(model: nn.Module, *, keep_ddp: bool = False) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def device_of(models: Iterable[nn.Module]) -> torch.device:
+    """Where the parameters of the first of them that has any are."""
+    return next((param.device for model in models for param in model.parameters()), torch.device("cpu"))
 
 
 def wrapped(model: nn.Module, world_size: int) -> nn.Module:

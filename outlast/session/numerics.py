@@ -1,43 +1,34 @@
-"""The watch on the numbers of a session's models."""
+"""The watch on the numbers of what a session trains."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from outlast.deepspeed_compat import is_engine
 from outlast.diagnostics.numerics import NumericsConfig, NumericsEvent, NumericsWatch
 from outlast.errors import NonFiniteGradient
-from outlast.events import EventLog
-from outlast.session.models import Trained
+from outlast.session.place import RunPlace
+from outlast.session.trainable import Trainable
 
 
 class SessionNumerics:
-    """A watch for each model that has an optimizer here. Making it is collective.
+    """A watch for each model that can be watched. Making it is collective.
 
     Args:
-        trained: the models. DeepSpeed's engines keep gradients and parameters of their own, and are not watched.
-        config: None: none is watched.
-        events: where what is found is written.
-        rank: of this process; rank 0 also says it in a line.
+        state: what is trained.
+        config: None: nothing is watched.
+        run: where what is found is written; rank 0 also says it in a line.
     """
 
-    def __init__(self, trained: Sequence[Trained], config: NumericsConfig | None, events: EventLog, rank: int) -> None:
-        self._events = events
-        self._rank = rank
+    def __init__(self, state: Trainable, config: NumericsConfig | None, run: RunPlace) -> None:
+        self._run = run
         self._watches: dict[str, NumericsWatch] = {}
-        for one in trained if config is not None else ():
-            if is_engine(one.model):
-                self._say(f"numerics: {one.name or 'the model'} is a DeepSpeed engine, whose numbers are not watched")
-                continue
-            watch = NumericsWatch(one.model, one.optimizer, config, on_event=partial(self._tell, one.name))
-            self._watches[one.name] = watch
-            for line in watch.not_watched:
-                self._say(f"numerics: {line}")
+        if config is not None:
+            self._watches, left_out = state.watch_numbers(config, self._tell)
+            for line in left_out:
+                run.say(f"numerics: {line}")
 
     def begin_step(self, step: int) -> None:
         """A step begins."""
@@ -48,11 +39,14 @@ class SessionNumerics:
         """The step's updates are made. Collective.
 
         Args:
-            logged: what the program has logged in it; a ``loss`` is that of a single model.
+            logged: what the program has logged in it; a ``loss``, and a norm that is a number, are a single model's.
         """
         loss = logged.get("loss") if len(self._watches) == 1 else None
+        what = "update" if "update_norm" in logged else "gradient"
+        given = logged.get("update_norm", logged.get("grad_norm")) if len(self._watches) == 1 else None
+        norm = given if isinstance(given, float) else None
         for watch in self._watches.values():
-            watch.end_step(loss=loss)
+            watch.end_step(loss=loss, norm=norm, what=what)
 
     def explain(self, error: BaseException) -> None:
         """Add to an error about what is not finite, which all ranks raise alike, where that comes from. Collective."""
@@ -71,9 +65,5 @@ class SessionNumerics:
     def _tell(self, name: str, event: NumericsEvent) -> None:
         if name:
             event = dataclasses.replace(event, told=f"model {name}: {event.told}")
-        self._events.write(event)
-        self._say(f"step {event.step}: {event.told}")
-
-    def _say(self, line: str) -> None:
-        if self._rank == 0:
-            print(f"outlast: {line}", file=sys.stderr, flush=True)
+        self._run.events.write(event)
+        self._run.say(f"step {event.step}: {event.told}")

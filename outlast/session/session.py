@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from outlast.checkpoint import CheckpointConfig
 from outlast.diagnostics.numerics import NumericsConfig
 from outlast.errors import SessionError, StateMismatch
-from outlast.launch import Notice, find_place
+from outlast.events import StepDone
 from outlast.launch.failures import RESUME_STATUS
-from outlast.session import process_group
-from outlast.session.agreement import StepAgreement
 from outlast.session.checkpoints import SessionCheckpoints
-from outlast.session.compression import Comm, attach_reducers
-from outlast.session.deepspeed import trained
-from outlast.session.models import wrapped
+from outlast.session.compression import Comm
+from outlast.session.joining import join
+from outlast.session.models import device_of
 from outlast.session.numerics import SessionNumerics
 from outlast.session.place import RunPlace
 from outlast.session.settings import Numerics, checkpoint_settings, named, numerics_settings
 from outlast.session.state import SessionState
 from outlast.session.step_record import StepRecord
+from outlast.session.trainable import Trainable
 
 Model = nn.Module | Mapping[str, nn.Module]
 Optimizers = Optimizer | Mapping[str, Optimizer]
@@ -70,9 +64,10 @@ class Session:
 
     Args:
         run: the run's directory; None takes the one that ``outlast launch`` has chosen, or ``runs/NAME`` with the
-            script's name.
+            script's name. A :class:`RunPlace` was taken before there was a model, and stays open when the session ends.
         model: in DDP, sharded with ``fully_shard``, what ``deepspeed.initialize`` returned, or bare; on its device.
-            Several go by name, as do their optimizers.
+            Several go by name, as do their optimizers. A :class:`Trainable` has wrapped its models itself, and lays out
+            its checkpoints.
         optimizer: that updates the model; None if the loop updates parameters itself, or DeepSpeed does.
         comm: settings of :class:`CommConfig`, as that or as a dictionary; None takes error feedback that suits the
             optimizer. False leaves averaging to DDP or FSDP2. A single rank sends nothing, whatever is set.
@@ -94,8 +89,8 @@ class Session:
 
     def __init__(
         self,
-        run: str | os.PathLike[str] | None,
-        model: Model,
+        run: RunPlace | str | os.PathLike[str] | None,
+        model: Model | Trainable,
         optimizer: Optimizers | None = None,
         *,
         comm: Comm = None,
@@ -105,77 +100,59 @@ class Session:
         notice_grace_s: float | None = 25.0,
         timeout_s: float = 600.0,
     ) -> None:
-        models, optimizers = named(model, optimizer)
+        models, optimizers = ({}, {}) if isinstance(model, Trainable) else named(model, optimizer)
         config, watched = checkpoint_settings(checkpoint), numerics_settings(numerics)
         if resume not in ("auto", "never") and (isinstance(resume, (bool, str)) or resume < 0):
             raise SessionError(f"Session: resume = {resume!r}", 'give "auto", "never" or a step')
         self._resume_from: Literal["auto", "never"] | int = resume
-        self._stack = contextlib.ExitStack()
-        try:
-            self._open(run, models, optimizers, comm, config, watched, notice_grace_s, timeout_s)
-        except BaseException:
-            self._stack.close()
-            raise
+        self._state: Trainable
+        with contextlib.ExitStack() as stack:
+            self._stack = stack
+            if not isinstance(run, RunPlace):
+                run = join(
+                    run,
+                    stack,
+                    device=device_of(models.values()),
+                    resuming=resume != "never",
+                    notice_grace_s=notice_grace_s,
+                    timeout_s=timeout_s,
+                )
+            self._run = run
+            if run.place.generation > 0:  # these ranks were restarted
+                self._resume_from = "auto"
+            if isinstance(model, Trainable):
+                self._state = model
+            else:
+                self._state = SessionState(models, optimizers, comm, self._run.place.world_size)
+            stack.callback(self._state.close)
+            self._open(config, watched)
+            self._stack = stack.pop_all()
 
-    def _open(
-        self,
-        run: str | os.PathLike[str] | None,
-        models: Mapping[str, nn.Module],
-        optimizers: Mapping[str, Optimizer],
-        comm: Comm,
-        config: CheckpointConfig | None,
-        watched: NumericsConfig | None,
-        notice_grace_s: float | None,
-        timeout_s: float,
-    ) -> None:
-        enter = self._stack.enter_context
-        notice = None if notice_grace_s is None else enter(Notice(notice_grace_s))
-        self.device = next((p.device for m in models.values() for p in m.parameters()), torch.device("cpu"))
-        """Where the first model's parameters are."""
-        self._place = find_place()
-        if dist.is_initialized():  # whoever did so knows; it need not have been a launcher
-            self._place = replace(self._place, rank=dist.get_rank(), world_size=dist.get_world_size())
-        if not dist.is_initialized() and self._place.world_size > 1:
-            process_group.start(self._place, self.device, timedelta(seconds=timeout_s))
-            self._stack.callback(_leave_group)
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self._agreement = StepAgreement(self.rank, self.world_size, notice)
-        # torchrun counts restarts per node; a node whose own ranks never failed would not resume.
-        if self._agreement.maximum(self._place.generation) > 0:
-            self._resume_from = "auto"
-        self._run = RunPlace(run, self._place, self._agreement, resuming=self._resume_from != "never")
-        self._stack.callback(self._run.close)
-        self.run_dir = self._run.path
+    def _open(self, config: CheckpointConfig | None, watched: NumericsConfig | None) -> None:
+        run, state = self._run, self._state
+        self._agreement = run.agreement
+        self.rank, self.world_size = run.place.rank, run.place.world_size
+        self.run_dir = run.path
         """The run's directory, absolute."""
-        self._run.watch.begin_phase("setup")
-        models = {name: wrapped(each, self.world_size) for name, each in models.items()}
-        self.model: Any = models.get("", models)
+        self.device = state.device
+        """Where the first model's parameters are."""
+        self.model: Any = state.model
         """What the loop calls: the model, or the models by name. Bare ones are in DDP by now, if there are several
         ranks."""
-        parts = [trained(name, each, optimizers.get(name)) for name, each in models.items()]
-        reducers = attach_reducers(parts, comm, self.world_size)
-        for reducer in reducers.values():
-            self._stack.callback(reducer.close)
-        self._state = SessionState(parts, reducers)
+        run.watch.begin_phase("setup")
         self._checkpoints: SessionCheckpoints | None = None
         if config is not None:
-            for engine in self._state.engines:
-                engine.attach()
-                self._stack.callback(engine.close)
-            self._checkpoints = SessionCheckpoints(
-                config, self._run, self._place, self._agreement, self._state, self.device
-            )
-            enter(self._checkpoints.checkpointer)
-        for one in parts:
-            self._stack.callback(one.count_updates())
-        self._numerics = SessionNumerics(parts, watched, self._run.events, self.rank)
+            self._checkpoints = SessionCheckpoints(config, run, state)
+            self._stack.enter_context(self._checkpoints.checkpointer)
+        self._numerics = SessionNumerics(state, watched, run)
         self._stack.callback(self._numerics.close)
         self._first_step: int | None = None
         self._last_step = 0
         self._done_step = 0
         self._steps_taken = False
         self._updates_before = 0  # those before the step that the loop is in
-        self._record = StepRecord(self._run, self._state)
+        self._record = StepRecord(run, state)
+        self._done: StepDone | None = None
         self._wanted = False
         self._inside = 0  # the step that the loop is in
         self._closed = False
@@ -218,7 +195,7 @@ class Session:
             self._run.watch.take_steps(self._done_step)
         return self._done_step
 
-    def steps(self, last_step: int) -> Iterator[int]:
+    def steps(self, last_step: int, after_step: Callable[[StepDone], None] | None = None) -> Iterator[int]:
         """The numbers of the steps that are left to do, up to ``last_step``; each is done when the next is asked for.
 
         Between two steps it saves what is due, writes the step's event, and learns whether a notice came, after which
@@ -226,6 +203,8 @@ class Session:
 
         Args:
             last_step: number of the run's last step, over all its starts; the first step is 1.
+            after_step: called when a step is done and its saving has begun, with its event; what it does, such as an
+                evaluation, is in no step's time.
 
         Raises:
             EndedEarly: a rank has left its loop before the others.
@@ -234,12 +213,15 @@ class Session:
             SnapshotMutated: a tensor changed before its snapshot was copied.
         """
         self.begin(last_step)
-        return self._steps()
+        return self._steps(after_step)
 
-    def _steps(self) -> Iterator[int]:
+    def _steps(self, after_step: Callable[[StepDone], None] | None) -> Iterator[int]:
         while self._done_step < self._last_step and not self.ending:
             yield self.begin_step()
             self.end_step()
+            if after_step is not None and self._done is not None:
+                after_step(self._done)
+                self._record.begin_steps()
 
     def begin(self, last_step: int) -> int:
         """For a loop that is another's, such as a library's trainer: what :meth:`steps` does at first. Collective.
@@ -274,8 +256,9 @@ class Session:
                 "ask for more steps, or go on from an earlier checkpoint with Session(..., resume=STEP)",
             )
         self._last_step = last_step
-        self._record.tell_start(self.device, self._place, self._done_step, last_step)
-        self._run.watch.begin_phase("program")
+        self._record.tell_start(self._done_step, last_step)
+        self.ending = self._agreement.came()
+        self._run.watch.go_on()
         self._record.begin_steps()
         return self._done_step
 
@@ -293,13 +276,16 @@ class Session:
                 f"session.begin_step(), but {before}",
                 "call begin(LAST_STEP) once, then begin_step() and end_step() in turns, up to that step",
             )
-        self._agreement.ask()
-        self._updates_before = self._updates
+        self._inside = step = self._done_step + 1
+        if not self._run.loop_tells:  # else it asks itself, when it knows more
+            self._agreement.ask()
+        self._updates_before = self._state.updates
         self._wanted = False
-        self._record.begin_step(self._done_step + 1)
-        self._numerics.begin_step(self._done_step + 1)
-        self._inside = self._done_step + 1
-        return self._inside
+        self._record.begin_step()
+        self._state.begin_step(step)
+        self._numerics.begin_step(step)
+        self._run.watch.begin_step(step)
+        return step
 
     def end_step(self) -> bool:
         """The step has ended: what it changes is changed. Saves if that is due, writes the step's event. Collective.
@@ -314,12 +300,22 @@ class Session:
             raise SessionError("session.end_step() without a session.begin_step()", "call them in turns")
         step, self._inside = self._inside, 0
         self._end_step(step)
-        self.ending = self._agreement.answer()
         return self.ending
 
+    def ask_notice(self) -> None:
+        """Look again, now, whether a notice came to any rank: in a step, which so far knows of those before it began;
+        or in a long evaluation, which it shows to be alive. The answer is at the step's end, or :meth:`notice_came`.
+        Collective."""
+        self._run.watch.beat()
+        self._agreement.ask()
+
     def notice_came(self) -> bool:
-        """Whether a notice had come when this step began; as :attr:`ending`, but before its end. Collective."""
-        return self._agreement.answer()
+        """Whether a notice had come when that was asked: as the step began, or by :meth:`ask_notice`. It is what
+        :attr:`ending` becomes, but before the step's end. Collective."""
+        came = self._agreement.answer()
+        if not self._inside:
+            self.ending = came
+        return came
 
     @property
     def done_step(self) -> int:
@@ -342,21 +338,28 @@ class Session:
             SnapshotMutated: a tensor was changed too early; the save is given up.
         """
         if self._checkpoints is not None:
-            self._checkpoints.checkpointer.wait_copied()
+            with self._record.spent("checkpoint"):
+                self._checkpoints.checkpointer.wait_copied()
+
+    def loading(self) -> contextlib.AbstractContextManager[None]:
+        """The wait for a step's data, where they come from elsewhere than a torch DataLoader, whose waits are known."""
+        return self._record.spent("data")
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation inside a step: ``outlast launch`` gives it the time that a pause takes, not that of a step.
+    def evaluating(self, *, changes: bool = True) -> Iterator[None]:
+        """Evaluation: ``outlast launch`` gives it the time that a pause takes, not that of a step.
 
-        What is saved may be changed in it and put back, as averaged weights are: see :meth:`wait_copied`.
+        Args:
+            changes: what is saved may be changed in it and put back, as averaged weights are: see :meth:`wait_copied`.
         """
-        self.wait_copied()
+        if changes:
+            self.wait_copied()
         watch = self._run.watch
         watch.begin_phase("eval")
         try:
             yield
         finally:
-            watch.begin_phase("program")
+            watch.go_on()
 
     def close(self, error: BaseException | None = None) -> None:
         """What the end of the block does, if this error ends it or, with None, without one; see the class. Without an
@@ -373,56 +376,63 @@ class Session:
             self._numerics.explain(error)
             self._end(error)
             return
+        if self.end():
+            raise SystemExit(RESUME_STATUS)
+
+    @property
+    def ended_by(self) -> str:
+        """Why this start of the run ends before the last step; empty if it does not."""
+        if not self.ending or self._done_step >= self._last_step:
+            return ""
+        return f"notice ({self._agreement.notice or 'on another node'})"
+
+    def end(self) -> bool:
+        """What the end of the block does without an exception, but for ending the process. Collective.
+
+        Returns:
+            Whether a notice has ended the loop before its last step.
+
+        Raises:
+            NotDurable, EndedEarly, SnapshotMutated: see the class.
+        """
         try:
             self._finish()
         except BaseException as problem:
             self._end(problem)
             raise
-        early = self._first_step is not None and self.ending and self._done_step < self._last_step
-        self._end(None, "notice" if early else "")
-        if early:
+        self._end(None)
+        if self.ended_by and not self._run.loop_tells:
             saved = "is durable" if self._checkpoints is not None else "was the last one done"
-            if self.rank == 0:
-                print(f"outlast: ended by a notice; step {self._done_step} {saved}", file=sys.stderr, flush=True)
-            raise SystemExit(RESUME_STATUS)
+            self._run.say(f"ended by a notice; step {self._done_step} {saved}")
+        return bool(self.ended_by)
 
-    def _end(self, error: BaseException | None, reason: str = "") -> None:
+    def _end(self, error: BaseException | None) -> None:
         self._closed = True
-        self._run.tell_end(
-            self._done_step, ok=error is None, reason=reason if error is None else f"{type(error).__name__}: {error}"
-        )
+        reason = self.ended_by if error is None else f"{type(error).__name__}: {error}"
+        self._run.tell_end(self._done_step, ok=error is None, reason=reason)
         self._stack.__exit__(*((None, None, None) if error is None else (type(error), error, error.__traceback__)))
 
     def _finish(self) -> None:
         """The ranks leave together, and the last step is made durable."""
         if self._first_step is None:  # no step was asked for
             return
-        if self._inside and self._updates > self._updates_before:  # the loop was left in this step, after its update
+        if self._inside and self._state.updates > self._updates_before:  # left in this step, after its update
             self._end_step(self._inside)
         self._run.watch.begin_phase("finish")
         self.ending = self._agreement.leave(self._done_step)
         if self._checkpoints is not None:
-            self._checkpoints.finish(self._done_step)
-
-    @property
-    def _updates(self) -> int:
-        return sum(one.updates for one in self._state.trained)
+            why = f"the run was ended by a {self.ended_by}" if self.ended_by else "training is done"
+            self._checkpoints.finish(self._done_step, why)
 
     def _end_step(self, step: int) -> None:
-        for one in self._state.trained:
-            one.check_step(step)
+        self._record.end_update(step)
         self._done_step = step
-        began = self._record.end_update(step)
         self._numerics.end_step(self._record.logged)
+        self.ending = self._agreement.answer()  # before saving, so that it is known whether this is the last step
         if self._checkpoints is not None:
-            self._checkpoints.save_if_due(
-                step, self._checkpoints.collect, last=step == self._last_step, wanted=self._wanted
-            )
-        done = self._record.end_step(step, began)
+            with self._record.spent("checkpoint"):
+                last = self.ending or step == self._last_step
+                self._checkpoints.save_if_due(step, self._state.collect, last=last, wanted=self._wanted)
+        self._done = self._record.end_step(step)
         if self._checkpoints is not None:
-            self._checkpoints.note_step(done)
-
-
-def _leave_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            self._checkpoints.note_step(self._done)

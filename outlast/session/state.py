@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
@@ -11,14 +13,17 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from outlast.checkpoint import Restored
+from outlast.checkpoint import Checkpointer, Restored
 from outlast.checkpoint.rng import load_rng_state, rng_state
-from outlast.comm import Reducer
+from outlast.comm import ReduceStats
+from outlast.diagnostics.numerics import NumericsConfig, NumericsWatch
 from outlast.errors import SessionError, StateMismatch
 from outlast.session.buffers import of_rank_0
-from outlast.session.deepspeed import TrainedEngine, is_header
-from outlast.session.models import State, Trained, split, tensors_in
+from outlast.session.compression import Comm, attach_reducers, cost_of_step
+from outlast.session.deepspeed import TrainedEngine, is_header, trained
+from outlast.session.models import State, device_of, split, tensors_in, unwrapped, wrapped
 from outlast.session.scheduled_checkpoints import Collected
+from outlast.session.trainable import Tell, Trainable
 
 _EAGER = frozenset({"rng", "buffers", "module_buffers", "parts", "own_parts"})
 
@@ -45,14 +50,91 @@ class Part:
         return self.holder if self.replicated and isinstance(self.holder, nn.Module) else None
 
 
-@dataclass(slots=True)
-class SessionState:
-    """The state of one rank."""
+class SessionState(Trainable):
+    """The models of a session on one rank. Making it is collective: bare models are put into DDP.
 
-    trained: Sequence[Trained]
-    reducers: dict[str, Reducer]
-    """By the model's name."""
-    parts: dict[str, Part] = field(default_factory=dict)
+    Args:
+        models: by name.
+        optimizers: by the names of their models.
+        comm: see :class:`Session`.
+        world_size: the number of ranks.
+
+    Raises:
+        UnknownKey, UnknownCompressor, OutOfRange, CommError: see :func:`outlast.comm.attach`.
+    """
+
+    def __init__(
+        self, models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], comm: Comm, world_size: int
+    ) -> None:
+        models = {name: wrapped(each, world_size) for name, each in models.items()}
+        self.model = models.get("", models)
+        self.device = device_of(models.values())
+        self.trained = [trained(name, each, optimizers.get(name)) for name, each in models.items()]
+        self.reducers = attach_reducers(self.trained, comm, world_size)
+        """By the model's name."""
+        self.comm = "; ".join(one.config.describe() for one in self.reducers.values()) or "dense"
+        self.parts: dict[str, Part] = {}
+        self._stack = contextlib.ExitStack()
+        for reducer in self.reducers.values():
+            self._stack.callback(reducer.close)
+        for one in self.trained:
+            self._stack.callback(one.count_updates())
+
+    @property
+    def lr(self) -> float:
+        """Of the first optimizer."""
+        return next((one.lr for one in self.trained if one.lr is not None), 0.0)
+
+    @property
+    def updates(self) -> int:
+        """See :class:`Trainable`."""
+        return sum(one.updates for one in self.trained)
+
+    def parameters(self) -> int:
+        """See :class:`Trainable`."""
+        return sum(one.parameters() for one in self.trained)
+
+    def attach(self, checkpointer: Checkpointer) -> None:
+        """See :class:`Trainable`.
+
+        Raises:
+            CheckpointError: DeepSpeed is set up for something that outlast cannot save; names it.
+        """
+        for one in self.trained:
+            if isinstance(one, TrainedEngine):
+                self._stack.callback(one.close)
+                one.attach().before_update(checkpointer.wait_copied)
+            else:
+                checkpointer.watch(unwrapped(one.model), *([] if one.optimizer is None else [one.optimizer]))
+
+    def watch_numbers(self, config: NumericsConfig, tell: Tell) -> tuple[dict[str, NumericsWatch], list[str]]:
+        """See :class:`Trainable`. DeepSpeed's engines keep gradients and parameters of their own."""
+        watches: dict[str, NumericsWatch] = {}
+        left_out: list[str] = []
+        for one in self.trained:
+            if isinstance(one, TrainedEngine):
+                left_out.append(f"{one.name or 'the model'} is a DeepSpeed engine, whose numbers are not watched")
+            else:
+                watch = NumericsWatch(one.model, one.optimizer, config, on_event=partial(tell, one.name))
+                watches[one.name] = watch
+                left_out += watch.not_watched
+        return watches, left_out
+
+    def begin_step(self, step: int) -> None:
+        """See :class:`Trainable`; reducers learn the scale of its loss."""
+        for scaler in [one.holder for one in self.parts.values() if isinstance(one.holder, GradScaler)][:1]:
+            for reducer in self.reducers.values():
+                reducer.begin_step(step, loss_scale=float(scaler.get_scale()))
+
+    def end_step(self, step: int) -> ReduceStats:
+        """See :class:`Trainable`."""
+        for one in self.trained:
+            one.check_step(step)
+        return cost_of_step(self.reducers)
+
+    def close(self) -> None:
+        """See :class:`Trainable`."""
+        self._stack.close()
 
     def add(self, name: str, holder: Any, replicated: bool | None) -> None:
         """Save this, too.
@@ -77,17 +159,32 @@ class SessionState:
         self.parts[name] = Part(name, holder, replicated)
 
     @property
-    def scaler(self) -> GradScaler | None:
-        """The gradient scaler among the parts, if there is one."""
-        return next((part.holder for part in self.parts.values() if isinstance(part.holder, GradScaler)), None)
-
-    @property
     def engines(self) -> list[TrainedEngine]:
         """The DeepSpeed engines among the models."""
         return [one for one in self.trained if isinstance(one, TrainedEngine)]
 
-    def collect(self) -> Collected:
-        """What is to be saved now. The tensors are live. Collective if there are buffers or DeepSpeed engines."""
+    def like(self) -> State | None:
+        """See :class:`Trainable`; the state as it is now, which takes optimizer state that is not there for missing."""
+        sharded = [one for one in self.trained if one.is_sharded]
+        if not sharded:
+            return None
+        fresh = [one.optimizer for one in sharded if one.optimizer is not None and not one.optimizer.state]
+        running = self._collected().replicated
+        for optimizer in fresh:
+            optimizer.state.clear()  # torch has let it make a step of zeros, to have something to show
+        return running
+
+    def collect(self, step: int) -> Collected:
+        """See :class:`Trainable`. Collective if there are buffers or DeepSpeed engines.
+
+        Raises:
+            SessionError: see :meth:`Trained.check_unchanged`.
+        """
+        for one in self.trained:
+            one.check_unchanged()
+        return self._collected()
+
+    def _collected(self) -> Collected:
         models, optimizers, buffers = {}, {}, {}
         sharded = any(one.is_sharded for one in self.trained)  # then no more is read than they had when it was saved
         for one in self.trained:
@@ -123,19 +220,7 @@ class SessionState:
         return Collected(_filled(replicated), _filled(local), eager)
 
     def load(self, restored: Restored, *, rank: int, world_size: int) -> list[str]:
-        """Load a checkpoint, of whatever number of ranks.
-
-        Args:
-            restored: what :meth:`collect` was.
-            rank: of this process, among today's.
-            world_size: today's.
-
-        Returns:
-            What the checkpoint and this session do not share, in words.
-
-        Raises:
-            StateMismatch, CommStateMismatch: names what does not fit.
-        """
+        """See :class:`Trainable`."""
         anew: list[str] = []
         saved_by, replicated = restored.world_size, restored.replicated
         # Of what ranks have of their own, new ranks need some as well: they take rank 0's.

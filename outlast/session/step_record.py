@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from outlast.comm import ReduceStats
 from outlast.events import Logged, StepDone
-from outlast.launch import Place
-from outlast.session.compression import cost_of_step
 from outlast.session.place import RunPlace
-from outlast.session.state import SessionState
+from outlast.session.trainable import Trainable
 
 
 class StepRecord:
@@ -22,45 +21,54 @@ class StepRecord:
 
     Args:
         run: where events are written.
-        state: of the models, their optimizers and reducers.
+        state: what is trained.
     """
 
-    def __init__(self, run: RunPlace, state: SessionState) -> None:
+    def __init__(self, run: RunPlace, state: Trainable) -> None:
         self._run = run
         self._state = state
         self._logged: dict[str, float | Tensor] = {}
         self._boundary_s = 0.0
-        self._seen_s = 0.0
+        self._spent_s: defaultdict[str, float] = defaultdict(float)
+        self._seen_s: float | None = 0.0
         self._cost: ReduceStats | None = None
 
-    def tell_start(self, device: torch.device, place: Place, done_step: int, last_step: int) -> None:
+    def tell_start(self, done_step: int, last_step: int) -> None:
         """Write the event of the start; rank 0 also says in a line where it begins, and how gradients are averaged."""
-        reducers = self._state.reducers
-        comm = "; ".join(one.config.describe() for one in reducers.values()) if reducers else "dense"
-        self._run.tell_start(
-            device=str(device),
+        run, state = self._run, self._state
+        run.tell_start(
+            device=str(state.device),
             first_step=done_step + 1,
             last_step=last_step,
-            parameters=sum(one.parameters() for one in self._state.trained),
-            comm=comm,
+            parameters=state.parameters(),
+            comm=state.comm,
         )
-        if place.rank == 0:
+        if not run.loop_tells:
             start = f"goes on after step {done_step}" if done_step else "begins"
-            ranks = f"{place.world_size} rank{'s' if place.world_size > 1 else ''} ({place.source})"
-            print(f"outlast: {self._run.path}: {start}; {ranks}; gradients: {comm}", file=sys.stderr, flush=True)
+            ranks = f"{run.place.world_size} rank{'s' if run.place.world_size > 1 else ''} ({run.place.source})"
+            run.say(f"{run.path}: {start}; {ranks}; gradients: {state.comm}")
 
     def begin_steps(self) -> None:
-        """The first step begins as soon as the loop wants."""
+        """The next step begins as soon as the loop wants."""
         self._boundary_s = time.perf_counter()
         self._run.watch.delays.forget()
 
-    def begin_step(self, step: int) -> None:
-        """A step begins; reducers learn the scale of its loss."""
+    def begin_step(self) -> None:
+        """A step begins."""
         self._logged = {}
-        scaler = self._state.scaler
-        if scaler is not None:
-            for reducer in self._state.reducers.values():
-                reducer.begin_step(step, loss_scale=float(scaler.get_scale()))
+        self._spent_s.clear()
+
+    @contextmanager
+    def spent(self, on: Literal["data", "checkpoint"]) -> Iterator[None]:
+        """A phase of the step."""
+        watch = self._run.watch
+        began_s = time.perf_counter()
+        watch.begin_phase(on)
+        try:
+            yield
+        finally:
+            watch.go_on()
+            self._spent_s[on] += time.perf_counter() - began_s
 
     def log(self, values: Mapping[str, float | Tensor]) -> None:
         """Numbers of this step; tensors are read at its end."""
@@ -71,34 +79,35 @@ class StepRecord:
         """What the program has logged in this step."""
         return self._logged
 
-    def end_update(self, step: int) -> float:
-        """The step's update is made, and saving may begin; returns the time, for :meth:`end_step`.
+    def end_update(self, step: int) -> None:
+        """The step's update is made, and saving may begin.
 
         Raises:
-            CommError: an exchange failed.
+            SessionError, CommError: see :meth:`Trainable.end_step`.
         """
-        self._cost = cost_of_step(self._state.reducers)
+        self._cost = self._state.end_step(step)
         self._seen_s = self._run.watch.end_step(step)
-        return time.perf_counter()
 
-    def end_step(self, step: int, saving_began_s: float) -> StepDone:
+    def end_step(self, step: int) -> StepDone:
         """Write the step's events; returns the one that says what it took."""
         now = time.perf_counter()
         cost = self._cost
         assert cost is not None
         step_s = now - self._boundary_s
-        spent = self._run.watch.delays.end_step(step, step_s)
+        spent = self._run.watch.delays.end_step(step, step_s, data_s=self._spent_s.get("data"))
         values = {name: float(value) for name, value in self._logged.items()}
         done = StepDone(
             step=step,
             loss=values.pop("loss", None),
-            lr=next((one.lr for one in self._state.trained if one.lr is not None), 0.0),
+            grad_norm=values.pop("grad_norm", None),
+            update_norm=values.pop("update_norm", None),
+            lr=self._state.lr,
             tokens=int(values.pop("tokens", 0)),
             step_s=step_s,
             data_s=min(spent.data_s, step_s),
             comm_s=cost.exposed_s,
-            checkpoint_s=now - saving_began_s,
-            collective_s=min(max(self._seen_s, cost.collective_s), step_s),
+            checkpoint_s=self._spent_s["checkpoint"],
+            collective_s=None if self._seen_s is None else min(max(self._seen_s, cost.collective_s), step_s),
             codec_s=cost.codec_s,
             wire_bytes=cost.wire_bytes,
             dense_bytes=cost.dense_bytes,

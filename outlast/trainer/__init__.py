@@ -8,7 +8,6 @@ from outlast.trainer.config import Config as Config
 from outlast.trainer.data import Corpus as Corpus
 from outlast.trainer.data import Loader as Loader
 from outlast.trainer.engines.base import Engine as Engine
-from outlast.trainer.engines.base import EngineState as EngineState
 from outlast.trainer.engines.ddp import DDPEngine as DDPEngine
 from outlast.trainer.loop import train as train
 from outlast.trainer.main import run_rank as run_rank
@@ -21,7 +20,6 @@ __all__ = [
     "Corpus",
     "DDPEngine",
     "Engine",
-    "EngineState",
     "Loader",
     "Run",
     "run_rank",

@@ -2,6 +2,8 @@
 
 import sys
 
+from outlast.launch.lasting_output import make_output_last
 from outlast.trainer.main import main
 
+make_output_last()
 sys.exit(main())

@@ -12,6 +12,7 @@ from outlast.config_tables import Table
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.export.config import ExportConfig
 from outlast.diagnostics.numerics.config import NumericsConfig
+from outlast.diagnostics.page.config import PageConfig
 from outlast.launch.config import LaunchConfig
 
 
@@ -312,6 +313,8 @@ class Config:
     """The watch on the run's numbers: values that are not finite, spikes, replicas that differ, drift."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """Metrics for Prometheus and others, under ``outlast launch``."""
+    page: PageConfig = field(default_factory=PageConfig)
+    """The report while the job runs, as a page, under ``outlast launch``."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """Restarts and hang detection, under ``outlast launch``."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
@@ -18,21 +18,20 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from outlast.config import Overrides, load, split_overrides, to_toml
 from outlast.diagnostics import build_report
 from outlast.diagnostics.report.html_file import write_html
-from outlast.errors import ConfigError, DiagnosticsError, EndedEarly, OutlastError
-from outlast.events import GoodputMeasured, RunEnded
+from outlast.errors import ConfigError, DiagnosticsError, EndedEarly, NotDurable, OutlastError
+from outlast.events import GoodputMeasured
 from outlast.launch import Notice, Place, find_place
 from outlast.launch.failures import NO_RESTART_STATUS, RESUME_STATUS, WATCHED
 from outlast.launch.place import Single
-from outlast.session import process_group
+from outlast.session import Session, process_group
 from outlast.session.agreement import StepAgreement
-from outlast.session.claim import claim_attempt
+from outlast.session.place import RunPlace
 from outlast.trainer import logs
 from outlast.trainer.build import build_run, restore
 from outlast.trainer.config import Config
 from outlast.trainer.factories import search_beside
 from outlast.trainer.loop import train
 from outlast.trainer.parts import check_factories
-from outlast.trainer.run import Run
 from outlast.trainer.run_directory import run_directory
 from outlast.trainer.sources import check_data
 from outlast.trainer.summary import render_summary
@@ -94,6 +93,11 @@ def run_rank(config: Config, place: Place) -> bool:
             f"[export] asks for {', '.join(config.export.targets)}, but no outlast launch runs here, which exports",
             "start the ranks with outlast launch (on Slurm: slurm/launch.sbatch), or leave [export] out",
         )
+    if config.page.port is not None and WATCHED not in os.environ:
+        raise ConfigError(
+            "[page] asks for a page, but no outlast launch runs here, which serves it",
+            "start the ranks with outlast launch, or leave [page] out: outlast report RUN --live serves it too",
+        )
     with ExitStack() as stack:
         logs.set_up_terminal(place.rank)
         stack.callback(logs.shut_down)
@@ -107,49 +111,58 @@ def run_rank(config: Config, place: Place) -> bool:
         device = process_group.choose_device(trainer.device, place, shared=trainer.backend == "gloo")
         process_group.start(place, device, timedelta(seconds=trainer.timeout_s), trainer.backend)
         stack.callback(dist.destroy_process_group)
-        agreement = StepAgreement(place.rank, place.world_size, notice, dist.group.WORLD)
-        # torchrun counts restarts per node; a node whose own ranks never failed would not resume.
-        place = replace(place, generation=agreement.maximum(place.generation))
+        agreement = StepAgreement(place.rank, place.world_size, notice)
+        place = agreement.of_this_start(place)
         if place.generation == 0 and agreement.came():  # later, memory may hold what storage lacks
             _LOG.warning("%s came before the run had begun", notice.name or "a notice to another node")
             return False
-        resume = "auto" if place.generation > 0 else config.run.resume
-        resuming = resume != "never"
-        attempt = claim_attempt(
-            run_directory(config), place.rank, agreement, stack, resuming=resuming, settings=to_toml(config)
-        )
-        logs.set_up_file(attempt.log_path(place.rank), place.rank, stacks=WATCHED in os.environ)
-        run = None
-        try:
-            run = build_run(config, place, device, attempt, notice, agreement, stack)
-            restore(run, device, resume)
-            run.ending = agreement.came()
-            train(run)
-        except Exception as error:
-            _LOG.exception("rank %d failed", place.rank)
-            _write_failed(run, error)
-            raise
-        except SystemExit as error:
-            if error.code not in (None, 0):
-                raise
-            _LOG.exception("rank %d called sys.exit()", place.rank)
-            step = run.records.recorder.step if run is not None else 0
-            early = EndedEarly(
-                f"rank {place.rank} called sys.exit() in step {step} of {config.trainer.steps}, before training "
-                "was done",
-                "its traceback is in this rank's log; end a run early with fewer trainer.steps, or with SIGTERM",
+        start = stack.enter_context(
+            RunPlace(
+                run_directory(config),
+                place,
+                agreement,
+                resuming=config.run.resume != "never",
+                settings=to_toml(config),
+                loop_tells=True,
+                ring_capacity=config.diagnostics.ring_capacity,
             )
-            _write_failed(run, early)
-            raise early from error
-        ended_by = run.ended_by
-        if place.rank == 0 and not ended_by:  # after a notice every second counts; the report can be made later
-            _write_report(run)
-        if WATCHED not in os.environ:  # a launcher that watches does so itself
-            run.records.remove_shared()
-        run.checkpoints.check_durable(f"the run was ended by a {ended_by}" if ended_by else "training is done")
-        if ended_by and place.rank == 0:
-            _tell_end(run)
-        return not ended_by
+        )
+        logs.set_up_file(start.attempt.log_path(place.rank), place.rank, stacks=WATCHED in os.environ)
+        resume: Any = int(config.run.resume) if config.run.resume.isdecimal() else config.run.resume
+        try:
+            with _leaving_is_an_error(start, config):
+                run = build_run(config, start, device)
+            with Session(start, run, checkpoint=config.checkpoint, numerics=config.numerics, resume=resume) as session:
+                with _leaving_is_an_error(start, config):
+                    restore(session, run)
+                    train(session, run)
+                session.end()
+        except NotDurable:
+            _write_report(start, session)
+            raise
+        except Exception:
+            _LOG.exception("rank %d failed", place.rank)
+            raise
+        _write_report(start, session)
+        if session.ended_by and place.rank == 0:
+            saved = f"step {session.done_step} is durable" if session.done_step else "no step had been done"
+            _LOG.warning("ended by a %s: %s; --resume auto goes on from there", session.ended_by, saved)
+        return not session.ended_by
+
+
+@contextmanager
+def _leaving_is_an_error(start: RunPlace, config: Config) -> Iterator[None]:
+    """What a factory or a dataset ends by ``sys.exit()`` is not done."""
+    try:
+        yield
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            raise
+        rank, step = start.place.rank, start.recorder.step if start.recorder is not None else 0
+        raise EndedEarly(
+            f"rank {rank} called sys.exit() in step {step} of {config.trainer.steps}, before training was done",
+            "its traceback is in this rank's log; end a run early with fewer trainer.steps, or with SIGTERM",
+        ) from error
 
 
 def _tell_left_over(place: Place) -> None:
@@ -159,34 +172,24 @@ def _tell_left_over(place: Place) -> None:
         _LOG.warning("%s: ignored, because no RANK is set: this process trains alone", " ".join(found))
 
 
-def _write_failed(run: Run | None, error: Exception) -> None:
-    if run is not None:
-        run.records.events.write(
-            RunEnded(step=run.records.recorder.step, ok=False, reason=f"{type(error).__name__}: {error}")
-        )
-
-
-def _tell_end(run: Run) -> None:
-    step = run.done_step
-    saved = f"step {step} is durable" if step else "no step had been done"
-    _LOG.warning("ended by a %s: %s; --resume auto goes on from there", run.ended_by, saved)
-
-
-def _write_report(run: Run) -> None:
+def _write_report(start: RunPlace, session: Session) -> None:
     """Write the report and print its summary; on rank 0, after all ranks have finished.
 
-    A report that cannot be made ends no run whose work is done: it can be made again from the events.
+    After a notice every second counts; the report can be made later. One that cannot be made ends no run whose work is
+    done: it can be made again from the events.
     """
-    path = run.attempt.run / "report.html"
+    if start.place.rank != 0 or session.ended_by:
+        return
+    path = start.path / "report.html"
     try:
-        report = build_report(run.attempt.run)
+        report = build_report(start.path)
         goodput = report.goodput
-        run.records.events.write(GoodputMeasured(wall_s=goodput.wall_s, seconds=goodput.parts_s()))
+        start.events.write(GoodputMeasured(wall_s=goodput.wall_s, seconds=goodput.parts_s()))
         write_html(report, path)
         render_summary(report, Console(), path)
     except (DiagnosticsError, OSError) as error:  # a pipe that nobody reads, or a terminal's log on a full disk, too
         what = error.what if isinstance(error, DiagnosticsError) else error
-        _LOG.warning("no report was written (`outlast report %s` makes it later): %s", run.attempt.run, what)
+        _LOG.warning("no report was written (`outlast report %s` makes it later): %s", start.path, what)
 
 
 def _report_failure(error: Exception) -> int:

@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +132,20 @@ def train(rank: int, folder: str, plan: Plan) -> dict[str, Any]:
     return {
         "steps": deeds.steps,
         "step": trainer.state.global_step,
-        "weights": digest(trainer.model),
+        "weights": weights_of(trainer),
         "flos": trainer.state.total_flos,
         "history": history,
         "loss": trainer.evaluate()["eval_loss"],
     }
+
+
+def weights_of(trainer: Any) -> str:
+    """A hash of the model, whole."""
+    gathered: Any = nullcontext()
+    if trainer.is_deepspeed_enabled:
+        gathered = import_module("deepspeed").zero.GatheredParameters(list(trainer.model.parameters()))
+    with gathered:
+        return digest(trainer.model)
 
 
 class Masking:

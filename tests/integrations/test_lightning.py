@@ -15,13 +15,20 @@ import torch.distributed as dist
 pytest.importorskip("lightning", reason="lightning is not installed: pip install 'outlast[lightning]'")
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from outlast.checkpoint import load
 from outlast.checkpoint.save.snapshot import Snapshot
 from outlast.checkpoint.tools import list_steps, verify
 from outlast.errors import SessionError, StateMismatch
@@ -190,13 +197,6 @@ def test_more_epochs_later(tmp_path: Path) -> None:
         trained(tmp_path / "run", max_epochs=1)
 
 
-class Sharded(Net):
-    """As that strategy wants it."""
-
-    def configure_model(self) -> None:
-        pass
-
-
 class Two(Net):
     """Several optimizers."""
 
@@ -211,7 +211,7 @@ class Two(Net):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"strategy": ModelParallelStrategy(), "net": Sharded}, "SessionCallback under ModelParallelStrategy"),
+        ({"callbacks": [SessionCallback()]}, "several SessionCallbacks"),
         ({"callbacks": [LearningRateFinder()]}, "LearningRateFinder, whose trial steps"),
         ({"callbacks": [StochasticWeightAveraging(0.1)]}, "StochasticWeightAveraging, which replaces"),
         ({"net": Two}, "configure_optimizers gave 2 optimizers"),
@@ -255,3 +255,25 @@ def test_forked_processes_are_refused() -> None:
     )
     with pytest.raises(SessionError, match="processes that are made by fork"):
         refuse(trainer)
+
+
+def test_fsdp_of_version_1_is_refused() -> None:
+    """Lightning has it on GPUs alone, so here it takes the other strategy's place."""
+    trainer = Trainer(accelerator="cpu", devices=1, plugins=[LightningEnvironment()], **QUIET)
+    trainer._accelerator_connector.strategy = FSDPStrategy()
+    with pytest.raises(SessionError, match="under FSDPStrategy") as said:
+        refuse(trainer)
+    assert "ModelParallelStrategy with fully_shard" in str(said.value)
+
+
+def test_it_is_the_last_callback_wherever_it_stands(tmp_path: Path) -> None:
+    """Lightning puts what saves at the end, so that a ModelCheckpoint comes after it, whose state would be missed."""
+    saver = ModelCheckpoint(tmp_path / "files", monitor="val_loss", every_n_epochs=1)
+    more = [SessionCallback(tmp_path / "run", checkpoint={"every_steps": 1}), saver]
+    trainer = Trainer(
+        accelerator="cpu", devices=1, callbacks=more, plugins=[LightningEnvironment()], max_epochs=2, **QUIET
+    )
+    trainer.fit(Net(), Source(shuffled()))
+    assert trainer.callbacks[-1] is more[0]
+    kept = load(tmp_path / "run" / "checkpoints", "newest").local["own_parts"]["lightning"]["callbacks"]
+    assert kept[saver.state_key]["best_model_path"] == saver.best_model_path != ""

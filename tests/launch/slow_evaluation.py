@@ -3,6 +3,7 @@
 import sys
 import time
 
+from outlast import Session
 from outlast.trainer.main import main
 from outlast.trainer.run import Run
 
@@ -10,11 +11,11 @@ SECONDS = float(sys.argv[1])
 evaluate_at_once = Run.evaluate
 
 
-def evaluate(run: Run, step: int) -> None:
+def evaluate(run: Run, session: Session, step: int) -> None:
     if step:
-        run.records.heartbeat.beat("eval", step)
-        time.sleep(SECONDS)
-    evaluate_at_once(run, step)
+        with session.evaluating(changes=False):
+            time.sleep(SECONDS)
+    evaluate_at_once(run, session, step)
 
 
 Run.evaluate = evaluate  # type: ignore[method-assign]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import nn
 import outlast
 from outlast.checkpoint.tools import list_steps
 from outlast.errors import CheckpointNotFound, SessionError, StateMismatch
-from outlast.events import read_events
+from outlast.events import StepDone, read_events
 from outlast.launch.runner import RUN_DIR
 from outlast.session.saved_parts import newest_parts
 
@@ -106,3 +108,31 @@ def test_calls_out_of_turn(tmp_path: Path) -> None:
         session.begin_step()
     session.close()
     assert [one.step for one in list_steps(tmp_path / "checkpoints")] == [1], "nothing is lost"
+
+
+def test_what_a_trainer_needs(tmp_path: Path) -> None:
+    """A notice in the middle of a step ends that step; data and evaluations have times and phases of their own."""
+    model = nn.Linear(1, 1)
+    seen: list[StepDone] = []
+
+    def after_step(done: StepDone) -> None:
+        seen.append(done)
+        with session.evaluating(changes=False):
+            time.sleep(0.05)
+
+    with outlast.Session(tmp_path, model, checkpoint={"every_steps": 100}) as session:
+        for step in session.steps(9, after_step):
+            with session.loading():
+                time.sleep(0.01)
+            if step == 3:
+                signal.raise_signal(signal.SIGTERM)
+            session.ask_notice()
+            session.log(loss=1.0, grad_norm=2.0, more=3.0)
+        assert session.end()
+    assert (session.done_step, session.ended_by) == (3, "notice (SIGTERM)")
+    assert [(one.step, one.grad_norm) for one in seen] == [(1, 2.0), (2, 2.0), (3, 2.0)]
+    assert all(0.01 <= one.data_s <= one.step_s for one in seen)
+    assert [one.step for one in list_steps(tmp_path / "checkpoints")] == [3]
+    (file,) = (tmp_path / "attempts").glob("0*/events/rank_00000.jsonl")
+    ended = [(one["step"], one["ok"], one["reason"]) for one in read_events(file) if one.kind == "run_ended"]
+    assert ended == [(3, True, "notice (SIGTERM)")]

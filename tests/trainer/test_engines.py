@@ -75,7 +75,7 @@ def train(
                 strict: Any = True if like is None else ("model",)
                 restored = checkpointer.restore(first - 1, like=like, any_world_size=True, strict=strict)
                 assert restored is not None
-                engine.load(restored.replicated, restored.read_local, restored.world_size)
+                engine.load(restored)
             for step in range(first, last + 1):
                 engine.forward_backward(step, batches(step, rank, ranks, accumulate))
                 checkpointer.wait_copied()

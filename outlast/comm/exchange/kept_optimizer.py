@@ -156,8 +156,8 @@ class KeptOptimizer:
         optimizer = self.optimizer
         if averaged:
             sgd(
-                averaged,
-                [p.grad for p in averaged],
+                [_own(p) for p in averaged],
+                [_own(p.grad) for p in averaged if p.grad is not None],
                 [None] * len(averaged),
                 foreach=group["foreach"],
                 fused=group["fused"],
@@ -261,6 +261,12 @@ def _check_state(states: Mapping[Tensor, Mapping[str, Any]]) -> None:
                     f"{tuple(param.shape)}",
                     "load the state dict of an optimizer of the same model",
                 )
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, for which torch has no fused SGD; another tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def _adam_state(state: Mapping[str, Any]) -> AdamState:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from outlast.diagnostics import port_token
 from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.export.config import ExportConfig
 from outlast.errors import ConfigError
@@ -77,19 +78,5 @@ def read_token(settings: ExportConfig) -> str | None:
     Raises:
         ConfigError: the file cannot be read, or holds no token of one line of printable ASCII.
     """
-    name = settings.prometheus_token_file
-    if name is None:
-        return None
-    try:
-        token = Path(name).expanduser().read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"export.prometheus_token_file = {name!r} cannot be read: {error}",
-            "write a token into it: openssl rand -hex 32 > FILE",
-        ) from error
-    if len(token) < 16 or not token.isprintable() or " " in token:
-        raise ConfigError(
-            f"export.prometheus_token_file = {name!r} holds no token: one line of 16 or more printable characters",
-            "write one into it: openssl rand -hex 32 > FILE",
-        )
-    return token
+    path = settings.prometheus_token_file
+    return None if path is None else port_token.read_token(path, "export.prometheus_token_file")

@@ -48,7 +48,8 @@ METRICS = (
     Metric(
         "outlast_collective_seconds",
         "counter",
-        "Time with a collective under way, hidden or not, added up over the node's ranks.",
+        "Time with a collective under way, hidden or not, added up over the node's ranks; estimated in steps in which "
+        "nobody looked.",
     ),
     Metric("outlast_codec_seconds", "counter", "Compression and decompression, added up over the node's ranks."),
     Metric(
@@ -144,6 +145,7 @@ class NodeMetrics:
         self._about: Labels = ("", "", "")
         self._rows: deque[list[float]] = deque()
         self._unjudged = 0
+        self._inside_share: dict[int, float] = {}
 
     def take(self, attempt: int, record: Record) -> None:
         """Take the next event of the node, of its launcher (attempt 0) or a rank.
@@ -184,6 +186,10 @@ class NodeMetrics:
         row = row_of(attempt, record)
         values = dict(zip(STEP_FIELDS, row[5:], strict=False))
         self.step_seconds.observe(values["step_s"])
+        if math.isfinite(values["collective_s"]):
+            self._inside_share[record.rank] = values["collective_s"] / max(values["step_s"], 1e-9)
+        else:  # nobody looked: as much of it as of the step before
+            values["collective_s"] = self._inside_share.get(record.rank, 0.0) * values["step_s"]
         for name, key in _OF_STEP.items():
             if math.isfinite(values[key]):
                 self.add(name, values[key])

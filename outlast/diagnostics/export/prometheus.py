@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import hmac
 import math
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from socketserver import ThreadingMixIn
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from outlast.diagnostics.export.metrics import BOUNDS_S, METRICS, Histogram, Metric, NodeMetrics, Sample
+from outlast.diagnostics.port_token import carries
+from outlast.diagnostics.wsgi import Wsgi, WsgiServer
 from outlast.events import Record
-
-TIMEOUT_S = 10.0
-"""A client that is silent for so long is left."""
-
-Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 class PrometheusExporter:
@@ -44,7 +38,7 @@ class PrometheusExporter:
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
         app: Wsgi = make_wsgi_app(registry)
-        self._server = _Server(listening, app if token is None else _guarded(app, token))
+        self._server = WsgiServer(listening, app if token is None else _guarded(app, token))
         self._thread = threading.Thread(target=self._server.serve_forever, name="outlast-prometheus", daemon=True)
         self._thread.start()
 
@@ -98,35 +92,10 @@ def _cumulative(histogram: Histogram) -> list[tuple[str, float]]:
 
 
 def _guarded(app: Wsgi, token: str) -> Wsgi:
-    expected = f"Bearer {token}".encode()
-
     def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        given = str(environ.get("HTTP_AUTHORIZATION", "")).encode(errors="replace")
-        if hmac.compare_digest(given, expected):
+        if carries(environ, token):
             return app(environ, start_response)
         start_response("401 Unauthorized", [("Content-Type", "text/plain"), ("WWW-Authenticate", "Bearer")])
         return [b"this port asks for the token of export.prometheus_token_file: Authorization: Bearer TOKEN\n"]
 
     return guarded
-
-
-class _Quiet(WSGIRequestHandler):
-    timeout = TIMEOUT_S
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing of requests."""
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    """A WSGI server on a socket that listens already."""
-
-    daemon_threads = True
-
-    def __init__(self, listening: socket.socket, app: Wsgi) -> None:
-        address = listening.getsockname()
-        super().__init__(address[:2], _Quiet, bind_and_activate=False)
-        self.socket.close()
-        self.socket = listening
-        self.server_name, self.server_port = str(address[0]), int(address[1])
-        self.setup_environ()
-        self.set_app(app)

@@ -9,6 +9,7 @@ intact.
 from __future__ import annotations
 
 import bisect
+import mmap
 import os
 import threading
 import time
@@ -58,15 +59,17 @@ class Heartbeat:
     Args:
         path: as :func:`outlast.diagnostics.live.shm.heartbeat_path` returns it; an existing file is replaced.
         rank: written into the header.
+        is_private: keep it in this process's own memory, where nobody sees it.
 
     Raises:
-        DiagnosticsError: the file cannot be created.
+        SharedMemoryFull: there is no room for the file.
+        DiagnosticsError: it cannot be created.
     """
 
-    def __init__(self, path: Path, *, rank: int) -> None:
+    def __init__(self, path: Path, *, rank: int, is_private: bool = False) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
-        self._map = create_mapped(self.path, FILE_BYTES)
+        self._map = mmap.mmap(-1, FILE_BYTES) if is_private else create_mapped(self.path, FILE_BYTES)
         self._bytes = memoryview(self._map)
         self._words = self._bytes.cast("q")
         self._closed = False
@@ -77,7 +80,8 @@ class Heartbeat:
         for index, value in enumerate((MAGIC, VERSION, rank, os.getpid())):
             self._words[index] = value
         self.beat("setup", 0)
-        publish(self.path)
+        if not is_private:
+            publish(self.path)
 
     def beat(self, phase: str, step: int) -> None:
         """Report that this rank has entered ``phase`` of ``step``, or makes progress in it.
@@ -102,6 +106,11 @@ class Heartbeat:
             words[at + 3] = now
             words[at + 4] = self._median_ns()
             words[at + 5] = self._count
+
+    @property
+    def median_step_s(self) -> float:
+        """Median duration of the last 32 steps; 0.0 until there are 3."""
+        return self._median_ns() / 1e9
 
     def _count_step(self, phase: str, step: int, now: int) -> None:
         if phase in ("checkpoint", "data"):

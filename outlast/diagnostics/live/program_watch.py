@@ -2,10 +2,10 @@
 
 A step ends where the program's optimizer has made its update (:meth:`ProgramWatch.on_optimizer_step`, called by torch's
 global hook), or where the program says so (:meth:`ProgramWatch.take_steps`). A thread looks at torch's flight recorder
-now and then: how long collectives were pending, which is how a late rank is told from its peers without
-comparing clocks; and whether anything moves. When nothing has moved for ``QUIET_S``, it copies the newest collectives
-to the recorder's ring in shared memory, where the launcher finds them although this process may be stopped or killed
-by then.
+now and then, as :mod:`outlast.diagnostics.live.looks` says: how long collectives were pending, which is how a late rank
+is told from its peers without comparing clocks; and whether anything moves. When nothing has moved for ``QUIET_S``, it
+copies the newest collectives to the recorder's ring in shared memory, where the launcher finds them although this
+process may be stopped or killed by then.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from collections.abc import Sequence
 
 from outlast.diagnostics.live.flight import FlightEntry, flight_counts, flight_entries, flight_status
 from outlast.diagnostics.live.heartbeat import Heartbeat, Phase
+from outlast.diagnostics.live.looks import EVERY_S, LookPlan
+from outlast.diagnostics.live.pending_time import PendingTime
 from outlast.diagnostics.live.point_to_point import Operation, issued, waiting
 from outlast.diagnostics.live.recorder import Collective, Recorder
 from outlast.diagnostics.live.step_delays import StepDelays
 from outlast.events import EventLog, ProgramStep
 
-EVERY_S = 0.01
-"""Between two looks, unless another time is asked for; each takes about 50 µs, most of them to wake the thread."""
-SLEPT_S = 0.1
-"""A pause of up to this is slept through when the watch is closed."""
+SELDOM_S = 0.25
+"""Between two looks where it is not looked closely; twice that while steps come, which show by themselves that the
+program moves."""
 BEAT_S = 0.2
 """Progress between steps is told this often at most."""
 QUIET_S = 1.0
@@ -54,7 +55,7 @@ class ProgramWatch:
         recorder: takes the newest collectives when nothing moves.
         events: takes one event a step.
         first_step: how many steps the run has taken before.
-        every_s: seconds between two looks. How late a rank is, is known to half of that in each collective.
+        every_s: seconds between two looks, in every step; None looks closely at some steps, the same on all ranks.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class ProgramWatch:
         events: EventLog,
         *,
         first_step: int = 0,
-        every_s: float = EVERY_S,
+        every_s: float | None = None,
     ) -> None:
         self.events = events
         self.delays = StepDelays(events)
@@ -73,24 +74,33 @@ class ProgramWatch:
         self.pid = os.getpid()
         self.phase: Phase = "program"
         """Of the heartbeat, between steps too; set it with :meth:`begin_phase`."""
-        self._every_s = every_s
+        self._plan = LookPlan(every_s)
         self._heartbeat = heartbeat
         self._recorder = recorder
         self._told = False
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._wake = threading.Lock()  # taken but for the moment in which the thread is to wake
+        self._wake.acquire(blocking=False)
+        self._closed = False
         self._step = first_step
         self._steps: deque[tuple[int, int]] = deque(maxlen=KEPT_STEPS)  # (ns when it ended, step)
         self._leader: int | None = None
         self._step_began_s: float | None = None
-        self._pending_s = 0.0
+        self._pending = PendingTime(time.monotonic())
+        self._gap_s = every_s or 0.0  # between two looks; 0: seldom
         self._heartbeat.beat(self.phase, self._step)
+        self._looks = _Looks(self._step, time.monotonic())
         self._thread = threading.Thread(target=self._run, name="outlast-watch", daemon=True)
 
     @property
     def step(self) -> int:
         """Steps taken so far, earlier starts included."""
         return self._step
+
+    @property
+    def looks(self) -> int:
+        """How often it has looked so far."""
+        return self._looks.count
 
     def start(self) -> None:
         """Begin to look."""
@@ -102,24 +112,38 @@ class ProgramWatch:
         """From now on the program says by :meth:`end_step` where its steps end; ``step`` was its last one."""
         with self._lock:
             self._told = True
-            self._step, self._step_began_s, self._pending_s = step, None, 0.0
+            self._step, self._step_began_s = step, None
+            self._begin_step(time.monotonic())
         self.begin_phase(self.phase)
 
     def begin_phase(self, phase: Phase) -> None:
         """What the program does from now on, for its heartbeat."""
         with self._lock:
             self.phase = phase
-            if not self._stop.is_set():
+            if not self._closed:
                 self._heartbeat.beat(phase, self._step)
 
-    def end_step(self, step: int) -> float:
-        """A step has ended; returns the seconds of it in which a collective was under way."""
+    def go_on(self) -> None:
+        """A phase is over: the program goes on with whatever it does."""
+        self.begin_phase("program")
+
+    def beat(self) -> None:
+        """The program says that it makes progress, which is seen without that."""
+
+    def begin_step(self, step: int) -> None:
+        """A step begins, which is where the one before has ended."""
+
+    def end_step(self, step: int) -> float | None:
+        """A step has ended; returns the seconds of it in which a collective was under way, None if that was not
+        measured."""
         with self._lock:
-            pending_s, self._pending_s = self._pending_s, 0.0
+            now_s = time.monotonic()
+            pending_s = self._pending.end(now_s, self.delays.collected_s())
             self._step = step
-            self._steps.append((time.monotonic_ns(), step))
-            if not self._stop.is_set():
+            self._steps.append((round(now_s * 1e9), step))
+            if not self._closed:
                 self._heartbeat.beat(self.phase, step)
+            self._begin_step(now_s)
         return pending_s
 
     def on_optimizer_step(self, optimizer: object) -> None:
@@ -130,16 +154,16 @@ class ProgramWatch:
         if os.getpid() != self.pid:
             return
         with self._lock:
-            if self._stop.is_set() or self._told:
+            if self._closed or self._told:
                 return
             if self._leader is None:
                 self._leader = id(optimizer)
             if id(optimizer) != self._leader:
                 return
             now_s = time.monotonic()
-            began_s, pending_s = self._step_began_s, self._pending_s
+            pending_s = self._pending.end(now_s, self.delays.collected_s())
+            began_s, self._step_began_s = self._step_began_s, now_s
             self._step += 1
-            self._step_began_s, self._pending_s = now_s, 0.0
             self._steps.append((round(now_s * 1e9), self._step))
             self._heartbeat.beat(self.phase, self._step)
         step_s = None if began_s is None else now_s - began_s  # nobody knows when the first step of a start began
@@ -149,16 +173,31 @@ class ProgramWatch:
                 ProgramStep(
                     step=self._step,
                     step_s=step_s,
-                    collective_s=min(pending_s, step_s),
+                    collective_s=pending_s,
                     data_s=min(spent.data_s, step_s),
                     batch_elements=spent.batch_elements,
                 )
             )
+        with self._lock:
+            self._begin_step(now_s)
+
+    def _begin_step(self, now_s: float) -> None:
+        """The next step begins; wake the thread if it is to look closely, and does not yet. Call it with the lock."""
+        before_s = self._gap_s
+        self._gap_s = gap_s = self._plan.gap_s(self._step + 1, self._heartbeat.median_step_s)
+        self._pending.begin(now_s, gap_s or SELDOM_S, close=gap_s > 0, collected_s=self.delays.collected_s())
+        if gap_s and not before_s:
+            self._wake_thread()
+
+    def _wake_thread(self) -> None:
+        if self._wake.locked():
+            self._wake.release()
 
     def close(self) -> None:
         """Stop looking; the thread has ended when this returns, or within a moment if it is inside torch."""
         with self._lock:
-            self._stop.set()
+            self._closed = True
+            self._wake_thread()
         if self in _watching:
             _watching.remove(self)
         self.delays.close()
@@ -175,53 +214,60 @@ class ProgramWatch:
         self._copy(entries)
 
     def _run(self) -> None:
-        before: tuple[object, ...] = ()
-        status, counts, pending, was_pending = b"", flight_counts(b""), False, False
-        looked_s = moved_s = beaten_s = time.monotonic()
-        collected_s = self.delays.collected_s()
-        copied_s = 0.0  # 0: there are no copies, or they are no longer true
-        while not self._paused():
-            read, waits, sent = flight_status(), waiting(), issued()
-            now_s = time.monotonic()
-            if read != status:
-                status, counts = read, flight_counts(read)
-                pending = any(count.pending for count in counts.values())
-            with self._lock:
-                if self._stop.is_set():
-                    return
-                gap_s, before_s, collected_s = now_s - looked_s, collected_s, self.delays.collected_s()
-                if was_pending != pending:
-                    # nobody knows when it changed: half of the time is right on average; not in a pause for garbage
-                    # collection, in which this thread does not run, and the program enters nothing
-                    gap_s = max(gap_s - (collected_s - before_s), 0.0) / 2
-                self._pending_s += gap_s if was_pending or pending else 0.0
-                if (now := (counts, waits, sent, self._step)) != before:
-                    before = now
-                    moved_s = now_s
-                    if now_s - beaten_s >= BEAT_S:
-                        beaten_s = now_s
-                        self._heartbeat.beat(self.phase, self._step)
-                        self._recorder.count(sent + sum(count.enqueued for count in counts.values()))
-                    if copied_s:
-                        self._recorder.forget()
-                    copied_s = 0.0
-            looked_s, was_pending = now_s, pending
-            quiet = now_s - moved_s >= QUIET_S
-            if (counts or waits) and quiet and (copied_s == 0.0 or (pending and now_s - copied_s >= AGAIN_S)):
-                copied_s = now_s
-                self._copy_newest()
+        looks, woken = self._looks, False
+        cpu_s = time.thread_time()
+        while True:
+            gap_s = self._gap_s
+            if looks.copied_s and looks.pending:
+                pause_s = EVERY_S  # what was copied is not to be true for longer than it is
+            elif gap_s:
+                pause_s = self._plan.first_s(gap_s) if woken else gap_s
+            else:
+                pause_s = 2 * SELDOM_S if looks.stepping else SELDOM_S
+            woken = self._wake.acquire(timeout=pause_s)
+            if self._closed:
+                return
+            if not woken:
+                self._look()
+                before_s, cpu_s = cpu_s, time.thread_time()
+                if gap_s:
+                    self._plan.spent(cpu_s - before_s)
 
-    def _paused(self) -> bool:
-        """Whether to end, after the time between two looks."""
-        if self._every_s > SLEPT_S:
-            return self._stop.wait(self._every_s)
-        time.sleep(self._every_s)  # with the fewest wake-ups, at a third less than a wait that can be cut short
-        return self._stop.is_set()
+    def _look(self) -> None:
+        looks, now_s = self._looks, time.monotonic()
+        looks.stepping, looks.step = looks.step != self._step, self._step
+        if looks.stepping and not self._gap_s and not looks.copied_s:
+            looks.moved_s = now_s  # nothing else is asked
+            return
+        looks.count += 1
+        read, waits, sent = flight_status(), waiting(), issued()
+        now_s = time.monotonic()
+        if read != looks.status:
+            looks.status, looks.counts = read, flight_counts(read)
+            looks.pending = any(count.pending for count in looks.counts.values())
+        with self._lock:
+            if self._closed:
+                return
+            self._pending.look(now_s, looks.pending, self.delays.collected_s())
+            if (seen := (looks.counts, waits, sent, self._step)) != looks.seen:
+                looks.seen, looks.moved_s = seen, now_s
+                if now_s - looks.beaten_s >= BEAT_S:
+                    looks.beaten_s = now_s
+                    self._heartbeat.beat(self.phase, self._step)
+                    self._recorder.count(sent + sum(count.enqueued for count in looks.counts.values()))
+                if looks.copied_s:
+                    self._recorder.forget()
+                looks.copied_s = 0.0
+        quiet = now_s - looks.moved_s >= QUIET_S
+        again = looks.pending and now_s - looks.copied_s >= AGAIN_S
+        if (looks.counts or waits) and quiet and (looks.copied_s == 0.0 or again):
+            looks.copied_s = now_s
+            self._copy_newest()
 
     def _copy_newest(self) -> None:
         entries = flight_entries(NEWEST)
         with self._lock:
-            if not self._stop.is_set():
+            if not self._closed:
                 self._copy(entries)
 
     def _copy(self, entries: Sequence[FlightEntry]) -> None:
@@ -235,6 +281,23 @@ class ProgramWatch:
         """The step that was under way at a time: the one after the last that had ended."""
         after = bisect.bisect_right(ends, t_ns)
         return self._steps[after - 1][1] + 1 if after else (self._steps[0][1] if self._steps else self._step + 1)
+
+
+class _Looks:
+    """What the thread has seen so far."""
+
+    def __init__(self, step: int, now_s: float) -> None:
+        self.count = 0
+        self.step = step
+        self.stepping = False
+        """Whether a step ended between the last two looks."""
+        self.status = b""
+        self.counts = flight_counts(b"")
+        self.pending = False
+        self.seen: tuple[object, ...] = ()
+        self.moved_s = self.beaten_s = now_s
+        self.copied_s = 0.0
+        """0: there are no copies, or they are no longer true."""
 
 
 def _collective(entry: FlightEntry, step: int) -> Collective:

@@ -97,12 +97,14 @@ class Recorder:
         path: as :func:`outlast.diagnostics.live.shm.ring_path` returns it.
         rank: written into the header.
         capacity: collectives kept; the oldest are overwritten.
+        is_private: keep them in this process's own memory, where nobody sees them.
 
     Raises:
-        DiagnosticsError: the file cannot be created, or shared memory is full.
+        SharedMemoryFull: there is no room for the file.
+        DiagnosticsError: it cannot be created.
     """
 
-    def __init__(self, path: Path, *, rank: int, capacity: int = 4096) -> None:
+    def __init__(self, path: Path, *, rank: int, capacity: int = 4096, is_private: bool = False) -> None:
         if capacity < 1:
             raise DiagnosticsError(f"a recorder ring cannot have a capacity of {capacity}", "it must be at least 1")
         self.path = Path(path)
@@ -112,13 +114,15 @@ class Recorder:
         self._seq = 0
         self._lock = threading.Lock()
         self._texts: dict[tuple[str, str, str], bytes] = {}
-        self._map = create_mapped(self.path, HEADER_BYTES + capacity * RECORD_BYTES)
+        size_bytes = HEADER_BYTES + capacity * RECORD_BYTES
+        self._map = mmap.mmap(-1, size_bytes) if is_private else create_mapped(self.path, size_bytes)
         self._bytes = memoryview(self._map)
         self._words = self._bytes.cast("q")
         self._closed = False
         for index, value in enumerate((MAGIC, VERSION, capacity, rank, os.getpid(), 0)):
             self._words[index] = value
-        publish(self.path)
+        if not is_private:
+            publish(self.path)
 
     def enter(self, op: str, nbytes: int, label: str) -> int:
         """Record that a collective is about to be issued; returns the token for :meth:`complete`.

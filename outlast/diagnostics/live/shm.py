@@ -17,10 +17,11 @@ import struct
 from pathlib import Path
 
 from outlast.diagnostics.live.run_key import KEY_FILE, run_key
-from outlast.errors import DiagnosticsError
+from outlast.errors import DiagnosticsError, SharedMemoryFull
 
 SHM_ROOT = Path("/dev/shm")
 WORD_BYTES = 8
+NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT)
 
 
 def shm_directory(run_dir: Path | str) -> Path:
@@ -123,7 +124,7 @@ def clear(shm_dir: Path) -> None:
     if not os.path.lexists(shm_dir):
         return
     _refuse_foreign(shm_dir)
-    for pattern in ("ring_*", "heartbeat_*", "new_*"):
+    for pattern in ("ring_*", "heartbeat_*", "unwatched_*", "new_*"):
         for path in shm_dir.glob(pattern):
             path.unlink(missing_ok=True)
     remove_if_empty(shm_dir)
@@ -136,7 +137,8 @@ def create_mapped(path: Path, size_bytes: int) -> mmap.mmap:
     header. The memory is reserved at once, because on a full tmpfs a later write would kill the process with SIGBUS.
 
     Raises:
-        DiagnosticsError: it cannot be created, or shared memory is full.
+        SharedMemoryFull: there is no room.
+        DiagnosticsError: it cannot be created.
     """
     temporary = _temporary(path)
     try:
@@ -148,7 +150,8 @@ def create_mapped(path: Path, size_bytes: int) -> mmap.mmap:
             os.close(fd)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise DiagnosticsError(
+        kind = SharedMemoryFull if error.errno in NO_ROOM else DiagnosticsError
+        raise kind(
             f"cannot allocate {size_bytes} bytes of shared memory at {path}: {error.strerror}",
             f"free space on {path.parent}, or lower diagnostics.ring_capacity",
         ) from error

@@ -17,7 +17,7 @@ from outlast.diagnostics.monitor.conditions import NodeCondition
 from outlast.diagnostics.syndromes.step_trace import RankSteps, decode_steps
 from outlast.errors import DiagnosticsError
 
-VERSION = 1
+VERSION = 2
 MOST_PENDING = 4
 """Collectives that a rank waits in and that are told, oldest first."""
 MOST_CONDITIONS = 16
@@ -70,6 +70,10 @@ class NodeReport:
     """The newest steps of its ranks, in seconds before ``t``; empty from a version that tells none."""
     probe: int = 0
     """Of node 0: how often it has asked all nodes, in this round, to try out themselves and their links."""
+    asked: tuple[int, ...] = ()
+    """Of node 0: how often it has asked single nodes to try out themselves, and which nodes it asks now."""
+    tested: Mapping[str, Any] | None = None
+    """What came of the newest time that this node was asked, with its number as ``asked``; None before the first."""
 
     def encode(self) -> bytes:
         """As JSON."""
@@ -87,6 +91,8 @@ class NodeReport:
             "conditions": [asdict(one) for one in self.conditions[-MOST_CONDITIONS:]],
             "steps": {one.rank: one.encode() for one in self.steps},
             "probe": self.probe,
+            "asked": self.asked,
+            "tested": self.tested,
         }
         return json.dumps(told, separators=(",", ":")).encode()
 
@@ -113,7 +119,9 @@ def decode(message: bytes) -> NodeReport:
             accused=tuple(accused(one) for one in told["accused"]),
             conditions=tuple(_condition(one) for one in told["conditions"]),
             steps=tuple(decode_steps(int(rank), str(text)) for rank, text in told.get("steps", {}).items()),
-            probe=int(told.get("probe", 0)),
+            probe=int(told["probe"]),
+            asked=tuple(map(int, told["asked"])),
+            tested=None if told["tested"] is None else dict(told["tested"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DiagnosticsError(f"not a node's message: {message[:80]!r} ({error})") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -47,13 +47,19 @@ class ProbeFinding:
     """None: the network as a whole."""
     words: str
     """With the values: ``2.4 MB/s from b to a, of 24 MB/s``."""
+    is_link: bool = False
+    """Whether it was measured between nodes, and not on one."""
 
     def __str__(self) -> str:
         return f"{self.culprit or 'the network'}: {self.words}"
 
 
 def judge(
-    reports: Mapping[int, ProbeReport], nodes: Sequence[str], *, least_bytes_s: float | None = None
+    reports: Mapping[int, ProbeReport],
+    nodes: Sequence[str],
+    *,
+    least_bytes_s: float | None = None,
+    link_factor: float = SLOW_FACTOR,
 ) -> tuple[ProbeFinding, ...]:
     """What is wrong; empty if nothing is.
 
@@ -62,6 +68,7 @@ def judge(
         nodes: their names.
         least_bytes_s: what each link must do; None compares them with each other, which between two nodes says nothing
             but whether they are connected.
+        link_factor: ... and a link is slow that takes this many times as long as the better ones.
     """
     silent = [number for number in range(len(nodes)) if number not in reports]
     if 2 * len(silent) > len(nodes):  # it may be this node that is not heard
@@ -73,32 +80,54 @@ def judge(
         for one in silent
     ]
     found += _tests(reports, nodes)
-    link = _links(reports, nodes, silent, least_bytes_s)
+    link = _links(reports, nodes, silent, least_bytes_s, link_factor)
     return (*found, *([link] if link is not None else []))
 
 
+def wrong_with(test: NodeTest, others: Sequence[NodeTest]) -> tuple[str, ...]:
+    """What a node's own test shows: what failed in it, and what takes too long beside the other nodes.
+
+    Args:
+        test: of the node.
+        others: of nodes like it.
+    """
+    found = list(test.reasons)
+    for field, does, shown in PARTS:
+        own = getattr(test, field)
+        theirs = [value for each in others if (value := getattr(each, field))]
+        if own is None or not theirs:
+            continue
+        typical = statistics.median(theirs)
+        factor = SLOW_DISK_FACTOR if field == "disk_bytes_s" else SLOW_FACTOR
+        if own * factor < typical:
+            found.append(f"{does} {shown(own)}, its peers at {shown(typical)} in the median")
+    return tuple(found)
+
+
+def described(test: NodeTest) -> str:
+    """``computes at 31 GFLOP/s, copies memory at 5.1 GB/s``: what is known of it."""
+    known = [(does, shown, value) for field, does, shown in PARTS if (value := getattr(test, field)) is not None]
+    return ", ".join(f"{does} {shown(value)}" for does, shown, value in known)
+
+
 def _tests(reports: Mapping[int, ProbeReport], nodes: Sequence[str]) -> list[ProbeFinding]:
-    found = []
     tests = {node: report.test for node, report in sorted(reports.items()) if report.test is not None}
-    for node, test in tests.items():
-        culprit = Culprit(place="node", nodes=(nodes[node],))
-        if test.reasons:
-            found.append(ProbeFinding(culprit=culprit, words="; ".join(test.reasons)))
-        for field, does, shown in PARTS:
-            own = getattr(test, field)
-            others = [value for one, each in tests.items() if one != node and (value := getattr(each, field))]
-            if own is None or not others:
-                continue
-            typical = statistics.median(others)
-            factor = SLOW_DISK_FACTOR if field == "disk_bytes_s" else SLOW_FACTOR
-            if own * factor < typical:
-                words = f"{does} {shown(own)}, its peers at {shown(typical)} in the median"
-                found.append(ProbeFinding(culprit=culprit, words=words))
-    return found
+    return [
+        ProbeFinding(culprit=Culprit(place="node", nodes=(nodes[node],)), words=words)
+        for node, test in tests.items()
+        for words in (
+            *(["; ".join(test.reasons)] if test.reasons else []),
+            *wrong_with(replace(test, reasons=()), [each for one, each in tests.items() if one != node]),
+        )
+    ]
 
 
 def _links(
-    reports: Mapping[int, ProbeReport], nodes: Sequence[str], silent: Sequence[int], least_bytes_s: float | None
+    reports: Mapping[int, ProbeReport],
+    nodes: Sequence[str],
+    silent: Sequence[int],
+    least_bytes_s: float | None,
+    factor: float,
 ) -> ProbeFinding | None:
     """The worst of what is wrong with links; rates are [from, to]."""
     rates: Floats = np.full((len(nodes), len(nodes)), np.nan)
@@ -117,15 +146,15 @@ def _links(
         return None
     working = rates[known & (np.nan_to_num(rates) > 0)]
     good = float(np.percentile(working, 100 - GOOD_PERCENT, method="higher")) if len(working) else 0.0
-    least = good / SLOW_FACTOR if least_bytes_s is None else least_bytes_s
+    least = good / factor if least_bytes_s is None else least_bytes_s
     bad = known & (np.nan_to_num(rates) < least)
     cut = known & (np.nan_to_num(rates) == 0)
     for which in (cut, bad):  # what is cut says more than what is slow
         culprit = locate(which, known, nodes)
         if culprit is not None:
-            return ProbeFinding(culprit=culprit, words=_described(which, rates, reasons, nodes, good))
+            return ProbeFinding(culprit=culprit, words=_described(which, rates, reasons, nodes, good), is_link=True)
     if bad.any() and least_bytes_s is not None:
-        return ProbeFinding(culprit=None, words=_described(bad, rates, reasons, nodes, good))
+        return ProbeFinding(culprit=None, words=_described(bad, rates, reasons, nodes, good), is_link=True)
     return None
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from outlast.diagnostics.config import DiagnosticsConfig
+from outlast.diagnostics.live.unwatched import RankUnwatched
 from outlast.diagnostics.monitor import NodeCondition
 from outlast.diagnostics.report.delays import delays_of
 from outlast.diagnostics.report.failures import Beginning, with_failures
@@ -104,7 +105,7 @@ def report_of(loaded: Loaded, run_dir: Path, config: DiagnosticsConfig | None = 
         stragglers=rows,
         thresholds=config,
         missing=tuple(missing),
-        scene=find_scene(loaded, failures, rows, phases, late_ms, steps.steps, began_t, facts.median_step_s),
+        scene=find_scene(loaded, failures, rows, phases, late_ms, lateness.steps, began_t, facts.median_step_s),
     )
 
 
@@ -286,11 +287,13 @@ def _waiting(steps: Steps) -> tuple[Floats, tuple[tuple[int, float], ...]]:
 def _traffic(steps: Steps) -> Traffic:
     totals = {name: float(np.nansum(values)) for name, values in steps.values.items()}
     wire, dense, step_s = (totals.get(name, 0.0) for name in ("wire_bytes", "dense_bytes", "step_s"))
+    inside, took = (steps.values.get(name, np.empty(0)) for name in ("collective_s", "step_s"))
+    looked_s = float(np.nansum(np.where(np.isfinite(inside), took, 0.0)))
     return Traffic(
         wire_bytes=int(wire),
         dense_bytes=int(dense),
         ratio=dense / wire if wire > 0 else None,
-        collective_share=totals["collective_s"] / step_s if step_s > 0 else 0.0,
+        collective_share=float(np.nansum(inside)) / looked_s if looked_s > 0 else 0.0,
         codec_share=totals["codec_s"] / step_s if step_s > 0 else 0.0,
         alpha=_median(steps, "alpha"),
         residual=_median(steps, "residual"),
@@ -342,12 +345,14 @@ def _checkpoints(loaded: Loaded, steps: Steps) -> Checkpoints:
 def _lateness(steps: Steps, hosts: Hosts) -> Lateness:
     if not steps.steps:
         return Lateness(steps=(), ranks=(), hosts=(), late_ms=())
-    late_ms = lateness_s(steps.values["collective_s"]) * 1e3
+    # steps in which nobody looked at collectives would be gaps in every picture
+    looked = np.flatnonzero(np.isfinite(steps.values["collective_s"]).any(axis=1))
+    late_ms = lateness_s(steps.values["collective_s"])[looked] * 1e3
     newest: dict[int, str] = {}
     for where in sorted(hosts):
         newest[where[2]] = hosts[where]
     return Lateness(
-        steps=tuple(steps.steps),
+        steps=tuple(steps.steps[int(at)] for at in looked),
         ranks=tuple(steps.ranks),
         hosts=tuple(newest.get(rank, UNKNOWN_HOST) for rank in steps.ranks),
         late_ms=tuple(_series(column) for column in late_ms.T),
@@ -418,4 +423,9 @@ def _gaps(loaded: Loaded, steps: Steps, begun: Begun) -> list[str]:
                 f"rank{'s' if len(silent) > 1 else ''} {names} of attempt {last[0]}: no event of the end; "
                 "still running, or killed"
             )
+    unwatched = sorted({(a, r.rank) for a, r in loaded.others if r.kind == RankUnwatched.kind})
+    if unwatched:
+        names = ", ".join(f"{rank} of attempt {attempt}" for attempt, rank in unwatched[:8])
+        more = " …" if len(unwatched) > 8 else ""
+        gaps.append(f"shared memory was full: not watched were ranks {names}{more}; what they did in a hang is unknown")
     return gaps

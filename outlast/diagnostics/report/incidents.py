@@ -154,7 +154,7 @@ def _from_event(record: Record, begin_t: float, loaded: Loaded, causes: NodeCaus
                 at_s=at_s,
                 kind=record.kind,
                 severity="warn" if findings else "good",
-                title="all stood still: nodes and links were tried out",
+                title=f"{get('why', 'all stood still')}: nodes and links were tried out",
                 detail=f"{'; '.join(findings) or 'none stands out'} ({get('heard')} of {get('nodes')} nodes took part)",
             )
         ]

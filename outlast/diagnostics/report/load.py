@@ -15,7 +15,7 @@ from outlast.diagnostics.live.kept import CollectivesKept
 from outlast.diagnostics.live.step_delays import RankDelay
 from outlast.diagnostics.monitor import NodeClock, NodeCondition, NodeMonitored
 from outlast.diagnostics.syndromes.told import VerdictGiven
-from outlast.errors import DiagnosticsError
+from outlast.errors import DiagnosticsError, NoEvents
 from outlast.events import GoodputMeasured, ProgramStep, Record, StepDone, parse_event
 
 Floats = npt.NDArray[np.float64]
@@ -96,7 +96,7 @@ def load(run_dir: Path) -> Loaded:
             files += [(int(folder.name), path) for path in sorted(folder.glob("events/rank_*.jsonl"))]
     launchers = sorted(run_dir.glob("events/agent_*.jsonl"))
     if not files and not launchers:
-        raise DiagnosticsError(
+        raise NoEvents(
             f"{run_dir} contains no events", "give the directory of a run; its events are in attempts/NNNN/events/"
         )
     table = array("d")

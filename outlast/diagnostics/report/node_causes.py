@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from outlast.diagnostics import formatting as fmt
+from outlast.diagnostics.syndromes.facts import held_s, overlap_s
+from outlast.diagnostics.syndromes.rules import Rules
 from outlast.events import Record
 
-COVERED_SHARE = 0.3
+COVERED_SHARE = Rules.covered_share
 """Of the time in which ranks were slow, which a condition must have held: it is found a sample or two late."""
 HELD_SHARE = 0.1
 """... and, where that is measured, in which it held a rank back."""
@@ -29,17 +31,15 @@ class NodeStretch:
 
     def held_s(self, begin_t: float, end_t: float) -> float:
         """Of these seconds, those in which it held, as far as is known: measured where it can be."""
-        overlap_s = max(0.0, min(self.end_t, end_t) - max(self.begin_t, begin_t))
         length_s = self.end_t - self.begin_t
-        if self.measured_s is None or length_s <= 0:
-            return overlap_s
-        return overlap_s * min(1.0, self.measured_s / length_s)
+        measured_s = None if self.measured_s is None else min(self.measured_s, length_s)
+        return held_s(self.begin_t, self.end_t, measured_s, since_s=begin_t, until_s=end_t)
 
     def covers(self, begin_t: float, end_t: float) -> bool:
         """Whether it explains that ranks were slow then."""
         length_s = end_t - begin_t
-        overlap_s = max(0.0, min(self.end_t, end_t) - max(self.begin_t, begin_t))
-        return overlap_s > COVERED_SHARE * length_s and self.held_s(begin_t, end_t) > HELD_SHARE * length_s
+        both_s = overlap_s(self.begin_t, self.end_t, since_s=begin_t, until_s=end_t)
+        return both_s > COVERED_SHARE * length_s and self.held_s(begin_t, end_t) > HELD_SHARE * length_s
 
 
 class NodeCauses:

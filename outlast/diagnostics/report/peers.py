@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from outlast.diagnostics.report.load import Floats
+from outlast.diagnostics.syndromes.others import Floats, median_of_others
 
 Bools = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
@@ -19,27 +19,11 @@ class Peers:
     """
 
     def __init__(self, values: Floats) -> None:
-        self._values = values
-        order = np.argsort(values, axis=1)  # NaN comes last
-        self._ordered: Floats = np.take_along_axis(values, order, axis=1)
-        self._place = np.empty(values.shape, dtype=np.int32)
-        np.put_along_axis(self._place, order, np.arange(values.shape[1], dtype=np.int32)[None, :], axis=1)
-        self._known = (~np.isnan(values)).sum(axis=1)
+        self._more: Floats = values - median_of_others(values)
 
     def more(self, at: Indices, column: int) -> Floats:
         """[steps at]: the value of a rank minus the median of the others; NaN where either is missing."""
-        own = self._values[at, column]
-        known = self._known[at]
-        missing = np.isnan(own)
-        place = np.where(missing, known, self._place[at, column])
-        others = known - ~missing
-
-        def other(number: npt.NDArray[np.int64]) -> Floats:
-            found: Floats = self._ordered[at, np.minimum(number + (number >= place), self._values.shape[1] - 1)]
-            return found
-
-        median = (other(np.maximum(others - 1, 0) // 2) + other(others // 2)) / 2
-        more: Floats = own - np.where(others > 0, median, np.nan)
+        more: Floats = self._more[at, column]
         return more
 
 

@@ -25,6 +25,7 @@ from outlast.diagnostics.report.stragglers import (
     median_steps_s,
     parts_longer,
     share_latest,
+    stand_for,
     subjects_of,
 )
 
@@ -169,7 +170,7 @@ def _phases(
             median_lateness_ms=float(np.median(late[here, column])) * 1e3,
             otherwise_ms=float(np.median(late[at[rest], column])) * 1e3,
             latest_share=latest,
-            cost_s=float(lost_s(late, blamed, here, column).sum()),
+            cost_s=float(lost_s(late, blamed, here, column) @ stand_for(steps, here, column)),
             longer=parts_longer(steps, here, column),
             cause=cause.words if cause is not None else "",
         )

@@ -10,13 +10,16 @@ import numpy.typing as npt
 from outlast.diagnostics import formatting as fmt
 from outlast.diagnostics.report.delays import Delays
 from outlast.diagnostics.report.load import Floats, Steps
-from outlast.diagnostics.syndromes.uneven import is_explained_by, longer_by_work_s
+from outlast.diagnostics.syndromes.own_times import OwnTimes
+from outlast.diagnostics.syndromes.rules import Rules
 
 Bools = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
 
-EXPLAINED_SHARE = 0.5
+EXPLAINED_SHARE = Rules.explained_share
 """Of the seconds that a rank was late, what a cause has to explain, step by step."""
+COLUMNS = {"data_wait": "data_s", "checkpoint": "checkpoint_s"}
+"""What has a column of its own in the steps."""
 SEEN_SHARE = 0.1
 """Of a step's lateness, from which on a cause counts as seen in it."""
 
@@ -43,7 +46,13 @@ class RankCauses:
     def __init__(self, steps: Steps, delays: Delays) -> None:
         self._steps = steps
         self._delays = delays
-        self._elements = _elements(steps)
+        told = {what: seconds for what in delays.by_what if (seconds := delays.seconds(what)) is not None}
+        self._own = OwnTimes(
+            seconds=told
+            | {what: np.nan_to_num(steps.values[name]) for what, name in COLUMNS.items() if name in steps.values},
+            elements=_elements(steps),
+            work_s=_work_s(steps),
+        )
 
     def of(self, column: int, at: Indices, behind_s: Floats) -> RankCause | None:
         """What explains that a rank was late; None if nothing that is known does.
@@ -62,7 +71,8 @@ class RankCauses:
             for one in (
                 self._collections(column, at, behind_s),
                 self._compilations(column, at, behind_s),
-                self._data(column, at, behind_s),
+                self._timed("data_wait", "waiting for its data", column, at, behind_s),
+                self._timed("checkpoint", "checkpointing", column, at, behind_s),
                 self._work(column, at, behind_s),
             )
             if one is not None and one.explained_s >= needed_s
@@ -85,13 +95,8 @@ class RankCauses:
                     return words
         return ""
 
-    def _more_s(self, what: str, column: int, at: Indices) -> Floats | None:
-        """[at]: the seconds of a delay beyond those of its median peer."""
-        seconds = self._delays.seconds(what)
-        return None if seconds is None else _beyond_peers(seconds[at], column)
-
     def _collections(self, column: int, at: Indices, behind_s: Floats) -> RankCause | None:
-        more_s = self._more_s("garbage_collection", column, at)
+        more_s = self._own.beyond_s("garbage_collection", column, at)
         if more_s is None:
             return None
         seconds, counts, generations = (values[at, column] for values in self._delays.by_what["garbage_collection"])
@@ -100,30 +105,24 @@ class RankCauses:
         return _cause("garbage collection", more_s, behind_s, seconds, detail)
 
     def _compilations(self, column: int, at: Indices, behind_s: Floats) -> RankCause | None:
-        more_s = self._more_s("compile", column, at)
+        more_s = self._own.beyond_s("compile", column, at)
         if more_s is None:
             return None
         seconds, counts, _ = (values[at, column] for values in self._delays.by_what["compile"])
         times = int(counts.sum())
         return _cause("compilation", more_s, behind_s, seconds, f" ({times} time{'s' if times != 1 else ''})")
 
-    def _data(self, column: int, at: Indices, behind_s: Floats) -> RankCause | None:
-        data_s = np.nan_to_num(self._steps.values["data_s"][at])
-        return _cause("waiting for its data", _beyond_peers(data_s, column), behind_s, data_s[:, column], "")
+    def _timed(self, what: str, name: str, column: int, at: Indices, behind_s: Floats) -> RankCause | None:
+        more_s = self._own.beyond_s(what, column, at)
+        if more_s is None:
+            return None
+        return _cause(name, more_s, behind_s, self._own.seconds[what][at, column], "")
 
     def _work(self, column: int, at: Indices, behind_s: Floats) -> RankCause | None:
-        if self._elements is None:
+        more_s = self._own.by_work_s(column, at, behind_s)
+        if more_s is None or self._own.elements is None:
             return None
-        elements, values = self._elements[at], self._steps.values
-        work_s = values["step_s"][at] - values["collective_s"][at] - values["data_s"][at]
-        more_s = longer_by_work_s(elements, work_s, column)
-        otherwise_s = _beyond_peers(np.nan_to_num(values["data_s"][at]), column)
-        for what in ("garbage_collection", "compile"):
-            seconds = self._more_s(what, column, at)
-            otherwise_s = otherwise_s + (seconds if seconds is not None else 0.0)
-        if not is_explained_by(more_s, np.maximum(behind_s - otherwise_s, 0.0)):
-            return None
-        more = more_s > 0
+        more, elements = more_s > 0, self._own.elements[at]
         own, typical = np.median(elements[more, column]), np.nanmedian(np.delete(elements[more], column, axis=1))
         return RankCause(
             name="uneven work",
@@ -141,12 +140,13 @@ def _elements(steps: Steps) -> Floats | None:
     return told if np.isfinite(told).any() and len(steps.ranks) > 1 else None
 
 
-def _beyond_peers(seconds: Floats, column: int) -> Floats:
-    """[steps]: of one rank, beyond the median of the others."""
-    if seconds.shape[1] < 2:
-        return np.zeros(len(seconds))
-    beyond: Floats = np.maximum(seconds[:, column] - np.median(np.delete(seconds, column, axis=1), axis=1), 0.0)
-    return beyond
+def _work_s(steps: Steps) -> Floats | None:
+    """[steps, ranks]: of each step, outside collectives and without waiting for data."""
+    if not steps.steps:
+        return None
+    values = steps.values
+    work_s: Floats = values["step_s"] - values["collective_s"] - values["data_s"]
+    return work_s
 
 
 def _cause(name: str, more_s: Floats, behind_s: Floats, seconds: Floats, detail: str) -> RankCause:

@@ -131,6 +131,9 @@ def _cause(steps: Steps, at: Indices, lost_s: float, counted: Bools, own: RankCa
             return f"all ranks were slow {name}", None
     if own is not None and (words := own.of_all(at, counted, lost_s)):
         return f"all ranks were {words}", None
+    took, inside = steps.values["step_s"][at], steps.values["collective_s"][at]
+    if (np.isfinite(took) & ~np.isfinite(inside)).any():
+        return "nobody knows in what, for collectives are not looked at in every step", None
     if excess_s("collective_s").min() > HALF * lost_s:
         return "all ranks spent it inside collectives: the network was slow or cut, or a rank stood still there", None
     return "all ranks were slow outside collectives, as on a busy, throttled or suspended machine", None

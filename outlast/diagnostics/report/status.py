@@ -15,7 +15,8 @@ from outlast.diagnostics.live import Observation, heartbeat_path, observe
 from outlast.diagnostics.live.shm import find_shm_directory
 from outlast.diagnostics.report.incidents import SAME_RESTART_S
 from outlast.diagnostics.report.told_verdicts import open_verdicts
-from outlast.errors import DiagnosticsError
+from outlast.diagnostics.syndromes.told import Story
+from outlast.errors import DiagnosticsError, NoEvents
 from outlast.events import Record, parse_event
 
 TAIL_BYTES = 64 << 10
@@ -74,8 +75,14 @@ class RunStatus:
     """The newest that a rank has begun or done."""
     steps_planned: int
     """0 if nobody said."""
+    step_age_s: float | None
+    """Seconds since a rank was done with a step of this start, by the clocks of both; None before the first."""
+    hung: bool
+    """Whether a rank keeps its peers waiting: its launcher has said so, and no step was done since."""
     verdicts: tuple[str, ...]
     """What holds and is wrong, in one line each; the worst first."""
+    stories: tuple[Story, ...]
+    """Of those that launchers told while the ranks ran: what was ruled out, the cause, what was tried out and done."""
     nodes: tuple[NodeStatus, ...]
     ranks: tuple[RankStatus, ...]
 
@@ -100,7 +107,7 @@ def status_of(run_dir: Path | str) -> RunStatus:
     newest = _newest_attempt(run_dir)
     by_rank = {} if newest is None else _rank_events(newest)
     if not told and not by_rank:
-        raise DiagnosticsError(
+        raise NoEvents(
             f"{run_dir} contains no events: no job has begun there",
             "give the directory of a run; its events are in events/ and attempts/NNNN/events/",
         )
@@ -112,6 +119,11 @@ def status_of(run_dir: Path | str) -> RunStatus:
     ranks = _ranks(run_dir, started, of_start, now_t, now_s)
     state, reason = _state(told, generation, started, of_start, ranks, now_t)
     begun = [one for records in of_start.values() for one in records if one.kind == "run_started"]
+    done_t = max((one.t for records in of_start.values() for one in records if one.kind in STEP_KINDS), default=None)
+    suspected = _suspected(told, generation, done_t) if state == "running" else ()
+    is_over = state in ("finished", "ended")
+    slow = [] if is_over else [one for one in open_verdicts(told) if one.generation == generation]
+    stories = tuple(Story.of(one.fields) for one in slow)
     return RunStatus(
         name=run_dir.resolve().name,
         run_dir=str(run_dir),
@@ -121,7 +133,10 @@ def status_of(run_dir: Path | str) -> RunStatus:
         restarts_left=min((int(one.fields.get("restarts_left", 0)) for one in started), default=0),
         step=max((one.step for one in ranks), default=0),
         steps_planned=max((int(one.fields.get("last_step", 0)) for one in begun), default=0),
-        verdicts=() if state in ("finished", "ended") else _verdicts(told, generation),
+        step_age_s=None if done_t is None else max(0.0, now_t - done_t),
+        hung=bool(suspected),
+        verdicts=() if is_over else (*suspected, *_hangs(told, generation), *(one.verdict for one in stories)),
+        stories=stories,
         nodes=_nodes(started, told, of_start, launchers.values(), now_t),
         ranks=ranks,
     )
@@ -282,16 +297,27 @@ def _state(
     return "no sign of life", f"nothing was heard of its ranks for {since_s:.0f} s, and none is alive on this machine"
 
 
-def _verdicts(told: Sequence[Record], generation: int) -> tuple[str, ...]:
-    """Hangs of the newest start, then what is slow."""
+def _suspected(told: Sequence[Record], generation: int, done_t: float | None) -> tuple[str, ...]:
+    """Ranks that keep their peers waiting now, the newest first: no step was done since that was told."""
+    held = {
+        one.fields.get("culprit"): one
+        for one in told
+        if one.kind == "hang_suspected" and one.generation == generation and (done_t is None or one.t > done_t)
+    }
+    return tuple(
+        f"rank {rank} keeps its peers waiting at step {one.fields.get('step')}: {one.fields.get('evidence')}"
+        for rank, one in sorted(held.items(), key=lambda item: -item[1].t)
+    )
+
+
+def _hangs(told: Sequence[Record], generation: int) -> tuple[str, ...]:
+    """Of the newest start."""
     hangs = [one for one in told if one.kind == "hang_found" and one.generation == generation]
-    words = [
+    return tuple(
         f"rank {one.fields.get('culprit')} hung in step {one.fields.get('step')}, and was killed: "
         f"{one.fields.get('evidence')}"
         for one in hangs
-    ]
-    words += [str(one.fields.get("words")) for one in open_verdicts(told) if one.generation == generation]
-    return tuple(words)
+    )
 
 
 def _nodes(

@@ -13,6 +13,7 @@ from outlast.diagnostics.config import DiagnosticsConfig
 from outlast.diagnostics.report.load import Floats, Steps
 from outlast.diagnostics.report.peers import Peers, Rivals
 from outlast.diagnostics.report.rank_causes import RankCauses
+from outlast.diagnostics.syndromes.others import median_beside
 from outlast.diagnostics.syndromes.places import whole_nodes
 
 Bools = npt.NDArray[np.bool_]
@@ -220,7 +221,7 @@ def _judge(
 
 def behind_peers_s(late: Floats, at: Indices, column: int) -> Floats:
     """[steps at]: the lateness of a rank minus that of its median peer."""
-    behind: Floats = late[at, column] - np.nanmedian(np.delete(late[at], column, axis=1), axis=1)
+    behind: Floats = late[at, column] - median_beside(late[at], column)
     return behind
 
 
@@ -265,12 +266,7 @@ def _parts(steps: Steps) -> dict[str, Floats]:
 
 def parts_longer(steps: Steps, at: Indices, column: int) -> tuple[tuple[str, float], ...]:
     """Parts of the step, without communication, that took this rank at least 1 ms longer than its median peer."""
-    return _longest(
-        {
-            name: part[at, column] - np.nanmedian(np.delete(part[at], column, axis=1), axis=1)
-            for name, part in _parts(steps).items()
-        }
-    )
+    return _longest({name: part[at, column] - median_beside(part[at], column) for name, part in _parts(steps).items()})
 
 
 def _longest(more_s: Mapping[str, Floats]) -> tuple[tuple[str, float], ...]:
@@ -282,6 +278,16 @@ def lost_s(late: Floats, blamed: Bools, at: Indices, column: int) -> Floats:
     """[steps at]: the seconds that a rank adds beyond the latest other rank that is not blamed."""
     added: Floats = np.maximum(late[at, column] - _rivals(late, blamed, at, column).max(axis=1), 0.0)
     return added
+
+
+def stand_for(steps: Steps, at: Indices, column: int) -> Floats:
+    """[steps at]: how many steps each stands for: itself, and those after it in which nobody looked at collectives."""
+    values = steps.values
+    took, known = np.isfinite(values["step_s"][:, column]), np.isfinite(values["collective_s"][:, column])
+    looked, unknown = np.flatnonzero(took & known), np.flatnonzero(took & ~known)
+    after = np.searchsorted(looked, unknown[unknown > at[0]]) - 1
+    count: Floats = np.bincount(after, minlength=len(looked)).astype(np.float64) + 1.0
+    return count[np.searchsorted(looked, at)]
 
 
 def _with_cause(row: StragglerRow, late: Floats, at: Indices, column: int, own: RankCauses | None) -> StragglerRow:
@@ -297,4 +303,6 @@ def _with_cost(row: StragglerRow, steps: Steps, late: Floats, blamed: Bools, at:
     added = lost_s(late, blamed, at, column)
     median = float(np.median(added))
     without = float(np.median(np.nanmax(steps.values["step_s"][at], axis=1))) - median
-    return replace(row, slowdown_share=median / without if without > 0 else 0.0, cost_s=float(added.sum()))
+    return replace(
+        row, slowdown_share=median / without if without > 0 else 0.0, cost_s=float(added @ stand_for(steps, at, column))
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from outlast.diagnostics import formatting as fmt
 from outlast.diagnostics.report.incidents import Incident
-from outlast.diagnostics.syndromes.told import VerdictGiven
+from outlast.diagnostics.syndromes.told import Story, VerdictGiven
 from outlast.diagnostics.syndromes.verdict import NAMES, Culprit
 from outlast.events import Record
 
@@ -74,13 +74,15 @@ def _incident(first: Record, last: Record, begin_t: float) -> Incident | None:
         return None
     since = min(since, int(first.fields.get("step", since)))
     steps = max(1, newest - since + 1)
-    why = f", because of {cause}" if cause else ""
+    by = "perhaps because of" if fields.get("cause_confidence") == "weak" else "because of"
+    why = f", {by} {cause}" if cause else ""
+    story = "; ".join(Story.of(fields).lines())
     return Incident(
         at_s=first.t - begin_t,
         kind=VERDICT,
         severity="warn",
         title=f"{name}: {who} since step {since}",
-        detail=f"{evidence}{why}; told while it ran, until step {newest}",
+        detail=f"{evidence}; {story}{'; ' if story else ''}told while it ran, until step {newest}",
         step=since,
         rank=culprit.ranks[0] if len(culprit.ranks) == 1 else None,
         cause=f"{who}: {name} in steps {since} to {newest}{why}: {evidence}; {fmt.duration(cost_s * steps)} lost",

@@ -87,6 +87,33 @@ SOFTWARE: frozenset[FactKind] = frozenset(
 """Causes that would follow the job to another node, or leave with whoever shares this one: the node is not broken."""
 
 
+TOLD_BY_RANKS: frozenset[FactKind] = frozenset(
+    ("garbage_collection", "data_wait", "checkpoint", "evaluation", "compile", "uneven_work")
+)
+"""What a rank tells of itself, step by step; the others are seen by the node's monitor, which looks now and then."""
+
+
+def overlap_s(begin_s: float, end_s: float, *, since_s: float, until_s: float) -> float:
+    """Seconds that the time from begin to end has in common with another one."""
+    return max(0.0, min(end_s, until_s) - max(begin_s, since_s))
+
+
+def held_s(begin_s: float, end_s: float, measured_s: float | None, *, since_s: float, until_s: float) -> float:
+    """Seconds, of the time from one moment until another, in which something held: measured, where that can be.
+
+    Args:
+        begin_s: when it began.
+        end_s: when it ended.
+        measured_s: in how many seconds between these it held ranks back; None if that is not known.
+        since_s: of the time in question.
+        until_s: its end.
+    """
+    both_s, length_s = overlap_s(begin_s, end_s, since_s=since_s, until_s=until_s), end_s - begin_s
+    if measured_s is None or length_s <= 0:
+        return both_s
+    return both_s / length_s * measured_s
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:
     """One thing that was so on one node, or for one rank of it, for a while."""
@@ -112,6 +139,14 @@ class Fact:
     def is_software(self) -> bool:
         """Whether another node would not help."""
         return self.kind in SOFTWARE
+
+    def overlap_s(self, since_s: float, until_s: float) -> float:
+        """Seconds of the time between these moments in which it was so."""
+        return overlap_s(self.begin_s, self.end_s, since_s=since_s, until_s=until_s)
+
+    def held_s(self, since_s: float, until_s: float) -> float:
+        """... and of these, those in which it kept ranks from working, as far as that is known."""
+        return held_s(self.begin_s, self.end_s, self.lost_s, since_s=since_s, until_s=until_s)
 
     def words(self) -> str:
         """``garbage collection: 2.1 s in collections, 1.9 s lost (generation 2)``."""

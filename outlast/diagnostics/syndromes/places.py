@@ -1,8 +1,9 @@
-"""When several slow ranks are one slow node."""
+"""What nodes are called, and when several slow ranks are one slow node."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 
 WHOLE_NODE = 0.75
 """A node is slow if this share of its ranks is."""
@@ -27,3 +28,16 @@ def whole_nodes(slow: Collection[int], nodes: Mapping[int, str]) -> dict[str, li
         if len(late) > 1 and len(late) >= WHOLE_NODE * len(there):
             found[name] = late
     return found
+
+
+def node_names(hosts: Sequence[str]) -> tuple[str, ...]:
+    """A name for each node that no other has: its host, with its number where two have the same.
+
+    Args:
+        hosts: by the nodes' numbers; empty where it is not known, which leaves the number.
+    """
+    times = Counter(hosts)
+    return tuple(
+        str(number) if not host else f"{host} (node {number})" if times[host] > 1 else host
+        for number, host in enumerate(hosts)
+    )

@@ -40,5 +40,7 @@ class Rules:
     """A link is hot if a byte takes this many times as long as over the median link of its kind."""
     explained_share: float = 0.5
     """A fact is the cause if it explains this share of the lost time."""
+    covered_share: float = 0.3
+    """... or, of what a node's monitor saw, if it held in this share of the time: it is found a sample or two late."""
     shared_share: float = 1 / 3
     """What more than this share of all ranks do at once, on several nodes, is a phase and no fault of theirs."""

@@ -10,6 +10,7 @@ import numpy as np
 from outlast.diagnostics.syndromes.causes import Cause, explain
 from outlast.diagnostics.syndromes.facts import Fact
 from outlast.diagnostics.syndromes.meetings import Meetings
+from outlast.diagnostics.syndromes.others import median_of_others
 from outlast.diagnostics.syndromes.places import whole_nodes
 from outlast.diagnostics.syndromes.rules import Rules
 from outlast.diagnostics.syndromes.shift import Shifts, find_shifts, recurring
@@ -83,30 +84,12 @@ def excess_of(trace: Trace, times: StepTimes, rules: Rules) -> Excess | None:
     for role in range(len(trace.job.roles)):
         ranks = np.flatnonzero(trace.job.role_of == role)
         if len(ranks) > 1:
-            values[ranks] = own[ranks] - median_of_others(own[ranks])
+            values[ranks] = own[ranks] - median_of_others(own[ranks].T).T
             has_peers[ranks] = True
         elif len(ranks):
             values[ranks] = own[ranks] - np.nanmedian(own[ranks], axis=1, keepdims=True)
     threshold_s = max(rules.slow_share * step_s, rules.slow_least_s)
     return Excess(values=values, has_peers=has_peers, steps=times.steps[usable], step_s=step_s, threshold_s=threshold_s)
-
-
-def median_of_others(values: Floats) -> Floats:
-    """[ranks, steps]: of each value, the median of the other ranks' in the same step; NaN where there are none.
-
-    A rank does not count in what it is compared with. So of two ranks each has the other one, and where half of an even
-    number are slow, each slow one is compared with one that is not.
-    """
-    order = np.argsort(values, axis=0)  # NaN last
-    ordered = np.take_along_axis(values, order, axis=0)
-    place = np.argsort(order, axis=0)
-    others = np.isfinite(values).sum(axis=0)[None, :] - 1
-    low, high = (others - 1) // 2, others // 2
-    top = len(values) - 1
-    first = np.take_along_axis(ordered, np.clip(low + (place <= low), 0, top), axis=0)
-    second = np.take_along_axis(ordered, np.clip(high + (place <= high), 0, top), axis=0)
-    found: Floats = np.where((others > 0) & np.isfinite(values), (first + second) / 2, np.nan)
-    return found
 
 
 def _held_s(trace: Trace, meetings: Meetings, steps: Ints) -> Floats:
@@ -189,6 +172,7 @@ def _verdict(
         confidence=confidence,
         step=first,
         cause=cause.words,
+        cause_confidence=cause.confidence if cause.words else None,
         is_software=cause.is_software,
         cost_s=rise_s,
     )
@@ -212,6 +196,7 @@ def _irregular(trace: Trace, rank: int, excess: Excess, facts: Sequence[Fact], r
         confidence="likely" if cause.words else "weak",
         step=int(excess.steps[int(high.argmax())]),
         cause=cause.words,
+        cause_confidence=cause.confidence if cause.words else None,
         is_software=cause.is_software,
         cost_s=mean_s,
     )
@@ -231,7 +216,7 @@ def _slow_roles(
     past = np.nanpercentile(medians, PAST_PERCENTILE, axis=1, keepdims=True)
     more = medians - past
     shifts = find_shifts(
-        more - median_of_others(more),  # what all roles have in common is the job's
+        more - median_of_others(more.T).T,  # what all roles have in common is the job's
         excess.threshold_s,
         rules,
         from_start=False,
@@ -258,6 +243,7 @@ def _slow_roles(
                 confidence="likely",
                 step=first,
                 cause=cause.words or "uneven work between roles",
+                cause_confidence=cause.confidence if cause.words else "likely",
                 is_software=True,
                 cost_s=rise_s,
             )

@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import math
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from outlast.diagnostics.syndromes.facts import Fact, FactKind
-from outlast.diagnostics.syndromes.trace import RUNNING, Calls, Clocks, Job, Signs, Trace
+from outlast.diagnostics.syndromes.facts import FactKind
+from outlast.diagnostics.syndromes.others import Floats, median_of_others
+from outlast.diagnostics.syndromes.trace import RUNNING, Calls, Clocks, Ints, Job, Signs, Trace
 from outlast.errors import DiagnosticsError
 
 MOST_STEPS = 48
 """Steps of a rank that are told, the newest."""
-DELAYS: tuple[FactKind, ...] = ("garbage_collection", "data_wait", "compile")
+DELAYS: tuple[FactKind, ...] = ("garbage_collection", "data_wait", "compile", "checkpoint")
 """What a rank tells of that kept it from its work in a step."""
-_ROW = np.dtype([("step", "<i4"), ("done_s", "<f4"), ("inside_s", "<f4"), ("delays_s", "<f4", (len(DELAYS),))])
+_ROW = np.dtype(
+    [
+        *(("step", "<i4"), ("done_s", "<f4"), ("inside_s", "<f4"), ("elements", "<f4")),
+        ("delays_s", "<f2", (len(DELAYS),)),  # to a thousandth of it
+    ]
+)
+_LONGEST_DELAY_S = 60000.0
+"""What two bytes hold."""
 _LEAST_INSIDE_S = 1e-6
 """A rank that did not wait at all was inside nevertheless."""
 _GROUP = "all ranks"
@@ -41,13 +50,17 @@ class RankSteps:
     """Seconds of it inside collectives."""
     delays_s: tuple[tuple[float, ...], ...] = ()
     """Seconds of it in each of :data:`DELAYS`; empty if none is known."""
+    elements: tuple[float, ...] = ()
+    """Of its batches, or tokens; 0 where that is not known. Empty if none is."""
 
     def encode(self) -> str:
-        """As text of at most 1,536 bytes, exact to a part in ten million."""
+        """As text of at most 1,536 bytes; times and sizes are exact to a part in ten million, delays in a thousand."""
         rows = np.zeros(len(self.steps), dtype=_ROW)
         rows["step"], rows["done_s"], rows["inside_s"] = self.steps, self.done_s, self.inside_s
         if self.delays_s:
-            rows["delays_s"] = self.delays_s
+            rows["delays_s"] = np.minimum(self.delays_s, _LONGEST_DELAY_S)
+        if self.elements:
+            rows["elements"] = self.elements
         return base64.b64encode(rows[-MOST_STEPS:].tobytes()).decode()
 
 
@@ -64,7 +77,7 @@ def decode_steps(rank: int, text: str) -> RankSteps:
     if len(raw) % _ROW.itemsize or len(raw) > MOST_STEPS * _ROW.itemsize:
         raise DiagnosticsError(f"the steps of rank {rank} have {len(raw)} bytes")
     rows = np.frombuffer(raw, dtype=_ROW)
-    if not all(np.isfinite(rows[name]).all() for name in ("done_s", "inside_s", "delays_s")):
+    if not all(np.isfinite(rows[name]).all() for name in ("done_s", "inside_s", "elements", "delays_s")):
         raise DiagnosticsError(f"the steps of rank {rank} have times that are none")
     return RankSteps(
         rank=rank,
@@ -72,6 +85,7 @@ def decode_steps(rank: int, text: str) -> RankSteps:
         done_s=tuple(rows["done_s"].tolist()),
         inside_s=tuple(rows["inside_s"].tolist()),
         delays_s=tuple(map(tuple, rows["delays_s"].tolist())) if rows["delays_s"].any() else (),
+        elements=tuple(rows["elements"].tolist()) if rows["elements"].any() else (),
     )
 
 
@@ -84,6 +98,45 @@ class NodeSteps:
     now_s: float
     """When they were told, after the same moment."""
     ranks: Sequence[RankSteps]
+
+
+def without_gaps(nodes: Sequence[NodeSteps]) -> list[NodeSteps]:
+    """As if the steps that are told had come one right after the other.
+
+    Between two of them may be others in which nobody looked at collectives. Those, and a step that only some ranks tell
+    of, are taken out of the time, for all ranks alike: what is left between two steps is as much as one takes on
+    average. The newest steps stay, which some ranks may not have told of yet, and the oldest.
+
+    Args:
+        nodes: of every node.
+    """
+    told = [dict(zip(one.steps, one.done_s, strict=True)) for node in nodes for one in node.ranks if one.steps]
+    if not told:
+        return list(nodes)
+    oldest, newest = max(min(one) for one in told), min(max(one) for one in told)
+    common = set(told[0]).intersection(*told)
+    kept = sorted({step for one in told for step in one if step in common or step > newest or step < oldest})
+    later_s = dict.fromkeys(kept, 0.0)
+    shift_s = 0.0
+    for before, after in reversed(list(itertools.pairwise(kept))):
+        apart_s = [one[after] - one[before] for one in told if before in one and after in one]
+        if after - before > 1 and apart_s:
+            shift_s += float(np.median(apart_s)) * (1 - 1 / (after - before))
+        later_s[before] = shift_s
+    return [replace(node, ranks=[_only(one, later_s) for one in node.ranks]) for node in nodes]
+
+
+def _only(one: RankSteps, later_s: Mapping[int, float]) -> RankSteps:
+    """These steps of a rank, each later by so many seconds."""
+    at = [place for place, step in enumerate(one.steps) if step in later_s]
+    return RankSteps(
+        rank=one.rank,
+        steps=tuple(one.steps[place] for place in at),
+        done_s=tuple(one.done_s[place] + later_s[one.steps[place]] for place in at),
+        inside_s=tuple(one.inside_s[place] for place in at),
+        delays_s=tuple(one.delays_s[place] for place in at) if one.delays_s else (),
+        elements=tuple(one.elements[place] for place in at) if one.elements else (),
+    )
 
 
 def trace_of_steps(nodes: Sequence[NodeSteps], *, world_size: int) -> Trace | None:
@@ -143,21 +196,6 @@ def trace_of_steps(nodes: Sequence[NodeSteps], *, world_size: int) -> Trace | No
     )
 
 
-def delays_of(nodes: Iterable[NodeSteps], ranks: Collection[int]) -> list[Fact]:
-    """What kept these ranks from their work, step by step."""
-    return [
-        Fact(
-            kind=kind, node=node.node, rank=one.rank, begin_s=done_s - lost_s, end_s=done_s, value=lost_s, lost_s=lost_s
-        )
-        for node in nodes
-        for one in node.ranks
-        if one.rank in ranks
-        for done_s, delays_s in zip(one.done_s, one.delays_s, strict=False)
-        for kind, lost_s in zip(DELAYS, delays_s, strict=True)
-        if lost_s > 0
-    ]
-
-
 def newest_common_step(nodes: Iterable[NodeSteps]) -> int:
     """The newest step that all of these ranks have told of; -1 if there is none."""
     return min((one.steps[-1] if one.steps else -1 for node in nodes for one in node.ranks), default=-1)
@@ -171,14 +209,63 @@ def behind_s(nodes: Iterable[NodeSteps], ranks: Iterable[int], newest: int = 10)
         ranks: of these.
         newest: how many of the steps that all have.
     """
-    told = {one.rank: dict(zip(one.steps, one.inside_s, strict=True)) for node in nodes for one in node.ranks}
-    common = sorted(set.intersection(*(set(one) for one in told.values())))[-newest:] if told else []
-    if not common or len(told) < 2:
+    table = table_of(nodes, newest)
+    if not len(table.steps) or len(table.ranks) < 2:
         return {}
-    row = {rank: at for at, rank in enumerate(told)}
-    inside = np.asarray([[of_rank[step] for step in common] for of_rank in told.values()])
-    return {
-        rank: float(np.median(np.median(np.delete(inside, row[rank], axis=0), axis=0) - inside[row[rank]]))
-        for rank in ranks
-        if rank in row
-    }
+    row = {rank: at for at, rank in enumerate(table.ranks)}
+    behind = median_of_others(table.inside_s) - table.inside_s
+    return {rank: float(np.median(behind[:, row[rank]])) for rank in ranks if rank in row}
+
+
+def transfer_s(nodes: Iterable[NodeSteps], newest: int = 10) -> float:
+    """Seconds a step that collectives take once all ranks are there, in the median of the newest steps; NaN of none."""
+    table = table_of(nodes, newest)
+    return float(np.median(table.inside_s.min(axis=1))) if table.inside_s.size else math.nan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepTable:
+    """The steps that all ranks have told of."""
+
+    steps: Ints
+    """[steps], ascending."""
+    ranks: tuple[int, ...]
+    nodes: tuple[str, ...]
+    """By rank, where it is."""
+    done_s: Floats
+    """[steps, ranks], after the moment of the rank's node."""
+    inside_s: Floats
+    """[steps, ranks]."""
+    delays_s: dict[FactKind, Floats]
+    """[steps, ranks] each: of what was so at least once."""
+    elements: Floats | None
+    """[steps, ranks]; NaN where it is not known. None if it is nowhere."""
+
+
+def table_of(nodes: Iterable[NodeSteps], newest: int = MOST_STEPS) -> StepTable:
+    """What ranks told of the steps that all of them have, at most so many of the newest."""
+    told = sorted(((one, node.node) for node in nodes for one in node.ranks), key=lambda item: item[0].rank)
+    sets = [set(one.steps) for one, _ in told]
+    common = np.asarray(sorted(set.intersection(*sets))[-newest:] if sets else [], dtype=np.int64)
+    shape = len(common), len(told)
+    done_s, inside_s, elements = np.empty(shape), np.empty(shape), np.zeros(shape)
+    delays_s: dict[FactKind, Floats] = {}
+    for column, (one, _) in enumerate(told):
+        at = np.searchsorted(one.steps, common)
+        done_s[:, column] = np.asarray(one.done_s)[at]
+        inside_s[:, column] = np.asarray(one.inside_s)[at]
+        if one.elements:
+            elements[:, column] = np.asarray(one.elements)[at]
+        if one.delays_s:
+            for kind, seconds in zip(DELAYS, np.asarray(one.delays_s)[at].T, strict=True):
+                if seconds.any():
+                    delays_s.setdefault(kind, np.zeros(shape))[:, column] = seconds
+    return StepTable(
+        steps=common,
+        ranks=tuple(one.rank for one, _ in told),
+        nodes=tuple(node for _, node in told),
+        done_s=done_s,
+        inside_s=inside_s,
+        delays_s=delays_s,
+        elements=np.where(elements > 0, elements, np.nan) if elements.any() else None,
+    )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from outlast.diagnostics.syndromes.others import Floats, median_beside
 
 LEAST_MORE = 0.05
 """Of the median rank's work: a difference that is smaller is none."""
@@ -24,17 +23,17 @@ def longer_by_work_s(elements: Floats, work_s: Floats, column: int) -> Floats:
         work_s: [steps, ranks], seconds of each step without waiting for others.
         column: of the rank in question.
     """
-    peers = np.delete(elements, column, axis=1)
-    known = np.isfinite(elements[:, column]) & np.isfinite(peers).any(axis=1)
+    typical = median_beside(elements, column)
     found = np.zeros(len(elements))
+    known = np.isfinite(elements[:, column]) & np.isfinite(typical)
     if not known.any():
         return found
-    typical = np.nanmedian(peers[known], axis=1)
-    more = elements[known, column] - typical
-    each_s = np.nanmedian(np.delete(work_s, column, axis=1)[known] / np.where(peers[known] > 0, peers[known], np.nan))
-    if not np.isfinite(each_s):
+    peers = np.delete(elements, column, axis=1)[known]
+    each = np.delete(work_s, column, axis=1)[known] / np.where(peers > 0, peers, np.nan)
+    if not np.isfinite(each).any():
         return found
-    found[known] = np.where(more > LEAST_MORE * typical, more * each_s, 0.0)
+    more = elements[known, column] - typical[known]
+    found[known] = np.where(more > LEAST_MORE * typical[known], more * np.nanmedian(each), 0.0)
     return found
 
 

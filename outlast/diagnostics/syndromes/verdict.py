@@ -95,10 +95,15 @@ class Verdict:
     """The step in which it began."""
     cause: str = ""
     """The cause in words, where a fact of the same time explains it."""
+    cause_confidence: Confidence | None = None
+    """``likely`` if what it took was measured, and is as much as was lost; ``weak`` if it was merely so at the same
+    time. None without a cause."""
     is_software: bool = False
     """Whether the cause would follow the job to another node."""
     cost_s: float | None = None
     """Of a hang, seconds since it began; of slowness, seconds a step."""
+    tried: str = ""
+    """What a probe of the node or link said before it was told; empty if there was none."""
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -108,7 +113,8 @@ class Verdict:
     def __str__(self) -> str:
         """One line: syndrome, culprit, cause, evidence."""
         step = "" if self.step is None else f" since step {self.step}"
-        cause = f", because of {self.cause}" if self.cause else ""
+        why = "perhaps because of" if self.cause_confidence == "weak" else "because of"
+        cause = f", {why} {self.cause}" if self.cause else ""
         weak = " (weak evidence)" if self.confidence == "weak" else ""
         return f"{NAMES[self.syndrome]}: {self.culprit}{step}{cause}: {self.evidence}{weak}"
 
@@ -125,6 +131,8 @@ class Verdict:
             "confidence": self.confidence,
             "step": self.step,
             "cause": self.cause,
+            "cause_confidence": self.cause_confidence,
             "is_software": self.is_software,
             "cost_s": self.cost_s,
+            "tried": self.tried,
         }

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from outlast.checkpoint import Restored
 from outlast.comm import ReduceStats
+from outlast.session.scheduled_checkpoints import Collected
 from outlast.trainer.batches import Batch
 
 State = dict[str, Any]
 EAGER = frozenset({"comm", "buffers"})
 """What forward and backward change."""
 UNMEASURED = ReduceStats(wire_bytes=0, dense_bytes=0, codec_s=0.0, collective_s=0.0, exposed_s=0.0, collectives=0)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineState:
-    """Everything an engine needs to resume bit-identically. The tensors are the live ones, not copies.
-
-    ``eager`` names the top-level keys whose tensors the next backward pass changes; the others change in the update.
-    """
-
-    replicated: State
-    local: State
-    eager: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +31,12 @@ class UpdateStats:
     """Norm of the averaged update, Adam's direction; None where gradients are averaged."""
     reduced: ReduceStats = UNMEASURED
     """What the exchange of the gradients has cost; zeros where the engine's own library exchanges them."""
+
+    @classmethod
+    def of(cls, norm: float | None, lr: float, reduced: ReduceStats, *, of_updates: bool) -> UpdateStats:
+        """With the norm of averaged updates, or else of averaged gradients."""
+        norms = (None, norm) if of_updates else (norm, None)
+        return cls(lr=lr, grad_norm=norms[0], update_norm=norms[1], reduced=reduced)
 
 
 class Engine(Protocol):
@@ -70,18 +66,20 @@ class Engine(Protocol):
         """Mean loss of this rank's batches, a scalar on the engine's device; no state changes."""
         ...
 
-    def state(self) -> EngineState:
-        """The state to save. Collective."""
+    def state(self) -> Collected:
+        """Everything that it needs to resume bit-identically. Collective.
+
+        Top-level keys that are eager are those whose tensors the next backward changes; the others change in the
+        update.
+        """
         ...
 
     def like(self) -> State | None:
         """The running replicated state, into whose sharding a checkpoint is read; None: it is read whole."""
         ...
 
-    def load(self, replicated: State, read_local: Callable[[int], State], ranks: int) -> None:
-        """Load what :meth:`state` returned on ``ranks`` ranks, which may differ from the world size. Collective.
-
-        ``read_local`` returns the local state of one of them.
+    def load(self, restored: Restored) -> None:
+        """Load what :meth:`state` returned, on however many ranks. Collective.
 
         Raises:
             StateMismatch: names what does not match; the model is unchanged.

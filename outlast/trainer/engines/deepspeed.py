@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from outlast.checkpoint import Restored
 from outlast.checkpoint.deepspeed.state import DeepSpeedState
 from outlast.comm import CollectiveObserver, Reducer, attach
-from outlast.comm.direction import Adam
 from outlast.deepspeed_compat import import_deepspeed
-from outlast.errors import ConfigError, StateMismatch, TrainingDiverged
+from outlast.errors import ConfigError, TrainingDiverged
+from outlast.session.scheduled_checkpoints import Collected
 from outlast.trainer.batches import Batch, to_device
 from outlast.trainer.config import Config
-from outlast.trainer.engines.base import EAGER, UNMEASURED, EngineState, State, UpdateStats
-from outlast.trainer.engines.training import load_comm, recorded
+from outlast.trainer.engines.base import EAGER, UNMEASURED, UpdateStats
+from outlast.trainer.engines.training import adam_direction, load_comm, recorded
 from outlast.trainer.optim import load_scheduler_state, scheduler_state
 from outlast.trainer.parts import build_loss, make_optimizer, make_scheduler
 
@@ -72,8 +73,7 @@ class DeepSpeedEngine:
         self._state = DeepSpeedState(self._engine)
         self._reducer: Reducer | None = None
         if config.comm.compressor != "dense" or self._averages_updates:
-            optim = config.optim
-            direction = Adam(config.beta1, optim.beta2, optim.eps, optim.clip_rms) if self._averages_updates else None
+            direction = adam_direction(config) if self._averages_updates else None
             self._reducer = attach(self._engine, config.comm, observer=observer, direction=direction)
         basic = self._engine.basic_optimizer
         self._scheduler = None
@@ -117,9 +117,7 @@ class DeepSpeedEngine:
                 f"step {step}: the gradient norm is {norm}, and DeepSpeed has updated the parameters with it",
                 "lower optim.lr, lengthen optim.warmup_steps, or resume from an earlier step with --resume STEP",
             )
-        if self._averages_updates:
-            return UpdateStats(lr=lr, update_norm=norm, reduced=reduced)
-        return UpdateStats(lr=lr, grad_norm=norm, reduced=reduced)
+        return UpdateStats.of(norm, lr, reduced, of_updates=self._averages_updates)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Tensor:
@@ -129,7 +127,7 @@ class DeepSpeedEngine:
         self._engine.train()
         return losses.mean()
 
-    def state(self) -> EngineState:
+    def state(self) -> Collected:
         """See :class:`Engine`: DeepSpeed's files, each of the rank that would write it. Collective."""
         replicated, local = self._state.collect()
         replicated["ranks"] = dist.get_world_size()
@@ -139,23 +137,17 @@ class DeepSpeedEngine:
             comm = self._reducer.checkpoint_parts()
             replicated |= comm.replicated
             local |= comm.local
-        return EngineState(replicated, local, EAGER | DeepSpeedState.EAGER)
+        return Collected(replicated, local, EAGER | DeepSpeedState.EAGER)
 
     def like(self) -> None:
         """See :class:`Engine`: DeepSpeed's files are each rank's own."""
 
-    def load(self, replicated: State, read_local: Callable[[int], State], ranks: int) -> None:
+    def load(self, restored: Restored) -> None:
         """See :class:`Engine`. State of ZeRO 1 to 3 stays with its number of ranks."""
+        replicated, ranks = restored.replicated, restored.world_size
         self._state.check(replicated, ranks)
-        if self._reducer is not None:
-            comm: Any = replicated.get("comm")
-            if comm is None:
-                raise StateMismatch(
-                    "the checkpoint was saved with dense gradients, and has no state of error feedback",
-                    'go on with comm.compressor = "dense"',
-                )
-            load_comm(self._reducer, comm, read_local, ranks)
-        self._state.load(replicated, read_local, ranks)
+        load_comm(self._reducer, restored)
+        self._state.load(replicated, restored.read_local, ranks)
         if self._scheduler is not None and "scheduler" in replicated:
             load_scheduler_state(self._scheduler, replicated["scheduler"])
 

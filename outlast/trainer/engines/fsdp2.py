@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.optim import Optimizer
 
-from outlast.checkpoint import check_like
 from outlast.comm import CollectiveObserver, Reducer, attach
-from outlast.comm.direction import Adam
-from outlast.errors import ConfigError, StateMismatch
-from outlast.session.buffers import of_rank_0
-from outlast.trainer.batches import Batch, to_device
+from outlast.errors import ConfigError
 from outlast.trainer.blocks import blocks_of
 from outlast.trainer.config import Config
-from outlast.trainer.engines.base import EAGER, UNMEASURED, EngineState, State, UpdateStats
-from outlast.trainer.engines.training import (
-    apply_update,
-    check_optimizer_names,
-    clip,
-    load_comm,
-    load_tensors,
-    own_buffers,
-    recorded,
-)
-from outlast.trainer.optim import load_optimizer_state, load_scheduler_state, optimizer_state, scheduler_state
-from outlast.trainer.parts import build_loss, make_optimizer, make_scheduler
+from outlast.trainer.engines.base import State
+from outlast.trainer.engines.training import ModuleEngine, adam_direction, recorded
+from outlast.trainer.optim import optimizer_state
 
 
-class FSDP2Engine:
+class FSDP2Engine(ModuleEngine):
     """``fully_shard`` on each block of the model, then on the model; compressed gradients are reduced by outlast.
 
     Dense gradients are reduced by FSDP2 itself.
@@ -55,80 +40,24 @@ class FSDP2Engine:
     def __init__(
         self, model: nn.Module, config: Config, device: torch.device, observer: CollectiveObserver | None = None
     ) -> None:
-        self.model = model
-        self.device = device
-        self._clip_norm = config.clip_norm or math.inf
-        self._bf16 = config.trainer.precision == "bf16"
-        self._observer = observer
         mesh = _mesh(config.fsdp.mesh, device)
         for part in (*blocks_of(model, config.fsdp.blocks), model):
             fully_shard(part, mesh=mesh, reshard_after_forward=config.fsdp.reshard_after_forward)
         assert isinstance(model, FSDPModule)
         self._sharded: FSDPModule = model
-        self._averages_updates = config.comm.target == "update"
-        self._reducer: Reducer | None = None
-        if config.comm.compressor != "dense" or self._averages_updates:
-            optim = config.optim
-            direction = Adam(config.beta1, optim.beta2, optim.eps, optim.clip_rms) if self._averages_updates else None
-            self._reducer = attach(model, config.comm, observer=observer, direction=direction)
-        self._optimizer = make_optimizer(model, config)
-        self._scheduler = make_scheduler(self._optimizer, config)
-        self._loss_of = build_loss(config)
-        self._reduced = UNMEASURED
+        reducer: Reducer | None = None
+        if config.comm.target == "update":
+            reducer = attach(model, config.comm, observer=observer, direction=adam_direction(config))
+        elif config.comm.compressor != "dense":
+            reducer = attach(model, config.comm, observer=observer)
+        super().__init__(model, config, device, observer, reducer)
 
-    @property
-    def optimizer(self) -> Optimizer:
-        """See :class:`Engine`."""
-        return self._optimizer
+    def _reducing(self, *, last: bool) -> AbstractContextManager[None]:
+        self._sharded.set_requires_gradient_sync(last)
+        return nullcontext()
 
-    def forward_backward(self, step: int, batches: Sequence[Batch]) -> float:
-        """See :class:`Engine`; only the last micro-batch's backward pass reduces gradients."""
-        self._optimizer.zero_grad()
-        if self._reducer is not None:
-            self._reducer.begin_step(step)
-        total = torch.zeros((), device=self.device)
-        with recorded(self._observer, "fsdp2"):
-            for index, batch in enumerate(batches, 1):
-                self._sharded.set_requires_gradient_sync(index == len(batches))
-                loss = self._loss(batch) / len(batches)
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
-        if self._reducer is not None:
-            self._reduced = self._reducer.end_step()
-        return float(total)
-
-    def update(self, step: int) -> UpdateStats:
-        """See :class:`Engine`. Collective: the norm is that of all shards.
-
-        Raises:
-            TrainingDiverged: the norm is NaN or infinite; parameters and optimizer are as before.
-        """
-        what = "update" if self._averages_updates else "gradient"
-        norm = clip(step, self.model.parameters(), self._clip_norm, what)
-        return apply_update(norm, self._optimizer, self._scheduler, self._reduced, of_updates=self._averages_updates)
-
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
-        """See :class:`Engine`. Collective for each batch: parameters are gathered."""
-        self.model.eval()
-        losses = torch.stack([self._loss(batch) for batch in batches])
-        self.model.train()
-        return losses.mean()
-
-    def state(self) -> EngineState:
-        """See :class:`Engine`. Parameters and their optimizer state are DTensors, which each rank saves its part of."""
-        buffers = dict(self.model.named_buffers())
-        replicated: State = {
-            "model": dict(self.model.named_parameters()) | of_rank_0(buffers, self._observer),
-            "optimizer": optimizer_state(self.model, self._optimizer),
-            "scheduler": scheduler_state(self._scheduler),
-        }
-        local: State = {"buffers": buffers}
-        if self._reducer is not None:
-            comm = self._reducer.checkpoint_parts()
-            replicated |= comm.replicated
-            local |= comm.local
-        return EngineState(replicated, {key: value for key, value in local.items() if value}, EAGER)
+    def _recorded(self) -> AbstractContextManager[None]:
+        return recorded(self._observer, "fsdp2")
 
     def like(self) -> State:
         """See :class:`Engine`: parameters, and optimizer state as an update makes it."""
@@ -142,34 +71,6 @@ class FSDP2Engine:
         if made:
             self._optimizer.state.clear()  # a run that begins anew begins without any
         return {"model": model, "optimizer": optimizer}
-
-    def load(self, replicated: State, read_local: Callable[[int], State], ranks: int) -> None:
-        """See :class:`Engine`. Error-feedback state of another number of ranks is refused: it is sharded."""
-        running = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        check_like(replicated["model"], running)
-        check_optimizer_names(replicated["optimizer"], running)
-        if self._reducer is not None:
-            comm: Any = replicated.get("comm")
-            if comm is None:
-                raise StateMismatch(
-                    "the checkpoint was saved with dense gradients, and has no state of error feedback for FSDP2",
-                    'go on with comm.compressor = "dense", or begin a new run with run.start_from',
-                )
-            load_comm(self._reducer, comm, read_local, ranks)
-        rank = dist.get_rank()
-        load_tensors(self.model, own_buffers(replicated["model"], read_local(rank) if rank < ranks else {}))
-        load_optimizer_state(self.model, self._optimizer, replicated["optimizer"])
-        load_scheduler_state(self._scheduler, replicated["scheduler"])
-
-    def close(self) -> None:
-        """See :class:`Engine`."""
-        if self._reducer is not None:
-            self._reducer.close()
-
-    def _loss(self, batch: Batch) -> Tensor:
-        batch = to_device(batch, self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16):
-            return self._loss_of(self.model, batch)
 
 
 def _mesh(sizes: Sequence[int], device: torch.device) -> DeviceMesh:

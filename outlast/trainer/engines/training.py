@@ -3,20 +3,171 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from outlast.checkpoint import check_like
-from outlast.comm import CollectiveObserver, Reducer, ReduceStats
+from outlast.checkpoint import Restored, check_like
+from outlast.comm import CollectiveObserver, Reducer
+from outlast.comm.direction import Adam
 from outlast.errors import StateMismatch, TrainingDiverged
-from outlast.trainer.engines.base import UpdateStats
+from outlast.session.buffers import of_rank_0
+from outlast.session.scheduled_checkpoints import Collected
+from outlast.trainer.batches import Batch, to_device
+from outlast.trainer.config import Config
+from outlast.trainer.engines.base import EAGER, UNMEASURED, State, UpdateStats
+from outlast.trainer.optim import load_optimizer_state, load_scheduler_state, optimizer_state, scheduler_state
+from outlast.trainer.parts import build_loss, make_optimizer, make_scheduler
+
+
+class ModuleEngine:
+    """An engine of a model whose parameters have gradients, in PyTorch's way; see :class:`Engine`.
+
+    Args:
+        model: wrapped already, where that changes its parameters.
+        config: all settings.
+        device: where ``model`` is.
+        observer: records collectives.
+        reducer: reduces gradients; None: a library does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        device: torch.device,
+        observer: CollectiveObserver | None,
+        reducer: Reducer | None,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self._observer = observer
+        self._reducer = reducer
+        self._clip_norm = config.clip_norm or math.inf
+        self._bf16 = config.trainer.precision == "bf16"
+        self._averages_updates = config.comm.target == "update"
+        self._keeps_state = config.comm.compressor != "dense" or self._averages_updates
+        self._optimizer = make_optimizer(model, config)
+        self._scheduler = make_scheduler(self._optimizer, config)
+        self._loss_of = build_loss(config)
+        self._reduced = UNMEASURED
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """See :class:`Engine`."""
+        return self._optimizer
+
+    def forward_backward(self, step: int, batches: Sequence[Batch]) -> float:
+        """See :class:`Engine`; only the last micro-batch's backward pass communicates."""
+        self._optimizer.zero_grad()
+        if self._reducer is not None:
+            self._reducer.begin_step(step)
+        total = torch.zeros((), device=self.device)
+        with self._recorded():
+            for index, batch in enumerate(batches, 1):
+                with self._reducing(last=index == len(batches)):
+                    loss = self._loss(self._called, batch) / len(batches)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+        if self._reducer is not None:
+            self._reduced = self._reducer.end_step()
+        return float(total)
+
+    @property
+    def _called(self) -> nn.Module:
+        """What forward goes through in training."""
+        return self.model
+
+    def _reducing(self, *, last: bool) -> AbstractContextManager[None]:
+        """A forward and backward, of which the last one of a step reduces gradients."""
+        return nullcontext()
+
+    def _recorded(self) -> AbstractContextManager[None]:
+        """All of a step's forwards and backwards."""
+        return nullcontext()
+
+    def update(self, step: int) -> UpdateStats:
+        """See :class:`Engine`. Collective with shards, of which the norm is that of all.
+
+        Raises:
+            TrainingDiverged: the norm is NaN or infinite; parameters and optimizer are as before.
+        """
+        norm = clip(step, self.model.parameters(), self._clip_norm, "update" if self._averages_updates else "gradient")
+        lr = float(self._scheduler.get_last_lr()[0])
+        self._optimizer.step()
+        self._scheduler.step()
+        return UpdateStats.of(norm, lr, self._reduced, of_updates=self._averages_updates)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
+        """See :class:`Engine`. Collective for each batch with shards: parameters are gathered."""
+        self.model.eval()
+        losses = torch.stack([self._loss(self.model, batch) for batch in batches])
+        self.model.train()
+        return losses.mean()
+
+    def state(self) -> Collected:
+        """See :class:`Engine`. Of shards each rank saves its own: they are DTensors."""
+        buffers = dict(self.model.named_buffers())
+        replicated: State = {
+            "model": dict(self.model.named_parameters()) | of_rank_0(buffers, self._observer),
+            "optimizer": optimizer_state(self.model, self._optimizer),
+            "scheduler": scheduler_state(self._scheduler),
+        }
+        local: State = {"buffers": buffers} if buffers else {}
+        if self._reducer is not None:
+            comm = self._reducer.checkpoint_parts()
+            replicated |= comm.replicated
+            local |= comm.local
+        return Collected(replicated, local, EAGER)
+
+    def like(self) -> State | None:
+        """See :class:`Engine`."""
+        return None
+
+    def load(self, restored: Restored) -> None:
+        """See :class:`Engine`. Error-feedback state of another number of ranks is redistributed; of shards, refused."""
+        replicated = restored.replicated
+        if "model" not in replicated:
+            raise StateMismatch(
+                "the checkpoint was saved under DeepSpeed",
+                'resume it with trainer.engine = "deepspeed", or begin a new run',
+            )
+        running = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        check_like(replicated["model"], running)
+        if unknown := sorted(set(replicated["optimizer"]) - set(running)):
+            raise StateMismatch(
+                f"the checkpoint has optimizer state for parameters that the model lacks: {', '.join(unknown)}"
+            )
+        load_comm(self._reducer if self._keeps_state or "comm" in replicated else None, restored)
+        rank = dist.get_rank()
+        own = restored.read_local(rank).get("buffers", {}) if rank < restored.world_size else {}
+        with torch.no_grad():
+            for name, tensor in running.items():
+                tensor.copy_(own.get(name, replicated["model"][name]))
+        load_optimizer_state(self.model, self._optimizer, replicated["optimizer"])
+        load_scheduler_state(self._scheduler, replicated["scheduler"])
+
+    def close(self) -> None:
+        """See :class:`Engine`."""
+        if self._reducer is not None:
+            self._reducer.close()
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        batch = to_device(batch, self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16):
+            return self._loss_of(model, batch)
+
+
+def adam_direction(config: Config) -> Adam:
+    """The direction whose average is the update, with ``comm.target = "update"``."""
+    optim = config.optim
+    return Adam(config.beta1, optim.beta2, optim.eps, optim.clip_rms)
 
 
 @contextmanager
@@ -31,51 +182,21 @@ def recorded(observer: CollectiveObserver | None, label: str) -> Iterator[None]:
         observer.complete(token)
 
 
-def own_buffers(saved: dict[str, Tensor], local: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a saved model, with a rank's own buffers, if they were saved, in place of rank 0's."""
-    own = local.get("buffers", {})
-    return {name: own.get(name, tensor) for name, tensor in saved.items()}
-
-
-def load_tensors(model: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Copy a saved model's tensors into parameters and buffers.
+def load_comm(reducer: Reducer | None, restored: Restored) -> None:
+    """Load a reducer's state, if there is one.
 
     Raises:
-        StateMismatch: names what does not match; nothing was copied.
+        StateMismatch: there is none in the checkpoint.
+        CommStateMismatch: see :meth:`Reducer.load_parts`.
     """
-    running = dict(model.named_parameters()) | dict(model.named_buffers())
-    check_like(saved, running)
-    with torch.no_grad():
-        for name, tensor in running.items():
-            tensor.copy_(saved[name])
-
-
-def load_comm(
-    reducer: Reducer, comm: Mapping[str, Any], read_local: Callable[[int], Mapping[str, Any]], ranks: int
-) -> None:
-    """Load what :meth:`Reducer.checkpoint_parts` was on each of ``ranks`` ranks.
-
-    Raises:
-        CommStateMismatch: see :meth:`Reducer.load_resharded`.
-    """
-
-    def read(rank: int) -> Mapping[str, Any]:
-        return {"replicated": comm["aggregate"], "meta": comm["meta"], "local": read_local(rank)["comm"]}
-
-    reducer.load_resharded(read, ranks)
-
-
-def check_norm(step: int, norm: float, what: str) -> None:
-    """Raise unless the norm of what was averaged is finite; nothing has been updated yet.
-
-    Raises:
-        TrainingDiverged: it is not.
-    """
-    if not math.isfinite(norm):
-        raise TrainingDiverged(
-            f"step {step}: the {what} norm is {norm}; the parameters were not updated",
-            "lower optim.lr, lengthen optim.warmup_steps, or resume from an earlier step with --resume STEP",
+    if reducer is None:
+        return
+    if "comm" not in restored.replicated:
+        raise StateMismatch(
+            "the checkpoint was saved with dense gradients, and has no state of error feedback",
+            'go on with comm.compressor = "dense", or begin a new run with run.start_from',
         )
+    reducer.load_parts(restored)
 
 
 def clip(step: int, parameters: Iterable[nn.Parameter], most: float, what: str) -> float:
@@ -88,45 +209,17 @@ def clip(step: int, parameters: Iterable[nn.Parameter], most: float, what: str) 
         what: was averaged.
 
     Raises:
-        TrainingDiverged: it is NaN or infinite; the gradients are as they were, so that it is seen which are at fault.
+        TrainingDiverged: it is NaN or infinite; nothing has been updated, and the gradients are as they were, so that
+            it is seen which are at fault.
     """
     parameters = list(parameters)
     total = get_total_norm([one.grad for one in parameters if one.grad is not None])
     of_shards = getattr(total, "full_tensor", None)  # a DTensor's; to import the class takes most of a second
     norm = float(total if of_shards is None else of_shards())
-    check_norm(step, norm, what)
+    if not math.isfinite(norm):
+        raise TrainingDiverged(
+            f"step {step}: the {what} norm is {norm}; the parameters were not updated",
+            "lower optim.lr, lengthen optim.warmup_steps, or resume from an earlier step with --resume STEP",
+        )
     clip_grads_with_norm_(parameters, most, total)
     return norm
-
-
-def apply_update(
-    norm: float, optimizer: Optimizer, scheduler: LRScheduler, reduced: ReduceStats, *, of_updates: bool
-) -> UpdateStats:
-    """Update the parameters, and advance the schedule.
-
-    Args:
-        norm: of what was averaged, before clipping; finite.
-        optimizer: whose parameters have averaged gradients.
-        scheduler: of its learning rate.
-        reduced: what the exchange has cost.
-        of_updates: whether updates were averaged, not gradients.
-    """
-    lr = float(scheduler.get_last_lr()[0])
-    optimizer.step()
-    scheduler.step()
-    if of_updates:
-        return UpdateStats(lr=lr, update_norm=norm, reduced=reduced)
-    return UpdateStats(lr=lr, grad_norm=norm, reduced=reduced)
-
-
-def check_optimizer_names(saved: Collection[str], running: Collection[str]) -> None:
-    """Raise unless all parameters that have saved optimizer state are in the model.
-
-    Raises:
-        StateMismatch: names those that are not.
-    """
-    unknown = sorted(set(saved) - set(running))
-    if unknown:
-        raise StateMismatch(
-            f"the checkpoint has optimizer state for parameters that the model lacks: {', '.join(unknown)}"
-        )

@@ -76,6 +76,13 @@ def test_a_programs_steps_and_losses_that_are_not_finite() -> None:
     assert values(metrics)["outlast_loss", "train"] != values(metrics)["outlast_loss", "train"]
 
 
+def test_collectives_of_steps_in_which_nobody_looked_are_estimated() -> None:
+    metrics = begun()
+    for step, inside_s in enumerate((0.02, None, None), 1):
+        metrics.take(1, record(12.0 + step, "program_step", 2, step=step, step_s=0.1, collective_s=inside_s))
+    assert values(metrics)["outlast_collective_seconds",] == pytest.approx(0.06)
+
+
 def test_a_late_rank_is_counted_as_long_as_it_is_late() -> None:
     metrics = begun()
     for step in range(1, 41):

@@ -43,6 +43,8 @@ class SyntheticRun:
     """Of a rank: how much longer each of its steps takes before its first collective."""
     stalls: dict[int, tuple[str, float]] = field(default_factory=dict)
     """Of a step: what stalls, for how many seconds: ``link``, ``all``, ``data``, or ``rank N``."""
+    looked_every: int = 1
+    """Collectives are looked at in so many steps once."""
     checkpoint_every: int = 10
     eval_every: int = 20
     seed: int = 0
@@ -146,7 +148,7 @@ class SyntheticRun:
                         data_s=data_s,
                         comm_s=0.6 * transfer_s + waited_s,
                         checkpoint_s=checkpoint_s,
-                        collective_s=transfer_s + waited_s,
+                        collective_s=transfer_s + waited_s if step % self.looked_every == 0 else None,
                         codec_s=0.018,
                         wire_bytes=5_700_000,
                         dense_bytes=64_800_000,

@@ -52,6 +52,24 @@ class TestStragglers:
         assert [row.rank for row in report.stragglers if row.straggler] == [1]
         assert report.stragglers[0].behind_typical_ms == pytest.approx(50, rel=0.2)
 
+    @pytest.mark.parametrize("late_s", [{}, {1: 0.050}])
+    def test_steps_in_which_nobody_looked_are_not_taken_for_others(
+        self, tmp_path: Path, late_s: dict[int, float]
+    ) -> None:
+        reports = []
+        for every in (1, 8):
+            clean(tmp_path / f"every{every}", steps=480, late_s=late_s, noise_s=0.015, looked_every=every)
+            reports.append(build_report(tmp_path / f"every{every}"))
+        all_of_them, some = reports
+        assert [row.rank for row in some.stragglers if row.straggler] == list(late_s)
+        assert not some.slow_phases
+        assert some.traffic.collective_share == pytest.approx(all_of_them.traffic.collective_share, rel=0.05)
+        assert some.lateness.steps == tuple(range(8, 481, 8))
+        if late_s:
+            assert some.stragglers[0].behind_typical_ms == pytest.approx(50, rel=0.2)
+            assert some.stragglers[0].steps <= 60
+            assert some.stragglers[0].cost_s == pytest.approx(all_of_them.stragglers[0].cost_s, rel=0.1)
+
     def test_two_stragglers_are_both_found_though_one_hides_the_other(self, tmp_path: Path) -> None:
         clean(tmp_path, ranks=6, late_s={1: 0.060, 4: 0.030})
         report = build_report(tmp_path)

@@ -64,6 +64,11 @@ def test_six_short_stops(tmp_path: Path) -> None:
     assert "for rank 1" in first_line(tmp_path)
 
 
+def test_a_stall_in_which_nobody_looked_at_collectives_blames_nobody(tmp_path: Path) -> None:
+    clean(tmp_path, steps=120, stalls={41: ("rank 2", 3.0)}, looked_every=8)
+    assert "Step 41 stalled for 3 s: nobody knows in what" in first_line(tmp_path)
+
+
 def test_a_clean_run_and_its_first_steps_have_none(tmp_path: Path) -> None:
     clean(tmp_path, noise_s=0.04, stalls={1: ("all", 30.0)})
     assert [one for one in build_report(tmp_path).incidents if one.kind == "stall"] == []

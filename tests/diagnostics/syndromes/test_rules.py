@@ -13,9 +13,9 @@ from outlast.diagnostics.syndromes.analyse import analyse
 from outlast.diagnostics.syndromes.crash import Ended
 from outlast.diagnostics.syndromes.facts import FACT_KINDS, NAMES, UNITS, Fact, overlapping
 from outlast.diagnostics.syndromes.links import find_hot, locate
+from outlast.diagnostics.syndromes.others import beyond_others, median_beside, median_of_others
 from outlast.diagnostics.syndromes.rules import Rules
 from outlast.diagnostics.syndromes.shift import find_shifts, recurring
-from outlast.diagnostics.syndromes.slow import median_of_others
 from outlast.diagnostics.syndromes.trace import Links, Trace
 from outlast.diagnostics.syndromes.verdict import Culprit, named
 from tests.diagnostics.syndromes.cases import CASES
@@ -60,19 +60,23 @@ def test_links_that_have_nothing_in_common_name_nobody() -> None:
 
 @given(st.lists(st.lists(st.floats(0, 10), min_size=3, max_size=3), min_size=1, max_size=9))
 def test_a_rank_is_compared_with_the_others_only(rows: list[list[float]]) -> None:
-    values = np.asarray(rows)
+    values = np.asarray(rows).T
     found = median_of_others(values)
-    for rank in range(len(values)):
-        others = np.delete(values, rank, axis=0)
-        if len(others):
-            np.testing.assert_allclose(found[rank], np.median(others, axis=0))
+    for rank in range(values.shape[1]):
+        others = np.delete(values, rank, axis=1)
+        np.testing.assert_array_equal(median_beside(values, rank), found[:, rank])
+        if others.shape[1]:
+            np.testing.assert_allclose(found[:, rank], np.median(others, axis=1))
+            np.testing.assert_allclose(beyond_others(values, rank), np.maximum(values[:, rank] - found[:, rank], 0))
         else:
-            assert np.isnan(found[rank]).all()
+            assert np.isnan(found[:, rank]).all()
+            assert not beyond_others(values, rank).any()
 
 
 def test_ranks_that_are_not_known_do_not_count() -> None:
-    values = np.asarray([[1.0], [np.nan], [5.0], [3.0]])
-    np.testing.assert_allclose(median_of_others(values)[:, 0], [4.0, np.nan, 2.0, 3.0])
+    values = np.asarray([[1.0, np.nan, 5.0, 3.0]])
+    np.testing.assert_allclose(median_of_others(values)[0], [4.0, np.nan, 2.0, 3.0])
+    assert median_beside(values, 1)[0] == 3.0
 
 
 @given(st.integers(5, 25), st.floats(1.1, 20.0), st.integers(0, 50))

@@ -10,15 +10,18 @@ import pytest
 
 from outlast.diagnostics.syndromes.analyse import analyse
 from outlast.diagnostics.syndromes.facts import Fact
+from outlast.diagnostics.syndromes.from_steps import judge_steps
+from outlast.diagnostics.syndromes.rank_facts import rank_facts
 from outlast.diagnostics.syndromes.step_trace import (
     MOST_STEPS,
     NodeSteps,
     RankSteps,
     behind_s,
     decode_steps,
-    delays_of,
     newest_common_step,
     trace_of_steps,
+    transfer_s,
+    without_gaps,
 )
 from outlast.diagnostics.syndromes.verdict import Verdict
 from outlast.errors import DiagnosticsError
@@ -37,6 +40,7 @@ def job(
     every: int = 1,
     until: int = 10**6,
     step_s: float = STEP_S,
+    exchange_s: tuple[int, float] = (10**6, 0.0),
 ) -> list[NodeSteps]:
     """The newest steps of each rank, as messages carry them.
 
@@ -50,6 +54,7 @@ def job(
         every: it is late in every so-manieth step only.
         until: ... and up to this step.
         step_s: that a rank works.
+        exchange_s: from which step on collectives take how much longer, up to the same step.
     """
     rng = np.random.default_rng(seed)
     told: dict[int, list[tuple[int, float, float]]] = {rank: [] for rank in range(ranks)}
@@ -58,7 +63,7 @@ def job(
         own = step_s + np.abs(rng.normal(0, noise * step_s, ranks))
         for rank, (first, more_s) in late_s.items():
             own[rank] += more_s if first <= step < until and step % every == 0 else 0.0
-        end_s = now_s + own.max() + 0.03
+        end_s = now_s + own.max() + 0.03 + (exchange_s[1] if exchange_s[0] <= step < until else 0.0)
         for rank in range(ranks):
             told[rank].append((step, end_s + rng.normal(0, 0.001), end_s - now_s - own[rank]))
         now_s = end_s
@@ -99,6 +104,43 @@ def test_within_ten_steps_of_the_shift() -> None:
     assert one.culprit.ranks == (5,)
 
 
+def only(nodes: list[NodeSteps], *told: range) -> list[NodeSteps]:
+    """The steps that ranks tell of, the same for every so-manieth rank."""
+
+    def of(one: RankSteps) -> RankSteps:
+        at = [place for place, step in enumerate(one.steps) if step in told[one.rank % len(told)]]
+        steps, done_s, inside_s = (tuple(row[place] for place in at) for row in (one.steps, one.done_s, one.inside_s))
+        return RankSteps(rank=one.rank, steps=steps, done_s=done_s, inside_s=inside_s)
+
+    return [replace(node, ranks=[of(one) for one in node.ranks]) for node in nodes]
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_steps_between_those_that_are_told_take_no_time(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.MOST_STEPS", 400)
+    monkeypatch.setattr("outlast.diagnostics.syndromes.step_trace.MOST_STEPS", 400)
+    nodes = job(ranks, 320, {1: (200, 0.1)})
+    seldom = without_gaps(only(nodes, range(0, 321, 8)))
+    (one,) = said(seldom)
+    assert (one.culprit.ranks, one.step) == ((1,), 200)
+    assert one.cost_s == pytest.approx(0.1, abs=0.02)
+    # ranks that look in some of the others' steps only
+    uneven = without_gaps(only(nodes, range(0, 321, 8), range(0, 321, 16)))
+    assert {len([step for step in of.steps if 16 <= step < 300]) for node in uneven for of in node.ranks} == {18}
+    (one,) = said(uneven)
+    assert one.culprit.ranks == (1,)
+    assert said(without_gaps(only(job(ranks, 320, {}), range(0, 321, 8), range(0, 321, 16)))) == []
+
+
+def test_without_gaps_nothing_changes() -> None:
+    nodes = job(8, 40, {1: (25, 0.1)})
+    assert without_gaps(nodes) == nodes
+    lagging = [nodes[0], replace(nodes[1], ranks=[replace(one, steps=one.steps[:-2]) for one in nodes[1].ranks])]
+    lagging[1] = only(nodes, range(0, 39))[1]
+    assert without_gaps(lagging) == lagging
+    assert without_gaps([]) == []
+
+
 def test_all_ranks_of_a_node_are_the_node_and_of_two_ranks_the_one_is_named_that_is_waited_for() -> None:
     (node,) = said(job(12, 40, dict.fromkeys(range(4, 8), (20, 0.1))))
     assert str(node.culprit) == "node n1"
@@ -115,27 +157,52 @@ def test_a_cause_of_the_same_time_is_named() -> None:
     assert other.cause == ""
 
 
+def test_what_other_ranks_of_the_node_have_as_well_is_no_measured_cause() -> None:
+    def fact(rank: int, lost_s: float) -> Fact:
+        return Fact(kind="busy_neighbour", node="n1", rank=rank, begin_s=-4.0, end_s=0.0, value=1.0, lost_s=lost_s)
+
+    nodes = job(8, 40, {5: (25, 0.1)})
+    (alike,) = said(nodes, tuple(fact(rank, 2.0) for rank in (4, 5, 6, 7)))
+    assert alike.cause_confidence == "weak", "it was so, and the others are not slow"
+    (more,) = said(nodes, tuple(fact(rank, 3.0 if rank == 5 else 0.5) for rank in (4, 5, 6, 7)))
+    assert more.cause_confidence == "likely"
+    waits = replace(fact(5, 1.5), kind="data_wait", begin_s=-1.5)
+    (own,) = said(nodes, (waits, fact(5, 3.0)))
+    assert own.cause.startswith("data loading: "), "the rank knows better"
+
+
 def test_what_a_rank_tells_of_its_own_delays_is_the_cause_if_it_explains_enough() -> None:
     nodes = job(8, 40, {5: (25, 0.1)})
     rank = nodes[1].ranks[1]
 
     def with_waits(seconds: float) -> list[NodeSteps]:
-        delays_s = tuple((0.0, seconds if step >= 25 else 0.0, 0.0) for step in rank.steps)
+        delays_s = tuple((0.0, seconds if step >= 25 else 0.0, 0.0, 0.0) for step in rank.steps)
         one = decode_steps(5, replace(rank, delays_s=delays_s).encode())
         return [nodes[0], replace(nodes[1], ranks=(nodes[1].ranks[0], one, *nodes[1].ranks[2:]))]
 
-    (one,) = said(nodes, tuple(delays_of(with_waits(0.09), [5])))
+    (one,) = said(nodes, rank_facts(with_waits(0.09), [5]))
     assert one.cause.startswith("data loading: 0.09 s waiting for data"), one.cause
     assert one.is_software
-    (other,) = said(nodes, tuple(delays_of(with_waits(0.02), [5])))
+    (other,) = said(nodes, rank_facts(with_waits(0.02), [5]))
     assert other.cause == ""
-    assert delays_of(with_waits(0.09), [4]) == []
+    assert rank_facts(with_waits(0.09), [4]) == ()
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_clean_steps_accuse_nobody(seed: int) -> None:
     for ranks, noise in ((2, 0.03), (2, 0.3), (8, 0.15), (64, 0.1)):
         assert said(job(ranks, 20 + 10 * seed, {}, noise=noise, seed=seed)) == []
+
+
+def test_slow_exchange_accuses_nobody_before_links_are_tried_out() -> None:
+    nodes = job(12, 40, {}, exchange_s=(25, 0.1))
+    assert said(nodes) == []
+    (one,) = judge_steps(nodes, (), world_size=12) or ()
+    assert (one.syndrome, one.culprit.place, one.confidence) == ("communication_slow", "group", "weak")
+    assert one.step == 25
+    assert one.cost_s == pytest.approx(0.1, abs=0.02)
+    assert transfer_s(nodes) == pytest.approx(0.13, abs=0.02)
+    assert judge_steps(nodes[:1], (), world_size=12) is None
 
 
 def test_a_spike_and_what_has_healed_are_nothing() -> None:
@@ -179,10 +246,20 @@ def test_how_late_each_rank_is_now() -> None:
 
 
 def test_what_is_told_is_bounded_and_checked() -> None:
-    long = RankSteps(rank=3, steps=tuple(range(500)), done_s=(-1.5,) * 500, inside_s=(0.25,) * 500)
+    long = RankSteps(
+        rank=3,
+        steps=tuple(range(500)),
+        done_s=(-1.5,) * 500,
+        inside_s=(0.25,) * 500,
+        delays_s=((0.125, 0.0, 1e6, 0.0),) * 500,
+        elements=(16.0,) * 500,
+    )
     text = long.encode()
     assert len(text) <= 1536
-    assert decode_steps(3, text).steps == tuple(range(500 - MOST_STEPS, 500))
+    read = decode_steps(3, text)
+    assert read.steps == tuple(range(500 - MOST_STEPS, 500))
+    assert (read.elements[-1], read.delays_s[-1][0]) == (16.0, 0.125)
+    assert 50_000 < read.delays_s[-1][2] < 70_000, "as much as fits"
     for wrong in (
         "%%%",
         text[:-4],

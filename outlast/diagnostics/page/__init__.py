@@ -1,0 +1,1 @@
+"""The report's page while the job runs, served over HTTP to whoever has the token."""
