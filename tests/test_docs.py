@@ -56,6 +56,8 @@ ELSEWHERE = {
     "torchrun --nproc-per-node 2 examples/own_loop.py runs/own_loop": "tests/test_own_loop.py",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 2 --max-restarts 4 "
     "examples/own_loop.py runs/own_loop": "tests/test_own_loop.py",
+    "torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend outlast --rdzv-endpoint /shared/meet --rdzv-id job7 "
+    "train.py": "tests/launch/control/test_torchrun.py, in a folder of its own",
 }
 
 

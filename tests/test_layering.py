@@ -65,6 +65,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
     "launch": [
         {"launcher"},
         {"agent", "plan", "rendezvous_errors"},
+        {"control"},
         {"rendezvous", "trusted_rendezvous"},
         {"hung_ranks", "node_watch", "other_nodes", "notice_spread", "rounds", "slow_ranks", "step_watch"},
         {"first_cause", "joining", "node_exchange", "node_trials", "standstill_probe", "notice_relay", "notice_store"},

@@ -91,7 +91,7 @@ class ControlHandler(RendezvousHandler):
         address = self._node.member.address
         offer = loopback_store(timeout_s=STORE_S) if address in LOOPBACKS else _server()
         self._store = None
-        self._node.wait(store_port=offer.port, reason=self._stopped or "its ranks have ended")
+        self._node.ask_place(store_port=offer.port, reason=self._stopped or "its ranks have ended")
         if not self._started:
             self._node.start()
             self._started = True
@@ -103,7 +103,7 @@ class ControlHandler(RendezvousHandler):
                 break
             except RendezvousConnectionError as error:  # that node has failed since; the next generation goes without
                 log.warning("outlast: %s", error)
-                self._node.wait(store_port=offer.port, reason=str(error))
+                self._node.ask_place(store_port=offer.port, reason=str(error))
         self.generation, self.job = reply.generations - 1, reply.job
         self._store = store
         prefixed = PrefixStore(f"outlast/{self._run_id}/{reply.generation}", store)

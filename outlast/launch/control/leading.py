@@ -219,7 +219,7 @@ class Leading:
 
     def _grant(self) -> None:
         while not self._wishes.empty():
-            wish, answer = self._wishes.get()
+            wish, answer = self._wishes.get_nowait()
             with self._lock:
                 assert self._leader is not None
                 record, text = self._leader.consider(wish, time.time(), self._now_s())

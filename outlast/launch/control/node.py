@@ -76,7 +76,7 @@ class ControlNode:
         """Begin to follow."""
         self._join = self.meeting.means.spawn(self._follow, "outlast-control")
 
-    def wait(self, *, store_port: int, reason: str = "") -> None:
+    def ask_place(self, *, store_port: int, reason: str = "") -> None:
         """This node's ranks do not run; it wants a place in the next generation."""
         with self._lock:
             self._follower.wait(self._now_s(), store_port=store_port, reason=reason)

@@ -202,7 +202,7 @@ def read(kind: type[T], document: Any) -> T:
     """
     if not isinstance(document, dict):
         raise BadRecord(f"a {type(document).__name__} in place of a {kind.__name__}")
-    for name, expected in _plain_fields(kind):
+    for name, expected in _plain_fields(kind):  # type: ignore[arg-type]
         if name in document:
             value = document[name]
             if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -215,3 +216,25 @@ def test_a_full_disk_does_not_hold_the_other_ranks(small_disk: Path) -> None:
     save_by_ranks(small_disk, 3, world_size=2, attempt_id="two")
     assert verify(small_disk).ok
     assert [path.name for path in small_disk.iterdir()] == ["step_00000003"]
+
+
+def test_of_several_that_create_a_file_whole_one_succeeds(url: str) -> None:
+    """Readers see all of what that one wrote, or nothing."""
+    store = open_store(url)
+    store.prepare()
+    texts = [f"{number} ".encode() * 5000 for number in range(8)]
+
+    def create(text: bytes) -> bool:
+        try:
+            store.create_whole("control/00000001.json", text)
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        created = list(pool.map(create, texts))
+    assert sum(created) == 1
+    mine = texts[created.index(True)]
+    assert bytes(store.read("control/00000001.json")) == mine
+    assert create(mine), "its answer was lost, and it is written again"
+    assert store.names("control") == ["00000001.json"]

@@ -354,7 +354,7 @@ class Node:
         board = SealedBoard(Place(self), SECRET, "job")
         meeting = Meeting(secret=SECRET, run_id="job", board=board, means=self)
         self.control = ControlNode(meeting, member, self.world.settings, order=self.name)
-        self.control.wait(store_port=1)
+        self.control.ask_place(store_port=1)
         self.world.say(f"{self.name} starts")
         Loop(self, 0.1 * self.world.rng.random(), self._step)
         Loop(self, POLL_S, self._poll)
@@ -452,7 +452,7 @@ class Node:
             return
         self.world.say(f"{self.name} has ended its ranks of {self.ranks}")
         self.ranks, self.stopping = None, False
-        self.control.wait(store_port=1, reason="its ranks have ended")
+        self.control.ask_place(store_port=1, reason="its ranks have ended")
 
 
 def faults(world: World, for_s: float) -> None:

@@ -10,7 +10,7 @@ from outlast.launch.control.leader import Leader
 
 from .simulation import Violation, World, faults, settle
 
-SCHEDULES = int(os.environ.get("OUTLAST_TEST_SCHEDULES", "60"))
+SCHEDULES = int(os.environ.get("OUTLAST_TEST_SCHEDULES", "40"))
 
 
 @pytest.fixture(autouse=True)
