@@ -82,7 +82,8 @@ def test_a_killed_rank(tmp_path: Path, straight: Path, victim: int) -> None:
     )
     assert told, first
     assert int(told[1]) >= 34
-    assert int(told[2]) == int(told[1]) - first_steps[2] + 1
+    # Its peer may have ended a step that the victim was still in.
+    assert int(told[2]) - (int(told[1]) - first_steps[2] + 1) in (0, 1)
 
 
 @pytest.mark.slow
