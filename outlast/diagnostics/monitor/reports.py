@@ -119,7 +119,7 @@ def decode(message: bytes) -> NodeReport:
             accused=tuple(accused(one) for one in told["accused"]),
             conditions=tuple(_condition(one) for one in told["conditions"]),
             steps=tuple(decode_steps(int(rank), str(text)) for rank, text in told.get("steps", {}).items()),
-            probe=int(told["probe"]),
+            probe=int(told.get("probe", 0)),
             asked=tuple(map(int, told["asked"])),
             tested=None if told["tested"] is None else dict(told["tested"]),
         )
