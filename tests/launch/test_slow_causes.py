@@ -45,9 +45,8 @@ def beside(pid: int) -> Iterator[None]:
             one.wait(20)
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param(one, marks=pytest.mark.slow if one == "data" else pytest.mark.soak) for one in CAUSES]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("what", CAUSES)
 def test_the_cause_is_told_with_its_evidence_and_stands_in_status_and_report(tmp_path: Path, what: str) -> None:
     run, heal, log = tmp_path / "run", tmp_path / "heal", tmp_path / "log"
     held_by = "nothing" if what in ("quota", "neighbour") else what
