@@ -98,7 +98,7 @@ def _fixed(where: tuple[str, int], run_id: str, is_host: object, run_dir: Path |
         leads = str(is_host).lower() in ("1", "true", "t", "yes", "y")
     place = f"{where[0]}:{where[1]}"
     board = SealedBoard(MemoryBoard(place), secret, run_id) if leads else None
-    return Meeting(secret=secret, run_id=run_id, board=board, fixed=where, leads=leads)
+    return Meeting(secret=secret, board=board, fixed=where, leads=leads)
 
 
 def _shared(endpoint: str, run_id: str, run_dir: Path | None) -> Meeting:
@@ -120,7 +120,7 @@ def _shared(endpoint: str, run_id: str, run_dir: Path | None) -> Meeting:
             )
         secret = run_secret(run_dir if run_dir is not None else Path())
     board = SealedBoard(StoreBoard(store, f"{FOLDER}/{run_id}"), secret, run_id)
-    return Meeting(secret=secret, run_id=run_id, board=board)
+    return Meeting(secret=secret, board=board)
 
 
 def _address(local_addr: str | None, meeting: Meeting) -> str:

@@ -17,12 +17,9 @@ class Follower:
         settings: how long it waits for what.
         now_s: by a clock that does not jump; likewise in all methods.
         order: see :class:`~outlast.launch.control.messages.Report`.
-        replaces: likewise.
     """
 
-    def __init__(
-        self, member: Member, settings: ControlSettings, now_s: float, *, order: str = "", replaces: str = ""
-    ) -> None:
+    def __init__(self, member: Member, settings: ControlSettings, now_s: float, *, order: str = "") -> None:
         self.member = member
         self.state: State = "waits"
         self.ran = -1
@@ -31,7 +28,8 @@ class Follower:
         """The newest that it knows."""
         self.since_s = now_s
         """Since when it is in this state."""
-        self.replaces = replaces
+        self.replaces = ""
+        """See :class:`~outlast.launch.control.messages.Report`."""
         self._job = ""
         self._settings = settings
         self._order = order
@@ -65,12 +63,11 @@ class Follower:
             order=self._order,
         )
 
-    def take(self, reply: Reply, now_s: float, *, is_contact: bool = True) -> bool:
+    def take(self, reply: Reply, now_s: float) -> bool:
         """Take what the leader, or the journal, says; False: it is older than what is known, and is refused."""
         if reply.number < self.seen or reply.epoch < self.epoch:
             return False
-        if is_contact:
-            self._contact_s = now_s
+        self._contact_s = now_s
         if reply.number == self.seen and not reply.told and self.reply is not None:
             return True  # read from the journal, which knows no words
         self.reply = reply

@@ -46,10 +46,6 @@ class ControlHandler(RendezvousHandler):
     """
 
     def __init__(self, node: ControlNode, run_id: str, *, ends_spares: bool) -> None:
-        self.generation = -1
-        """How often the job's ranks were started before the newest start."""
-        self.job = ""
-        """The job's name."""
         self.spare = False
         """Whether the job has all its nodes without this launcher."""
         self._node = node
@@ -70,12 +66,6 @@ class ControlHandler(RendezvousHandler):
         """Ranks meet in the store of the first node's launcher."""
         return True
 
-    @property
-    def missing(self) -> str:
-        """What this launcher waits for, as text for people; empty if nothing is known."""
-        newest = self._node.newest
-        return newest.told if newest is not None else ""
-
     def next_rendezvous(self) -> RendezvousInfo:
         """This node's place in the next generation; blocks until there is one.
 
@@ -85,12 +75,10 @@ class ControlHandler(RendezvousHandler):
             RendezvousTimeoutError: the job has too few nodes, for longer than ``join_s``.
             RendezvousClosedError: the job has ended without success.
             RendezvousGracefulExitError: it has ended with success; this node was not needed for it.
-            RendezvousConnectionError: the first node's store does not answer.
             LaunchError: the journal is another run's.
         """
         address = self._node.member.address
         offer = loopback_store(timeout_s=STORE_S) if address in LOOPBACKS else _server()
-        self._store = None
         self._node.ask_place(store_port=offer.port, reason=self._stopped or "its ranks have ended")
         if not self._started:
             self._node.start()
@@ -104,8 +92,7 @@ class ControlHandler(RendezvousHandler):
             except RendezvousConnectionError as error:  # that node has failed since; the next generation goes without
                 log.warning("outlast: %s", error)
                 self._node.ask_place(store_port=offer.port, reason=str(error))
-        self.generation, self.job = reply.generations - 1, reply.job
-        self._store = store
+        self._store = store  # its server lives as long as this
         prefixed = PrefixStore(f"outlast/{self._run_id}/{reply.generation}", store)
         where = RendezvousStoreInfo(reply.address, reply.port)
         return RendezvousInfo(prefixed, reply.rank, reply.nodes, where)
@@ -169,7 +156,7 @@ class ControlHandler(RendezvousHandler):
     def _why_waiting(self) -> str:
         newest = self._node.newest
         if newest is not None and newest.evicted:
-            return f"this node is evicted: {newest.evicted}; `outlast readmit` takes it in again"
+            return f"this node is evicted: {newest.evicted}"
         if newest is not None and newest.told:
             return newest.told
         return self._node.error or "the launcher that leads has not been found yet"

@@ -149,12 +149,6 @@ class Leader:
         """Whether every launcher that was heard of has left, or is lost."""
         return all(one.report.state == "left" or self._is_lost(agent, now_s) for agent, one in self._heard.items())
 
-    def spares(self, now_s: float) -> int:
-        """Launchers that wait while a generation runs, and may take part in the next."""
-        if self.journal.running is None:
-            return 0
-        return sum(self.journal.rank_of(one.report.member) == -1 for one in self._waiting(now_s))
-
     def describe(self, now_s: float) -> str:
         """The launchers that are known, one a line."""
         lines = []
@@ -219,7 +213,7 @@ class Leader:
         settings, formed = self._settings, self.journal.formed
         waiting = self._waiting(now_s)
         if formed is not None and self.journal.fenced:
-            stopped = [one for one in formed.members if self._has_stopped(one, formed.generation)]
+            stopped = [one for one in formed.members if self._has_stopped(one)]
             if not stopped and now_s - self._over_s < settings.fence_s:
                 self._told = (
                     f"no launcher of generation {formed.generation} says that its ranks have ended; after "
@@ -271,41 +265,31 @@ class Leader:
 
     def _waiting(self, now_s: float) -> list[Heard]:
         """Launchers that can take part."""
-        over = self.journal.over_number
-        found = []
-        for agent, one in self._heard.items():
-            report = one.report
-            member_of_last = self.journal.rank_of(report.member) != -1
-            if report.state != "waits" or report.member.node in self.journal.evicted or self._is_lost(agent, now_s):
-                continue
-            if member_of_last and not (report.ran >= self._last_generation or report.seen >= over > 0):
-                continue
-            found.append(one)
-        return found
-
-    @property
-    def _last_generation(self) -> int:
-        return self.journal.formed.generation if self.journal.formed is not None else -1
+        return [
+            one
+            for agent, one in self._heard.items()
+            if one.report.state == "waits"
+            and one.report.member.node not in self.journal.evicted
+            and not self._is_lost(agent, now_s)
+            and (self.journal.rank_of(one.report.member) == -1 or self._has_stopped(one.report.member))
+        ]
 
     def _stopping(self, formed: Formed, now_s: float) -> list[Member]:
         """Launchers of a generation that has ended that live, and whose ranks may still run."""
         return [
             one
             for one in formed.members
-            if not self._has_stopped(one, formed.generation)
-            and not self._is_lost(one.agent, now_s)
-            and not self._has_succeeded(one.agent)
+            if not self._has_stopped(one) and not self._is_lost(one.agent, now_s) and not self._has_succeeded(one.agent)
         ]
 
-    def _has_stopped(self, member: Member, generation: int) -> bool:
-        """Whether a launcher's ranks of a generation have ended for good, as it says itself."""
+    def _has_stopped(self, member: Member) -> bool:
+        """Whether the ranks of one of the newest generation's launchers have ended for good, as it says itself."""
         if member.agent in self._dead or member.agent in self.journal.left:
             return True
         known = self._heard.get(member.agent)
         if known is None or known.report.state == "runs":
             return False
-        seen = self.journal.over_number
-        return known.report.ran >= generation or (seen > 0 and known.report.seen >= seen)
+        return known.report.ran >= self.journal.next_generation - 1 or known.report.seen >= self.journal.over_number > 0
 
     def _has_succeeded(self, agent: str) -> bool:
         known = self._heard.get(agent)
@@ -318,11 +302,10 @@ class Leader:
             return True
         settings, known = self._settings, self._heard.get(agent)
         if known is None:
+            since_s = max(self._began_s, self._formed_s)
             if agent in self._gone:  # its silence is why this one leads
-                return now_s - max(self._gone[agent], self._began_s - settings.silent_s + settings.redial_s) > (
-                    settings.silent_s
-                )
-            return now_s - max(self._began_s, self._formed_s) > settings.silent_s
+                since_s = max(self._gone[agent], self._began_s - settings.silent_s + settings.redial_s)
+            return now_s - since_s > settings.silent_s
         if known.report.state == "left":
             return False
         if known.broken_s is not None and now_s - known.broken_s > settings.redial_s:

@@ -67,7 +67,6 @@ class Meeting:
     """Where launchers of a job meet."""
 
     secret: bytes
-    run_id: str
     board: SealedBoard | None
     """Where the journal is; None: only the launcher at ``fixed`` has it."""
     fixed: tuple[str, int] | None = None

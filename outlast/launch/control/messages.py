@@ -78,8 +78,6 @@ class Reply:
     """What the leader waits for, in words."""
     pace_s: float = 0.0
     """Between two reports of a launcher that waits; 0: as it likes."""
-    generations: int = 0
-    """Formed so far by this job."""
 
 
 def reply_for(journal: Journal, member: Member, told: str = "", pace_s: float = 0.0) -> Reply:
@@ -101,7 +99,6 @@ def reply_for(journal: Journal, member: Member, told: str = "", pace_s: float = 
         evicted=evicted.reason if evicted is not None else "",
         told=told,
         pace_s=pace_s,
-        generations=journal.generations,
     )
 
 

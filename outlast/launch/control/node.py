@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from outlast.errors import CheckpointError, LaunchError
 from outlast.launch.control.board import SealedBoard
@@ -43,14 +43,12 @@ class ControlNode:
         member: this launcher.
         settings: how long it waits for what.
         order: where it belongs among the nodes.
-        replaces: an earlier start of this node's launcher that is dead.
     """
 
     meeting: Meeting
     member: Member
     settings: ControlSettings
     order: str = ""
-    replaces: str = ""
     error: str = field(default="", init=False)
     """What keeps it from following, in words; empty if nothing does."""
 
@@ -61,7 +59,7 @@ class ControlNode:
         self._changed = threading.Condition(self._lock)
         self._wake = threading.Event()
         self._closed = threading.Event()
-        self._follower = Follower(self.member, self.settings, now_s, order=self.order, replaces=self.replaces)
+        self._follower = Follower(self.member, self.settings, now_s, order=self.order)
         self._journal = Journal()
         self._election = Election(self.settings, now_s)
         self._leading: Leading | None = None
@@ -119,11 +117,6 @@ class ControlNode:
         """Whether this node reaches neither the one that leads nor the journal."""
         with self._lock:
             return self._follower.is_cut_off(self._now_s())
-
-    @property
-    def leads(self) -> bool:
-        """Whether this node's launcher leads, so far as it knows."""
-        return self._leading is not None
 
     def why_stop(self) -> str:
         """Why this node's ranks must be stopped; empty if they need not."""
@@ -245,9 +238,9 @@ class ControlNode:
             return False
         return True
 
-    def _take(self, reply: Reply, *, left: bool = False, is_contact: bool = True) -> None:
+    def _take(self, reply: Reply, *, left: bool = False) -> None:
         with self._changed:
-            self._follower.take(reply, self._now_s(), is_contact=is_contact)
+            self._follower.take(reply, self._now_s())
             self._left_told |= left
             self._changed.notify_all()
 
@@ -293,6 +286,8 @@ class ControlNode:
         try:
             leading = Leading(self.meeting, self.member, self.settings, self._journal, self._lock, self._wake)
         except CheckpointError as error:
+            if self.meeting.fixed is not None:  # a launcher of this host listens there already: that one leads
+                self.meeting = replace(self.meeting, leads=False, board=None)
             raise OSError(f"this launcher cannot lead: {error}") from error
         record = Lead(epoch=number, at=time.time(), job=job, leader=self.member, port=leading.port)
         try:

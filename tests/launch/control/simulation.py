@@ -352,7 +352,7 @@ class Node:
         self.alive, self._ran, self.ranks, self.stopping, self.leading = True, -1, None, False, None
         member = Member(node=f"{self.name}/boot", agent=f"{self.name}.{self.life}", address=self.name)
         board = SealedBoard(Place(self), SECRET, "job")
-        meeting = Meeting(secret=SECRET, run_id="job", board=board, means=self)
+        meeting = Meeting(secret=SECRET, board=board, means=self)
         self.control = ControlNode(meeting, member, self.world.settings, order=self.name)
         self.control.ask_place(store_port=1)
         self.world.say(f"{self.name} starts")

@@ -46,7 +46,7 @@ def test_whatever_goes_wrong(part: int) -> None:
 
 def test_the_check_bites(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the fence two generations run at once."""
-    monkeypatch.setattr(Leader, "_has_stopped", lambda self, member, generation: True)
+    monkeypatch.setattr(Leader, "_has_stopped", lambda self, member: True)
     found = 0
     for seed in range(400):
         try:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from outlast.checkpoint.storage.local import LocalStore
+from outlast.free_port import free_port
 from outlast.launch.control.board import SealedBoard, StoreBoard
 from outlast.launch.control.journal import Journal
 from outlast.launch.control.records import Done, Formed, Lead, Record
@@ -39,17 +40,18 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.place = folder, folder / "place"
+        self.endpoint, self.env = str(self.place), dict[str, str]()
         self.place.mkdir()
         (folder / "program.py").write_text(PROGRAM)
         self.jobs: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, nodes: str, steps: int) -> None:
         command = [str(Path(sys.executable).parent / "torchrun"), "--nnodes", nodes, "--nproc-per-node", "1"]
-        command += ["--rdzv-backend", "outlast", "--rdzv-endpoint", str(self.place), "--rdzv-id", "job"]
+        command += ["--rdzv-backend", "outlast", "--rdzv-endpoint", self.endpoint, "--rdzv-id", "job"]
         command += ["--local-addr", "127.0.0.1", "--monitor-interval", "0.1", "--max-restarts", "3"]
         command += [str(self.folder / "program.py"), str(steps), str(self.folder / "marks")]
         with (self.folder / f"{name}.log").open("ab") as log:
-            env = clean_env(OUTLAST_NODE_ID=name)
+            env = clean_env(OUTLAST_NODE_ID=name, **self.env)
             job = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         self.jobs[name] = job
 
@@ -123,3 +125,13 @@ def test_two_nodes(cluster: Cluster) -> None:
     kinds = [one.kind for one in cluster.records()]
     assert kinds == ["lead", "formed", "done"], cluster.logs()
     assert (cluster.folder / "marks").read_text() == "2\n"
+
+
+def test_two_nodes_that_meet_at_a_port(cluster: Cluster) -> None:
+    """Both are on the host of the endpoint, and only one of them can lead."""
+    cluster.endpoint, cluster.env = f"127.0.0.1:{free_port()}", {"OUTLAST_LAUNCH_SECRET": "a secret of the test"}
+    for name in ("a", "b"):
+        cluster.start(name, "2", 20)
+    assert [job.wait(120) for job in cluster.jobs.values()] == [0, 0], cluster.logs()
+    assert (cluster.folder / "marks").read_text() == "2\n"
+    assert not any(cluster.place.iterdir())
