@@ -8,7 +8,9 @@ import pytest
 
 from outlast.launch.control.leader import Leader
 
-from .simulation import Violation, World, faults, settle
+from .simulated_faults import faults, settle
+from .simulated_node import cluster
+from .simulated_world import Violation, World
 
 SCHEDULES = int(os.environ.get("OUTLAST_TEST_SCHEDULES", "40"))
 
@@ -23,7 +25,7 @@ def play(seed: int) -> World:
     """One schedule of faults."""
     sizes = [(2, 2, 3), (2, 2, 5), (1, 2, 3), (2, 4, 5), (3, 3, 4), (4, 4, 5), (1, 1, 3), (2, 3, 7)]
     least, most, nodes = sizes[seed % len(sizes)]
-    world = World(seed, nodes=nodes, least=least, most=most)
+    world = cluster(seed, nodes=nodes, least=least, most=most)
     for node in world.nodes:
         world.at(world.rng.uniform(0.0, 2.0), node.boot)
     try:
