@@ -83,7 +83,7 @@ def test_a_killed_rank(tmp_path: Path, straight: Path, victim: int) -> None:
     assert told, first
     assert int(told[1]) >= 34
     # Its peer may have ended a step that the victim was still in, and that is lost too.
-    ended = max(record["step"] for record in events(run, "step") if record["generation"] == 0)
+    ended = max(record["step"] for record in events(run, "step") if record.generation == 0)
     assert int(told[1]) in (ended - 1, ended)
     assert int(told[2]) == ended - first_steps[2] + 1
 
