@@ -32,6 +32,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.beside_program import CULPRIT, KINDS
+from outlast.diagnostics.trace.plain_pickle import plain_pickle
 from outlast.events import Record, read_events
 
 PROGRAM = Path(__file__).with_name("beside_program.py")
@@ -163,6 +164,17 @@ def by_traceml(kind: str, folder: Path, traceml: str) -> Answer:
     return Answer(fault=kind, tool="traceml", ranks=ranks, seconds=seconds, text=text)
 
 
+def _for_the_analyser(path: Path) -> bytes:
+    """A rank's dump as ``torchfrtrace`` reads it: as a pickle, while torch writes it as JSON too."""
+    dump = json.loads(path.read_text())
+    groups = dump["pg_config"]
+    if "" in groups:  # gloo calls its group so here, and 0 in the entries, of which the analyser dies
+        groups["0"] = {**groups.pop(""), "name": "0"}
+    for entry in dump["entries"]:
+        entry.setdefault("frames", [])  # as JSON it is without them
+    return plain_pickle(dump)
+
+
 def by_torch(kind: str, folder: Path) -> Answer:
     """torchrun: its first failure, or what ``torchfrtrace`` makes of the dumps 15 s after the fault."""
     words = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(RANKS), str(PROGRAM)]
@@ -173,7 +185,9 @@ def by_torch(kind: str, folder: Path) -> Answer:
     dumps = folder / "dumps"
     dumps.mkdir()
     for path in folder.glob("fr_[0-9]*"):
-        path.replace(dumps / path.name)
+        (dumps / path.name).write_bytes(_for_the_analyser(path))
+    if not any(dumps.iterdir()):
+        raise RuntimeError(f"the ranks wrote no dumps for torchfrtrace:\n{job.log()[-2000:]}")
     done = subprocess.run(
         [str(BIN / "torchfrtrace"), "-p", "fr_", str(dumps)], capture_output=True, text=True, timeout=60, check=False
     )

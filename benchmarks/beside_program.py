@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -84,12 +83,8 @@ def _suffer(kind: str) -> None:
 def _dump(folder: Path, rank: int) -> None:
     recorder: Any = importlib.import_module("torch._C._distributed_c10d")
     while True:
-        dump = pickle.loads(recorder._dump_fr_trace())
-        groups = dump["pg_config"]
-        if "" in groups:  # gloo calls its group so here, and 0 in the entries, of which the analyser dies
-            groups["0"] = {**groups.pop(""), "name": "0"}
         beside = folder / f"new_{rank}"
-        beside.write_bytes(pickle.dumps(dump))
+        beside.write_bytes(recorder._dump_fr_trace_json())
         beside.replace(folder / f"fr_{rank}")
         time.sleep(0.2)
 
