@@ -60,7 +60,7 @@ INNER_FLOORS: dict[str, list[set[str]]] = {
         {"monitor", "numerics", "probes"},
         {"syndromes"},
         {"live"},
-        {"formatting", "config", "port_token", "wsgi"},
+        {"beside", "formatting", "config", "port_token", "wsgi"},
     ],
     "launch": [
         {"launcher"},

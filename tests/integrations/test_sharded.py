@@ -117,13 +117,14 @@ def test_a_loop_with_fsdp2(fsdp_ranks: Ranks, tmp_path: Path) -> None:
     assert dense == looped(fsdp_ranks, tmp_path / "plain", replace(plan, plain=True))
 
 
-def trainer_is_killed(ranks: Ranks, tmp_path: Path, plan: Plan) -> None:
-    straight = trained(ranks, tmp_path / "straight", plan)
+def goes_on_when_killed(run: Callable[..., Any], ranks: Ranks, tmp_path: Path, plan: Plan | Loop, at: int) -> None:
+    """A rank is killed in a step, and the run ends as one that nobody has interrupted."""
+    straight = run(ranks, tmp_path / "straight", plan)
     folder = tmp_path / "run"
     with pytest.raises(AssertionError, match="SIGKILL"):
-        trained(ranks, folder, replace(plan, kill_at=9))
-    assert 0 < saved(folder)[-1] < 9
-    assert trained(ranks, folder, plan) == straight
+        run(ranks, folder, replace(plan, kill_at=at))
+    assert 0 < saved(folder)[-1] < at
+    assert run(ranks, folder, plan) == straight
     assert is_compressed(folder) == (plan.comm is not False)
 
 
@@ -132,7 +133,7 @@ def trainer_is_killed(ranks: Ranks, tmp_path: Path, plan: Plan) -> None:
 def test_a_trainer_with_fsdp2_is_killed(fsdp_ranks: Ranks, tmp_path: Path, clip: float) -> None:
     """With evaluation and accumulation."""
     settings = {"eval_strategy": "steps", "eval_steps": 4, "gradient_accumulation_steps": 2, "max_grad_norm": clip}
-    trainer_is_killed(fsdp_ranks, tmp_path, Plan(12, FSDP2 | settings, OFTEN))
+    goes_on_when_killed(trained, fsdp_ranks, tmp_path, Plan(12, FSDP2 | settings, OFTEN), at=9)
 
 
 @pytest.mark.soak
@@ -149,7 +150,7 @@ def test_a_trainer_with_fsdp2_is_killed(fsdp_ranks: Ranks, tmp_path: Path, clip:
 def test_a_trainer_with_deepspeed_is_killed(
     zero_ranks: Ranks, tmp_path: Path, settings: dict[str, Any], comm: Any
 ) -> None:
-    trainer_is_killed(zero_ranks, tmp_path, Plan(12, settings, OFTEN, comm=comm))
+    goes_on_when_killed(trained, zero_ranks, tmp_path, Plan(12, settings, OFTEN, comm=comm), at=9)
 
 
 def learns_as_dense_does(ranks: Ranks, tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -198,27 +199,17 @@ def test_a_damaged_step_of_deepspeed(zero_ranks: Ranks, tmp_path: Path) -> None:
     goes_on_after_the_step_before(zero_ranks, tmp_path, Plan(8, zero(2), OFTEN))
 
 
-def loop_is_killed(ranks: Ranks, tmp_path: Path, plan: Loop) -> None:
-    straight = looped(ranks, tmp_path / "straight", plan)
-    folder = tmp_path / "run"
-    with pytest.raises(AssertionError, match="SIGKILL"):
-        looped(ranks, folder, replace(plan, kill_at=14))
-    assert 0 < saved(folder)[-1] < 14
-    assert looped(ranks, folder, plan) == straight
-    assert is_compressed(folder) == (plan.comm is not False)
-
-
 @pytest.mark.soak
 def test_a_loop_with_fsdp2_is_killed(fsdp_ranks: Ranks, tmp_path: Path) -> None:
     clipped = {"target": "gradient", "feedback": "ef21", "density": 0.2}
-    loop_is_killed(fsdp_ranks, tmp_path, Loop(18, clip=True, comm=clipped, sharding="fsdp2"))
+    goes_on_when_killed(looped, fsdp_ranks, tmp_path, Loop(18, clip=True, comm=clipped, sharding="fsdp2"), at=14)
 
 
 @pytest.mark.soak
 @needs_deepspeed
 @pytest.mark.parametrize(("stage", "comm"), [(0, None), (1, None), (2, None), (3, False)])
 def test_a_loop_with_deepspeed_is_killed(zero_ranks: Ranks, tmp_path: Path, stage: int, comm: Any) -> None:
-    loop_is_killed(zero_ranks, tmp_path, Loop(18, comm=comm, sharding=f"zero{stage}"))
+    goes_on_when_killed(looped, zero_ranks, tmp_path, Loop(18, comm=comm, sharding=f"zero{stage}"), at=14)
 
 
 def said(ranks: Ranks, folder: Path, plan: Plan) -> str:

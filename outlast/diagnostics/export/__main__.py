@@ -7,28 +7,21 @@ launcher has ended, or was killed.
 
 from __future__ import annotations
 
-import logging
 import os
 import select
-import signal
 import sys
 import threading
 
+from outlast.diagnostics.beside import run_beside
 from outlast.diagnostics.export.job import LONGEST_END_S, ExportJob
 from outlast.diagnostics.export.start import started
 
 INTERVAL_S = 0.5
 """Between two looks at the files."""
-NICE = 10
-"""Training goes first."""
 
 
 def main(arguments: list[str]) -> int:
     """Tell events until the standard input ends."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(signum, signal.SIG_IGN)  # they are for the launcher, whose end is this process's
-    os.nice(NICE)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     running = started(ExportJob.from_json(arguments[0]))
     more, ended = False, False
     while not ended:
@@ -44,6 +37,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    sys.stderr.flush()
-    os._exit(status)  # threads of clients that hang do not keep it
+    run_beside(main)

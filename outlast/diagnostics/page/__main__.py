@@ -7,28 +7,19 @@ was killed.
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
 import socket
 import sys
 import threading
 from pathlib import Path
 
+from outlast.diagnostics.beside import run_beside
 from outlast.diagnostics.page.app import RunPages
 from outlast.diagnostics.page.job import PageJob
 from outlast.diagnostics.wsgi import WsgiServer
 
-NICE = 10
-"""Training goes first."""
-
 
 def main(arguments: list[str]) -> int:
     """Serve until the standard input ends; its first line is the token."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(signum, signal.SIG_IGN)  # they are for the launcher, whose end is this process's
-    os.nice(NICE)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     job = PageJob.from_json(arguments[0])
     token = sys.stdin.readline().strip()
     if not token:
@@ -42,6 +33,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    sys.stderr.flush()
-    os._exit(status)  # requests that are being answered do not keep it
+    run_beside(main)
