@@ -148,7 +148,7 @@ def test_without_a_launcher_the_report_command_serves_it(tmp_path: Path) -> None
     assert status == 200
     assert "Rank 2 on node-b is a straggler" in text
     job.send_signal(signal.SIGINT)
-    assert job.wait(timeout=120) == 0
+    assert job.wait(timeout=30) == 0
     assert "Traceback" not in log.read_text()
 
 
