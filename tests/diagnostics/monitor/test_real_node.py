@@ -102,7 +102,7 @@ def node(tmp_path: Path, root: Path) -> Iterator[Node]:
 def test_a_quota_is_seen_while_it_holds_a_rank_back(node: Node) -> None:
     with ExitStack() as stack:
         try:
-            # So little that it holds the rank back also where other processes leave it no more than a quarter of a core.
+            # So little that it holds the rank back also where other processes leave it a quarter of a core.
             group = stack.enter_context(quota_group(0.05))
         except OSError as error:
             pytest.skip(f"no CPU cgroup can be made here: {error}")
